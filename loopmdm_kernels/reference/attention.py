@@ -1,0 +1,32 @@
+"""softmax(q k^T / sqrt(K)) v over all positions, with rotary positions and a key mask."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels.types import Rotary
+
+
+def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate pairs (i, i + K/2) of x [..., L, K]. Angles are rounded to x's dtype, the product is fp32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (angle.to(x.dtype).to(wide) for angle in rotary)
+    first, second = x.to(wide).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, rotary: Rotary | None = None
+) -> Tensor:
+    if rotary is not None:
+        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+    if q.dtype == torch.float64:
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
+        return torch.softmax(scores, dim=-1) @ v
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -1,0 +1,35 @@
+"""Final norm, modulation and vocabulary projection of selected rows, and the SUBS normalisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loopmdm_kernels.reference.looped_blocks import norm_modulate
+from loopmdm_kernels.types import Head
+
+
+def row_logits(hidden: Tensor, head: Head, rows: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
+    """Logits [R, V] of the rows (flat indices b*L + l) of hidden [B, L, D], in fp32 or float64.
+
+    Operands are rounded to `compute_dtype`; products are summed, and kept, in fp32 or wider. The reference
+    model rounds the logits to bf16 here, which only loses accuracy and is not repeated.
+    """
+    dtype = compute_dtype or head.weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    length = hidden.shape[1]
+    modulation = head.modulation.to(dtype).expand(hidden.shape[0], -1, -1)
+    shift, scale = modulation[rows // length].unbind(1)
+    h = norm_modulate(hidden.flatten(0, 1)[rows], head.norm, shift, scale).to(dtype)
+    return F.linear(h.to(wide), head.weight.to(dtype).to(wide), head.bias.to(wide))
+
+
+def subs_log_probs(logits: Tensor, excluded_token: int) -> Tensor:
+    """log p(x0 | xt) of masked rows (MDLM, SUBS): the excluded token gets probability 0. [R, V]."""
+    if excluded_token >= 0:
+        excluded = torch.arange(logits.shape[-1], device=logits.device) == excluded_token
+        logits = logits.masked_fill(excluded, -math.inf)
+    return torch.log_softmax(logits, dim=-1)
