@@ -1,0 +1,1 @@
+"""Data for training and evaluation: `loopmdm.data.sudoku` and text."""
