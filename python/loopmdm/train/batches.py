@@ -1,0 +1,55 @@
+"""One form for the batches of every data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Sequences to train or evaluate on."""
+
+    input_ids: Tensor  # [B, L] int64
+    attention_mask: Tensor | None = None  # [B, L]: 1 or True = real token; None: all real
+    prompt_mask: Tensor | None = (
+        None  # [B, L] bool: True = given, never masked, not counted; None: nothing given
+    )
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; copies from pinned memory do not block."""
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+# (step, micro_step, rank, world_size, batch_size) -> Batch; a pure function, so a resumed run sees the same data.
+BatchSource: TypeAlias = Callable[[int, int, int, int, int], Batch]
+
+
+def batch_source(data: Any) -> BatchSource:
+    """The batches of a `SudokuData`, a `TextData` or a function that already is a `BatchSource`."""
+    if callable(data):
+        source: BatchSource = data
+        return source
+    from loopmdm.data.sudoku import SudokuData
+    from loopmdm.data.text import TextData
+
+    if isinstance(data, SudokuData):
+
+        def sudoku(step: int, micro_step: int, rank: int, world_size: int, batch_size: int) -> Batch:
+            tokens, prompt_mask = data.batch(step, micro_step, rank, batch_size)
+            return Batch(tokens, prompt_mask=prompt_mask)
+
+        return sudoku
+    if isinstance(data, TextData):
+
+        def text(step: int, micro_step: int, rank: int, world_size: int, batch_size: int) -> Batch:
+            input_ids, attention_mask = data.batch(step, micro_step, rank, world_size, batch_size)
+            return Batch(input_ids, attention_mask=attention_mask)
+
+        return text
+    raise TypeError(
+        "data must be a SudokuData, a TextData or a function (step, micro_step, rank, world_size, batch_size)"
+        f" -> Batch, got {type(data).__name__}"
+    )

@@ -1,0 +1,130 @@
+"""What a training run is made of, apart from the model and the data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+Schedule = Literal["constant", "cosine", "linear"]
+Precision = Literal["fp32", "bf16"]
+
+# May differ between a checkpoint and the run that resumes it; every other field shapes the numbers.
+RESUMABLE_CHANGES = frozenset(
+    {"steps", "checkpoint_every", "checkpoint_minutes", "eval_every", "log_every", "recompute"}
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Hyper-parameters of a run; the defaults of the optimizer are those of MDLM.
+
+    batch_size: sequences in one micro-batch of one rank. accumulation: micro-batches of an optimizer step.
+    schedule: what the learning rate does after the warm-up. `constant` keeps it; `cosine` and `linear` keep
+    it and then bring it to 0 over the last `decay_fraction` of all steps.
+    clip: largest norm of the gradient, None for no limit. ema: decay of the averaged weights.
+    loop_law: law of the loop count S, see `loopmdm.LoopLaw.parse`.
+    checkpoint_every, eval_every, log_every: in optimizer steps, 0 for never (a checkpoint is always written
+    at the end). checkpoint_minutes: also write one when the last is that old; 0 for never.
+    recompute: keep the activations of one block only and recompute the others in the backward pass.
+    """
+
+    steps: int
+    batch_size: int = 32
+    accumulation: int = 1
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 2500
+    schedule: Schedule = "constant"
+    decay_fraction: float = 0.2
+    clip: float | None = 1.0
+    ema: float = 0.9999
+    precision: Precision = "fp32"
+    loop_law: str = "uniform"
+    seed: int = 0
+    checkpoint_every: int = 0
+    checkpoint_minutes: float = 10.0
+    eval_every: int = 0
+    log_every: int = 10
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation"):
+            self._require(name, int, 1, math.inf)
+        for name in ("warmup_steps", "checkpoint_every", "eval_every", "log_every", "seed"):
+            self._require(name, int, 0, math.inf)
+        for name in ("learning_rate", "eps"):
+            self._require(name, float, math.ulp(0.0), math.inf)
+        for name in ("weight_decay", "checkpoint_minutes"):
+            self._require(name, float, 0.0, math.inf)
+        self._require("decay_fraction", float, 0.0, 1.0)
+        self._require("ema", float, 0.0, 1.0)
+        if self.clip is not None:
+            self._require("clip", float, math.ulp(0.0), math.inf)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        if not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name, accepted in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+        if not isinstance(self.loop_law, str):
+            raise TypeError(f"loop_law must be a string, got {type(self.loop_law).__name__}")
+        if not isinstance(self.recompute, bool):
+            raise TypeError(f"recompute must be True or False, got {self.recompute!r}")
+
+    def _require(self, name: str, kind: type, low: float, high: float) -> None:
+        value = getattr(self, name)
+        numeric = (int,) if kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, numeric):
+            raise TypeError(f"{name} must be {kind.__name__}, got {value!r}")
+        if not math.isfinite(value) or not low <= value <= high:
+            if low == math.ulp(0.0):
+                accepted = "positive"
+            elif high == math.inf:
+                accepted = f"at least {low:g}"
+            else:
+                accepted = f"in [{low:g}, {high:g}]"
+            raise ValueError(f"{name} must be {accepted} and finite, got {value!r}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0.
+
+        The warm-up is linear and its first step already moves: (step + 1) / warmup_steps.
+        """
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        decay_start = max(self.warmup_steps, self.steps - round(self.decay_fraction * self.steps))
+        if self.schedule == "constant" or step < decay_start:
+            return self.learning_rate
+        progress = min(1.0, (step - decay_start) / (self.steps - decay_start)) if step < self.steps else 1.0
+        if self.schedule == "linear":
+            return self.learning_rate * (1.0 - progress)
+        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of JSON values that `from_dict` turns back into an equal config."""
+        values = asdict(self)
+        values["betas"] = list(self.betas)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Build a config; an unknown key is an error that lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown training option {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**values)
+
+    def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Fields that change the numbers of a run and differ: name -> (own value, other's value)."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {
+            name: (mine[name], theirs[name])
+            for name in mine
+            if name not in RESUMABLE_CHANGES and mine[name] != theirs[name]
+        }

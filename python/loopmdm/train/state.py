@@ -1,0 +1,136 @@
+"""The file a run is resumed from: one safetensors file with everything that changes during training.
+
+Tensors are named `model.*` (the state_dict), `ema.*`, `exp_avg.*` and `exp_avg_sq.*` (by parameter name). The
+counters and the configuration are JSON in the header. There is nothing to unpickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from loopmdm.train.ema import EMA
+
+STATE_FILE = "training_state.safetensors"
+_HEADER_KEY = "loopmdm_training_state"
+_STAGING_FOLDER = ".partial"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the previous one is intact."""
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write files in; at the end of the `with` block they replace those of `folder` atomically.
+
+    A failure, or a kill at any moment, leaves the previous files as they were.
+    """
+    staging = folder / _STAGING_FOLDER
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        written = sorted(staging.iterdir())
+        for path in written:
+            _sync(path)
+        for path in written:
+            os.replace(path, folder / path.name)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            getattr(error, "errno", None) or 0,
+            f"cannot write a checkpoint in {folder}, the previous one is intact: {error}",
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_state(
+    path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, metadata: dict[str, Any]
+) -> None:
+    """Write the state of a run; `metadata` holds JSON values."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"ema.{name}": value for name, value in zip(ema.names, ema.shadow, strict=True)}
+    for name, parameter in zip(ema.names, ema.parameters, strict=True):
+        for moment in _MOMENTS:
+            if moment in optimizer.state[parameter]:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    adam_steps = {int(s["step"]) for s in optimizer.state.values() if "step" in s} or {0}
+    metadata = metadata | {"ema_updates": ema.updates, "adam_steps": max(adam_steps)}
+    tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
+    save_file(tensors, path, metadata={_HEADER_KEY: json.dumps(metadata)})
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The counters and the configuration in a state file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or is no safetensors file: {error}") from error
+    if header is None:
+        raise ValueError(f"{path} is no training state of loopmdm (its header lacks {_HEADER_KEY!r})")
+    metadata: dict[str, Any] = json.loads(header)
+    return metadata
+
+
+def read_state(path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
+    """Put the state of a run into a model, its average and its optimizer, strictly by name and shape."""
+    metadata = read_metadata(path)
+    adam_steps = int(metadata["adam_steps"])
+    current = {f"model.{name}": value for name, value in model.state_dict().items()}
+    current |= {f"ema.{name}": value for name, value in zip(ema.names, ema.shadow, strict=True)}
+    expected = {name: tuple(value.shape) for name, value in current.items()}
+    if adam_steps > 0:
+        for name, parameter in zip(ema.names, ema.parameters, strict=True):
+            expected |= {f"{moment}.{name}": tuple(parameter.shape) for moment in _MOMENTS}
+    with safe_open(path, framework="pt") as file:
+        _check_names_and_shapes(
+            path, expected, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+        )
+        with torch.no_grad():
+            for name, value in current.items():
+                value.copy_(file.get_tensor(name))
+        states: dict[int, dict[str, Tensor]] = {}
+        if adam_steps > 0:
+            for index, name in enumerate(ema.names):
+                states[index] = {moment: file.get_tensor(f"{moment}.{name}") for moment in _MOMENTS}
+                states[index]["step"] = torch.tensor(float(adam_steps))
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    ema.updates = int(metadata["ema_updates"])
+
+
+def _check_names_and_shapes(
+    path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+) -> None:
+    if expected == found:
+        return
+    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
+    problems += [f"unknown {name}" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} is {list(found[name])}, the model has {list(expected[name])}"
+        for name in expected.keys() & found.keys()
+        if expected[name] != found[name]
+    ]
+    shown = "; ".join(sorted(problems)[:8])
+    raise ValueError(f"{path} does not fit this model ({len(problems)} differences): {shown}")
