@@ -73,17 +73,27 @@ void permute_lines(Random& random, int groups, int per_group, int* source) {
 }  // namespace
 
 void fill(const Shape& shape, Random& random, uint8_t* grid) {
-    Board board(shape);
-    Mask first_row[kMaxSize];
-    for (int i = 0; i < shape.size; ++i) first_row[i] = static_cast<Mask>(1u << i);
-    random.shuffle(first_row, shape.size);
-    for (int cell = shape.size - 1; cell >= 0; --cell) board.place(cell, first_row[cell]);
-    random.shuffle(board.blank, board.num_blank);  // ties of the search fall on a random cell
-    Search search;
-    search.limit = 1;
-    search.random = &random;
-    search.run(board);
-    std::copy_n(search.solution, shape.cells, grid);
+    // Boxes on the diagonal share no unit, so they start as independent permutations; at 4x4 half of these
+    // starts cannot be completed.
+    uint8_t digits[kMaxSize];
+    std::iota(digits, digits + shape.size, uint8_t{1});
+    for (Search search; search.count == 0;) {
+        std::fill_n(grid, shape.cells, uint8_t{0});
+        for (int k = 0; k < std::min(shape.box_rows, shape.box_cols); ++k) {
+            random.shuffle(digits, shape.size);
+            for (int i = 0; i < shape.size; ++i) {
+                const int row = k * shape.box_rows + i / shape.box_cols, col = k * shape.box_cols + i % shape.box_cols;
+                grid[row * shape.size + col] = digits[i];
+            }
+        }
+        Board board(shape);
+        board.load(grid);
+        random.shuffle(board.blank, board.num_blank);  // ties of the search fall on a random cell
+        search.limit = 1;
+        search.random = &random;
+        search.run(board);
+        std::copy_n(search.solution, shape.cells, grid);
+    }
 }
 
 bool generate(const Shape& shape, const PuzzleLaw& law, uint64_t seed, uint64_t index, uint8_t* clues,
