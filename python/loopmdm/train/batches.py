@@ -19,11 +19,14 @@ class Batch(NamedTuple):
     )
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; copies from pinned memory do not block."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        """The batch on a device."""
+        masks = [
+            None if mask is None else mask.to(device) for mask in (self.attention_mask, self.prompt_mask)
+        ]
+        return Batch(self.input_ids.to(device), *masks)
 
 
-# (step, micro_step, rank, world_size, batch_size) -> Batch; a pure function, so a resumed run sees the same data.
+# (step, micro_step, rank, world_size, batch_size) -> Batch. Pure, so that a resumed run sees the same data.
 BatchSource: TypeAlias = Callable[[int, int, int, int, int], Batch]
 
 

@@ -19,7 +19,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in trainable]
-        self.parameters = [p for _, p in trainable]
+        self.parameters: list[Tensor] = [p for _, p in trainable]
         self.shadow = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
         self.decay = decay
         self.updates = 0

@@ -46,7 +46,7 @@ class Counters:
 
 
 def derive_seed(seed: int, rank: int, step: int, micro_step: int) -> int:
-    """A 63-bit seed for the masks, times and dropout of one micro-batch; different wherever an argument is."""
+    """A 63-bit seed for the masks, times and dropout of one micro-batch of one rank."""
     digest = hashlib.blake2b(struct.pack("<4Q", seed, rank, step, micro_step), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -77,15 +77,15 @@ class _Step:
 class Trainer:
     """Trains a model and writes everything a run leaves behind into one folder.
 
-    The loss of a step is the mean over ranks and micro-batches of their losses per token, as in the reference.
-    One loop count S is drawn per step and shared by all ranks and micro-batches; times, masks and dropout are
-    drawn per rank and micro-batch. Everything random is a function of (seed, step, micro-batch, rank), so a run
-    resumed from a checkpoint computes what the uninterrupted run would have (bit for bit on a CPU).
+    The loss of a step is the mean over ranks and micro-batches of their losses per token, as in the
+    reference. One loop count S is drawn per step and shared by all ranks and micro-batches; times, masks and
+    dropout are drawn per rank and micro-batch. Everything random is a function of (seed, step, micro-batch,
+    rank), so a run resumed from a checkpoint computes what the uninterrupted one would have (on a CPU, bit
+    for bit).
 
-    Under `torchrun` (an initialised `torch.distributed`) gradients are averaged over the ranks and rank 0 writes.
-
-    The folder holds training_state.safetensors (to resume from), config.json and model.safetensors (the averaged
-    weights, for `LoopMDM.from_pretrained`), train_config.json and metrics.jsonl.
+    Under `torchrun` (an initialised `torch.distributed`) gradients are averaged over the ranks, and rank 0
+    writes. The folder holds training_state.safetensors (to resume from), config.json and model.safetensors
+    (the averaged weights, for `LoopMDM.from_pretrained`), train_config.json and metrics.jsonl.
     """
 
     def __init__(
@@ -229,9 +229,8 @@ class Trainer:
             group["lr"] = lr
         figures = torch.zeros(4, dtype=torch.float64, device=self.device)
         for micro_step in range(config.accumulation):
-            batch = self._source(step, micro_step, self.rank, self.world_size, config.batch_size).to(
-                self.device
-            )
+            batch = self._source(step, micro_step, self.rank, self.world_size, config.batch_size)
+            batch_size, length = batch.input_ids.shape
             seed = derive_seed(config.seed, self.rank, step, micro_step)
             last = micro_step == config.accumulation - 1
             with contextlib.ExitStack() as stack:
@@ -240,7 +239,7 @@ class Trainer:
                 stack.enter_context(
                     torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
                 )
-                loss, nll_sum, num_tokens = self._loss(batch, num_loops, seed)
+                loss, nll_sum, num_tokens = self._loss(batch.to(self.device), num_loops, seed)
                 (loss / config.accumulation).backward()
             figures[:3] += torch.stack(
                 [loss.detach().double(), nll_sum.detach().double(), num_tokens.double()]
@@ -265,7 +264,7 @@ class Trainer:
         if self.device.type != "cuda":
             return _Step(record, figures, None)
         figures = figures.to("cpu", non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         return _Step(record, figures, arrived)
 
@@ -305,8 +304,8 @@ class Trainer:
             return
         saved = self.out_dir / STATE_FILE
         raise NonFiniteError(
-            f"step {number}: loss {loss}, gradient norm {grad_norm}; stopped. {saved} is from before this step. "
-            "Lower the learning rate, lengthen the warm-up, or look for NaN in the weights it started from"
+            f"step {number}: loss {loss}, gradient norm {grad_norm}; stopped. {saved} is from before this "
+            "step. Lower the learning rate, lengthen the warm-up, or look for NaN in the initial weights"
         )
 
     def _checkpoint_due(self, step: int) -> bool:

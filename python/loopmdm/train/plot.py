@@ -12,7 +12,7 @@ SMOOTHING_POINTS = 100  # about how many averages the curve is drawn through
 
 
 def plot_loss(out_dir: str | Path) -> Path:
-    """Draw out_dir/metrics.jsonl into out_dir/loss.png: training loss, and held-out NLL for each S if logged."""
+    """Draw out_dir/metrics.jsonl into out_dir/loss.png: training loss, held-out NLL of each S if logged."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,9 +27,8 @@ def plot_loss(out_dir: str | Path) -> Path:
     axes.plot(*zip(*training, strict=True), color="0.8", linewidth=0.8, label="training loss, one step")
     axes.plot(*zip(*_averages(training), strict=True), color="C0", label="training loss, averaged")
     for color, (num_loops, points) in enumerate(_held_out(records).items(), start=1):
-        axes.plot(
-            *zip(*points, strict=True), color=f"C{color}", marker=".", label=f"held out, S = {num_loops}"
-        )
+        label = f"held out, S = {num_loops}"
+        axes.plot(*zip(*points, strict=True), color=f"C{color}", marker=".", label=label)
     axes.set(xlabel="optimizer step", ylabel="nats per token")
     axes.set_ylim(bottom=0, top=1.15 * max(loss for _, loss in _averages(training)))
     axes.legend()

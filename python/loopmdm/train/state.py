@@ -105,9 +105,8 @@ def read_state(path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Op
         for name, parameter in zip(ema.names, ema.parameters, strict=True):
             expected |= {f"{moment}.{name}": tuple(parameter.shape) for moment in _MOMENTS}
     with safe_open(path, framework="pt") as file:
-        _check_names_and_shapes(
-            path, expected, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
-        )
+        names = file.keys()
+        _check_names_and_shapes(path, expected, {k: tuple(file.get_slice(k).get_shape()) for k in names})
         with torch.no_grad():
             for name, value in current.items():
                 value.copy_(file.get_tensor(name))
