@@ -13,17 +13,17 @@ class Batch(NamedTuple):
     """Sequences to train or evaluate on."""
 
     input_ids: Tensor  # [B, L] int64
-    attention_mask: Tensor | None = None  # [B, L]: 1 or True = real token; None: all real
-    prompt_mask: Tensor | None = (
-        None  # [B, L] bool: True = given, never masked, not counted; None: nothing given
-    )
+    attention_mask: Tensor | None = None  # [B, L], 1 or True = real token; None: all real
+    prompt_mask: Tensor | None = None  # [B, L] bool, True = given, never masked, not counted; None: none
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        masks = [
-            None if mask is None else mask.to(device) for mask in (self.attention_mask, self.prompt_mask)
-        ]
-        return Batch(self.input_ids.to(device), *masks)
+        attention_mask, prompt_mask = self.attention_mask, self.prompt_mask
+        return Batch(
+            self.input_ids.to(device),
+            None if attention_mask is None else attention_mask.to(device),
+            None if prompt_mask is None else prompt_mask.to(device),
+        )
 
 
 # (step, micro_step, rank, world_size, batch_size) -> Batch. Pure, so that a resumed run sees the same data.

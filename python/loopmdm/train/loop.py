@@ -182,10 +182,8 @@ class Trainer:
         with staged(self.out_dir) as folder:
             (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         log = MetricsLog(self.out_dir / METRICS_FILE)
-        with (
-            contextlib.closing(log),
-            Progress(self.config.steps, self.counters.step, self._show_progress) as progress,
-        ):
+        progress = Progress(self.config.steps, self.counters.step, self._show_progress)
+        with contextlib.closing(log), progress:
             return self._run(log, progress)
 
     def _run(self, log: MetricsLog | None, progress: Progress | None) -> Counters:
@@ -241,13 +239,9 @@ class Trainer:
                 )
                 loss, nll_sum, num_tokens = self._loss(batch.to(self.device), num_loops, seed)
                 (loss / config.accumulation).backward()
-            figures[:3] += torch.stack(
-                [loss.detach().double(), nll_sum.detach().double(), num_tokens.double()]
-            )
-            batch_size, length = batch.input_ids.shape
-            self.counters.flops += (
-                self.world_size * batch_size * flops.training_flops(dims, length, num_loops)
-            )
+            figures[:3] += torch.stack([v.detach().double() for v in (loss, nll_sum, num_tokens)])
+            sequences = self.world_size * batch_size
+            self.counters.flops += sequences * flops.training_flops(dims, length, num_loops)
         figures[3] = float(self._stop_requested)
         if self.distributed:
             dist.all_reduce(figures)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from loopmdm.checkpoint import check_same
 from loopmdm.train.ema import EMA
 
 STATE_FILE = "training_state.safetensors"
@@ -50,8 +51,7 @@ def staged(folder: Path) -> Iterator[Path]:
         _sync(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            getattr(error, "errno", None) or 0,
-            f"cannot write a checkpoint in {folder}, the previous one is intact: {error}",
+            f"cannot write a checkpoint in {folder}, the previous one is intact: {error}"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -106,7 +106,8 @@ def read_state(path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Op
             expected |= {f"{moment}.{name}": tuple(parameter.shape) for moment in _MOMENTS}
     with safe_open(path, framework="pt") as file:
         names = file.keys()
-        _check_names_and_shapes(path, expected, {k: tuple(file.get_slice(k).get_shape()) for k in names})
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        check_same(expected, found, str(path))
         with torch.no_grad():
             for name, value in current.items():
                 value.copy_(file.get_tensor(name))
@@ -117,19 +118,3 @@ def read_state(path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Op
                 states[index]["step"] = torch.tensor(float(adam_steps))
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     ema.updates = int(metadata["ema_updates"])
-
-
-def _check_names_and_shapes(
-    path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
-) -> None:
-    if expected == found:
-        return
-    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
-    problems += [f"unknown {name}" for name in found.keys() - expected.keys()]
-    problems += [
-        f"{name} is {list(found[name])}, the model has {list(expected[name])}"
-        for name in expected.keys() & found.keys()
-        if expected[name] != found[name]
-    ]
-    shown = "; ".join(sorted(problems)[:8])
-    raise ValueError(f"{path} does not fit this model ({len(problems)} differences): {shown}")
