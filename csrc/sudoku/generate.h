@@ -9,9 +9,9 @@ namespace loopmdm::sudoku {
 enum class Split { kAny = -1, kTrain = 0, kTest = 1 };
 
 struct PuzzleLaw {
-    int fewest, most;  // the number of clues is aimed uniformly at [fewest, most]; both `cells`: full grids
-    bool minimal;      // dig until no clue can go, whatever their number
-    Split split;
+  int fewest, most;  // the number of clues is aimed uniformly at [fewest, most]; both `cells`: full grids
+  bool minimal;      // dig until no clue can go, whatever their number
+  Split split;
 };
 
 // A random full grid.

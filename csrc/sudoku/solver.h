@@ -14,13 +14,13 @@ bool naked_singles(Board& board);
 bool propagate(Board& board);
 
 struct Search {
-    int limit = 2;              // stop after this many solutions
-    Random* random = nullptr;   // try digits in random order; nullptr: ascending
-    int count = 0;              // solutions found
-    int64_t branches = 0;       // nodes at which a digit had to be guessed
-    uint8_t solution[kMaxCells];  // the first one found
+  int limit = 2;                // stop after this many solutions
+  Random* random = nullptr;     // try digits in random order; nullptr: ascending
+  int count = 0;                // solutions found
+  int64_t branches = 0;         // nodes at which a digit had to be guessed
+  uint8_t solution[kMaxCells];  // the first one found
 
-    void run(Board board);
+  void run(Board board);
 };
 
 // 0: naked singles alone solve it; 1: hidden singles as well; otherwise 2 + log2(b), b being the

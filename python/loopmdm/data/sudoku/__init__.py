@@ -11,7 +11,7 @@ from loopmdm.data.sudoku.boards import (
     is_valid_solution,
     spec,
 )
-from loopmdm.data.sudoku.files import PuzzleFile, read_puzzles, write_puzzles
+from loopmdm.data.sudoku.files import PuzzleFile, encode_boards, read_puzzles, write_puzzles
 from loopmdm.data.sudoku.puzzles import (
     Puzzles,
     count_solutions,
@@ -31,6 +31,7 @@ __all__ = [
     "SudokuData",
     "SudokuSpec",
     "count_solutions",
+    "encode_boards",
     "format_board",
     "generate",
     "grid_ids",

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from loopmdm import _sudoku
-from loopmdm.data.sudoku.boards import Cells, SudokuSpec, as_seed
-from loopmdm.data.sudoku.puzzles import generate_cells
+from loopmdm.data.sudoku.boards import Cells, SudokuSpec
+from loopmdm.data.sudoku.puzzles import as_seed, generate_cells
 
 
 class SudokuData:
     """Endless training batches of the train split.
 
     clues "full": fresh random full grids without a prompt. (lo, hi), or None for minimal puzzles: a pool of
-    `pool_size` puzzles with one solution each, made here (seconds), from which each batch element draws one and
-    takes a random image under relabelling, row, column, band and stack moves and (square boxes) transposition.
+    `pool_size` puzzles with one solution each, made here (seconds), from which each batch element draws one
+    and takes a random image under relabelling, row, column, band and stack moves and (square boxes)
+    transposition.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class SudokuData:
         if size < 1:
             raise ValueError(f"batch_size must be at least 1, got {size}")
         numbers = [as_seed(step, "step"), as_seed(micro_step, "micro_step"), as_seed(rank, "rank")]
-        seed = batch_seed(self.seed, *numbers)
+        seed = _batch_seed(self.seed, *numbers)
         if self._pool is None:
             full = (self.spec.cells, self.spec.cells)
             solutions, _ = generate_cells(
@@ -67,7 +68,7 @@ class SudokuData:
         return torch.from_numpy(solutions).long() - 1, torch.from_numpy(prompt)
 
 
-def batch_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+def _batch_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     """A 63-bit seed for one batch; SeedSequence's hash is fixed across numpy versions."""
     words = [
         part for number in (seed, step, micro_step, rank) for part in (number & 0xFFFFFFFF, number >> 32)
@@ -79,7 +80,8 @@ def grid_positions(spec: SudokuSpec, hidden_size: int, seed: int, *, scale: floa
     """A start for a learned position table, float32 [cells, hidden_size].
 
     Each cell gets the sum of a vector of its row, of its column and of its box, all normal with standard
-    deviation scale / sqrt(3), so that entries have standard deviation `scale` and cells of one unit are close.
+    deviation scale / sqrt(3), so that entries have standard deviation `scale` and cells of one unit are
+    close.
     """
     generator = torch.Generator().manual_seed(as_seed(seed))
     vectors = torch.randn(3, spec.size, hidden_size, generator=generator) * (scale / 3**0.5)

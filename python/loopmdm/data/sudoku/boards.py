@@ -1,13 +1,13 @@
 """The grid: its sizes, its units, and what makes a board right.
 
-Cells are uint8 arrays [..., cells], row-major: 0 a blank, 1..n a digit. Token ids are digit - 1, and n the mask.
+Cells are uint8 arrays [..., cells], row-major: 0 a blank, 1..n a digit. Token ids are digit - 1, and n
+the mask.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +17,7 @@ Cells = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class SudokuSpec:
-    """Boxes of `box_rows` x `box_cols` cells; the board has n = box_rows * box_cols rows, columns and boxes."""
+    """Boxes of `box_rows` x `box_cols` cells; n = box_rows * box_cols rows, columns and boxes."""
 
     box_rows: int
     box_cols: int
@@ -95,8 +95,7 @@ def check_cells(board: SudokuSpec, cells: ArrayLike, name: str, *, blanks: bool 
 
 def has_contradiction(board: SudokuSpec, cells: ArrayLike) -> NDArray[np.bool_]:
     """Whether a row, column or box holds a digit twice, [...] for cells [..., cells]. Blanks are free."""
-    digits = check_cells(board, cells, "cells")[..., units(board)]
-    ordered = np.sort(digits, axis=-1)
+    ordered = np.sort(check_cells(board, cells, "cells")[..., units(board)], axis=-1)
     repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != 0)
     return np.asarray(repeated.any(axis=(-1, -2)))
 
@@ -123,8 +122,8 @@ def format_board(
 ) -> str:
     """One board [cells] as lines of text with box borders and "." for blanks.
 
-    With `color`, ANSI codes set clues in bold, filled-in digits in green, and those that clash with another digit
-    or with their clue in red.
+    With `color`, ANSI codes set clues in bold, filled-in digits in green, and those that clash with another
+    digit or with their clue in red.
     """
     board = check_cells(spec, cells, "cells")
     if board.ndim != 1:
@@ -154,10 +153,3 @@ def _clashes(board: SudokuSpec, cells: Cells) -> NDArray[np.bool_]:
         counts = np.bincount(cells[unit], minlength=board.size + 1)
         clashes[unit] |= (counts[cells[unit]] > 1) & (cells[unit] != 0)
     return clashes
-
-
-def as_seed(value: Any, name: str = "seed") -> int:
-    """`value` as an int in 0..2^63-1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= int(value) < 2**63:
-        raise ValueError(f"{name} must be an integer in 0..2^63-1, got {value!r}")
-    return int(value)

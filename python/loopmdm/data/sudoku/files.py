@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ _SOLUTION_COLUMNS = ("solution", "solutions", "answer")
 
 
 class PuzzleFile(NamedTuple):
-    """spec; clues uint8 [N, cells]; solutions likewise or None if the file has none; line numbers int64 [N]."""
+    """clues and solutions uint8 [N, cells] (None if the file has none), line numbers int64 [N]."""
 
     spec: SudokuSpec
     clues: Cells
@@ -39,11 +38,11 @@ class PuzzleFile(NamedTuple):
 def read_puzzles(path: str | os.PathLike[str], spec: SudokuSpec | None = None) -> PuzzleFile:
     """Reads a puzzle file; blank lines and lines that start with "#" are skipped.
 
-    A line is a board, row-major, with digits and any of `. 0 _ *` for a blank; or comma-separated fields, of which
-    a header may name the columns (puzzle or quizzes, solution or solutions), else puzzle then solution.
+    A line is a board, row-major, with digits and any of `. 0 _ *` for a blank; or comma-separated fields, of
+    which a header may name the columns (puzzle or quizzes, solution or solutions), else puzzle then solution.
     spec: the size expected; None takes it from the first board. Raises ValueError with the line number on a
-    wrong length, a character outside the alphabet, clues that contradict each other, and solutions that are not
-    complete or do not fit.
+    wrong length, a character outside the alphabet, clues that contradict each other, and solutions that are
+    not complete or do not fit.
     """
     puzzles: list[str] = []
     solutions: list[str] = []
@@ -60,8 +59,9 @@ def read_puzzles(path: str | os.PathLike[str], spec: SudokuSpec | None = None) -
                 if columns is not None:
                     continue
                 columns = (0, 1 if len(fields) > 1 else None)
-            if max(columns[0], columns[1] or 0) >= len(fields):
-                raise ValueError(f"{path}, line {number}: {len(fields)} fields, expected more")
+            needed = 1 + max(columns[0], columns[1] or 0)
+            if len(fields) < needed:
+                raise ValueError(f"{path}, line {number}: {len(fields)} fields, expected at least {needed}")
             puzzles.append(fields[columns[0]])
             numbers.append(number)
             if columns[1] is not None:
@@ -98,15 +98,15 @@ def write_puzzles(
             raise ValueError(f"solutions has {len(answers)} boards, clues has {len(rows)}")
         rows = ["puzzle,solution", *(f"{row},{answer}" for row, answer in zip(rows, answers, strict=True))]
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="ascii", newline="\n") as file:
+        with open(temporary, "w", encoding="ascii", newline="\n") as file:
             file.writelines(f"{row}\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -117,14 +117,6 @@ def encode_boards(spec: SudokuSpec, cells: ArrayLike, name: str = "cells") -> li
         raise ValueError(f"{name} must have shape [N, {spec.cells}], got {list(array.shape)}")
     text = np.where(array == 0, ord("."), array + ord("0")).astype(np.uint8).tobytes().decode("ascii")
     return [text[start : start + spec.cells] for start in range(0, len(text), spec.cells)]
-
-
-def decode_board(text: str, spec: SudokuSpec | None = None) -> tuple[SudokuSpec, Cells]:
-    """One board from its string: (spec, cells uint8 [cells])."""
-    stripped = text.strip()
-    if spec is None:
-        spec = _spec_of_length("board", 1, stripped)
-    return spec, _parse("board", spec, np.ones(1, dtype=np.int64), [stripped], "puzzle")[0]
 
 
 def _header(fields: list[str]) -> tuple[int, int | None] | None:
@@ -149,7 +141,7 @@ def _parse(
     for number, text in zip(lines, boards, strict=True):
         if len(text) != spec.cells:
             raise ValueError(
-                f"{path}, line {number}: the {what} has {len(text)} characters, a {spec} board has {spec.cells}"
+                f"{path}, line {number}: the {what} has {len(text)} characters, {spec} needs {spec.cells}"
             )
     codes = np.frombuffer("".join(boards).encode("latin-1", "replace"), dtype=np.uint8)
     table = np.full(256, 255, dtype=np.uint8)
@@ -158,16 +150,15 @@ def _parse(
     cells: Cells = table[codes].reshape(len(boards), spec.cells)
     for index, position in np.argwhere(cells == 255)[:1]:
         raise ValueError(
-            f"{path}, line {lines[index]}: {boards[index][position]!r} at character {position + 1} of the {what}; "
-            f"accepted are 1..{spec.size} and {' '.join(BLANKS)} for a blank"
+            f"{path}, line {lines[index]}: {boards[index][position]!r} at character {position + 1} of the "
+            f"{what}; accepted are 1..{spec.size} and {' '.join(BLANKS)} for a blank"
         )
     return cells
 
 
 def _describe_clash(spec: SudokuSpec, cells: Cells) -> str:
-    for index, unit in enumerate(units(spec)):
-        digits, counts = np.unique(cells[unit][cells[unit] != 0], return_counts=True)
-        if (counts > 1).any():
-            kind = ("row", "column", "box")[index // spec.size]
-            return f"the clues contradict each other: {digits[counts > 1][0]} twice in {kind} {index % spec.size + 1}"
-    return "the clues do not contradict each other"
+    digits = cells[units(spec)]
+    counts = (digits[:, :, None] == np.arange(1, spec.size + 1)).sum(axis=1)
+    unit, digit = np.argwhere(counts > 1)[0]
+    kind = ("row", "column", "box")[unit // spec.size]
+    return f"the clues contradict each other: {digit + 1} twice in {kind} {unit % spec.size + 1}"

@@ -4,23 +4,23 @@ A puzzle's split depends on its solution alone, so no puzzle of a test grid can 
 
 - 9x9: on a 64-bit fingerprint that all 2 * 6^8 * 9! images of a grid under relabelling, row and column moves
   and transposition share. No image of a test grid is ever in the train split.
-- 6x6 and 4x4: on a hash of the exact grid. The 28,200,960 grids of 6x6 fall in a few dozen classes only, so there
-  every class is in both splits and only exact grids are held out.
+- 6x6 and 4x4: on a hash of the exact grid. The 28,200,960 grids of 6x6 fall in a few dozen classes only, so
+  there every class is in both splits and only exact grids are held out.
 
 One id in 16 is test.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from loopmdm import _sudoku
-from loopmdm.data.sudoku.boards import Cells, SudokuSpec, as_seed, check_cells
+from loopmdm.data.sudoku.boards import Cells, SudokuSpec, check_cells
 
-SPLITS = {None: -1, "train": 0, "test": 1}
+_SPLITS = {None: -1, "train": 0, "test": 1}
 _CHUNK = 4096  # puzzles per call of the generator, so that Ctrl-C works between calls
 
 
@@ -46,9 +46,9 @@ def generate(
 
     Puzzle i depends on (seed, i) and the other settings, never on `num` or `threads`.
 
-    clues: (lo, hi), the number of clues aimed uniformly at lo..hi and never above hi; None for minimal puzzles
-    (no clue can go), about 24.4 clues at 9x9 and 10.1 at 6x6. (cells, cells) gives full grids. Below about 22
-    clues at 9x9 a puzzle takes many tries (20 is about the least within reach).
+    clues: (lo, hi), the number of clues aimed uniformly at lo..hi and never above hi; None for minimal
+    puzzles (no clue can go), about 24.4 clues at 9x9 and 10.1 at 6x6. (cells, cells) gives full grids. Below
+    about 22 clues at 9x9 a puzzle takes many tries (20 is about the least within reach).
     split: "train", "test", or None for both.
     """
     solutions, given = generate_cells(spec, num, seed=seed, clues=clues, split=split, threads=threads)
@@ -69,13 +69,9 @@ def generate_cells(
     """The solutions and the clues of `generate`, without difficulty and ids."""
     if num < 0:
         raise ValueError(f"num must be at least 0, got {num}")
-    if split not in SPLITS:
+    if split not in _SPLITS:
         raise ValueError(f'split must be "train", "test" or None, got {split!r}')
-    fewest, most = (0, 0) if clues is None else clues
-    if clues is not None and not spec.min_clues <= most <= spec.cells:
-        raise ValueError(f"clues: hi must be in {spec.min_clues}..{spec.cells} for {spec}, got {clues}")
-    if not 0 <= fewest <= most:
-        raise ValueError(f"clues must be (lo, hi) with 0 <= lo <= hi, got {clues}")
+    fewest, most = _clue_range(spec, clues)
     solutions = np.empty((num, spec.cells), dtype=np.uint8)
     given = np.empty_like(solutions)
     for first in range(0, num, _CHUNK):
@@ -89,7 +85,7 @@ def generate_cells(
             fewest=fewest,
             most=most,
             minimal=clues is None,
-            split=SPLITS[split],
+            split=_SPLITS[split],
             threads=_threads(threads),
         )
     return solutions, given
@@ -112,10 +108,10 @@ def count_solutions(
 def rate(spec: SudokuSpec, clues: ArrayLike, *, threads: int = 1) -> NDArray[np.float32]:
     """The difficulty of each puzzle [N, cells], float32 [N].
 
-    0: cells with one candidate left, filled again and again, solve it (naked singles). 1: so do digits with one
-    place left in a row, column or box (hidden singles). 2 + log2(b): a search is needed, b being the nodes at which
-    the full search (fewest candidates first, singles between) guesses, proof of uniqueness included. inf: two
-    clues contradict each other.
+    0: cells with one candidate left, filled again and again, solve it (naked singles). 1: digits with one
+    place left in a row, column or box are needed too (hidden singles). 2 + log2(b): a search is needed, b
+    being the nodes at which the full search (fewest candidates first, singles between) guesses, proof of
+    uniqueness included. inf: two clues contradict each other.
     """
     return _sudoku.difficulty(spec.box_rows, spec.box_cols, _boards(spec, clues), threads=_threads(threads))
 
@@ -129,6 +125,20 @@ def grid_ids(spec: SudokuSpec, solutions: ArrayLike, *, threads: int = 1) -> NDA
 def in_test_split(ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Which ids [N] belong to the test split."""
     return _sudoku.in_test_split(np.ascontiguousarray(ids, dtype=np.uint64))
+
+
+def _clue_range(spec: SudokuSpec, clues: tuple[int, int] | None) -> tuple[int, int]:
+    if clues is None:
+        return 0, 0
+    if not isinstance(clues, (tuple, list)) or len(clues) != 2:
+        raise TypeError(f"clues must be (lo, hi) or None for minimal puzzles, got {clues!r}")
+    fewest, most = clues
+    if not 0 <= fewest <= most <= spec.cells or most < spec.min_clues:
+        raise ValueError(
+            f"clues must be (lo, hi) with 0 <= lo <= hi and hi in {spec.min_clues}..{spec.cells} for {spec}, "
+            f"got {clues!r}"
+        )
+    return fewest, most
 
 
 def _search(spec: SudokuSpec, clues: ArrayLike, limit: int, threads: int) -> tuple[Cells, NDArray[np.int32]]:
@@ -147,3 +157,10 @@ def _threads(threads: int) -> int:
     if not 1 <= threads <= 1024:
         raise ValueError(f"threads must be in 1..1024, got {threads}")
     return threads
+
+
+def as_seed(value: Any, name: str = "seed") -> int:
+    """`value` as an int in 0..2^63-1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= int(value) < 2**63:
+        raise ValueError(f"{name} must be an integer in 0..2^63-1, got {value!r}")
+    return int(value)
