@@ -1,0 +1,222 @@
+"""Checkpoints on disk: a folder with config.json and model.safetensors, written whole or not at all.
+
+`fill` is the one place where tensors of any file enter a model: names, shapes and values are checked there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loopmdm.config import LoopMDMConfig
+
+if TYPE_CHECKING:
+    from loopmdm.model import LoopMDM
+
+    Model = TypeVar("Model", bound=LoopMDM)
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+MODEL_TYPE = "loopmdm"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHOWN_DIFFERENCES = 20
+
+
+def save_pretrained(model: LoopMDM, path: str | os.PathLike[str]) -> None:
+    """Write `model` into the folder `path` (made if missing); existing files are replaced whole or kept.
+
+    Raises:
+        OSError: the files cannot be written (full disk, permissions); no partial file is left.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"path: got the file {folder}, expected a folder")
+    config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_files(
+        {
+            folder / WEIGHTS_FILE: lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}),
+            folder / CONFIG_FILE: lambda temporary: _write_text(
+                temporary, json.dumps(config, indent=2) + "\n"
+            ),
+        }
+    )
+
+
+def load_pretrained(
+    cls: type[Model],
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    **config_overrides: Any,
+) -> Model:
+    """Load what `save_pretrained` wrote, on the CPU, in eval mode.
+
+    Half-precision files are widened to fp32; float64 stays float64.
+
+    Args:
+        cls: the model class, called with a `LoopMDMConfig`.
+        path_or_hub_id: a local folder, or "owner/name" on the Hugging Face hub.
+        revision: branch, tag or commit on the hub.
+        config_overrides: replace fields of the stored configuration (such as `max_loops`, `dropout`).
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: damaged or foreign files, unknown fields, tensors that do not fit, NaN or infinity.
+    """
+    config_path = locate(path_or_hub_id, CONFIG_FILE, revision)
+    fields = read_json(config_path)
+    model_type = fields.pop("model_type", MODEL_TYPE)
+    if model_type != MODEL_TYPE:
+        raise ValueError(
+            f"{config_path}: model_type is {model_type!r}, expected {MODEL_TYPE!r}; "
+            "MDLM checkpoints are read by LoopMDM.from_mdlm"
+        )
+    try:
+        config = LoopMDMConfig.from_dict({**fields, **config_overrides})
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{config_path}: {error}") from error
+    weights_path = locate(path_or_hub_id, WEIGHTS_FILE, revision)
+    tensors = read_safetensors(weights_path)
+    if config.num_layers > len(tensors):
+        raise ValueError(
+            f"{config_path}: num_layers is {config.num_layers}, but {WEIGHTS_FILE} holds {len(tensors)} tensors"
+        )
+    with torch.device("meta"):
+        model = cls(config)
+    fill(model, tensors, str(weights_path))
+    return model.eval()
+
+
+def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Give `model` (which may be on the meta device) copies of `tensors`, if names and shapes fit exactly.
+
+    Raises:
+        ValueError: with a table of the differences, or the name of a tensor that is not finite.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_same(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
+    double = all(tensor.dtype == torch.float64 for tensor in tensors.values())
+    dtype = torch.float64 if double else torch.float32
+    copies = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{source}: tensor {name} has dtype {tensor.dtype}, expected a floating-point dtype"
+            )
+        copies[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        if not torch.isfinite(copies[name]).all():
+            count = int((~torch.isfinite(copies[name])).sum())
+            raise ValueError(f"{source}: tensor {name} holds {count} values that are NaN or infinite")
+    model.load_state_dict(copies, strict=True, assign=True)
+
+
+def check_same(
+    expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Raise a `ValueError` that lists names and shapes in which `got` differs from `expected`."""
+    rows = []
+    for name in [*expected, *(name for name in got if name not in expected)]:
+        if name not in got:
+            rows.append((name, str(list(expected[name])), "missing"))
+        elif name not in expected:
+            rows.append((name, "no such tensor", str(list(got[name]))))
+        elif expected[name] != got[name]:
+            rows.append((name, str(list(expected[name])), str(list(got[name]))))
+    if not rows:
+        return
+    shown = [("tensor", "expected", "in the file"), *rows[:_SHOWN_DIFFERENCES]]
+    widths = [max(len(row[column]) for row in shown) for column in range(2)]
+    lines = [f"  {name:<{widths[0]}}  {want:<{widths[1]}}  {have}" for name, want, have in shown]
+    if len(rows) > _SHOWN_DIFFERENCES:
+        lines.append(f"  ... and {len(rows) - _SHOWN_DIFFERENCES} more")
+    raise ValueError(
+        f"{source}: {len(rows)} of {len(expected)} tensors do not fit the model\n" + "\n".join(lines)
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, mapped from the file: read only when used."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def locate(path_or_hub_id: str | os.PathLike[str], name: str, revision: str | None = None) -> Path:
+    """The local path of file `name` of a checkpoint folder, downloaded from the hub if it is not local."""
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}; a checkpoint folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            )
+        return folder / name
+    if folder.exists() or not _HUB_ID.fullmatch(str(path_or_hub_id)):
+        raise FileNotFoundError(
+            f"path_or_hub_id: got {str(path_or_hub_id)!r}, "
+            "expected a checkpoint folder or a hub id such as 'owner/name'"
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ImportError(
+            f"{path_or_hub_id!r} is not a local folder, and loading it from the hub needs huggingface_hub: "
+            "pip install 'loopmdm-kernels[hf]'"
+        ) from error
+    try:
+        return Path(hf_hub_download(str(path_or_hub_id), name, revision=revision))
+    except (OSError, ValueError) as error:  # the hub client's errors derive from these
+        raise FileNotFoundError(
+            f"{path_or_hub_id!r} is not a local folder, and {name} could not be fetched from the hub: {error}"
+        ) from error
+
+
+def write_files(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Write files so that each is replaced whole or not at all, all of them only if every writer succeeds.
+
+    A writer gets the path of a temporary file next to its target.
+    """
+    staged: list[tuple[Path, Path]] = []
+    target = next(iter(writers))
+    try:
+        for target, write in writers.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+            staged.append((temporary, target))
+            write(temporary)
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+        for temporary, target in staged:
+            os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        raise OSError(number, f"cannot write {target}: {error}; no partial file is left") from error
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

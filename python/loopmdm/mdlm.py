@@ -1,0 +1,299 @@
+"""MDLM's own names over LoopMDM: its constructor and forward, its hub form, and loading its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+import loopmdm_kernels as lk
+from loopmdm import checkpoint, mdlm_weights
+from loopmdm.config import LoopMDMConfig
+from loopmdm.mdlm_weights import MDLMWeights
+from loopmdm.model import ROTARY_BASE, LoopMDM
+from loopmdm.patching import patch, unpatch
+
+__all__ = ["DIT", "MDLM", "MaskedLMOutput", "convert_checkpoint", "from_mdlm", "patch", "unpatch"]
+
+Model = TypeVar("Model", bound=LoopMDM)
+
+# Mask ids of the published vocabularies (GPT-2 + mask, BERT uncased, text8); elsewhere it is the last id.
+_MASK_IDS = {50258: 50257, 30522: 103, 35: 4}
+_UNLIMITED = 2**31 - 1
+_MISSING = object()
+
+
+class DIT(LoopMDM):
+    """Takes the place of the reference's `models.dit.DIT`: same constructor, parameters and forward.
+
+    Args:
+        config: the reference's configuration (attributes or nested dicts): `model.hidden_size`, `cond_dim`,
+            `n_blocks`, `n_heads`, `dropout`, and `length` if lengths beyond it shall be refused. Looping is
+            asked for by `model.loop_start`, `loop_end`, `num_loops`; without them S = 1, the reference.
+            A `LoopMDMConfig` is taken as it is.
+        vocab_size: V, mask token included.
+
+    `num_loops` is S of every call, in training too. Like the reference, it always feeds `sigma` to the
+    network (callers pass zeros where a model is not conditioned on time), and runs its blocks and head in
+    bf16 on a CUDA device, in the parameters' precision on a CPU.
+    """
+
+    def __init__(self, config: Any, vocab_size: int | None = None) -> None:
+        if not isinstance(config, LoopMDMConfig):
+            if vocab_size is None:
+                raise TypeError("vocab_size: missing; expected the number of tokens, mask included")
+            config = _config_of_reference(config, vocab_size)
+        elif vocab_size not in (None, config.vocab_size):
+            raise ValueError(f"vocab_size: got {vocab_size}, but the configuration has {config.vocab_size}")
+        if config.positions != "rotary":
+            raise ValueError(
+                f"config: positions is {config.positions!r}, the reference has rotary positions only"
+            )
+        super().__init__(config)
+        self.num_loops = config.max_loops
+
+    def default_loops(self) -> int:
+        loops: int = self.num_loops
+        return loops
+
+    def forward(self, indices: Tensor, sigma: Tensor) -> Tensor:  # type: ignore[override]
+        """Logits [B, L, V] of tokens `indices` [B, L] int64 at noise levels `sigma` [B]."""
+        with _reference_autocast(indices.device):
+            return super().forward(indices, sigma)
+
+    def forward_with_states(self, indices: Tensor, sigma: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the residual stream [B, L, D] after the embedding and after each block.
+
+        A looped block reports the state after its last application.
+        """
+        self._check_input(indices, sigma, None)
+        cfg = self.config
+        loop = range(cfg.loop_start, cfg.loop_end)
+        order = [*range(cfg.loop_start), *[i for _ in range(self.num_loops) for i in loop]]
+        order += range(cfg.loop_end, cfg.num_layers)
+        dropout = cfg.dropout if self.training else 0.0
+        with _reference_autocast(indices.device):
+            condition = self._condition(sigma)
+            rotary = self.rotary_emb(indices.shape[1])
+            x = self.vocab_embed.embedding[indices]
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            states = [x] * (cfg.num_layers + 1)
+            for i in order:
+                block: Any = self.blocks[i]
+                x = lk.looped_blocks(
+                    x,
+                    [block.weights()],
+                    block.adaLN_modulation(condition).unflatten(-1, (6, cfg.hidden_size))[None],
+                    1,
+                    num_heads=cfg.num_heads,
+                    rotary=rotary,
+                    compute_dtype=self.compute_dtype,
+                    dropout=dropout,
+                    dropout_seed=int(torch.randint(2**62, ())) if dropout else 0,
+                )
+                states[i + 1] = x
+            return lk.head_logits(x, self.head(sigma), compute_dtype=self.compute_dtype), states
+
+
+class MaskedLMOutput(NamedTuple):
+    logits: Tensor  # [B, L, V]
+    hidden_states: list[Tensor] | None = None  # num_layers + 1 of [B, L, D]
+
+
+class MDLM(torch.nn.Module):
+    """The form of the reference on the Hugging Face hub, without transformers: a DIT under `backbone`.
+
+    Args:
+        config: fields of the hub's config.json (attributes or a dict): `vocab_size`, `model_length`,
+            `hidden_dim`, `cond_dim`, `n_blocks`, `n_heads`, `dropout`, `time_conditioning`, `return_dict`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        names = ("cond_dim", "n_blocks", "n_heads", "dropout", "loop_start", "loop_end", "num_loops")
+        model = {name: _get(config, name, None) for name in names}
+        model |= {"hidden_size": _get(config, "hidden_dim"), "length": _get(config, "model_length", None)}
+        model = {name: value for name, value in model.items() if value is not None}
+        self.backbone = DIT({"model": model}, _get(config, "vocab_size"))
+        self.time_conditioning = bool(_get(config, "time_conditioning", False))
+        self.return_dict = bool(_get(config, "return_dict", False))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        timesteps: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | MaskedLMOutput:
+        """Logits; (logits, hidden states) if those are asked for; `MaskedLMOutput` if `return_dict`."""
+        if timesteps is None or not self.time_conditioning:
+            timesteps = torch.zeros(input_ids.shape[0], device=input_ids.device)
+        states: list[Tensor] | None = None
+        if output_hidden_states:
+            logits, states = self.backbone.forward_with_states(input_ids, timesteps)
+        else:
+            logits = self.backbone(input_ids, timesteps)
+        if self.return_dict if return_dict is None else return_dict:
+            return MaskedLMOutput(logits, states)
+        return logits if states is None else (logits, states)
+
+
+def from_mdlm(
+    cls: type[Model],
+    path_or_module: Any,
+    *,
+    loop: tuple[int, int] = (1, 3),
+    ema: bool = True,
+    max_loops: int = 12,
+    mask_token_id: int | None = None,
+    num_heads: int | None = None,
+    **overrides: Any,
+) -> Model:
+    """Load a reference (MDLM) checkpoint unchanged, on the CPU, in eval mode.
+
+    Args:
+        cls: the model class, called with a `LoopMDMConfig`.
+        path_or_module: a Lightning .ckpt; a state dict in a torch file (.pt, .pth, .bin), a safetensors file
+            or a folder of one; a hub id "owner/name"; a dict; or a module (the DIT or a wrapper of it).
+            Keys may have any of the prefixes `backbone.`, `module.`, `_orig_mod.`.
+        loop: half-open range of the blocks to loop, zero-based.
+        ema: take the averaged weights where the source keeps them. A Lightning checkpoint without them is an
+            error, since published figures use them; other sources hold one set of weights only.
+        max_loops: default S of evaluation, largest S of training.
+        mask_token_id: None: 50257 (V = 50258), 103 (V = 30522, BERT), 4 (V = 35, text8), else V - 1.
+        num_heads: None: from the length of `rotary_emb.inv_freq`.
+        overrides: other fields of `LoopMDMConfig`, such as `max_length`, `dropout`, `time_conditioning`.
+            Where not given they come from the configuration stored beside the weights, else the defaults.
+
+    Raises:
+        FileNotFoundError: no such file, folder or hub id.
+        UnsafePickleError: the file is a pickle that names something outside the allow-list.
+        ValueError: damaged or foreign files, tensors that do not fit (listed), NaN or infinity.
+    """
+    weights = mdlm_weights.read_weights(path_or_module, ema=ema)
+    config = _config_of_weights(
+        weights,
+        num_heads,
+        mask_token_id,
+        {"loop_start": loop[0], "loop_end": loop[1], "max_loops": max_loops, **overrides},
+    )
+    with torch.device("meta"):
+        model = cls(config)
+    checkpoint.fill(model, weights.tensors, weights.source)
+    _check_rotary(model.rotary_emb.inv_freq, weights)
+    return model.eval()
+
+
+def convert_checkpoint(src: Any, dst: str | os.PathLike[str], **options: Any) -> LoopMDMConfig:
+    """Read `src` as `from_mdlm` does, with its options, and write it as a folder for `from_pretrained`."""
+    model = from_mdlm(LoopMDM, src, **options)
+    checkpoint.save_pretrained(model, dst)
+    return model.config
+
+
+def _reference_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if device.type == "cuda":
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _get(node: Any, name: str, default: Any = _MISSING) -> Any:
+    """Field `name` of a dict, an OmegaConf node or an object."""
+    value = node.get(name, _MISSING) if isinstance(node, Mapping) else getattr(node, name, _MISSING)
+    if value is _MISSING or (value is None and default is not _MISSING):
+        value = default
+    if value is _MISSING:
+        raise ValueError(f"config: has no field {name!r}")
+    return value
+
+
+def _config_of_reference(config: Any, vocab_size: int) -> LoopMDMConfig:
+    model = _get(config, "model")
+    num_layers = int(_get(model, "n_blocks"))
+    start, end = (1, 3) if num_layers >= 3 else (0, num_layers)
+    return LoopMDMConfig(
+        vocab_size=vocab_size,
+        mask_token_id=_MASK_IDS.get(vocab_size, vocab_size - 1),
+        hidden_size=int(_get(model, "hidden_size")),
+        num_heads=int(_get(model, "n_heads")),
+        num_layers=num_layers,
+        cond_dim=int(_get(model, "cond_dim")),
+        max_length=int(_get(model, "length", _UNLIMITED)),
+        dropout=float(_get(model, "dropout")),
+        time_conditioning=True,
+        loop_start=int(_get(model, "loop_start", start)),
+        loop_end=int(_get(model, "loop_end", end)),
+        max_loops=int(_get(model, "num_loops", 1)),
+    )
+
+
+def _config_of_weights(
+    weights: MDLMWeights, num_heads: int | None, mask_token_id: int | None, overrides: dict[str, Any]
+) -> LoopMDMConfig:
+    """Dimensions from the shapes, the rest from what the source states, then `overrides`."""
+    vocab_size, hidden_size = _shape(weights, "vocab_embed.embedding", 2)
+    cond_dim = _shape(weights, "sigma_map.mlp.2.weight", 2)[0]
+    mlp_size = _shape(weights, "blocks.0.mlp.0.weight", 2)[0]
+    if hidden_size < 1 or mlp_size % hidden_size:
+        raise ValueError(
+            f"{weights.source}: MLP width {mlp_size} is not a multiple of hidden size {hidden_size}"
+        )
+    head_dim = 2 * _shape(weights, "rotary_emb.inv_freq", 1)[0]
+    stated = {**weights.fields}
+    heads = stated.pop("num_heads", None) if num_heads is None else num_heads
+    inferred = hidden_size // head_dim if head_dim else 0
+    if inferred * head_dim != hidden_size or heads not in (None, inferred):
+        raise ValueError(
+            f"num_heads: got {heads}, but {weights.source} has {head_dim // 2} rotary frequencies: "
+            f"head size {head_dim}, so {hidden_size / max(head_dim, 1):g} heads of hidden size {hidden_size}"
+        )
+    stated.pop("num_heads", None)
+    return LoopMDMConfig.from_dict(
+        {
+            "vocab_size": vocab_size,
+            "mask_token_id": _MASK_IDS.get(vocab_size, vocab_size - 1)
+            if mask_token_id is None
+            else mask_token_id,
+            "hidden_size": hidden_size,
+            "num_heads": inferred,
+            "num_layers": mdlm_weights.count_blocks(weights.tensors),
+            "cond_dim": cond_dim,
+            "mlp_ratio": mlp_size // hidden_size,
+            **stated,
+            **overrides,
+        }
+    )
+
+
+def _shape(weights: MDLMWeights, name: str, ndim: int) -> tuple[int, ...]:
+    tensor = weights.tensors.get(name)
+    if tensor is None:
+        some = ", ".join(list(weights.tensors)[:5])
+        raise ValueError(
+            f"{weights.source}: has no tensor {name}, so it is no MDLM model; its tensors are {some}, ..."
+        )
+    if tensor.ndim != ndim:
+        raise ValueError(
+            f"{weights.source}: {name} has shape {list(tensor.shape)}, expected {ndim} dimensions"
+        )
+    return tuple(tensor.shape)
+
+
+def _check_rotary(inv_freq: Tensor, weights: MDLMWeights) -> None:
+    """The ops take any angles, but another base than the reference's 1e4 points to a foreign model."""
+    count = len(inv_freq)
+    exact = 1.0 / ROTARY_BASE ** (torch.arange(count, dtype=torch.float64) / count)
+    stored = weights.tensors["rotary_emb.inv_freq"].dtype
+    error = float((inv_freq.double() / exact - 1).abs().max())
+    # A module cast to half precision rounds its frequencies; the exact ones are put back.
+    if error > max(torch.finfo(stored).eps, 1e-5):
+        raise ValueError(
+            f"{weights.source}: rotary_emb.inv_freq is {error:.2g} (relative) away from "
+            f"the reference's base {ROTARY_BASE:g}"
+        )
+    if stored in (torch.float16, torch.bfloat16):
+        inv_freq.copy_(exact)

@@ -1,0 +1,180 @@
+"""Weights of the reference model (MDLM's DIT) out of every form in which they are passed around.
+
+Published files differ in container, key prefix and in which weights they hold: a Lightning checkpoint keeps
+the raw ones by name and the averaged ones, which all published figures use, as a list without names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from loopmdm import checkpoint
+from loopmdm.pickles import StoredTensor, lookup
+from loopmdm.torch_files import TorchFile
+
+_PREFIXES = ("backbone.", "module.", "_orig_mod.")
+_TORCH_WEIGHTS = "pytorch_model.bin"
+_BLOCK_PARAMETERS = (
+    "norm1.weight",
+    "attn_qkv.weight",
+    "attn_out.weight",
+    "norm2.weight",
+    "mlp.0.weight",
+    "mlp.0.bias",
+    "mlp.2.weight",
+    "mlp.2.bias",
+    "adaLN_modulation.weight",
+    "adaLN_modulation.bias",
+)
+# Configuration fields, and where a Lightning checkpoint and a hub folder keep them.
+_LIGHTNING_FIELDS = {
+    "max_length": ("model", "length"),
+    "num_heads": ("model", "n_heads"),
+    "dropout": ("model", "dropout"),
+    "time_conditioning": ("time_conditioning",),
+}
+_HUB_FIELDS = {
+    "max_length": "model_length",
+    "num_heads": "n_heads",
+    "dropout": "dropout",
+    "time_conditioning": "time_conditioning",
+}
+
+
+class MDLMWeights(NamedTuple):
+    tensors: dict[str, Tensor]  # under the reference's bare names
+    fields: dict[str, Any]  # configuration that shapes cannot tell, as far as the source states it
+    source: str  # for messages
+
+
+def parameter_names(num_layers: int) -> list[str]:
+    """Names in the order of the reference's `parameters()`, which its list of averaged weights follows."""
+    return [
+        "vocab_embed.embedding",
+        "sigma_map.mlp.0.weight",
+        "sigma_map.mlp.0.bias",
+        "sigma_map.mlp.2.weight",
+        "sigma_map.mlp.2.bias",
+        *(f"blocks.{i}.{name}" for i in range(num_layers) for name in _BLOCK_PARAMETERS),
+        "output_layer.norm_final.weight",
+        "output_layer.linear.weight",
+        "output_layer.linear.bias",
+        "output_layer.adaLN_modulation.weight",
+        "output_layer.adaLN_modulation.bias",
+    ]
+
+
+def count_blocks(names: Mapping[str, Any]) -> int:
+    numbers = [name.split(".")[1] for name in names if name.startswith("blocks.")]
+    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+
+
+def read_weights(source: Any, *, ema: bool = True) -> MDLMWeights:
+    """Read `source`: a file or folder, a hub id, a state dict, a loaded Lightning checkpoint or a module.
+
+    With `ema`, sources that keep averaged weights (Lightning checkpoints and modules) give those.
+    """
+    if isinstance(source, nn.Module):
+        return _from_module(source, ema)
+    if isinstance(source, Mapping):
+        return _from_tree(source, _tensor_itself, ema, "the given dict")
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"path_or_module: got {type(source).__name__}, expected a path, hub id, state dict or module"
+        )
+    path = Path(source)
+    if path.is_file():
+        return _from_file(path, ema)
+    if path.is_dir() and not (path / checkpoint.WEIGHTS_FILE).is_file() and (path / _TORCH_WEIGHTS).is_file():
+        weights = _from_file(path / _TORCH_WEIGHTS, ema)
+    else:
+        weights = _from_file(checkpoint.locate(source, checkpoint.WEIGHTS_FILE), ema)
+    if path.is_dir() and not (path / checkpoint.CONFIG_FILE).is_file():
+        return weights
+    config = checkpoint.read_json(checkpoint.locate(source, checkpoint.CONFIG_FILE))
+    fields = {field: config[key] for field, key in _HUB_FIELDS.items() if config.get(key) is not None}
+    return weights._replace(fields=fields)
+
+
+def _from_file(path: Path, ema: bool) -> MDLMWeights:
+    if path.suffix == ".safetensors":
+        return _from_tree(checkpoint.read_safetensors(path), _tensor_itself, ema, str(path))
+    with contextlib.closing(TorchFile(path)) as file:
+        return _from_tree(file.root, file.tensor, ema, str(path))
+
+
+def _tensor_itself(tensor: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"path_or_module: holds a {type(tensor).__name__} where a tensor is expected")
+    return tensor
+
+
+def _from_tree(root: Any, read: Callable[[Any], Tensor], ema: bool, source: str) -> MDLMWeights:
+    """`root`: a state dict or a Lightning checkpoint; `read` turns one of its leaves into a tensor."""
+    is_lightning = isinstance(root, Mapping) and isinstance(root.get("state_dict"), Mapping)
+    leaves = _bare_names(root["state_dict"] if is_lightning else root, source)
+    if not is_lightning:
+        return MDLMWeights({name: read(leaf) for name, leaf in leaves.items()}, {}, source)
+    values = {
+        field: lookup(root, "hyper_parameters", "config", *path) for field, path in _LIGHTNING_FIELDS.items()
+    }
+    fields = {field: value for field, value in values.items() if value is not None}
+    if ema:
+        state = root.get("ema")
+        if not isinstance(state, Mapping) or not isinstance(state.get("shadow_params"), (list, tuple)):
+            raise ValueError(f"{source} holds no averaged weights (EMA); pass ema=False to load the raw ones")
+        leaves = _averaged(leaves, state["shadow_params"], source)
+    return MDLMWeights({name: read(leaf) for name, leaf in leaves.items()}, fields, source)
+
+
+def _from_module(module: nn.Module, ema: bool) -> MDLMWeights:
+    source = f"the given {type(module).__name__}"
+    leaves = _bare_names(module.state_dict(), source)
+    shadow = getattr(getattr(module, "ema", None), "shadow_params", None)
+    if ema and shadow is not None:
+        leaves = _averaged(leaves, shadow, source)
+    return MDLMWeights(dict(leaves), {}, source)
+
+
+def _bare_names(state: Any, source: str) -> dict[str, Any]:
+    """The entries of a state dict without the prefixes of wrappers, in any combination."""
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"{source}: expected a state dict, got {type(state).__name__} with no entries")
+    bare: dict[str, Any] = {}
+    for full_name, leaf in state.items():
+        if not isinstance(full_name, str) or not isinstance(leaf, (Tensor, StoredTensor)):
+            raise ValueError(
+                f"{source}: expected names and tensors (or a Lightning checkpoint with a state_dict), "
+                f"but entry {full_name!r} is a {type(leaf).__name__}"
+            )
+        name = full_name.replace("_orig_mod.", "")
+        while name.startswith(_PREFIXES):
+            name = name.partition(".")[2]
+        if name in bare:
+            raise ValueError(f"{source}: two entries are named {name} once prefixes are removed")
+        bare[name] = leaf
+    return bare
+
+
+def _averaged(leaves: dict[str, Any], shadow: Sequence[Any], source: str) -> dict[str, Any]:
+    """`leaves` with the parameters replaced by averaged weights, listed in the order of parameters()."""
+    names = parameter_names(count_blocks(leaves))
+    if len(shadow) != len(names):
+        raise ValueError(
+            f"{source}: the list of averaged weights (EMA) has {len(shadow)} tensors, the model has "
+            f"{len(names)} parameters; pass ema=False to load the raw weights"
+        )
+    averaged = dict(zip(names, shadow, strict=True))
+    shapes = {name: tuple(leaves[name].shape) for name in names if name in leaves}
+    checkpoint.check_same(
+        shapes,
+        {name: tuple(getattr(leaf, "shape", ())) for name, leaf in averaged.items() if name in shapes},
+        f"{source}, averaged weights (EMA)",
+    )
+    return {**leaves, **averaged}

@@ -1,0 +1,175 @@
+"""`patch`: loop the blocks of an existing MDLM module through `looped_blocks`, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+import loopmdm_kernels as lk
+from loopmdm_kernels.types import BlockWeights, Rotary
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_NETWORK_ATTRIBUTES = ("vocab_embed", "sigma_map", "rotary_emb", "blocks", "output_layer")
+_BLOCK_ATTRIBUTES = ("norm1", "attn_qkv", "attn_out", "norm2", "mlp", "adaLN_modulation")
+_WRAPPERS = ("backbone", "module", "_orig_mod")
+_STATE = "_loopmdm_patch"
+
+
+def patch(reference_module: Module, num_loops: int = 12, loop: tuple[int, int] = (1, 3)) -> Module:
+    """Make a reference DIT, bare or in a wrapper's `.backbone`, loop over its blocks.
+
+    Blocks loop[0]..loop[1]-1 are applied `num_loops` times. The module stays itself: class, parameters (an
+    optimizer keeps working), state_dict, embedding, head, autocast regions and dropout in training. Only the
+    forward of its blocks is replaced. With `num_loops=1` it computes what it computed before. Change the loop count later by `module.num_loops = S` on the module
+    that was passed in.
+
+    Args:
+        reference_module: any module with the attributes of MDLM's DIT.
+        num_loops: S >= 1.
+        loop: half-open range of looped blocks, zero-based.
+
+    Returns:
+        `reference_module`, changed in place. `unpatch` undoes it.
+
+    Raises:
+        TypeError: the attributes of a DIT are missing.
+        ValueError: `num_loops` or `loop` out of range.
+    """
+    network = _find_network(reference_module)
+    count = len(network.blocks)
+    if not 0 <= loop[0] < loop[1] <= count:
+        raise ValueError(f"loop: got {loop}, expected 0 <= start < end <= {count} (the number of blocks)")
+    _check_num_loops(num_loops)
+    unpatch(reference_module)
+    reference_module.num_loops = num_loops  # type: ignore[assignment]
+    setattr(reference_module, _STATE, _LoopedBlocks(reference_module, network, loop))
+    return reference_module
+
+
+def unpatch(reference_module: Module) -> Module:
+    """Undo `patch`; a module that is not patched is left alone."""
+    state = getattr(reference_module, _STATE, None)
+    if state is not None:
+        state.remove()
+        delattr(reference_module, _STATE)
+        del reference_module.num_loops
+    return reference_module
+
+
+def _find_network(module: nn.Module) -> Any:
+    found: Any = module
+    while not hasattr(found, "blocks"):
+        inner = [
+            getattr(found, name) for name in _WRAPPERS if isinstance(getattr(found, name, None), nn.Module)
+        ]
+        if not inner:
+            break
+        found = inner[0]
+    missing = [name for name in _NETWORK_ATTRIBUTES if not hasattr(found, name)]
+    if not missing:
+        missing = [f"blocks.0.{name}" for name in _BLOCK_ATTRIBUTES if not hasattr(found.blocks[0], name)]
+    if missing:
+        raise TypeError(
+            f"reference_module: {type(module).__name__} has no {', '.join(missing)}; "
+            "expected MDLM's DIT or a wrapper that holds it as .backbone"
+        )
+    return found
+
+
+def _check_num_loops(num_loops: Any) -> None:
+    if not isinstance(num_loops, int) or isinstance(num_loops, bool):
+        raise TypeError(f"num_loops: got {num_loops!r}, expected an int")
+    if num_loops < 1:
+        raise ValueError(f"num_loops: got {num_loops}, expected at least 1")
+
+
+class _LoopedBlocks:
+    """What the blocks of a patched module call: the first of a stage runs all of it, the others pass on."""
+
+    def __init__(self, owner: Any, network: Any, loop: tuple[int, int]) -> None:
+        self.owner = owner  # its num_loops is read at every call
+        self.network = network
+        self.loop = loop
+        self.every_state = False
+        self.handle: RemovableHandle = network.register_forward_pre_hook(self._before, with_kwargs=True)
+        for index, block in enumerate(network.blocks):
+            block.forward = partial(self.run, index)
+
+    def remove(self) -> None:
+        self.handle.remove()
+        for block in self.network.blocks:
+            del block.forward
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The hub form of the network collects the state after each block if asked to.
+        self.every_state = bool(kwargs.get("output_hidden_states", args[2] if len(args) > 2 else False))
+
+    def stages(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """Stages (start, end, S) that the call of block `index` runs."""
+        start, end = self.loop
+        count, num_loops = len(self.network.blocks), self.owner.num_loops
+        _check_num_loops(num_loops)
+        if self.every_state:
+            # All loops but the last in one go, then block by block: looped blocks report their last state.
+            if index == start and num_loops > 1:
+                yield start, end, num_loops - 1
+            yield index, index + 1, 1
+            return
+        whole = ((0, start, 1), (start, end, num_loops), (end, count, 1))
+        yield from (stage for stage in whole if stage[0] == index and stage[0] < stage[1])
+
+    def run(
+        self, index: int, x: Tensor, rotary_cos_sin: Any, c: Tensor, *extra: Any, **options: Any
+    ) -> Tensor:
+        """Forward of block `index`: x [B, L, D], c [B, cond_dim]; the module's rotary table is not used."""
+        unknown = [value for value in (*extra, *options.values()) if value is not None]
+        if unknown:
+            raise ValueError(f"a patched block takes (x, rotary, c) only, got also {unknown}")
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        for start, end, num_loops in self.stages(index):
+            x = self._apply(x, c, start, end, num_loops)
+        return x
+
+    def _apply(self, x: Tensor, c: Tensor, start: int, end: int, num_loops: int) -> Tensor:
+        blocks: list[Any] = [self.network.blocks[i] for i in range(start, end)]
+        inv_freq = self.network.rotary_emb.inv_freq
+        precision = torch.promote_types(inv_freq.dtype, torch.float32)
+        inv_freq = inv_freq.to(x.device, precision)
+        angle = torch.outer(torch.arange(x.shape[1], device=x.device, dtype=precision), inv_freq)
+        kind = x.device.type
+        dropout = getattr(blocks[0], "dropout", 0.0) if blocks[0].training else 0.0
+        out: Tensor = lk.looped_blocks(
+            x,
+            [_weights(block) for block in blocks],
+            torch.stack([block.adaLN_modulation(c).unflatten(-1, (6, x.shape[-1])) for block in blocks]),
+            num_loops,
+            num_heads=x.shape[-1] // (2 * len(inv_freq)),
+            rotary=Rotary(angle.cos(), angle.sin()),
+            compute_dtype=(
+                torch.get_autocast_dtype(kind)
+                if torch.is_autocast_enabled(kind)
+                else blocks[0].attn_qkv.weight.dtype
+            ),
+            dropout=dropout,
+            dropout_seed=int(torch.randint(2**62, ())) if dropout else 0,
+        )
+        return out
+
+
+def _weights(block: Any) -> BlockWeights:
+    return BlockWeights(
+        block.norm1.weight,
+        block.attn_qkv.weight,
+        block.attn_out.weight,
+        block.norm2.weight,
+        block.mlp[0].weight,
+        block.mlp[0].bias,
+        block.mlp[2].weight,
+        block.mlp[2].bias,
+    )
