@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loopmdm_kernels.types import Rotary
@@ -29,4 +30,7 @@ def attention(
             scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
         return torch.softmax(scores, dim=-1) @ v
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # On a CPU the bf16 kernel is slower than the fp32 one, its backward several times (docs/measured.md).
+    wide = torch.float32 if q.device.type == "cpu" else q.dtype
+    out = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask)
+    return out.to(q.dtype)

@@ -1,0 +1,99 @@
+"""Checks at the public boundary: each error names the argument, what was got and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels.types import Head, Rotary
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+STREAM_FLOATS = (torch.float32, torch.float64)
+
+Dim = int | str | None  # an exact size, a free one with a name, or either of two written "1 or B"
+
+
+def tensor(
+    name: str,
+    value: Any,
+    *,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[Any],
+    device: torch.device | None = None,
+) -> Tensor:
+    """Check one tensor. A dimension of `shape` is an int, a tuple of ints (any of them) or a letter (free)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+    if value.dtype not in dtypes:
+        accepted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: got {str(value.dtype).removeprefix('torch.')}, expected {accepted}")
+    fits = value.ndim == len(shape) and all(
+        isinstance(want, str) or got == want or (isinstance(want, tuple) and got in want)
+        for got, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(" or ".join(map(str, w)) if isinstance(w, tuple) else str(w) for w in shape)
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected [{wanted}]")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: on {value.device}, expected {device} like the first argument")
+    return value
+
+
+def not_empty(name: str, value: Tensor) -> None:
+    if value.numel() == 0:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected no dimension of size 0")
+
+
+def compute_dtype(value: torch.dtype | None) -> None:
+    if value is not None and value not in FLOATS:
+        raise TypeError(f"compute_dtype: got {value}, expected one of {list(FLOATS)} or None")
+
+
+def rotary(value: Rotary | None, length: int, head_dim: int, device: torch.device) -> None:
+    if value is not None:
+        for name, angle in zip(("rotary.cos", "rotary.sin"), value, strict=True):
+            tensor(name, angle, dtypes=FLOATS, shape=(length, head_dim // 2), device=device)
+
+
+def key_mask(value: Tensor | None, batch: int, length: int, device: torch.device) -> None:
+    if value is None:
+        return
+    tensor("key_mask", value, dtypes=(torch.bool,), shape=(batch, length), device=device)
+    if can_read(value) and not bool(value.any(dim=1).all()):
+        raise ValueError("key_mask: a sequence has no key to attend; expected at least one True in each row")
+
+
+def head(value: Head, hidden_size: int, batch: int, device: torch.device) -> int:
+    """Check a vocabulary head and return V."""
+    tensor("head.weight", value.weight, dtypes=FLOATS, shape=("V", hidden_size), device=device)
+    not_empty("head.weight", value.weight)
+    vocab_size = value.weight.shape[0]
+    tensor("head.norm", value.norm, dtypes=FLOATS, shape=(hidden_size,), device=device)
+    tensor("head.bias", value.bias, dtypes=FLOATS, shape=(vocab_size,), device=device)
+    tensor("head.modulation", value.modulation, dtypes=FLOATS, shape=((1, batch), 2, hidden_size), device=device)
+    if not -1 <= value.excluded_token < vocab_size:
+        raise ValueError(f"head.excluded_token: got {value.excluded_token}, expected -1 or 0..{vocab_size - 1}")
+    if value.excluded_token >= 0 and vocab_size == 1:
+        raise ValueError("head.excluded_token: the vocabulary has no other token")
+    return vocab_size
+
+
+def rows(value: Tensor, num_tokens: int, device: torch.device) -> None:
+    tensor("rows", value, dtypes=(torch.int64,), shape=("R",), device=device)
+    in_range("rows", value, 0, num_tokens)
+
+
+def in_range(name: str, value: Tensor, low: int, high: int) -> None:
+    """Check low <= value < high, where reading the values needs no wait for a device."""
+    if not can_read(value) or value.numel() == 0:
+        return
+    smallest, largest = int(value.min()), int(value.max())
+    if smallest < low or largest >= high:
+        raise ValueError(f"{name}: got values in {smallest}..{largest}, expected {low}..{high - 1}")
+
+
+def can_read(value: Tensor) -> bool:
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,0 +1,227 @@
+"""A stack of transformer blocks applied S times with shared weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels import backends
+from loopmdm_kernels.ops import checks
+from loopmdm_kernels.ops.library import register, register_autograd
+from loopmdm_kernels.types import BlockWeights, Rotary
+
+
+def looped_blocks(
+    x: Tensor,
+    blocks: Sequence[BlockWeights],
+    modulation: Tensor,
+    num_loops: int | Tensor,
+    *,
+    num_heads: int,
+    rotary: Rotary | None = None,
+    key_mask: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int = 0,
+    exit_threshold: float | None = None,
+    recompute: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Apply n adaLN blocks S times: H(k) = mid(H(k-1)), k = 1..S (LoopMDM, section 3; S = 1 is a plain stack).
+
+    Args:
+        x: [B, L, D] float32 or float64, the residual stream H(0); it stays in this dtype.
+        blocks: n >= 1 blocks of equal shapes; linear weights [out, in] in any float dtype.
+        modulation: [n, 1 or B, 6, D]: shift, scale, gate of attention, then of the MLP, for each block.
+        num_loops: S >= 1 for all sequences, or int64 [B] with one S each.
+        num_heads: H; D is a multiple of 2H.
+        rotary: angles applied to q and k; None: no positions here.
+        key_mask: [B, L] bool, True at keys that may be attended; None: all.
+        compute_dtype: dtype of the matrix products; None: that of the weights.
+        dropout: rate on both branch outputs before the gate; masks are a function of `dropout_seed`.
+        exit_threshold: stop a sequence after loop k when ||H(k) - H(k-1)|| / ||H(k)|| (Frobenius norms of the
+            sequence) is below it, at the latest after `num_loops`.
+        recompute: keep only the loop inputs for backward and compute the rest again.
+
+    Returns:
+        H(S) [B, L, D]; with `exit_threshold`, also the loops used by each sequence, int64 [B].
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was got and what is accepted.
+    """
+    _check(x, blocks, modulation, num_loops, num_heads, rotary, key_mask, compute_dtype, dropout, exit_threshold)
+    cos, sin = rotary or (None, None)
+    if torch.compiler.is_compiling():
+        loops, per_sequence = (1, num_loops) if isinstance(num_loops, Tensor) else (num_loops, None)
+        out, used = torch.ops.loopmdm.looped_blocks(
+            x,
+            [tensor for weights in blocks for tensor in weights],
+            modulation,
+            loops,
+            per_sequence,
+            num_heads,
+            cos,
+            sin,
+            key_mask,
+            compute_dtype or blocks[0].qkv.dtype,
+            dropout,
+            dropout_seed,
+            exit_threshold,
+        )
+        return out if exit_threshold is None else (out, used)
+    implementation = backends.implementation("looped_blocks", x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        result: Tensor | tuple[Tensor, Tensor] = implementation(
+            x,
+            blocks,
+            modulation,
+            num_loops,
+            num_heads=num_heads,
+            rotary=rotary,
+            key_mask=key_mask,
+            compute_dtype=compute_dtype,
+            dropout=dropout,
+            dropout_seed=dropout_seed,
+            exit_threshold=exit_threshold,
+            recompute=recompute,
+        )
+    return result
+
+
+def _check(
+    x: Tensor,
+    blocks: Sequence[BlockWeights],
+    modulation: Tensor,
+    num_loops: int | Tensor,
+    num_heads: int,
+    rotary: Rotary | None,
+    key_mask: Tensor | None,
+    compute_dtype: torch.dtype | None,
+    dropout: float,
+    exit_threshold: float | None,
+) -> None:
+    checks.tensor("x", x, dtypes=checks.STREAM_FLOATS, shape=("B", "L", "D"))
+    checks.not_empty("x", x)
+    batch, length, hidden = x.shape
+    if num_heads < 1 or hidden % (2 * num_heads):
+        raise ValueError(f"num_heads: got {num_heads}, expected a divisor of D = {hidden} with an even head size")
+    if not len(blocks):
+        raise ValueError("blocks: got none, expected at least one")
+    width = blocks[0].mlp_in.shape[0]
+    shapes = ((hidden,), (3 * hidden, hidden), (hidden, hidden), (hidden,)) + (
+        (width, hidden), (width,), (hidden, width), (hidden,)
+    )  # fmt: skip
+    for index, weights in enumerate(blocks):
+        for name, value, shape in zip(BlockWeights._fields, weights, shapes, strict=True):
+            checks.tensor(f"blocks[{index}].{name}", value, dtypes=checks.FLOATS, shape=shape, device=x.device)
+    checks.tensor(
+        "modulation", modulation, dtypes=checks.FLOATS, shape=(len(blocks), (1, batch), 6, hidden), device=x.device
+    )
+    if isinstance(num_loops, Tensor):
+        checks.tensor("num_loops", num_loops, dtypes=(torch.int64,), shape=(batch,), device=x.device)
+        checks.in_range("num_loops", num_loops, 1, 2**30)
+    elif isinstance(num_loops, bool) or not isinstance(num_loops, int | torch.SymInt):
+        raise TypeError(f"num_loops: got {num_loops!r}, expected an int or an int64 tensor [B]")
+    elif num_loops < 1:
+        raise ValueError(f"num_loops: got {num_loops}, expected at least 1")
+    checks.rotary(rotary, length, hidden // num_heads, x.device)
+    checks.key_mask(key_mask, batch, length, x.device)
+    checks.compute_dtype(compute_dtype)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
+    if exit_threshold is not None and not exit_threshold >= 0.0:
+        raise ValueError(f"exit_threshold: got {exit_threshold}, expected None or a number >= 0")
+
+
+def _run(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    modulation: Tensor,
+    num_loops: int,
+    loops_per_sequence: Tensor | None,
+    num_heads: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_mask: Tensor | None,
+    compute_dtype: torch.dtype,
+    dropout: float,
+    dropout_seed: int,
+    exit_threshold: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The op behind the operator: flat weights in, always the loops used out."""
+    width = len(BlockWeights._fields)
+    loops = num_loops if loops_per_sequence is None else loops_per_sequence
+    result = backends.implementation("looped_blocks", x.device)(
+        x,
+        [BlockWeights(*weights[i : i + width]) for i in range(0, len(weights), width)],
+        modulation,
+        loops,
+        num_heads=num_heads,
+        rotary=None if cos is None or sin is None else Rotary(cos, sin),
+        key_mask=key_mask,
+        compute_dtype=compute_dtype,
+        dropout=dropout,
+        dropout_seed=dropout_seed,
+        exit_threshold=exit_threshold,
+        recompute=True,
+    )
+    if exit_threshold is not None:
+        out, used = result
+        return out, used
+    if loops_per_sequence is not None:
+        return result, loops_per_sequence.clone()
+    return result, torch.full((x.shape[0],), num_loops, dtype=torch.int64, device=x.device)
+
+
+def _forward_run(*args: Any) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return _run(*args)
+
+
+def _backward_run(
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], modulation: Tensor, *rest: Any
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Run the loops again, keeping their inputs, and differentiate."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, *weights, modulation)]
+        out, _ = _run(leaves[0], leaves[1:-1], leaves[-1], *rest)
+        grad_x, *grad_weights, grad_modulation = torch.autograd.grad(out, leaves, grad)
+    return grad_x, grad_weights, grad_modulation
+
+
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], modulation: Tensor, *_: Any
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    return torch.empty_like(x), [torch.empty_like(weight) for weight in weights], torch.empty_like(modulation)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weights, modulation, num_loops, loops, num_heads, cos, sin, key_mask, *options = inputs
+    ctx.save_for_backward(x, *weights, modulation, loops, cos, sin, key_mask)
+    ctx.num_loops, ctx.num_heads, ctx.options = num_loops, num_heads, options
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    x, *weights, modulation, loops, cos, sin, key_mask = ctx.saved_tensors
+    grads = torch.ops.loopmdm.looped_blocks_backward(
+        grad, x, weights, modulation, ctx.num_loops, loops, ctx.num_heads, cos, sin, key_mask, *ctx.options
+    )
+    return (*grads, *(None for _ in range(10)))
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor[] weights, Tensor modulation, SymInt num_loops, Tensor? loops_per_sequence, int num_heads, "
+    "Tensor? cos, Tensor? sin, Tensor? key_mask, ScalarType compute_dtype, float dropout, SymInt dropout_seed, "
+    "float? exit_threshold"
+)
+register(f"looped_blocks({_ARGUMENTS}) -> (Tensor, Tensor)", _forward_run, _fake)
+register(
+    f"looped_blocks_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor[], Tensor)", _backward_run, _backward_fake
+)
+register_autograd("looped_blocks", _backward, _setup_context)

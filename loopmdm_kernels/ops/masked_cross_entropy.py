@@ -1,0 +1,122 @@
+"""Vocabulary projection and weighted cross-entropy on the masked rows only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels import backends
+from loopmdm_kernels.ops import checks
+from loopmdm_kernels.ops.library import register, register_autograd
+from loopmdm_kernels.types import Head
+
+
+def masked_cross_entropy(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    rows: Tensor,
+    row_weights: Tensor,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum_r w_r * -log p(x0_r | xt) under the SUBS parameterization (MDLM, Eq. 10).
+
+    Args:
+        hidden: [B, L, D] float32 or float64, the residual stream before the final norm.
+        head: final norm, modulation and vocabulary projection; `excluded_token` gets probability 0.
+        targets: [B, L] int64 clean tokens, read at `rows` only.
+        rows: [R] int64 flat indices b*L + l of the masked tokens, R may be 0.
+        row_weights: [R] float, the NELBO weight of each row (1/t).
+        compute_dtype: dtype of the projection's operands; None: that of `head.weight`.
+
+    Returns:
+        The weighted sum (scalar) and -log p of each row [R] in nats, float32 or float64.
+    """
+    checks.tensor("hidden", hidden, dtypes=checks.STREAM_FLOATS, shape=("B", "L", "D"))
+    checks.not_empty("hidden", hidden)
+    batch, length, hidden_size = hidden.shape
+    vocab_size = checks.head(head, hidden_size, batch, hidden.device)
+    checks.tensor("targets", targets, dtypes=(torch.int64,), shape=(batch, length), device=hidden.device)
+    checks.rows(rows, batch * length, hidden.device)
+    checks.tensor("row_weights", row_weights, dtypes=checks.FLOATS, shape=(rows.shape[0],), device=hidden.device)
+    checks.compute_dtype(compute_dtype)
+    if checks.can_read(targets):
+        wanted = targets.flatten()[rows]
+        checks.in_range("targets", wanted, 0, vocab_size)
+        if bool((wanted == head.excluded_token).any()):
+            raise ValueError(f"targets: a row's target is the excluded token {head.excluded_token}")
+    if torch.compiler.is_compiling():
+        total, nll = torch.ops.loopmdm.masked_cross_entropy(
+            hidden, *head, targets, rows, row_weights, compute_dtype or head.weight.dtype
+        )
+        return total, nll
+    return _run(hidden, *head, targets, rows, row_weights, compute_dtype)
+
+
+def _run(
+    hidden: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    modulation: Tensor,
+    excluded_token: int,
+    targets: Tensor,
+    rows: Tensor,
+    row_weights: Tensor,
+    compute_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    implementation = backends.implementation("masked_cross_entropy", hidden.device)
+    head = Head(norm, weight, bias, modulation, excluded_token)
+    with torch.autocast(hidden.device.type, enabled=False):
+        total, nll = implementation(hidden, head, targets, rows, row_weights, compute_dtype=compute_dtype)
+    return total, nll
+
+
+def _backward_run(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of hidden, norm, weight, bias, modulation and row_weights."""
+    hidden, norm, weight, bias, modulation, excluded_token, targets, rows, row_weights, compute_dtype = args
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (hidden, norm, weight, bias, modulation, row_weights)]
+        outputs = _run(*leaves[:5], excluded_token, targets, rows, leaves[5], compute_dtype)
+        return torch.autograd.grad(outputs, leaves, (grad_total, grad_nll))
+
+
+def _fake(hidden: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows, compute_dtype = rest[3], rest[5]
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, compute_dtype), torch.float32)
+    return hidden.new_empty((), dtype=dtype), hidden.new_empty(rows.shape[0], dtype=dtype)
+
+
+def _backward_fake(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(args[i]) for i in (0, 1, 2, 3, 4, 8))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, norm, weight, bias, modulation, excluded_token, targets, rows, row_weights, compute_dtype = inputs
+    ctx.save_for_backward(hidden, norm, weight, bias, modulation, targets, rows, row_weights)
+    ctx.excluded_token, ctx.compute_dtype = excluded_token, compute_dtype
+
+
+def _backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Any, ...]:
+    *tensors, targets, rows, row_weights = ctx.saved_tensors
+    grads = torch.ops.loopmdm.masked_cross_entropy_backward(
+        grad_total, grad_nll, *tensors, ctx.excluded_token, targets, rows, row_weights, ctx.compute_dtype
+    )
+    return (*grads[:5], None, None, None, grads[5], None)
+
+
+_ARGUMENTS = (
+    "Tensor hidden, Tensor norm, Tensor weight, Tensor bias, Tensor modulation, int excluded_token, Tensor targets, "
+    "Tensor rows, Tensor row_weights, ScalarType compute_dtype"
+)
+register(f"masked_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor)", _run, _fake)
+register(
+    f"masked_cross_entropy_backward(Tensor grad_total, Tensor grad_nll, {_ARGUMENTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_run,
+    _backward_fake,
+)
+register_autograd("masked_cross_entropy", _backward, _setup_context)

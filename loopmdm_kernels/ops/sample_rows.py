@@ -1,0 +1,106 @@
+"""One exact categorical draw per selected row, without logits in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels import backends
+from loopmdm_kernels.ops import checks
+from loopmdm_kernels.ops.library import register
+from loopmdm_kernels.types import Head, RowRng, SampledRows
+
+
+def sample_rows(
+    hidden: Tensor,
+    head: Head,
+    rows: Tensor,
+    rng: RowRng,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    compute_dtype: torch.dtype | None = None,
+) -> SampledRows:
+    """Draw one token for each row from softmax(logits / temperature), and describe the row's distribution.
+
+    The draw is an exponential race in fp32 with 64 random bits where they matter, exact to fp32 rounding.
+    It is a function of the row's distribution and of its name (seed, sequence, step, position) alone.
+
+    Args:
+        hidden: [B, L, D] float32 or float64, the residual stream before the final norm.
+        head: final norm, modulation and vocabulary projection; `excluded_token` is never drawn.
+        rows: [R] int64 flat indices b*L + l; R may be 0.
+        rng: names of the random numbers, see `RowRng`.
+        temperature: >= 0; 0 takes the most probable token, the lowest id on ties.
+        top_p: in (0, 1]; below 1, draw from the smallest set of most probable tokens that reaches it.
+        compute_dtype: dtype of the projection's operands; None: that of `head.weight`.
+
+    Returns:
+        `SampledRows`; its statistics are of the distribution at temperature 1.
+    """
+    checks.tensor("hidden", hidden, dtypes=checks.STREAM_FLOATS, shape=("B", "L", "D"))
+    checks.not_empty("hidden", hidden)
+    batch, length, hidden_size = hidden.shape
+    checks.head(head, hidden_size, batch, hidden.device)
+    checks.rows(rows, batch * length, hidden.device)
+    if not 0 <= rng.seed < 2**63:
+        raise ValueError(f"rng.seed: got {rng.seed}, expected 0 <= seed < 2^63")
+    for name, limit in (("sequence", 2**32), ("step", 2**30), ("position", 2**31)):
+        value = getattr(rng, name)
+        checks.tensor(f"rng.{name}", value, dtypes=(torch.int64,), shape=(rows.shape[0],), device=hidden.device)
+        checks.in_range(f"rng.{name}", value, 0, limit)
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: got {temperature}, expected a finite number >= 0")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p: got {top_p}, expected 0 < top_p <= 1")
+    checks.compute_dtype(compute_dtype)
+    if torch.compiler.is_compiling():
+        return SampledRows(
+            *torch.ops.loopmdm.sample_rows(
+                hidden, *head, rows, *rng, temperature, top_p, compute_dtype or head.weight.dtype
+            )
+        )
+    return _run(hidden, head, rows, rng, temperature, top_p, compute_dtype)
+
+
+def _run(
+    hidden: Tensor,
+    head: Head,
+    rows: Tensor,
+    rng: RowRng,
+    temperature: float,
+    top_p: float,
+    compute_dtype: torch.dtype | None,
+) -> SampledRows:
+    implementation = backends.implementation(
+        "sample_rows", hidden.device, hidden=hidden, head=head, top_p=top_p, compute_dtype=compute_dtype
+    )
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        sampled: SampledRows = implementation(
+            hidden, head, rows, rng, temperature=temperature, top_p=top_p, compute_dtype=compute_dtype
+        )
+    return sampled
+
+
+def _operator(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    head, rows, rng, options = Head(*args[:5]), args[5], RowRng(*args[6:10]), args[10:]
+    return tuple(_run(hidden, head, rows, rng, *options))
+
+
+def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    rows, compute_dtype = args[5], args[12]
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, compute_dtype), torch.float32)
+    tokens = [hidden.new_empty(rows.shape[0], dtype=torch.int64) for _ in range(2)]
+    numbers = [hidden.new_empty(rows.shape[0], dtype=dtype) for _ in range(4)]
+    return tuple(SampledRows(tokens[0], numbers[0], tokens[1], *numbers[1:]))
+
+
+register(
+    "sample_rows(Tensor hidden, Tensor norm, Tensor weight, Tensor bias, Tensor modulation, int excluded_token, "
+    "Tensor rows, SymInt seed, Tensor sequence, Tensor step, Tensor position, float temperature, float top_p, "
+    "ScalarType compute_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _operator,
+    _fake,
+)

@@ -1,0 +1,46 @@
+"""The forward process and its weights: MDLM's log-linear schedule in continuous time.
+
+Noise eps = 1e-3: a token is masked with probability (1 - eps) t, the NELBO weight is exactly 1/t
+(dsigma / expm1(sigma), eps cancels), and t lies in [1e-3, 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NOISE_EPS = 1e-3
+MIN_TIME = 1e-3
+
+
+def mask_probability(t: Tensor) -> Tensor:
+    """Probability that a token is masked at time t, 1 - alpha_t."""
+    return (1.0 - NOISE_EPS) * t
+
+
+def sigma(t: Tensor) -> Tensor:
+    """Total noise -log(alpha_t), what a time-conditioned network is fed."""
+    return -torch.log1p(-(1.0 - NOISE_EPS) * t)
+
+
+def loss_weight(t: Tensor) -> Tensor:
+    """Weight of the cross-entropy of a masked token in the NELBO (MDLM, Eq. 10 with the log-linear schedule)."""
+    return 1.0 / t
+
+
+def sample_t(num: int, generator: torch.Generator | None = None) -> Tensor:
+    """Stratified times [num] in [MIN_TIME, 1): one independent uniform in each of `num` strata."""
+    jitter = torch.rand(num, generator=generator)
+    u = (jitter / num + torch.arange(num) / num) % 1
+    return (1.0 - MIN_TIME) * u + MIN_TIME
+
+
+def draw_mask(t: Tensor, frozen: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Which tokens are masked at times t [B]: boolean [B, L], never where `frozen` [B, L]."""
+    uniform = torch.rand(frozen.shape, generator=generator).to(frozen.device)
+    return (uniform < mask_probability(t).to(frozen.device)[:, None]) & ~frozen
+
+
+def posterior_stay(t: Tensor, s: Tensor) -> Tensor:
+    """Probability that a masked token is still masked at s < t: (1 - alpha_s) / (1 - alpha_t) = s / t."""
+    return s / t

@@ -1,0 +1,354 @@
+"""LoopMDM: MDLM's diffusion transformer whose early-middle blocks are applied S times.
+
+Modules only hold the parameters, under the reference's names; the network is three calls of
+`looped_blocks` (head, loop, tail) and one op on the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import loopmdm_kernels as lk
+from loopmdm import diffusion
+from loopmdm.config import LoopMDMConfig
+from loopmdm.loop_law import LoopLaw
+from loopmdm_kernels.types import BlockWeights, Head, Rotary
+
+ROTARY_BASE = 10_000.0
+SIGMA_FEATURES = 256
+
+
+class LossOutput(NamedTuple):
+    loss: Tensor  # scalar, nats per counted token: nll_sum / num_tokens
+    nll_sum: Tensor  # scalar, NELBO summed over the counted tokens
+    num_tokens: Tensor  # scalar int64: real tokens that are not prompt, masked or not
+    t: Tensor  # [B]
+    num_loops: int
+
+
+class TokenEmbedding(nn.Module):
+    def __init__(self, num: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(num, hidden_size))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+
+class SigmaEmbedding(nn.Module):
+    """Noise level -> conditioning vector: sinusoid of 256 features, then two linears."""
+
+    def __init__(self, cond_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(SIGMA_FEATURES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        half = SIGMA_FEATURES // 2
+        weight = self.mlp[0].weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        frequency = torch.exp(-math.log(10_000.0) / half * torch.arange(half, device=sigma.device, dtype=wide))
+        angle = sigma.to(wide)[:, None] * frequency
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(weight.dtype)
+        out: Tensor = self.mlp(features)
+        return out
+
+
+class RotaryEmbedding(nn.Module):
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        exponent = torch.arange(0, head_dim, 2).float() / head_dim
+        self.register_buffer("inv_freq", 1.0 / ROTARY_BASE**exponent)
+
+    def forward(self, length: int) -> Rotary:
+        angle = torch.outer(torch.arange(length, device=self.inv_freq.device).to(self.inv_freq), self.inv_freq)
+        return Rotary(angle.cos(), angle.sin())
+
+
+class ScaleNorm(nn.Module):
+    """Weight of a layer norm without bias; the norm itself is computed inside the ops."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+
+def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class DDiTBlock(nn.Module):
+    def __init__(self, cfg: LoopMDMConfig) -> None:
+        super().__init__()
+        hidden = cfg.hidden_size
+        self.norm1 = ScaleNorm(hidden)
+        self.attn_qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.attn_out = nn.Linear(hidden, hidden, bias=False)
+        self.norm2 = ScaleNorm(hidden)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden, cfg.mlp_ratio * hidden), nn.GELU(approximate="tanh"), nn.Linear(cfg.mlp_ratio * hidden, hidden)
+        )
+        self.adaLN_modulation = _zero_linear(cfg.cond_dim, 6 * hidden)
+        if cfg.gate_init:
+            with torch.no_grad():
+                self.adaLN_modulation.bias.view(6, hidden)[[2, 5]] = cfg.gate_init
+
+    def weights(self) -> BlockWeights:
+        up, down = self.mlp[0], self.mlp[2]
+        return BlockWeights(
+            self.norm1.weight,
+            self.attn_qkv.weight,
+            self.attn_out.weight,
+            self.norm2.weight,
+            up.weight,
+            up.bias,
+            down.weight,
+            down.bias,
+        )
+
+
+class OutputLayer(nn.Module):
+    def __init__(self, cfg: LoopMDMConfig) -> None:
+        super().__init__()
+        self.norm_final = ScaleNorm(cfg.hidden_size)
+        self.linear = _zero_linear(cfg.hidden_size, cfg.vocab_size)
+        self.adaLN_modulation = _zero_linear(cfg.cond_dim, 2 * cfg.hidden_size)
+
+
+class LoopMDM(nn.Module):
+    """A looped masked diffusion language model.
+
+    `state_dict()` has the names and shapes of the reference model (MDLM's DIT); the loop is configuration
+    only, so the parameters do not depend on the number of loops.
+    """
+
+    def __init__(self, config: LoopMDMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False  # save only loop inputs for backward
+        self.vocab_embed = TokenEmbedding(config.vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            self.position_embed = TokenEmbedding(config.max_length, config.hidden_size)
+        self.sigma_map = SigmaEmbedding(config.cond_dim)
+        self.rotary_emb = RotaryEmbedding(config.head_dim)
+        self.blocks = nn.ModuleList(DDiTBlock(config) for _ in range(config.num_layers))
+        self.output_layer = OutputLayer(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.vocab_embed.embedding.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the matrix products: autocast's if it is on, else the parameters'."""
+        if torch.is_autocast_enabled(self.device.type):
+            return torch.get_autocast_dtype(self.device.type)
+        return self.vocab_embed.embedding.dtype
+
+    def _condition(self, sigma: Tensor | None) -> Tensor:
+        """silu(sigma_map(sigma)) [1 or B, cond_dim], in the parameters' precision."""
+        if sigma is None or not self.config.time_conditioning:
+            sigma = torch.zeros(1, device=self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            return F.silu(self.sigma_map(sigma))
+
+    def head(self, sigma: Tensor | None = None) -> Head:
+        """The vocabulary head for noise levels sigma [B] (unused without time conditioning)."""
+        out = self.output_layer
+        modulation: Tensor = out.adaLN_modulation(self._condition(sigma))
+        return Head(
+            out.norm_final.weight,
+            out.linear.weight,
+            out.linear.bias,
+            modulation.unflatten(-1, (2, self.config.hidden_size)),
+            self.config.mask_token_id,
+        )
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        sigma: Tensor | None = None,
+        *,
+        num_loops: int | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        exit_threshold: float | None = None,
+        dropout_seed: int = 0,
+    ) -> Any:
+        """Residual stream [B, L, D] before the final layer; with `exit_threshold`, (it, loops used [B])."""
+        self._check_input(input_ids, sigma, attention_mask)
+        cfg = self.config
+        loops = self.default_loops() if num_loops is None else num_loops
+        condition = self._condition(sigma)
+        x = self.vocab_embed.embedding[input_ids]
+        rotary = None
+        if cfg.positions == "learned":
+            x = x + self.position_embed.embedding[: input_ids.shape[1]]
+        else:
+            rotary = self.rotary_emb(input_ids.shape[1])
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        dtype = self.compute_dtype
+        key_mask = None if attention_mask is None else attention_mask.bool()
+        dropout = cfg.dropout if self.training else 0.0
+
+        def stage(x: Tensor, start: int, end: int, loops: int | Tensor, exit_at: float | None = None) -> Any:
+            if start == end:
+                return x
+            blocks = [self.blocks[i] for i in range(start, end)]
+            modulation = torch.stack([b.adaLN_modulation(condition) for b in blocks])
+            return lk.looped_blocks(
+                x,
+                [b.weights() for b in blocks],
+                modulation.unflatten(-1, (6, cfg.hidden_size)),
+                loops,
+                num_heads=cfg.num_heads,
+                rotary=rotary,
+                key_mask=key_mask,
+                compute_dtype=dtype,
+                dropout=dropout,
+                dropout_seed=(dropout_seed * cfg.num_layers + start) & 0x7FFF_FFFF_FFFF_FFFF,
+                exit_threshold=exit_at,
+                recompute=self.recompute,
+            )
+
+        x = stage(x, 0, cfg.loop_start, 1)
+        middle = stage(x, cfg.loop_start, cfg.loop_end, loops, exit_threshold)
+        x, used = middle if exit_threshold is not None else (middle, None)
+        x = stage(x, cfg.loop_end, cfg.num_layers, 1)
+        return x if used is None else (x, used)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        timesteps: Tensor | None = None,
+        *,
+        num_loops: int | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, L, V] in the compute dtype, the mask's logit included (no SUBS), as the reference returns.
+
+        Args:
+            input_ids: [B, L] int64.
+            timesteps: noise level sigma [B]; used with time conditioning only.
+            num_loops: S >= 1, or one S per sequence [B]; None: `max_loops` in eval mode, drawn in training.
+            attention_mask: [B, L], True or 1 at the keys that may be attended; None: all.
+        """
+        hidden = self.hidden(input_ids, timesteps, num_loops=num_loops, attention_mask=attention_mask)
+        return lk.head_logits(hidden, self.head(timesteps), compute_dtype=self.compute_dtype)
+
+    def default_loops(self) -> int:
+        """`max_loops` in eval mode; in training one draw from U{1..max_loops} (LoopMDM, Eq. 5)."""
+        if not self.training:
+            return self.config.max_loops
+        return int(torch.randint(1, self.config.max_loops + 1, ()))
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        num_loops: int | None = None,
+        seed: int | None = None,
+        *,
+        prompt_mask: Tensor | None = None,
+        t: Tensor | None = None,
+    ) -> LossOutput:
+        """Monte Carlo NELBO of a batch (MDLM's continuous-time loss with weight 1/t; LoopMDM, Eq. 5).
+
+        Args:
+            input_ids: [B, L] int64, clean tokens; the mask token may not occur.
+            attention_mask: [B, L], True or 1 at real tokens; only these are counted. None: all.
+            num_loops: S of this call; None: `max_loops` in eval mode, drawn from U{1..max_loops} in training.
+            seed: makes t, masks, S and dropout a function of the seed; None: torch's global generator.
+            prompt_mask: [B, L], True at given tokens, which are never masked and not counted.
+            t: [B] times in (0, 1]; None: stratified in [1e-3, 1).
+
+        Raises:
+            ValueError: on ids out of range, the mask token in `input_ids`, or no token to count.
+        """
+        self._check_input(input_ids, None, attention_mask)
+        if bool((input_ids == self.config.mask_token_id).any()):
+            raise ValueError(f"input_ids: contains the mask token {self.config.mask_token_id}; expected clean data")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        batch, _ = input_ids.shape
+        if num_loops is None:
+            num_loops = self.default_loops() if seed is None or not self.training else LoopLaw.uniform(
+                self.config.max_loops
+            ).sample(seed, 0)
+        if t is None:
+            t = diffusion.sample_t(batch, generator)
+        elif t.shape != (batch,) or not bool(((t > 0) & (t <= 1)).all()):
+            raise ValueError(f"t: got shape {tuple(t.shape)}, values {t}, expected [{batch}] in (0, 1]")
+        counted = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if prompt_mask is not None:
+            if prompt_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"prompt_mask: got shape {tuple(prompt_mask.shape)}, expected {tuple(input_ids.shape)}"
+                )
+            counted = counted & ~prompt_mask.bool()
+        num_tokens = counted.sum()
+        if not int(num_tokens):
+            raise ValueError("attention_mask, prompt_mask: no token is left to count")
+        masked = diffusion.draw_mask(t, ~counted, generator)
+        noisy = torch.where(masked, self.config.mask_token_id, input_ids)
+        dropout_seed = int(torch.randint(2**31, (), generator=generator)) if self.config.dropout else 0
+
+        t = t.to(input_ids.device)
+        sigma = diffusion.sigma(t) if self.config.time_conditioning else None
+        keys = attention_mask if self.config.key_padding_mask else None
+        hidden = self.hidden(noisy, sigma, num_loops=num_loops, attention_mask=keys, dropout_seed=dropout_seed)
+        rows = masked.flatten().nonzero().squeeze(1)
+        weights = diffusion.loss_weight(t)[rows // input_ids.shape[1]]
+        nll_sum, _ = lk.masked_cross_entropy(
+            hidden, self.head(sigma), input_ids, rows, weights, compute_dtype=self.compute_dtype
+        )
+        return LossOutput(nll_sum / num_tokens, nll_sum.detach(), num_tokens, t, num_loops)
+
+    def _check_input(self, input_ids: Tensor, sigma: Tensor | None, attention_mask: Tensor | None) -> None:
+        cfg = self.config
+        if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.int64:
+            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise TypeError(f"input_ids: got {got}, expected an int64 tensor")
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, L], not empty")
+        if input_ids.device != self.device:
+            raise ValueError(f"input_ids: on {input_ids.device}, but the model is on {self.device}")
+        if input_ids.shape[1] > cfg.max_length:
+            raise ValueError(f"input_ids: length {input_ids.shape[1]} is beyond max_length {cfg.max_length}")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask: got shape {tuple(attention_mask.shape)}, expected {tuple(input_ids.shape)}"
+            )
+        if sigma is not None and sigma.shape != input_ids.shape[:1]:
+            raise ValueError(f"timesteps: got shape {tuple(sigma.shape)}, expected [{input_ids.shape[0]}]")
+        if torch.compiler.is_compiling() or input_ids.is_cuda:
+            return  # reading the ids would break the graph or wait for the device
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= cfg.vocab_size:
+            raise ValueError(f"input_ids: got ids in {low}..{high}, expected 0..{cfg.vocab_size - 1}")
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors into the folder `path`, each one whole or not at all."""
+        from loopmdm.checkpoint import save_pretrained
+
+        save_pretrained(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str], **overrides: Any) -> LoopMDM:
+        """Load what `save_pretrained` wrote, from a folder or a Hugging Face hub id."""
+        from loopmdm.checkpoint import load_pretrained
+
+        return load_pretrained(cls, path_or_hub_id, **overrides)
+
+    @classmethod
+    def from_mdlm(cls, path_or_module: Any, **options: Any) -> LoopMDM:
+        """Load a reference (MDLM) checkpoint unchanged; see `loopmdm.mdlm.from_mdlm`."""
+        from loopmdm.mdlm import from_mdlm
+
+        return from_mdlm(cls, path_or_module, **options)
