@@ -1,0 +1,44 @@
+"""What sampling hands back, at the end and step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from loopmdm.flops import SamplingLedger
+
+
+class StepEvent(NamedTuple):
+    """The R positions one step revealed, ordered by sequence, then position. Tensors are [R], on the CPU."""
+
+    step: int
+    sequence: Tensor  # int64, row of the result
+    positions: Tensor  # int64
+    tokens: Tensor  # int64
+    confidence: Tensor  # probability the model gave the token, at temperature 1
+    loops: Tensor  # int64, loops spent on the token's sequence in this step
+
+
+@dataclass
+class SampleResult:
+    """Samples, and what they cost.
+
+    Tensors are on the model's device. `history` holds one event for every step that revealed something, or is
+    None when it was not asked for. `ledger` counts executed FLOPs under each convention.
+    """
+
+    tokens: Tensor  # [B, L] int64
+    network_calls: Tensor  # [B] int64, forward passes each sequence took part in
+    loops: Tensor  # [B] int64, loops summed over these passes
+    rows_projected: int  # rows that went through the vocabulary projection
+    num_steps: int
+    seconds: float
+    ledger: SamplingLedger
+    history: list[StepEvent] | None = None
+
+    @property
+    def total_network_calls(self) -> int:
+        """Network calls summed over the sequences."""
+        return int(self.network_calls.sum())

@@ -1,0 +1,105 @@
+"""Solving Sudoku puzzles: clues are fixed tokens, blanks are masks to fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from loopmdm.data.sudoku import SudokuSpec, is_valid_solution
+from loopmdm.data.sudoku.boards import check_cells
+from loopmdm.plan import ComputePlan
+from loopmdm.sampling import sample
+
+
+@dataclass
+class SolveResult:
+    """One answer per puzzle, and what it cost."""
+
+    boards: NDArray[np.uint8]  # [N, cells] digits 1..n
+    valid: NDArray[np.bool_]  # [N] every row, column and box holds every digit once
+    fits_clues: NDArray[np.bool_]  # [N] every clue is where it was
+    loops: NDArray[np.int64]  # [N] loops summed over the network calls
+    network_calls: NDArray[np.int64]  # [N]
+    seconds: float
+
+    @property
+    def solved(self) -> NDArray[np.bool_]:
+        """Whether each board is a solution of its puzzle, [N]. A puzzle with one solution has no other."""
+        return self.valid & self.fits_clues
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the puzzles solved."""
+        return float(self.solved.mean())
+
+
+def solve_puzzles(
+    model: Any,
+    puzzles: ArrayLike,
+    spec: SudokuSpec,
+    *,
+    num_loops: int | ComputePlan | None = None,
+    order: str = "confidence",
+    batch_size: int = 64,
+    seed: int = 0,
+    temperature: float = 0.0,
+    steps: int | None = None,
+    progress: bool = False,
+) -> SolveResult:
+    """Fill in puzzles with a model trained on full boards.
+
+    Args:
+        model: a `LoopMDM` over the digits of `spec`, such as the shipped checkpoints.
+        puzzles: integers [N, cells], 0 a blank.
+        spec: the board.
+        num_loops: loops at every step, a `ComputePlan`, or None for the model's max_loops.
+        order: decoding order, as in `sample`.
+        batch_size: puzzles solved at once; the answers do not depend on it.
+        seed: of the token draws, where temperature > 0.
+        temperature: 0 takes the most probable digit.
+        steps: denoising steps; None fills one cell a step ("ancestral": as many steps as cells).
+        progress: show a progress bar per batch when standard error is a terminal.
+
+    Raises:
+        ValueError, TypeError: on puzzles that are no boards of `spec`, a model of another vocabulary, and what
+            `sample` rejects.
+    """
+    cells = check_cells(spec, puzzles, "puzzles")
+    if cells.ndim != 2 or not len(cells):
+        raise ValueError(f"puzzles must be [N, {spec.cells}] with N >= 1, got shape {list(cells.shape)}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
+    config = model.config
+    if (config.vocab_size, config.mask_token_id) != (spec.vocab_size, spec.mask_token_id):
+        raise ValueError(
+            f"the model has vocab_size {config.vocab_size} and mask_token_id {config.mask_token_id}, but {spec}"
+            f" boards need {spec.vocab_size} and {spec.mask_token_id}"
+        )
+    tokens = torch.from_numpy(np.where(cells == 0, spec.mask_token_id, cells.astype(np.int64) - 1))
+    results = [
+        sample(
+            model,
+            infill=tokens[start : start + batch_size],
+            order=order,
+            steps=steps,
+            plan=num_loops,
+            temperature=temperature,
+            seed=seed,
+            sequence_ids=list(range(start, min(start + batch_size, len(cells)))),
+            progress=progress,
+        )
+        for start in range(0, len(cells), batch_size)
+    ]
+    boards = torch.cat([result.tokens for result in results]).cpu().numpy().astype(np.uint8) + np.uint8(1)
+    return SolveResult(
+        boards=boards,
+        valid=is_valid_solution(spec, boards),
+        fits_clues=((cells == 0) | (cells == boards)).all(axis=1),
+        loops=torch.cat([result.loops for result in results]).cpu().numpy(),
+        network_calls=torch.cat([result.network_calls for result in results]).cpu().numpy(),
+        seconds=sum(result.seconds for result in results),
+    )
