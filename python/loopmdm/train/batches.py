@@ -36,7 +36,6 @@ def batch_source(data: Any) -> BatchSource:
         source: BatchSource = data
         return source
     from loopmdm.data.sudoku import SudokuData
-    from loopmdm.data.text import TextData
 
     if isinstance(data, SudokuData):
 
@@ -45,6 +44,8 @@ def batch_source(data: Any) -> BatchSource:
             return Batch(tokens, prompt_mask=prompt_mask)
 
         return sudoku
+    from loopmdm.data.text import TextData
+
     if isinstance(data, TextData):
 
         def text(step: int, micro_step: int, rank: int, world_size: int, batch_size: int) -> Batch:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.metrics import METRICS_FILE, MetricsLog, keep_until
 from loopmdm.train.progress import Progress
+from loopmdm.train.seeds import derive_seed
 from loopmdm.train.state import STATE_FILE, read_metadata, read_state, staged, write_state
 
 CONFIG_FILE = "train_config.json"
@@ -43,12 +42,6 @@ class Counters:
     flops: float = 0.0  # training FLOPs by the ledger, vocabulary head included
     seconds: float = 0.0  # wall time in `train`
     cpu_seconds: float = 0.0  # processor time of rank 0 in `train`, all threads
-
-
-def derive_seed(seed: int, rank: int, step: int, micro_step: int) -> int:
-    """A 63-bit seed for the masks, times and dropout of one micro-batch of one rank."""
-    digest = hashlib.blake2b(struct.pack("<4Q", seed, rank, step, micro_step), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class _Loss(nn.Module):
@@ -124,6 +117,11 @@ class Trainer:
         self._law = LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=length)
         self._on_log, self._evaluate, self._show_progress = on_log, evaluate, show_progress
         model.recompute = config.recompute
+        self._loss: nn.Module = _Loss(model)
+        if self.distributed:
+            self._loss = nn.parallel.DistributedDataParallel(
+                self._loss
+            )  # gives all ranks the weights of rank 0
         self.ema = EMA(model, config.ema)
         self.optimizer = torch.optim.AdamW(
             self.ema.parameters,
@@ -133,8 +131,6 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        loss = _Loss(model)
-        self._loss: nn.Module = nn.parallel.DistributedDataParallel(loss) if self.distributed else loss
         self._stop_requested = False
         self._resumed = False
 

@@ -1,0 +1,239 @@
+"""Held-out likelihood: the NELBO per token of a model at several loop counts.
+
+The NELBO of a sequence x is E_t [ (1/t) sum over masked i of -log p(x_i | x_t) ] with t uniform in
+[1e-3, 1), each token masked with probability 0.999 t. The expectation is estimated with `num_t` times per
+sequence, one in each of `num_t` equal strata. Times and masks are functions of (seed, index of the sequence):
+they are the same for every loop count, every model and every batch size, so differences have little noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import loopmdm_kernels as lk
+from loopmdm import diffusion
+from loopmdm.model import LoopMDM
+from loopmdm.train.batches import Batch
+from loopmdm.train.seeds import derive_seed
+
+_STREAM = 0x45564C  # "EVL": keeps these draws apart from those of training with the same seed
+
+
+@dataclass(frozen=True)
+class NLLResult:
+    """Held-out likelihood at one loop count."""
+
+    num_loops: int
+    nll: float  # NELBO, nats per counted token
+    stderr: float  # of `nll`, over sequences; NaN with one sequence
+    perplexity: float  # exp(nll)
+    bits_per_byte: float | None  # None if the bytes of a token are not known
+    num_tokens: int
+    num_sequences: int
+    num_t: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; what is not finite becomes None."""
+        return _json_values(asdict(self))
+
+
+@dataclass(frozen=True)
+class TimeBin:
+    """The part of the NELBO that comes from times in [t_low, t_high)."""
+
+    num_loops: int
+    t_low: float
+    t_high: float
+    nll: float  # nats per counted token; the mean over all bins is the NELBO
+    stderr: float  # of `nll`, over sequences
+    cross_entropy: float  # nats per masked token; NaN if none was masked
+    num_masked: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; what is not finite becomes None."""
+        return _json_values(asdict(self))
+
+
+def evaluate_nll(
+    model: nn.Module,
+    batches: Iterable[Batch | Tensor],
+    *,
+    num_loops: Sequence[int],
+    num_t: int = 16,
+    seed: int = 0,
+    bytes_per_token: float | None = None,
+) -> list[NLLResult]:
+    """NELBO per token of held-out sequences, one result for each loop count in `num_loops`.
+
+    Args:
+        model: a LoopMDM, or a module with its `config` and `forward` (logits [B, L, V]).
+        batches: `Batch`es, or tensors of token ids [B, L] int64. Prompt and padding are not counted.
+        num_loops: loop counts to evaluate.
+        num_t: times per sequence.
+        seed: of times and masks.
+        bytes_per_token: bytes of text per counted token, for bits per byte.
+    """
+    if bytes_per_token is not None and not 0 < bytes_per_token < math.inf:
+        raise ValueError(f"bytes_per_token must be positive and finite, got {bytes_per_token}")
+    measured = _measure(model, batches, num_loops, num_t, seed)
+    results = []
+    for loops, sums in measured.items():
+        nll, stderr = _ratio(sums.weighted.mean(1), sums.tokens)
+        results.append(
+            NLLResult(
+                num_loops=loops,
+                nll=nll,
+                stderr=stderr,
+                perplexity=math.exp(nll) if nll < math.log(1e308) else math.inf,
+                bits_per_byte=None if bytes_per_token is None else nll / math.log(2) / bytes_per_token,
+                num_tokens=int(sums.tokens.sum()),
+                num_sequences=len(sums.tokens),
+                num_t=num_t,
+            )
+        )
+    return results
+
+
+def nll_by_time_bin(
+    model: nn.Module,
+    batches: Iterable[Batch | Tensor],
+    *,
+    num_loops: Sequence[int],
+    num_bins: int = 16,
+    seed: int = 0,
+) -> list[list[TimeBin]]:
+    """The NELBO split over `num_bins` equal bins of t, one list of bins for each loop count.
+
+    Arguments as in `evaluate_nll`; every sequence has one time in every bin.
+    """
+    measured = _measure(model, batches, num_loops, num_bins, seed)
+    edges = [diffusion.MIN_TIME + (1 - diffusion.MIN_TIME) * j / num_bins for j in range(num_bins + 1)]
+    results = []
+    for loops, sums in measured.items():
+        bins = []
+        for j in range(num_bins):
+            nll, stderr = _ratio(sums.weighted[:, j], sums.tokens)
+            masked = int(sums.masked[:, j].sum())
+            cross_entropy = float(sums.plain[:, j].sum()) / masked if masked else math.nan
+            bins.append(TimeBin(loops, edges[j], edges[j + 1], nll, stderr, cross_entropy, masked))
+        results.append(bins)
+    return results
+
+
+@dataclass
+class _Sums:
+    """Sums over the tokens of each sequence and time, float64 on the CPU."""
+
+    weighted: Tensor  # [N, num_t] cross-entropy of the masked tokens times 1/t
+    plain: Tensor  # [N, num_t] cross-entropy of the masked tokens
+    masked: Tensor  # [N, num_t] masked tokens
+    tokens: Tensor  # [N] counted tokens
+
+
+@torch.no_grad()
+def _measure(
+    model: nn.Module, batches: Iterable[Batch | Tensor], num_loops: Sequence[int], num_t: int, seed: int
+) -> dict[int, _Sums]:
+    loop_counts = list(num_loops)
+    if not loop_counts or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in loop_counts):
+        raise ValueError(f"num_loops must be a list of integers of at least 1, got {num_loops!r}")
+    if num_t < 1:
+        raise ValueError(f"num_t must be at least 1, got {num_t}")
+    parts: dict[int, list[_Sums]] = {loops: [] for loops in loop_counts}
+    device = next(model.parameters()).device
+    done = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for item in batches:
+            batch = item if isinstance(item, Batch) else Batch(item)
+            t, masked, tokens = _corruption(batch, num_t, seed, done)
+            done += len(tokens)
+            batch, on_device = batch.to(device), masked.to(device)
+            for loops, sums in parts.items():
+                columns = [
+                    _row_sums(model, batch, t[:, j].to(device), on_device[:, j], loops) for j in range(num_t)
+                ]
+                plain = torch.stack(columns, dim=1)
+                sums.append(_Sums(plain / t.double(), plain, masked.sum(-1).double(), tokens))
+    finally:
+        model.train(was_training)
+    if not done:
+        raise ValueError("batches is empty: there is nothing to evaluate")
+    merged = {
+        loops: _Sums(
+            torch.cat([s.weighted for s in sums]),
+            torch.cat([s.plain for s in sums]),
+            torch.cat([s.masked for s in sums]),
+            torch.cat([s.tokens for s in sums]),
+        )
+        for loops, sums in parts.items()
+    }
+    if not merged[loop_counts[0]].tokens.sum():
+        raise ValueError("batches: every token is prompt or padding, there is none to count")
+    return merged
+
+
+def _corruption(batch: Batch, num_t: int, seed: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Times [B, num_t], masks [B, num_t, L] and counted tokens [B] of the sequences from index `first` on."""
+    size, length = batch.input_ids.shape
+    counted = torch.ones(size, length, dtype=torch.bool)
+    if batch.attention_mask is not None:
+        counted &= batch.attention_mask.bool().cpu()
+    if batch.prompt_mask is not None:
+        counted &= ~batch.prompt_mask.bool().cpu()
+    jitter, uniform = torch.empty(size, num_t), torch.empty(size, num_t, length)
+    generator = torch.Generator()
+    for index in range(size):
+        generator.manual_seed(derive_seed(seed, _STREAM, first + index))
+        jitter[index] = torch.rand(num_t, generator=generator)
+        uniform[index] = torch.rand(num_t, length, generator=generator)
+    t = diffusion.MIN_TIME + (1 - diffusion.MIN_TIME) * (torch.arange(num_t) + jitter) / num_t
+    masked = (uniform < diffusion.mask_probability(t)[..., None]) & counted[:, None]
+    return t, masked, counted.sum(1).double()
+
+
+def _row_sums(model: Any, batch: Batch, t: Tensor, masked: Tensor, num_loops: int) -> Tensor:
+    """Cross-entropy summed over the masked tokens of each sequence, [B] float64 on the CPU."""
+    config = model.config
+    noisy = torch.where(masked, config.mask_token_id, batch.input_ids)
+    sigma = diffusion.sigma(t) if config.time_conditioning else None
+    keys = batch.attention_mask if config.key_padding_mask else None
+    rows = masked.flatten().nonzero().squeeze(1)
+    if isinstance(model, LoopMDM):
+        hidden = model.hidden(noisy, sigma, num_loops=num_loops, attention_mask=keys)
+        _, nll = lk.masked_cross_entropy(
+            hidden,
+            model.head(sigma),
+            batch.input_ids,
+            rows,
+            torch.ones(len(rows), device=rows.device),
+            compute_dtype=model.compute_dtype,
+        )
+    else:
+        logits = model(noisy, sigma, num_loops=num_loops, attention_mask=keys).flatten(0, 1)[rows]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits[:, config.mask_token_id] = -math.inf
+        nll = -logits.log_softmax(-1).gather(1, batch.input_ids.flatten()[rows, None])[:, 0]
+    sums = torch.zeros(len(t), dtype=torch.float64, device=nll.device)
+    return sums.index_add(0, rows // noisy.shape[1], nll.double()).cpu()
+
+
+def _ratio(values: Tensor, tokens: Tensor) -> tuple[float, float]:
+    """sum(values) / sum(tokens) and its standard error, sequences being the independent units."""
+    total, count = float(tokens.sum()), len(tokens)
+    ratio = float(values.sum()) / total
+    if count < 2:
+        return ratio, math.nan
+    residuals = values - ratio * tokens
+    return ratio, math.sqrt(count / (count - 1) * float(residuals.square().sum())) / total
+
+
+def _json_values(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
