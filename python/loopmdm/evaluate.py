@@ -4,6 +4,7 @@ The NELBO of a sequence x is E_t [ (1/t) sum over masked i of -log p(x_i | x_t) 
 [1e-3, 1), each token masked with probability 0.999 t. The expectation is estimated with `num_t` times per
 sequence, one in each of `num_t` equal strata. Times and masks are functions of (seed, index of the sequence):
 they are the same for every loop count, every model and every batch size, so differences have little noise.
+As in the reference, the range of t and the 0.999 leave out up to 0.1 % (a uniform guess scores 0.999 log V).
 """
 
 from __future__ import annotations

@@ -30,8 +30,11 @@ class Batch(NamedTuple):
 BatchSource: TypeAlias = Callable[[int, int, int, int, int], Batch]
 
 
-def batch_source(data: Any) -> BatchSource:
-    """The batches of a `SudokuData`, a `TextData` or a function that already is a `BatchSource`."""
+def batch_source(data: Any, accumulation: int = 1) -> BatchSource:
+    """The batches of a `SudokuData`, a `TextData` or a function that already is a `BatchSource`.
+
+    accumulation: micro-batches of an optimizer step, which a `TextData` has to agree with.
+    """
     if callable(data):
         source: BatchSource = data
         return source
@@ -44,9 +47,14 @@ def batch_source(data: Any) -> BatchSource:
             return Batch(tokens, prompt_mask=prompt_mask)
 
         return sudoku
-    from loopmdm.data.text import TextData
+    from loopmdm.data.packing import TextData
 
     if isinstance(data, TextData):
+        if data.accumulation != accumulation:
+            raise ValueError(
+                f"data was made for accumulation {data.accumulation}, the run accumulates {accumulation}"
+                " micro-batches: sequences would be skipped or repeated"
+            )
 
         def text(step: int, micro_step: int, rank: int, world_size: int, batch_size: int) -> Batch:
             input_ids, attention_mask = data.batch(step, micro_step, rank, world_size, batch_size)

@@ -112,7 +112,7 @@ class Trainer:
         self.rank = dist.get_rank() if self.distributed else 0
         self.world_size = dist.get_world_size() if self.distributed else 1
         self.device = next(model.parameters()).device
-        self._source = batch_source(data)
+        self._source = batch_source(data, config.accumulation)
         length = self._source(0, 0, self.rank, self.world_size, 1).input_ids.shape[1]
         self._law = LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=length)
         self._on_log, self._evaluate, self._show_progress = on_log, evaluate, show_progress
