@@ -63,7 +63,11 @@ class DIT(LoopMDM):
     def forward(self, indices: Tensor, sigma: Tensor) -> Tensor:  # type: ignore[override]
         """Logits [B, L, V] of tokens `indices` [B, L] int64 at noise levels `sigma` [B]."""
         with _reference_autocast(indices.device):
-            return super().forward(indices, sigma)
+            hidden = self.hidden(indices, sigma, dropout_seed=self._draw_dropout_seed())
+            return lk.head_logits(hidden, self.head(sigma), compute_dtype=self.compute_dtype)
+
+    def _draw_dropout_seed(self) -> int:
+        return int(torch.randint(2**62, ())) if self.training and self.config.dropout else 0
 
     def forward_with_states(self, indices: Tensor, sigma: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the residual stream [B, L, D] after the embedding and after each block.
@@ -93,7 +97,7 @@ class DIT(LoopMDM):
                     rotary=rotary,
                     compute_dtype=self.compute_dtype,
                     dropout=dropout,
-                    dropout_seed=int(torch.randint(2**62, ())) if dropout else 0,
+                    dropout_seed=self._draw_dropout_seed(),
                 )
                 states[i + 1] = x
             return lk.head_logits(x, self.head(sigma), compute_dtype=self.compute_dtype), states

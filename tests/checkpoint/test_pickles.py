@@ -1,0 +1,294 @@
+"""The allow-list reader: nothing in a file is executed, what is refused is named, damage is a clear error."""
+
+from __future__ import annotations
+
+import collections
+import copyreg
+import io
+import os
+import pickle
+import random
+import sys
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loopmdm import pickles
+from loopmdm.pickles import Opaque, StoredTensor, UnsafePickleError, lookup
+from loopmdm.torch_files import TorchFile
+from tests.checkpoint.payloads import Call, payloads, torch_zip
+
+NAMES = sorted(payloads(Path("x")))
+# Refused although nothing in them is outside the allow-list: they misuse what is inside.
+MISUSE = {"build sets code", "build sets defaults"}
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def read_all(path: Path) -> Any:
+    file = TorchFile(path)
+    try:
+        return {name: file.tensor(leaf) for name, leaf in file.root.items()}
+    finally:
+        file.close()
+
+
+def test_the_payloads_work(tmp_path: Path) -> None:
+    """Control: Python's own reader does execute them."""
+    pickle.loads(payloads(tmp_path / "sentinel")["reduce os.system"])
+    assert (tmp_path / "sentinel").exists()
+
+
+@pytest.mark.parametrize("container", ["bare", "zip", "legacy"])
+@pytest.mark.parametrize("name", NAMES)
+def test_payload_is_refused(tmp_path: Path, name: str, container: str) -> None:
+    data = payloads(tmp_path / "sentinel")[name]
+    if container == "zip":
+        data = torch_zip(data)
+    elif container == "legacy":
+        header = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+        data = header + data
+    with pytest.raises(ValueError) as caught:
+        TorchFile(write(tmp_path / "model.ckpt", data))
+    assert not (tmp_path / "sentinel").exists()
+    assert isinstance(caught.value, UnsafePickleError) or name in {"build on a class"}
+    assert "model.ckpt" in str(caught.value)
+    if isinstance(caught.value, UnsafePickleError) and name not in MISUSE:
+        assert "refused" in str(caught.value) and "accepted are" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "package", ["omegaconf", "transformers.models", "numpy.testing", "typing", "lightning"]
+)
+def test_objects_of_known_libraries_are_inert(tmp_path: Path, package: str) -> None:
+    sentinel = tmp_path / "sentinel"
+    for name in ("run", "os.system", "sys.modules"):
+        data = (
+            b"\x80\x04\x8c"
+            + bytes([len(package)])
+            + package.encode()
+            + b"\x8c"
+            + bytes([len(name)])
+            + name.encode()
+        )
+        data += b"\x93V" + f"touch {sentinel}".encode() + b"\n\x85R}b."
+        record = pickles.load(io.BytesIO(data))
+        assert isinstance(record, Opaque) and record.global_name == f"{package}.{name}"
+        assert record.args == (f"touch {sentinel}",) and record.state == {}
+    assert not sentinel.exists()
+
+
+def test_a_package_is_not_known_by_a_prefix_of_its_name() -> None:
+    with pytest.raises(UnsafePickleError, match=r"numpyx\.run"):
+        pickles.load(io.BytesIO(b"cnumpyx\nrun\n."))
+
+
+def test_registered_extensions_are_refused(tmp_path: Path) -> None:
+    """Their cache is process-wide and not seen by find_class."""
+    copyreg.add_extension("os", "system", 0xF1)
+    try:
+        assert pickle.loads(b"\x80\x02\x82\xf1.") is os.system
+        with pytest.raises(UnsafePickleError, match="extension code 241"):
+            pickles.load(io.BytesIO(b"\x80\x02\x82\xf1V" + f"touch {tmp_path}/x".encode() + b"\n\x85R."))
+    finally:
+        copyreg.remove_extension("os", "system", 0xF1)
+        copyreg.clear_extension_cache()
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_allow_list_cannot_be_altered_by_a_pickle() -> None:
+    for name in MISUSE:
+        with pytest.raises(UnsafePickleError, match="tries to alter"):
+            pickles.load(io.BytesIO(payloads(Path("x"))[name]))
+
+
+@pytest.mark.parametrize(
+    "call", [Call(bytes, 10**15), Call(bytearray, 10**15), Call(range, 10), Call(type, None)]
+)
+def test_allocating_and_reflective_builtins_are_refused(call: Call) -> None:
+    with pytest.raises(UnsafePickleError):
+        pickles.load(io.BytesIO(pickle.dumps(call, 2)))
+
+
+def test_memo_index_beyond_the_file_is_refused() -> None:
+    with pytest.raises(UnsafePickleError, match="memo index 4294967280"):
+        pickles.load(io.BytesIO(b"\x80\x02Nr\xf0\xff\xff\xff."))
+
+
+def example() -> dict[str, torch.Tensor]:
+    base = torch.arange(24, dtype=torch.float32)
+    return {
+        "plain": torch.randn(3, 4),
+        "half": torch.randn(5).bfloat16(),
+        "double": torch.randn(2, 2, dtype=torch.float64),
+        "ids": torch.tensor([1, -2, 3]),
+        "flags": torch.tensor([True, False]),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "transposed": base.view(4, 6).t(),
+        "slice of the same storage": base[3:9:2],
+        "parameter": torch.nn.Parameter(torch.randn(2)),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_of_torch_save(tmp_path: Path, zipped: bool) -> None:
+    tensors = example()
+    torch.save(tensors, tmp_path / "t.pt", _use_new_zipfile_serialization=zipped)
+    loaded = read_all(tmp_path / "t.pt")
+    assert list(loaded) == list(tensors)
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor.data), name
+
+
+def test_state_dict_metadata_and_plain_containers(tmp_path: Path) -> None:
+    state = torch.nn.Linear(2, 3).state_dict()
+    tree = {
+        "state": state,
+        "counts": collections.Counter("aab"),
+        "groups": collections.defaultdict(list, {"a": [1]}),
+        "misc": [1, 2.5, None, True, "text", b"bytes", b"", (1, 2), {3}, frozenset([4]), 2**70, 1j],
+        "size": torch.Size([2, 3]),
+        "dtype": torch.float32,
+    }
+    torch.save(tree, tmp_path / "t.pt")
+    file = TorchFile(tmp_path / "t.pt")
+    file.close()
+    assert file.root["counts"] == {"a": 2, "b": 1} and file.root["groups"] == {"a": [1]}
+    assert (
+        file.root["misc"] == tree["misc"]
+        and file.root["size"] == (2, 3)
+        and file.root["dtype"] is torch.float32
+    )
+    assert all(isinstance(leaf, StoredTensor) for leaf in file.root["state"].values())
+
+
+def test_configuration_values_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("omegaconf")
+    for name in ("DictConfig", "AnyNode"):
+        setattr(module, name, type(name, (), {"__module__": "omegaconf"}))
+    monkeypatch.setitem(sys.modules, "omegaconf", module)
+
+    def node(value: Any) -> Any:
+        record = module.DictConfig() if isinstance(value, dict) else module.AnyNode()
+        if isinstance(value, dict):
+            record.__dict__ = {
+                "_content": {key: node(entry) for key, entry in value.items()},
+                "_parent": record,
+            }
+        else:
+            record.__dict__ = {"_val": value, "_parent": None}
+        return record
+
+    data = pickle.dumps({"config": node({"model": {"length": 128, "name": "small"}})}, 2)
+    monkeypatch.undo()
+    tree = pickles.load(io.BytesIO(data))
+    assert lookup(tree, "config", "model", "length") == 128
+    assert lookup(tree, "config", "model", "name") == "small"
+    assert lookup(tree, "config", "absent", "length") is None
+    assert lookup(tree, "config", "model") is None
+
+
+def stored(
+    offset: Any = 0, shape: Any = (2,), stride: Any = (1,), numel: int = 4, data: bytes = b"\0" * 16
+) -> bytes:
+    """A torch file with one fp32 tensor of the given layout."""
+
+    class Place:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return torch._utils._rebuild_tensor_v2, (STORAGE, offset, shape, stride, False, {})
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            return ("storage", torch.FloatStorage, "0", "cpu", numel) if obj is STORAGE else None
+
+    buffer = io.BytesIO()
+    Pickler(buffer, 2).dump({"w": Place()})
+    return torch_zip(buffer.getvalue(), **{"0": data})
+
+
+class _Storage:
+    pass
+
+
+STORAGE = _Storage()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"shape": (5,)},
+        {"offset": 3},
+        {"offset": -1},
+        {"stride": (-1,)},
+        {"stride": (4,)},
+        {"shape": (10**9, 10**9), "stride": (0, 0)},
+        {"shape": (2.5,)},
+        {"shape": (2,), "stride": (1, 1)},
+        {"offset": None},
+        {"numel": 10**12},
+        {"numel": -4},
+        {"data": b"\0" * 12},
+    ],
+    ids=str,
+)
+def test_layouts_outside_the_storage_are_refused(tmp_path: Path, layout: dict[str, Any]) -> None:
+    assert read_all(write(tmp_path / "good.pt", stored()))["w"].tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match=r"layout|does not fit|bytes"):
+        read_all(write(tmp_path / "bad.pt", stored(**layout)))
+
+
+def test_compressed_members_are_refused(tmp_path: Path) -> None:
+    """A zip bomb must compress; torch.save never does."""
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10**7)
+    with pytest.raises(ValueError, match="compressed"):
+        TorchFile(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncation_anywhere_is_one_clear_error(tmp_path: Path, zipped: bool) -> None:
+    torch.save(example(), tmp_path / "whole.pt", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for end in {0, 1, 3, 5, 20, *range(50, len(whole), 97), len(whole) - 1}:
+        with pytest.raises(ValueError, match=r"cut\.pt"):
+            read_all(write(tmp_path / "cut.pt", whole[:end]))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damage_gives_a_value_error_or_a_result(tmp_path: Path, zipped: bool) -> None:
+    torch.save(example(), tmp_path / "whole.pt", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "whole.pt").read_bytes()
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        try:
+            read_all(write(tmp_path / "damaged.pt", bytes(data)))
+        except ValueError:
+            refused += 1
+        except (AttributeError, TypeError) as error:
+            assert "has no attribute" in str(error) or "StoredTensor" in str(
+                error
+            )  # the tree's root or leaves changed
+    assert refused > 100
+
+
+@pytest.mark.parametrize("data", [b"", b"hello world, this is text", b"PK\x03\x04", b"\x80\x02]q\x00."])
+def test_other_files(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(ValueError, match="torch file"):
+        TorchFile(write(tmp_path / "other.bin", data))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        TorchFile(tmp_path / "none.pt")
