@@ -1,0 +1,68 @@
+"""Arrays kept on disk under a key, with checksums: what is damaged or half-written is made again."""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loopmdm.checkpoint import write_files
+
+Array: TypeAlias = NDArray[Any]
+
+
+def cached_arrays(folder: Path, key: str, make: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+    """The arrays stored under `key`, memory-mapped; made and written first if they are missing or damaged.
+
+    An entry is KEY.json with the checksums of one KEY.NAME.npy an array. Arrays of size 0 are not stored.
+
+    Raises:
+        OSError: the entry cannot be written (full disk, permissions); no partial file is left.
+    """
+    index = folder / f"{key}.json"
+    if index.exists():
+        try:
+            checksums = json.loads(index.read_text(encoding="utf-8"))
+            return {name: _read(_path(index, name), checksum) for name, checksum in checksums.items()}
+        except (OSError, ValueError, AttributeError, EOFError) as error:
+            warnings.warn(f"{index} is damaged and made again: {error}", stacklevel=3)
+    arrays = make()
+    if all(array.size for array in arrays.values()):
+        checksums = {name: _checksum(array) for name, array in arrays.items()}
+        writers = {_path(index, name): _writer(array) for name, array in arrays.items()}
+        # The index last: an entry without it does not exist.
+        write_files({**writers, index: lambda path: _write_json(path, checksums)})
+    return arrays
+
+
+def _path(index: Path, name: str) -> Path:
+    return index.with_name(f"{index.stem}.{name}.npy")
+
+
+def _read(path: Path, checksum: int) -> Array:
+    array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if _checksum(array) != checksum:
+        raise ValueError(f"{path.name} does not have its checksum")
+    return array
+
+
+def _checksum(array: Array) -> int:
+    return zlib.crc32(array.data.cast("B"))
+
+
+def _writer(array: Array) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+
+    return write
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
