@@ -1,0 +1,64 @@
+# make demo | test | bench | lint | gpu: each sets up what it needs.
+#   VENV=path    use this virtual environment instead of .venv
+#   PYTHON=...   interpreter that creates the environment (3.10 or later)
+#   TORCH=...    requirement for torch, installed first
+#   JOBS=n       test processes
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+BENCH_RESULT ?= bench/results/latest.json
+
+BIN := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt \
+	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test bench lint gpu clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,5p' Makefile
+
+# One test or benchmark process uses one thread unless it asks for more itself.
+test: export OMP_NUM_THREADS = 1
+bench gpu: export PYTHONUNBUFFERED = 1
+
+demo: $(VENV)/.installed-test
+	$(BIN)/loopmdm demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(JOBS)
+
+bench: $(VENV)/.installed-test
+	@mkdir -p $(dir $(BENCH_RESULT))
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=$(BENCH_RESULT)
+	@echo "wrote $(BENCH_RESULT)"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+gpu: $(VENV)/.installed-test
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no GPU on this machine (torch.cuda.is_available() is False)")'
+	$(BIN)/pip install -e '.[test,gpu]'
+	$(BIN)/python -m pytest -m gpu tests bench
+
+clean:
+	rm -rf build dist loopmdm_kernels/_C*.so python/loopmdm/_sudoku*.so
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed, got " + sys.version.split()[0] + "; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --upgrade pip
+
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/pip install '$(TORCH)'
+	@touch $@
+
+$(VENV)/.installed-%: $(BUILD_INPUTS) $(VENV)/.torch
+	$(BIN)/pip install -e '.[$*]'
+	@touch $@

@@ -1,0 +1,10 @@
+// One function an op: reads its arguments, releases the GIL, calls the kernel.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace loopmdm {
+
+void bind_sample_rows(pybind11::module_& m);
+
+}  // namespace loopmdm

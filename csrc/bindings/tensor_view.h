@@ -1,0 +1,41 @@
+// A checked view of a torch tensor, read through DLPack's C exchange API: no torch library is linked, and
+// one build serves every torch that has the API (2.10 and later).
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+namespace loopmdm {
+
+enum class DType { float32, bfloat16, int64 };
+
+constexpr int64_t kAny = -1;  // in an expected shape: any length
+
+class TensorView {
+ public:
+  // Throws TypeError for something that is not a tensor with memory of its own or has another dtype, and
+  // ValueError for another device, shape or layout; the message names the argument.
+  TensorView(pybind11::handle object, const char* name, std::initializer_list<DType> dtypes,
+             std::initializer_list<int64_t> shape);
+
+  DType dtype() const { return dtype_; }
+  int64_t size(int axis) const { return shape_[axis]; }
+
+  const void* data() const { return data_; }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  static constexpr int kMaxRank = 4;
+
+  void* data_;
+  DType dtype_;
+  int64_t shape_[kMaxRank];
+};
+
+}  // namespace loopmdm
