@@ -158,6 +158,9 @@ _GLOBALS: dict[tuple[str, str], Any] = {
         for module in ("builtins", "__builtin__")
         for kind in (dict, list, tuple, set, frozenset, str, int, float, bool, complex)
     },
+    # What protocol 2 calls int and str.
+    ("__builtin__", "long"): int,
+    ("__builtin__", "unicode"): str,
     **{(module, "bytes"): _Function(_empty_bytes) for module in ("builtins", "__builtin__")},
 }
 
