@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import loopmdm_kernels as lk
 from loopmdm import flops
+from loopmdm.config import LoopMDMConfig
 from loopmdm.flops import CONVENTIONS, SamplingLedger
 from loopmdm.loop_law import LoopLaw
+from loopmdm.model import LoopMDM
 
 DUO = "blocks+head+embedding"
 
@@ -116,6 +122,50 @@ def test_e12_layer_equals_profiler(ratio: float) -> None:
         F.linear(x, torch.zeros(97, d))
     assert layer == b * length * flops.layer_flops(sizes, length)
     assert counter.get_total_flops() - layer == b * length * flops.head_flops(sizes)
+
+
+@contextlib.contextmanager
+def profiler() -> Iterator[FlopCounterMode]:
+    """PyTorch's counter; it does not know a CPU's fused attention, so that runs as matrix products."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+@pytest.mark.parametrize("mlp_ratio", [4, 2])
+@pytest.mark.parametrize("num_loops", [1, 3, 12])
+def test_e12_model_equals_profiler(num_loops: int, mlp_ratio: int) -> None:
+    """What a forward pass of the model executes, counted by FlopCounterMode."""
+    config = LoopMDMConfig(
+        vocab_size=501,
+        mask_token_id=500,
+        hidden_size=128,
+        num_heads=4,
+        num_layers=5,
+        cond_dim=32,
+        mlp_ratio=mlp_ratio,
+        max_length=96,
+        loop_start=1,
+        loop_end=3,
+    )
+    model = LoopMDM(config).eval()
+    input_ids = torch.randint(500, (2, 96), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), lk.use_backend("reference"), profiler() as counter:
+        model(input_ids, num_loops=num_loops)
+    counted = counter.get_total_flops()
+    assert counted == pytest.approx(2 * flops.forward_flops(config, 96, num_loops, "blocks+head"), rel=0.01)
+    conditioning = counted - 2 * flops.forward_flops(config, 96, num_loops, "blocks+head")
+    assert 0 < conditioning <= 2 * flops.conditioning_flops(config)
+
+
+def test_e12_training_step_equals_profiler() -> None:
+    """Forward and backward of the loss cost three forwards; the head runs on the masked rows only."""
+    config = LoopMDMConfig(501, 500, hidden_size=128, num_heads=4, num_layers=4, cond_dim=8, max_loops=4)
+    model = LoopMDM(config)
+    input_ids = torch.randint(500, (4, 96), generator=torch.Generator().manual_seed(0))
+    with lk.use_backend("reference"), profiler() as counter:
+        model.loss(input_ids, num_loops=4, seed=0, t=torch.ones(4)).loss.backward()
+    expected = 4 * flops.training_flops(config, 96, 4, "blocks+head")
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.03)
 
 
 def test_sampling_ledger_adds_what_was_executed() -> None:
