@@ -65,7 +65,9 @@ class CMakeBuild(build_ext):
         if not cache.exists():
             return False
         text = cache.read_text()
-        return f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" in text and "CMAKE_GENERATOR:INTERNAL=Ninja\n" in text
+        return (
+            f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" in text and "CMAKE_GENERATOR:INTERNAL=Ninja\n" in text
+        )
 
 
 class BuildPyWithDeviceSources(build_py):

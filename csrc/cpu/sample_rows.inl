@@ -197,13 +197,9 @@ inline Floats exp_nonpositive(Floats x) {
 }
 
 void add_statistics(const float* logits, int32_t first_token, RowStatistics& stats) {
-  Floats top = load(logits);
-  for (int t = kLanes; t < kTileTokens; t += kLanes) {
-    const Floats x = load(logits + t);
-    top = larger(x, top);
-  }
-  // A NaN in the first vector must not hide the others: the scan below finds the true maximum.
-  if (!(largest_lane(top) <= stats.top2_logit)) {
+  Floats top = broadcast(-__builtin_inff());  // a NaN never gets in
+  for (int t = 0; t < kTileTokens; t += kLanes) top = larger(load(logits + t), top);
+  if (largest_lane(top) > stats.top2_logit) {
     const float before = stats.top1_logit;
     for (int t = 0; t < kTileTokens; t += kLanes)
       if (lanes_not_at_most(load(logits + t), broadcast(stats.top2_logit)))

@@ -1,0 +1,28 @@
+from torch import Tensor
+
+def cpu_isa() -> str: ...
+def usable_cpu_isas() -> str: ...
+def philox(seed: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]: ...
+def sample_rows(
+    hidden: Tensor,
+    rows: Tensor,
+    norm: Tensor,
+    shift: Tensor,
+    gain: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    excluded_token: int,
+    seed: int,
+    sequence: Tensor,
+    step: Tensor,
+    position: Tensor,
+    temperature: float,
+    compute_in_bf16: bool,
+    num_threads: int,
+    token: Tensor,
+    log_prob: Tensor,
+    top1_token: Tensor,
+    top1_prob: Tensor,
+    top2_prob: Tensor,
+    entropy: Tensor,
+) -> None: ...

@@ -1,0 +1,134 @@
+"""Which implementations of the ops exist here, and which one a call uses.
+
+An op goes to the first backend of `PREFERENCE` that has a kernel for it, works on the tensors' device and
+supports the arguments; `reference` has every op. `use_backend` or the environment variable LOOPMDM_BACKEND
+forces one instead: it then does the work or says why it cannot.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from loopmdm_kernels import reference
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+PREFERENCE = ("cuda", "triton", "cpu")
+_DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+# The ops of each backend. A kernel module holds a function named like the op, and
+# supports(**arguments) -> str | None: why it cannot take these arguments, or None.
+_KERNEL_MODULES = {
+    "cpu": {"sample_rows": "loopmdm_kernels.cpu.sample_rows"},
+    "triton": {},
+    "cuda": {},
+}
+
+_forced: ContextVar[str | None] = ContextVar("loopmdm_backend", default=None)
+
+
+def available_backends() -> dict[str, bool | str]:
+    """What is usable here: True, or the instruction set in use; for the others the reason why not."""
+    status: dict[str, bool | str] = {}
+    for name in BACKENDS:
+        reason = _why_unavailable(name)
+        if reason is not None:
+            status[name] = reason
+        else:
+            status[name] = _extension().cpu_isa() if name == "cpu" else True
+    return status
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make the ops called inside, in this thread or task, use one backend.
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: it cannot be used on this machine; inside, an op it cannot do raises this too.
+    """
+    _check_name("use_backend", name)
+    reason = _why_unavailable(name)
+    if reason is not None:
+        raise RuntimeError(f"use_backend: backend {name!r} cannot be used here: {reason}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def implementation(op: str, device: torch.device, **arguments: Any) -> Callable[..., Any]:
+    """The function that performs `op` on tensors of `device`.
+
+    `arguments` are those of the op on which a kernel's support depends.
+    """
+    forced = _forced.get() or os.environ.get("LOOPMDM_BACKEND") or None
+    if forced is not None:
+        _check_name("LOOPMDM_BACKEND", forced)
+        if forced == "reference":
+            return _reference(op)
+        reason = _why_unavailable(forced) or _why_not(forced, op, device, arguments)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {forced!r} was asked for and cannot do this: {reason}")
+        return _kernel(forced, op)
+    for name in PREFERENCE:
+        if _why_not(name, op, device, arguments) is None and _why_unavailable(name) is None:
+            return _kernel(name, op)
+    return _reference(op)
+
+
+def _check_name(source: str, name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def _why_unavailable(name: str) -> str | None:
+    if name == "cpu":
+        try:
+            _extension().cpu_isa()
+        except ImportError as error:
+            return f"the extension is not built: {error}"
+        except RuntimeError as error:
+            return str(error)
+    elif name in ("triton", "cuda"):
+        if not torch.cuda.is_available():
+            return "no GPU"
+        if not _KERNEL_MODULES[name]:
+            return f"this version has no {name} kernels"
+    return None
+
+
+def _why_not(name: str, op: str, device: torch.device, arguments: dict[str, Any]) -> str | None:
+    if op not in _KERNEL_MODULES[name]:
+        return f"it has no kernel for {op}"
+    if device.type != _DEVICE_OF[name]:
+        return f"its tensors must be on a {_DEVICE_OF[name]} device, got {device}"
+    reason: str | None = _kernel_module(name, op).supports(**arguments)
+    return reason
+
+
+def _extension() -> Any:
+    return import_module("loopmdm_kernels._C")
+
+
+@lru_cache(maxsize=None)
+def _kernel_module(name: str, op: str) -> Any:
+    return import_module(_KERNEL_MODULES[name][op])
+
+
+def _kernel(name: str, op: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(_kernel_module(name, op), op)
+    return function
+
+
+def _reference(op: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(reference, op)
+    return function
