@@ -20,6 +20,7 @@ from loopmdm.train.seeds import derive_seed
 
 SCRIPT = """
 import json, sys, torch
+from dataclasses import replace
 import torch.distributed as dist
 from toy_training import ToyModel, batches
 from loopmdm.train import TrainConfig, Trainer
@@ -28,9 +29,13 @@ rank = dist.get_rank()
 model = ToyModel(seed=rank)
 config = TrainConfig(**json.load(open(sys.argv[2])))
 trainer = Trainer(model, batches, config, sys.argv[1], show_progress=False)
-if "--resume" in sys.argv:
-    trainer.resume()
 trainer.train()
+half = sys.argv[1] + "-half"
+Trainer(ToyModel(), batches, replace(config, steps=3), half, show_progress=False).train()
+dist.barrier()
+resumed = Trainer(ToyModel(seed=9 + rank), batches, config, half, show_progress=False)
+resumed.resume()
+resumed.train()
 weights = torch.cat([p.detach().flatten() for p in model.parameters()])
 averages = torch.cat([s.flatten() for s in trainer.ema.shadow])
 torch.save({"calls": model.calls, "weights": weights, "averages": averages}, f"{sys.argv[1]}.{rank}.pt")
@@ -47,9 +52,9 @@ OPTIONS = {
 }
 
 
-def launch(folder: Path, name: str, options: dict[str, object], *flags: str) -> list[dict[str, object]]:
+def launch(folder: Path) -> list[dict[str, object]]:
     (folder / "run.py").write_text(SCRIPT)
-    (folder / "options.json").write_text(json.dumps(options))
+    (folder / "options.json").write_text(json.dumps(OPTIONS))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,24 +68,18 @@ def launch(folder: Path, name: str, options: dict[str, object], *flags: str) -> 
             "RANK": str(rank),
             "WORLD_SIZE": "2",
         }
-        command = [
-            sys.executable,
-            str(folder / "run.py"),
-            str(folder / name),
-            str(folder / "options.json"),
-            *flags,
-        ]
+        command = [sys.executable, str(folder / "run.py"), str(folder / "run"), str(folder / "options.json")]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    return [torch.load(folder / f"{name}.{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"run.{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, object]]]:
     folder = tmp_path_factory.mktemp("distributed")
-    return folder, launch(folder, "run", OPTIONS)
+    return folder, launch(folder)
 
 
 def test_e11_same_loops_other_masks_other_data(run: tuple[Path, list[dict[str, object]]]) -> None:
@@ -124,13 +123,9 @@ def test_gradients_are_averaged(run: tuple[Path, list[dict[str, object]]]) -> No
     torch.testing.assert_close(first["weights"], weights, rtol=1e-4, atol=1e-5)
 
 
-def test_resumed_ranks_continue_bitwise(run: tuple[Path, list[dict[str, object]]], tmp_path: Path) -> None:
-    folder, _ = run
-    launch(tmp_path, "half", OPTIONS | {"steps": 3})
-    launch(tmp_path, "half", OPTIONS, "--resume")
-    losses = [
-        [r["loss"] for r in read_metrics(at / "metrics.jsonl")] for at in (folder / "run", tmp_path / "half")
-    ]
+def test_resumed_ranks_continue_bitwise(run: tuple[Path, list[dict[str, object]]]) -> None:
+    whole, half = run[0] / "run", run[0] / "run-half"
+    losses = [[r["loss"] for r in read_metrics(at / "metrics.jsonl")] for at in (whole, half)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
-    got, expected = (load_file(at / "model.safetensors") for at in (tmp_path / "half", folder / "run"))
+    expected, got = (load_file(at / "model.safetensors") for at in (whole, half))
     assert all(torch.equal(got[name], expected[name]) for name in expected)

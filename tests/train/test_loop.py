@@ -7,11 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from toy_training import LENGTH, ToyModel, batches
 
 from loopmdm import flops
+from loopmdm.data.packing import TextData
+from loopmdm.data.sudoku import SIX, SudokuData
 from loopmdm.loop_law import LoopLaw
 from loopmdm.train import NonFiniteError, TrainConfig, Trainer, batch_source, plot_loss, read_metrics
 from loopmdm.train.seeds import derive_seed
@@ -110,6 +113,22 @@ def test_prompt_and_padding_reach_the_model(tmp_path: Path) -> None:
     assert counters.tokens == 12 * 4 * (LENGTH - 4)
 
 
+def test_both_data_sets_have_batches() -> None:
+    tokens = np.arange(24, dtype=np.int32).reshape(6, 4) % 6
+    text = batch_source(
+        TextData(tokens, vocab_size=7, mask_token_id=6, lengths=np.full(6, 3, dtype=np.int32))
+    )
+    first, second = text(0, 0, 0, 2, 3), text(0, 0, 1, 2, 3)
+    assert sorted(torch.cat([first.input_ids, second.input_ids])[:, 0].tolist()) == sorted(
+        tokens[:, 0].tolist()
+    )
+    assert first.attention_mask is not None and first.attention_mask.sum() == 9 and first.prompt_mask is None
+    sudoku = batch_source(SudokuData(SIX, seed=0, clues=(12, 16), pool_size=20))
+    batch = sudoku(0, 0, 0, 1, 5)
+    assert batch.input_ids.shape == (5, 36) and batch.attention_mask is None
+    assert batch.prompt_mask is not None and 12 <= int(batch.prompt_mask[0].sum()) <= 16
+
+
 def test_evaluation_sees_the_averaged_weights(tmp_path: Path) -> None:
     model = ToyModel()
     seen: list[list[torch.Tensor]] = []
@@ -153,6 +172,54 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path: Path, clip: fl
     assert trainer.train().step == 12
 
 
+def test_reading_figures_late_changes_nothing(tmp_path: Path) -> None:
+    """What happens on a GPU: a step's figures are read after the launch of the next."""
+    train(ToyModel(), tmp_path / "now")
+    trainer = Trainer(ToyModel(), batches, config(), tmp_path / "late", show_progress=False)
+    trainer._read_late = True
+    trainer.train()
+    clocks = ("seconds", "cpu_seconds", "tokens_per_second")
+    now, late = (
+        [
+            {k: v for k, v in r.items() if k not in clocks}
+            for r in read_metrics(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("now", "late")
+    )
+    assert now == late and len(late) == 12
+    model = ToyModel()
+    model.poison_after = 7
+    trainer = Trainer(model, batches, config(checkpoint_every=3), tmp_path / "poisoned", show_progress=False)
+    trainer._read_late = True
+    with pytest.raises(NonFiniteError, match="step 8: loss nan"):
+        trainer.train()
+    assert Trainer(ToyModel(), batches, config(), tmp_path / "poisoned", show_progress=False).resume() == 6
+
+
+def test_errors_of_the_data_surface(tmp_path: Path) -> None:
+    def source(step: int, *rest: int) -> Any:
+        if step == 3:
+            raise FileNotFoundError("shard 3")
+        return batches(step, *rest)
+
+    with pytest.raises(FileNotFoundError, match="shard 3"):
+        Trainer(ToyModel(), source, config(), tmp_path, show_progress=False).train()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(
+    tmp_path: Path, terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    options = config(log_every=6, eval_every=6)
+    Trainer(ToyModel(), batches, options, tmp_path, evaluate=lambda _: {"solved": 0.5}).train()
+    shown = capsys.readouterr()
+    assert shown.out == "" and "step 12/12  loss " in shown.err and "tokens/s  0:00:00 left" in shown.err
+    assert '{"solved": 0.5}' in shown.err
+    assert ("\x1b" in shown.err) == terminal
+
+
 def test_bf16_autocast_reaches_the_loss(tmp_path: Path) -> None:
     model = ToyModel()
     dtypes: list[bool] = []
@@ -180,6 +247,9 @@ def test_request_stop_ends_after_a_checkpoint(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="data must be a SudokuData"):
         batch_source(3)
+    with pytest.raises(ValueError, match="data was made for accumulation 1, the run accumulates 2"):
+        text = TextData(np.zeros((2, 4), dtype=np.int32), vocab_size=7, mask_token_id=6)
+        Trainer(ToyModel(), text, config(accumulation=2), tmp_path)
     with pytest.raises(ValueError, match="pass evaluate"):
         Trainer(ToyModel(), batches, config(eval_every=2), tmp_path)
     with pytest.raises(ValueError, match="loop law"):

@@ -168,6 +168,34 @@ def test_a_cut_last_line_is_dropped(tmp_path: Path, uninterrupted: Path) -> None
     assert history(tmp_path) == history(uninterrupted)
 
 
+@pytest.mark.parametrize("renames", range(3))
+def test_killed_between_the_renames_of_a_checkpoint(
+    tmp_path: Path, uninterrupted: Path, renames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = 0
+    replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        nonlocal done
+        if built.counters.step == 20:
+            if done == renames:
+                raise Killed
+            done += Path(source).parent.name == ".partial"
+        replace(source, target)
+
+    built = trainer(tmp_path, checkpoint_every=10)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", interrupted)
+        built.train()
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "training_state.safetensors").write_bytes(b"cut short")
+    resumed = trainer(tmp_path, ToyModel(seed=7), checkpoint_every=10)
+    assert resumed.resume() in (10, 20)
+    resumed.train()
+    assert history(tmp_path) == history(uninterrupted)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in uninterrupted.iterdir())
+
+
 def test_kill_9_at_random_moments_then_resume(tmp_path: Path, uninterrupted: Path) -> None:
     """Every start may be killed, in the middle of a step or of a write; the outcome is that of one run."""
     script = tmp_path / "run.py"
@@ -190,12 +218,12 @@ def test_kill_9_at_random_moments_then_resume(tmp_path: Path, uninterrupted: Pat
     command = [sys.executable, str(script), str(folder), json.dumps(CONFIG | {"checkpoint_every": 3})]
     delays = random.Random(0)
     kills = 0
-    for attempt in range(5):
+    for attempt in range(4):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
         assert process.stdout is not None
         with process.stdout as output:
             assert output.readline() == b"ready\n"
-            if attempt < 4:
+            if attempt < 3:
                 time.sleep(delays.uniform(0.0, 0.1))
                 process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL

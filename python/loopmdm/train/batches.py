@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from loopmdm.train.config import TrainConfig
 
 
 class Batch(NamedTuple):
@@ -17,17 +20,56 @@ class Batch(NamedTuple):
     prompt_mask: Tensor | None = None  # [B, L] bool, True = given, never masked, not counted; None: none
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
+        """The batch on a device; does not wait for copies from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The batch in pinned memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         attention_mask, prompt_mask = self.attention_mask, self.prompt_mask
         return Batch(
-            self.input_ids.to(device),
-            None if attention_mask is None else attention_mask.to(device),
-            None if prompt_mask is None else prompt_mask.to(device),
+            function(self.input_ids),
+            None if attention_mask is None else function(attention_mask),
+            None if prompt_mask is None else function(prompt_mask),
         )
 
 
 # (step, micro_step, rank, world_size, batch_size) -> Batch. Pure, so that a resumed run sees the same data.
 BatchSource: TypeAlias = Callable[[int, int, int, int, int], Batch]
+
+
+class Prefetcher:
+    """Makes the next batch of one rank in a thread while the present one is trained on."""
+
+    def __init__(
+        self, source: BatchSource, config: TrainConfig, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self._source, self._config, self._device = source, config, device
+        self._rank, self._world_size = rank, world_size
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._position: tuple[int, int] | None = None
+        self._future: Future[Batch] | None = None
+
+    def get(self, step: int, micro_step: int) -> Batch:
+        """A batch on the device."""
+        if self._position != (step, micro_step) or self._future is None:
+            self._future = self._executor.submit(self._make, step, micro_step)
+        batch = self._future.result()
+        carry, next_micro_step = divmod(micro_step + 1, self._config.accumulation)
+        self._position, self._future = (step + carry, next_micro_step), None
+        if step + carry < self._config.steps:
+            self._future = self._executor.submit(self._make, *self._position)
+        return batch.to(self._device)
+
+    def _make(self, step: int, micro_step: int) -> Batch:
+        batch = self._source(step, micro_step, self._rank, self._world_size, self._config.batch_size)
+        return batch.pinned() if self._device.type == "cuda" else batch
+
+    def close(self) -> None:
+        """End the thread."""
+        self._executor.shutdown(cancel_futures=True)
 
 
 def batch_source(data: Any, accumulation: int = 1) -> BatchSource:

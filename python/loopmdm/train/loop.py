@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loopmdm import flops
 from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
-from loopmdm.train.batches import Batch, batch_source
+from loopmdm.train.batches import Batch, Prefetcher, batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.metrics import METRICS_FILE, MetricsLog, keep_until
@@ -101,7 +101,8 @@ class Trainer:
             out_dir: folder of the run.
             on_log: called on rank 0 with every record that goes into metrics.jsonl.
             evaluate: called on rank 0 every `eval_every` steps and at the end with the model in eval mode and
-                the averaged weights in it; what it returns (JSON values) is logged under "evaluation".
+                the averaged weights in it; what it returns (JSON values) is logged under "evaluation". `plot_loss`
+                draws the list of `NLLResult.to_dict()` it finds there under "held_out".
             show_progress: report on stderr.
         """
         if config.eval_every and evaluate is None:
@@ -131,6 +132,8 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        # A GPU is kept busy: the figures of a step are read when the next one has been launched.
+        self._read_late = self.device.type == "cuda"
         self._stop_requested = False
         self._resumed = False
 
@@ -172,8 +175,11 @@ class Trainer:
         """
         if not self._resumed and (self.out_dir / STATE_FILE).exists():
             raise ValueError(f"{self.out_dir} holds a run already: resume it, or choose another folder")
-        if self.rank != 0:
-            return self._run(None, None)
+        self._batches = Prefetcher(self._source, self.config, self.rank, self.world_size, self.device)
+        with contextlib.closing(self._batches):
+            return self._train_rank_zero() if self.rank == 0 else self._run(None, None)
+
+    def _train_rank_zero(self) -> Counters:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         with staged(self.out_dir) as folder:
             (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
@@ -205,7 +211,7 @@ class Trainer:
                 counters.step == config.steps or _every(config.eval_every, counters.step)
             )
             checkpoint_due = last or self._checkpoint_due(counters.step)
-            if pending.arrived is None or evaluation_due or checkpoint_due:
+            if not self._read_late or evaluation_due or checkpoint_due:
                 self._finish(pending)
                 pending = None
             if evaluation_due:
@@ -223,7 +229,7 @@ class Trainer:
             group["lr"] = lr
         figures = torch.zeros(4, dtype=torch.float64, device=self.device)
         for micro_step in range(config.accumulation):
-            batch = self._source(step, micro_step, self.rank, self.world_size, config.batch_size)
+            batch = self._batches.get(step, micro_step)
             batch_size, length = batch.input_ids.shape
             seed = derive_seed(config.seed, self.rank, step, micro_step)
             last = micro_step == config.accumulation - 1
@@ -233,7 +239,7 @@ class Trainer:
                 stack.enter_context(
                     torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
                 )
-                loss, nll_sum, num_tokens = self._loss(batch.to(self.device), num_loops, seed)
+                loss, nll_sum, num_tokens = self._loss(batch, num_loops, seed)
                 (loss / config.accumulation).backward()
             figures[:3] += torch.stack([v.detach().double() for v in (loss, nll_sum, num_tokens)])
             sequences = self.world_size * batch_size
@@ -244,18 +250,18 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.ema.parameters, config.clip or math.inf)
         figures = torch.cat([figures, norm.detach().double()[None]])
         record = {"step": step + 1, "num_loops": num_loops, "lr": lr, "flops": self.counters.flops}
-        if self.device.type != "cuda":
+        if not self._read_late:
             self._check_finite(step + 1, *figures[[0, 4]].tolist())
         self.optimizer.step()
         # The fused update does not count as a change of version by itself; caches of the ops are keyed on it.
         torch.autograd.graph.increment_version(self.ema.parameters)
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
-        if self.device.type != "cuda":
-            return _Step(record, figures, None)
         figures = figures.to("cpu", non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
+        arrived = None
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(torch.cuda.current_stream(self.device))
         return _Step(record, figures, arrived)
 
     def _finish(self, step: _Step) -> None:

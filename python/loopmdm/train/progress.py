@@ -68,4 +68,4 @@ class Progress:
         if self._bar is None:
             print(text, file=sys.stderr, flush=True)
         else:
-            self._bar.console.print(text)
+            self._bar.console.print(text, markup=False, highlight=False)
