@@ -41,6 +41,14 @@ def draw_mask(t: Tensor, frozen: Tensor, generator: torch.Generator | None = Non
     return (uniform < mask_probability(t).to(frozen.device)[:, None]) & ~frozen
 
 
-def posterior_stay(t: Tensor, s: Tensor) -> Tensor:
-    """Probability that a masked token is still masked at s < t: (1 - alpha_s) / (1 - alpha_t) = s / t."""
-    return s / t
+def subs_log_probs(logits: Tensor, input_ids: Tensor, mask_token_id: int) -> Tensor:
+    """log p(x0 | xt) [B, L, V] from raw logits under MDLM's SUBS parameterization.
+
+    The mask has probability 0, rows of revealed tokens are one-hot. Normalised in fp32 or float64; training
+    and sampling use the fused ops instead, which never build this tensor.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    index = torch.arange(logits.shape[-1], device=logits.device)
+    log_probs = torch.log_softmax(wide.masked_fill(index == mask_token_id, -torch.inf), dim=-1)
+    carried = torch.where(index == input_ids[..., None], 0.0, -torch.inf).to(wide.dtype)
+    return torch.where((input_ids == mask_token_id)[..., None], log_probs, carried)

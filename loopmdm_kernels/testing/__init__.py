@@ -1,0 +1,22 @@
+"""What the tests and benchmarks share, shipped so that users can check a backend on their own machine."""
+
+from loopmdm_kernels.testing.generators import (
+    LoopedInputs,
+    head_inputs,
+    looped_inputs,
+    row_rng,
+)
+from loopmdm_kernels.testing.loops import error_over_loops
+from loopmdm_kernels.testing.timers import interleaved_medians
+from loopmdm_kernels.testing.tolerance import assert_matches_oracle, rounding_step
+
+__all__ = [
+    "LoopedInputs",
+    "assert_matches_oracle",
+    "error_over_loops",
+    "head_inputs",
+    "interleaved_medians",
+    "looped_inputs",
+    "rounding_step",
+    "row_rng",
+]
