@@ -65,8 +65,8 @@ def solve_puzzles(
         progress: show a progress bar per batch when standard error is a terminal.
 
     Raises:
-        ValueError, TypeError: on puzzles that are no boards of `spec`, a model of another vocabulary, and what
-            `sample` rejects.
+        ValueError, TypeError: on puzzles that are no boards of `spec`, a model of another vocabulary, and
+            what `sample` rejects.
     """
     cells = check_cells(spec, puzzles, "puzzles")
     if cells.ndim != 2 or not len(cells):
@@ -76,8 +76,8 @@ def solve_puzzles(
     config = model.config
     if (config.vocab_size, config.mask_token_id) != (spec.vocab_size, spec.mask_token_id):
         raise ValueError(
-            f"the model has vocab_size {config.vocab_size} and mask_token_id {config.mask_token_id}, but {spec}"
-            f" boards need {spec.vocab_size} and {spec.mask_token_id}"
+            f"the model has vocab_size {config.vocab_size} and mask_token_id {config.mask_token_id},"
+            f" but {spec} boards need {spec.vocab_size} and {spec.mask_token_id}"
         )
     tokens = torch.from_numpy(np.where(cells == 0, spec.mask_token_id, cells.astype(np.int64) - 1))
     results = [

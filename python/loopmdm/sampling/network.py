@@ -62,6 +62,7 @@ class Network:
         chosen: Denoiser = self._model if compute.model is None else compute.model
         return chosen
 
+    @torch.inference_mode()
     def predict(
         self,
         tokens: Tensor,

@@ -63,7 +63,7 @@ def sample(
             they are.
         temperature: divides the logits before the draw; 0 takes the most probable token.
         top_p: draw from the most probable tokens that together reach this probability, in (0, 1].
-        seed: 0 <= seed < 2^64.
+        seed: 0 <= seed < 2^63.
         on_step: called with a `StepEvent` after every step that revealed something; what it raises ends the
             run.
         progress: show a progress bar when standard error is a terminal.
@@ -91,7 +91,6 @@ def sample(
     start = time.perf_counter()
     cast = torch.autocast(model.device.type, dtype) if dtype is not None else nullcontext()
     with (
-        torch.inference_mode(),
         evaluating(models),
         cast,
         _progress_bar(progress, ordered.num_steps) as advance,
@@ -203,8 +202,8 @@ def _check_options(
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an int with 0 <= seed < 2^64, got {seed!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an int with 0 <= seed < 2^63, got {seed!r}")
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"dtype must be None or torch.bfloat16, got {dtype}")
 

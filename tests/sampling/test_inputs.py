@@ -1,0 +1,231 @@
+"""Prompts, infilling, hooks, the state a run leaves behind, and bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from loopmdm import ComputePlan, sample
+
+ORDERS = ["ancestral", "confidence", "left_to_right"]
+MASK = 11  # of the `model` fixture: vocab_size 12, max_length 20
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_infill_keeps_fixed_positions(model, order):
+    generator = torch.Generator().manual_seed(0)
+    infill = torch.randint(0, MASK, (6, 15), generator=generator)
+    infill[torch.rand(6, 15, generator=generator) < 0.5] = MASK
+    before = infill.clone()
+    out = sample(model, infill=infill, order=order, seed=1)
+    fixed = infill != MASK
+    assert torch.equal(out.tokens[fixed], infill[fixed])
+    assert (out.tokens != MASK).all()
+    assert torch.equal(infill, before)
+    assert out.tokens.shape == (6, 15)
+    assert out.tokens.dtype == torch.int64
+
+
+def test_one_infill_for_all_samples(model):
+    infill = torch.tensor([3, MASK, MASK, MASK, 4])
+    out = sample(model, infill=infill)
+    assert out.tokens.shape == (8, 5)
+    assert (out.tokens[:, [0, 4]] == torch.tensor([3, 4])).all()
+    assert sample(model, 2, infill=infill).tokens.shape == (2, 5)
+    assert torch.equal(sample(model, 1, infill=[3, MASK, 4]).tokens[:, [0, 2]], torch.tensor([[3, 4]]))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_prompts_of_variable_length(model, order):
+    prompts = [[1, 2, 3], [], [4] * 9, [5]]
+    out = sample(model, prompt=prompts, length=9, order=order)
+    assert out.tokens.shape == (4, 9)
+    for row, prompt in zip(out.tokens.tolist(), prompts, strict=True):
+        assert row[: len(prompt)] == prompt
+    assert out.network_calls[2] == 0
+
+
+def test_prompt_forms_agree(model):
+    arguments = {"length": 7, "seed": 3}
+    expected = sample(model, 3, prompt=[7, 8], **arguments).tokens
+    assert (expected[:, :2] == torch.tensor([7, 8])).all()
+    forms = (
+        torch.tensor([7, 8]).expand(3, -1),
+        [[7, 8]] * 3,
+        [torch.tensor([7, 8])] * 3,
+        np.array([[7, 8]] * 3, dtype=np.int32),
+    )
+    for prompt in forms:
+        assert torch.equal(sample(model, prompt=prompt, **arguments).tokens, expected)
+    as_infill = torch.full((3, 7), MASK)
+    as_infill[:, :2] = torch.tensor([7, 8])
+    assert torch.equal(sample(model, infill=as_infill, seed=3).tokens, expected)
+
+
+def test_defaults(model):
+    out = sample(model)
+    assert out.tokens.shape == (8, 20)
+    assert out.num_steps == 20
+    assert out.history is None
+    assert out.seconds > 0
+
+
+def test_nothing_to_fill(model):
+    infill = torch.tensor([[1, 2, 3]])
+    for order in ORDERS:
+        out = sample(model, infill=infill, order=order)
+        assert torch.equal(out.tokens, infill)
+        assert out.total_network_calls == out.rows_projected == 0
+
+
+def test_hook_sees_every_reveal(model):
+    seen = []
+    out = sample(model, 3, length=8, steps=5, on_step=seen.append, history=True, plan=2)
+    assert [event.step for event in seen] == [event.step for event in out.history]
+    rebuilt = torch.full((3, 8), MASK)
+    for event in seen:
+        assert (rebuilt[event.sequence, event.positions] == MASK).all()
+        rebuilt[event.sequence, event.positions] = event.tokens
+        assert ((event.confidence > 0) & (event.confidence <= 1)).all()
+        assert (event.loops == 2).all()
+    assert torch.equal(rebuilt, out.tokens)
+
+
+def test_confidence_is_the_models_probability(model):
+    events = sample(model, 1, length=6, order="left_to_right", history=True, temperature=0.5).history
+    state = torch.full((1, 6), MASK)
+    model.eval()
+    for event in events:
+        with torch.no_grad():
+            logits = model(state)[0, event.positions]
+        probability = logits[:, :MASK].softmax(-1).gather(1, event.tokens[:, None]).squeeze(1)
+        assert torch.allclose(event.confidence, probability, atol=1e-5)
+        state[0, event.positions] = event.tokens
+
+
+def test_events_are_ordinary_tensors(model):
+    event = sample(model, 1, length=4, history=True).history[0]
+    event.tokens.add_(1)
+    event.loops.add_(1)
+
+
+def test_a_hook_that_raises_ends_the_run(model):
+    model.train()
+    model.blocks[1].eval()
+    calls = []
+
+    def stop(event):
+        calls.append(event.step)
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        sample(model, 2, length=8, on_step=stop)
+    assert len(calls) == 1
+    assert model.training
+    assert model.blocks[0].training
+    assert not model.blocks[1].training
+
+
+def test_model_is_left_as_it_was(model):
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = sample(model, 2, length=8, seed=1)
+    assert model.training
+    assert torch.equal(sample(model.eval(), 2, length=8, seed=1).tokens, first.tokens), "dropout must be off"
+    assert not model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.loss(first.tokens, seed=0).loss.backward()
+
+
+def test_bf16_equals_the_callers_autocast(model):
+    arguments = {"num_samples": 3, "length": 10, "seed": 2}
+    cast = sample(model, dtype=torch.bfloat16, **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        outside = sample(model, **arguments)
+    assert torch.equal(cast.tokens, outside.tokens)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_no_progress_bar_without_a_terminal(model, capsys):
+    sample(model, 1, length=4, progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+BAD = [
+    ({"order": "alphabetical"}, ValueError, "order.*ancestral, confidence, left_to_right"),
+    ({"steps": 0}, ValueError, "steps"),
+    ({"steps": 2**30}, ValueError, "steps"),
+    ({"steps": 2.5}, TypeError, "steps"),
+    ({"num_samples": 0}, ValueError, "num_samples"),
+    ({"num_samples": True}, TypeError, "num_samples"),
+    ({"length": 0}, ValueError, "length"),
+    ({"length": 21}, ValueError, "length is 21.*max_length is 20"),
+    ({"temperature": -0.1}, ValueError, "temperature"),
+    ({"temperature": float("nan")}, ValueError, "temperature"),
+    ({"temperature": float("inf")}, ValueError, "temperature"),
+    ({"top_p": 0.0}, ValueError, "top_p"),
+    ({"top_p": 1.1}, ValueError, "top_p"),
+    ({"top_p": float("nan")}, ValueError, "top_p"),
+    ({"seed": -1}, ValueError, "seed"),
+    ({"seed": 2**63}, ValueError, "seed"),
+    ({"seed": 1.0}, ValueError, "seed"),
+    ({"max_batch": 0}, ValueError, "max_batch"),
+    ({"dtype": torch.float16}, ValueError, "dtype"),
+    ({"plan": 0}, ValueError, "num_loops"),
+    ({"plan": "L1,H2"}, TypeError, "plan"),
+    ({"plan": ComputePlan.table([1, 2, 3]), "steps": 4}, ValueError, "3 steps.*4 steps"),
+    ({"prompt": [1, MASK]}, ValueError, "mask token id 11"),
+    ({"prompt": [1, 12]}, ValueError, "0..11"),
+    ({"prompt": [-1]}, ValueError, "0..11"),
+    ({"prompt": [1] * 21}, ValueError, "21 tokens long"),
+    ({"prompt": "hello"}, TypeError, "tokenizer"),
+    ({"prompt": ["hello"]}, TypeError, "prompt 0"),
+    ({"prompt": [0.5, 1.0]}, TypeError, "integer"),
+    ({"prompt": torch.tensor([True])}, TypeError, "integer"),
+    ({"prompt": torch.zeros(2, 2, 2, dtype=torch.int64)}, ValueError, "prompt"),
+    ({"prompt": [[1], [2]], "num_samples": 3}, ValueError, "num_samples is 3, but prompt has 2"),
+    ({"prompt": [[[1]], [[2]]]}, ValueError, "flat list"),
+    ({"prompt": [1], "infill": torch.tensor([1, MASK])}, ValueError, "both"),
+    ({"infill": torch.tensor([1, 12])}, ValueError, "0..11"),
+    ({"infill": torch.tensor([1.0])}, TypeError, "integer"),
+    ({"infill": torch.tensor(1)}, ValueError, "infill"),
+    ({"infill": torch.empty(0, 4, dtype=torch.int64)}, ValueError, "not empty"),
+    ({"infill": torch.full((21,), MASK)}, ValueError, "max_length"),
+    ({"infill": torch.full((2, 4), MASK), "length": 5}, ValueError, "length is 5"),
+    ({"infill": torch.full((2, 4), MASK), "num_samples": 3}, ValueError, "num_samples is 3"),
+    ({"sequence_ids": [1, 2]}, ValueError, "sequence_ids"),
+    ({"num_samples": 2, "sequence_ids": [0, 2**32]}, ValueError, "sequence_ids"),
+    ({"num_samples": 2, "sequence_ids": [0, -1]}, ValueError, "sequence_ids"),
+    ({"num_samples": 2, "sequence_ids": [0.0, 1.0]}, TypeError, "sequence_ids"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=lambda value: str(value)[:50])
+def test_bad_input_is_named(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        sample(model, **arguments)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(model, order, temperature, bad):
+    with torch.no_grad():
+        model.blocks[2].attn_out.weight[0, 0] = bad
+    with pytest.raises(ValueError, match="not finite at step"):
+        sample(model, 2, length=8, order=order, temperature=temperature)
+
+
+def test_models_of_a_plan_must_fit(model, make_model):
+    for overrides, message in (
+        ({"vocab_size": 13}, "vocab_size 13"),
+        ({"mask_token_id": 0}, "mask_token_id 0"),
+        ({"max_length": 19}, "max_length 19"),
+    ):
+        plan = ComputePlan.parse("L10,H10", light=make_model(**overrides), heavy=2)
+        with pytest.raises(ValueError, match=message):
+            sample(model, 1, plan=plan)

@@ -1,0 +1,101 @@
+"""A sequence is a function of the model, the arguments, the seed and its id: never of its batch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from loopmdm import ComputePlan, sample
+
+ORDERS = ["ancestral", "confidence", "left_to_right"]
+PLANS = [2, ComputePlan.adaptive(0.4, 4), ComputePlan.parse("L4,H8,L4", light=1, heavy=3)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_batch_invariance(model, order, plan):
+    arguments = {"length": 16, "steps": 16, "order": order, "plan": plan, "seed": 21}
+    batch = sample(model, 16, **arguments)
+    for ids in ([5], [0, 1, 2], [15, 3, 8]):
+        alone = sample(model, len(ids), sequence_ids=ids, **arguments)
+        assert torch.equal(alone.tokens, batch.tokens[ids])
+        assert torch.equal(alone.loops, batch.loops[ids])
+        assert torch.equal(alone.network_calls, batch.network_calls[ids])
+    assert torch.equal(sample(model, 16, max_batch=3, **arguments).tokens, batch.tokens)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_token_a_step_does_not_depend_on_the_others_masks(model, order):
+    mask = model.config.mask_token_id
+    infill = torch.arange(14).remainder(11).repeat(3, 1)
+    infill[0, 2:] = mask
+    infill[1, 3:6] = mask
+    batch = sample(model, infill=infill, order=order, seed=2)
+    alone = sample(model, infill=infill[1:2], order=order, seed=2, sequence_ids=[1])
+    assert torch.equal(alone.tokens[0], batch.tokens[1])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_seeds(model, order):
+    first = sample(model, 4, length=16, order=order, seed=1)
+    again = sample(model, 4, length=16, order=order, seed=1)
+    other = sample(model, 4, length=16, order=order, seed=2)
+    wide = sample(model, 4, length=16, order=order, seed=1 + 2**40)
+    assert torch.equal(first.tokens, again.tokens)
+    assert not torch.equal(first.tokens, other.tokens)
+    assert not torch.equal(first.tokens, wide.tokens)
+    assert len({tuple(row) for row in first.tokens.tolist()}) == 4
+
+
+def test_global_generator_is_not_used(model):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    sample(model, 2, length=8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_greedy_needs_no_seed(model):
+    runs = [
+        sample(model, 3, length=9, order="confidence", temperature=0.0, seed=seed).tokens for seed in (1, 2)
+    ]
+    assert torch.equal(*runs)
+    assert (runs[0] == runs[0][0]).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_adaptive_bounds_e13(model, order):
+    """Threshold 0 is the cap, bit for bit; threshold inf is one loop; loops fall as the threshold grows."""
+    arguments = {"num_samples": 4, "length": 12, "order": order, "seed": 3}
+    cap = sample(model, plan=4, **arguments)
+    never = sample(model, plan=ComputePlan.adaptive(0.0, 4), **arguments)
+    assert torch.equal(never.tokens, cap.tokens)
+    assert torch.equal(never.loops, cap.loops)
+    at_once = sample(model, plan=ComputePlan.adaptive(float("inf"), 4), **arguments)
+    assert torch.equal(at_once.tokens, sample(model, plan=1, **arguments).tokens)
+    assert torch.equal(at_once.loops, at_once.network_calls)
+    first_step = [
+        sample(model, plan=ComputePlan.adaptive(eps, 8), history=True, **arguments).history[0].loops
+        for eps in (0.05, 0.2, 0.5, 1.0)
+    ]
+    for tight, loose in pairwise(first_step):
+        assert (loose <= tight).all()
+    assert (first_step[-1] < first_step[0]).any()
+
+
+def test_time_conditioning_follows_the_grid(make_model, monkeypatch):
+    model = make_model(time_conditioning=True)
+    seen = []
+    hidden = model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda ids, sigma, **kw: seen.append(sigma) or hidden(ids, sigma, **kw)
+    )
+    out = sample(model, 1, length=6, steps=4, history=True, seed=8)
+    times = torch.tensor([1 - event.step / 4 for event in out.history])
+    assert torch.allclose(torch.cat(seen), -torch.log1p(-0.999 * times))
+
+    seen.clear()
+    sample(model, 1, length=4, order="left_to_right", seed=8)
+    times = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    assert torch.allclose(torch.cat(seen), -torch.log1p(-0.999 * times))
