@@ -11,7 +11,7 @@ from loopmdm.data.sudoku.boards import (
     is_valid_solution,
     spec,
 )
-from loopmdm.data.sudoku.files import PuzzleFile, encode_boards, read_puzzles, write_puzzles
+from loopmdm.data.sudoku.files import PuzzleFile, encode_boards, parse_puzzles, read_puzzles, write_puzzles
 from loopmdm.data.sudoku.puzzles import (
     Puzzles,
     count_solutions,
@@ -39,6 +39,7 @@ __all__ = [
     "has_contradiction",
     "in_test_split",
     "is_valid_solution",
+    "parse_puzzles",
     "rate",
     "read_puzzles",
     "solve",

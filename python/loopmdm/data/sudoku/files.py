@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,36 +37,41 @@ class PuzzleFile(NamedTuple):
 
 
 def read_puzzles(path: str | os.PathLike[str], spec: SudokuSpec | None = None) -> PuzzleFile:
-    """Reads a puzzle file; blank lines and lines that start with "#" are skipped.
+    """Reads a puzzle file; see `parse_puzzles`."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return parse_puzzles(file, str(path), spec)
+
+
+def parse_puzzles(text_lines: Iterable[str], path: str, spec: SudokuSpec | None = None) -> PuzzleFile:
+    """Puzzles of the lines of a file; blank lines and lines that start with "#" are skipped.
 
     A line is a board, row-major, with digits and any of `. 0 _ *` for a blank; or comma-separated fields, of
     which a header may name the columns (puzzle or quizzes, solution or solutions), else puzzle then solution.
-    spec: the size expected; None takes it from the first board. Raises ValueError with the line number on a
-    wrong length, a character outside the alphabet, clues that contradict each other, and solutions that are
-    not complete or do not fit.
+    path: what messages call the file. spec: the size expected; None takes it from the first board. Raises
+    ValueError with the line number on a wrong length, a character outside the alphabet, clues that contradict
+    each other, and solutions that are not complete or do not fit.
     """
     puzzles: list[str] = []
     solutions: list[str] = []
     numbers: list[int] = []
     columns: tuple[int, int | None] | None = None
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            text = line.strip()
-            if not text or text.startswith("#"):
+    for number, line in enumerate(text_lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        fields = [field.strip().strip('"') for field in text.split(",")]
+        if columns is None:
+            columns = _header(fields)
+            if columns is not None:
                 continue
-            fields = [field.strip().strip('"') for field in text.split(",")]
-            if columns is None:
-                columns = _header(fields)
-                if columns is not None:
-                    continue
-                columns = (0, 1 if len(fields) > 1 else None)
-            needed = 1 + max(columns[0], columns[1] or 0)
-            if len(fields) < needed:
-                raise ValueError(f"{path}, line {number}: {len(fields)} fields, expected at least {needed}")
-            puzzles.append(fields[columns[0]])
-            numbers.append(number)
-            if columns[1] is not None:
-                solutions.append(fields[columns[1]])
+            columns = (0, 1 if len(fields) > 1 else None)
+        needed = 1 + max(columns[0], columns[1] or 0)
+        if len(fields) < needed:
+            raise ValueError(f"{path}, line {number}: {len(fields)} fields, expected at least {needed}")
+        puzzles.append(fields[columns[0]])
+        numbers.append(number)
+        if columns[1] is not None:
+            solutions.append(fields[columns[1]])
     if not puzzles:
         raise ValueError(f"{path}: no puzzles in this file")
     if spec is None:

@@ -1,0 +1,122 @@
+"""The command line. A command is a module of this folder, imported when it is asked for.
+
+Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 terminated, 141 nobody reads the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TextIO
+
+from loopmdm.cli.parser import FAILED, INTERRUPTED, USAGE, Parser, UsageError
+
+COMMANDS = {
+    "demo": "solve Sudoku with the shipped models, train a little, compare speed with plain PyTorch",
+    "train": "train a model on your own text, or on Sudoku",
+    "sample": "write text with a trained model",
+    "eval": "measure held-out likelihood, or the share of puzzles solved, at several loop counts",
+    "solve": "solve Sudoku puzzles",
+    "convert": "turn a reference (MDLM) checkpoint into config.json and model.safetensors",
+    "doctor": "say what works on this machine, and why the rest does not",
+}
+_BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: the one of this process) and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    program = f"loopmdm {arguments[0]}" if arguments and arguments[0] in COMMANDS else "loopmdm"
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # argparse, after --help or an error of usage
+        return stop.code if isinstance(stop.code, int) else FAILED
+    except KeyboardInterrupt:
+        _complain(program, "interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered would fail again when the interpreter exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except UsageError as error:
+        _complain(program, f"error: {error} (see {program} --help)")
+        return USAGE
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        _complain(program, f"error: {_describe(error)}")
+        return FAILED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in COMMANDS:
+        parser = _top_parser()
+        parser.parse_args(arguments)
+        parser.error("which command?")
+    name, *rest = arguments
+    command = import_module(f"loopmdm.cli.{name}")
+    parser = Parser(
+        prog=f"loopmdm {name}",
+        description=command.__doc__,
+        epilog=command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    status: int = command.run(parser.parse_args(rest))
+    return status
+
+
+def _top_parser() -> Parser:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    parser = Parser(
+        prog="loopmdm",
+        usage="loopmdm COMMAND [options]",
+        description="Looped masked diffusion language models: train, sample, evaluate.",
+        epilog=f"commands:\n{listed}\n\n`loopmdm COMMAND --help` explains a command and shows an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from loopmdm_kernels.version import __version__
+
+        print(f"loopmdm {__version__}")
+        parser.exit()
+
+
+def _describe(error: Exception) -> str:
+    """The message of an error; with its type where the message alone may say little."""
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    expected = isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and text
+    return text if expected else f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def _complain(program: str, message: str) -> None:
+    print(f"{program}: {message}", file=sys.stderr, flush=True)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"loopmdm: warning: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,92 @@
+"""Sudoku on the command line: held-out puzzles, and shares solved at several loop counts and orders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from loopmdm.data.sudoku import NINE, Puzzles, SudokuSpec, generate
+from loopmdm.data.sudoku.boards import Cells
+from loopmdm.model import LoopMDM
+from loopmdm.solve import SolveResult, solve_puzzles
+
+ORDERS = ("left_to_right", "confidence")
+HELD_OUT_SEED = 20_000
+SHARE_COLUMNS = ("order", "loops S", "solved", "± s.e.", "network calls", "loops run", "seconds")
+
+
+class Solved(NamedTuple):
+    """All puzzles solved with one order and one loop count."""
+
+    order: str
+    num_loops: int
+    result: SolveResult
+
+    def to_dict(self) -> dict[str, Any]:
+        result = self.result
+        return {
+            "order": self.order,
+            "num_loops": self.num_loops,
+            "puzzles": len(result.boards),
+            "share_solved": result.accuracy,
+            "stderr": self.stderr,
+            "network_calls": int(result.network_calls.sum()),
+            "loops": int(result.loops.sum()),
+            "seconds": result.seconds,
+        }
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the share solved over puzzles, NaN for one puzzle."""
+        count, share = len(self.result.boards), self.result.accuracy
+        return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
+
+    def row(self) -> tuple[str, ...]:
+        result = self.result
+        error = "" if math.isnan(self.stderr) else f"{100 * self.stderr:.1f}"
+        return (
+            self.order.replace("_", " "),
+            str(self.num_loops),
+            f"{100 * result.accuracy:.1f} %",
+            error,
+            f"{result.network_calls.sum():,}",
+            f"{result.loops.sum():,}",
+            f"{result.seconds:.1f}",
+        )
+
+
+def held_out_puzzles(spec: SudokuSpec, num: int, threads: int = 1) -> Puzzles:
+    """Puzzles of the test split: 9x9 with 30 to 40 clues, 6x6 with as few as they can have (about 10)."""
+    clues = (30, 40) if spec == NINE else None
+    return generate(spec, num, seed=HELD_OUT_SEED, clues=clues, split="test", threads=threads)
+
+
+def solve_all(
+    model: LoopMDM,
+    spec: SudokuSpec,
+    puzzles: Cells,
+    orders: Sequence[str],
+    loops: Sequence[int],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[Solved]:
+    """Solve the puzzles [N, cells] once for every order and loop count."""
+    return [
+        Solved(
+            order,
+            num_loops,
+            solve_puzzles(
+                model,
+                puzzles,
+                spec,
+                num_loops=num_loops,
+                order=order,
+                batch_size=batch_size,
+                progress=progress,
+            ),
+        )
+        for order in orders
+        for num_loops in loops
+    ]

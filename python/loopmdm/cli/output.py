@@ -1,0 +1,43 @@
+"""What commands print: results on standard output, everything about the way there on standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """The one JSON document of a command; what is not finite becomes null."""
+    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """A line about the way to the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def has_color() -> bool:
+    """Whether standard output shows colours (a terminal, and NO_COLOR is not set)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table with a line under the heading; the first column is left, the others right."""
+    lines = [tuple(columns), *map(tuple, rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    lines.insert(1, tuple("─" * width for width in widths))
+    for first, *others in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *aligned]))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

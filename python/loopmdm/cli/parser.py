@@ -1,0 +1,127 @@
+"""Options: a parser whose errors are one line, the values options take, and options several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+
+FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class UsageError(Exception):
+    """Options that are each fine and do not go together, or values that only the library can judge."""
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turns what the library says about a value into an error of usage."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; `--help` has the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def positive_int(text: str) -> int:
+    """An option's value of at least 1."""
+    return _int(text, 1)
+
+
+def count(text: str) -> int:
+    """An option's value of at least 0."""
+    return _int(text, 0)
+
+
+def positive_float(text: str) -> float:
+    """An option's value above 0."""
+    value = number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("got 0, expected a number above 0")
+    return value
+
+
+def number(text: str) -> float:
+    """An option's finite value of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of at least 0")
+    return value
+
+
+def loop_counts(text: str) -> list[int]:
+    """Loop counts such as "1,3,6", each once."""
+    return list(
+        dict.fromkeys(_int(part, 1, "loop counts such as 1,3,6, each at least 1") for part in text.split(","))
+    )
+
+
+def loop_range(text: str) -> tuple[int, int]:
+    """A half-open range of layers such as "1:3"."""
+    start, _, end = text.partition(":")
+    try:
+        return int(start), int(end)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected START:END, the layers START..END-1 counted from 0, such as 1:3"
+        ) from None
+
+
+def _int(text: str, least: int, expected: str | None = None) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected {expected or f'an integer of at least {least}'}"
+        )
+    return value
+
+
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help=f"print {what} as one JSON document on standard output"
+    )
+
+
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    """Where to compute, and on how many threads."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
+    group.add_argument("--threads", type=positive_int, help="processor threads (default: those of torch)")
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Apply the options of `add_runtime`; the device to compute on."""
+    import torch
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise UsageError(f"--device: got {args.device!r}, expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: got {args.device!r}, expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"--device {args.device}: torch finds {torch.cuda.device_count()} GPUs on this machine"
+        )
+    return device

@@ -1,0 +1,140 @@
+"""Solve Sudoku puzzles with a looped masked diffusion model.
+
+Every puzzle is solved at several loop counts S and in one or two decoding orders; the table compares the shares
+solved. Clues are fixed tokens, the digits are the model's most probable ones, one cell a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, Solved, solve_all
+from loopmdm.cli.models import SHIPPED, default_loops, load_model
+from loopmdm.cli.output import has_color, note, print_json, print_table
+from loopmdm.cli.parser import add_json, add_runtime, loop_counts, positive_int, set_up
+from loopmdm.data.sudoku import PuzzleFile, encode_boards, format_board, parse_puzzles, read_puzzles
+from loopmdm.data.sudoku.files import BLANKS
+
+EPILOG = """examples:
+  loopmdm solve puzzles.txt --loops 1,3,8 --order both
+  loopmdm solve 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
+  loopmdm solve puzzles.csv --model run --json > answers.json
+"""
+_LITERAL_LENGTHS = (16, 36, 81)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "puzzles",
+        metavar="FILE",
+        help="one board of 81 (9x9) or 36 (6x6) characters a line, a blank being any of . 0 _ *; or CSV with columns"
+        " puzzle,solution; - for standard input; or one board itself",
+    )
+    parser.add_argument(
+        "--model", help=f"{', '.join(SHIPPED)} or a folder (default: the shipped model of the board's size)"
+    )
+    parser.add_argument(
+        "--loops",
+        type=loop_counts,
+        metavar="S,S,...",
+        help="loop counts (default: 1, half and all of the model's most)",
+    )
+    parser.add_argument(
+        "--order", choices=[*ORDERS, "both"], default="both", help="which cell is filled next (default: both)"
+    )
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="solve the first N puzzles only")
+    parser.add_argument(
+        "--boards", type=positive_int, default=3, metavar="N", help="boards to print (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=64,
+        metavar="B",
+        help="puzzles at once (default: %(default)s)",
+    )
+    add_json(parser, "answers and figures")
+    add_runtime(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    puzzles = _read(args.puzzles)
+    clues = puzzles.clues[: args.limit]
+    device = set_up(args)
+    name = args.model or _default_model(puzzles)
+    model = load_model(name, device)
+    orders = ORDERS if args.order == "both" else (args.order,)
+    loops = args.loops or default_loops(model)
+    solved = solve_all(model, puzzles.spec, clues, orders, loops, batch_size=args.batch_size, progress=True)
+    if args.json:
+        print_json(
+            {
+                "model": name,
+                "size": str(puzzles.spec),
+                "puzzles": len(clues),
+                "results": [{**one.to_dict(), "answers": _answers(puzzles, one)} for one in solved],
+            }
+        )
+        return 0
+    _print_boards(puzzles, solved[-1], args.boards)
+    print(f"{len(clues)} puzzles of {puzzles.spec}, model {name}\n")
+    print_table(SHARE_COLUMNS, [one.row() for one in solved])
+    return 0
+
+
+def _read(source: str) -> PuzzleFile:
+    if source == "-":
+        return parse_puzzles(sys.stdin, "standard input")
+    alphabet = set(BLANKS) | set("123456789")
+    looks_like_board = len(source) in _LITERAL_LENGTHS or (len(source) > 9 and set(source) <= alphabet)
+    if looks_like_board and not Path(source).exists():
+        return parse_puzzles([source], "the board given")
+    return read_puzzles(source)
+
+
+def _default_model(puzzles: PuzzleFile) -> str:
+    for name, spec in SHIPPED.items():
+        if spec == puzzles.spec:
+            return name
+    raise ValueError(
+        f"no model for {puzzles.spec} boards comes with this package, only {', '.join(SHIPPED)}; give one with --model"
+    )
+
+
+def _answers(puzzles: PuzzleFile, solved: Solved) -> list[dict[str, Any]]:
+    result = solved.result
+    clues = encode_boards(puzzles.spec, puzzles.clues[: len(result.boards)])
+    answers = encode_boards(puzzles.spec, result.boards)
+    return [
+        {
+            "line": int(puzzles.lines[i]),
+            "puzzle": clues[i],
+            "answer": answers[i],
+            "valid": bool(result.valid[i]),
+            "fits_clues": bool(result.fits_clues[i]),
+            "solved": bool(result.solved[i]),
+            "loops": int(result.loops[i]),
+            "network_calls": int(result.network_calls[i]),
+        }
+        for i in range(len(answers))
+    ]
+
+
+def _print_boards(puzzles: PuzzleFile, solved: Solved, most: int) -> None:
+    """Each puzzle beside its answer; what the order and loop count were is said once."""
+    shown = min(most, len(solved.result.boards))
+    color = has_color()
+    print(f"Answers at S = {solved.num_loops}, {solved.order.replace('_', ' ')} order:\n")
+    for i in range(shown):
+        left = format_board(puzzles.spec, puzzles.clues[i], color=False).splitlines()
+        right = format_board(
+            puzzles.spec, solved.result.boards[i], clues=puzzles.clues[i], color=color
+        ).splitlines()
+        verdict = "solved" if solved.result.solved[i] else "wrong"
+        print(f"line {puzzles.lines[i]}: {verdict}")
+        print("\n".join(f"{a}   {b}" for a, b in zip(left, right, strict=True)), end="\n\n")
+    if shown < len(solved.result.boards):
+        note(f"({shown} of {len(solved.result.boards)} boards shown; --boards N shows more)")
