@@ -1,0 +1,187 @@
+"""sample_rows: the law of the draw, its statistics, its random numbers; over every backend that exists here."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import loopmdm_kernels as lk
+from loopmdm_kernels.testing import head_inputs, row_rng
+from loopmdm_kernels.types import Head, RowRng
+
+BACKENDS = ["reference"] + (["cpu"] if isinstance(lk.available_backends()["cpu"], str) else [])
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with lk.use_backend(request.param):
+        yield request.param
+
+
+def law_case(log_probs: torch.Tensor) -> tuple[torch.Tensor, Head]:
+    """hidden [1, 1, 2] and a head whose logits are `log_probs`, carried by the bias."""
+    vocab = log_probs.shape[0]
+    head = Head(
+        norm=torch.ones(2),
+        weight=torch.zeros(vocab, 2),
+        bias=log_probs.float(),
+        modulation=torch.zeros(1, 2, 2),
+    )
+    return torch.tensor([[[1.0, -1.0]]]), head
+
+
+def draw(log_probs: torch.Tensor, num: int, seed: int, chunk: int = 10_000, **options) -> np.ndarray:
+    """Counts [V] of `num` draws, each its own sequence."""
+    hidden, head = law_case(log_probs)
+    counts = np.zeros(log_probs.shape[0], dtype=np.int64)
+    for start in range(0, num, chunk):
+        size = min(chunk, num - start)
+        zeros = torch.zeros(size, dtype=torch.int64)
+        rng = RowRng(seed, torch.arange(start, start + size), zeros, zeros)
+        tokens = lk.sample_rows(hidden, head, zeros, rng, **options).token
+        counts += np.bincount(tokens.numpy(), minlength=counts.shape[0])
+    return counts
+
+
+def chi_square_p(counts: np.ndarray, probs: np.ndarray) -> float:
+    """p-value against `probs`, the rarest cells pooled until each expects at least five."""
+    order = np.argsort(probs)
+    expected, observed = probs[order] * counts.sum(), counts[order]
+    edges = [0]
+    total = 0.0
+    for i, e in enumerate(expected):
+        total += e
+        if total >= 5:
+            edges.append(i + 1)
+            total = 0.0
+    edges[-1] = len(expected)
+    expected = np.add.reduceat(expected, edges[:-1])
+    observed = np.add.reduceat(observed, edges[:-1])
+    return float(stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue)
+
+
+def test_law_small_vocabulary(backend):
+    log_probs = torch.log_softmax(torch.tensor([0.0, 1.0, -2.0, 3.0, 0.5, -6.0, 2.0], dtype=torch.float64), 0)
+    counts = draw(log_probs, 200_000, seed=11)
+    assert chi_square_p(counts, log_probs.exp().numpy()) > 0.01
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_law_at_a_temperature(backend, temperature):
+    log_probs = torch.log_softmax(torch.linspace(-2, 2, 9, dtype=torch.float64), 0)
+    counts = draw(log_probs, 100_000, seed=3, temperature=temperature)
+    expected = torch.softmax(log_probs / temperature, 0).numpy()
+    assert chi_square_p(counts, expected) > 0.01
+
+
+def test_temperature_zero_is_the_first_maximum(backend):
+    hidden, head = law_case(torch.tensor([0.0, 2.0, 1.0, 2.0, -1.0]))
+    out = lk.sample_rows(hidden, head, torch.zeros(3, dtype=torch.int64), row_rng(3), temperature=0.0)
+    assert out.token.tolist() == [1, 1, 1]
+    assert out.top1_token.tolist() == [1, 1, 1]
+
+
+def test_excluded_token_is_never_drawn(backend):
+    hidden, head = law_case(torch.tensor([0.0, 5.0, 0.0, 0.0]))
+    zeros = torch.zeros(2000, dtype=torch.int64)
+    out = lk.sample_rows(hidden, head._replace(excluded_token=1), zeros, row_rng(2000))
+    assert set(out.token.tolist()) == {0, 2, 3}
+    torch.testing.assert_close(out.top1_prob, torch.full((2000,), 1 / 3), rtol=1e-5, atol=0)
+
+
+def test_statistics_match_the_distribution(backend):
+    hidden, head = head_inputs(vocab_size=301, excluded_token=300, per_sequence_modulation=True)
+    rows = torch.tensor([0, 5, 31, 17, 5])
+    probs = torch.softmax(lk.head_logits(hidden, head).flatten(0, 1)[rows][:, :300], -1)
+    out = lk.sample_rows(hidden.float(), Head(*(t.float() for t in head[:4]), 300), rows, row_rng(5), temperature=0.7)
+    top = probs.topk(2).values
+    pairs = [
+        (out.top1_prob, top[:, 0]),
+        (out.top2_prob, top[:, 1]),
+        (out.entropy, -(probs * probs.log()).sum(-1)),
+        (out.log_prob, probs.log().gather(1, out.token[:, None])[:, 0]),
+    ]
+    for got, expected in pairs:
+        torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=1e-6)
+    assert torch.equal(out.top1_token, probs.argmax(-1))
+
+
+def test_backends_draw_the_same_tokens():
+    hidden, head = head_inputs(batch=4, vocab_size=1003, excluded_token=1002)
+    hidden, head = hidden.float(), Head(*(t.float() for t in head[:4]), 1002)
+    rows = torch.arange(64)
+    rng = RowRng(2**40 + 7, torch.arange(64) * 1000, torch.arange(64) % 5, torch.arange(64) * 31)
+    tokens = []
+    for name in BACKENDS:
+        with lk.use_backend(name):
+            tokens.append(lk.sample_rows(hidden, head, rows, rng).token)
+    assert all(torch.equal(tokens[0], other) for other in tokens)
+    exact = lk.sample_rows(hidden.double(), Head(*(t.double() for t in head[:4]), 1002), rows, rng).token
+    assert torch.equal(tokens[0], exact)  # fp32 decides as float64 does on the same random bits
+
+
+def test_a_row_does_not_depend_on_its_batch(backend):
+    hidden, head = head_inputs(batch=4, vocab_size=257)
+    hidden, head = hidden.float(), Head(*(t.float() for t in head[:4]))
+    rows = torch.arange(64)
+    rng = row_rng(64, seed=9)
+    together = lk.sample_rows(hidden, head, rows, rng)
+    for i in (0, 13, 63):
+        one = slice(i, i + 1)
+        alone = lk.sample_rows(
+            hidden, head, rows[one], RowRng(9, rng.sequence[one], rng.step[one], rng.position[one])
+        )
+        assert torch.equal(alone.token, together.token[one])
+        torch.testing.assert_close(alone.log_prob, together.log_prob[one], rtol=1e-5, atol=1e-6)
+
+
+def test_nucleus_keeps_the_smallest_sufficient_set():
+    log_probs = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log()
+    counts = draw(log_probs, 20_000, seed=5, top_p=0.7)
+    assert counts[2] == counts[3] == 0
+    assert chi_square_p(counts[:2], np.array([0.625, 0.375])) > 0.01
+
+
+def test_forced_backend_says_what_it_cannot_do():
+    if "cpu" not in BACKENDS:
+        pytest.skip("the extension is not built")
+    hidden, head = law_case(torch.zeros(4))
+    with lk.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu.*top_p"):
+        lk.sample_rows(hidden, head, torch.zeros(1, dtype=torch.int64), row_rng(1), top_p=0.5)
+
+
+def test_no_rows(backend):
+    hidden, head = law_case(torch.zeros(4))
+    out = lk.sample_rows(hidden, head, torch.zeros(0, dtype=torch.int64), row_rng(0))
+    assert all(t.shape == (0,) for t in out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature: got -0.1"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": float("inf")}, "temperature: got inf"),
+        ({"top_p": 0.0}, "top_p: got 0.0"),
+        ({"top_p": 1.5}, "top_p: got 1.5"),
+    ],
+)
+def test_bad_options(options, message):
+    hidden, head = law_case(torch.zeros(4))
+    with pytest.raises(ValueError, match=message):
+        lk.sample_rows(hidden, head, torch.zeros(1, dtype=torch.int64), row_rng(1), **options)
+
+
+@pytest.mark.parametrize(
+    ("rng", "error", "message"),
+    [
+        (row_rng(2), ValueError, r"rng.sequence: got shape \[2\], expected \[1\]"),
+        (row_rng(1)._replace(seed=-1), ValueError, "rng.seed: got -1"),
+        (row_rng(1)._replace(step=torch.tensor([2**30])), ValueError, "rng.step: got values in 1073741824"),
+        (row_rng(1)._replace(position=torch.tensor([0.5])), TypeError, "rng.position: got float32"),
+    ],
+)
+def test_bad_random_names(rng, error, message):
+    hidden, head = law_case(torch.zeros(4))
+    with pytest.raises(error, match=message):
+        lk.sample_rows(hidden, head, torch.zeros(1, dtype=torch.int64), rng)
