@@ -90,7 +90,7 @@ def load_pretrained(
     tensors = read_safetensors(weights_path)
     if config.num_layers > len(tensors):
         raise ValueError(
-            f"{config_path}: num_layers is {config.num_layers}, but {WEIGHTS_FILE} holds {len(tensors)} tensors"
+            f"{config_path}: num_layers is {config.num_layers}, but the weights are {len(tensors)} tensors"
         )
     with torch.device("meta"):
         model = cls(config)
@@ -115,7 +115,8 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
                 f"{source}: tensor {name} has dtype {tensor.dtype}, expected a floating-point dtype"
             )
         copies[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        if not torch.isfinite(copies[name]).all():
+        # One pass: minimum and maximum are NaN where any value is.
+        if tensor.numel() and not torch.stack(torch.aminmax(copies[name])).isfinite().all():
             count = int((~torch.isfinite(copies[name])).sum())
             raise ValueError(f"{source}: tensor {name} holds {count} values that are NaN or infinite")
     model.load_state_dict(copies, strict=True, assign=True)

@@ -26,8 +26,8 @@ def patch(reference_module: Module, num_loops: int = 12, loop: tuple[int, int] =
 
     Blocks loop[0]..loop[1]-1 are applied `num_loops` times. The module stays itself: class, parameters (an
     optimizer keeps working), state_dict, embedding, head, autocast regions and dropout in training. Only the
-    forward of its blocks is replaced. With `num_loops=1` it computes what it computed before. Change the loop count later by `module.num_loops = S` on the module
-    that was passed in.
+    forward of its blocks is replaced. With `num_loops=1` it computes what it computed before.
+    Change the loop count later by `module.num_loops = S` on the module that was passed in.
 
     Args:
         reference_module: any module with the attributes of MDLM's DIT.

@@ -268,7 +268,7 @@ def test_damage_gives_a_value_error_or_a_result(tmp_path: Path, zipped: bool) ->
     whole = (tmp_path / "whole.pt").read_bytes()
     chance = random.Random(0)
     refused = 0
-    for _ in range(400):
+    for _ in range(150):
         data = bytearray(whole)
         for _ in range(chance.randint(1, 4)):
             data[chance.randrange(len(data))] = chance.randrange(256)
@@ -280,7 +280,7 @@ def test_damage_gives_a_value_error_or_a_result(tmp_path: Path, zipped: bool) ->
             assert "has no attribute" in str(error) or "StoredTensor" in str(
                 error
             )  # the tree's root or leaves changed
-    assert refused > 100
+    assert refused > 40
 
 
 @pytest.mark.parametrize("data", [b"", b"hello world, this is text", b"PK\x03\x04", b"\x80\x02]q\x00."])
