@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -119,7 +119,7 @@ def _extension() -> Any:
     return import_module("loopmdm_kernels._C")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel_module(name: str, op: str) -> Any:
     return import_module(_KERNEL_MODULES[name][op])
 

@@ -133,13 +133,29 @@ void project_tile(const Activation* h, int64_t num_rows, const Weight* w, int64_
   }
 }
 
+inline void copy_row(const float* x, int64_t width, float* out) {
+  __builtin_memcpy(out, x, width * sizeof *x);
+}
+
+inline void copy_row(const uint16_t* x, int64_t width, uint16_t* out) {
+  __builtin_memcpy(out, x, width * sizeof *x);
+}
+
+inline void copy_row(const float* x, int64_t width, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) store_bf16(out + i, load(x + i));
+  for (; i < width; ++i) out[i] = to_bf16(x[i]);
+}
+
 // Copies `count` weight rows into the tile, padding with zeros to [kTileTokens, stride].
-template <class Source, class Target, class Convert>
-void pack_tile(const Source* weight, int64_t width, int64_t count, int64_t stride, Target* tile,
-               Convert convert) {
-  for (int64_t t = 0; t < kTileTokens; ++t)
-    for (int64_t i = 0; i < stride; ++i)
-      tile[t * stride + i] = t < count && i < width ? convert(weight[t * width + i]) : Target{};
+template <class Source, class Target>
+void pack_tile(const Source* weight, int64_t width, int64_t count, int64_t stride, Target* tile) {
+  for (int64_t t = 0; t < kTileTokens; ++t) {
+    Target* row = tile + t * stride;
+    const int64_t filled = t < count ? width : 0;
+    if (filled) copy_row(weight + t * width, width, row);
+    for (int64_t i = filled; i < stride; ++i) row[i] = 0;
+  }
 }
 
 void project(const SampleRowsProblem& p, const void* activations, int64_t num_rows, int64_t first_token,
@@ -155,15 +171,15 @@ void project(const SampleRowsProblem& p, const void* activations, int64_t num_ro
 
   if (p.weight_is_bf16) {
     if (!in_place) {
-      pack_tile(narrow, p.width, count, stride, narrow_tile, [](uint16_t x) { return x; });
+      pack_tile(narrow, p.width, count, stride, narrow_tile);
       narrow = narrow_tile;
     }
   } else if (p.compute_in_bf16) {
-    pack_tile(wide, p.width, count, stride, narrow_tile, to_bf16);
+    pack_tile(wide, p.width, count, stride, narrow_tile);
     narrow = narrow_tile;
   } else {
     if (!in_place) {
-      pack_tile(wide, p.width, count, stride, wide_tile, [](float x) { return x; });
+      pack_tile(wide, p.width, count, stride, wide_tile);
       wide = wide_tile;
     }
     project_tile(static_cast<const float*>(activations), num_rows, wide, stride, scratch.logits);

@@ -9,6 +9,7 @@ constexpr int kLanes = 4;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef float Four __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
@@ -29,27 +30,37 @@ inline Floats load(const uint16_t* p) {
 
 inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 
+// Rounds kLanes values to bf16, to nearest, ties to even.
+inline void store_bf16(uint16_t* p, Floats v) {
+  const Words bits = reinterpret_cast<Words>(v);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Halves h = __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0u, Halves);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
 inline Floats broadcast(float x) { return x - Floats{}; }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-inline float sum_lanes(Floats v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-}
+// Combines the lanes by halving, always in the same order.
+inline float sum_four(Four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
-inline float largest_lane(Floats v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
+inline float largest_of_four(Four v) {
+  const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+  return a > b ? a : b;
 }
 
 #if defined(__AVX512F__)
+
+inline float sum_lanes(Floats v) {
+  const __m256 eight = _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1);
+  return sum_four(_mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1));
+}
+
+inline float largest_lane(Floats v) {
+  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  return largest_of_four(_mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+}
 
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
@@ -77,6 +88,12 @@ inline void store_interleaved(uint32_t* p, Quads a, Quads b) {
 
 #elif defined(__AVX2__)
 
+inline float sum_lanes(Floats v) { return sum_four(_mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1)); }
+
+inline float largest_lane(Floats v) {
+  return largest_of_four(_mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+}
+
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
 inline Quads multiply_low(Quads a, Quads b) {
@@ -100,6 +117,10 @@ inline void store_interleaved(uint32_t* p, Quads a, Quads b) {
 }
 
 #else
+
+inline float sum_lanes(Floats v) { return sum_four(v); }
+
+inline float largest_lane(Floats v) { return largest_of_four(v); }
 
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
