@@ -1,6 +1,7 @@
 """The command line. A command is a module of this folder, imported when it is asked for.
 
-Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 terminated, 141 nobody reads the output.
+Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 terminated, 141 the reader of the
+output is gone.
 """
 
 from __future__ import annotations

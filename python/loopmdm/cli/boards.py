@@ -30,7 +30,7 @@ class Solved(NamedTuple):
             "num_loops": self.num_loops,
             "puzzles": len(result.boards),
             "share_solved": result.accuracy,
-            "stderr": self.stderr,
+            "stderr": None if math.isnan(self.stderr) else self.stderr,
             "network_calls": int(result.network_calls.sum()),
             "loops": int(result.loops.sum()),
             "seconds": result.seconds,
@@ -42,18 +42,19 @@ class Solved(NamedTuple):
         count, share = len(self.result.boards), self.result.accuracy
         return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
 
-    def row(self) -> tuple[str, ...]:
-        result = self.result
-        error = "" if math.isnan(self.stderr) else f"{100 * self.stderr:.1f}"
-        return (
-            self.order.replace("_", " "),
-            str(self.num_loops),
-            f"{100 * result.accuracy:.1f} %",
-            error,
-            f"{result.network_calls.sum():,}",
-            f"{result.loops.sum():,}",
-            f"{result.seconds:.1f}",
-        )
+
+def share_row(solved: dict[str, Any]) -> tuple[str, ...]:
+    """A row of `SHARE_COLUMNS` from what `Solved.to_dict` returned."""
+    error = solved["stderr"]
+    return (
+        solved["order"].replace("_", " "),
+        str(solved["num_loops"]),
+        f"{100 * solved['share_solved']:.1f} %",
+        "-" if error is None or math.isnan(error) else f"{100 * error:.1f}",
+        f"{solved['network_calls']:,}",
+        f"{solved['loops']:,}",
+        f"{solved['seconds']:.1f}",
+    )
 
 
 def held_out_puzzles(spec: SudokuSpec, num: int, threads: int = 1) -> Puzzles:

@@ -1,4 +1,4 @@
-"""The models commands work with: a folder, a hub id, or the name of a checkpoint that ships with the package."""
+"""The models commands work with: a folder, a hub id, or a checkpoint that ships with the package."""
 
 from __future__ import annotations
 
@@ -68,6 +68,6 @@ def load_tokenizer(model: LoopMDM, folder: str, chosen: str | None) -> Tokenizer
     if (tokenizer.vocab_size, tokenizer.mask_token_id) != (config.vocab_size, config.mask_token_id):
         raise ValueError(
             f"the tokenizer {source} has {tokenizer.vocab_size} tokens and mask id {tokenizer.mask_token_id},"
-            f" the model in {folder} has {config.vocab_size} and {config.mask_token_id}: they do not belong together"
+            f" the model in {folder} has {config.vocab_size} and {config.mask_token_id}: not a pair"
         )
     return tokenizer

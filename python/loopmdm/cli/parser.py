@@ -1,4 +1,4 @@
-"""Options: a parser whose errors are one line, the values options take, and options several commands share."""
+"""A parser whose errors are one line, the values options take, and options several commands share."""
 
 from __future__ import annotations
 

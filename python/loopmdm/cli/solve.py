@@ -1,7 +1,7 @@
 """Solve Sudoku puzzles with a looped masked diffusion model.
 
-Every puzzle is solved at several loop counts S and in one or two decoding orders; the table compares the shares
-solved. Clues are fixed tokens, the digits are the model's most probable ones, one cell a step.
+Every puzzle is solved at several loop counts S and in one or two decoding orders; the table compares the
+shares solved. Clues are fixed tokens, the digits are the model's most probable ones, one cell a step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, Solved, solve_all
+from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, Solved, share_row, solve_all
 from loopmdm.cli.models import SHIPPED, default_loops, load_model
 from loopmdm.cli.output import has_color, note, print_json, print_table
 from loopmdm.cli.parser import add_json, add_runtime, loop_counts, positive_int, set_up
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "puzzles",
         metavar="FILE",
-        help="one board of 81 (9x9) or 36 (6x6) characters a line, a blank being any of . 0 _ *; or CSV with columns"
-        " puzzle,solution; - for standard input; or one board itself",
+        help="one board of 81 (9x9) or 36 (6x6) characters a line, a blank being any of . 0 _ *; or CSV with"
+        " columns puzzle,solution; - for standard input; or one board itself",
     )
     parser.add_argument(
         "--model", help=f"{', '.join(SHIPPED)} or a folder (default: the shipped model of the board's size)"
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _print_boards(puzzles, solved[-1], args.boards)
     print(f"{len(clues)} puzzles of {puzzles.spec}, model {name}\n")
-    print_table(SHARE_COLUMNS, [one.row() for one in solved])
+    print_table(SHARE_COLUMNS, [share_row(one.to_dict()) for one in solved])
     return 0
 
 
@@ -100,7 +100,8 @@ def _default_model(puzzles: PuzzleFile) -> str:
         if spec == puzzles.spec:
             return name
     raise ValueError(
-        f"no model for {puzzles.spec} boards comes with this package, only {', '.join(SHIPPED)}; give one with --model"
+        f"no model for {puzzles.spec} boards comes with this package, only {', '.join(SHIPPED)};"
+        " give one with --model"
     )
 
 

@@ -1,0 +1,107 @@
+"""What `loopmdm train` trains: model, data, configuration and evaluation of a run, from its run.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loopmdm.cli import likelihood, text_data
+from loopmdm.cli.boards import ORDERS, held_out_puzzles, solve_all
+from loopmdm.cli.models import default_loops
+from loopmdm.cli.parser import usage_errors
+from loopmdm.cli.run_file import RunFile
+from loopmdm.data.tokenizer import Tokenizer
+from loopmdm.evaluate import evaluate_nll
+from loopmdm.model import LoopMDM
+from loopmdm.train import TrainConfig
+from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
+
+Evaluate = Callable[[LoopMDM], dict[str, Any]]
+PRESETS = (*SUDOKU_RECIPES, *TEXT_RECIPES)
+# Sequences to evaluate on during training, where nothing else is asked for.
+EVALUATED_WINDOWS = 32
+EVALUATED_PUZZLES = 100
+_TIMES_PER_WINDOW = 4
+
+
+class Job(NamedTuple):
+    """A run ready to start; `run` describes it completely."""
+
+    model: LoopMDM
+    data: Any
+    config: TrainConfig
+    evaluate: Evaluate | None
+    run: RunFile
+
+
+def sudoku_job(run: RunFile, threads: int) -> Job:
+    """A run on puzzles made here; evaluated on puzzles of the test split."""
+    recipe = SUDOKU_RECIPES[run.preset]
+    with usage_errors():
+        model, data, config = recipe.build(run.preset, threads=threads, model=run.model, **run.training)
+    num = run.evaluation.get("size") or EVALUATED_PUZZLES
+
+    def evaluate(model: LoopMDM) -> dict[str, Any]:
+        puzzles = held_out_puzzles(recipe.spec, num, threads).clues
+        solved = solve_all(model, recipe.spec, puzzles, ORDERS, default_loops(model))
+        return {"solved": [one.to_dict() for one in solved]}
+
+    return Job(model, data, config, evaluate, dataclasses.replace(run, training=config.to_dict()))
+
+
+def text_tokenizer(run: RunFile, folder: Path) -> tuple[text_data.Corpus, Tokenizer]:
+    """The documents of a run and its tokenizer: that in `folder` if there is one, else a new one."""
+    corpus = read_corpus(run)
+    if (folder / text_data.TOKENIZER_FILE).is_file():
+        return corpus, text_data.load_tokenizer(folder)
+    return corpus, text_data.make_tokenizer(run.tokenizer, corpus.train)
+
+
+def read_corpus(run: RunFile) -> text_data.Corpus:
+    """The documents of a text run, split as it splits them."""
+    assert run.data is not None
+    return text_data.read_corpus(run.data, run.text_field, run.errors, run.validation)
+
+
+def text_job(run: RunFile, corpus: text_data.Corpus, tokenizer: Tokenizer, cache: Path | None) -> Job:
+    """A run on text; evaluated on windows of the documents held out."""
+    recipe = TEXT_RECIPES[run.preset]
+    length = run.length or recipe.length
+    training = dict(run.training)
+    if not corpus.validation:
+        training.setdefault("eval_every", 0)
+    with usage_errors():
+        model, config = recipe.build(tokenizer, length, model=run.model, **training)
+    options = {"seed": config.seed, "accumulation": config.accumulation, "batch_size": config.batch_size}
+    train = text_data.pack("training", corpus.train, tokenizer, length, cache, **options)
+    parts, evaluate = [train], None
+    if corpus.validation:
+        validation = text_data.pack("validation", corpus.validation, tokenizer, length, cache)
+        parts.append(validation)
+        evaluate = _likelihood(validation, tokenizer, run.evaluation.get("size") or EVALUATED_WINDOWS)
+    fingerprint = text_data.fingerprint(*parts)
+    if run.fingerprint not in (None, fingerprint):
+        raise ValueError(
+            f"the text of {run.data} is not what this run began with, so it cannot be continued exactly;"
+            " restore the files, or start a new run in another folder"
+        )
+    run = dataclasses.replace(run, training=config.to_dict(), length=length, fingerprint=fingerprint)
+    return Job(model, train, config, evaluate, run)
+
+
+def _likelihood(data: text_data.TextData, tokenizer: Tokenizer, num: int) -> Evaluate:
+    windows = text_data.windows(data, tokenizer, num)
+
+    def evaluate(model: LoopMDM) -> dict[str, Any]:
+        results = evaluate_nll(
+            model,
+            windows.batches,
+            num_loops=default_loops(model),
+            num_t=_TIMES_PER_WINDOW,
+            bytes_per_token=windows.bytes_per_token,
+        )
+        return {"held_out": [likelihood.to_dict(result) for result in results]}
+
+    return evaluate

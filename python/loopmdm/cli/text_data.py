@@ -1,0 +1,105 @@
+"""Text on the command line: split, tokenised, packed, and the windows it is evaluated on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from loopmdm.data.packing import TextData
+from loopmdm.data.text import read_documents, split_documents
+from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
+from loopmdm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from loopmdm.train import Batch
+
+__all__ = [
+    "TOKENIZER_FILE",
+    "Corpus",
+    "TextData",
+    "Windows",
+    "fingerprint",
+    "load_tokenizer",
+    "make_tokenizer",
+    "pack",
+    "read_corpus",
+    "windows",
+]
+
+_BATCH = 16
+
+
+class Corpus(NamedTuple):
+    train: list[str]
+    validation: list[str]
+
+
+class Windows(NamedTuple):
+    """Sequences to evaluate on, and the bytes of text behind one of their tokens."""
+
+    batches: list[Batch]
+    bytes_per_token: float
+
+
+def read_corpus(data: str, text_field: str, errors: str, validation: float) -> Corpus:
+    """The documents of `data`; a share `validation` of them is held out, by a hash of their content."""
+    documents = read_documents(
+        data, text_field=text_field, errors="replace" if errors == "replace" else "strict"
+    )
+    return Corpus(*split_documents(documents, validation))
+
+
+def make_tokenizer(choice: str, documents: list[str]) -> Tokenizer:
+    """ "byte", "bpe:VOCAB" (trained on the documents), or a tokenizer on disk or on the hub."""
+    kind, _, size = choice.partition(":")
+    if kind != BPETokenizer.kind:
+        return load_tokenizer(choice)
+    if not size.isdecimal():
+        raise ValueError(f"--tokenizer: got {choice!r}, expected bpe:VOCAB, such as bpe:4096")
+    return BPETokenizer.train(documents, int(size))
+
+
+def pack(
+    part: str,
+    documents: list[str],
+    tokenizer: Tokenizer,
+    length: int,
+    cache: Path | None = None,
+    **options: int,
+) -> TextData:
+    """The documents of one part of a corpus, packed."""
+    if not documents:
+        raise ValueError(f"the {part} part of the data is empty; give more text")
+    try:
+        return TextData.from_documents(documents, tokenizer, length, cache_dir=cache, **options)
+    except ValueError as error:
+        raise ValueError(f"the {part} part of the data ({len(documents)} documents): {error}") from error
+
+
+def fingerprint(*parts: TextData) -> str:
+    """Changes whenever the packed tokens do."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(repr((part.tokens.dtype.str, part.tokens.shape)).encode())
+        digest.update(np.ascontiguousarray(part.tokens).data)
+    return digest.hexdigest()
+
+
+def windows(data: TextData, tokenizer: Tokenizer, most: int) -> Windows:
+    """At most `most` sequences, spread evenly over the data."""
+    rows = np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).round().astype(int)).tolist()
+    tokens = TextData(
+        data.tokens[rows],
+        vocab_size=data.vocab_size,
+        mask_token_id=data.mask_token_id,
+        lengths=None if data.lengths is None else data.lengths[rows],
+    )
+    num_bytes = sum(tokenizer.text_bytes(row) for row in tokens.tokens)
+    return Windows(list(_batches(tokens)), num_bytes / tokens.tokens.size)
+
+
+def _batches(tokens: TextData) -> Iterator[Batch]:
+    for start in range(0, len(tokens), _BATCH):
+        yield Batch(*tokens.examples(start, min(start + _BATCH, len(tokens))))

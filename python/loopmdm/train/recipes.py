@@ -1,0 +1,145 @@
+"""What the presets of `loopmdm train` stand for: model, data and hyper-parameters of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from loopmdm.config import PRESETS, LoopMDMConfig
+from loopmdm.data import sudoku
+from loopmdm.data.tokenizer import Tokenizer
+from loopmdm.model import LoopMDM
+from loopmdm.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class SudokuRecipe:
+    """One preset. `clues` as in `SudokuData`; `position_scale` as in `grid_positions`."""
+
+    spec: sudoku.SudokuSpec
+    clues: tuple[int, int] | str | None
+    position_scale: float
+    training: TrainConfig
+    pool_size: int = 100_000
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def build(
+        self, preset: str, *, threads: int = 1, model: dict[str, Any] | None = None, **training: Any
+    ) -> tuple[LoopMDM, sudoku.SudokuData, TrainConfig]:
+        """Model, data and configuration of a run, a function of the arguments and of the seed in `training`.
+
+        Args:
+            preset: name of the model's preset.
+            threads: processor threads that fill the pool of puzzles.
+            model: fields of `LoopMDMConfig` to replace.
+            training: fields of `TrainConfig` to replace.
+        """
+        config = dataclasses.replace(self.training, **training)
+        torch.manual_seed(config.seed)
+        net = LoopMDM(LoopMDMConfig.preset(preset, **{**self.model, **(model or {})}))
+        if net.config.positions == "learned":
+            positions = sudoku.grid_positions(
+                self.spec, net.config.hidden_size, config.seed, scale=self.position_scale
+            )
+            with torch.no_grad():
+                net.position_embed.embedding.copy_(positions)
+        data = sudoku.SudokuData(
+            self.spec,
+            seed=config.seed,
+            clues=self.clues,
+            pool_size=self.pool_size,
+            batch_size=config.batch_size,
+            threads=threads,
+        )
+        return net, data, config
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """One preset for text: fields of `LoopMDMConfig` (the vocabulary is the tokenizer's), sequence length."""
+
+    model: dict[str, Any]
+    length: int
+    training: TrainConfig
+
+    def build(
+        self, tokenizer: Tokenizer, length: int, *, model: dict[str, Any] | None = None, **training: Any
+    ) -> tuple[LoopMDM, TrainConfig]:
+        """Model and configuration of a run over sequences of `length`, a function of the arguments.
+
+        model, training: fields of `LoopMDMConfig` and of `TrainConfig` to replace.
+        """
+        config = dataclasses.replace(self.training, **training)
+        vocabulary = {"vocab_size": tokenizer.vocab_size, "mask_token_id": tokenizer.mask_token_id}
+        fields = {"max_length": length, **self.model, **(model or {}), **vocabulary}
+        torch.manual_seed(config.seed)
+        return LoopMDM(LoopMDMConfig.from_dict(fields)), config
+
+
+SUDOKU_RECIPES: dict[str, SudokuRecipe] = {
+    "sudoku": SudokuRecipe(
+        spec=sudoku.NINE,
+        clues=(28, 40),
+        position_scale=0.05,
+        training=TrainConfig(
+            steps=16_000,
+            batch_size=64,
+            learning_rate=1e-3,
+            warmup_steps=1000,
+            schedule="linear",
+            decay_fraction=0.2,
+            ema=0.999,
+            precision="bf16",
+        ),
+    ),
+    "sudoku6": SudokuRecipe(
+        spec=sudoku.SIX,
+        clues="full",
+        position_scale=0.05,
+        training=TrainConfig(
+            steps=2500,
+            batch_size=128,
+            learning_rate=2e-3,
+            warmup_steps=100,
+            schedule="linear",
+            decay_fraction=0.2,
+            ema=0.999,
+        ),
+    ),
+}
+
+# MDLM's set-up for OpenWebText, with LoopMDM's loop: for GPUs, steps times batch as in the papers.
+_MDLM_TRAINING = TrainConfig(steps=1_000_000, batch_size=32, accumulation=16, precision="bf16")
+
+# "text" is the default: 1.3 M parameters, a few minutes on two processor cores.
+TEXT_RECIPES: dict[str, TextRecipe] = {
+    "text": TextRecipe(
+        model={
+            "hidden_size": 128,
+            "num_heads": 4,
+            "num_layers": 6,
+            "cond_dim": 16,
+            "dropout": 0.0,
+            "max_loops": 4,
+            "gate_init": 1.0,
+        },
+        length=256,
+        training=TrainConfig(
+            steps=600,
+            batch_size=16,
+            learning_rate=2e-3,
+            warmup_steps=60,
+            schedule="linear",
+            decay_fraction=0.3,
+            ema=0.999,
+            eval_every=200,
+        ),
+    ),
+    **{
+        name: TextRecipe(model=PRESETS[name], length=1024, training=_MDLM_TRAINING)
+        for name in ("tiny", "small", "medium")
+    },
+}
