@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from loopmdm import checkpoint, mdlm_weights
 from loopmdm.config import LoopMDMConfig
 from loopmdm.mdlm_weights import MDLMWeights
 from loopmdm.model import ROTARY_BASE, LoopMDM
-from loopmdm.patching import patch, unpatch
+from loopmdm.patching import check_num_loops, patch, unpatch
 
 __all__ = ["DIT", "MDLM", "MaskedLMOutput", "convert_checkpoint", "from_mdlm", "patch", "unpatch"]
 
@@ -58,6 +58,7 @@ class DIT(LoopMDM):
 
     def default_loops(self) -> int:
         loops: int = self.num_loops
+        check_num_loops(loops)
         return loops
 
     def forward(self, indices: Tensor, sigma: Tensor) -> Tensor:  # type: ignore[override]
@@ -77,7 +78,7 @@ class DIT(LoopMDM):
         self._check_input(indices, sigma, None)
         cfg = self.config
         loop = range(cfg.loop_start, cfg.loop_end)
-        order = [*range(cfg.loop_start), *[i for _ in range(self.num_loops) for i in loop]]
+        order = [*range(cfg.loop_start), *[i for _ in range(self.default_loops()) for i in loop]]
         order += range(cfg.loop_end, cfg.num_layers)
         dropout = cfg.dropout if self.training else 0.0
         with _reference_autocast(indices.device):
@@ -88,7 +89,7 @@ class DIT(LoopMDM):
             states = [x] * (cfg.num_layers + 1)
             for i in order:
                 block: Any = self.blocks[i]
-                x = lk.looped_blocks(
+                out = lk.looped_blocks(
                     x,
                     [block.weights()],
                     block.adaLN_modulation(condition).unflatten(-1, (6, cfg.hidden_size))[None],
@@ -99,7 +100,7 @@ class DIT(LoopMDM):
                     dropout=dropout,
                     dropout_seed=self._draw_dropout_seed(),
                 )
-                states[i + 1] = x
+                x = states[i + 1] = cast(Tensor, out)
             return lk.head_logits(x, self.head(sigma), compute_dtype=self.compute_dtype), states
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def patch(reference_module: Module, num_loops: int = 12, loop: tuple[int, int] =
     count = len(network.blocks)
     if not 0 <= loop[0] < loop[1] <= count:
         raise ValueError(f"loop: got {loop}, expected 0 <= start < end <= {count} (the number of blocks)")
-    _check_num_loops(num_loops)
+    check_num_loops(num_loops)
     unpatch(reference_module)
     reference_module.num_loops = num_loops  # type: ignore[assignment]
     setattr(reference_module, _STATE, _LoopedBlocks(reference_module, network, loop))
@@ -82,7 +82,7 @@ def _find_network(module: nn.Module) -> Any:
     return found
 
 
-def _check_num_loops(num_loops: Any) -> None:
+def check_num_loops(num_loops: Any) -> None:
     if not isinstance(num_loops, int) or isinstance(num_loops, bool):
         raise TypeError(f"num_loops: got {num_loops!r}, expected an int")
     if num_loops < 1:
@@ -114,7 +114,7 @@ class _LoopedBlocks:
         """Stages (start, end, S) that the call of block `index` runs."""
         start, end = self.loop
         count, num_loops = len(self.network.blocks), self.owner.num_loops
-        _check_num_loops(num_loops)
+        check_num_loops(num_loops)
         if self.every_state:
             # All loops but the last in one go, then block by block: looped blocks report their last state.
             if index == start and num_loops > 1:
@@ -144,7 +144,7 @@ class _LoopedBlocks:
         angle = torch.outer(torch.arange(x.shape[1], device=x.device, dtype=precision), inv_freq)
         kind = x.device.type
         dropout = getattr(blocks[0], "dropout", 0.0) if blocks[0].training else 0.0
-        out: Tensor = lk.looped_blocks(
+        out = lk.looped_blocks(
             x,
             [_weights(block) for block in blocks],
             torch.stack([block.adaLN_modulation(c).unflatten(-1, (6, x.shape[-1])) for block in blocks]),
@@ -159,7 +159,7 @@ class _LoopedBlocks:
             dropout=dropout,
             dropout_seed=int(torch.randint(2**62, ())) if dropout else 0,
         )
-        return out
+        return cast(Tensor, out)
 
 
 def _weights(block: Any) -> BlockWeights:

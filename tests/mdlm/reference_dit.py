@@ -52,7 +52,8 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:]) * self.weight
+        with torch.autocast("cpu", enabled=False):
+            return F.layer_norm(x, x.shape[-1:]) * self.weight
 
 
 class DDiTBlock(nn.Module):
@@ -106,7 +107,8 @@ class FinalLayer(nn.Module):
 
 
 class ReferenceDIT(nn.Module):
-    """`order` (for tests) lists the blocks to run, by default each once."""
+    """For tests, `order` lists the blocks to run, by default each once, and `trunk_dtype` is what they are
+    autocast to, as the reference does on a GPU."""
 
     def __init__(self, config: Any, vocab_size: int) -> None:
         super().__init__()
@@ -120,14 +122,16 @@ class ReferenceDIT(nn.Module):
         )
         self.output_layer = FinalLayer(model.hidden_size, vocab_size, model.cond_dim)
         self.order = list(range(model.n_blocks))
+        self.trunk_dtype: torch.dtype | None = None
 
     def forward(self, indices: Tensor, sigma: Tensor) -> Tensor:
         x = self.vocab_embed(indices)
         c = F.silu(self.sigma_map(sigma))
         rotary_cos_sin = self.rotary_emb(x)
-        for i in self.order:
-            x = self.blocks[i](x, rotary_cos_sin, c, seqlens=None)
-        return self.output_layer(x, c)
+        with torch.autocast("cpu", self.trunk_dtype, enabled=self.trunk_dtype is not None):
+            for i in self.order:
+                x = self.blocks[i](x, rotary_cos_sin, c, seqlens=None)
+            return self.output_layer(x, c)
 
 
 class HubBackbone(ReferenceDIT):

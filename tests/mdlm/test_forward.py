@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopmdm import LoopMDM, LoopMDMConfig
+from loopmdm import LoopMDM, LoopMDMConfig, patch
 from loopmdm.mdlm import DIT
 from tests.mdlm import independent_forward
 from tests.mdlm.reference_dit import ReferenceDIT, randomise, reference_config
@@ -87,6 +87,32 @@ def test_float32_error_is_that_of_plain_pytorch(kind: str, num_loops: int) -> No
     theirs = (reference(ids, sigma).double() - exact).abs().max()
     ours = (model.eval()(ids, sigma).double() - exact).abs().max()
     assert ours <= 2 * theirs + torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("num_loops", [1, 3, 12])
+@pytest.mark.parametrize("kind", ["DIT", "LoopMDM", "patch"])
+def test_bfloat16_error_is_that_of_the_reference_s_rounding_points(kind: str, num_loops: int) -> None:
+    """Blocks and head in bf16, everything else in fp32, as on a GPU; the residual stream stays fp32."""
+    reference = ReferenceDIT(reference_config(), VOCAB).eval()
+    randomise(reference)
+    reference.order = [0, *[1, 2] * num_loops, 3, 4]
+    reference.trunk_dtype = torch.bfloat16
+    ids, sigma = inputs()
+    exact = independent(reference, ids, sigma, num_loops, True)
+    theirs = reference(ids, sigma)
+    if kind == "patch":
+        reference.order = [0, 1, 2, 3, 4]
+        ours = patch(reference, num_loops)(ids, sigma)
+    else:
+        model: Any = LoopMDM(config(num_loops, True))
+        if kind == "DIT":
+            model = DIT(reference_config(num_loops=num_loops), VOCAB)
+        model.load_state_dict(reference.state_dict())
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = model.eval()(ids, sigma)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    error, allowed = ((logits.double() - exact).square().mean().sqrt() for logits in (ours, theirs))
+    assert 0 < error <= 1.5 * allowed
 
 
 def test_the_stand_in_is_the_specified_forward() -> None:
@@ -201,6 +227,10 @@ def test_loop_of_dit_can_be_moved_and_changed() -> None:
     model.num_loops = 1
     reference.order = [0, 1, 2, 3, 4]
     torch.testing.assert_close(model(ids, sigma), reference(ids, sigma.double()))
+    model.num_loops = 0
+    for call in (model, model.forward_with_states):
+        with pytest.raises(ValueError, match="num_loops: got 0"):
+            call(ids, sigma)
 
 
 def test_small_has_the_published_names_and_size() -> None:
