@@ -78,6 +78,7 @@ def test_e16_resumed_losses_are_bitwise_equal_for_20_steps(tmp_path: Path, unint
     for name in ("training_state.safetensors", "model.safetensors"):
         got, expected = load_file(tmp_path / name), load_file(uninterrupted / name)
         assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in got)
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
 def test_e16_real_model_with_dropout_resumes_bitwise_and_exports_the_average(tmp_path: Path) -> None:

@@ -101,8 +101,8 @@ class Trainer:
             out_dir: folder of the run.
             on_log: called on rank 0 with every record that goes into metrics.jsonl.
             evaluate: called on rank 0 every `eval_every` steps and at the end with the model in eval mode and
-                the averaged weights in it; what it returns (JSON values) is logged under "evaluation". `plot_loss`
-                draws the list of `NLLResult.to_dict()` it finds there under "held_out".
+                the averaged weights in it; what it returns (JSON values) is logged under "evaluation".
+                `plot_loss` draws the `NLLResult.to_dict()`s it finds there in a list under "held_out".
             show_progress: report on stderr.
         """
         if config.eval_every and evaluate is None:

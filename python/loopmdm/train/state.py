@@ -45,6 +45,7 @@ def staged(folder: Path) -> Iterator[Path]:
         yield staging
         written = sorted(staging.iterdir())
         for path in written:
+            path.chmod(0o666 & staging.stat().st_mode)  # safetensors makes files private, whatever the umask
             _sync(path)
         for path in written:
             os.replace(path, folder / path.name)
