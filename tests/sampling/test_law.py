@@ -69,11 +69,11 @@ def test_few_steps_follow_the_factorised_law(make_posterior):
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_network_law_equals_enumeration(make_model, steps):
-    model = make_model(vocab_size=4, mask_token_id=3, max_length=3).eval()
+    model = make_model(vocab_size=4, mask_token_id=3, max_length=3, num_layers=3, hidden_size=8).eval()
     num_samples = 100_000
     with lk.use_backend("reference"):
         law = enumerate_ancestral(model, 3, 3, steps)
-        out = sample(model, num_samples, length=3, steps=steps, seed=steps)
+        out = sample(model, num_samples, length=3, steps=steps, seed=steps, max_batch=8192)
     assert law.sum() == pytest.approx(1.0, abs=1e-9)
     assert 0.5 * (law - joint_product(law)).abs().sum() > 0.01, "the toy must have dependent tokens"
     observed = frequencies(out.tokens, 3).double()

@@ -145,7 +145,8 @@ class _Run:
         times = self._order.times(step)
         loops_now = torch.zeros(batch, dtype=torch.int64)
         parts: list[SampledRows] = []
-        for chunk in active.split(max_batch or batch):
+        size = max_batch or batch
+        for chunk in (active[start : start + size] for start in range(0, active.numel(), size)):
             inside = slice(*torch.searchsorted(sequence, torch.stack((chunk[0], chunk[-1] + 1))).tolist())
             rows = torch.searchsorted(chunk, sequence[inside]) * self._length + position[inside]
             names = (
