@@ -25,14 +25,17 @@ def has_color() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table with a line under the heading; the first column is left, the others right."""
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, align: str = "right") -> None:
+    """A table with a line under the heading; the first column is left, the others as `align` says."""
     lines = [tuple(columns), *map(tuple, rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     lines.insert(1, tuple("─" * width for width in widths))
     for first, *others in lines:
-        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *aligned]))
+        aligned = [
+            cell.rjust(width) if align == "right" else cell.ljust(width)
+            for cell, width in zip(others, widths[1:], strict=True)
+        ]
+        print("  ".join([first.ljust(widths[0]), *aligned]).rstrip())
 
 
 def _finite(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def pack(
     tokenizer: Tokenizer,
     length: int,
     cache: Path | None = None,
-    **options: int,
+    **options: Any,
 ) -> TextData:
     """The documents of one part of a corpus, packed."""
     if not documents:

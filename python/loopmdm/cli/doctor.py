@@ -1,0 +1,202 @@
+"""Say what works on this machine, and why the rest does not.
+
+Checks that every backend that can be used draws the same rows as the plain PyTorch reference, and that the
+shipped checkpoints load. Exit status 1 if something that should work does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import loopmdm_kernels as lk
+from loopmdm.cli.models import SHIPPED, load_model, shipped_folder
+from loopmdm.cli.output import print_json, print_table
+from loopmdm.cli.parser import add_json
+from loopmdm_kernels.types import Head, RowRng
+
+EPILOG = """example:
+  loopmdm doctor --json
+"""
+_PACKAGES = ("torch", "numpy", "safetensors", "triton", "cuda-python", "tokenizers", "datasets", "matplotlib")
+_ROWS = (2, 24, 64, 515)  # B, L, D, V of the self-check
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser, "the findings")
+
+
+def run(args: argparse.Namespace) -> int:
+    backends = {name: _check_backend(name, status) for name, status in lk.available_backends().items()}
+    checkpoints = {name: _check_checkpoint(name) for name in SHIPPED}
+    problems = [
+        f"{kind} {name}: {finding['problem']}"
+        for kind, findings in (("backend", backends), ("checkpoint", checkpoints))
+        for name, finding in findings.items()
+        if finding["problem"]
+    ]
+    document = {
+        "versions": _versions(),
+        "machine": _machine(),
+        "backends": backends,
+        "checkpoints": checkpoints,
+        "problems": problems,
+    }
+    if args.json:
+        print_json(document)
+    else:
+        _print(document)
+    return 1 if problems else 0
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"loopmdm": lk.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {**versions, "nvcc": _nvcc()}
+
+
+def _nvcc() -> str | None:
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        return None
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    return next((line.strip() for line in said.splitlines() if "release" in line), compiler)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "forced_backend": os.environ.get("LOOPMDM_BACKEND"),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _check_backend(name: str, status: bool | str) -> dict[str, Any]:
+    """Whether a backend can be used, what is special about it, and whether it draws what the reference draws."""
+    usable = True
+    try:
+        with lk.use_backend(name):
+            pass
+    except RuntimeError:
+        usable = False
+    finding = {"usable": usable, "status": status, "checked": False, "problem": None}
+    # A compiled module is part of every installation: without it something went wrong.
+    if not usable:
+        return finding | {"problem": status if name == "cpu" else None}
+    device = torch.device("cuda" if name in ("triton", "cuda") else "cpu")
+    try:
+        finding["problem"] = _compare(name, device)
+        finding["checked"] = True
+    except RuntimeError as error:
+        if "no kernel for" not in str(error):
+            finding["problem"] = str(error)
+    return finding
+
+
+def _compare(name: str, device: torch.device) -> str | None:
+    """How the rows a backend draws differ from the reference's, or None."""
+    batch, length, hidden_size, vocab_size = _ROWS
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    head = Head(
+        1 + 0.1 * normal(hidden_size),
+        normal(vocab_size, hidden_size) / hidden_size**0.5,
+        0.1 * normal(vocab_size),
+        0.1 * normal(batch, 2, hidden_size),
+        vocab_size - 1,
+    )
+    rows = torch.arange(0, batch * length, 2, device=device)
+    rng = RowRng(11, rows // length, torch.full_like(rows, 3), rows % length)
+    hidden = normal(batch, length, hidden_size)
+    with lk.use_backend("reference"):
+        expected = lk.sample_rows(hidden, head, rows, rng)
+    with lk.use_backend(name):
+        got = lk.sample_rows(hidden, head, rows, rng)
+    for field in expected._fields:
+        mine, theirs = getattr(got, field), getattr(expected, field)
+        same = torch.equal(mine, theirs) if "token" in field else torch.allclose(mine, theirs, 1e-4, 1e-5)
+        if not same:
+            return (
+                f"sample_rows: {field} differs from the reference by up to {(mine - theirs).abs().max():.3g}"
+            )
+    return None
+
+
+def _check_checkpoint(name: str) -> dict[str, Any]:
+    finding: dict[str, Any] = {"folder": None, "sha256": None, "parameters": None, "problem": None}
+    try:
+        folder = shipped_folder(name)
+        finding["folder"] = str(folder)
+        finding["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        model = load_model(str(folder), torch.device("cpu"))
+        finding["parameters"] = sum(p.numel() for p in model.parameters())
+        with torch.inference_mode():
+            model(torch.full((1, model.config.max_length), model.config.mask_token_id))
+    except (OSError, ValueError, RuntimeError) as error:
+        finding["problem"] = str(error)
+    return finding
+
+
+def _print(document: dict[str, Any]) -> None:
+    for part in ("versions", "machine"):
+        print_table(
+            (part, ""), [(name, _shown(value)) for name, value in document[part].items()], align="left"
+        )
+        print()
+    rows = [
+        (
+            name,
+            "usable" if finding["usable"] else "not usable",
+            "" if finding["status"] is True else str(finding["status"]),
+            finding["problem"] or ("equals the reference" if finding["checked"] else "not checked"),
+        )
+        for name, finding in document["backends"].items()
+    ]
+    print_table(("backend", "", "", "self-check"), rows, align="left")
+    print()
+    rows = [
+        (
+            name,
+            "ok" if not finding["problem"] else "failed",
+            f"{finding['parameters'] or 0:,} parameters",
+            f"sha256 {(finding['sha256'] or '-')[:16]}",
+        )
+        for name, finding in document["checkpoints"].items()
+    ]
+    print_table(("checkpoint", "", "", ""), rows, align="left")
+    for problem in document["problems"]:
+        print(f"loopmdm doctor: {problem}", file=sys.stderr)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return "-" if value is None else str(value)

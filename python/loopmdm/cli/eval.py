@@ -1,0 +1,175 @@
+"""Measure a model at several loop counts.
+
+Text: the likelihood (NELBO) of held-out text, in nats per token, perplexity and bits per byte, each with its
+standard error over windows. Sudoku: the share of held-out puzzles solved in each decoding order, and the
+NELBO of their blanks. Times, masks and puzzles are the same for every loop count and every model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loopmdm.cli import likelihood, text_data
+from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, held_out_puzzles, share_row, solve_all
+from loopmdm.cli.models import default_loops, load_model, load_tokenizer, sudoku_spec
+from loopmdm.cli.output import note, print_json, print_table
+from loopmdm.cli.parser import UsageError, add_json, add_runtime, count, loop_counts, positive_int, set_up
+from loopmdm.cli.run_file import RunFile
+from loopmdm.data.sudoku import SudokuSpec, read_puzzles, solve
+from loopmdm.evaluate import evaluate_nll
+from loopmdm.model import LoopMDM
+from loopmdm.train import Batch
+
+EPILOG = """examples:
+  loopmdm eval run                                  a run of `loopmdm train`, on the documents it held out
+  loopmdm eval run --data other.txt --loops 1,2,4,8 --num-t 32
+  loopmdm eval sudoku9 --num 200 --json
+"""
+_BATCH = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, hub id, or a shipped model: sudoku9, sudoku6")
+    parser.add_argument(
+        "--loops",
+        type=loop_counts,
+        metavar="S,S,...",
+        help="loop counts (default: 1, half and all of the model's most)",
+    )
+    parser.add_argument(
+        "--num-t", type=positive_int, default=16, help="times per sequence (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=count, default=0, help="of times and masks (default: %(default)s)")
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--data", metavar="PATH", help="as in `loopmdm train` (default: what the run was trained on)"
+    )
+    text.add_argument(
+        "--part",
+        choices=("validation", "all"),
+        help="documents to take: those a training run with the same data holds out (default if the model was"
+        " trained on this data), or all (default otherwise)",
+    )
+    text.add_argument(
+        "--windows", type=positive_int, default=64, metavar="N", help="sequences (default: %(default)s)"
+    )
+    text.add_argument(
+        "--length", type=positive_int, metavar="L", help="tokens of one (default: that of training)"
+    )
+    text.add_argument(
+        "--tokenizer", metavar="T", help="folder, file or hub id (default: the one beside the model)"
+    )
+    text.add_argument(
+        "--text-field", default="text", metavar="NAME", help="field of .jsonl, .parquet and .arrow"
+    )
+    text.add_argument(
+        "--errors", choices=("strict", "replace"), default="strict", help="bytes that are not UTF-8"
+    )
+    puzzles = parser.add_argument_group("Sudoku")
+    puzzles.add_argument(
+        "--puzzles", metavar="FILE", help="as in `loopmdm solve` (default: made here, test split)"
+    )
+    puzzles.add_argument(
+        "--num", type=positive_int, default=100, metavar="N", help="puzzles (default: %(default)s)"
+    )
+    puzzles.add_argument("--order", choices=[*ORDERS, "both"], default="both", help="(default: %(default)s)")
+    add_json(parser, "the figures")
+    add_runtime(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    device = set_up(args)
+    model = load_model(args.model, device)
+    spec = sudoku_spec(model)
+    loops = args.loops or default_loops(model)
+    if spec is not None and args.data is not None:
+        raise UsageError(f"--data: {args.model} solves {spec} Sudoku; give --puzzles FILE")
+    if spec is None and args.puzzles is not None:
+        raise UsageError(f"--puzzles: {args.model} is a model of text; give --data PATH")
+    document = _text(args, model, loops) if spec is None else _sudoku(args, model, spec, loops)
+    if args.json:
+        print_json({"model": args.model, **document})
+        return 0
+    print(f"model {args.model}, {document['source']}\n")
+    if "solved" in document:
+        print_table(SHARE_COLUMNS, [share_row(one) for one in document["solved"]])
+        print("\nNELBO of the blanks, given the clues:")
+    print_table(likelihood.COLUMNS, likelihood.rows(document["held_out"]))
+    return 0
+
+
+def _text(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[str, Any]:
+    run = RunFile.read(Path(args.model))
+    own = run is not None and run.data is not None and args.data in (None, run.data)
+    if args.data is None and not own:
+        raise UsageError(f"--data: {args.model} does not say what it was trained on; give --data PATH")
+    tokenizer = load_tokenizer(model, args.model, args.tokenizer)
+    if tokenizer is None:
+        raise UsageError(
+            f"--tokenizer: {args.model} holds no tokenizer; give the one the model was trained with"
+        )
+    part = args.part or ("validation" if own else "all")
+    if own and run is not None and run.data is not None:
+        source, field, errors, share = run.data, run.text_field, run.errors, run.validation
+    else:
+        source, field, errors, share = args.data, args.text_field, args.errors, 0.05
+    corpus = text_data.read_corpus(source, field, errors, share if part == "validation" else 0.0)
+    documents = corpus.validation if part == "validation" else corpus.train
+    length = args.length or (run.length if run is not None and run.length else model.config.max_length)
+    data = text_data.pack(part, documents, tokenizer, length)
+    windows = text_data.windows(data, tokenizer, args.windows)
+    note(f"{args.num_t} times each for {min(args.windows, len(data))} windows of {length} tokens")
+    results = evaluate_nll(
+        model,
+        windows.batches,
+        num_loops=loops,
+        num_t=args.num_t,
+        seed=args.seed,
+        bytes_per_token=windows.bytes_per_token,
+    )
+    return {
+        "source": f"{part} documents of {source}",
+        "data": source,
+        "part": part,
+        "length": length,
+        "held_out": [likelihood.to_dict(result) for result in results],
+    }
+
+
+def _sudoku(args: argparse.Namespace, model: LoopMDM, spec: SudokuSpec, loops: list[int]) -> dict[str, Any]:
+    threads = args.threads or 1
+    if args.puzzles is None:
+        clues, solutions, _, _ = held_out_puzzles(spec, args.num, threads)
+        source = f"{args.num} held-out {spec} puzzles made here"
+    else:
+        file = read_puzzles(args.puzzles, spec)
+        clues = file.clues[: args.num]
+        solutions = (
+            solve(spec, clues, threads=threads) if file.solutions is None else file.solutions[: args.num]
+        )
+        if not solutions.all():
+            raise ValueError(
+                f"{args.puzzles}, line {file.lines[int((solutions == 0).any(1).argmax())]}: no solution"
+            )
+        source = f"{len(clues)} {spec} puzzles of {args.puzzles}"
+    orders = ORDERS if args.order == "both" else (args.order,)
+    solved = solve_all(model, spec, clues, orders, loops, progress=True)
+    tokens, given = torch.from_numpy(solutions).long() - 1, torch.from_numpy(clues != 0)
+    blank = ~given.all(dim=1)
+    tokens, given = tokens[blank], given[blank]
+    batches = [
+        Batch(tokens[start : start + _BATCH], prompt_mask=given[start : start + _BATCH])
+        for start in range(0, len(tokens), _BATCH)
+    ]
+    results = evaluate_nll(model, batches, num_loops=loops, num_t=args.num_t, seed=args.seed)
+    return {
+        "source": source,
+        "size": str(spec),
+        "puzzles": len(clues),
+        "solved": [one.to_dict() for one in solved],
+        "held_out": [likelihood.to_dict(result) for result in results],
+    }

@@ -1,0 +1,201 @@
+"""Write text with a trained model, from nothing, from a prompt, or into the gaps of a text.
+
+Every sequence begins as masks, which are filled in over a number of denoising steps. A compute plan says how
+many loops the model runs at which step. The same seed gives the same samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loopmdm.cli.models import load_model, load_tokenizer
+from loopmdm.cli.output import note, print_json
+from loopmdm.cli.parser import (
+    UsageError,
+    add_json,
+    add_runtime,
+    count,
+    number,
+    positive_int,
+    set_up,
+    usage_errors,
+)
+from loopmdm.cli.run_file import RunFile
+from loopmdm.data.tokenizer import Tokenizer
+from loopmdm.model import LoopMDM
+from loopmdm.plan import ComputePlan, as_plan
+from loopmdm.sampling import ORDERS, sample
+
+EPILOG = """examples:
+  loopmdm sample run --num 4 --seed 1
+  loopmdm sample run --prompt "def main(" --length 128 --plan 8 --temperature 0.8
+  loopmdm sample run --infill "import ________ as np" --order confidence
+  loopmdm sample run --steps 1000 --plan L125,H750,L125 --light 2 --heavy 12
+"""
+_GAP = re.compile(r"\[MASK\]|_{3,}")
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
+    parser.add_argument(
+        "--num", type=positive_int, default=4, metavar="N", help="samples (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=positive_int, metavar="L", help="tokens (default: the length of training)"
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, metavar="T", help="denoising steps (default: one a token)"
+    )
+    parser.add_argument(
+        "--order",
+        choices=sorted(ORDERS),
+        default="ancestral",
+        help="which masks are filled next (default: %(default)s)",
+    )
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", metavar="TEXT", help="the samples begin with it")
+    given.add_argument(
+        "--infill",
+        metavar="TEXT",
+        help="fill the gaps of this text: [MASK] is one token, ___ (3 or more) one token each",
+    )
+    parser.add_argument(
+        "--plan",
+        metavar="PLAN",
+        help="loops: a count such as 12 (default: the model's most), or L125,H750,L125, S2:50,S8:50",
+    )
+    parser.add_argument(
+        "--light", metavar="L", help="what L in the plan stands for: a loop count or a model's folder"
+    )
+    parser.add_argument(
+        "--heavy", metavar="H", help="what H in the plan stands for: a loop count or a model's folder"
+    )
+    parser.add_argument(
+        "--temperature", type=number, default=1.0, help="0 for the most probable (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-p", type=number, default=1.0, metavar="P", help="nucleus (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=count, default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="fp32", help="of matrix products (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="T", help="folder, file or hub id (default: the one beside the model)"
+    )
+    add_json(parser, "samples, token ids and costs")
+    add_runtime(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    device = set_up(args)
+    model = load_model(args.model, device)
+    tokenizer = load_tokenizer(model, args.model, args.tokenizer)
+    if tokenizer is None:
+        note(f"{args.model} holds no tokenizer: prompts and samples are token ids (--tokenizer gives one)")
+    with usage_errors():
+        plan = as_plan(_plan(args, device))
+    run = RunFile.read(Path(args.model))
+    length = args.length or (run.length if run is not None and run.length else model.config.max_length)
+    start: dict[str, Any] = {"length": length}
+    if args.prompt is not None:
+        start["prompt"] = _ids(args.prompt, tokenizer, "--prompt")
+    if args.infill is not None:
+        start = {"infill": _canvas(args.infill, tokenizer, model), "length": args.length}
+    with usage_errors():
+        result = sample(
+            model,
+            num_samples=args.num,
+            steps=args.steps,
+            order=args.order,
+            plan=plan,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            dtype=_DTYPES[args.dtype],
+            **start,
+        )
+    ids = result.tokens.tolist()
+    texts = [None if tokenizer is None else tokenizer.decode(row) for row in ids]
+    if args.json:
+        print_json(
+            {
+                "model": args.model,
+                "length": len(ids[0]),
+                "steps": result.num_steps,
+                "order": args.order,
+                "plan": str(plan),
+                "seed": args.seed,
+                "seconds": result.seconds,
+                "network_calls": result.network_calls.tolist(),
+                "loops": result.loops.tolist(),
+                "rows_projected": result.rows_projected,
+                "samples": [{"text": text, "ids": row} for text, row in zip(texts, ids, strict=True)],
+            }
+        )
+        return 0
+    for index, (text, row) in enumerate(zip(texts, ids, strict=True), start=1):
+        print(f"--- sample {index} of {len(ids)} ---")
+        print(" ".join(map(str, row)) if text is None else text)
+    note(
+        f"{result.seconds:.1f} s, {result.total_network_calls} network calls, {int(result.loops.sum())} loops,"
+        f" plan {plan}"
+    )
+    return 0
+
+
+def _plan(args: argparse.Namespace, device: torch.device) -> int | ComputePlan | None:
+    if args.plan is None or args.plan.isdecimal():
+        if args.light is not None or args.heavy is not None:
+            raise UsageError(
+                "--light, --heavy: they belong to a plan such as L125,H750,L125, give one with --plan"
+            )
+        return None if args.plan is None else ComputePlan.constant(int(args.plan))
+    return ComputePlan.parse(args.plan, *(_choice(text, device) for text in (args.light, args.heavy)))
+
+
+def _choice(text: str | None, device: torch.device) -> int | LoopMDM | None:
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    return load_model(text, device)
+
+
+def _ids(text: str, tokenizer: Tokenizer | None, option: str) -> list[int]:
+    """Ids a sequence begins with: BOS and the text; without a tokenizer, the ids that are written there."""
+    if tokenizer is not None:
+        ids: list[int] = tokenizer.encode(text).tolist()
+        return [tokenizer.bos_token_id, *ids]
+    try:
+        return [int(word) for word in text.split()]
+    except ValueError:
+        raise UsageError(
+            f"{option}: without a tokenizer, expected ids such as '5 17 3', got {text!r}"
+        ) from None
+
+
+def _canvas(text: str, tokenizer: Tokenizer | None, model: LoopMDM) -> torch.Tensor:
+    """BOS text EOS as ids [L], the mask at every gap."""
+    gaps = list(_GAP.finditer(text))
+    if not gaps:
+        raise UsageError(f"--infill: no gap in {text!r}; write [MASK] or ___ where text is to be filled in")
+    mask = model.config.mask_token_id
+    ids: list[int] = []
+    end = 0
+    for gap in gaps:
+        ids += _piece(text[end : gap.start()], tokenizer)
+        ids += [mask] * (1 if gap[0] == "[MASK]" else len(gap[0]))
+        end = gap.end()
+    ids += _piece(text[end:], tokenizer)
+    if tokenizer is not None:
+        ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    return torch.tensor(ids)
+
+
+def _piece(text: str, tokenizer: Tokenizer | None) -> list[int]:
+    return _ids(text, tokenizer, "--infill")[0 if tokenizer is None else 1 :] if text else []
