@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import loopmdm_kernels as lk
 from loopmdm import ComputePlan, sample
 
 ORDERS = ["ancestral", "confidence", "left_to_right"]
@@ -47,6 +48,13 @@ def test_seeds(model, order):
     assert not torch.equal(first.tokens, other.tokens)
     assert not torch.equal(first.tokens, wide.tokens)
     assert len({tuple(row) for row in first.tokens.tolist()}) == 4
+
+
+def test_the_default_backend_draws_the_references_tokens(model):
+    default = sample(model, 4, length=16, seed=6)
+    with lk.use_backend("reference"):
+        expected = sample(model, 4, length=16, seed=6)
+    assert torch.equal(default.tokens, expected.tokens)
 
 
 def test_global_generator_is_not_used(model):
