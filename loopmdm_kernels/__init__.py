@@ -1,7 +1,11 @@
 """Kernels for looped masked diffusion language models: three fused ops, one oracle, several backends."""
 
 from loopmdm_kernels.backends import available_backends, use_backend
-from loopmdm_kernels.ops import attention, head_logits, looped_blocks, masked_cross_entropy, sample_rows
+from loopmdm_kernels.ops.attention import attention
+from loopmdm_kernels.ops.head_logits import head_logits
+from loopmdm_kernels.ops.looped_blocks import looped_blocks
+from loopmdm_kernels.ops.masked_cross_entropy import masked_cross_entropy
+from loopmdm_kernels.ops.sample_rows import sample_rows
 from loopmdm_kernels.version import __version__
 
 __all__ = [

@@ -53,7 +53,13 @@ def _run(
 
 
 def _backward_run(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cos: Tensor | None, sin: Tensor | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))

@@ -24,7 +24,7 @@ def tensor(
     shape: Sequence[Any],
     device: torch.device | None = None,
 ) -> Tensor:
-    """Check one tensor. A dimension of `shape` is an int, a tuple of ints (any of them) or a letter (free)."""
+    """Check one tensor; a dimension of `shape` is an int, a tuple of ints (any of them) or a free letter."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
     if value.dtype not in dtypes:
@@ -73,9 +73,13 @@ def head(value: Head, hidden_size: int, batch: int, device: torch.device) -> int
     vocab_size = value.weight.shape[0]
     tensor("head.norm", value.norm, dtypes=FLOATS, shape=(hidden_size,), device=device)
     tensor("head.bias", value.bias, dtypes=FLOATS, shape=(vocab_size,), device=device)
-    tensor("head.modulation", value.modulation, dtypes=FLOATS, shape=((1, batch), 2, hidden_size), device=device)
+    tensor(
+        "head.modulation", value.modulation, dtypes=FLOATS, shape=((1, batch), 2, hidden_size), device=device
+    )
     if not -1 <= value.excluded_token < vocab_size:
-        raise ValueError(f"head.excluded_token: got {value.excluded_token}, expected -1 or 0..{vocab_size - 1}")
+        raise ValueError(
+            f"head.excluded_token: got {value.excluded_token}, expected -1 or 0..{vocab_size - 1}"
+        )
     if value.excluded_token >= 0 and vocab_size == 1:
         raise ValueError("head.excluded_token: the vocabulary has no other token")
     return vocab_size

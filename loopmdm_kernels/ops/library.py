@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-LIBRARY = torch.library.Library("loopmdm", "DEF")
+LIBRARY = torch.library.Library("loopmdm", "DEF")  # type: ignore[no-untyped-call]
 DEVICES = ("CPU", "CUDA")
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an operator from its schema, with one implementation for all devices and one for fake tensors."""
+    """Define an operator by its schema, with one implementation for all devices and one for fake tensors."""
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema)
+    LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     for device in DEVICES:
-        LIBRARY.impl(name, implementation, device)
+        LIBRARY.impl(name, implementation, device)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"loopmdm::{name}", fake, lib=LIBRARY)
 
 

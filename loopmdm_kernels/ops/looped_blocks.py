@@ -29,7 +29,7 @@ def looped_blocks(
     exit_threshold: float | None = None,
     recompute: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Apply n adaLN blocks S times: H(k) = mid(H(k-1)), k = 1..S (LoopMDM, section 3; S = 1 is a plain stack).
+    """Apply n adaLN blocks S times: H(k) = mid(H(k-1)), k = 1..S (LoopMDM; S = 1 is a plain stack).
 
     Args:
         x: [B, L, D] float32 or float64, the residual stream H(0); it stays in this dtype.
@@ -51,7 +51,9 @@ def looped_blocks(
     Raises:
         TypeError, ValueError: naming the argument, what was got and what is accepted.
     """
-    _check(x, blocks, modulation, num_loops, num_heads, rotary, key_mask, compute_dtype, dropout, exit_threshold)
+    _check(
+        x, blocks, modulation, num_loops, num_heads, rotary, key_mask, compute_dtype, dropout, exit_threshold
+    )
     cos, sin = rotary or (None, None)
     if torch.compiler.is_compiling():
         loops, per_sequence = (1, num_loops) if isinstance(num_loops, Tensor) else (num_loops, None)
@@ -106,18 +108,27 @@ def _check(
     checks.not_empty("x", x)
     batch, length, hidden = x.shape
     if num_heads < 1 or hidden % (2 * num_heads):
-        raise ValueError(f"num_heads: got {num_heads}, expected a divisor of D = {hidden} with an even head size")
+        raise ValueError(
+            f"num_heads: got {num_heads}, expected a divisor of D = {hidden} with an even head size"
+        )
     if not len(blocks):
         raise ValueError("blocks: got none, expected at least one")
     width = blocks[0].mlp_in.shape[0]
-    shapes = ((hidden,), (3 * hidden, hidden), (hidden, hidden), (hidden,)) + (
-        (width, hidden), (width,), (hidden, width), (hidden,)
+    shapes = (
+        (hidden,), (3 * hidden, hidden), (hidden, hidden), (hidden,),
+        (width, hidden), (width,), (hidden, width), (hidden,),
     )  # fmt: skip
     for index, weights in enumerate(blocks):
         for name, value, shape in zip(BlockWeights._fields, weights, shapes, strict=True):
-            checks.tensor(f"blocks[{index}].{name}", value, dtypes=checks.FLOATS, shape=shape, device=x.device)
+            checks.tensor(
+                f"blocks[{index}].{name}", value, dtypes=checks.FLOATS, shape=shape, device=x.device
+            )
     checks.tensor(
-        "modulation", modulation, dtypes=checks.FLOATS, shape=(len(blocks), (1, batch), 6, hidden), device=x.device
+        "modulation",
+        modulation,
+        dtypes=checks.FLOATS,
+        shape=(len(blocks), (1, batch), 6, hidden),
+        device=x.device,
     )
     if isinstance(num_loops, Tensor):
         checks.tensor("num_loops", num_loops, dtypes=(torch.int64,), shape=(batch,), device=x.device)
@@ -216,12 +227,14 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 
 _ARGUMENTS = (
-    "Tensor x, Tensor[] weights, Tensor modulation, SymInt num_loops, Tensor? loops_per_sequence, int num_heads, "
-    "Tensor? cos, Tensor? sin, Tensor? key_mask, ScalarType compute_dtype, float dropout, SymInt dropout_seed, "
-    "float? exit_threshold"
+    "Tensor x, Tensor[] weights, Tensor modulation, SymInt num_loops, Tensor? loops_per_sequence, "
+    "int num_heads, Tensor? cos, Tensor? sin, Tensor? key_mask, ScalarType compute_dtype, float dropout, "
+    "SymInt dropout_seed, float? exit_threshold"
 )
 register(f"looped_blocks({_ARGUMENTS}) -> (Tensor, Tensor)", _forward_run, _fake)
 register(
-    f"looped_blocks_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor[], Tensor)", _backward_run, _backward_fake
+    f"looped_blocks_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor[], Tensor)",
+    _backward_run,
+    _backward_fake,
 )
 register_autograd("looped_blocks", _backward, _setup_context)

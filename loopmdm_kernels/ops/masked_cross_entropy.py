@@ -41,7 +41,9 @@ def masked_cross_entropy(
     vocab_size = checks.head(head, hidden_size, batch, hidden.device)
     checks.tensor("targets", targets, dtypes=(torch.int64,), shape=(batch, length), device=hidden.device)
     checks.rows(rows, batch * length, hidden.device)
-    checks.tensor("row_weights", row_weights, dtypes=checks.FLOATS, shape=(rows.shape[0],), device=hidden.device)
+    checks.tensor(
+        "row_weights", row_weights, dtypes=checks.FLOATS, shape=(rows.shape[0],), device=hidden.device
+    )
     checks.compute_dtype(compute_dtype)
     if checks.can_read(targets):
         wanted = targets.flatten()[rows]
@@ -80,7 +82,10 @@ def _backward_run(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Ten
     hidden, norm, weight, bias, modulation, excluded_token, targets, rows, row_weights, compute_dtype = args
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (hidden, norm, weight, bias, modulation, row_weights)]
-        outputs = _run(*leaves[:5], excluded_token, targets, rows, leaves[5], compute_dtype)
+        hidden, norm, weight, bias, modulation, row_weights = leaves
+        outputs = _run(
+            hidden, norm, weight, bias, modulation, excluded_token, targets, rows, row_weights, compute_dtype
+        )
         return torch.autograd.grad(outputs, leaves, (grad_total, grad_nll))
 
 
@@ -109,8 +114,8 @@ def _backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Any, ...]
 
 
 _ARGUMENTS = (
-    "Tensor hidden, Tensor norm, Tensor weight, Tensor bias, Tensor modulation, int excluded_token, Tensor targets, "
-    "Tensor rows, Tensor row_weights, ScalarType compute_dtype"
+    "Tensor hidden, Tensor norm, Tensor weight, Tensor bias, Tensor modulation, int excluded_token, "
+    "Tensor targets, Tensor rows, Tensor row_weights, ScalarType compute_dtype"
 )
 register(f"masked_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor)", _run, _fake)
 register(

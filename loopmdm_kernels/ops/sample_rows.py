@@ -49,7 +49,9 @@ def sample_rows(
         raise ValueError(f"rng.seed: got {rng.seed}, expected 0 <= seed < 2^63")
     for name, limit in (("sequence", 2**32), ("step", 2**30), ("position", 2**31)):
         value = getattr(rng, name)
-        checks.tensor(f"rng.{name}", value, dtypes=(torch.int64,), shape=(rows.shape[0],), device=hidden.device)
+        checks.tensor(
+            f"rng.{name}", value, dtypes=(torch.int64,), shape=(rows.shape[0],), device=hidden.device
+        )
         checks.in_range(f"rng.{name}", value, 0, limit)
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature: got {temperature}, expected a finite number >= 0")
@@ -98,9 +100,10 @@ def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 register(
-    "sample_rows(Tensor hidden, Tensor norm, Tensor weight, Tensor bias, Tensor modulation, int excluded_token, "
-    "Tensor rows, SymInt seed, Tensor sequence, Tensor step, Tensor position, float temperature, float top_p, "
-    "ScalarType compute_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "sample_rows(Tensor hidden, Tensor norm, Tensor weight, Tensor bias, Tensor modulation, "
+    "int excluded_token, Tensor rows, SymInt seed, Tensor sequence, Tensor step, Tensor position, "
+    "float temperature, float top_p, ScalarType compute_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _operator,
     _fake,
 )

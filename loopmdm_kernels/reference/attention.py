@@ -12,7 +12,7 @@ from loopmdm_kernels.types import Rotary
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate pairs (i, i + K/2) of x [..., L, K]. Angles are rounded to x's dtype, the product is fp32 or wider."""
+    """Rotate pairs (i, i + K/2) of x [..., L, K]. Angles are rounded to x's dtype; the product is not."""
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (angle.to(x.dtype).to(wide) for angle in rotary)
     first, second = x.to(wide).chunk(2, dim=-1)

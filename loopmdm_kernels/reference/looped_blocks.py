@@ -47,7 +47,7 @@ def block(
     dropout_seed: int = 0,
     application: int = 0,
 ) -> Tensor:
-    """One block. x [B, L, D]; modulation [1 or B, 6, D] = shift, scale, gate of attention, then of the MLP."""
+    """One block. x [B, L, D]; modulation [1 or B, 6, D] = shift, scale, gate of attention, then MLP."""
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.to(dtype)[:, :, None, :].unbind(1)
     batch, length, hidden = x.shape
 
@@ -57,17 +57,19 @@ def block(
     mixed = attention(q, k, v, key_mask=key_mask, rotary=rotary)
     mixed = mixed.transpose(1, 2).reshape(batch, length, hidden)
     branch = F.linear(mixed, weights.attn_out.to(dtype))
-    x = x + gate1 * _dropout(branch, dropout, dropout_seed, application, 0)
+    x = x + gate1 * _dropout(branch, dropout, dropout_seed, application, index=0)
 
     h = norm_modulate(x, weights.norm2, shift2, scale2).to(dtype)
     h = F.gelu(F.linear(h, weights.mlp_in.to(dtype), weights.mlp_in_bias.to(dtype)), approximate="tanh")
     branch = F.linear(h, weights.mlp_out.to(dtype), weights.mlp_out_bias.to(dtype))
-    return x + gate2 * _dropout(branch, dropout, dropout_seed, application, 1)
+    x = x + gate2 * _dropout(branch, dropout, dropout_seed, application, index=1)
+    return x
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
     """Frobenius norm of new - old over that of new, per sequence: [B]."""
-    return (new - old).flatten(1).norm(dim=1) / new.flatten(1).norm(dim=1)
+    change, size = ((t.flatten(1).square().sum(dim=1)).sqrt() for t in (new - old, new))
+    return change / size
 
 
 def looped_blocks(
@@ -87,7 +89,10 @@ def looped_blocks(
 ) -> Tensor | tuple[Tensor, Tensor]:
     dtype = compute_dtype or blocks[0].qkv.dtype
     # Cast once, not once a loop: the casts are identities where the weights already have the dtype.
-    cast = [BlockWeights(*(w if w.ndim == 1 and i in (0, 3) else w.to(dtype) for i, w in enumerate(b))) for b in blocks]
+    cast = [
+        BlockWeights(*(w if w.ndim == 1 and i in (0, 3) else w.to(dtype) for i, w in enumerate(b)))
+        for b in blocks
+    ]
     modulation = modulation.to(dtype)
 
     def one_loop(state: Tensor, mod: Tensor, mask: Tensor | None, loop: int) -> Tensor:
@@ -108,7 +113,9 @@ def looped_blocks(
 
     def apply(state: Tensor, mod: Tensor, mask: Tensor | None, loop: int) -> Tensor:
         if recompute and torch.is_grad_enabled():
-            result: Tensor = checkpoint(one_loop, state, mod, mask, loop, use_reentrant=False, preserve_rng_state=False)
+            result: Tensor = checkpoint(
+                one_loop, state, mod, mask, loop, use_reentrant=False, preserve_rng_state=False
+            )
             return result
         return one_loop(state, mod, mask, loop)
 

@@ -37,7 +37,7 @@ def philox4x32(
         high1, low1 = _multiply_high_low(_MULTIPLIER_1, x2)
         x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
         key0, key1 = (key0 + _WEYL_0) & _MASK32, (key1 + _WEYL_1) & _MASK32
-    x0, x1, x2, x3 = torch.broadcast_tensors(x0, x1, x2, x3)
+    x0, x1, x2, x3 = torch.broadcast_tensors(x0, x1, x2, x3)  # type: ignore[no-untyped-call]
     return x0, x1, x2, x3
 
 
@@ -72,7 +72,9 @@ def race_times(
     return -torch.log1p(-uniform)
 
 
-def dropout_keep(seed: int, application: int, branch: int, shape: torch.Size, rate: float, device: torch.device) -> Tensor:
+def dropout_keep(
+    seed: int, application: int, branch: int, shape: torch.Size, rate: float, device: torch.device
+) -> Tensor:
     """Boolean keep mask for one branch (0 attention, 1 MLP) of one block application.
 
     The mask is a function of its arguments alone, so a backward pass that recomputes finds it again.

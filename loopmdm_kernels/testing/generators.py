@@ -82,7 +82,9 @@ def looped_inputs(
     modulation = normal(num_blocks, rows, 6, hidden, scale=0.3)
     angles = None
     if rotary:
-        frequency = 10_000.0 ** -(torch.arange(0, hidden // num_heads, 2, dtype=torch.float64) * num_heads / hidden)
+        frequency = 10_000.0 ** -(
+            torch.arange(0, hidden // num_heads, 2, dtype=torch.float64) * num_heads / hidden
+        )
         angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
         angles = Rotary(angle.cos(), angle.sin())
     mask = None

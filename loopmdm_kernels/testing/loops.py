@@ -15,7 +15,10 @@ LoopedBlocks = Callable[..., Tensor]
 
 
 def error_over_loops(
-    implementation: LoopedBlocks, inputs: LoopedInputs, dtype: torch.dtype, loops: Iterable[int] = range(1, 25)
+    implementation: LoopedBlocks,
+    inputs: LoopedInputs,
+    dtype: torch.dtype,
+    loops: Iterable[int] = range(1, 25),
 ) -> list[tuple[int, float, float, float]]:
     """(S, error, error of plain PyTorch in `dtype`, one rounding step) against float64, for each S."""
     exact, rounded = inputs.to(torch.float64), inputs.to(dtype)

@@ -1,4 +1,4 @@
-"""The one tolerance rule: at most twice the error of plain PyTorch in the same dtype, plus one rounding step."""
+"""The tolerance rule: at most twice the error of plain PyTorch in the same dtype, plus one rounding step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def rounding_step(oracle: Tensor, dtype: torch.dtype) -> float:
 
 
 def max_error(out: Tensor, oracle: Tensor) -> float:
-    """Largest absolute difference where the oracle is not NaN and not equal (equal infinities differ by 0)."""
+    """Largest absolute difference where the oracle is not NaN (equal infinities differ by 0)."""
     differs = (out.double() != oracle) & ~oracle.isnan()
     return float((out.double() - oracle)[differs].abs().max()) if bool(differs.any()) else 0.0
 
@@ -23,7 +23,7 @@ def max_error(out: Tensor, oracle: Tensor) -> float:
 def assert_matches_oracle(
     out: Tensor, baseline: Tensor, oracle: Tensor, *, name: str = "output", factor: float = 2.0
 ) -> None:
-    """Assert max|out - oracle| <= factor * max|baseline - oracle| + rounding_step, and NaN at the same places.
+    """Assert max|out - oracle| <= factor * max|baseline - oracle| + rounding_step; NaN at the same places.
 
     Args:
         out: what is tested.

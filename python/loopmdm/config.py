@@ -58,14 +58,23 @@ class LoopMDMConfig:
             )
             if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
                 raise TypeError(f"{field.name}: got {value!r}, expected {field.type}")
-        for name in ("vocab_size", "hidden_size", "num_heads", "num_layers", "cond_dim", "mlp_ratio", "max_length"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_heads",
+            "num_layers",
+            "cond_dim",
+            "mlp_ratio",
+            "max_length",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id: got {self.mask_token_id}, expected 0..{self.vocab_size - 1}")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
-                f"hidden_size: got {self.hidden_size}, expected a multiple of 2 * num_heads = {2 * self.num_heads}"
+                f"hidden_size: got {self.hidden_size}, "
+                f"expected a multiple of 2 * num_heads = {2 * self.num_heads}"
             )
         if not 0 <= self.loop_start < self.loop_end <= self.num_layers:
             raise ValueError(

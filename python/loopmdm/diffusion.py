@@ -24,7 +24,7 @@ def sigma(t: Tensor) -> Tensor:
 
 
 def loss_weight(t: Tensor) -> Tensor:
-    """Weight of the cross-entropy of a masked token in the NELBO (MDLM, Eq. 10 with the log-linear schedule)."""
+    """Weight of a masked token's cross-entropy in the NELBO (MDLM, log-linear schedule)."""
     return 1.0 / t
 
 

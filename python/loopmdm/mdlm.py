@@ -14,7 +14,8 @@ import loopmdm_kernels as lk
 from loopmdm import checkpoint, mdlm_weights
 from loopmdm.config import LoopMDMConfig
 from loopmdm.mdlm_weights import MDLMWeights
-from loopmdm.model import ROTARY_BASE, LoopMDM
+from loopmdm.model import LoopMDM
+from loopmdm.modules import ROTARY_BASE
 from loopmdm.patching import check_num_loops, patch, unpatch
 
 __all__ = ["DIT", "MDLM", "MaskedLMOutput", "convert_checkpoint", "from_mdlm", "patch", "unpatch"]

@@ -1,14 +1,12 @@
 """LoopMDM: MDLM's diffusion transformer whose early-middle blocks are applied S times.
 
-Modules only hold the parameters, under the reference's names; the network is three calls of
-`looped_blocks` (head, loop, tail) and one op on the vocabulary.
+The network is three calls of `looped_blocks` (head, loop, tail) and one op on the vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +16,8 @@ import loopmdm_kernels as lk
 from loopmdm import diffusion
 from loopmdm.config import LoopMDMConfig
 from loopmdm.loop_law import LoopLaw
-from loopmdm_kernels.types import BlockWeights, Head, Rotary
-
-ROTARY_BASE = 10_000.0
-SIGMA_FEATURES = 256
+from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding
+from loopmdm_kernels.types import Head
 
 
 class LossOutput(NamedTuple):
@@ -30,97 +26,6 @@ class LossOutput(NamedTuple):
     num_tokens: Tensor  # scalar int64: real tokens that are not prompt, masked or not
     t: Tensor  # [B]
     num_loops: int
-
-
-class TokenEmbedding(nn.Module):
-    def __init__(self, num: int, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(num, hidden_size))
-        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
-
-
-class SigmaEmbedding(nn.Module):
-    """Noise level -> conditioning vector: sinusoid of 256 features, then two linears."""
-
-    def __init__(self, cond_dim: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(SIGMA_FEATURES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
-
-    def forward(self, sigma: Tensor) -> Tensor:
-        half = SIGMA_FEATURES // 2
-        weight = self.mlp[0].weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        frequency = torch.exp(-math.log(10_000.0) / half * torch.arange(half, device=sigma.device, dtype=wide))
-        angle = sigma.to(wide)[:, None] * frequency
-        features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(weight.dtype)
-        out: Tensor = self.mlp(features)
-        return out
-
-
-class RotaryEmbedding(nn.Module):
-    inv_freq: Tensor
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        exponent = torch.arange(0, head_dim, 2).float() / head_dim
-        self.register_buffer("inv_freq", 1.0 / ROTARY_BASE**exponent)
-
-    def forward(self, length: int) -> Rotary:
-        angle = torch.outer(torch.arange(length, device=self.inv_freq.device).to(self.inv_freq), self.inv_freq)
-        return Rotary(angle.cos(), angle.sin())
-
-
-class ScaleNorm(nn.Module):
-    """Weight of a layer norm without bias; the norm itself is computed inside the ops."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-
-
-def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    linear = nn.Linear(in_features, out_features)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-class DDiTBlock(nn.Module):
-    def __init__(self, cfg: LoopMDMConfig) -> None:
-        super().__init__()
-        hidden = cfg.hidden_size
-        self.norm1 = ScaleNorm(hidden)
-        self.attn_qkv = nn.Linear(hidden, 3 * hidden, bias=False)
-        self.attn_out = nn.Linear(hidden, hidden, bias=False)
-        self.norm2 = ScaleNorm(hidden)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden, cfg.mlp_ratio * hidden), nn.GELU(approximate="tanh"), nn.Linear(cfg.mlp_ratio * hidden, hidden)
-        )
-        self.adaLN_modulation = _zero_linear(cfg.cond_dim, 6 * hidden)
-        if cfg.gate_init:
-            with torch.no_grad():
-                self.adaLN_modulation.bias.view(6, hidden)[[2, 5]] = cfg.gate_init
-
-    def weights(self) -> BlockWeights:
-        up, down = self.mlp[0], self.mlp[2]
-        return BlockWeights(
-            self.norm1.weight,
-            self.attn_qkv.weight,
-            self.attn_out.weight,
-            self.norm2.weight,
-            up.weight,
-            up.bias,
-            down.weight,
-            down.bias,
-        )
-
-
-class OutputLayer(nn.Module):
-    def __init__(self, cfg: LoopMDMConfig) -> None:
-        super().__init__()
-        self.norm_final = ScaleNorm(cfg.hidden_size)
-        self.linear = _zero_linear(cfg.hidden_size, cfg.vocab_size)
-        self.adaLN_modulation = _zero_linear(cfg.cond_dim, 2 * cfg.hidden_size)
 
 
 class LoopMDM(nn.Module):
@@ -168,7 +73,7 @@ class LoopMDM(nn.Module):
             out.norm_final.weight,
             out.linear.weight,
             out.linear.bias,
-            modulation.unflatten(-1, (2, self.config.hidden_size)),
+            modulation.view(-1, 2, self.config.hidden_size),
             self.config.mask_token_id,
         )
 
@@ -180,7 +85,7 @@ class LoopMDM(nn.Module):
         num_loops: int | Tensor | None = None,
         attention_mask: Tensor | None = None,
         exit_threshold: float | None = None,
-        dropout_seed: int = 0,
+        dropout_seed: int | None = None,
     ) -> Any:
         """Residual stream [B, L, D] before the final layer; with `exit_threshold`, (it, loops used [B])."""
         self._check_input(input_ids, sigma, attention_mask)
@@ -197,23 +102,25 @@ class LoopMDM(nn.Module):
         dtype = self.compute_dtype
         key_mask = None if attention_mask is None else attention_mask.bool()
         dropout = cfg.dropout if self.training else 0.0
+        if dropout and dropout_seed is None:
+            dropout_seed = int(torch.randint(2**31, ()))
 
         def stage(x: Tensor, start: int, end: int, loops: int | Tensor, exit_at: float | None = None) -> Any:
             if start == end:
                 return x
-            blocks = [self.blocks[i] for i in range(start, end)]
+            blocks = [cast(DDiTBlock, self.blocks[i]) for i in range(start, end)]
             modulation = torch.stack([b.adaLN_modulation(condition) for b in blocks])
             return lk.looped_blocks(
                 x,
                 [b.weights() for b in blocks],
-                modulation.unflatten(-1, (6, cfg.hidden_size)),
+                modulation.view(len(blocks), -1, 6, cfg.hidden_size),
                 loops,
                 num_heads=cfg.num_heads,
                 rotary=rotary,
                 key_mask=key_mask,
                 compute_dtype=dtype,
                 dropout=dropout,
-                dropout_seed=(dropout_seed * cfg.num_layers + start) & 0x7FFF_FFFF_FFFF_FFFF,
+                dropout_seed=((dropout_seed or 0) * cfg.num_layers + start) & 0x7FFF_FFFF_FFFF_FFFF,
                 exit_threshold=exit_at,
                 recompute=self.recompute,
             )
@@ -232,7 +139,7 @@ class LoopMDM(nn.Module):
         num_loops: int | Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, L, V] in the compute dtype, the mask's logit included (no SUBS), as the reference returns.
+        """Logits [B, L, V] in the compute dtype, without SUBS: the mask has a logit too, as in the reference.
 
         Args:
             input_ids: [B, L] int64.
@@ -274,18 +181,24 @@ class LoopMDM(nn.Module):
         """
         self._check_input(input_ids, None, attention_mask)
         if bool((input_ids == self.config.mask_token_id).any()):
-            raise ValueError(f"input_ids: contains the mask token {self.config.mask_token_id}; expected clean data")
+            raise ValueError(
+                f"input_ids: contains the mask token {self.config.mask_token_id}; expected clean data"
+            )
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         batch, _ = input_ids.shape
         if num_loops is None:
-            num_loops = self.default_loops() if seed is None or not self.training else LoopLaw.uniform(
-                self.config.max_loops
-            ).sample(seed, 0)
+            num_loops = (
+                self.default_loops()
+                if seed is None or not self.training
+                else LoopLaw.uniform(self.config.max_loops).sample(seed, 0)
+            )
         if t is None:
             t = diffusion.sample_t(batch, generator)
         elif t.shape != (batch,) or not bool(((t > 0) & (t <= 1)).all()):
             raise ValueError(f"t: got shape {tuple(t.shape)}, values {t}, expected [{batch}] in (0, 1]")
-        counted = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        counted = (
+            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
         if prompt_mask is not None:
             if prompt_mask.shape != input_ids.shape:
                 raise ValueError(
@@ -297,12 +210,14 @@ class LoopMDM(nn.Module):
             raise ValueError("attention_mask, prompt_mask: no token is left to count")
         masked = diffusion.draw_mask(t, ~counted, generator)
         noisy = torch.where(masked, self.config.mask_token_id, input_ids)
-        dropout_seed = int(torch.randint(2**31, (), generator=generator)) if self.config.dropout else 0
+        dropout_seed = int(torch.randint(2**31, (), generator=generator)) if self.config.dropout else None
 
         t = t.to(input_ids.device)
         sigma = diffusion.sigma(t) if self.config.time_conditioning else None
         keys = attention_mask if self.config.key_padding_mask else None
-        hidden = self.hidden(noisy, sigma, num_loops=num_loops, attention_mask=keys, dropout_seed=dropout_seed)
+        hidden = self.hidden(
+            noisy, sigma, num_loops=num_loops, attention_mask=keys, dropout_seed=dropout_seed
+        )
         rows = masked.flatten().nonzero().squeeze(1)
         weights = diffusion.loss_weight(t)[rows // input_ids.shape[1]]
         nll_sum, _ = lk.masked_cross_entropy(
@@ -340,11 +255,16 @@ class LoopMDM(nn.Module):
         save_pretrained(self, path)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str], **overrides: Any) -> LoopMDM:
-        """Load what `save_pretrained` wrote, from a folder or a Hugging Face hub id."""
+    def from_pretrained(
+        cls, path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
+    ) -> LoopMDM:
+        """Load what `save_pretrained` wrote, from a folder or a Hugging Face hub id, on the CPU in eval mode.
+
+        `revision` names a hub commit, `overrides` replace fields of the stored configuration.
+        """
         from loopmdm.checkpoint import load_pretrained
 
-        return load_pretrained(cls, path_or_hub_id, **overrides)
+        return load_pretrained(cls, path_or_hub_id, revision=revision, **overrides)
 
     @classmethod
     def from_mdlm(cls, path_or_module: Any, **options: Any) -> LoopMDM:

@@ -12,7 +12,9 @@ from loopmdm_kernels.types import Rotary
 
 def inputs(dtype=torch.float64, length=20, head_dim=8):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, length, head_dim, generator=generator, dtype=torch.float64) for _ in range(3))
+    q, k, v = (
+        torch.randn(2, 3, length, head_dim, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     mask = torch.rand(2, length, generator=generator) < 0.6
     mask[:, 0] = True
     angle = torch.outer(torch.arange(length).double(), 0.5 ** torch.arange(head_dim // 2).double())
@@ -22,7 +24,11 @@ def inputs(dtype=torch.float64, length=20, head_dim=8):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_and_gradients_match_the_oracle(dtype):
     results = []
-    for op, kind in ((lk.attention, dtype), (reference.attention, dtype), (reference.attention, torch.float64)):
+    for op, kind in (
+        (lk.attention, dtype),
+        (reference.attention, dtype),
+        (reference.attention, torch.float64),
+    ):
         tensors, mask, rotary = inputs(kind)
         for tensor in tensors:
             tensor.requires_grad_()

@@ -108,7 +108,14 @@ def test_opcheck():
     """torch's own checks of the registration: schema, fake tensors, autograd, dynamic shapes."""
     hidden, head = head_inputs(vocab_size=20, excluded_token=19)
     leaves = [hidden.float().requires_grad_(), *(t.float().requires_grad_() for t in head[:4])]
-    args = (*leaves, 19, torch.zeros(2, 16, dtype=torch.int64), torch.tensor([3, 9]), torch.ones(2), torch.float32)
+    args = (
+        *leaves,
+        19,
+        torch.zeros(2, 16, dtype=torch.int64),
+        torch.tensor([3, 9]),
+        torch.ones(2),
+        torch.float32,
+    )
     torch.library.opcheck(torch.ops.loopmdm.masked_cross_entropy, args)
     inputs = looped_inputs().to(torch.float32, requires_grad=True)
     weights = [w for block in inputs.blocks for w in block]

@@ -10,7 +10,12 @@ from loopmdm_kernels.types import BlockWeights
 
 
 def run(inputs: LoopedInputs, num_loops, op=lk.looped_blocks, **options):
-    arguments = {"rotary": inputs.rotary, "key_mask": inputs.key_mask, "num_heads": inputs.num_heads, **options}
+    arguments = {
+        "rotary": inputs.rotary,
+        "key_mask": inputs.key_mask,
+        "num_heads": inputs.num_heads,
+        **options,
+    }
     return op(inputs.x, inputs.blocks, inputs.modulation, num_loops, **arguments)
 
 
@@ -18,7 +23,7 @@ def plain_blocks(inputs: LoopedInputs, num_loops: int) -> torch.Tensor:
     """The specification once more, with explicit scores and no shared code, in float64."""
     x = inputs.x
     heads = inputs.num_heads
-    batch, length, hidden = x.shape
+    hidden = x.shape[-1]
     size = hidden // heads
 
     def norm(x, weight):
@@ -60,7 +65,9 @@ def plain_blocks(inputs: LoopedInputs, num_loops: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("num_loops", [1, 3, 12])
-@pytest.mark.parametrize("options", [{}, {"rotary": False}, {"key_mask": True, "per_sequence_modulation": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rotary": False}, {"key_mask": True, "per_sequence_modulation": True}]
+)
 def test_reference_follows_the_specification(num_loops, options):
     inputs = looped_inputs(**options)
     expected = plain_blocks(inputs, num_loops)
@@ -143,7 +150,7 @@ def test_dropout_is_a_function_of_its_seed_and_unbiased():
     a, b = (run(inputs, 2, dropout=0.1, dropout_seed=s) for s in (1, 1))
     assert torch.equal(a, b)
     assert not torch.equal(a, run(inputs, 2, dropout=0.1, dropout_seed=2))
-    # One block whose attention gate is open and MLP gate closed: dropout acts on that branch, scaled by 1/(1-p).
+    # One block, attention gate open, MLP gate closed: dropout acts on that branch, scaled by 1/(1-p).
     mod = torch.zeros_like(inputs.modulation[:1])
     mod[:, :, 2] = 1.0
     one = inputs._replace(blocks=inputs.blocks[:1], modulation=mod)
@@ -161,7 +168,9 @@ def test_loops_per_sequence_equal_separate_calls():
     out = run(inputs, loops)
     for i, num in enumerate(loops.tolist()):
         alone = inputs._replace(
-            x=inputs.x[i : i + 1], modulation=inputs.modulation[:, i : i + 1], key_mask=inputs.key_mask[i : i + 1]
+            x=inputs.x[i : i + 1],
+            modulation=inputs.modulation[:, i : i + 1],
+            key_mask=inputs.key_mask[i : i + 1],
         )
         torch.testing.assert_close(out[i : i + 1], run(alone, num), rtol=1e-10, atol=1e-10)
 
@@ -204,12 +213,20 @@ def test_input_is_not_written():
 
 BAD = [
     ({"x": torch.zeros(2, 16, 32, dtype=torch.int64)}, TypeError, "x: got int64"),
-    ({"x": torch.zeros(2, 16, 32, dtype=torch.bfloat16)}, TypeError, "x: got bfloat16, expected float32 or float64"),
+    (
+        {"x": torch.zeros(2, 16, 32, dtype=torch.bfloat16)},
+        TypeError,
+        "x: got bfloat16, expected float32 or float64",
+    ),
     ({"x": torch.zeros(16, 32)}, ValueError, r"x: got shape \[16, 32\], expected \[B, L, D\]"),
     ({"x": torch.zeros(0, 16, 32)}, ValueError, "x: got shape"),
     ({"x": [1.0]}, TypeError, "x: got list"),
     ({"blocks": []}, ValueError, "blocks: got none"),
-    ({"modulation": torch.zeros(2, 3, 6, 32)}, ValueError, r"modulation: got shape \[2, 3, 6, 32\], expected \[2, 1 or 2"),
+    (
+        {"modulation": torch.zeros(2, 3, 6, 32)},
+        ValueError,
+        r"modulation: got shape \[2, 3, 6, 32\], expected \[2, 1 or 2",
+    ),
     ({"num_loops": 0}, ValueError, "num_loops: got 0, expected at least 1"),
     ({"num_loops": -1}, ValueError, "num_loops: got -1"),
     ({"num_loops": 1.5}, TypeError, "num_loops: got 1.5"),

@@ -58,7 +58,9 @@ def test_gradcheck():
     weights.requires_grad_()
 
     def call(hidden, norm, weight, bias, modulation, weights):
-        return lk.masked_cross_entropy(hidden, Head(norm, weight, bias, modulation, MASK), targets, rows, weights)
+        return lk.masked_cross_entropy(
+            hidden, Head(norm, weight, bias, modulation, MASK), targets, rows, weights
+        )
 
     assert torch.autograd.gradcheck(call, (hidden, *head[:4], weights), fast_mode=True)
 
@@ -81,8 +83,16 @@ def test_no_rows():
         ({"rows": torch.zeros(6)}, TypeError, "rows: got float32, expected int64"),
         ({"row_weights": torch.ones(5)}, ValueError, r"row_weights: got shape \[5\], expected \[6\]"),
         ({"targets": torch.full((2, 16), V)}, ValueError, "targets: got values in 50..50, expected 0..49"),
-        ({"targets": torch.full((2, 16), MASK)}, ValueError, "targets: a row's target is the excluded token 49"),
-        ({"hidden": torch.zeros(2, 16, 31)}, ValueError, r"head.weight: got shape \[50, 32\], expected \[V, 31\]"),
+        (
+            {"targets": torch.full((2, 16), MASK)},
+            ValueError,
+            "targets: a row's target is the excluded token 49",
+        ),
+        (
+            {"hidden": torch.zeros(2, 16, 31)},
+            ValueError,
+            r"head.weight: got shape \[50, 32\], expected \[V, 31\]",
+        ),
     ],
 )
 def test_bad_input(change, error, message):

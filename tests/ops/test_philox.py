@@ -59,7 +59,9 @@ def test_time_below_the_high_words_step():
     seed, sequence, token, high_expected = REFINED
     high = int(philox4x32(seed, *(torch.tensor([c]) for c in (token // 4, 0, 0, sequence)))[token % 4])
     assert high == high_expected < 256
-    low = int(philox4x32(seed, *(torch.tensor([c]) for c in (token // 4 | 1 << 31, 0, 0, sequence)))[token % 4])
+    low = int(
+        philox4x32(seed, *(torch.tensor([c]) for c in (token // 4 | 1 << 31, 0, 0, sequence)))[token % 4]
+    )
     time = race_times(seed, torch.tensor([sequence]), zeros(1), zeros(1), token + 1, torch.float32)[0, token]
     assert float(time) == pytest.approx((high + (low + 0.5) / 2**32) / 2**32, rel=1e-6)
     assert low != 0

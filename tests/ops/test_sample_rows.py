@@ -1,4 +1,4 @@
-"""sample_rows: the law of the draw, its statistics, its random numbers; over every backend that exists here."""
+"""sample_rows: the law of the draw, its statistics, its random numbers; over every backend here."""
 
 import numpy as np
 import pytest
@@ -93,7 +93,9 @@ def test_statistics_match_the_distribution(backend):
     hidden, head = head_inputs(vocab_size=301, excluded_token=300, per_sequence_modulation=True)
     rows = torch.tensor([0, 5, 31, 17, 5])
     probs = torch.softmax(lk.head_logits(hidden, head).flatten(0, 1)[rows][:, :300], -1)
-    out = lk.sample_rows(hidden.float(), Head(*(t.float() for t in head[:4]), 300), rows, row_rng(5), temperature=0.7)
+    out = lk.sample_rows(
+        hidden.float(), Head(*(t.float() for t in head[:4]), 300), rows, row_rng(5), temperature=0.7
+    )
     top = probs.topk(2).values
     pairs = [
         (out.top1_prob, top[:, 0]),
@@ -146,7 +148,7 @@ def test_forced_backend_says_what_it_cannot_do():
     if "cpu" not in BACKENDS:
         pytest.skip("the extension is not built")
     hidden, head = law_case(torch.zeros(4))
-    with lk.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu.*top_p"):
+    with lk.use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu.*top_p"):
         lk.sample_rows(hidden, head, torch.zeros(1, dtype=torch.int64), row_rng(1), top_p=0.5)
 
 

@@ -1,0 +1,115 @@
+"""The parameters of LoopMDM under the reference's names (MDLM's DIT); the blocks compute inside the ops."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from loopmdm.config import LoopMDMConfig
+from loopmdm.flops import SIGMA_FEATURES
+from loopmdm_kernels.types import BlockWeights, Rotary
+
+ROTARY_BASE = 10_000.0
+
+
+class TokenEmbedding(nn.Module):
+    def __init__(self, num: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(num, hidden_size))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+
+class SigmaEmbedding(nn.Module):
+    """Noise level -> conditioning vector: sinusoid of 256 features, then two linears."""
+
+    def __init__(self, cond_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(SIGMA_FEATURES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
+        )
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        half = SIGMA_FEATURES // 2
+        weight = cast(nn.Linear, self.mlp[0]).weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        frequency = torch.exp(
+            -math.log(10_000.0) / half * torch.arange(half, device=sigma.device, dtype=wide)
+        )
+        angle = sigma.to(wide)[:, None] * frequency
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(weight.dtype)
+        out: Tensor = self.mlp(features)
+        return out
+
+
+class RotaryEmbedding(nn.Module):
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        # Computed on the CPU: a division on the meta device takes seconds to import its decomposition.
+        exponent = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
+        self.register_buffer("inv_freq", (1.0 / ROTARY_BASE**exponent).to(torch.get_default_device()))
+
+    def forward(self, length: int) -> Rotary:
+        angle = torch.outer(
+            torch.arange(length, device=self.inv_freq.device).to(self.inv_freq), self.inv_freq
+        )
+        return Rotary(angle.cos(), angle.sin())
+
+
+class ScaleNorm(nn.Module):
+    """Weight of a layer norm without bias; the norm itself is computed inside the ops."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+
+def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class DDiTBlock(nn.Module):
+    def __init__(self, cfg: LoopMDMConfig) -> None:
+        super().__init__()
+        hidden = cfg.hidden_size
+        self.norm1 = ScaleNorm(hidden)
+        self.attn_qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.attn_out = nn.Linear(hidden, hidden, bias=False)
+        self.norm2 = ScaleNorm(hidden)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden, cfg.mlp_ratio * hidden),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(cfg.mlp_ratio * hidden, hidden),
+        )
+        self.adaLN_modulation = _zero_linear(cfg.cond_dim, 6 * hidden)
+        if cfg.gate_init:
+            with torch.no_grad():
+                self.adaLN_modulation.bias.view(6, hidden)[[2, 5]] = cfg.gate_init
+
+    def weights(self) -> BlockWeights:
+        up, down = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
+        return BlockWeights(
+            self.norm1.weight,
+            self.attn_qkv.weight,
+            self.attn_out.weight,
+            self.norm2.weight,
+            up.weight,
+            up.bias,
+            down.weight,
+            down.bias,
+        )
+
+
+class OutputLayer(nn.Module):
+    def __init__(self, cfg: LoopMDMConfig) -> None:
+        super().__init__()
+        self.norm_final = ScaleNorm(cfg.hidden_size)
+        self.linear = _zero_linear(cfg.hidden_size, cfg.vocab_size)
+        self.adaLN_modulation = _zero_linear(cfg.cond_dim, 2 * cfg.hidden_size)
