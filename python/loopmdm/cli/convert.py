@@ -1,8 +1,8 @@
 """Turn a reference (MDLM) checkpoint into a folder with config.json and model.safetensors.
 
-Reads a Lightning .ckpt (the averaged weights, which published figures use), a bare state dict in a torch file,
-a safetensors file or folder, or a hub id. Torch files are read without running any code in them. The weights
-stay as they are; the loop is configuration only.
+Reads a Lightning .ckpt (the averaged weights, which published figures use), a bare state dict in a torch
+file, a safetensors file or folder, or a hub id. Torch files are read without running any code in them. The
+weights stay as they are; the loop is configuration only.
 """
 
 from __future__ import annotations

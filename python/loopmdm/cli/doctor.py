@@ -97,7 +97,7 @@ def _processor() -> str:
 
 
 def _check_backend(name: str, status: bool | str) -> dict[str, Any]:
-    """Whether a backend can be used, what is special about it, and whether it draws what the reference draws."""
+    """Whether a backend can be used, its status, and whether it draws what the reference draws."""
     usable = True
     try:
         with lk.use_backend(name):

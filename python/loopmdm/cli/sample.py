@@ -38,6 +38,8 @@ EPILOG = """examples:
   loopmdm sample run --steps 1000 --plan L125,H750,L125 --light 2 --heavy 12
 """
 _GAP = re.compile(r"\[MASK\]|_{3,}")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # may do anything to a terminal
+_UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -142,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for index, (text, row) in enumerate(zip(texts, ids, strict=True), start=1):
         print(f"--- sample {index} of {len(ids)} ---")
-        print(" ".join(map(str, row)) if text is None else text)
+        print(" ".join(map(str, row)) if text is None else _CONTROL.sub(_UNPRINTABLE, text))
     note(
         f"{result.seconds:.1f} s, {result.total_network_calls} network calls, {int(result.loops.sum())} loops,"
         f" plan {plan}"
