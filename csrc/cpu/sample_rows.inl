@@ -314,13 +314,14 @@ void scan(const SampleRowsProblem& p, int64_t begin, int64_t end, const void* ac
   const int64_t first = chunk * kChunkTokens;
   const int64_t last = first + kChunkTokens < p.vocab_size ? first + kChunkTokens : p.vocab_size;
   for (int64_t token = first; token < last; token += kTileTokens) {
+    const int64_t count = last - token < kTileTokens ? last - token : kTileTokens;
     project(p, activations, num_rows, token, scratch);
     for (int64_t r = 0; r < num_rows; ++r) {
       float* logits = scratch.logits + r * kTileTokens;
-      for (int64_t t = 0; t < kTileTokens; ++t) {
-        const bool possible = token + t < p.vocab_size && token + t != p.excluded_token;
-        logits[t] = possible ? logits[t] + p.bias[token + t] : -__builtin_inff();
-      }
+      for (int64_t t = 0; t < count; ++t) logits[t] += p.bias[token + t];
+      for (int64_t t = count; t < kTileTokens; ++t) logits[t] = -__builtin_inff();
+      const int64_t excluded = p.excluded_token - token;
+      if (excluded >= 0 && excluded < kTileTokens) logits[excluded] = -__builtin_inff();
       add_statistics(logits, static_cast<int32_t>(token), out[r]);
       if (p.temperature > 0) {
         const RowCounter counter = {philox_key(p.seed), static_cast<uint32_t>(p.position[begin + r]),
