@@ -33,8 +33,8 @@ test: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	@mkdir -p $(dir $(BENCH_RESULT))
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=$(BENCH_RESULT)
-	@echo "wrote $(BENCH_RESULT)"
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
+	$(BIN)/python -m bench.report build/bench.json $(BENCH_RESULT)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

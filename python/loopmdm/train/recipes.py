@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ class SudokuRecipe:
     position_scale: float
     training: TrainConfig
     pool_size: int = 100_000
-    model: dict[str, Any] = field(default_factory=dict)
 
     def build(
         self, preset: str, *, threads: int = 1, model: dict[str, Any] | None = None, **training: Any
@@ -39,7 +38,7 @@ class SudokuRecipe:
         """
         config = dataclasses.replace(self.training, **training)
         torch.manual_seed(config.seed)
-        net = LoopMDM(LoopMDMConfig.preset(preset, **{**self.model, **(model or {})}))
+        net = LoopMDM(LoopMDMConfig.preset(preset, **(model or {})))
         if net.config.positions == "learned":
             positions = sudoku.grid_positions(
                 self.spec, net.config.hidden_size, config.seed, scale=self.position_scale
@@ -85,7 +84,7 @@ SUDOKU_RECIPES: dict[str, SudokuRecipe] = {
         clues=(28, 40),
         position_scale=0.05,
         training=TrainConfig(
-            steps=16_000,
+            steps=5000,
             batch_size=64,
             learning_rate=1e-3,
             warmup_steps=1000,
