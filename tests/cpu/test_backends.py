@@ -1,0 +1,152 @@
+"""Which backend a call gets, and what happens when one is forced."""
+
+import asyncio
+import sys
+import threading
+
+import pytest
+import torch
+
+import loopmdm_kernels as lk
+from loopmdm_kernels import _C, backends, reference
+from loopmdm_kernels.cpu.sample_rows import sample_rows as cpu_sample_rows
+from loopmdm_kernels.testing import head_inputs, row_rng
+from loopmdm_kernels.types import Head
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def nothing_forced(monkeypatch):
+    monkeypatch.delenv("LOOPMDM_BACKEND", raising=False)
+
+
+def arguments(dtype=torch.float32, **options):
+    hidden, head = head_inputs()
+    head = Head(*(t.to(dtype) for t in head[:4]), head.excluded_token)
+    return {"hidden": hidden.to(dtype), "head": head, "top_p": 1.0, "compute_dtype": None, **options}
+
+
+def chosen(**options):
+    return backends.implementation("sample_rows", CPU, **arguments(**options))
+
+
+def test_available_backends():
+    status = lk.available_backends()
+    assert list(status) == ["reference", "cpu", "triton", "cuda"]
+    assert status["reference"] is True
+    assert status["cpu"] == _C.cpu_isa()
+    if not torch.cuda.is_available():
+        assert status["triton"] == status["cuda"] == "no GPU"
+
+
+def test_compiled_kernel_where_it_can_and_reference_elsewhere():
+    assert chosen() is cpu_sample_rows
+    assert chosen(dtype=torch.float64) is reference.sample_rows
+    assert chosen(top_p=0.5) is reference.sample_rows
+    assert backends.implementation("attention", CPU) is reference.attention
+    assert backends.implementation("sample_rows", CUDA, **arguments()) is reference.sample_rows
+
+
+def test_use_backend():
+    with lk.use_backend("reference"):
+        assert chosen() is reference.sample_rows
+        with lk.use_backend("cpu"):
+            assert chosen() is cpu_sample_rows
+        assert chosen() is reference.sample_rows
+    assert chosen() is cpu_sample_rows
+
+
+def test_use_backend_ends_with_an_exception():
+    with pytest.raises(KeyError), lk.use_backend("reference"):
+        raise KeyError
+    assert chosen() is cpu_sample_rows
+
+
+def test_forced_backend_never_falls_back():
+    with lk.use_backend("cpu"):
+        with pytest.raises(RuntimeError, match=r"sample_rows: backend 'cpu' .* top_p must be 1, got 0.5"):
+            chosen(top_p=0.5)
+        with pytest.raises(RuntimeError, match=r"attention: backend 'cpu' .* no kernel for attention"):
+            backends.implementation("attention", CPU)
+        with pytest.raises(RuntimeError, match="must be on a cpu device, got cuda"):
+            backends.implementation("sample_rows", CUDA, **arguments())
+
+
+def test_environment_forces(monkeypatch):
+    monkeypatch.setenv("LOOPMDM_BACKEND", "reference")
+    assert chosen() is reference.sample_rows
+    with lk.use_backend("cpu"):
+        assert chosen() is cpu_sample_rows
+    monkeypatch.setenv("LOOPMDM_BACKEND", "tpu")
+    with pytest.raises(
+        ValueError, match="LOOPMDM_BACKEND: got 'tpu', expected one of reference, cpu, triton, cuda"
+    ):
+        chosen()
+
+
+def test_unknown_or_unavailable_name():
+    with pytest.raises(ValueError, match="use_backend: got 'tpu'"), lk.use_backend("tpu"):
+        pass
+    if not torch.cuda.is_available():
+        with (
+            pytest.raises(RuntimeError, match="'triton' cannot be used here: no GPU"),
+            lk.use_backend("triton"),
+        ):
+            pass
+
+
+def test_choice_belongs_to_the_thread():
+    seen = []
+    with lk.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(chosen()))
+        thread.start()
+        thread.join()
+    assert seen == [cpu_sample_rows]
+
+
+def test_choice_belongs_to_the_task():
+    async def work(name, expected):
+        with lk.use_backend(name):
+            await asyncio.sleep(0.01)
+            return chosen() is expected
+
+    async def both():
+        return await asyncio.gather(work("reference", reference.sample_rows), work("cpu", cpu_sample_rows))
+
+    assert asyncio.run(both()) == [True, True]
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setitem(sys.modules, "loopmdm_kernels._C", None)
+    assert "the extension is not built" in str(lk.available_backends()["cpu"])
+    assert chosen() is reference.sample_rows
+    with pytest.raises(RuntimeError, match="the extension is not built"), lk.use_backend("cpu"):
+        pass
+
+
+def test_wrong_instruction_set_is_a_reason(monkeypatch):
+    monkeypatch.setenv("LOOPMDM_CPU_ISA", "sse9")
+    assert "LOOPMDM_CPU_ISA: got 'sse9'" in str(lk.available_backends()["cpu"])
+
+
+def test_public_op_goes_through_the_dispatch():
+    call = arguments()
+    rows = torch.arange(6)
+    inputs = (call["hidden"], call["head"], rows, row_rng(6))
+    expected = reference.sample_rows(*inputs)
+    for name in ("reference", "cpu"):
+        with lk.use_backend(name):
+            assert lk.sample_rows(*inputs).token.tolist() == expected.token.tolist()
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_draw_the_same_tokens():
+    call = arguments()
+    rows = torch.arange(32)
+    expected = lk.sample_rows(call["hidden"], call["head"], rows, row_rng(32))
+    head = Head(*(t.cuda() for t in call["head"][:4]), call["head"].excluded_token)
+    rng = row_rng(32)
+    rng = rng._replace(sequence=rng.sequence.cuda(), step=rng.step.cuda(), position=rng.position.cuda())
+    out = lk.sample_rows(call["hidden"].cuda(), head, rows.cuda(), rng)
+    assert out.token.tolist() == expected.token.tolist()
