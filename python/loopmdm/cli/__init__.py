@@ -33,13 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = f"loopmdm {arguments[0]}" if arguments and arguments[0] in COMMANDS else "loopmdm"
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            status = _dispatch(arguments)
+        status = _dispatch(arguments)
         sys.stdout.flush()
         return status
-    except SystemExit as stop:  # argparse, after --help or an error of usage
-        return stop.code if isinstance(stop.code, int) else FAILED
     except KeyboardInterrupt:
         _complain(program, "interrupted")
         return INTERRUPTED
@@ -58,11 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in COMMANDS:
-        parser = _top_parser()
-        parser.parse_args(arguments)
-        parser.error("which command?")
-    name, *rest = arguments
+    try:
+        if not arguments or arguments[0] not in COMMANDS:
+            parser = _top_parser()
+            parser.parse_args(arguments)
+            parser.error("which command?")
+        return _run(*arguments)
+    except SystemExit as stop:  # argparse, after --help or an error of usage
+        return stop.code if isinstance(stop.code, int) else FAILED
+
+
+def _run(name: str, *arguments: str) -> int:
     command = import_module(f"loopmdm.cli.{name}")
     parser = Parser(
         prog=f"loopmdm {name}",
@@ -72,7 +74,10 @@ def _dispatch(arguments: list[str]) -> int:
     )
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    status: int = command.run(parser.parse_args(rest))
+    args = parser.parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        status: int = command.run(args)
     return status
 
 

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         print_json({"source": args.source, "target": args.target, "config": config.to_dict()})
         return 0
     print(
-        f"{args.target}: {config.num_layers} blocks of width {config.hidden_size}, {config.vocab_size} tokens,"
+        f"{args.target}: {config.num_layers} blocks of width {config.hidden_size}, V = {config.vocab_size},"
         f" mask {config.mask_token_id}; blocks {config.loop_start} to {config.loop_end - 1} are looped,"
         f" {config.max_loops} times if not told otherwise"
     )

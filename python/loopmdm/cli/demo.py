@@ -36,7 +36,7 @@ EPILOG = """example:
   loopmdm demo
 """
 _PUZZLES = {"sudoku9": 12, "sudoku6": 40}
-_TRAINING_STEPS, _STEPS_A_LINE = 80, 20
+_TRAINING_STEPS, _STEPS_A_LINE = 160, 40
 # Rows, hidden size and vocabulary of the race: LoopMDM at its published size.
 _SPEED_SHAPE = {"rows": 64, "hidden_size": 768, "vocab_size": 50258}
 _REPEATS = 7

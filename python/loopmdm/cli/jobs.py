@@ -14,6 +14,7 @@ from loopmdm.cli.parser import usage_errors
 from loopmdm.cli.run_file import RunFile
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.evaluate import evaluate_nll
+from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
 from loopmdm.train import TrainConfig
 from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
@@ -41,6 +42,7 @@ def sudoku_job(run: RunFile, threads: int) -> Job:
     recipe = SUDOKU_RECIPES[run.preset]
     with usage_errors():
         model, data, config = recipe.build(run.preset, threads=threads, model=run.model, **run.training)
+        LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=recipe.spec.cells)
     num = run.evaluation.get("size") or EVALUATED_PUZZLES
 
     def evaluate(model: LoopMDM) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def text_job(run: RunFile, corpus: text_data.Corpus, tokenizer: Tokenizer, cache
         training.setdefault("eval_every", 0)
     with usage_errors():
         model, config = recipe.build(tokenizer, length, model=run.model, **training)
+        LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=length)
     options = {"seed": config.seed, "accumulation": config.accumulation, "batch_size": config.batch_size}
     train = text_data.pack("training", corpus.train, tokenizer, length, cache, **options)
     parts, evaluate = [train], None

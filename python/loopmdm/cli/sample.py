@@ -146,8 +146,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"--- sample {index} of {len(ids)} ---")
         print(" ".join(map(str, row)) if text is None else _CONTROL.sub(_UNPRINTABLE, text))
     note(
-        f"{result.seconds:.1f} s, {result.total_network_calls} network calls, {int(result.loops.sum())} loops,"
-        f" plan {plan}"
+        f"{result.seconds:.1f} s, {result.total_network_calls} network calls,"
+        f" {int(result.loops.sum())} loops, plan {plan}"
     )
     return 0
 

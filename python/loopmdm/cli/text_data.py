@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from loopmdm.cli.parser import UsageError
 from loopmdm.data.packing import TextData
 from loopmdm.data.text import read_documents, split_documents
 from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
@@ -57,7 +58,7 @@ def make_tokenizer(choice: str, documents: list[str]) -> Tokenizer:
     if kind != BPETokenizer.kind:
         return load_tokenizer(choice)
     if not size.isdecimal():
-        raise ValueError(f"--tokenizer: got {choice!r}, expected bpe:VOCAB, such as bpe:4096")
+        raise UsageError(f"--tokenizer: got {choice!r}, expected bpe:VOCAB, such as bpe:4096")
     return BPETokenizer.train(documents, int(size))
 
 

@@ -1,0 +1,227 @@
+"""`loopmdm eval` and `loopmdm sample`: figures and tokens are those of the library."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from loopmdm import ComputePlan, LoopMDM, sample
+from loopmdm.cli import text_data
+from loopmdm.data.sudoku import SIX, encode_boards, generate, write_puzzles
+from loopmdm.data.text import read_documents, split_documents
+from loopmdm.data.tokenizer import ByteTokenizer
+from loopmdm.evaluate import evaluate_nll
+
+from .conftest import Call
+
+
+def test_eval_measures_the_documents_the_run_held_out(call: Call, text_run: Path, corpus: Path) -> None:
+    done = call("eval", text_run, "--loops", "1,2", "--num-t", 2, "--windows", 3, "--json")
+    assert done.status == 0, done.err
+    _, held_out = split_documents(read_documents(corpus), 0.05)
+    tokenizer = ByteTokenizer()
+    data = text_data.TextData.from_documents(held_out, tokenizer, 32)
+    rows = [0, round((len(data) - 1) / 2), len(data) - 1]
+    tokens = torch.cat([data.examples(row, row + 1)[0] for row in rows])
+    bytes_per_token = int((tokens < 256).sum()) / tokens.numel()
+    expected = evaluate_nll(
+        LoopMDM.from_pretrained(text_run),
+        [tokens],
+        num_loops=[1, 2],
+        num_t=2,
+        bytes_per_token=bytes_per_token,
+    )
+    document = done.json
+    assert (document["part"], document["data"], document["length"]) == ("validation", str(corpus), 32)
+    for got, wanted in zip(document["held_out"], expected, strict=True):
+        assert {name: got[name] for name in wanted.to_dict()} == wanted.to_dict()
+        assert got["perplexity_stderr"] == wanted.perplexity * wanted.stderr
+        assert got["bits_per_byte_stderr"] / got["bits_per_byte"] == pytest.approx(wanted.stderr / wanted.nll)
+
+
+def test_eval_of_other_text_takes_all_of_it(call: Call, text_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "other.txt"
+    file.write_text("Other text. " * 40)
+    done = call("eval", text_run, "--data", file, "--num-t", 1)
+    assert done.status == 0 and f"all documents of {file}" in done.out
+    heading, _, *rows = done.out.splitlines()[2:]
+    assert heading.split()[:3] == ["loops", "S", "NLL/token"] and "bits/byte" in heading
+    assert [row.split()[0] for row in rows] == ["1", "2"]
+    assert all(len(row.split()) == 7 for row in rows)
+
+
+def test_eval_of_sudoku(call: Call, sudoku_run: Path, tmp_path: Path) -> None:
+    words = ["--loops", "1,6", "--num-t", 1, "--order", "confidence", "--json"]
+    done = call("eval", sudoku_run, "--num", 3, *words)
+    assert done.status == 0, done.err
+    document = done.json
+    assert document["puzzles"] == 3 and document["size"] == "6x6"
+    assert [(s["order"], s["num_loops"]) for s in document["solved"]] == [
+        ("confidence", 1),
+        ("confidence", 6),
+    ]
+    assert [r["num_loops"] for r in document["held_out"]] == [1, 6]
+    assert all(0 < r["nll"] < 5 and r["bits_per_byte"] is None for r in document["held_out"])
+    puzzles = generate(SIX, 2, seed=5, clues=None)
+    write_puzzles(tmp_path / "a.txt", SIX, puzzles.clues)
+    write_puzzles(tmp_path / "b.csv", SIX, puzzles.clues, puzzles.solutions)
+    plain, solved = (
+        call("eval", sudoku_run, "--puzzles", tmp_path / name, *words).json for name in ("a.txt", "b.csv")
+    )
+    assert plain["held_out"] == solved["held_out"] and plain["puzzles"] == 2
+    blanks = sum(board.count(".") for board in encode_boards(SIX, puzzles.clues))
+    assert plain["held_out"][0]["num_tokens"] == blanks
+
+
+def test_sample_writes_what_the_library_samples(call: Call, text_run: Path) -> None:
+    words = [
+        "--num",
+        2,
+        "--length",
+        12,
+        "--seed",
+        3,
+        "--prompt",
+        "Te",
+        "--plan",
+        "L4,H8",
+        "--light",
+        1,
+        "--heavy",
+        2,
+    ]
+    done = call("sample", text_run, *words, "--steps", 12, "--temperature", 0.7, "--json")
+    assert done.status == 0, done.err
+    tokenizer = ByteTokenizer()
+    expected = sample(
+        LoopMDM.from_pretrained(text_run),
+        num_samples=2,
+        length=12,
+        steps=12,
+        seed=3,
+        prompt=[256, *b"Te"],
+        plan=ComputePlan.parse("L4,H8", 1, 2),
+        temperature=0.7,
+    )
+    document = done.json
+    assert [s["ids"] for s in document["samples"]] == expected.tokens.tolist()
+    assert [s["text"] for s in document["samples"]] == [tokenizer.decode(row) for row in expected.tokens]
+    assert document["network_calls"] == expected.network_calls.tolist()
+    assert document["loops"] == expected.loops.tolist()
+    assert (document["order"], document["seed"], document["length"], document["steps"]) == (
+        "ancestral",
+        3,
+        12,
+        12,
+    )
+
+
+def test_infill_keeps_the_text_around_the_gaps(call: Call, text_run: Path) -> None:
+    done = call(
+        "sample", text_run, "--num", 1, "--infill", "a ____ b [MASK]c _ __", "--order", "confidence", "--json"
+    )
+    ids = done.json["samples"][0]["ids"]
+    assert ids[0] == ids[-1] == 256 and len(ids) == 2 + len("a xxxx b xc _ __")
+    assert bytes(ids[1:3]) == b"a " and bytes(ids[7:10]) == b" b " and bytes(ids[11:-1]) == b"c _ __"
+
+
+def test_without_a_tokenizer_ids_are_written(call: Call, sudoku_run: Path) -> None:
+    done = call("sample", sudoku_run, "--num", 1, "--prompt", "0 1 2", "--order", "left_to_right")
+    assert done.status == 0 and "holds no tokenizer" in done.err
+    ids = done.out.splitlines()[1].split()
+    assert ids[:3] == ["0", "1", "2"] and len(ids) == 36 and set(ids) <= set("012345")
+    document = call("sample", sudoku_run, "--num", 1, "--infill", "3 ___ 4", "--dtype", "bf16", "--json").json
+    ids = document["samples"][0]["ids"]
+    assert (ids[0], ids[-1], len(ids)) == (3, 4, 5) and document["samples"][0]["text"] is None
+
+
+def test_control_characters_do_not_reach_the_terminal(call: Call, text_run: Path) -> None:
+    done = call("sample", text_run, "--num", 3)
+    assert done.status == 0 and done.out.startswith("--- sample 1 of 3 ---\n")
+    assert all(c in "\n\t" or (c.isprintable() or ord(c) >= 160) for c in done.out)
+
+
+@pytest.mark.parametrize(
+    "words, status, message",
+    [
+        (["sample", "TEXT", "--plan", "0"], 2, "num_loops must be at least 1, got 0"),
+        (["sample", "TEXT", "--plan", "X3"], 2, "cannot read 'X3' in the plan"),
+        (["sample", "TEXT", "--plan", "L3,H3"], 2, "the plan uses light, but light is not given"),
+        (["sample", "TEXT", "--plan", "2", "--light", "1"], 2, "--light, --heavy: they belong to a plan"),
+        (["sample", "TEXT", "--plan", "S2:3"], 0, None),
+        (["sample", "TEXT", "--plan", "S2:3", "--steps", "4"], 2, "covers 3 steps, but sampling takes 4"),
+        (["sample", "TEXT", "--length", "33"], 2, "length is 33, but the model's max_length is 32"),
+        (["sample", "TEXT", "--prompt", "x" * 40], 2, "prompt 0 is 41 tokens long"),
+        (["sample", "TEXT", "--infill", "no gap"], 2, "--infill: no gap in 'no gap'"),
+        (["sample", "TEXT", "--prompt", "a", "--infill", "b"], 2, "not allowed with argument"),
+        (["sample", "TEXT", "--top-p", "0"], 2, "top_p must be in (0, 1], got 0.0"),
+        (["sample", "TEXT", "--temperature", "-1"], 2, "--temperature: got '-1'"),
+        (["sample", "TEXT", "--order", "odd"], 2, "invalid choice: 'odd'"),
+        (["sample", "TEXT", "--num", "0"], 2, "--num: got '0'"),
+        (["sample", "SUDOKU", "--prompt", "abc"], 2, "expected ids such as '5 17 3', got 'abc'"),
+        (["sample", "SUDOKU", "--prompt", "6"], 2, "contains the mask token id 6"),
+        (["sample", "SUDOKU", "--tokenizer", "byte"], 1, "258 tokens and mask id 257"),
+        (["sample", "nothere"], 1, "expected a checkpoint folder or a hub id"),
+        (["sample", "EMPTY"], 1, "has no config.json"),
+        (["eval", "TEXT", "--loops", "0"], 2, "--loops: got '0', expected loop counts such as 1,3,6"),
+        (["eval", "TEXT", "--loops", "1,,2"], 2, "--loops: got ''"),
+        (["eval", "TEXT", "--data", "nothere"], 1, "source 'nothere' does not exist"),
+        (["eval", "TEXT", "--puzzles", "x"], 2, "--puzzles: TEXT is a model of text"),
+        (["eval", "TEXT", "--length", "64"], 1, "length 64 is beyond max_length 32"),
+        (["eval", "SUDOKU", "--data", "x"], 2, "--data: SUDOKU solves 6x6 Sudoku"),
+        (["eval", "SUDOKU", "--puzzles", "nothere"], 1, "nothere: No such file or directory"),
+        (["eval", "nothere"], 1, "expected a checkpoint folder or a hub id"),
+    ],
+)
+def test_bad_input(
+    call: Call,
+    tmp_path: Path,
+    text_run: Path,
+    sudoku_run: Path,
+    words: list[str],
+    status: int,
+    message: str | None,
+) -> None:
+    places = {"TEXT": str(text_run), "SUDOKU": str(sudoku_run), "EMPTY": str(tmp_path)}
+    done = call(*(places.get(word, word) for word in words))
+    if message is None:  # a plan of its own length is fine
+        assert done.status == 0
+        return
+    for name, place in places.items():
+        message = message.replace(name, place)
+    assert done.status == status and done.out == "", done.err
+    assert message in done.err and "Traceback" not in done.err
+
+
+def test_damaged_models(call: Call, tmp_path: Path, text_run: Path) -> None:
+    cut = shutil.copytree(text_run, tmp_path / "cut")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    other = shutil.copytree(text_run, tmp_path / "other")
+    config = (other / "config.json").read_text().replace('"hidden_size": 16', '"hidden_size": 32')
+    (other / "config.json").write_text(config)
+    bare = shutil.copytree(text_run, tmp_path / "bare")
+    (bare / "run.json").unlink()
+    for command in ("sample", "eval"):
+        for folder, message in (
+            (cut, "is not a whole safetensors file"),
+            (other, "tensors do not fit the model"),
+        ):
+            done = call(command, folder)
+            assert done.status == 1 and message in done.err and "Traceback" not in done.err
+    done = call("eval", bare)
+    assert done.status == 2 and "does not say what it was trained on" in done.err
+
+
+def test_weights_that_are_not_finite(call: Call, tmp_path: Path, text_run: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(text_run, tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["output_layer.linear.bias"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    done = call("sample", folder)
+    assert done.status == 1 and "output_layer.linear.bias holds 1 values that are NaN" in done.err

@@ -1,0 +1,228 @@
+"""`loopmdm train`: what a run leaves behind, resuming, and everything that can be asked wrongly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loopmdm import LoopMDM
+from loopmdm.data.tokenizer import load_tokenizer
+from loopmdm.train import read_metrics
+from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
+
+from .conftest import STEPS, TINY, Call
+
+TIMINGS = ("seconds", "cpu_seconds", "tokens_per_second")
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
+
+
+def test_a_text_run_leaves_a_model_with_its_tokenizer(text_run: Path, corpus: Path) -> None:
+    model = LoopMDM.from_pretrained(text_run)
+    assert (model.config.hidden_size, model.config.num_layers, model.config.max_loops) == (16, 3, 2)
+    assert (model.config.loop_start, model.config.loop_end, model.config.max_length) == (1, 2, 32)
+    assert load_tokenizer(text_run).vocab_size == model.config.vocab_size == 258
+    run = json.loads((text_run / "run.json").read_text())
+    assert run["data"] == str(corpus) and run["preset"] == "text" and run["length"] == 32
+    assert run["training"] == json.loads((text_run / "train_config.json").read_text())
+    assert run["training"]["steps"] == 4 and run["training"]["learning_rate"] == 2e-3
+    records = history(text_run)
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4]
+    evaluations = {r["step"]: r["evaluation"]["held_out"] for r in records if "evaluation" in r}
+    assert list(evaluations) == [2, 4]
+    for result in evaluations[4]:
+        assert 4 < result["nll"] < 7 and result["num_sequences"] == 2
+        assert result["perplexity"] == pytest.approx(torch.tensor(result["nll"]).double().exp().item())
+    assert [r["num_loops"] for r in evaluations[4]] == [1, 2]
+    assert (text_run / "loss.png").stat().st_size > 1000
+
+
+def test_a_sudoku_run_is_evaluated_by_solving(sudoku_run: Path) -> None:
+    assert LoopMDM.from_pretrained(sudoku_run).config.max_length == 36
+    solved = history(sudoku_run)[-1]["evaluation"]["solved"]
+    cases = [(s["order"], s["num_loops"]) for s in solved]
+    assert cases == [(order, loops) for order in ("left_to_right", "confidence") for loops in (1, 3, 6)]
+    assert all(s["puzzles"] == 2 and s["loops"] == s["num_loops"] * s["network_calls"] for s in solved)
+
+
+def test_resumed_run_is_the_uninterrupted_one(call: Call, tmp_path: Path, corpus: Path) -> None:
+    half = tmp_path / "half"
+    first = call(
+        "train", "--data", corpus, "--out", half, *TINY, *STEPS, "--schedule", "constant", "--steps", 2
+    )
+    assert first.status == 0
+    done = call("train", "--resume", "--out", half, "--steps", 4, "--json")
+    assert done.status == 0 and "after step 2 of 4" in done.err
+    whole = tmp_path / "whole"
+    assert (
+        call("train", "--data", corpus, "--out", whole, *TINY, *STEPS, "--schedule", "constant").status == 0
+    )
+    without_end = [r for r in history(half) if "loss" in r]
+    assert without_end == [r for r in history(whole) if "loss" in r] and len(without_end) == 4
+    mine, theirs = (load_file(at / "model.safetensors") for at in (half, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    document = done.json
+    assert (
+        document["last_loss"] == without_end[-1]["loss"] and document["first_loss"] == without_end[0]["loss"]
+    )
+    assert document["tokens"] == 4 * 4 * 32 and document["steps"] == 4 and document["out"] == str(half)
+    assert document["evaluation"] == history(half)[-1]["evaluation"]
+
+
+def test_resume_where_nothing_is_starts_the_run(
+    call: Call, tmp_path: Path, corpus: Path, text_run: Path
+) -> None:
+    done = call("train", "--resume", "--data", corpus, "--out", tmp_path / "run", *TINY, *STEPS)
+    assert done.status == 0 and "after step 0 of 4" in done.err
+    assert history(tmp_path / "run") == history(text_run)
+
+
+def test_bpe_without_validation(call: Call, tmp_path: Path, corpus: Path) -> None:
+    words = ["--tokenizer", "bpe:280", "--validation", 0, "--steps", 1, "--loop-law", "fixed:2"]
+    done = call("train", "--data", corpus, "--out", tmp_path / "run", *TINY, *words, "--json")
+    assert done.status == 0, done.err
+    assert done.json["evaluation"] == {}
+    assert load_tokenizer(tmp_path / "run").vocab_size == 280
+    assert LoopMDM.from_pretrained(tmp_path / "run").config.mask_token_id == 279
+
+
+def test_options_reach_the_configuration(call: Call, tmp_path: Path, corpus: Path) -> None:
+    words = (
+        "--steps 1 --lr 0.5 --warmup 7 --schedule cosine --decay 0.4 --weight-decay 0.1 --clip 0 --ema 0.5"
+        " --seed 9 --accumulation 2 --precision bf16 --loop-law poisson --recompute --checkpoint-every 3"
+        " --checkpoint-minutes 2 --log-every 1 --dropout 0.2 --eval-every 0"
+    )
+    out = tmp_path / "run"
+    assert call("train", "--data", corpus, "--out", out, *TINY, *words.split()).status == 0
+    config = json.loads((out / "train_config.json").read_text())
+    expected = {
+        "learning_rate": 0.5,
+        "warmup_steps": 7,
+        "schedule": "cosine",
+        "decay_fraction": 0.4,
+        "weight_decay": 0.1,
+        "clip": None,
+        "ema": 0.5,
+        "seed": 9,
+        "accumulation": 2,
+        "precision": "bf16",
+        "loop_law": "poisson",
+        "recompute": True,
+        "checkpoint_every": 3,
+        "checkpoint_minutes": 2,
+        "eval_every": 0,
+    }
+    assert {name: config[name] for name in expected} == expected
+    assert LoopMDM.from_pretrained(out).config.dropout == 0.2
+
+
+@pytest.mark.parametrize(
+    "words, status, message",
+    [
+        (["--preset", "huge"], 2, "invalid choice: 'huge' (choose from"),
+        ([], 2, "nothing to train on: give --data PATH"),
+        (["--preset", "small"], 2, "nothing to train on"),
+        (
+            ["--preset", "sudoku6", "--data", "x"],
+            2,
+            "--preset sudoku6 makes its own data and does not take --data",
+        ),
+        (["--data", "nothere"], 1, "source 'nothere' does not exist"),
+        (["--data", "CORPUS", "--steps", "0"], 2, "--steps: got '0', expected an integer of at least 1"),
+        (["--data", "CORPUS", "--steps", "many"], 2, "--steps: got 'many'"),
+        (["--data", "CORPUS", "--lr", "0"], 2, "--lr: got 0, expected a number above 0"),
+        (["--data", "CORPUS", "--lr", "nan"], 2, "--lr: got 'nan'"),
+        (["--data", "CORPUS", "--ema", "1.5"], 2, "ema must be in [0, 1] and finite, got 1.5"),
+        (["--data", "CORPUS", "--hidden", "10"], 2, "hidden_size: got 10, expected a multiple of"),
+        (["--data", "CORPUS", "--loop", "2:9"], 2, "loop_start, loop_end: got (2, 9)"),
+        (["--data", "CORPUS", "--loop", "2"], 2, "--loop: got '2', expected START:END"),
+        (["--data", "CORPUS", "--max-loops", "0"], 2, "--max-loops: got '0'"),
+        (["--data", "CORPUS", "--validation", "1"], 2, "--validation: got 1.0"),
+        (["--data", "CORPUS", "--length", "2"], 1, "length is 2; accepted: at least 3"),
+        (["--data", "CORPUS", "--length", "100000"], 1, "give more text or a smaller length"),
+        (["--data", "CORPUS", "--tokenizer", "bpe:x"], 2, "expected bpe:VOCAB"),
+        (["--data", "CORPUS", "--tokenizer", "bpe:9"], 1, "vocab_size is 9; accepted: at least 258"),
+        (["--data", "CORPUS", "--tokenizer", "./nothere"], 1, "is no tokenizer"),
+        (["--data", "CORPUS", "--loop-law", "fixed:0"], 2, "num_loops is 0; accepted: 1 to"),
+        (["--data", "CORPUS", "--loop-law", "odd"], 2, "loop law is 'odd'; accepted: 'uniform'"),
+        (["--data", "CORPUS", "--device", "tpu"], 2, "--device: got 'tpu', expected cpu, cuda or cuda:N"),
+        (["--data", "CORPUS", "--device", "cuda:99"], 1, "--device cuda:99: torch finds"),
+        (["--resume"], 1, "holds no run; give --preset or --data"),
+    ],
+)
+def test_bad_input(
+    call: Call, tmp_path: Path, corpus: Path, words: list[str], status: int, message: str
+) -> None:
+    done = call("train", "--out", tmp_path / "run", *(str(corpus) if w == "CORPUS" else w for w in words))
+    assert done.status == status, done.err
+    assert message in done.err and done.out == "" and "Traceback" not in done.err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_folder_that_cannot_be_written(call: Call, tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        (tmp_path / "file", "is a file, expected a folder"),
+        (tmp_path / "file" / "run", "Not a dir"),
+    ):
+        done = call("train", "--data", corpus, "--out", out, *TINY)
+        assert done.status == 1 and message in done.err and done.err.count("\n") == 1
+
+
+def test_runs_are_not_mixed_up(call: Call, tmp_path: Path, corpus: Path, text_run: Path) -> None:
+    before = (text_run / "training_state.safetensors").read_bytes()
+    again = call("train", "--data", corpus, "--out", text_run, *TINY)
+    assert again.status == 2 and "holds a run already: continue it with --resume" in again.err
+    other = call("train", "--resume", "--out", text_run, "--length", 64)
+    assert other.status == 2 and "length is 32, got 64" in other.err
+    other = call("train", "--resume", "--out", text_run, "--hidden", 64)
+    assert other.status == 2 and "hidden_size is 16, got 64" in other.err
+    other = call("train", "--resume", "--out", text_run, "--lr", 0.5)
+    assert other.status == 1 and "learning_rate was 0.002, is 0.5" in other.err
+    assert (text_run / "training_state.safetensors").read_bytes() == before
+
+
+def test_changed_text_is_noticed(call: Call, tmp_path: Path, corpus: Path, text_run: Path) -> None:
+    data = shutil.copytree(corpus, tmp_path / "corpus")
+    out = tmp_path / "run"
+    assert call("train", "--data", data, "--out", out, *TINY, "--steps", 1).status == 0
+    (data / "00.txt").write_text("something else " * 50)
+    done = call("train", "--resume", "--out", out, "--steps", 2)
+    assert done.status == 1 and "is not what this run began with" in done.err
+
+
+def test_damaged_files_of_a_run(call: Call, tmp_path: Path, text_run: Path) -> None:
+    for name, message in (
+        ("training_state.safetensors", "damaged or is no safetensors file"),
+        ("run.json", "is not valid JSON"),
+        ("loopmdm_tokenizer.json", "the tokenizer in"),
+    ):
+        folder = shutil.copytree(text_run, tmp_path / name)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+        done = call("train", "--resume", "--out", folder, "--steps", 5)
+        assert done.status == 1 and message in done.err and "Traceback" not in done.err
+
+
+def test_without_matplotlib(
+    call: Call, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = call("train", "--data", corpus, "--out", tmp_path / "run", *TINY, "--steps", 1, "--json")
+    assert done.status == 0 and "matplotlib is not installed" in done.err
+    assert done.json["plot"] is None and not (tmp_path / "run" / "loss.png").exists()
+
+
+def test_help_names_the_presets(call: Call) -> None:
+    out = call("train", "--help").out
+    assert all(name in out for name in (*SUDOKU_RECIPES, *TEXT_RECIPES))
