@@ -168,7 +168,11 @@ def test_control_characters_do_not_reach_the_terminal(call: Call, text_run: Path
         (["sample", "EMPTY"], 1, "has no config.json"),
         (["eval", "TEXT", "--loops", "0"], 2, "--loops: got '0', expected loop counts such as 1,3,6"),
         (["eval", "TEXT", "--loops", "1,,2"], 2, "--loops: got ''"),
-        (["eval", "TEXT", "--data", "nothere"], 1, "source 'nothere' does not exist"),
+        (
+            ["eval", "TEXT", "--data", "nothere"],
+            1,
+            "nothere' does not exist; accepted: a file, a folder or 'stdlib'",
+        ),
         (["eval", "TEXT", "--puzzles", "x"], 2, "--puzzles: TEXT is a model of text"),
         (["eval", "TEXT", "--length", "64"], 1, "length 64 is beyond max_length 32"),
         (["eval", "SUDOKU", "--data", "x"], 2, "--data: SUDOKU solves 6x6 Sudoku"),

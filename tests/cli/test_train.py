@@ -137,7 +137,7 @@ def test_options_reach_the_configuration(call: Call, tmp_path: Path, corpus: Pat
             2,
             "--preset sudoku6 makes its own data and does not take --data",
         ),
-        (["--data", "nothere"], 1, "source 'nothere' does not exist"),
+        (["--data", "nothere"], 1, "nothere' does not exist; accepted: a file, a folder or 'stdlib'"),
         (["--data", "CORPUS", "--steps", "0"], 2, "--steps: got '0', expected an integer of at least 1"),
         (["--data", "CORPUS", "--steps", "many"], 2, "--steps: got 'many'"),
         (["--data", "CORPUS", "--lr", "0"], 2, "--lr: got 0, expected a number above 0"),

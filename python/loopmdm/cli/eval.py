@@ -18,7 +18,7 @@ from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, held_out_puzzles, share_ro
 from loopmdm.cli.models import default_loops, load_model, load_tokenizer, sudoku_spec
 from loopmdm.cli.output import note, print_json, print_table
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, count, loop_counts, positive_int, set_up
-from loopmdm.cli.run_file import RunFile
+from loopmdm.cli.run_file import VALIDATION, RunFile
 from loopmdm.data.sudoku import SudokuSpec, read_puzzles, solve
 from loopmdm.evaluate import evaluate_nll
 from loopmdm.model import LoopMDM
@@ -104,19 +104,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[str, Any]:
     run = RunFile.read(Path(args.model))
-    own = run is not None and run.data is not None and args.data in (None, run.data)
-    if args.data is None and not own:
+    trained_on = None if run is None else run.data
+    source = trained_on if args.data is None else text_data.located(args.data)
+    if source is None:
         raise UsageError(f"--data: {args.model} does not say what it was trained on; give --data PATH")
     tokenizer = load_tokenizer(model, args.model, args.tokenizer)
     if tokenizer is None:
         raise UsageError(
             f"--tokenizer: {args.model} holds no tokenizer; give the one the model was trained with"
         )
-    part = args.part or ("validation" if own else "all")
-    if own and run is not None and run.data is not None:
-        source, field, errors, share = run.data, run.text_field, run.errors, run.validation
+    if run is not None and source == trained_on:
+        part, field, errors, share = "validation", run.text_field, run.errors, run.validation
     else:
-        source, field, errors, share = args.data, args.text_field, args.errors, 0.05
+        part, field, errors, share = "all", args.text_field, args.errors, VALIDATION
+    part = args.part or part
     corpus = text_data.read_corpus(source, field, errors, share if part == "validation" else 0.0)
     documents = corpus.validation if part == "validation" else corpus.train
     length = args.length or (run.length if run is not None and run.length else model.config.max_length)

@@ -10,6 +10,7 @@ from typing import Any
 from loopmdm.checkpoint import read_json, write_files
 
 RUN_FILE = "run.json"
+VALIDATION = 0.05
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class RunFile:
     errors: str = "strict"  # bytes that are not UTF-8, as in `read_documents`
     tokenizer: str = "byte"
     length: int | None = None
-    validation: float = 0.05  # share of the documents held out
+    validation: float = VALIDATION  # share of the documents held out
     evaluation: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None  # of the packed tokens
 

@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--plan",
+        "--loops",
         metavar="PLAN",
         help="loops: a count such as 12 (default: the model's most), or L125,H750,L125, S2:50,S8:50",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 
 from loopmdm.cli.parser import UsageError
 from loopmdm.data.packing import TextData
-from loopmdm.data.text import read_documents, split_documents
+from loopmdm.data.text import STDLIB, read_documents, split_documents
 from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
 from loopmdm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from loopmdm.train import Batch
@@ -23,6 +24,7 @@ __all__ = [
     "Windows",
     "fingerprint",
     "load_tokenizer",
+    "located",
     "make_tokenizer",
     "pack",
     "read_corpus",
@@ -30,6 +32,11 @@ __all__ = [
 ]
 
 _BATCH = 16
+
+
+def located(data: str) -> str:
+    """The same source under a name that does not depend on the working directory."""
+    return data if data == STDLIB else os.path.abspath(data)
 
 
 class Corpus(NamedTuple):

@@ -39,7 +39,7 @@ from loopmdm.cli.parser import (
     set_up,
 )
 from loopmdm.cli.run_file import RunFile
-from loopmdm.cli.text_data import load_tokenizer
+from loopmdm.cli.text_data import load_tokenizer, located
 from loopmdm.config import LoopMDMConfig
 from loopmdm.train import TrainConfig, Trainer, plot_loss, read_metrics
 from loopmdm.train.metrics import METRICS_FILE
@@ -185,6 +185,8 @@ def _described_run(args: argparse.Namespace) -> RunFile:
     if args.clip == 0:
         given_training["clip"] = None
     given_data = {name: getattr(args, name) for name in _DATA_FIELDS if getattr(args, name) is not None}
+    if "data" in given_data:
+        given_data["data"] = located(given_data["data"])
     evaluation = {} if args.eval_size is None else {"size": args.eval_size}
     if args.out.exists() and not args.out.is_dir():
         raise NotADirectoryError(f"--out: {args.out} is a file, expected a folder")
