@@ -22,7 +22,7 @@ from loopmdm.train.batches import Batch, Prefetcher, batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.metrics import METRICS_FILE, MetricsLog, keep_until
-from loopmdm.train.progress import Progress
+from loopmdm.train.progress import Progress, describe_evaluation
 from loopmdm.train.seeds import derive_seed
 from loopmdm.train.state import STATE_FILE, read_metadata, read_state, staged, write_state
 
@@ -354,7 +354,7 @@ class Trainer:
         if "loss" in record:
             self._progress.training(record, time.perf_counter() - self._start)
         else:
-            self._progress.note(f"step {record['step']}  evaluation {json.dumps(record['evaluation'])}")
+            self._progress.note(describe_evaluation(record["step"], record["evaluation"]))
         if self._on_log is not None:
             self._on_log(record)
 

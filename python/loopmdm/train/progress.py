@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,16 @@ def describe(record: dict[str, Any], steps: int, seconds_left: float) -> str:
         f"step {record['step']}/{steps}  loss {record['loss']:.4f}  S {record['num_loops']}"
         f"  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  {clock(seconds_left)} left"
     )
+
+
+def describe_evaluation(step: int, results: dict[str, Any]) -> str:
+    """One line about an evaluation: likelihoods and shares solved in words, anything else as JSON."""
+    parts = [f"S {r['num_loops']} NLL {r['nll']:.4f}" for r in results.get("held_out", [])]
+    parts += [
+        f"S {r['num_loops']} {r['order']} {r['share_solved']:.1%} solved" for r in results.get("solved", [])
+    ]
+    other = {name: value for name, value in results.items() if name not in ("held_out", "solved")}
+    return f"step {step}  held out: " + ", ".join([*parts, *([json.dumps(other)] if other else [])])
 
 
 def clock(seconds: float) -> str:
