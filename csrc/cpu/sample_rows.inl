@@ -13,8 +13,8 @@ constexpr int kBlockRows = 2, kBlockTokens = 4;
 
 static_assert(kTileTokens % kBlockTokens == 0 && kTileTokens % (2 * kLanes) == 0);
 
-inline int64_t padded(int64_t width) {
-  return (width + kActivationAlign - 1) / kActivationAlign * kActivationAlign;
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
 }
 
 // Rounds to nearest, ties to even.
@@ -62,7 +62,7 @@ constexpr bool kHasBf16Dot = false;
 #endif
 
 void prepare(const SampleRowsProblem& p, int64_t begin, int64_t end, void* activations) {
-  const int64_t stride = padded(p.width);
+  const int64_t stride = round_up(p.width, kActivationAlign);
   for (int64_t r = begin; r < end; ++r) {
     const float* x = p.hidden + p.rows[r] * p.width;
     const int64_t group = p.rows[r] / p.rows_per_group;
@@ -123,8 +123,9 @@ inline void dot_block(const uint16_t* h, const uint16_t* w, int64_t stride, floa
 #endif
 
 template <class Activation, class Weight>
-void project_tile(const Activation* h, int64_t num_rows, const Weight* w, int64_t stride, float* logits) {
-  for (int t = 0; t < kTileTokens; t += kBlockTokens) {
+void project_tile(const Activation* h, int64_t num_rows, const Weight* w, int64_t count, int64_t stride,
+                  float* logits) {
+  for (int64_t t = 0; t < count; t += kBlockTokens) {
     const Weight* block = w + t * stride;
     int64_t r = 0;
     for (; r + kBlockRows <= num_rows; r += kBlockRows)
@@ -147,10 +148,10 @@ inline void copy_row(const float* x, int64_t width, uint16_t* out) {
   for (; i < width; ++i) out[i] = to_bf16(x[i]);
 }
 
-// Copies `count` weight rows into the tile, padding with zeros to [kTileTokens, stride].
+// Copies `count` weight rows into the tile, padding with zeros to whole blocks and to the stride.
 template <class Source, class Target>
 void pack_tile(const Source* weight, int64_t width, int64_t count, int64_t stride, Target* tile) {
-  for (int64_t t = 0; t < kTileTokens; ++t) {
+  for (int64_t t = 0; t < round_up(count, kBlockTokens); ++t) {
     Target* row = tile + t * stride;
     const int64_t filled = t < count ? width : 0;
     if (filled) copy_row(weight + t * width, width, row);
@@ -159,10 +160,8 @@ void pack_tile(const Source* weight, int64_t width, int64_t count, int64_t strid
 }
 
 void project(const SampleRowsProblem& p, const void* activations, int64_t num_rows, int64_t first_token,
-             const SampleRowsScratch& scratch) {
-  const int64_t stride = padded(p.width);
-  const int64_t left = p.vocab_size - first_token;
-  const int64_t count = left < kTileTokens ? left : kTileTokens;
+             int64_t count, const SampleRowsScratch& scratch) {
+  const int64_t stride = round_up(p.width, kActivationAlign);
   const bool in_place = stride == p.width && count == kTileTokens;
   const float* wide = static_cast<const float*>(p.weight) + first_token * p.width;
   const uint16_t* narrow = static_cast<const uint16_t*>(p.weight) + first_token * p.width;
@@ -182,16 +181,16 @@ void project(const SampleRowsProblem& p, const void* activations, int64_t num_ro
       pack_tile(wide, p.width, count, stride, wide_tile);
       wide = wide_tile;
     }
-    project_tile(static_cast<const float*>(activations), num_rows, wide, stride, scratch.logits);
+    project_tile(static_cast<const float*>(activations), num_rows, wide, count, stride, scratch.logits);
     return;
   }
 #if defined(__AVX512BF16__)
   if (p.compute_in_bf16) {
-    project_tile(static_cast<const uint16_t*>(activations), num_rows, narrow, stride, scratch.logits);
+    project_tile(static_cast<const uint16_t*>(activations), num_rows, narrow, count, stride, scratch.logits);
     return;
   }
 #endif
-  project_tile(static_cast<const float*>(activations), num_rows, narrow, stride, scratch.logits);
+  project_tile(static_cast<const float*>(activations), num_rows, narrow, count, stride, scratch.logits);
 }
 
 // ---- statistics and race of a tile ----------------------------------------------------------------------
@@ -212,19 +211,20 @@ inline Floats exp_nonpositive(Floats x) {
   return x < lowest ? Floats{} : y * reinterpret_cast<Floats>(power);
 }
 
-void add_statistics(const float* logits, int32_t first_token, RowStatistics& stats) {
+void add_statistics(const float* logits, int64_t count, int32_t first_token, RowStatistics& stats) {
   Floats top = broadcast(-__builtin_inff());  // a NaN never gets in
-  for (int t = 0; t < kTileTokens; t += kLanes) top = larger(load(logits + t), top);
+  for (int64_t t = 0; t < count; t += kLanes) top = larger(load(logits + t), top);
   if (largest_lane(top) > stats.top2_logit) {
     const float before = stats.top1_logit;
-    for (int t = 0; t < kTileTokens; t += kLanes)
+    for (int64_t t = 0; t < count; t += kLanes)
       if (lanes_not_at_most(load(logits + t), broadcast(stats.top2_logit)))
-        for (int i = t; i < t + kLanes; ++i) observe_logit(stats, logits[i], first_token + i);
+        for (int64_t i = t; i < t + kLanes; ++i)
+          observe_logit(stats, logits[i], first_token + static_cast<int32_t>(i));
     rebase(stats.sum, stats.weighted, before, stats.top1_logit);
   }
   Floats sum = {}, weighted = {};
   const Floats lowest = broadcast(-87.0f);
-  for (int t = 0; t < kTileTokens; t += kLanes) {
+  for (int64_t t = 0; t < count; t += kLanes) {
     const Floats x = load(logits + t) - stats.top1_logit;
     const Floats e = exp_nonpositive(x);
     sum += e;
@@ -272,15 +272,15 @@ float race_score(const RowCounter& row, uint32_t token, uint32_t high, float log
   return logit / temperature - __builtin_logf(-__builtin_log1pf(-u));
 }
 
-void run_race(const float* logits, const RowCounter& row, float temperature, int32_t first_token,
-              RowStatistics& stats) {
+void run_race(const float* logits, int64_t count, const RowCounter& row, float temperature,
+              int32_t first_token, RowStatistics& stats) {
   // Most tokens cannot win and need no logarithm. E >= u, and log2(u) >= bits(u) * 2^-23 - 127 for the bit
   // pattern of a float, so score <= logit / temperature + ln 2 * (127 + 32 - bits(word) * 2^-23). The margin
   // covers the rounding of both sides.
   constexpr float kLn2 = 0.693147181f;
   const float inverse = 1.0f / temperature;
   uint32_t words[2 * kLanes];
-  for (int base = 0; base < kTileTokens; base += 2 * kLanes) {
+  for (int base = 0; base < count; base += 2 * kLanes) {
     race_words(row, static_cast<uint32_t>(first_token + base), words);
     for (int half = 0; half < 2 * kLanes; half += kLanes) {
       Words word;
@@ -315,19 +315,20 @@ void scan(const SampleRowsProblem& p, int64_t begin, int64_t end, const void* ac
   const int64_t last = first + kChunkTokens < p.vocab_size ? first + kChunkTokens : p.vocab_size;
   for (int64_t token = first; token < last; token += kTileTokens) {
     const int64_t count = last - token < kTileTokens ? last - token : kTileTokens;
-    project(p, activations, num_rows, token, scratch);
+    const int64_t visited = round_up(count, 2 * kLanes);  // whole vectors, filled up with impossible tokens
+    project(p, activations, num_rows, token, count, scratch);
     for (int64_t r = 0; r < num_rows; ++r) {
       float* logits = scratch.logits + r * kTileTokens;
       for (int64_t t = 0; t < count; ++t) logits[t] += p.bias[token + t];
-      for (int64_t t = count; t < kTileTokens; ++t) logits[t] = -__builtin_inff();
+      for (int64_t t = count; t < visited; ++t) logits[t] = -__builtin_inff();
       const int64_t excluded = p.excluded_token - token;
-      if (excluded >= 0 && excluded < kTileTokens) logits[excluded] = -__builtin_inff();
-      add_statistics(logits, static_cast<int32_t>(token), out[r]);
+      if (excluded >= 0 && excluded < count) logits[excluded] = -__builtin_inff();
+      add_statistics(logits, visited, static_cast<int32_t>(token), out[r]);
       if (p.temperature > 0) {
         const RowCounter counter = {philox_key(p.seed), static_cast<uint32_t>(p.position[begin + r]),
                                     static_cast<uint32_t>(p.step[begin + r]),
                                     static_cast<uint32_t>(p.sequence[begin + r])};
-        run_race(logits, counter, p.temperature, static_cast<int32_t>(token), out[r]);
+        run_race(logits, visited, counter, p.temperature, static_cast<int32_t>(token), out[r]);
       }
     }
   }
