@@ -17,13 +17,18 @@ from loopmdm.train.config import TrainConfig
 
 @dataclass(frozen=True)
 class SudokuRecipe:
-    """One preset. `clues` as in `SudokuData`; `position_scale` as in `grid_positions`."""
+    """One preset. `clues` as in `SudokuData`; `position_scale` as in `grid_positions`.
+
+    embedding_scale: standard deviation of the token embedding at the start; None: the model's own, U(±1/√D).
+    A larger one keeps the input visible in the residual stream over many loops.
+    """
 
     spec: sudoku.SudokuSpec
     clues: tuple[int, int] | str | None
     position_scale: float
     training: TrainConfig
     pool_size: int = 100_000
+    embedding_scale: float | None = None
 
     def build(
         self, preset: str, *, threads: int = 1, model: dict[str, Any] | None = None, **training: Any
@@ -45,6 +50,8 @@ class SudokuRecipe:
             )
             with torch.no_grad():
                 net.position_embed.embedding.copy_(positions)
+        if self.embedding_scale is not None:
+            torch.nn.init.normal_(net.vocab_embed.embedding, std=self.embedding_scale)
         data = sudoku.SudokuData(
             self.spec,
             seed=config.seed,
@@ -96,13 +103,14 @@ SUDOKU_RECIPES: dict[str, SudokuRecipe] = {
     ),
     "sudoku6": SudokuRecipe(
         spec=sudoku.SIX,
-        clues="full",
-        position_scale=0.05,
+        clues=None,  # minimal puzzles
+        position_scale=0.5,
+        embedding_scale=0.5,
         training=TrainConfig(
-            steps=2500,
-            batch_size=128,
-            learning_rate=2e-3,
-            warmup_steps=100,
+            steps=4500,
+            batch_size=64,
+            learning_rate=1e-3,
+            warmup_steps=200,
             schedule="linear",
             decay_fraction=0.2,
             ema=0.999,
