@@ -12,7 +12,7 @@ def test_an_evaluation_in_one_line() -> None:
         "other": [1],
     }
     assert describe_evaluation(30, results) == (
-        'step 30  held out: S 1 NLL 2.5000, S 4 NLL 2.2500, S 4 confidence 12.5% solved, {"other": [1]}'
+        'step 30  evaluation: S 1 NLL 2.5000, S 4 NLL 2.2500, S 4 confidence 12.5% solved, {"other": [1]}'
     )
 
 

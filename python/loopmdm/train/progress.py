@@ -18,12 +18,15 @@ def describe(record: dict[str, Any], steps: int, seconds_left: float) -> str:
 
 def describe_evaluation(step: int, results: dict[str, Any]) -> str:
     """One line about an evaluation: likelihoods and shares solved in words, anything else as JSON."""
-    parts = [f"S {r['num_loops']} NLL {r['nll']:.4f}" for r in results.get("held_out", [])]
-    parts += [
-        f"S {r['num_loops']} {r['order']} {r['share_solved']:.1%} solved" for r in results.get("solved", [])
-    ]
-    other = {name: value for name, value in results.items() if name not in ("held_out", "solved")}
-    return f"step {step}  held out: " + ", ".join([*parts, *([json.dumps(other)] if other else [])])
+    parts = []
+    for name, value in results.items():
+        if name == "held_out" and isinstance(value, list):
+            parts += [f"S {r['num_loops']} NLL {r['nll']:.4f}" for r in value]
+        elif name == "solved" and isinstance(value, list):
+            parts += [f"S {r['num_loops']} {r['order']} {r['share_solved']:.1%} solved" for r in value]
+        else:
+            parts.append(json.dumps({name: value}))
+    return f"step {step}  evaluation: " + ", ".join(parts)
 
 
 def clock(seconds: float) -> str:
