@@ -49,8 +49,8 @@ def test_rare_tokens():
 
 @pytest.mark.slow
 def test_vocabulary_of_50258():
-    """Zipf's law with exponent 1.1. 200 thousand draws: 10^10 races, about half a minute on one core."""
+    """Zipf's law with exponent 1.1. 100 thousand draws: 5 * 10^9 entries of the race, 20 s of one core."""
     probs = np.arange(1, 50_259, dtype=np.float64) ** -1.1
     probs = np.random.default_rng(0).permutation(probs / probs.sum())
-    counts = draws(torch.from_numpy(np.log(probs)), 200_000, seed=1)
+    counts = draws(torch.from_numpy(np.log(probs)), 100_000, seed=1)
     assert chi_square_p(counts, probs) > 1e-3
