@@ -83,6 +83,8 @@ def test_demo_prints_boards_losses_and_speed(call: Call, short_demo: None) -> No
     ):
         assert text in done.out
     assert done.out.count("+-------+-------+-------+   +-------+-------+-------+   +-------") == 4
+    verdicts = [line.split() for line in done.out.splitlines() if line.startswith(("wrong ", "solved "))]
+    assert [len(words) for words in verdicts] == [3, 3]
 
 
 def test_demo_figures(call: Call, short_demo: None) -> None:

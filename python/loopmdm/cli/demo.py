@@ -25,7 +25,7 @@ from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, held_out_puzzles, share_ro
 from loopmdm.cli.models import SHIPPED, default_loops, load_model
 from loopmdm.cli.output import has_color, note, print_json, print_table
 from loopmdm.cli.parser import add_json, positive_int
-from loopmdm.data.sudoku import SudokuSpec, format_board
+from loopmdm.data.sudoku import SudokuSpec, format_board, is_valid_solution
 from loopmdm.data.sudoku.boards import Cells
 from loopmdm.model import LoopMDM
 from loopmdm.sampling import StepEvent, sample
@@ -115,13 +115,20 @@ def _show_solving(model: LoopMDM, spec: SudokuSpec, clues: Cells) -> None:
     most = model.config.max_loops
     ways = (("left_to_right", 1), ("left_to_right", most), ("confidence", most))
     boards = [clues.copy() for _ in ways]
+    board_width = 2 * spec.size + 2 * spec.box_rows + 1
     titles = [f"{order.replace('_', ' ')}, S = {loops}" for order, loops in ways]
 
     def picture() -> str:
         drawn = [format_board(spec, b, clues=clues, color=has_color()).splitlines() for b in boards]
-        width = 2 * spec.size + 2 * spec.box_rows + 1
-        lines = ["   ".join(title.ljust(width) for title in titles)]
-        return "\n".join([*lines, *("   ".join(row) for row in zip(*drawn, strict=True))])
+        verdicts = [
+            "" if not b.all() else "solved" if is_valid_solution(spec, b) else "wrong" for b in boards
+        ]
+        # Colour codes take no room, so boards cannot be padded by their length.
+        space = " " * max(0, max(map(len, titles)) - board_width)
+        width = board_width + len(space)
+        rows = [[line + space for line in row] for row in zip(*drawn, strict=True)]
+        captions = [[text.ljust(width) for text in row] for row in (titles, verdicts)]
+        return "\n".join("   ".join(row).rstrip() for row in (captions[0], *rows, captions[1]))
 
     tokens = torch.from_numpy(np.where(clues == 0, spec.mask_token_id, clues.astype(np.int64) - 1))[None]
     with _drawing() as draw:
