@@ -19,7 +19,7 @@ from loopmdm.train import TrainConfig, Trainer
 LENGTH = 128
 
 
-def main(source: str, folder: str, steps: int = 600) -> None:
+def main(source: str, folder: str, steps: int = 2500) -> None:
     """Train on the documents of `source`, write the run into `folder`, print likelihoods and samples."""
     training, held_out = split_documents(read_documents(source))
     tokenizer = ByteTokenizer()
@@ -30,7 +30,7 @@ def main(source: str, folder: str, steps: int = 600) -> None:
     config = LoopMDMConfig(
         vocab_size=tokenizer.vocab_size,
         mask_token_id=tokenizer.mask_token_id,
-        hidden_size=128,
+        hidden_size=64,
         num_heads=4,
         num_layers=6,
         cond_dim=16,
@@ -39,7 +39,7 @@ def main(source: str, folder: str, steps: int = 600) -> None:
         max_loops=4,
         gate_init=1.0,
     )
-    training_config = TrainConfig(steps, batch_size=16, learning_rate=2e-3, warmup_steps=60, ema=0.999)
+    training_config = TrainConfig(steps, batch_size=16, learning_rate=2e-3, warmup_steps=100, ema=0.999)
     Trainer(LoopMDM(config), data, training_config, folder).train()
     tokenizer.save(folder)
 

@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--tokenizer", metavar="T", help="byte (default), bpe:VOCAB, or a folder, file or hub id"
     )
-    what.add_argument("--length", type=positive_int, metavar="L", help="tokens of a sequence (text: 256)")
+    what.add_argument("--length", type=positive_int, metavar="L", help="tokens of a sequence (text: 128)")
     what.add_argument("--validation", type=number, metavar="SHARE", help="documents held out (default: 0.05)")
     what.add_argument("--cache", type=Path, metavar="DIR", help="keep packed tokens here between runs")
     model = parser.add_argument_group("model")
