@@ -11,6 +11,9 @@ from torch import Tensor
 from loopmdm_kernels.types import Rotary
 
 
+SHORT = 256  # tokens
+
+
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate pairs (i, i + K/2) of x [..., L, K]. Angles are rounded to x's dtype; the product is not."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -30,7 +33,7 @@ def attention(
             scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
         return torch.softmax(scores, dim=-1) @ v
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    # On a CPU the bf16 kernel is slower than the fp32 one, its backward several times (docs/measured.md).
-    wide = torch.float32 if q.device.type == "cpu" else q.dtype
+    # On short sequences the backward pass of the CPU kernel is several times slower in bf16 (docs/measured.md).
+    wide = torch.float32 if q.device.type == "cpu" and q.shape[-2] < SHORT else q.dtype
     out = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask)
     return out.to(q.dtype)
