@@ -10,7 +10,6 @@ from torch import Tensor
 
 from loopmdm_kernels.types import Rotary
 
-
 SHORT = 256  # tokens
 
 
@@ -33,7 +32,7 @@ def attention(
             scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
         return torch.softmax(scores, dim=-1) @ v
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    # On short sequences the backward pass of the CPU kernel is several times slower in bf16 (docs/measured.md).
+    # On short sequences the CPU kernel's backward pass is several times slower in bf16 (docs/measured.md).
     wide = torch.float32 if q.device.type == "cpu" and q.shape[-2] < SHORT else q.dtype
     out = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask)
     return out.to(q.dtype)
