@@ -13,8 +13,6 @@ from loopmdm_kernels.types import Head, Rotary
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STREAM_FLOATS = (torch.float32, torch.float64)
 
-Dim = int | str | None  # an exact size, a free one with a name, or either of two written "1 or B"
-
 
 def tensor(
     name: str,
