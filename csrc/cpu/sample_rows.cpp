@@ -9,34 +9,13 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/isa_table.h"
+
 namespace loopmdm::cpu {
 
-namespace generic {
-extern const SampleRowsKernel sample_rows_kernel;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const SampleRowsKernel sample_rows_kernel;
-}
-namespace avx512 {
-extern const SampleRowsKernel sample_rows_kernel;
-}
-namespace avx512_bf16 {
-extern const SampleRowsKernel sample_rows_kernel;
-}
-#endif
+LOOPMDM_DECLARE_KERNEL(SampleRowsKernel, sample_rows_kernel)
 
 namespace {
-
-const SampleRowsKernel& kernel_for(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::avx512_bf16) return avx512_bf16::sample_rows_kernel;
-  if (isa == Isa::avx512) return avx512::sample_rows_kernel;
-  if (isa == Isa::avx2) return avx2::sample_rows_kernel;
-#endif
-  (void)isa;
-  return generic::sample_rows_kernel;
-}
 
 constexpr int64_t kGroupRows = 4096;  // rows held as activations and partial statistics at one time
 constexpr double kThreadWork = 2e6;   // multiply-adds that pay for a thread: about ten times its start-up
@@ -98,7 +77,7 @@ void write_result(const SampleRowsProblem& p, RowStatistics stats, int64_t row, 
 
 void sample_rows(const SampleRowsProblem& p, const SampleRowsOutput& out, Isa isa, int num_threads) {
   if (p.num_rows == 0) return;
-  const SampleRowsKernel& kernel = kernel_for(isa);
+  const SampleRowsKernel& kernel = LOOPMDM_KERNEL(sample_rows_kernel, isa);
   const int64_t stride = (p.width + kActivationAlign - 1) / kActivationAlign * kActivationAlign;
   const int64_t num_chunks = (p.vocab_size + kChunkTokens - 1) / kChunkTokens;
   const int64_t group = std::min(kGroupRows, p.num_rows);
