@@ -16,4 +16,5 @@ PYBIND11_MODULE(_C, m) {
     return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
   });
   loopmdm::bind_sample_rows(m);
+  loopmdm::bind_threads(m);
 }

@@ -6,5 +6,6 @@
 namespace loopmdm {
 
 void bind_sample_rows(pybind11::module_& m);
+void bind_threads(pybind11::module_& m);
 
 }  // namespace loopmdm

@@ -1,15 +1,11 @@
 #include "cpu/sample_rows.h"
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
-#include <memory>
-#include <new>
-#include <system_error>
-#include <thread>
-#include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/isa_table.h"
+#include "cpu/threads.h"
 
 namespace loopmdm::cpu {
 
@@ -19,36 +15,6 @@ namespace {
 
 constexpr int64_t kGroupRows = 4096;  // rows held as activations and partial statistics at one time
 constexpr double kThreadWork = 2e6;   // multiply-adds that pay for a thread: about ten times its start-up
-
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-
-template <class T>
-std::unique_ptr<T[], AlignedDelete> aligned_buffer(int64_t count) {
-  void* memory = ::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t{64});
-  return std::unique_ptr<T[], AlignedDelete>(static_cast<T*>(memory));
-}
-
-// Runs job(task, worker) for every task in [0, num_tasks) on `workers` threads, the caller being one.
-// Threads live for the call only (tens of microseconds each): no pool that a fork could lose, nothing shared
-// between two calls at once.
-template <class Job>
-void for_each_task(int64_t num_tasks, int workers, const Job& job) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int worker) {
-    for (int64_t task; (task = next.fetch_add(1)) < num_tasks;) job(task, worker);
-  };
-  std::vector<std::thread> helpers;
-  helpers.reserve(workers);
-  try {
-    for (int worker = 1; worker < workers; ++worker) helpers.emplace_back(work, worker);
-  } catch (const std::system_error&) {
-    // The system grants no more threads; those at hand do all the work.
-  }
-  work(0);
-  for (std::thread& helper : helpers) helper.join();
-}
 
 void write_result(const SampleRowsProblem& p, RowStatistics stats, int64_t row, const SampleRowsOutput& out) {
   // Without a maximum or a winner (every logit NaN or -inf) the token is still a possible one.
