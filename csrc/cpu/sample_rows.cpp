@@ -14,7 +14,7 @@ LOOPMDM_DECLARE_KERNEL(SampleRowsKernel, sample_rows_kernel)
 namespace {
 
 constexpr int64_t kGroupRows = 4096;  // rows held as activations and partial statistics at one time
-constexpr double kThreadWork = 2e6;   // multiply-adds that pay for a thread: about ten times its start-up
+constexpr double kThreadWork = 1e5;   // multiply-adds that pay for another thread
 
 void write_result(const SampleRowsProblem& p, RowStatistics stats, int64_t row, const SampleRowsOutput& out) {
   // Without a maximum or a winner (every logit NaN or -inf) the token is still a possible one.

@@ -17,7 +17,9 @@
 namespace loopmdm::cpu {
 namespace {
 
-constexpr int kSpins = 2000;  // pauses before a waiting worker offers its core to others: some 20 us
+// Pauses (of some 10 ns) before a waiting worker offers its core to others. Offering it to an unrelated
+// process is costly, so that is done late; not where the workers waited for need that core themselves.
+constexpr int kSpins = 500, kSpinsIfCrowded = 100;
 
 // Set in a child of fork, which inherits the OpenMP runtime's records of threads but not the threads.
 std::atomic<bool> forked{false};
@@ -35,6 +37,8 @@ bool forked_before_load() {
   for (int field = 0; field < 7 && at != std::string::npos; ++field) at = text.find(' ', at + (field > 0));
   return at != std::string::npos && (std::strtoull(text.c_str() + at, nullptr, 10) & kForkNoExec) != 0;
 }
+
+const int num_cores = static_cast<int>(std::thread::hardware_concurrency());  // 0: unknown
 
 const bool watching_forks = [] {
   forked = forked_before_load();
@@ -108,7 +112,10 @@ void pause_briefly() {
 class Region {
  public:
   Region(void (*body)(void*, Worker&), void* context, int num_threads)
-      : body_(body), context_(context), num_threads_(num_threads) {
+      : body_(body),
+        context_(context),
+        num_threads_(num_threads),
+        spins_(num_threads > num_cores ? kSpinsIfCrowded : kSpins) {
     std::fegetenv(&environment_);
   }
 
@@ -125,7 +132,7 @@ class Region {
       return;
     }
     const auto released = [&] { return released_.load(std::memory_order_acquire) >= round; };
-    for (int i = 0; i < kSpins; ++i) {
+    for (int i = 0; i < spins_; ++i) {
       if (released()) return;
       pause_briefly();
     }
@@ -194,6 +201,7 @@ class Region {
   void (*const body_)(void*, Worker&);
   void* const context_;
   const int num_threads_;
+  const int spins_;
   std::fenv_t environment_;
   std::exception_ptr error_;  // of the worker that set failed_
 
