@@ -12,6 +12,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm.cli import demo, doctor, models
+from loopmdm_kernels import _C
 
 from .conftest import Call
 
@@ -30,6 +31,7 @@ def test_doctor_reports_this_machine(call: Call, with_models: Callable[[str], Pa
     assert document["versions"]["torch"] == torch.__version__
     assert document["versions"]["loopmdm"] == lk.__version__
     assert document["machine"]["threads"] == torch.get_num_threads()
+    assert document["machine"]["thread_runtime"] == _C.thread_runtime()
     assert {n: f["status"] for n, f in document["backends"].items()} == lk.available_backends()
     for name in ("reference", "cpu"):
         assert document["backends"][name]["usable"] and document["backends"][name]["checked"]
@@ -39,6 +41,15 @@ def test_doctor_reports_this_machine(call: Call, with_models: Callable[[str], Pa
     plain = call("doctor")
     assert plain.status == 0 and plain.err == ""
     assert "equals the reference" in plain.out and "sudoku9" in plain.out
+
+
+def test_doctor_names_a_bad_setting(
+    call: Call, with_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOPMDM_CPU_THREADS", "many")
+    done = call("doctor")
+    assert done.status == 1
+    assert "loopmdm doctor: backend cpu: LOOPMDM_CPU_THREADS: got 'many'; expected 'std'" in done.err
 
 
 def test_doctor_finds_what_is_broken(

@@ -82,9 +82,22 @@ def _machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "thread_runtime": _thread_runtime(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "forced_backend": os.environ.get("LOOPMDM_BACKEND"),
     }
+
+
+def _thread_runtime() -> str | None:
+    """The library whose threads the compiled kernels run on."""
+    try:
+        from loopmdm_kernels import _C
+
+        return _C.thread_runtime()
+    except ImportError:
+        return None
+    except RuntimeError as error:  # a bad LOOPMDM_CPU_THREADS
+        return str(error)
 
 
 def _processor() -> str:
