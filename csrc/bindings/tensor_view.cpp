@@ -17,8 +17,12 @@ const char* dtype_name(DType dtype) {
       return "float32";
     case DType::bfloat16:
       return "bfloat16";
+    case DType::int32:
+      return "int32";
     case DType::int64:
       return "int64";
+    case DType::boolean:
+      return "bool";
   }
   return "unknown";
 }
@@ -29,8 +33,12 @@ dlpack::DataType dlpack_type(DType dtype) {
       return {dlpack::kFloat, 32, 1};
     case DType::bfloat16:
       return {dlpack::kBfloat, 16, 1};
+    case DType::int32:
+      return {dlpack::kInt, 32, 1};
     case DType::int64:
       return {dlpack::kInt, 64, 1};
+    case DType::boolean:
+      return {dlpack::kBool, 8, 1};
   }
   return {};
 }

@@ -10,7 +10,7 @@
 
 namespace loopmdm {
 
-enum class DType { float32, bfloat16, int64 };
+enum class DType { float32, bfloat16, int32, int64, boolean };
 
 constexpr int64_t kAny = -1;  // in an expected shape: any length
 

@@ -14,6 +14,7 @@ constexpr int kPhiloxRounds = 10;
 
 // Set in counter word 0: the low half of a 64-bit uniform.
 constexpr uint32_t kRefineBit = 1u << 31;
+constexpr uint32_t kDropoutStream = 1u << 31;  // in the step word: dropout masks
 // High halves below this are refined by 32 more bits, so a small uniform keeps its relative precision.
 constexpr uint32_t kRefineBelow = 1u << 8;
 

@@ -13,10 +13,6 @@ constexpr int kBlockRows = 2, kBlockTokens = 4;
 
 static_assert(kTileTokens % kBlockTokens == 0 && kTileTokens % (2 * kLanes) == 0);
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // Rounds to nearest, ties to even.
 inline uint16_t to_bf16(float x) {
   uint32_t bits;
@@ -240,23 +236,8 @@ struct RowCounter {
 };
 
 // First words of the race for the 2 * kLanes tokens from first_token, a multiple of 4.
-void race_words(const RowCounter& row, uint32_t first_token, uint32_t* words) {
-  constexpr uint64_t kLow = 0xffffffffu;
-  Quads x0, x1 = Quads{} + row.position, x2 = Quads{} + row.step, x3 = Quads{} + row.sequence;
-  for (int i = 0; i < kLanes / 2; ++i) x0[i] = first_token / 4 + i;
-  const Quads multiplier0 = Quads{} + kPhiloxMultiplier0, multiplier1 = Quads{} + kPhiloxMultiplier1;
-  uint32_t key0 = row.key.word0, key1 = row.key.word1;
-  // High halves of the lanes may hold anything on the way: only low halves are multiplied and kept.
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const Quads product0 = multiply_low(multiplier0, x0), product1 = multiply_low(multiplier1, x2);
-    x0 = (product1 >> 32) ^ x1 ^ static_cast<uint64_t>(key0);
-    x2 = (product0 >> 32) ^ x3 ^ static_cast<uint64_t>(key1);
-    x1 = product1;
-    x3 = product0;
-    key0 += kPhiloxWeyl0;
-    key1 += kPhiloxWeyl1;
-  }
-  store_interleaved(words, (x0 & kLow) | (x1 << 32), (x2 & kLow) | (x3 << 32));
+inline void race_words(const RowCounter& row, uint32_t first_token, uint32_t* words) {
+  philox_groups(row.key, first_token / 4, row.position, row.step, row.sequence, words);
 }
 
 // Score of one token: logit / temperature - log(E) with E = -log1p(-u) a standard exponential variate.

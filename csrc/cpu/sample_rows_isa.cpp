@@ -9,11 +9,14 @@
 
 #include "common/philox.h"
 #include "common/row_math.h"
+#include "cpu/linear.h"
 
 namespace loopmdm::cpu {
 namespace {
 
 #include "cpu/vec.h"
+//
+#include "cpu/philox.inl"
 //
 #include "cpu/sample_rows.inl"
 

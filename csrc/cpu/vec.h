@@ -22,11 +22,13 @@ inline Floats load(const float* p) {
 }
 
 // kLanes bf16 values, widened.
-inline Floats load(const uint16_t* p) {
+inline Floats widen(const void* p) {
   Halves h;
   __builtin_memcpy(&h, p, sizeof h);
   return reinterpret_cast<Floats>(__builtin_convertvector(h, Words) << 16);
 }
+
+inline Floats load(const uint16_t* p) { return widen(p); }
 
 inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 
@@ -40,7 +42,21 @@ inline void store_bf16(uint16_t* p, Floats v) {
 
 inline Floats broadcast(float x) { return x - Floats{}; }
 
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+// a > b ? a : b, so b where either is NaN.
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// y in the lanes whose word is at least `threshold`, 0 elsewhere.
+inline Floats keep_lanes(Words words, uint32_t threshold, Floats y) {
+  return words >= Words{} + threshold ? y : Floats{};
+}
 
 // Combines the lanes by halving, always in the same order.
 inline float sum_four(Four v) { return (v[0] + v[2]) + (v[1] + v[3]); }

@@ -1,0 +1,80 @@
+// Packing of weights into the panels of tile.inl.
+
+inline float value_of(const float* p) { return *p; }
+inline float value_of(const uint16_t* p) {
+  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// `count` values from p on, the rest of the vector zero.
+template <class Source>
+inline Floats load_some(const Source* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  float values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = value_of(p + i);
+  return load(values);
+}
+
+// kLanes columns of w [columns, depth]: row pointers, null for a zero column. Words [words][stride].
+template <class Operand, class Source>
+void pack_columns(const Source* const* columns, int64_t depth, int64_t words, int stride, uint32_t* out) {
+  constexpr int kChunk = 2 * kLanes / Operand::kPerWord;  // words of two vectors
+  uint32_t chunk[kLanes][kChunk];
+  for (int64_t k = 0; k < words; k += kChunk) {
+    const int64_t first = k * Operand::kPerWord, left = depth - first;
+    for (int j = 0; j < kLanes; ++j) {
+      if (columns[j] == nullptr)
+        Operand::store(chunk[j], Floats{}, Floats{});
+      else
+        Operand::store(chunk[j], load_some(columns[j] + first, left),
+                       left > kLanes ? load_some(columns[j] + first + kLanes, left - kLanes) : Floats{});
+    }
+    const int64_t count = words - k < kChunk ? words - k : kChunk;
+    for (int64_t i = 0; i < count; ++i)
+      for (int j = 0; j < kLanes; ++j) out[(k + i) * stride + j] = chunk[j][i];
+  }
+}
+
+template <class Operand, class Source>
+void pack_panel_of(const Source* w, const LinearSource& source, const LinearLayout& layout, int64_t group,
+                   int64_t panel, uint32_t* packed) {
+  const int64_t first = panel * kPanel, group_width = layout.group_width(group);
+  if (first >= group_width) return;
+  const int width = panel_width(group_width, first);
+  uint32_t* out = packed + layout.group_offset(group) + first * layout.words;
+  for (int j = 0; j < width; j += kLanes) {
+    // A vector of columns lies in one unit: unit_width is a multiple of kLanes.
+    const int64_t unit = group * layout.units_per_group + (first + j) / layout.unit_width;
+    const int64_t in_unit = (first + j) % layout.unit_width;
+    const int64_t column = unit * layout.unit + in_unit;
+    const int64_t filled = layout.unit - in_unit;  // columns left in the unit
+    if (source.transposed) {
+      for (int64_t k = 0; k < layout.words; ++k) {
+        const int64_t row = k * Operand::kPerWord;
+        const Source* at = w + row * source.columns + column;
+        const Floats even = filled > 0 ? load_some(at, filled) : Floats{};
+        const bool has_odd = Operand::kPerWord == 2 && row + 1 < source.depth && filled > 0;
+        const Floats odd = has_odd ? load_some(at + source.columns, filled) : Floats{};
+        store_words(out + k * width + j, Operand::zip(even, odd));
+      }
+    } else {
+      const Source* columns[kLanes];
+      for (int i = 0; i < kLanes; ++i) columns[i] = i < filled ? w + (column + i) * source.depth : nullptr;
+      pack_columns<Operand>(columns, source.depth, layout.words, width, out + j);
+    }
+  }
+}
+
+void pack_panel(const LinearSource& source, const LinearLayout& layout, bool narrow, int64_t group,
+                int64_t panel, uint32_t* packed) {
+  const float* wide = static_cast<const float*>(source.data);
+  const uint16_t* half = static_cast<const uint16_t*>(source.data);
+  if (source.is_bf16)
+    narrow ? pack_panel_of<Narrow>(half, source, layout, group, panel, packed)
+           : pack_panel_of<Wide>(half, source, layout, group, panel, packed);
+  else
+    narrow ? pack_panel_of<Narrow>(wide, source, layout, group, panel, packed)
+           : pack_panel_of<Wide>(wide, source, layout, group, panel, packed);
+}

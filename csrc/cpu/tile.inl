@@ -1,0 +1,179 @@
+// Matrix products on register tiles, in terms of vec.h.
+//
+// Operands are 32-bit words along the summed dimension: one float (Wide), or a pair of bf16 (Narrow, where an
+// instruction multiplies them). The left operand is read word by word and broadcast; the right one lies in
+// panels [words][width], width at most kPanel columns, so that a tile reads it from front to back.
+// Every sum runs over the words in order, whatever the shape of the tile: results do not depend on how rows
+// are grouped.
+
+#if defined(__AVX512F__)
+constexpr int kTileVecs = 4;
+#else
+constexpr int kTileVecs = 2;
+#endif
+constexpr int kPanel = kTileVecs * kLanes;
+
+inline Words load_words(const uint32_t* p) {
+  Words v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store_words(uint32_t* p, Words v) { __builtin_memcpy(p, &v, sizeof v); }
+
+struct Wide {
+  static constexpr int kPerWord = 1;
+  static Floats multiply_add(Words a, Words b, Floats sum) {
+    return fused_multiply_add(reinterpret_cast<Floats>(a), reinterpret_cast<Floats>(b), sum);
+  }
+  // 2 * kLanes values to as many words.
+  static void store(uint32_t* words, Floats first, Floats second) {
+    store_words(words, reinterpret_cast<Words>(first));
+    store_words(words + kLanes, reinterpret_cast<Words>(second));
+  }
+  static void load(const uint32_t* words, Floats& first, Floats& second) {
+    first = reinterpret_cast<Floats>(load_words(words));
+    second = reinterpret_cast<Floats>(load_words(words + kLanes));
+  }
+  // One row of words of a matrix whose rows are summed over: the value alone.
+  static Words zip(Floats row, Floats) { return reinterpret_cast<Words>(row); }
+};
+
+#if defined(__AVX512BF16__)
+struct Narrow {
+  static constexpr int kPerWord = 2;
+  static Floats multiply_add(Words a, Words b, Floats sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  static void store(uint32_t* words, Floats first, Floats second) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(second, first);
+    __builtin_memcpy(words, &pairs, sizeof pairs);
+  }
+  static void load(const uint32_t* words, Floats& first, Floats& second) {
+    first = widen(words);
+    second = widen(words + kLanes / 2);
+  }
+  // Two rows of a matrix whose rows are summed over, interleaved.
+  static Words zip(Floats even, Floats odd) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(odd, even);  // even in the low half
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
+                                           7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return reinterpret_cast<Words>(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(pairs)));
+  }
+};
+#else
+using Narrow = Wide;  // no such instruction: bf16 operands are widened and multiplied as floats
+#endif
+
+// The left operand: word k of row r is at[r * row + k * step].
+struct Left {
+  const uint32_t* at;
+  int64_t row;
+  int64_t step;
+};
+
+// Rows of a tile with `Vecs` vectors: as many sums as the registers hold, at least twelve in flight.
+template <int Vecs>
+constexpr int tile_rows() {
+#if defined(__AVX512F__)
+  return Vecs == 4 ? 6 : Vecs == 3 ? 8 : 12;
+#else
+  return Vecs == 2 ? 6 : 12;
+#endif
+}
+
+template <class Operand, int Rows, int Vecs, bool Accumulate>
+void tile(const Left& a, const uint32_t* b, int64_t words, float* c, int64_t c_row) {
+  Floats sum[Rows][Vecs];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vecs; ++v) sum[r][v] = Accumulate ? load(c + r * c_row + v * kLanes) : Floats{};
+  const uint32_t* left = a.at;
+  const int64_t row = a.row, step = a.step;
+  for (int64_t k = 0; k < words; ++k) {
+    Words right[Vecs];
+    for (int v = 0; v < Vecs; ++v) right[v] = load_words(b + v * kLanes);
+    for (int r = 0; r < Rows; ++r) {
+      const Words value = Words{} + left[r * row];
+      for (int v = 0; v < Vecs; ++v) sum[r][v] = Operand::multiply_add(value, right[v], sum[r][v]);
+    }
+    left += step;
+    b += Vecs * kLanes;
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vecs; ++v) store(c + r * c_row + v * kLanes, sum[r][v]);
+}
+
+template <class Operand, int Vecs, bool Accumulate>
+void multiply_panel(Left a, int64_t rows, const uint32_t* b, int64_t words, float* c, int64_t c_row) {
+  constexpr int kRows = tile_rows<Vecs>();
+  for (; rows >= kRows; rows -= kRows) {
+    tile<Operand, kRows, Vecs, Accumulate>(a, b, words, c, c_row);
+    a.at += kRows * a.row;
+    c += kRows * c_row;
+  }
+  if constexpr (kRows > 6) {
+    if (rows >= 6) {
+      tile<Operand, 6, Vecs, Accumulate>(a, b, words, c, c_row);
+      a.at += 6 * a.row;
+      c += 6 * c_row;
+      rows -= 6;
+    }
+  }
+  switch (rows) {
+    case 1:
+      return tile<Operand, 1, Vecs, Accumulate>(a, b, words, c, c_row);
+    case 2:
+      return tile<Operand, 2, Vecs, Accumulate>(a, b, words, c, c_row);
+    case 3:
+      return tile<Operand, 3, Vecs, Accumulate>(a, b, words, c, c_row);
+    case 4:
+      return tile<Operand, 4, Vecs, Accumulate>(a, b, words, c, c_row);
+    case 5:
+      return tile<Operand, 5, Vecs, Accumulate>(a, b, words, c, c_row);
+  }
+}
+
+template <class Operand, bool Accumulate>
+void multiply_width(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t words, float* c,
+                    int64_t c_row) {
+  switch (width / kLanes) {
+    case 1:
+      return multiply_panel<Operand, 1, Accumulate>(a, rows, b, words, c, c_row);
+    case 2:
+      return multiply_panel<Operand, 2, Accumulate>(a, rows, b, words, c, c_row);
+#if defined(__AVX512F__)
+    case 3:
+      return multiply_panel<Operand, 3, Accumulate>(a, rows, b, words, c, c_row);
+    case 4:
+      return multiply_panel<Operand, 4, Accumulate>(a, rows, b, words, c, c_row);
+#endif
+  }
+}
+
+// c[rows, width] = or += a[rows, words] b[words, width]; width: a multiple of kLanes, at most kPanel.
+template <class Operand>
+void multiply(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t words, float* c,
+              int64_t c_row, bool accumulate = false) {
+  if (accumulate)
+    multiply_width<Operand, true>(a, rows, b, width, words, c, c_row);
+  else
+    multiply_width<Operand, false>(a, rows, b, width, words, c, c_row);
+}
+
+// Words of the first `count` values of x; may read up to the next whole pair of vectors.
+template <class Operand>
+inline void store_row(const float* x, int64_t count, uint32_t* out) {
+  constexpr int64_t kStep = 2 * kLanes, kWords = kStep / Operand::kPerWord;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep, out += kWords)
+    Operand::store(out, load(x + i), load(x + i + kLanes));
+  if (i == count) return;
+  uint32_t words[kWords];
+  Operand::store(words, load(x + i), load(x + i + kLanes));
+  const int64_t left = (count - i + Operand::kPerWord - 1) / Operand::kPerWord;
+  __builtin_memcpy(out, words, static_cast<size_t>(left) * sizeof *words);
+}
+
+inline int panel_width(int64_t columns, int64_t first) {
+  return static_cast<int>(columns - first < kPanel ? columns - first : kPanel);
+}
