@@ -17,6 +17,7 @@ PYBIND11_MODULE(_C, m) {
   });
   loopmdm::bind_linear(m);
   loopmdm::bind_looped_blocks(m);
+  loopmdm::bind_peak(m);
   loopmdm::bind_sample_rows(m);
   loopmdm::bind_threads(m);
 }

@@ -7,6 +7,7 @@ namespace loopmdm {
 
 void bind_linear(pybind11::module_& m);
 void bind_looped_blocks(pybind11::module_& m);
+void bind_peak(pybind11::module_& m);
 void bind_sample_rows(pybind11::module_& m);
 void bind_threads(pybind11::module_& m);
 

@@ -63,6 +63,8 @@ def test_instruction_sets_share_no_function(isa):
     objects = sorted(ROOT.glob(f"build/cmake.*/CMakeFiles/cpu_{isa}.dir/csrc/cpu/*.o"))
     if not objects:
         pytest.skip("the objects of the build are not here")
-    symbols = output_of("nm", "-C", str(objects[0]))
-    shared = [line for line in symbols.splitlines() if re.search(r" [TWVuDBR] ", line)]
-    assert [line.split(maxsplit=2)[2] for line in shared] == [f"loopmdm::cpu::{isa}::sample_rows_kernel"]
+    for path in objects:
+        kernel = path.name.split("_isa.")[0] + "_kernel"
+        symbols = output_of("nm", "-C", str(path))
+        shared = [line for line in symbols.splitlines() if re.search(r" [TWVuDBR] ", line)]
+        assert [line.split(maxsplit=2)[2] for line in shared] == [f"loopmdm::cpu::{isa}::{kernel}"]

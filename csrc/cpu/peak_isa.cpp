@@ -1,0 +1,22 @@
+// Compiled once per instruction set; see sample_rows_isa.cpp for what such a file may contain.
+#include "cpu/peak.h"
+
+#if defined(__x86_64__)
+#  include <immintrin.h>
+#endif
+
+namespace loopmdm::cpu {
+namespace {
+
+#include "cpu/vec.h"
+//
+#include "cpu/peak.inl"
+
+}  // namespace
+
+namespace LOOPMDM_ISA {
+extern const PeakKernel peak_kernel;
+const PeakKernel peak_kernel = {fp32_chains, bf16_chains, kFp32FlopsPerRound, kBf16FlopsPerRound};
+}  // namespace LOOPMDM_ISA
+
+}  // namespace loopmdm::cpu
