@@ -3,11 +3,13 @@
 #   PYTHON=...   interpreter that creates the environment (3.10 or later)
 #   TORCH=...    requirement for torch, installed first
 #   JOBS=n       test processes
+#   ARGS=...     more arguments of pytest for `make bench`: ARGS="-k looped" times some of the cases
 
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+ARGS ?=
 BENCH_RESULT ?= bench/results/latest.json
 
 BIN := $(VENV)/bin
@@ -19,7 +21,7 @@ CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,5p' Makefile
+	@sed -n '1,6p' Makefile
 
 # One test or benchmark process uses one thread unless it asks for more itself.
 test: export OMP_NUM_THREADS = 1
@@ -33,8 +35,8 @@ test: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	@mkdir -p $(dir $(BENCH_RESULT))
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
-	$(BIN)/python -m bench.report build/bench.json $(BENCH_RESULT)
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json --benchmark-quiet $(ARGS)
+	$(BIN)/python -m bench.report build/bench.json $(BENCH_RESULT) '$(strip make bench $(if $(ARGS),ARGS="$(ARGS)"))'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,45 +1,48 @@
-"""What every benchmark records: how it compares in one interleaved run, and how far it is from the limit."""
+"""What every benchmark records: how it compares in one interleaved run, and the limits of the machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 
-from bench.roofline import bound_seconds
-from loopmdm_kernels.testing import interleaved_medians
+from bench.compare import OURS, figures, measure
+from bench.roofline import limits, measure_peaks
 
 Compare = Callable[..., None]
 
 
 @pytest.fixture
 def compare(benchmark: Any) -> Compare:
-    """compare(ours, peers, flops=..., bytes_read=..., dtype=...): time all in turn, report the ratio."""
+    """compare(ours, peers, flops=..., dtype=..., bytes_read=None, **more): time all in turn, report."""
 
     def run(
         ours: Callable[[], Any],
         peers: Mapping[str, Callable[[], Any]],
         *,
         flops: float,
-        bytes_read: float,
         dtype: torch.dtype,
-        repeats: int = 15,
+        bytes_read: float | None = None,
+        **more: Any,
     ) -> None:
-        medians = interleaved_medians({"ours": ours, **peers}, repeats=repeats)
-        best = min(peers, key=lambda name: medians[name])
-        benchmark.extra_info.update(
-            {
-                "milliseconds": {name: round(1e3 * value, 4) for name, value in medians.items()},
-                "best_peer": best,
-                "speedup_over_best_peer": round(medians[best] / medians["ours"], 3),
-                "gflops": round(flops / medians["ours"] / 1e9, 1),
-                "gigabytes_per_second": round(bytes_read / medians["ours"] / 1e9, 2),
-                "share_of_limit": round(bound_seconds(flops, bytes_read, dtype) / medians["ours"], 3),
-                "threads": torch.get_num_threads(),
-            }
-        )
-        benchmark.pedantic(ours, rounds=3, iterations=1)
+        measure_peaks()
+        medians = measure({OURS: ours, **peers})
+        report = figures(medians, flops=flops, dtype=dtype, bytes_read=bytes_read)
+        benchmark.extra_info.update(report, **more)
+        benchmark.pedantic(ours, rounds=1, iterations=1)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Compiled code is kept per function; beyond a number of variants torch would silently run it eagerly."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    machine_info["limits"] = limits()

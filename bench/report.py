@@ -1,6 +1,6 @@
-"""Reduce pytest-benchmark's JSON to a result file: machine, versions, date, command, figures.
+"""Reduce pytest-benchmark's JSON to a result file, and print what was reached beside what was to be reached.
 
-python -m bench.report RAW.json RESULT.json
+python -m bench.report RAW.json RESULT.json [COMMAND]
 """
 
 from __future__ import annotations
@@ -9,24 +9,33 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import loopmdm_kernels as lk
+from bench.targets import TARGETS, Target
+
+Figures = Mapping[str, Any]
+LIMIT_UNITS = ("peak_bf16", "peak_fp32", "matmul_bf16", "matmul_fp32", "read_bandwidth")
 
 
-def reduce(raw: dict[str, Any]) -> dict[str, Any]:
+def reduce(raw: Mapping[str, Any], command: str) -> dict[str, Any]:
     cpu = raw["machine_info"].get("cpu", {})
+    limits = raw["machine_info"]["limits"]
     return {
         "date": raw["datetime"][:10],
         "commit": raw.get("commit_info", {}).get("id"),
-        "command": "make bench",
+        "command": command,
         "machine": {
             "cpu": cpu.get("brand_raw", platform.processor()),
             "cores": os.cpu_count(),
+            "threads": limits["threads"],
+            "cpu_isa": limits["isa"],
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "giga_per_second": {name: round(limits[name] / 1e9, 1) for name in LIMIT_UNITS},
         },
         "versions": {
             "loopmdm_kernels": lk.__version__,
@@ -34,21 +43,81 @@ def reduce(raw: dict[str, Any]) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "backends": lk.available_backends(),
-        "figures": {entry["name"]: entry["extra_info"] for entry in raw["benchmarks"]},
+        "figures": {entry["name"]: with_share(entry["extra_info"], limits) for entry in raw["benchmarks"]},
     }
 
 
-def main(source: str, target: str) -> None:
-    result = reduce(json.loads(Path(source).read_text()))
-    temporary = Path(target).with_suffix(".tmp")
+def with_share(figures: Figures, limits: Mapping[str, Any]) -> dict[str, Any]:
+    """And the share of the peak of the whole run, which is known at its end."""
+    peak = limits[f"peak_{figures['dtype']}"]
+    return {**figures, "share_of_peak": round(1e9 * figures["gflops"] / peak, 3)}
+
+
+def verdict(figures: Figures, target: Target | None) -> str:
+    """What is missing, in percent of the demand; "met", or "reached" where more was hoped for; else empty."""
+    if target is None:
+        return ""
+    missed = []
+    if figures["speedup"] < target.speedup:
+        missed.append(f"speed-up by {_percent(1 - figures['speedup'] / target.speedup)}")
+    if target.share_of_peak is not None and figures["share_of_peak"] < target.share_of_peak:
+        missed.append(f"share by {_percent(1 - figures['share_of_peak'] / target.share_of_peak)}")
+    if target.memory is not None and "memory" not in figures:
+        missed.append("memory not measured")
+    elif target.memory is not None and figures["memory"] > target.memory:
+        missed.append(f"memory by {_percent(figures['memory'] / target.memory - 1)}")
+    if missed:
+        return "missed: " + ", ".join(missed)
+    beyond = target.reach is not None and figures["speedup"] >= target.reach
+    if target.reach_share is not None and figures["share_of_peak"] < target.reach_share:
+        beyond = False
+    return "reached" if beyond else "met"
+
+
+def table(result: Mapping[str, Any], targets: Mapping[str, Target] = TARGETS) -> str:
+    """One line a case: its time, the best peer's, and speed-up and share of the peak beside the targets."""
+    machine, versions = result["machine"], result["versions"]
+    rate = machine["giga_per_second"]
+    lines = [
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']}; torch {versions['torch']}; "
+        f"{result['date']}",
+        f"Peak of the instructions: bf16 {rate['peak_bf16']:.0f}, fp32 {rate['peak_fp32']:.0f} GFLOP/s "
+        f"(torch's matmul: {rate['matmul_bf16']:.0f}, {rate['matmul_fp32']:.0f}); "
+        f"memory is read at {rate['read_bandwidth']:.1f} GB/s",
+        "",
+        f"{'case':44} {'ms':>9}  {'best peer':18} {'ms':>9}  {'speed-up':8} {'of':>4}  "
+        f"{'GFLOP/s':>7}  {'share':5} {'of':>4}  target",
+    ]
+    for name, figures in result["figures"].items():
+        target = targets.get(name)
+        milliseconds = figures["milliseconds"]
+        demanded = f"{target.speedup:.1f}" if target else ""
+        share = _percent(target.share_of_peak) if target and target.share_of_peak else ""
+        memory = f" (memory {figures['memory']:.2f})" if "memory" in figures else ""
+        lines.append(
+            f"{name.removeprefix('test_'):44} {milliseconds['ours']:9.2f}  "
+            f"{figures['best_peer']:18} {milliseconds[figures['best_peer']]:9.2f}  "
+            f"{figures['speedup']:8.2f} {demanded:>4}  {figures['gflops']:7.0f}  "
+            f"{_percent(figures['share_of_peak']):>5} {share:>4}  {verdict(figures, target)}{memory}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def write(result: Mapping[str, Any], target: Path) -> None:
+    """The whole file or none: under another name first, then renamed."""
+    temporary = target.with_name(target.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(target)
-    for name, figures in result["figures"].items():
-        print(
-            f"{name:44} {figures['milliseconds']['ours']:10.3f} ms  "
-            f"{figures['speedup_over_best_peer']:6.2f}x over {figures['best_peer']:22} "
-            f"{100 * figures['share_of_limit']:5.1f} % of the limit"
-        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def main(source: str, target: str, command: str = "make bench") -> None:
+    result = reduce(json.loads(Path(source).read_text()), command)
+    write(result, Path(target))
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -6,51 +6,72 @@ import pytest
 import torch
 
 import loopmdm_kernels as lk
+from bench.peers import compiled
+from bench.roofline import NAMES
 from loopmdm_kernels import reference
 from loopmdm_kernels.testing import LoopedInputs, looped_inputs
-from loopmdm_kernels.types import BlockWeights
+
+NUM_LOOPS = 12
 
 
-def flops(inputs: LoopedInputs, num_loops: int) -> float:
+def flops(inputs: LoopedInputs) -> float:
     batch, length, hidden = inputs.x.shape
     width = inputs.blocks[0].mlp_in.shape[0]
     per_token = 2 * (4 * hidden**2 + 2 * hidden * width) + 4 * length * hidden
-    return float(num_loops * len(inputs.blocks) * batch * length * per_token)
+    return float(NUM_LOOPS * len(inputs.blocks) * batch * length * per_token)
+
+
+def plain_variants(inputs, name, whole_graph):
+    """Eager, with one loop as a graph, and with all loops as one."""
+
+    def loops(x, blocks, modulation, num_loops):
+        return reference.looped_blocks(
+            x, blocks, modulation, num_loops, num_heads=inputs.num_heads, rotary=inputs.rotary
+        )
+
+    def all_loops():
+        return loops(inputs.x, inputs.blocks, inputs.modulation, NUM_LOOPS)
+
+    fast_loops = compiled(loops)
+
+    def one_after_the_other():
+        x = inputs.x
+        for _ in range(NUM_LOOPS):
+            x = fast_loops(x, inputs.blocks, inputs.modulation, 1)
+        return x
+
+    variants = {f"eager {name}": all_loops, f"compiled {name}": one_after_the_other}
+    if whole_graph:
+        variants[f"compiled whole {name}"] = lambda: fast_loops(
+            inputs.x, inputs.blocks, inputs.modulation, NUM_LOOPS
+        )
+    return variants
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "hidden", "heads"),
-    [(1, 128, 768, 12), (1, 1024, 768, 12), (1, 81, 256, 4), (64, 81, 256, 4)],
-    ids=["D768-T128", "D768-T1024", "D256-T81", "D256-B64xL81"],
+    ("batch", "length", "hidden", "heads", "dtype"),
+    [
+        pytest.param(1, 1024, 768, 12, torch.bfloat16, id="D768-T1024-bf16"),
+        pytest.param(1, 128, 768, 12, torch.bfloat16, id="D768-T128-bf16"),
+        pytest.param(1, 81, 256, 4, torch.bfloat16, id="D256-T81-bf16"),
+        pytest.param(64, 81, 256, 4, torch.bfloat16, id="D256-B64xL81-bf16"),
+        pytest.param(1, 1024, 768, 12, torch.float32, id="D768-T1024-fp32"),
+    ],
 )
-def test_looped_blocks_forward(compare, batch, length, hidden, heads, num_loops=12):
+def test_looped_blocks(compare, batch, length, hidden, heads, dtype):
     exact = looped_inputs(batch, length, hidden, heads, 2)
-    variants = {}
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        inputs = exact.to(dtype)
-
-        def one_loop(x, blocks, modulation, inputs=inputs):
-            return reference.looped_blocks(x, blocks, modulation, 1, num_heads=heads, rotary=inputs.rotary)
-
-        def run(loop, inputs=inputs):
-            x = inputs.x
-            for _ in range(num_loops):
-                x = loop(x, inputs.blocks, inputs.modulation)
-            return x
-
-        compiled = torch.compile(one_loop)
-        variants[f"eager {name}"] = lambda run=run, loop=one_loop: run(loop)
-        variants[f"compiled {name}"] = lambda run=run, loop=compiled: run(loop)
-    inputs = exact.to(torch.bfloat16)
-    weight_bytes = sum(w.numel() * w.element_size() for b in inputs.blocks for w in BlockWeights(*b))
+    peers = {}
+    for peer_dtype in {torch.float32, dtype}:
+        # One graph of all loops takes half a minute to compile and pays where calls are short.
+        whole_graph = hidden == 256 and batch == 1 and peer_dtype == torch.bfloat16
+        peers |= plain_variants(exact.to(peer_dtype), NAMES[peer_dtype], whole_graph)
+    inputs = exact.to(dtype)
     with torch.no_grad():
         compare(
             lambda: lk.looped_blocks(
-                inputs.x, inputs.blocks, inputs.modulation, num_loops, num_heads=heads, rotary=inputs.rotary
+                inputs.x, inputs.blocks, inputs.modulation, NUM_LOOPS, num_heads=heads, rotary=inputs.rotary
             ),
-            variants,
-            flops=flops(inputs, num_loops),
-            bytes_read=weight_bytes,
-            dtype=torch.bfloat16,
-            repeats=7,
+            peers,
+            flops=flops(inputs),
+            dtype=dtype,
         )

@@ -7,7 +7,7 @@ from loopmdm_kernels.testing.generators import (
     row_rng,
 )
 from loopmdm_kernels.testing.loops import error_over_loops
-from loopmdm_kernels.testing.timers import interleaved_medians
+from loopmdm_kernels.testing.timers import interleaved_medians, interleaved_times
 from loopmdm_kernels.testing.tolerance import assert_matches_oracle, rounding_step
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "error_over_loops",
     "head_inputs",
     "interleaved_medians",
+    "interleaved_times",
     "looped_inputs",
     "rounding_step",
     "row_rng",

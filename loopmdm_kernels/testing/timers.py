@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 
-def interleaved_medians(
+def interleaved_times(
     variants: Mapping[str, Callable[[], Any]], *, repeats: int = 15, warmup: int = 2
-) -> dict[str, float]:
-    """Median seconds of each variant, called in turn so that a slow spell of the machine hits all alike."""
+) -> dict[str, list[float]]:
+    """Seconds of each call; variants take turns, so that a slow spell of the machine hits all alike."""
 
     def timed(call: Callable[[], Any]) -> float:
         if torch.cuda.is_available():
@@ -31,4 +31,12 @@ def interleaved_medians(
     for _ in range(repeats):
         for name, call in variants.items():
             times[name].append(timed(call))
+    return times
+
+
+def interleaved_medians(
+    variants: Mapping[str, Callable[[], Any]], *, repeats: int = 15, warmup: int = 2
+) -> dict[str, float]:
+    """Median seconds of each variant, timed as in `interleaved_times`."""
+    times = interleaved_times(variants, repeats=repeats, warmup=warmup)
     return {name: statistics.median(values) for name, values in times.items()}

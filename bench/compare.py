@@ -1,0 +1,52 @@
+"""Times an op beside its peers in one interleaved run and relates it to the best of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from bench.roofline import NAMES
+from loopmdm_kernels.testing import interleaved_times
+
+OURS = "ours"
+SECONDS = 10.0  # spent on the variants that decide, about
+CONTENDER = 1.5  # a peer slower than the best by this factor is timed a few times only
+FEW, LEAST, MOST = 3, 5, 25  # repeats
+
+
+def contenders(medians: Mapping[str, float]) -> list[str]:
+    """Ours and the peers that may be the best of all peers."""
+    best = min(seconds for name, seconds in medians.items() if name != OURS)
+    return [name for name, seconds in medians.items() if name == OURS or seconds <= CONTENDER * best]
+
+
+def measure(variants: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median seconds of each variant. The first call compiles what is to be compiled and is not timed."""
+    times = interleaved_times(variants, repeats=FEW, warmup=1)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    chosen = contenders(medians)
+    repeats = int(SECONDS / sum(medians[name] for name in chosen))
+    repeats = min(MOST, max(LEAST, repeats)) - FEW
+    more = interleaved_times({name: variants[name] for name in chosen}, repeats=repeats, warmup=0)
+    return {name: statistics.median(values + more.get(name, [])) for name, values in times.items()}
+
+
+def figures(
+    medians: Mapping[str, float], *, flops: float, dtype: torch.dtype, bytes_read: float | None = None
+) -> dict[str, Any]:
+    """What is reported; `flops` are those of the model, whatever an implementation computes twice."""
+    ours = medians[OURS]
+    best = min((name for name in medians if name != OURS), key=lambda name: medians[name])
+    result: dict[str, Any] = {
+        "milliseconds": {name: round(1e3 * value, 4) for name, value in medians.items()},
+        "best_peer": best,
+        "speedup": round(medians[best] / ours, 3),
+        "dtype": NAMES[dtype],
+        "gflops": round(flops / ours / 1e9, 1),
+    }
+    if bytes_read is not None:
+        result["gigabytes_per_second"] = round(bytes_read / ours / 1e9, 2)
+    return result

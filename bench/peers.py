@@ -1,0 +1,109 @@
+"""What users have today: the same arithmetic in plain PyTorch, eager and compiled.
+
+The blocks are those of the reference. Its vocabulary head computes in fp32, for accuracy; here it computes
+in the weights' dtype, as the reference model does under autocast and as is fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import loopmdm_kernels as lk
+from loopmdm_kernels import reference
+from loopmdm_kernels.reference.looped_blocks import norm_modulate
+from loopmdm_kernels.types import Head
+
+Functions = Mapping[str, Callable[..., Any]]
+_LOOPED_BLOCKS = import_module("loopmdm_kernels.reference.looped_blocks")
+
+
+def row_logits(hidden: Tensor, head: Head, rows: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits [R, V] of some rows, or of all, in `dtype`; one modulation for all rows."""
+    shift, scale = head.modulation[0].to(dtype)
+    flat = hidden.flatten(0, 1)
+    h = norm_modulate(flat if rows is None else flat[rows], head.norm, shift, scale).to(dtype)
+    return F.linear(h, head.weight.to(dtype), bias.to(dtype))
+
+
+def possible(head: Head) -> Tensor:
+    """The bias, with -inf at the excluded token: costs no pass over the logits."""
+    return head.bias.index_fill(0, torch.tensor([head.excluded_token]), float("-inf"))
+
+
+def head_logits(hidden: Tensor, head: Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:
+    logits = row_logits(hidden, head, None, head.bias, compute_dtype or head.weight.dtype)
+    return logits.view(*hidden.shape[:2], -1)
+
+
+def masked_cross_entropy(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    rows: Tensor,
+    row_weights: Tensor,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    logits = row_logits(hidden, head, rows, possible(head), compute_dtype or head.weight.dtype)
+    nll = F.cross_entropy(logits.float(), targets.flatten()[rows], reduction="none")
+    return (nll * row_weights).sum(), nll
+
+
+def sample_rows(hidden: Tensor, head: Head, rows: Tensor) -> Tensor:
+    """MDLM's draw: softmax, then the argmax of p over exponential noise, in float64."""
+    logits = row_logits(hidden, head, rows, possible(head), head.weight.dtype)
+    probs = torch.softmax(logits.float(), -1).double()
+    noise = 1e-10 - (torch.rand_like(probs) + 1e-10).log()
+    return (probs / noise).argmax(-1)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+EAGER: Functions = {
+    "block": _LOOPED_BLOCKS.block,
+    "head_logits": head_logits,
+    "masked_cross_entropy": masked_cross_entropy,
+}
+
+
+def compiled_functions() -> Functions:
+    """Compiled piece by piece: one block is one graph, however often it is applied."""
+    block = _LOOPED_BLOCKS.block
+
+    def one_block(x: Tensor, *args: Any, application: int = 0, **kwargs: Any) -> Tensor:
+        # Without dropout the number of the application is not used, and must not be compiled in.
+        return fast_block(x, *args, **kwargs)
+
+    fast_block = compiled(block)
+    pieces = {name: compiled(function) for name, function in EAGER.items() if name != "block"}
+    return {"block": one_block, **pieces}
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def plain_ops(functions: Functions = EAGER) -> Iterator[None]:
+    """Inside, a model computes with these functions instead of the ops."""
+    ops = {"looped_blocks": reference.looped_blocks, **functions}
+    block = ops.pop("block")
+    with (
+        mock.patch.object(_LOOPED_BLOCKS, "block", block),
+        mock.patch.multiple(lk, **{name: _without_autocast(function) for name, function in ops.items()}),
+    ):
+        yield

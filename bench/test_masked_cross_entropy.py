@@ -1,0 +1,89 @@
+"""masked_cross_entropy, forward and backward, beside plain PyTorch; its peak memory in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import loopmdm_kernels as lk
+from bench import peers
+from loopmdm_kernels.types import Head
+
+LENGTH, NUM_ROWS, HIDDEN, VOCAB = 1024, 512, 768, 50258
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor
+    head: Head
+    targets: Tensor
+    rows: Tensor
+    row_weights: Tensor
+
+
+def inputs(dtype: torch.dtype, vocab_size: int = VOCAB) -> Inputs:
+    """Made in their own dtype, so that making them needs no more memory than they take."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=kind).mul_(scale).requires_grad_()
+
+    head = Head(
+        norm=normal(HIDDEN, scale=1.0),
+        weight=normal(vocab_size, HIDDEN, scale=HIDDEN**-0.5),
+        bias=normal(vocab_size, scale=0.1),
+        modulation=normal(1, 2, HIDDEN, scale=0.3),
+        excluded_token=vocab_size - 1,
+    )
+    return Inputs(
+        hidden=normal(1, LENGTH, HIDDEN, scale=1.0, kind=torch.float32),
+        head=head,
+        targets=torch.randint(vocab_size - 1, (1, LENGTH), generator=generator),
+        rows=torch.arange(0, LENGTH, LENGTH // NUM_ROWS),
+        row_weights=torch.ones(NUM_ROWS),
+    )
+
+
+def loss_and_gradients(arguments, function=lk.masked_cross_entropy, compute_dtype=torch.bfloat16):
+    leaves = [arguments.hidden, *arguments.head[:4]]
+
+    def run():
+        total, _ = function(*arguments, compute_dtype=compute_dtype)
+        return torch.autograd.grad(total, leaves)
+
+    return run
+
+
+def peak_memory(name: str) -> float:
+    """Of the weight, and of what is allocated beside it, over the weight and its gradient."""
+    command = [sys.executable, "-m", "bench.peak_memory", name]
+    root = Path(__file__).resolve().parents[1]
+    output = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+    measured = json.loads(output)
+    return (measured["weight_bytes"] + measured["rise_bytes"]) / (2 * measured["weight_bytes"])
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32"], ids=["bf16-parameters", "fp32-parameters"])
+def test_masked_cross_entropy(compare, name):
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    variants = {}
+    for kind, compute_dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        # Where the parameters are bf16, the fp32 peer has its own in fp32.
+        arguments = inputs(torch.promote_types(dtype, compute_dtype))
+        plain = peers.masked_cross_entropy
+        variants[f"eager {kind}"] = loss_and_gradients(arguments, plain, compute_dtype)
+        variants[f"compiled {kind}"] = loss_and_gradients(arguments, peers.compiled(plain), compute_dtype)
+    memory = {"memory": round(peak_memory(name), 3)} if sys.platform == "linux" else {}
+    compare(
+        loss_and_gradients(inputs(dtype)),
+        variants,
+        flops=3 * 2.0 * NUM_ROWS * HIDDEN * VOCAB,
+        dtype=torch.bfloat16,
+        **memory,
+    )

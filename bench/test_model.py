@@ -1,0 +1,101 @@
+"""The whole model: a forward pass of the small preset and a training step, ours beside plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+
+import loopmdm_kernels as lk
+from bench.peers import EAGER, compiled_functions, plain_ops
+from loopmdm.config import LoopMDMConfig
+from loopmdm.flops import TRAINING_FACTOR, executed_layers, forward_flops, head_flops, layer_flops
+from loopmdm.model import LoopMDM
+
+
+def token_ids(batch, length, config):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.mask_token_id, (batch, length), generator=generator)
+
+
+def plainly(call, functions):
+    def run():
+        with plain_ops(functions):
+            return call()
+
+    return run
+
+
+def plain_variants(call, name):
+    return {f"eager {name}": plainly(call, EAGER), f"compiled {name}": plainly(call, compiled_functions())}
+
+
+def test_model(compare, length=1024, vocab_size=50258, num_loops=12):
+    config = LoopMDMConfig.preset(
+        "small", vocab_size=vocab_size, mask_token_id=vocab_size - 1, dropout=0.0, gate_init=1.0
+    )
+    torch.manual_seed(0)
+    exact = LoopMDM(config).eval()
+    rounded = copy.deepcopy(exact).bfloat16()
+    ids = token_ids(1, length, config)
+
+    def forward(model):
+        return lambda: model(ids, num_loops=num_loops)
+
+    with torch.no_grad():
+        compare(
+            forward(rounded),
+            plain_variants(forward(exact), "fp32") | plain_variants(forward(rounded), "bf16"),
+            flops=forward_flops(config, length, num_loops),
+            dtype=torch.bfloat16,
+        )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it
+def test_training_step(compare, batch=4, length=512, num_loops=6):
+    config = LoopMDMConfig(
+        vocab_size=8192,
+        mask_token_id=8191,
+        hidden_size=384,
+        num_heads=6,
+        num_layers=12,
+        max_length=length,
+        max_loops=num_loops,
+        dropout=0.0,
+        gate_init=1.0,
+    )
+    torch.manual_seed(0)
+    initial = LoopMDM(config)
+    ids = token_ids(batch, length, config)
+
+    def loss(model):
+        return model.loss(ids, num_loops=num_loops, seed=0).loss
+
+    def step(autocast):
+        model = copy.deepcopy(initial)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def run():
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                value = loss(model)
+            value.backward()
+            optimizer.step()
+            # The fused optimizer does not, and what is kept of a parameter goes by its version.
+            torch.autograd.graph.increment_version(model.parameters())
+            optimizer.zero_grad()
+
+        return run
+
+    with mock.patch.object(lk, "masked_cross_entropy", wraps=lk.masked_cross_entropy) as spy:
+        loss(initial)
+    num_rows = spy.call_args.args[3].numel()
+    blocks = batch * length * executed_layers(config, num_loops) * layer_flops(config, length)
+    compare(
+        step(autocast=True),
+        plain_variants(step(autocast=False), "fp32") | plain_variants(step(autocast=True), "bf16"),
+        flops=TRAINING_FACTOR * (blocks + num_rows * head_flops(config)),
+        dtype=torch.bfloat16,
+        rows=num_rows,
+    )
