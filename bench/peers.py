@@ -69,26 +69,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-EAGER: Functions = {
-    "block": _LOOPED_BLOCKS.block,
-    "head_logits": head_logits,
-    "masked_cross_entropy": masked_cross_entropy,
-}
-
-
-def compiled_functions() -> Functions:
-    """Compiled piece by piece: one block is one graph, however often it is applied."""
-    block = _LOOPED_BLOCKS.block
-
-    def one_block(x: Tensor, *args: Any, application: int = 0, **kwargs: Any) -> Tensor:
-        # Without dropout the number of the application is not used, and must not be compiled in.
-        return fast_block(x, *args, **kwargs)
-
-    fast_block = compiled(block)
-    pieces = {name: compiled(function) for name, function in EAGER.items() if name != "block"}
-    return {"block": one_block, **pieces}
-
-
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast("cpu", enabled=False):
@@ -97,13 +77,38 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+EAGER: Functions = {
+    "block": _LOOPED_BLOCKS.block,
+    "looped_blocks": _without_autocast(reference.looped_blocks),
+    "head_logits": _without_autocast(head_logits),
+    "masked_cross_entropy": _without_autocast(masked_cross_entropy),
+}
+
+
+def compiled_head() -> Functions:
+    """Everything but the blocks compiled."""
+    return {
+        **EAGER,
+        "head_logits": _without_autocast(compiled(head_logits)),
+        "masked_cross_entropy": _without_autocast(compiled(masked_cross_entropy)),
+    }
+
+
+def compiled_pieces() -> Functions:
+    """The blocks too: one block is one graph, however often it is applied."""
+    fast_block = compiled(_LOOPED_BLOCKS.block)
+
+    def one_block(x: Tensor, *args: Any, application: int = 0, **kwargs: Any) -> Tensor:
+        # Without dropout the number of the application is not used, and must not be compiled in.
+        return fast_block(x, *args, **kwargs)
+
+    return {**compiled_head(), "block": one_block}
+
+
 @contextmanager
-def plain_ops(functions: Functions = EAGER) -> Iterator[None]:
+def plain_ops(functions: Functions) -> Iterator[None]:
     """Inside, a model computes with these functions instead of the ops."""
-    ops = {"looped_blocks": reference.looped_blocks, **functions}
+    ops = dict(functions)
     block = ops.pop("block")
-    with (
-        mock.patch.object(_LOOPED_BLOCKS, "block", block),
-        mock.patch.multiple(lk, **{name: _without_autocast(function) for name, function in ops.items()}),
-    ):
+    with mock.patch.object(_LOOPED_BLOCKS, "block", block), mock.patch.multiple(lk, **ops):
         yield

@@ -1,4 +1,7 @@
-"""The whole model: a forward pass of the small preset and a training step, ours beside plain PyTorch."""
+"""The whole model: a forward pass of the small preset and a training step, ours beside plain PyTorch.
+
+Compiled block by block, and in bf16 as one graph too, which takes a minute to compile and is faster.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 import loopmdm_kernels as lk
-from bench.peers import EAGER, compiled_functions, plain_ops
+from bench.peers import EAGER, compiled, compiled_head, compiled_pieces, plain_ops
 from loopmdm.config import LoopMDMConfig
 from loopmdm.flops import TRAINING_FACTOR, executed_layers, forward_flops, head_flops, layer_flops
 from loopmdm.model import LoopMDM
@@ -29,7 +32,7 @@ def plainly(call, functions):
 
 
 def plain_variants(call, name):
-    return {f"eager {name}": plainly(call, EAGER), f"compiled {name}": plainly(call, compiled_functions())}
+    return {f"eager {name}": plainly(call, EAGER), f"compiled {name}": plainly(call, compiled_pieces())}
 
 
 def test_model(compare, length=1024, vocab_size=50258, num_loops=12):
@@ -44,10 +47,12 @@ def test_model(compare, length=1024, vocab_size=50258, num_loops=12):
     def forward(model):
         return lambda: model(ids, num_loops=num_loops)
 
+    peers = plain_variants(forward(exact), "fp32") | plain_variants(forward(rounded), "bf16")
+    peers["compiled whole bf16"] = plainly(compiled(forward(rounded)), EAGER)
     with torch.no_grad():
         compare(
             forward(rounded),
-            plain_variants(forward(exact), "fp32") | plain_variants(forward(rounded), "bf16"),
+            peers,
             flops=forward_flops(config, length, num_loops),
             dtype=torch.bfloat16,
         )
@@ -73,8 +78,10 @@ def test_training_step(compare, batch=4, length=512, num_loops=6):
     def loss(model):
         return model.loss(ids, num_loops=num_loops, seed=0).loss
 
-    def step(autocast):
+    def step(autocast, whole_graph=False):
         model = copy.deepcopy(initial)
+        if whole_graph:  # the loss itself draws masks, reads values and does not trace
+            model.hidden = compiled(model.hidden)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def run():
@@ -92,9 +99,11 @@ def test_training_step(compare, batch=4, length=512, num_loops=6):
         loss(initial)
     num_rows = spy.call_args.args[3].numel()
     blocks = batch * length * executed_layers(config, num_loops) * layer_flops(config, length)
+    peers = plain_variants(step(autocast=False), "fp32") | plain_variants(step(autocast=True), "bf16")
+    peers["compiled whole bf16"] = plainly(step(autocast=True, whole_graph=True), compiled_head())
     compare(
         step(autocast=True),
-        plain_variants(step(autocast=False), "fp32") | plain_variants(step(autocast=True), "bf16"),
+        peers,
         flops=TRAINING_FACTOR * (blocks + num_rows * head_flops(config)),
         dtype=torch.bfloat16,
         rows=num_rows,
