@@ -1,6 +1,7 @@
 """The whole model: a forward pass of the small preset and a training step, ours beside plain PyTorch.
 
-Compiled block by block, and in bf16 as one graph too, which takes a minute to compile and is faster.
+Compiled block by block; training in bf16 also as one graph, which takes a minute to compile. On a forward
+pass over 1024 tokens that saves nothing.
 """
 
 from __future__ import annotations
@@ -47,12 +48,10 @@ def test_model(compare, length=1024, vocab_size=50258, num_loops=12):
     def forward(model):
         return lambda: model(ids, num_loops=num_loops)
 
-    peers = plain_variants(forward(exact), "fp32") | plain_variants(forward(rounded), "bf16")
-    peers["compiled whole bf16"] = plainly(compiled(forward(rounded)), EAGER)
     with torch.no_grad():
         compare(
             forward(rounded),
-            peers,
+            plain_variants(forward(exact), "fp32") | plain_variants(forward(rounded), "bf16"),
             flops=forward_flops(config, length, num_loops),
             dtype=torch.bfloat16,
         )
