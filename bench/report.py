@@ -48,7 +48,9 @@ def reduce(raw: Mapping[str, Any], command: str) -> dict[str, Any]:
 
 
 def with_share(figures: Figures, limits: Mapping[str, Any]) -> dict[str, Any]:
-    """And the share of the peak of the whole run, which is known at its end."""
+    """And the share of the peak of the whole run, which is known at its end; where anything is computed."""
+    if "gflops" not in figures:
+        return dict(figures)
     peak = limits[f"peak_{figures['dtype']}"]
     return {**figures, "share_of_peak": round(1e9 * figures["gflops"] / peak, 3)}
 
@@ -77,13 +79,13 @@ def verdict(figures: Figures, target: Target | None) -> str:
 def table(result: Mapping[str, Any], targets: Mapping[str, Target] = TARGETS) -> str:
     """One line a case: its time, the best peer's, and speed-up and share of the peak beside the targets."""
     machine, versions = result["machine"], result["versions"]
-    rate = machine["giga_per_second"]
+    limit = machine["giga_per_second"]
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']}; torch {versions['torch']}; "
         f"{result['date']}",
-        f"Peak of the instructions: bf16 {rate['peak_bf16']:.0f}, fp32 {rate['peak_fp32']:.0f} GFLOP/s "
-        f"(torch's matmul: {rate['matmul_bf16']:.0f}, {rate['matmul_fp32']:.0f}); "
-        f"memory is read at {rate['read_bandwidth']:.1f} GB/s",
+        f"Peak of the instructions: bf16 {limit['peak_bf16']:.0f}, fp32 {limit['peak_fp32']:.0f} GFLOP/s "
+        f"(torch's matmul: {limit['matmul_bf16']:.0f}, {limit['matmul_fp32']:.0f}); "
+        f"memory is read at {limit['read_bandwidth']:.1f} GB/s",
         "",
         f"{'case':44} {'ms':>9}  {'best peer':18} {'ms':>9}  {'speed-up':8} {'of':>4}  "
         f"{'GFLOP/s':>7}  {'share':5} {'of':>4}  target",
@@ -93,12 +95,14 @@ def table(result: Mapping[str, Any], targets: Mapping[str, Target] = TARGETS) ->
         milliseconds = figures["milliseconds"]
         demanded = f"{target.speedup:.1f}" if target else ""
         share = _percent(target.share_of_peak) if target and target.share_of_peak else ""
+        rate = f"{figures['gflops']:.0f}" if "gflops" in figures else ""
+        reached = _percent(figures["share_of_peak"]) if "gflops" in figures else ""
         memory = f" (memory {figures['memory']:.2f})" if "memory" in figures else ""
         lines.append(
             f"{name.removeprefix('test_'):44} {milliseconds['ours']:9.2f}  "
             f"{figures['best_peer']:18} {milliseconds[figures['best_peer']]:9.2f}  "
-            f"{figures['speedup']:8.2f} {demanded:>4}  {figures['gflops']:7.0f}  "
-            f"{_percent(figures['share_of_peak']):>5} {share:>4}  {verdict(figures, target)}{memory}".rstrip()
+            f"{figures['speedup']:8.2f} {demanded:>4}  {rate:>7}  "
+            f"{reached:>5} {share:>4}  {verdict(figures, target)}{memory}".rstrip()
         )
     return "\n".join(lines)
 

@@ -76,6 +76,12 @@ def test_the_share_is_of_the_peak_of_the_dtype(dtype, share):
     assert report.with_share({"dtype": dtype, "gflops": 450.0}, limits)["share_of_peak"] == share
 
 
+def test_a_case_that_computes_nothing_has_no_share():
+    idle = {"milliseconds": {"ours": 1.0, "other": 2.0}, "best_peer": "other", "speedup": 2.0}
+    (line,) = report.table(report.reduce(raw(test_idle=idle), "make bench")).splitlines()[4:]
+    assert line.split() == ["idle", "1.00", "other", "2.00", "2.00"]
+
+
 def test_main_writes_the_file_whole(tmp_path, monkeypatch, capsys):
     source, target = tmp_path / "raw.json", tmp_path / "result.json"
     source.write_text(json.dumps(raw(test_one=figures())))

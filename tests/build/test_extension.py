@@ -64,7 +64,7 @@ def test_instruction_sets_share_no_function(isa):
     if not objects:
         pytest.skip("the objects of the build are not here")
     for path in objects:
-        kernel = path.name.split("_isa.")[0] + "_kernel"
         symbols = output_of("nm", "-C", str(path))
         shared = [line for line in symbols.splitlines() if re.search(r" [TWVuDBR] ", line)]
-        assert [line.split(maxsplit=2)[2] for line in shared] == [f"loopmdm::cpu::{isa}::{kernel}"]
+        names = [line.split(maxsplit=2)[2] for line in shared]
+        assert names and all(name.startswith(f"loopmdm::cpu::{isa}::") for name in names), path.name
