@@ -7,6 +7,34 @@ def debug_parallel(num_threads: int, rounds: int, failing: int = -1) -> list[int
 def debug_share(num_threads: int, num_tasks: int, phases: int) -> list[int]: ...
 def cpu_peak_flops(dtype_is_bf16: bool, num_threads: int, milliseconds: float) -> float: ...
 def philox(seed: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]: ...
+def fingerprint(weight: Tensor) -> int: ...
+def packed_size(columns: int, depth: int, heads: int, parts: int, narrow: bool) -> int: ...
+def pack_linear(
+    weight: Tensor,
+    heads: int,
+    parts: int,
+    narrow: bool,
+    transposed: bool,
+    num_threads: int,
+    packed: Tensor,
+) -> None: ...
+def looped_blocks(
+    x: Tensor,
+    blocks: list[Tensor],
+    modulation: Tensor,
+    num_loops: Tensor,
+    heads: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_mask: Tensor | None,
+    narrow: bool,
+    dropout: float,
+    dropout_seed: int,
+    exit_threshold: float,
+    num_threads: int,
+    out: Tensor,
+    used: Tensor,
+) -> None: ...
 def sample_rows(
     hidden: Tensor,
     rows: Tensor,

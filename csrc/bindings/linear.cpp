@@ -2,6 +2,7 @@
 
 #include "bindings/ops.h"
 #include "bindings/tensor_view.h"
+#include "cpu/fingerprint.h"
 
 namespace py = pybind11;
 
@@ -44,9 +45,16 @@ void pack_linear(py::handle weight_arg, int64_t heads, int64_t parts, bool narro
   }
 }
 
+uint64_t fingerprint(py::handle weight_arg) {
+  const TensorView weight(weight_arg, "weight", {DType::float32, DType::bfloat16}, {kAny, kAny});
+  const int64_t item = weight.dtype() == DType::float32 ? 4 : 2;
+  return cpu::fingerprint(weight.data(), weight.size(0) * weight.size(1) * item);
+}
+
 }  // namespace
 
 void bind_linear(py::module_& m) {
+  m.def("fingerprint", &fingerprint, py::arg("weight"));
   m.def("packed_size", &packed_size, py::arg("columns"), py::arg("depth"), py::arg("heads"), py::arg("parts"),
         py::arg("narrow"));
   m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("heads"), py::arg("parts"), py::arg("narrow"),

@@ -1,72 +1,96 @@
-"""Weights in the layout the kernels read, packed once and kept while the weight does not change."""
+"""Weights in the layout the kernels read, packed once and kept while the weight does not change.
+
+A weight counts as changed when it is another tensor, or its version counter, address, shape, dtype or
+fingerprint has changed, or an optimizer has stepped over it. The fingerprint reads one cache line of every KB
+of the weight, a different one from KB to KB. It is there for what leaves the version counter alone: writes
+through `.data`, fused optimizers on a CPU, inference tensors. A write through `.data` that touches less than
+2 KB in a row, such as a single row of a matrix, can pass unseen: after it, call `clear()` or
+`torch.autograd.graph.increment_version(weight)`. In-place operations on the weight itself are always seen.
+"""
 
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-# A weight counts as changed if its version counter moved or one of its sampled values did: writes through
-# `.data` and fused optimizers on a CPU leave the counter alone (docs/measured.md).
-_SAMPLED_BYTES = 1024  # one cache line is compared of each so many bytes
-_LINE = 16  # 32-bit words
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 
-class _Key(NamedTuple):
-    weight: int  # id; the entry dies with the tensor
-    heads: int
-    parts: int
-    narrow: bool
-    transposed: bool
-    isa: str
-
-
-class _Entry(NamedTuple):
+class _State(NamedTuple):
     version: int
     address: int
-    sample: Tensor
-    packed: Tensor
+    fingerprint: int
+    shape: torch.Size
+    dtype: torch.dtype
 
 
-_entries: dict[int, dict[_Key, _Entry]] = {}
+class _Packs(NamedTuple):
+    weight: weakref.ref[Tensor]
+    state: _State
+    packed: dict[tuple[Any, ...], Tensor]  # by the options of packing and the instruction set
 
 
-def _sample(weight: Tensor) -> Tensor:
-    words = weight.detach().view(-1).view(torch.int32) if weight.numel() % 2 == 0 else weight.detach().view(-1)
-    step = _SAMPLED_BYTES // words.element_size()
-    lines = words[: words.numel() // step * step].view(-1, step)[:, :_LINE]
-    return torch.cat((lines.reshape(-1), words[-_LINE:]))
+# By id of the weight. An entry dies with its weight, and is replaced, never changed, when the weight changes:
+# a thread that has the old one computes with weights that were valid when it asked.
+_known: dict[int, _Packs] = {}
+
+
+def clear() -> None:
+    """Forget all packed weights, which are then packed again where they are needed."""
+    _known.clear()
 
 
 def packed_linear(
     weight: Tensor, *, narrow: bool, heads: int = 0, parts: int = 1, transposed: bool = False
 ) -> Tensor:
-    """The weight [N, K] as 32-bit words in panels; see `csrc/cpu/linear.h`.
+    """The weight [N, K] as 32-bit words in panels; see `csrc/cpu/linear.h`. Not to be written to.
 
     `heads` > 0: its rows are `parts` times `heads` heads. `transposed`: the panels of its transpose.
+    A weight that is not contiguous is packed at each call.
     """
     from loopmdm_kernels import _C
 
-    weight = weight.detach() if not weight.is_contiguous() else weight
-    source = weight if weight.is_contiguous() else weight.contiguous()
-    key = _Key(id(weight), heads, parts, narrow, transposed, _C.cpu_isa())
-    known = _entries.get(id(weight), {}).get(key)
-    version = -1 if weight.is_inference() else weight._version
-    sample = _sample(source)
-    if (
-        known is not None
-        and known.version == version
-        and known.address == source.data_ptr()
-        and torch.equal(known.sample, sample)
-    ):
-        return known.packed
+    if not weight.is_contiguous():
+        return _pack(weight.detach().contiguous(), narrow, heads, parts, transposed)
+    # Read before packing: a write by another thread meanwhile is seen by the next call.
+    state = _State(
+        -1 if weight.is_inference() else weight._version,
+        weight.data_ptr(),
+        _C.fingerprint(weight),
+        weight.shape,
+        weight.dtype,
+    )
+    key = id(weight)
+    known = _known.get(key)
+    if known is None or known.weight() is not weight or known.state != state:
+        _watch_optimizers()
+        known = _Packs(weakref.ref(weight, partial(_known.pop, key)), state, {})
+        _known[key] = known
+    options = (narrow, heads, parts, transposed, _C.cpu_isa())
+    packed = known.packed.get(options)
+    if packed is None:
+        packed = known.packed[options] = _pack(weight, narrow, heads, parts, transposed)
+    return packed
+
+
+def _pack(weight: Tensor, narrow: bool, heads: int, parts: int, transposed: bool) -> Tensor:
+    from loopmdm_kernels import _C
+
     columns, depth = reversed(weight.shape) if transposed else weight.shape
     packed = torch.empty(_C.packed_size(columns, depth, heads, parts, narrow), dtype=torch.int32)
-    _C.pack_linear(source, heads, parts, narrow, transposed, torch.get_num_threads(), packed)
-    if id(weight) not in _entries:
-        _entries[id(weight)] = {}
-        weakref.finalize(weight, _entries.pop, id(weight), None)
-    _entries[id(weight)][key] = _Entry(version, source.data_ptr(), sample, packed)
+    _C.pack_linear(weight, heads, parts, narrow, transposed, torch.get_num_threads(), packed)
     return packed
+
+
+@cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_forget_stepped)
+
+
+def _forget_stepped(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            _known.pop(id(weight), None)

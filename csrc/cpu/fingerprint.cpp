@@ -1,0 +1,60 @@
+#include "cpu/fingerprint.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace loopmdm::cpu {
+namespace {
+
+constexpr int64_t kLine = 64, kBlock = 1024, kWhole = 4096, kAhead = 24;  // bytes, and blocks to prefetch
+constexpr int kWords = kLine / 8;
+constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;  // 2^64 / golden ratio
+
+// One to one in `word` and in `hash`: no single change is lost.
+inline uint64_t mix(uint64_t hash, uint64_t word) {
+  hash = (hash ^ word) * kOdd;
+  return hash ^ (hash >> 29);
+}
+
+class Hash {
+ public:
+  // `bytes` <= kLine; what is missing counts as zero.
+  void add(const char* line, int64_t bytes = kLine) {
+    uint64_t words[kWords] = {};
+    std::memcpy(words, line, static_cast<size_t>(bytes));
+    for (int i = 0; i < kWords; ++i) lanes_[i] = mix(lanes_[i], words[i]);
+  }
+
+  uint64_t finish(int64_t bytes) const {
+    uint64_t hash = static_cast<uint64_t>(bytes);
+    for (const uint64_t lane : lanes_) hash = mix(hash, lane);
+    return hash;
+  }
+
+ private:
+  uint64_t lanes_[kWords] = {};
+};
+
+inline int64_t line_of(int64_t block) {
+  return block * kBlock + static_cast<int64_t>((static_cast<uint64_t>(block) * kOdd) >> 60) * kLine;
+}
+
+}  // namespace
+
+uint64_t fingerprint(const void* data, int64_t bytes) {
+  const char* at = static_cast<const char*>(data);
+  Hash hash;
+  if (bytes < kWhole) {
+    for (int64_t i = 0; i < bytes; i += kLine) hash.add(at + i, std::min(kLine, bytes - i));
+  } else {
+    const int64_t blocks = bytes / kBlock;
+    for (int64_t i = 0; i < blocks; ++i) {
+      __builtin_prefetch(at + line_of(std::min(i + kAhead, blocks - 1)));
+      hash.add(at + line_of(i));
+    }
+    hash.add(at + bytes - kLine);
+  }
+  return hash.finish(bytes);
+}
+
+}  // namespace loopmdm::cpu

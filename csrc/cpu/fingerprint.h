@@ -1,0 +1,13 @@
+// A number that changes when a weight does, at a small part of the cost of reading it.
+#pragma once
+
+#include <cstdint>
+
+namespace loopmdm::cpu {
+
+// A 64-bit hash of one cache line of every KB of data and of the last line; of everything below 4 KB. Which
+// line of a KB varies from one KB to the next, so a change of one column of a matrix meets some of them. A
+// change in a single word that is read always changes the number.
+uint64_t fingerprint(const void* data, int64_t bytes);
+
+}  // namespace loopmdm::cpu
