@@ -26,7 +26,10 @@ _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # The ops of each backend. A kernel module holds a function named like the op, and
 # supports(**arguments) -> str | None: why it cannot take these arguments, or None.
 _KERNEL_MODULES = {
-    "cpu": {"sample_rows": "loopmdm_kernels.cpu.sample_rows"},
+    "cpu": {
+        "looped_blocks": "loopmdm_kernels.cpu.looped_blocks",
+        "sample_rows": "loopmdm_kernels.cpu.sample_rows",
+    },
     "triton": {},
     "cuda": {},
 }

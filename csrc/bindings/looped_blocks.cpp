@@ -1,10 +1,11 @@
 #include "cpu/looped_blocks.h"
 
-#include <optional>
+#include <algorithm>
 #include <vector>
 
 #include "bindings/ops.h"
 #include "bindings/tensor_view.h"
+#include "cpu/looped_blocks_backward.h"
 
 namespace py = pybind11;
 
@@ -13,92 +14,187 @@ namespace {
 
 constexpr size_t kTensorsPerBlock = 8;
 
-// blocks: for each block the tensors of BlockWeights, linear weights packed by pack_linear.
-void looped_blocks(py::handle x_arg, const py::sequence& blocks_arg, py::handle modulation_arg,
-                   py::handle num_loops_arg, int64_t heads, py::handle cos_arg, py::handle sin_arg,
-                   py::handle key_mask_arg, bool narrow, double dropout, uint64_t dropout_seed,
-                   double exit_threshold, int num_threads, py::handle out_arg, py::handle used_arg) {
-  const TensorView x(x_arg, "x", {DType::float32}, {kAny, kAny, kAny});
-  const int64_t batch = x.size(0), length = x.size(1), hidden = x.size(2);
-  if (heads < 1 || hidden % (2 * heads) != 0)
-    throw py::value_error("num_heads: got " + std::to_string(heads) + " for " + std::to_string(hidden));
-  if (py::len(blocks_arg) == 0 || py::len(blocks_arg) % kTensorsPerBlock != 0)
-    throw py::value_error("blocks: expected a multiple of 8 tensors, got " +
-                          std::to_string(py::len(blocks_arg)));
-  const int64_t num_blocks = static_cast<int64_t>(py::len(blocks_arg) / kTensorsPerBlock);
-  const TensorView modulation(modulation_arg, "modulation", {DType::float32}, {num_blocks, kAny, 6, hidden});
-  if (modulation.size(1) != 1 && modulation.size(1) != batch)
-    throw py::value_error("modulation: expected 1 or " + std::to_string(batch) + " sequences");
-  const TensorView num_loops(num_loops_arg, "num_loops", {DType::int64}, {batch});
-  const TensorView out(out_arg, "out", {DType::float32}, {batch, length, hidden});
-  const TensorView used(used_arg, "used", {DType::int64}, {batch});
-  std::optional<TensorView> cos, sin, key_mask;
-  if (!cos_arg.is_none()) {
-    cos.emplace(cos_arg, "rotary.cos", std::initializer_list<DType>{DType::float32},
-                std::initializer_list<int64_t>{length, hidden / heads / 2});
-    sin.emplace(sin_arg, "rotary.sin", std::initializer_list<DType>{DType::float32},
-                std::initializer_list<int64_t>{length, hidden / heads / 2});
-  }
-  if (!key_mask_arg.is_none())
-    key_mask.emplace(key_mask_arg, "key_mask", std::initializer_list<DType>{DType::boolean},
-                     std::initializer_list<int64_t>{batch, length});
+using Dims = std::initializer_list<int64_t>;
 
-  const cpu::Isa isa = cpu::current_isa();
-  const cpu::LinearKernel& linear = cpu::linear_kernel(isa);
-  const int64_t width = TensorView(blocks_arg[5], "mlp_in_bias", {DType::float32}, {kAny}).size(0);
-  const int64_t head_dim = hidden / heads;
-  const auto size = [&](int64_t columns, int64_t depth, int64_t unit) {
-    return cpu::linear_layout(linear, columns, depth, unit, narrow).size();
-  };
+template <class T>
+T* optional(py::handle tensor, const char* name, DType dtype, Dims shape) {
+  return tensor.is_none() ? nullptr : TensorView(tensor, name, {dtype}, shape).as<T>();
+}
+
+// The arguments both directions share, checked. blocks: for each block the tensors of BlockWeights, linear
+// weights packed by pack_linear.
+struct Arguments {
+  cpu::LoopedBlocksProblem problem;
   std::vector<cpu::BlockPointers> blocks;
-  for (size_t at = 0; at < py::len(blocks_arg); at += kTensorsPerBlock) {
-    const auto packed = [&](size_t index, const char* name, int64_t words) {
-      return TensorView(blocks_arg[at + index], name, {DType::int32}, {words}).as<const uint32_t>();
+  cpu::Isa isa;
+
+  Arguments(py::handle x_arg, const py::sequence& blocks_arg, py::handle modulation_arg,
+            py::handle num_loops_arg, int64_t heads, py::handle cos_arg, py::handle sin_arg,
+            py::handle key_mask_arg, bool narrow, double dropout, uint64_t dropout_seed, int64_t first_loop)
+      : isa(cpu::current_isa()) {
+    const TensorView x(x_arg, "x", {DType::float32}, {kAny, kAny, kAny});
+    const int64_t batch = x.size(0), length = x.size(1), hidden = x.size(2);
+    if (heads < 1 || hidden % (2 * heads) != 0)
+      throw py::value_error("num_heads: got " + std::to_string(heads) + " for " + std::to_string(hidden));
+    if (py::len(blocks_arg) == 0 || py::len(blocks_arg) % kTensorsPerBlock != 0)
+      throw py::value_error("blocks: expected a multiple of 8 tensors, got " +
+                            std::to_string(py::len(blocks_arg)));
+    const int64_t num_blocks = static_cast<int64_t>(py::len(blocks_arg) / kTensorsPerBlock);
+    const TensorView modulation(modulation_arg, "modulation", {DType::float32},
+                                {num_blocks, kAny, 6, hidden});
+    if (modulation.size(1) != 1 && modulation.size(1) != batch)
+      throw py::value_error("modulation: expected 1 or " + std::to_string(batch) + " sequences");
+    const int64_t half = hidden / heads / 2;
+    const int64_t width = TensorView(blocks_arg[5], "mlp_in_bias", {DType::float32}, {kAny}).size(0);
+    const cpu::LinearKernel& linear = cpu::linear_kernel(isa);
+    const auto size = [&](int64_t columns, int64_t depth, int64_t head_dim) {
+      return cpu::linear_layout(linear, columns, depth, head_dim, narrow).size();
     };
-    const auto vector = [&](size_t index, const char* name, int64_t elements) {
-      return TensorView(blocks_arg[at + index], name, {DType::float32}, {elements}).as<const float>();
+    for (size_t at = 0; at < py::len(blocks_arg); at += kTensorsPerBlock) {
+      const auto packed = [&](size_t index, const char* name, int64_t words) {
+        return TensorView(blocks_arg[at + index], name, {DType::int32}, {words}).as<const uint32_t>();
+      };
+      const auto vector = [&](size_t index, const char* name, int64_t elements) {
+        return TensorView(blocks_arg[at + index], name, {DType::float32}, {elements}).as<const float>();
+      };
+      blocks.push_back({.query_key_value = packed(1, "qkv", 3 * size(hidden, hidden, hidden / heads)),
+                        .attn_out = packed(2, "attn_out", size(hidden, hidden, 0)),
+                        .mlp_in = packed(4, "mlp_in", size(width, hidden, 0)),
+                        .mlp_out = packed(6, "mlp_out", size(hidden, width, 0)),
+                        .norm1 = vector(0, "norm1", hidden),
+                        .norm2 = vector(3, "norm2", hidden),
+                        .mlp_in_bias = vector(5, "mlp_in_bias", width),
+                        .mlp_out_bias = vector(7, "mlp_out_bias", hidden)});
+    }
+    problem = {
+        .x = x.as<const float>(),
+        .blocks = blocks.data(),
+        .modulation = modulation.as<const float>(),
+        .cos = optional<const float>(cos_arg, "rotary.cos", DType::float32, {length, half}),
+        .sin = optional<const float>(sin_arg, "rotary.sin", DType::float32, {length, half}),
+        .key_mask = optional<const bool>(key_mask_arg, "key_mask", DType::boolean, {batch, length}),
+        .num_loops = TensorView(num_loops_arg, "num_loops", {DType::int64}, {batch}).as<const int64_t>(),
+        .batch = batch,
+        .length = length,
+        .hidden = hidden,
+        .width = width,
+        .heads = heads,
+        .num_blocks = num_blocks,
+        .modulation_rows = modulation.size(1),
+        .first_loop = first_loop,
+        .exit_threshold = -1,
+        .dropout = dropout,
+        .dropout_seed = dropout_seed,
+        .narrow = narrow,
     };
-    blocks.push_back({.query_key_value = packed(1, "qkv", 3 * size(hidden, hidden, head_dim)),
-                      .attn_out = packed(2, "attn_out", size(hidden, hidden, 0)),
-                      .mlp_in = packed(4, "mlp_in", size(width, hidden, 0)),
-                      .mlp_out = packed(6, "mlp_out", size(hidden, width, 0)),
-                      .norm1 = vector(0, "norm1", hidden),
-                      .norm2 = vector(3, "norm2", hidden),
-                      .mlp_in_bias = vector(5, "mlp_in_bias", width),
-                      .mlp_out_bias = vector(7, "mlp_out_bias", hidden)});
   }
-  const cpu::LoopedBlocksProblem problem = {
-      .x = x.as<const float>(),
-      .blocks = blocks.data(),
-      .modulation = modulation.as<const float>(),
-      .cos = cos ? cos->as<const float>() : nullptr,
-      .sin = sin ? sin->as<const float>() : nullptr,
-      .key_mask = key_mask ? key_mask->as<const bool>() : nullptr,
-      .num_loops = num_loops.as<const int64_t>(),
-      .batch = batch,
-      .length = length,
-      .hidden = hidden,
-      .width = width,
-      .heads = heads,
-      .num_blocks = num_blocks,
-      .modulation_rows = modulation.size(1),
-      .exit_threshold = exit_threshold,
-      .dropout = dropout,
-      .dropout_seed = dropout_seed,
-      .narrow = narrow,
-  };
-  const cpu::LoopedBlocksOutput output = {out.as<float>(), used.as<int64_t>()};
+
+  int64_t most_loops() const {
+    return *std::max_element(problem.num_loops, problem.num_loops + problem.batch);
+  }
+};
+
+// Bytes that record one application of a block to one sequence.
+int64_t tape_bytes(int64_t length, int64_t hidden, int64_t width, int64_t heads, bool narrow) {
+  cpu::LoopedBlocksProblem problem{};
+  problem.length = length;
+  problem.hidden = hidden;
+  problem.width = width;
+  problem.heads = heads;
+  problem.narrow = narrow;
+  return cpu::block_shape(problem, cpu::current_isa()).tape_bytes();
+}
+
+int64_t padded_columns(int64_t columns) {
+  return cpu::round_up(columns, 2 * cpu::linear_kernel(cpu::current_isa()).lanes);
+}
+
+void looped_blocks(py::handle x, const py::sequence& blocks, py::handle modulation, py::handle num_loops,
+                   int64_t heads, py::handle cos, py::handle sin, py::handle key_mask, bool narrow,
+                   double dropout, uint64_t dropout_seed, int64_t first_loop, double exit_threshold,
+                   int num_threads, py::handle out_arg, py::handle used_arg, py::handle loop_inputs,
+                   py::handle tape) {
+  Arguments a(x, blocks, modulation, num_loops, heads, cos, sin, key_mask, narrow, dropout, dropout_seed,
+              first_loop);
+  cpu::LoopedBlocksProblem& p = a.problem;
+  p.exit_threshold = exit_threshold;
+  const TensorView out(out_arg, "out", {DType::float32}, {p.batch, p.length, p.hidden});
+  const TensorView used(used_arg, "used", {DType::int64}, {p.batch});
+  const int64_t most = a.most_loops(), record = tape_bytes(p.length, p.hidden, p.width, p.heads, narrow);
+  const cpu::LoopedBlocksOutput output = {
+      .x = out.as<float>(),
+      .loops_used = used.as<int64_t>(),
+      .loop_inputs =
+          optional<float>(loop_inputs, "loop_inputs", DType::float32, {most, p.batch, p.length, p.hidden}),
+      .tape = optional<char>(tape, "tape", DType::uint8, {most * p.num_blocks, p.batch, record})};
   const py::gil_scoped_release release;
-  cpu::looped_blocks(problem, output, isa, num_threads);
+  cpu::looped_blocks(p, output, a.isa, num_threads);
+}
+
+// gradient: of the result, becomes that of x. transposed: four packed weights a block. gradients: seven
+// accumulators a block, in the order of BlockGradients; weights [out, padded in].
+void looped_blocks_backward(py::handle gradient, const py::sequence& blocks,
+                            const py::sequence& transposed_arg, py::handle modulation, py::handle num_loops,
+                            int64_t heads, py::handle cos, py::handle sin, py::handle key_mask, bool narrow,
+                            double dropout, uint64_t dropout_seed, int64_t first_loop, int num_threads,
+                            py::handle tape, const py::sequence& gradients_arg) {
+  Arguments a(gradient, blocks, modulation, num_loops, heads, cos, sin, key_mask, narrow, dropout,
+              dropout_seed, first_loop);
+  const cpu::LoopedBlocksProblem& p = a.problem;
+  const cpu::LinearKernel& linear = cpu::linear_kernel(a.isa);
+  const int64_t d = p.hidden, f = p.width, record = tape_bytes(p.length, d, f, p.heads, narrow);
+  const auto size = [&](int64_t columns, int64_t depth) {
+    return cpu::linear_layout(linear, columns, depth, 0, narrow).size();
+  };
+  const size_t n = static_cast<size_t>(p.num_blocks);
+  if (py::len(transposed_arg) != 4 * n || py::len(gradients_arg) != 7 * n)
+    throw py::value_error("transposed, gradients: expected 4 and 7 tensors a block");
+  std::vector<cpu::TransposedPointers> transposed;
+  std::vector<cpu::BlockGradients> gradients;
+  for (size_t i = 0; i < n; ++i) {
+    const auto packed = [&](size_t index, const char* name, int64_t words) {
+      return TensorView(transposed_arg[4 * i + index], name, {DType::int32}, {words}).as<const uint32_t>();
+    };
+    transposed.push_back(
+        {packed(0, "transposed qkv", size(d, 3 * d)), packed(1, "transposed attn_out", size(d, d)),
+         packed(2, "transposed mlp_in", size(d, f)), packed(3, "transposed mlp_out", size(f, d))});
+    const auto sum = [&](size_t index, const char* name, Dims shape) {
+      return TensorView(gradients_arg[7 * i + index], name, {DType::float32}, shape).as<float>();
+    };
+    gradients.push_back({sum(0, "gradient of qkv", {3 * d, padded_columns(d)}),
+                         sum(1, "gradient of attn_out", {d, padded_columns(d)}),
+                         sum(2, "gradient of mlp_in", {f, padded_columns(d)}),
+                         sum(3, "gradient of mlp_out", {d, padded_columns(f)}),
+                         sum(4, "gradient of mlp_in_bias", {f}), sum(5, "gradient of mlp_out_bias", {d}),
+                         sum(6, "gradient of modulation", {p.modulation_rows, 6, d})});
+  }
+  const TensorView records(tape, "tape", {DType::uint8}, {a.most_loops() * p.num_blocks, p.batch, record});
+  const cpu::LoopedBlocksBackwardProblem problem = {
+      .forward = p,
+      .transposed = transposed.data(),
+      .tape = records.as<char>(),
+      .gradient = const_cast<float*>(p.x),
+      .gradients = gradients.data(),
+  };
+  const py::gil_scoped_release release;
+  cpu::looped_blocks_backward(problem, a.isa, num_threads);
 }
 
 }  // namespace
 
 void bind_looped_blocks(py::module_& m) {
+  m.def("tape_bytes", &tape_bytes, py::arg("length"), py::arg("hidden"), py::arg("width"), py::arg("heads"),
+        py::arg("narrow"));
+  m.def("padded_columns", &padded_columns, py::arg("columns"));
   m.def("looped_blocks", &looped_blocks, py::arg("x"), py::arg("blocks"), py::arg("modulation"),
         py::arg("num_loops"), py::arg("heads"), py::arg("cos"), py::arg("sin"), py::arg("key_mask"),
-        py::arg("narrow"), py::arg("dropout"), py::arg("dropout_seed"), py::arg("exit_threshold"),
-        py::arg("num_threads"), py::arg("out"), py::arg("used"));
+        py::arg("narrow"), py::arg("dropout"), py::arg("dropout_seed"), py::arg("first_loop"),
+        py::arg("exit_threshold"), py::arg("num_threads"), py::arg("out"), py::arg("used"),
+        py::arg("loop_inputs"), py::arg("tape"));
+  m.def("looped_blocks_backward", &looped_blocks_backward, py::arg("gradient"), py::arg("blocks"),
+        py::arg("transposed"), py::arg("modulation"), py::arg("num_loops"), py::arg("heads"), py::arg("cos"),
+        py::arg("sin"), py::arg("key_mask"), py::arg("narrow"), py::arg("dropout"), py::arg("dropout_seed"),
+        py::arg("first_loop"), py::arg("num_threads"), py::arg("tape"), py::arg("gradients"));
 }
 
 }  // namespace loopmdm

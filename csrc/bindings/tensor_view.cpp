@@ -21,6 +21,8 @@ const char* dtype_name(DType dtype) {
       return "int32";
     case DType::int64:
       return "int64";
+    case DType::uint8:
+      return "uint8";
     case DType::boolean:
       return "bool";
   }
@@ -37,6 +39,8 @@ dlpack::DataType dlpack_type(DType dtype) {
       return {dlpack::kInt, 32, 1};
     case DType::int64:
       return {dlpack::kInt, 64, 1};
+    case DType::uint8:
+      return {dlpack::kUInt, 8, 1};
     case DType::boolean:
       return {dlpack::kBool, 8, 1};
   }

@@ -3,9 +3,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <type_traits>
+
+#if defined(__linux__)
+#  include <sys/mman.h>
+#endif
 
 namespace loopmdm::cpu {
 
@@ -18,11 +23,52 @@ struct AlignedDelete {
 template <class T>
 using AlignedBuffer = std::unique_ptr<T[], AlignedDelete>;
 
+// Asks for large pages where that pays: fewer faults on the first touch, fewer misses of the address cache.
+inline void prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t last =
+      (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 template <class T>
 AlignedBuffer<T> aligned_buffer(int64_t count) {
   static_assert(std::is_trivially_destructible_v<T>);
-  void* memory = ::operator new(static_cast<size_t>(count) * sizeof(T), kBufferAlign);
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+  void* memory = ::operator new(static_cast<size_t>(bytes), kBufferAlign);
+  prefer_large_pages(memory, bytes);
   return AlignedBuffer<T>(static_cast<T*>(memory));
 }
+
+template <class T>
+AlignedBuffer<T> zeroed(int64_t count) {
+  auto buffer = aligned_buffer<T>(count);
+  std::memset(buffer.get(), 0, static_cast<size_t>(count) * sizeof(T));
+  return buffer;
+}
+
+// Lays arrays out one after the other, each on a cache line of its own.
+class Layout {
+ public:
+  explicit Layout(char* base) : base_(base) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* at = reinterpret_cast<T*>(base_ + bytes_);
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return at;
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
 
 }  // namespace loopmdm::cpu

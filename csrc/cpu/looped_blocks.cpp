@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/buffer.h"
+#include "cpu/folded.h"
 #include "cpu/isa_table.h"
 #include "cpu/threads.h"
 
@@ -16,58 +17,6 @@ LOOPMDM_DECLARE_KERNEL(LoopedBlocksKernel, looped_blocks_kernel)
 namespace {
 
 constexpr double kThreadWork = 5e5;  // multiply-adds of one block that pay for a thread
-constexpr float kMaskedKey = -1e30f;
-constexpr int kVectorsPerBlock = 6;  // shift, gain, gate of attention, then of the MLP
-
-template <class T>
-AlignedBuffer<T> zeroed(int64_t count) {
-  auto buffer = aligned_buffer<T>(count);
-  std::memset(buffer.get(), 0, static_cast<size_t>(count) * sizeof(T));
-  return buffer;
-}
-
-// Modulation and biases of every block, padded and folded with the norms.
-class FoldedVectors {
- public:
-  FoldedVectors(const LoopedBlocksProblem& p, const BlockShape& s)
-      : modulation_rows_(p.modulation_rows),
-        hidden_(s.hidden_padded),
-        width_(s.width_padded),
-        modulation_(zeroed<float>(p.num_blocks * p.modulation_rows * kVectorsPerBlock * hidden_)),
-        biases_(zeroed<float>(p.num_blocks * (hidden_ + width_))) {
-    for (int64_t block = 0; block < p.num_blocks; ++block) {
-      const BlockPointers& weights = p.blocks[block];
-      float* bias = biases_.get() + block * (hidden_ + width_);
-      std::copy_n(weights.mlp_in_bias, p.width, bias);
-      std::copy_n(weights.mlp_out_bias, p.hidden, bias + width_);
-      for (int64_t row = 0; row < p.modulation_rows; ++row) {
-        const int64_t index = block * p.modulation_rows + row;
-        const float* from = p.modulation + index * kVectorsPerBlock * p.hidden;
-        float* to = modulation_.get() + index * kVectorsPerBlock * hidden_;
-        for (int vector = 0; vector < kVectorsPerBlock; ++vector) {
-          const float* norm = vector == 1 ? weights.norm1 : vector == 4 ? weights.norm2 : nullptr;
-          for (int64_t i = 0; i < p.hidden; ++i) {
-            const float value = from[vector * p.hidden + i];
-            to[vector * hidden_ + i] = norm ? norm[i] * (1.0f + value) : value;
-          }
-        }
-      }
-    }
-  }
-
-  BlockVectors of(int64_t block, int64_t sequence) const {
-    const int64_t row = modulation_rows_ == 1 ? 0 : sequence;
-    const float* m = modulation_.get() + (block * modulation_rows_ + row) * kVectorsPerBlock * hidden_;
-    const float* bias = biases_.get() + block * (hidden_ + width_);
-    return {m,    m + hidden_,  m + 2 * hidden_, m + 3 * hidden_, m + 4 * hidden_, m + 5 * hidden_,
-            bias, bias + width_};
-  }
-
- private:
-  int64_t modulation_rows_, hidden_, width_;
-  AlignedBuffer<float> modulation_, biases_;
-};
-
 // The memory of one sequence at a time.
 class SequenceMemory {
  public:
@@ -117,6 +66,7 @@ class Run {
         out_(out),
         kernel_(LOOPMDM_KERNEL(looped_blocks_kernel, isa)),
         shape_(block_shape(p, isa)),
+        tape_bytes_(shape_.tape_bytes()),
         vectors_(p, shape_),
         exits_(p.exit_threshold >= 0) {}
 
@@ -127,15 +77,15 @@ class Run {
         static_cast<int>(std::clamp(work / kThreadWork, 1.0, static_cast<double>(num_threads)));
     const int64_t bytes = round_up(kernel_.scratch_bytes(shape_), 64);
     const auto scratch = aligned_buffer<char>(bytes * wanted);
-    const bool some_alone = p_.batch >= wanted, some_shared = p_.batch % wanted != 0 || wanted == 1;
     std::vector<SequenceMemory> own;
-    (void)some_shared;
     own.reserve(static_cast<size_t>(wanted));
-    for (int i = 0; i < (some_alone ? wanted : 1); ++i) own.emplace_back(shape_, exits_);
+    for (int i = 0; i < (p_.batch >= wanted ? wanted : 1); ++i) own.emplace_back(shape_, exits_);
     parallel(wanted, [&](Worker& worker) {
       void* mine = scratch.get() + worker.index * bytes;
       kernel_.clear_scratch(shape_, mine);
-      const int64_t alone = p_.batch / worker.count * worker.count;
+      // Each has a sequence to itself while there are enough; the last few are shared, row by row.
+      const bool apart = static_cast<int>(own.size()) >= worker.count;
+      const int64_t alone = apart ? p_.batch / worker.count * worker.count : 0;
       worker.share(alone, [&](int64_t sequence) {
         one_sequence(sequence, own[static_cast<size_t>(worker.index)], 0, 1, mine, [] {});
       });
@@ -162,24 +112,28 @@ class Run {
     const auto for_row_blocks = [&](auto&& job) {
       for (int64_t r = rows.first; r < rows.last; r += rows.step) job(r, std::min(rows.step, rows.last - r));
     };
-    const auto project = [&](int64_t block, int parity, int64_t first, int64_t rows_here) {
-      kernel_.project(shape_, p_.narrow, p_.blocks[block], vectors_.of(block, sequence), state, parity, first,
-                      rows_here, scratch);
+    const auto project = [&](int64_t application, int64_t first, int64_t rows_here) {
+      const int64_t block = application % n;
+      kernel_.project(shape_, p_.narrow, p_.blocks[block], vectors_.of(block, sequence), state,
+                      tape_of(application, sequence), parity_of(application), first, rows_here, scratch);
     };
     int64_t loop = 0;
-    for (bool going = true; going;) {
+    for (bool going = loops > 0; going;) {
       if (loop == 0 || exits_)
-        for_row_blocks([&](int64_t r, int64_t rows_here) { project(0, parity_of(loop * n), r, rows_here); });
+        for_row_blocks([&](int64_t r, int64_t rows_here) { project(loop * n, r, rows_here); });
       if (exits_) keep(memory, rows);
+      if (out_.loop_inputs)
+        copy_rows(state, rows, out_.loop_inputs + (loop * p_.batch + sequence) * p_.length * p_.hidden);
       for (int64_t block = 0; block < n; ++block) {
         const int64_t application = loop * n + block;
         const bool last = block + 1 == n && (exits_ || loop + 1 == loops);
         sync();
-        const Dropout dropout = dropout_of(application);
+        const Dropout dropout = dropout_of(p_, application);
         for_row_blocks([&](int64_t r, int64_t rows_here) {
           kernel_.finish(shape_, p_.narrow, p_.blocks[block], vectors_.of(block, sequence), state,
-                         parity_of(application), dropout, r, rows_here, scratch);
-          if (!last) project((block + 1) % n, parity_of(application + 1), r, rows_here);
+                         tape_of(application, sequence), parity_of(application), dropout, r, rows_here,
+                         scratch);
+          if (!last) project(application + 1, r, rows_here);
         });
       }
       ++loop;
@@ -191,9 +145,7 @@ class Run {
         sync();
       }
     }
-    float* out = out_.x + sequence * p_.length * p_.hidden;
-    for (int64_t r = rows.first; r < rows.last; ++r)
-      std::copy_n(state.x + r * shape_.hidden_padded, p_.hidden, out + r * p_.hidden);
+    copy_rows(state, rows, out_.x + sequence * p_.length * p_.hidden);
     if (index == 0) out_.loops_used[sequence] = loop;
   }
 
@@ -205,12 +157,20 @@ class Run {
     state.sin = p_.sin;
     state.first_element = sequence * p_.length * p_.hidden;
     state.key_bias = nullptr;
-    if (p_.key_mask == nullptr && shape_.keys == p_.length) return;
-    for (int64_t key = 0; key < shape_.keys; ++key) {
-      const bool counts = key < p_.length && (!p_.key_mask || p_.key_mask[sequence * p_.length + key]);
-      memory.bias[key] = counts ? 0.0f : kMaskedKey;
+    if (needs_key_bias(p_, shape_)) {
+      fill_key_bias(p_, shape_, sequence, memory.bias);
+      state.key_bias = memory.bias;
     }
-    state.key_bias = memory.bias;
+  }
+
+  BlockTape tape_of(int64_t application, int64_t sequence) const {
+    if (out_.tape == nullptr) return {};
+    return shape_.tape_at(out_.tape + (application * p_.batch + sequence) * tape_bytes_);
+  }
+
+  void copy_rows(const SequenceState& state, const Rows& rows, float* to) const {
+    for (int64_t r = rows.first; r < rows.last; ++r)
+      std::copy_n(state.x + r * shape_.hidden_padded, p_.hidden, to + r * p_.hidden);
   }
 
   void keep(SequenceMemory& memory, const Rows& rows) const {
@@ -236,16 +196,11 @@ class Run {
     return std::sqrt(change) / std::sqrt(size);
   }
 
-  Dropout dropout_of(int64_t application) const {
-    const double threshold = std::nearbyint(static_cast<double>(p_.dropout) * 4294967296.0);
-    return {static_cast<uint32_t>(std::min(threshold, 4294967295.0)),
-            static_cast<float>(1 / (1 - p_.dropout)), p_.dropout_seed, static_cast<uint32_t>(application)};
-  }
-
   const LoopedBlocksProblem& p_;
   const LoopedBlocksOutput& out_;
   const LoopedBlocksKernel& kernel_;
   const BlockShape shape_;
+  const int64_t tape_bytes_;
   const FoldedVectors vectors_;
   const bool exits_;
 };
@@ -267,8 +222,41 @@ BlockShape block_shape(const LoopedBlocksProblem& p, Isa isa) {
           .per_word = operands_per_word(linear, p.narrow)};
 }
 
+namespace {
+
+BlockTape lay_out(const BlockShape& s, Layout& layout) {
+  const int64_t row = s.length * s.hidden_words();
+  BlockTape t;
+  for (uint32_t** rows :
+       {&t.normed1, &t.query, &t.key, &t.value, &t.mixed, &t.branch1, &t.normed2, &t.branch2})
+    *rows = layout.take<uint32_t>(row);
+  t.inner = layout.take<uint32_t>(s.length * s.width_words());
+  t.scale1 = layout.take<float>(s.length);
+  t.scale2 = layout.take<float>(s.length);
+  t.log_sum_exp = layout.take<float>(s.heads * s.length);
+  return t;
+}
+
+}  // namespace
+
+int64_t BlockShape::tape_bytes() const {
+  Layout layout(nullptr);
+  lay_out(*this, layout);
+  return layout.bytes();
+}
+
+BlockTape BlockShape::tape_at(char* memory) const {
+  Layout layout(memory);
+  return lay_out(*this, layout);
+}
+
 void looped_blocks(const LoopedBlocksProblem& problem, const LoopedBlocksOutput& out, Isa isa,
                    int num_threads) {
+  if (out.tape) {
+    const int64_t loops = *std::max_element(problem.num_loops, problem.num_loops + problem.batch);
+    prefer_large_pages(out.tape,
+                       loops * problem.num_blocks * problem.batch * block_shape(problem, isa).tape_bytes());
+  }
   Run(problem, out, isa).go(num_threads);
 }
 

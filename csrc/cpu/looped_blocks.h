@@ -32,8 +32,9 @@ struct LoopedBlocksProblem {
   const float* cos;             // [L, K/2] or null
   const float* sin;
   const bool* key_mask;      // [B, L] or null
-  const int64_t* num_loops;  // [B]
+  const int64_t* num_loops;  // [B], at least 0
   int64_t batch, length, hidden, width, heads, num_blocks, modulation_rows;
+  int64_t first_loop;     // number of the first loop, names its dropout masks
   double exit_threshold;  // below 0: none
   double dropout;
   uint64_t dropout_seed;
@@ -43,6 +44,16 @@ struct LoopedBlocksProblem {
 struct LoopedBlocksOutput {
   float* x;             // [B, L, D]
   int64_t* loops_used;  // [B]
+  float* loop_inputs;   // [largest num_loops, B, L, D] or null: H(k) before each loop
+  char* tape;           // [largest num_loops * n, B] records of tape_bytes(), or null
+};
+
+// What backward needs of one application of a block to one sequence. Rows of operand words, stride that of
+// the act or width rows; branches are before dropout and gate. Null pointers: nothing is recorded.
+struct BlockTape {
+  uint32_t *normed1, *query, *key, *value, *mixed, *branch1, *normed2, *inner, *branch2;
+  float *scale1, *scale2;  // [L] reciprocal standard deviations
+  float* log_sum_exp;      // [H, L]
 };
 
 // Sizes that follow from the problem and the instruction set. Padded lengths are zero-filled.
@@ -55,6 +66,8 @@ struct BlockShape {
   int64_t hidden_words() const { return hidden_padded / per_word; }
   int64_t width_words() const { return width_padded / per_word; }
   int64_t head_words() const { return head_dim / per_word; }
+  int64_t tape_bytes() const;  // of one application to one sequence
+  BlockTape tape_at(char* memory) const;
   int64_t key_size() const { return heads * keys * head_words(); }
   int64_t value_size() const { return heads * head_width * keys / per_word; }
 };
@@ -89,10 +102,11 @@ struct LoopedBlocksKernel {
   void (*clear_scratch)(const BlockShape&, void* scratch);
   // Rows [first, first + count); first is even, count at most kBlockRows.
   void (*project)(const BlockShape&, bool narrow, const BlockPointers&, const BlockVectors&,
-                  const SequenceState&, int parity, int64_t first, int64_t count, void* scratch);
+                  const SequenceState&, const BlockTape&, int parity, int64_t first, int64_t count,
+                  void* scratch);
   void (*finish)(const BlockShape&, bool narrow, const BlockPointers&, const BlockVectors&,
-                 const SequenceState&, int parity, const Dropout&, int64_t first, int64_t count,
-                 void* scratch);
+                 const SequenceState&, const BlockTape&, int parity, const Dropout&, int64_t first,
+                 int64_t count, void* scratch);
   // Sums of squares over a row: of x - old, and of x.
   void (*row_change)(const float* x, const float* old, int64_t hidden_padded, float* change, float* size);
 };

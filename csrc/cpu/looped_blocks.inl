@@ -53,36 +53,37 @@ inline BlockScratch block_scratch(const BlockShape& s, void* memory) {
           sums_columns(s)};
 }
 
-// layer_norm(x) * gain + shift as operands.
+// layer_norm(x) * gain + shift as operands; records the normalised row if `normed` is not null.
 template <class Operand>
 inline void norm_modulate_row(const float* x, int64_t width, int64_t padded, const float* gain,
-                              const float* shift, uint32_t* out) {
+                              const float* shift, uint32_t* out, uint32_t* normed, float* scale) {
   const RowMoments m = row_moments(x, width, padded);
   for (int64_t i = 0; i < padded; i += 2 * kLanes) {
-    Floats h[2];
+    Floats n[2], h[2];
     for (int half = 0; half < 2; ++half) {
       const int64_t at = i + half * kLanes;
-      h[half] = fused_multiply_add((load(x + at) - m.mean) * m.scale, load(gain + at), load(shift + at));
+      n[half] = (load(x + at) - m.mean) * m.scale;
+      h[half] = fused_multiply_add(n[half], load(gain + at), load(shift + at));
     }
     Operand::store(out + i / Operand::kPerWord, h[0], h[1]);
+    if (normed) Operand::store(normed + i / Operand::kPerWord, n[0], n[1]);
   }
-}
-
-// Pairs (i, i + K/2) turned by the angles of one position.
-inline void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
-  for (int64_t i = 0; i < half; ++i) {
-    out[i] = x[i] * cos[i] - x[half + i] * sin[i];
-    out[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
-  }
+  if (!normed) return;
+  *scale = m.scale;
+  for (int64_t k = width / Operand::kPerWord; k < padded / Operand::kPerWord; ++k) normed[k] = 0;
 }
 
 template <class Operand>
 void project_rows(const BlockShape& s, const BlockPointers& weights, const BlockVectors& v,
-                  const SequenceState& seq, int parity, int64_t first, int64_t count, BlockScratch& t) {
+                  const SequenceState& seq, const BlockTape& tape, int parity, int64_t first, int64_t count,
+                  BlockScratch& t) {
   constexpr int kPer = Operand::kPerWord;
+  const bool record = tape.normed1 != nullptr;
   for (int64_t r = 0; r < count; ++r)
     norm_modulate_row<Operand>(seq.x + (first + r) * s.hidden_padded, s.hidden, s.hidden_padded, v.gain1,
-                               v.shift1, t.act + r * s.hidden_words());
+                               v.shift1, t.act + r * s.hidden_words(),
+                               record ? tape.normed1 + (first + r) * s.hidden_words() : nullptr,
+                               tape.scale1 + first + r);
   const Left act = {t.act, s.hidden_words(), 1};
   const int64_t words = (s.hidden + kPer - 1) / kPer, head_words = s.head_words(), half = s.head_dim / 2;
   const int64_t fit = kPanel / s.head_width, group_heads = fit > 1 ? fit : 1;
@@ -98,6 +99,9 @@ void project_rows(const BlockShape& s, const BlockPointers& weights, const Block
       for (int64_t h = 0; h < heads; ++h) {
         const float* sums = t.sums + h * s.head_width;
         if (part == 2) {
+          for (int64_t r = 0; record && r < count; ++r)
+            store_row<Operand>(sums + r * t.sums_row, s.head_dim,
+                               tape.value + (first + r) * s.hidden_words() + (head + h) * head_words);
           uint32_t* values = seq.values[parity] + (head + h) * s.head_width * (s.keys / kPer);
           for (int64_t column = 0; column < s.head_width; column += kPanel) {
             const int width = panel_width(s.head_width, column);
@@ -131,6 +135,10 @@ void project_rows(const BlockShape& s, const BlockPointers& weights, const Block
                 query[at + k] = packed_row[k];
               else
                 key[(at + k) * kPanel] = packed_row[k];
+            if (record)
+              __builtin_memcpy((part == 0 ? tape.query : tape.key) + position * s.hidden_words() +
+                                   (head + h) * head_words + at,
+                               packed_row, static_cast<size_t>(filled) * sizeof *packed_row);
           }
         }
       }
@@ -138,68 +146,74 @@ void project_rows(const BlockShape& s, const BlockPointers& weights, const Block
   }
 }
 
-// 32-bit words of the dropout mask for elements [first, first + count) of a branch.
-void dropout_words(const Dropout& d, uint32_t branch, int64_t first, int64_t count, uint32_t* out) {
-  const PhiloxKey key = philox_key(d.seed);
-  constexpr int kBatch = 2 * kLanes;
-  alignas(64) uint32_t words[kBatch];
-  for (int64_t at = first / kBatch * kBatch; at < first + count; at += kBatch) {
-    philox_groups(key, static_cast<uint32_t>(at / 4),
-                  static_cast<uint32_t>(static_cast<uint64_t>(at) / 4 >> 32), kDropoutStream | d.application,
-                  branch, words);
-    for (int i = 0; i < kBatch; ++i)
-      if (at + i >= first && at + i < first + count) out[at + i - first] = words[i];
-  }
-}
-
 // x += gate * dropout(sums + bias), a panel of columns of some rows.
+template <class Operand>
 inline void add_branch(const BlockShape& s, const float* bias, const float* gate, const Dropout& dropout,
                        uint32_t branch, int64_t first_element, int64_t rows, int64_t column, int width,
-                       const float* sums, int64_t sums_row, float* x) {
+                       const float* sums, int64_t sums_row, float* x, uint32_t* record) {
   alignas(64) uint32_t words[kPanel];
   for (int64_t r = 0; r < rows; ++r) {
     if (dropout.threshold)
       dropout_words(dropout, branch, first_element + r * s.hidden + column, width, words);
-    for (int j = 0; j < width; j += kLanes) {
-      Floats y = load(sums + r * sums_row + j);
-      if (bias) y += load(bias + column + j);
-      if (dropout.threshold) y = keep_lanes(load_words(words + j), dropout.threshold, y * dropout.keep_scale);
-      float* target = x + r * s.hidden_padded + column + j;
-      store(target, fused_multiply_add(y, load(gate + column + j), load(target)));
+    for (int j = 0; j < width; j += 2 * kLanes) {
+      Floats y[2];
+      for (int half = 0; half < 2; ++half) {
+        const int at = j + half * kLanes;
+        y[half] = load(sums + r * sums_row + at);
+        if (bias) y[half] += load(bias + column + at);
+      }
+      if (record)
+        Operand::store(record + r * s.hidden_words() + (column + j) / Operand::kPerWord, y[0], y[1]);
+      for (int half = 0; half < 2; ++half) {
+        const int at = j + half * kLanes;
+        if (dropout.threshold)
+          y[half] = keep_lanes(load_words(words + at), dropout.threshold, y[half] * dropout.keep_scale);
+        float* target = x + r * s.hidden_padded + column + at;
+        store(target, fused_multiply_add(y[half], load(gate + column + at), load(target)));
+      }
     }
   }
 }
 
 template <class Operand>
 void finish_rows(const BlockShape& s, const BlockPointers& weights, const BlockVectors& v,
-                 const SequenceState& seq, int parity, const Dropout& dropout, int64_t first, int64_t count,
-                 BlockScratch& t) {
+                 const SequenceState& seq, const BlockTape& tape, int parity, const Dropout& dropout,
+                 int64_t first, int64_t count, BlockScratch& t) {
   constexpr int kPer = Operand::kPerWord;
   constexpr bool kCoarse = kPer == 2;
   const int64_t hidden_words = s.hidden_words(), width_words = s.width_words(), head_words = s.head_words();
   const int64_t first_element = seq.first_element + first * s.hidden;
   float* x = seq.x + first * s.hidden_padded;
+  const bool record = tape.normed1 != nullptr;
+  const auto recorded = [&](uint32_t* rows, int64_t row_words) {
+    return record ? rows + first * row_words : nullptr;
+  };
 
   const HeadShape head_shape = {s.length, s.keys, s.head_dim, s.head_width};
   for (int64_t head = 0; head < s.heads; ++head) {
     attend<Operand>(head_shape, seq.queries + first * hidden_words + head * head_words, hidden_words, count,
                     seq.keys[parity] + head * s.keys * head_words,
                     seq.values[parity] + head * s.head_width * (s.keys / kPer), seq.key_bias, *t.attention,
-                    t.sums, nullptr);
+                    t.sums, record ? tape.log_sum_exp + head * s.length + first : nullptr);
     for (int64_t r = 0; r < count; ++r)
       store_row<Operand>(t.sums + r * s.head_width, s.head_dim, t.act + r * hidden_words + head * head_words);
   }
+  if (record)
+    __builtin_memcpy(tape.mixed + first * hidden_words, t.act,
+                     static_cast<size_t>(count * hidden_words) * sizeof *t.act);
   const Left act = {t.act, hidden_words, 1};
   const int64_t words = (s.hidden + kPer - 1) / kPer;
   for (int64_t column = 0; column < s.hidden_padded; column += kPanel) {
     const int width = panel_width(s.hidden_padded, column);
     multiply<Operand>(act, count, weights.attn_out + column * words, width, words, t.sums, t.sums_row);
-    add_branch(s, nullptr, v.gate1, dropout, 0, first_element, count, column, width, t.sums, t.sums_row, x);
+    add_branch<Operand>(s, nullptr, v.gate1, dropout, 0, first_element, count, column, width, t.sums,
+                        t.sums_row, x, recorded(tape.branch1, hidden_words));
   }
 
   for (int64_t r = 0; r < count; ++r)
-    norm_modulate_row<Operand>(x + r * s.hidden_padded, s.hidden, s.hidden_padded, v.gain2, v.shift2,
-                               t.act + r * hidden_words);
+    norm_modulate_row<Operand>(
+        x + r * s.hidden_padded, s.hidden, s.hidden_padded, v.gain2, v.shift2, t.act + r * hidden_words,
+        record ? tape.normed2 + (first + r) * hidden_words : nullptr, tape.scale2 + first + r);
   for (int64_t column = 0; column < s.width_padded; column += kPanel) {
     const int width = panel_width(s.width_padded, column);
     multiply<Operand>(act, count, weights.mlp_in + column * words, width, words, t.sums, t.sums_row);
@@ -208,8 +222,10 @@ void finish_rows(const BlockShape& s, const BlockPointers& weights, const BlockV
         Floats u[2];
         for (int half = 0; half < 2; ++half) {
           const int at = j + half * kLanes;
-          u[half] = gelu(load(t.sums + r * t.sums_row + at) + load(v.mlp_in_bias + column + at), kCoarse);
+          u[half] = load(t.sums + r * t.sums_row + at) + load(v.mlp_in_bias + column + at);
         }
+        if (record) Operand::store(tape.inner + (first + r) * width_words + (column + j) / kPer, u[0], u[1]);
+        for (int half = 0; half < 2; ++half) u[half] = gelu(u[half], kCoarse);
         Operand::store(t.hidden + r * width_words + (column + j) / kPer, u[0], u[1]);
       }
   }
@@ -222,24 +238,25 @@ void finish_rows(const BlockShape& s, const BlockPointers& weights, const BlockV
     for (int64_t k = 0; k < depth; k += kSlice)
       multiply<Operand>({t.hidden + k, width_words, 1}, count, panel + k * width, width,
                         depth - k < kSlice ? depth - k : kSlice, t.sums, t.sums_row, k > 0);
-    add_branch(s, v.mlp_out_bias, v.gate2, dropout, 1, first_element, count, column, width, t.sums,
-               t.sums_row, x);
+    add_branch<Operand>(s, v.mlp_out_bias, v.gate2, dropout, 1, first_element, count, column, width, t.sums,
+                        t.sums_row, x, recorded(tape.branch2, hidden_words));
   }
 }
 
 void project(const BlockShape& s, bool narrow, const BlockPointers& weights, const BlockVectors& v,
-             const SequenceState& seq, int parity, int64_t first, int64_t count, void* memory) {
+             const SequenceState& seq, const BlockTape& tape, int parity, int64_t first, int64_t count,
+             void* memory) {
   BlockScratch t = block_scratch(s, memory);
-  narrow ? project_rows<Narrow>(s, weights, v, seq, parity, first, count, t)
-         : project_rows<Wide>(s, weights, v, seq, parity, first, count, t);
+  narrow ? project_rows<Narrow>(s, weights, v, seq, tape, parity, first, count, t)
+         : project_rows<Wide>(s, weights, v, seq, tape, parity, first, count, t);
 }
 
 void finish(const BlockShape& s, bool narrow, const BlockPointers& weights, const BlockVectors& v,
-            const SequenceState& seq, int parity, const Dropout& dropout, int64_t first, int64_t count,
-            void* memory) {
+            const SequenceState& seq, const BlockTape& tape, int parity, const Dropout& dropout,
+            int64_t first, int64_t count, void* memory) {
   BlockScratch t = block_scratch(s, memory);
-  narrow ? finish_rows<Narrow>(s, weights, v, seq, parity, dropout, first, count, t)
-         : finish_rows<Wide>(s, weights, v, seq, parity, dropout, first, count, t);
+  narrow ? finish_rows<Narrow>(s, weights, v, seq, tape, parity, dropout, first, count, t)
+         : finish_rows<Wide>(s, weights, v, seq, tape, parity, dropout, first, count, t);
 }
 
 void row_change(const float* x, const float* old, int64_t hidden_padded, float* change, float* size) {

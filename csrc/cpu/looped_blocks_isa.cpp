@@ -21,6 +21,8 @@ namespace {
 //
 #include "cpu/attention.inl"
 //
+#include "cpu/branch.inl"
+//
 #include "cpu/looped_blocks.inl"
 
 }  // namespace

@@ -47,15 +47,16 @@ inline Floats gelu(Floats u, bool coarse) {
   return u * sigmoid2(u * slope, coarse);
 }
 
-// gelu'(u) = s + u s (1 - s) 2 sqrt(2/pi) (1 + 3 * 0.044715 u^2)
-inline Floats gelu_slope(Floats u, bool coarse) {
+// Also gelu'(u) = s + u s (1 - s) 2 sqrt(2/pi) (1 + 3 * 0.044715 u^2) with the sigmoid s.
+inline Floats gelu_with_slope(Floats u, bool coarse, Floats& slope) {
   constexpr float kLn2 = 0.693147181f;
   const Floats square = u * u;
-  const Floats s =
-      sigmoid2(u * fused_multiply_add(square, broadcast(kGeluCubic), broadcast(kGeluLinear)), coarse);
+  const Floats exponent = u * fused_multiply_add(square, broadcast(kGeluCubic), broadcast(kGeluLinear));
+  const Floats s = sigmoid2(exponent, coarse), value = u * s;
   const Floats inner =
       fused_multiply_add(square, broadcast(3 * kLn2 * kGeluCubic), broadcast(kLn2 * kGeluLinear));
-  return fused_multiply_add(u * s * (1.0f - s), inner, s);
+  slope = fused_multiply_add(value * (1.0f - s), inner, s);
+  return value;
 }
 
 // Mean and reciprocal standard deviation of the first `width` of `padded` values; the rest are zero.

@@ -86,7 +86,7 @@ template <class Operand, int Rows, int Vecs, bool Accumulate>
 void tile(const Left& a, const uint32_t* b, int64_t words, float* c, int64_t c_row) {
   Floats sum[Rows][Vecs];
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vecs; ++v) sum[r][v] = Accumulate ? load(c + r * c_row + v * kLanes) : Floats{};
+    for (int v = 0; v < Vecs; ++v) sum[r][v] = Floats{};
   const uint32_t* left = a.at;
   const int64_t row = a.row, step = a.step;
   for (int64_t k = 0; k < words; ++k) {
@@ -100,7 +100,10 @@ void tile(const Left& a, const uint32_t* b, int64_t words, float* c, int64_t c_r
     b += Vecs * kLanes;
   }
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vecs; ++v) store(c + r * c_row + v * kLanes, sum[r][v]);
+    for (int v = 0; v < Vecs; ++v) {
+      float* at = c + r * c_row + v * kLanes;
+      store(at, Accumulate ? load(at) + sum[r][v] : sum[r][v]);
+    }
 }
 
 template <class Operand, int Vecs, bool Accumulate>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +11,49 @@ from torch import Tensor
 from loopmdm_kernels.cpu.packing import packed_linear
 from loopmdm_kernels.types import BlockWeights, Rotary
 
+_DTYPES = (torch.float32, torch.bfloat16)
+_TENSORS = len(BlockWeights._fields)
+_MAX_ELEMENTS = 2**34  # of x with dropout: its masks count groups of four in 32 bits
 
-def supports(**_: object) -> str | None:
+
+def supports(
+    *,
+    x: Tensor,
+    blocks: Sequence[BlockWeights],
+    num_loops: int | Tensor,
+    compute_dtype: torch.dtype | None = None,
+    dropout: float = 0.0,
+    exit_threshold: float | None = None,
+) -> str | None:
+    """Why these arguments need another backend, or None."""
+    if x.dtype != torch.float32:
+        return f"x must be float32, got {x.dtype}"
+    if (compute_dtype or blocks[0].qkv.dtype) not in _DTYPES:
+        return f"compute_dtype must be float32 or bfloat16, got {compute_dtype or blocks[0].qkv.dtype}"
+    for weights in blocks:
+        for name, weight in zip(BlockWeights._fields, weights, strict=True):
+            if weight.dtype not in _DTYPES:
+                return f"{name} must be float32 or bfloat16, got {weight.dtype}"
+    if dropout and (isinstance(num_loops, Tensor) or exit_threshold is not None):
+        return "with dropout every sequence must have the same number of loops"
+    if dropout and x.numel() > _MAX_ELEMENTS:
+        return f"with dropout x may have {_MAX_ELEMENTS} elements, got {x.numel()}"
     return None
+
+
+class _Options(NamedTuple):
+    """What both directions need beside tensors that have gradients."""
+
+    num_heads: int
+    cos: Tensor | None
+    sin: Tensor | None
+    key_mask: Tensor | None
+    narrow: bool
+    dropout: float
+    dropout_seed: int
+
+    def arguments(self) -> tuple[Any, ...]:
+        return tuple(self)
 
 
 def looped_blocks(
@@ -30,42 +71,225 @@ def looped_blocks(
     exit_threshold: float | None = None,
     recompute: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    from loopmdm_kernels import _C
-
-    dtype = compute_dtype or blocks[0].qkv.dtype
-    narrow = dtype == torch.bfloat16
-    batch = x.shape[0]
-    loops = torch.full((batch,), num_loops) if isinstance(num_loops, int) else num_loops.contiguous()
-    tensors: list[Tensor] = []
-    for b in blocks:
-        tensors += [
-            b.norm1.detach().float().contiguous(),
-            packed_linear(b.qkv, narrow=narrow, heads=num_heads, parts=3),
-            packed_linear(b.attn_out, narrow=narrow),
-            b.norm2.detach().float().contiguous(),
-            packed_linear(b.mlp_in, narrow=narrow),
-            b.mlp_in_bias.detach().float().contiguous(),
-            packed_linear(b.mlp_out, narrow=narrow),
-            b.mlp_out_bias.detach().float().contiguous(),
-        ]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    used = torch.empty(batch, dtype=torch.int64)
-    cos, sin = (None, None) if rotary is None else (a.detach().float().contiguous() for a in rotary)
-    _C.looped_blocks(
-        x.detach().contiguous(),
-        tensors,
-        modulation.detach().float().contiguous(),
-        loops,
+    reason = supports(
+        x=x,
+        blocks=blocks,
+        num_loops=num_loops,
+        compute_dtype=compute_dtype,
+        dropout=dropout,
+        exit_threshold=exit_threshold,
+    )
+    if reason is not None:
+        raise ValueError(f"looped_blocks on the CPU: {reason}")
+    loops = num_loops if isinstance(num_loops, Tensor) else torch.full((x.shape[0],), num_loops)
+    cos, sin = (None, None) if rotary is None else (_vector(angle) for angle in rotary)
+    options = _Options(
         num_heads,
         cos,
         sin,
         None if key_mask is None else key_mask.contiguous(),
-        narrow,
+        (compute_dtype or blocks[0].qkv.dtype) == torch.bfloat16,
         dropout,
         dropout_seed,
-        -1.0 if exit_threshold is None else exit_threshold,
+    )
+    weights = [weight for block in blocks for weight in block]
+    threshold = -1.0 if exit_threshold is None else exit_threshold
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, modulation, *weights)):
+        out, used = _LoopedBlocks.apply(x, modulation, loops, options, threshold, recompute, *weights)
+    else:
+        out, used = _forward(x, weights, modulation, loops.contiguous(), options, threshold)
+    return out if exit_threshold is None else (out, used)
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous()
+
+
+def _packed(weights: Sequence[Tensor], options: _Options) -> list[Tensor]:
+    """The tensors of all blocks as the kernel reads them."""
+    tensors: list[Tensor] = []
+    for i in range(0, len(weights), _TENSORS):
+        b = BlockWeights(*weights[i : i + _TENSORS])
+        narrow = options.narrow
+        tensors += [
+            _vector(b.norm1),
+            packed_linear(b.qkv, narrow=narrow, heads=options.num_heads, parts=3),
+            packed_linear(b.attn_out, narrow=narrow),
+            _vector(b.norm2),
+            packed_linear(b.mlp_in, narrow=narrow),
+            _vector(b.mlp_in_bias),
+            packed_linear(b.mlp_out, narrow=narrow),
+            _vector(b.mlp_out_bias),
+        ]
+    return tensors
+
+
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    modulation: Tensor,
+    loops: Tensor,
+    options: _Options,
+    threshold: float = -1.0,
+    first_loop: int = 0,
+    loop_inputs: Tensor | None = None,
+    tape: Tensor | None = None,
+    packed: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    from loopmdm_kernels import _C
+
+    x = x.detach().contiguous()
+    out, used = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.int64)
+    _C.looped_blocks(
+        x,
+        _packed(weights, options) if packed is None else packed,
+        _vector(modulation),
+        loops,
+        *options.arguments(),
+        first_loop,
+        threshold,
         torch.get_num_threads(),
         out,
         used,
+        loop_inputs,
+        tape,
     )
-    return out if exit_threshold is None else (out, used)
+    return out, used
+
+
+class _Gradients(NamedTuple):
+    """Accumulators of one block; weights are [out, in padded to whole vectors]."""
+
+    qkv: Tensor
+    attn_out: Tensor
+    mlp_in: Tensor
+    mlp_out: Tensor
+    mlp_in_bias: Tensor
+    mlp_out_bias: Tensor
+    modulation: Tensor  # [M, 6, D]; of the gains (1 + scale) * norm in place of the scales
+
+    @classmethod
+    def zeros(cls, block: BlockWeights, modulation_rows: int) -> _Gradients:
+        from loopmdm_kernels import _C
+
+        def like(weight: Tensor) -> Tensor:
+            return torch.zeros(weight.shape[0], _C.padded_columns(weight.shape[1]))
+
+        hidden = block.norm1.shape[0]
+        return cls(
+            *(like(w) for w in (block.qkv, block.attn_out, block.mlp_in, block.mlp_out)),
+            torch.zeros(block.mlp_in_bias.shape[0]),
+            torch.zeros(hidden),
+            torch.zeros(modulation_rows, 6, hidden),
+        )
+
+    def finish(self, block: BlockWeights, modulation: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Gradients in the order of BlockWeights, and of this block's modulation [M, 6, D]."""
+        of_modulation = self.modulation
+        norms = []
+        for scale, norm in ((1, block.norm1), (4, block.norm2)):
+            gain = of_modulation[:, scale].clone()
+            norms.append((gain * (1 + modulation[:, scale].float())).sum(dim=0))
+            of_modulation[:, scale] = gain * norm.detach().float()
+        in_order = BlockWeights(
+            norms[0],
+            self.qkv,
+            self.attn_out,
+            norms[1],
+            self.mlp_in,
+            self.mlp_in_bias,
+            self.mlp_out,
+            self.mlp_out_bias,
+        )
+        return [
+            (g if g.ndim == 1 else g[:, : w.shape[1]]).to(w.dtype) for g, w in zip(in_order, block, strict=True)
+        ], of_modulation
+
+
+class _LoopedBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        modulation: Tensor,
+        loops: Tensor,
+        options: _Options,
+        threshold: float,
+        recompute: bool,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        most, num_blocks = int(loops.max()), len(weights) // _TENSORS
+        loop_inputs = torch.empty(most, *x.shape) if recompute else None
+        tape = None if recompute else _new_tape(x, weights, options, most * num_blocks)
+        out, used = _forward(
+            x, weights, modulation, loops.contiguous(), options, threshold, 0, loop_inputs, tape
+        )
+        ctx.mark_non_differentiable(used)
+        ctx.save_for_backward(x, modulation, used, *weights)
+        ctx.options, ctx.loop_inputs, ctx.tape = options, loop_inputs, tape
+        return out, used
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, modulation, used, *weights = ctx.saved_tensors
+        options: _Options = ctx.options
+        blocks = [BlockWeights(*weights[i : i + _TENSORS]) for i in range(0, len(weights), _TENSORS)]
+        gradients = [_Gradients.zeros(block, modulation.shape[1]) for block in blocks]
+        packed = _packed(weights, options)
+        grad = grad.float().clone(memory_format=torch.contiguous_format)
+        transposed = [
+            packed_linear(weight, narrow=options.narrow, transposed=True)
+            for block in blocks
+            for weight in (block.qkv, block.attn_out, block.mlp_in, block.mlp_out)
+        ]
+
+        def run(first_loop: int, loops: Tensor, tape: Tensor) -> None:
+            from loopmdm_kernels import _C
+
+            _C.looped_blocks_backward(
+                grad,
+                packed,
+                transposed,
+                _vector(modulation),
+                loops,
+                *options.arguments(),
+                first_loop,
+                torch.get_num_threads(),
+                tape,
+                [tensor for gradient in gradients for tensor in gradient],
+            )
+
+        if ctx.tape is not None:
+            run(0, used, ctx.tape)
+        else:
+            tape = _new_tape(x, weights, options, len(blocks))
+            for loop in reversed(range(ctx.loop_inputs.shape[0])):
+                once = (used > loop).long()
+                _forward(
+                    ctx.loop_inputs[loop],
+                    weights,
+                    modulation,
+                    once,
+                    options,
+                    first_loop=loop,
+                    tape=tape,
+                    packed=packed,
+                )
+                run(loop, once, tape)
+        grad_weights: list[Tensor] = []
+        grad_modulation = torch.empty_like(modulation)
+        for index, (block, gradient) in enumerate(zip(blocks, gradients, strict=True)):
+            of_block, of_modulation = gradient.finish(block, modulation[index].detach())
+            grad_weights += of_block
+            grad_modulation[index] = of_modulation
+        return grad, grad_modulation, None, None, None, None, *grad_weights
+
+
+def _new_tape(x: Tensor, weights: Sequence[Tensor], options: _Options, applications: int) -> Tensor:
+    from loopmdm_kernels import _C
+
+    batch, length, hidden = x.shape
+    width = BlockWeights(*weights[:_TENSORS]).mlp_in.shape[0]
+    record = _C.tape_bytes(length, hidden, width, options.num_heads, options.narrow)
+    return torch.empty(applications, batch, record, dtype=torch.uint8)

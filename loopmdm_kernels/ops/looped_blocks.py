@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def looped_blocks(
             exit_threshold,
         )
         return out if exit_threshold is None else (out, used)
-    implementation = backends.implementation("looped_blocks", x.device)
+    implementation = _implementation(x, blocks, num_loops, compute_dtype, dropout, exit_threshold)
     with torch.autocast(x.device.type, enabled=False):
         result: Tensor | tuple[Tensor, Tensor] = implementation(
             x,
@@ -90,6 +90,26 @@ def looped_blocks(
             recompute=recompute,
         )
     return result
+
+
+def _implementation(
+    x: Tensor,
+    blocks: Sequence[BlockWeights],
+    num_loops: int | Tensor,
+    compute_dtype: torch.dtype | None,
+    dropout: float,
+    exit_threshold: float | None,
+) -> Callable[..., Any]:
+    return backends.implementation(
+        "looped_blocks",
+        x.device,
+        x=x,
+        blocks=blocks,
+        num_loops=num_loops,
+        compute_dtype=compute_dtype,
+        dropout=dropout,
+        exit_threshold=exit_threshold,
+    )
 
 
 def _check(
@@ -164,9 +184,10 @@ def _run(
     """The op behind the operator: flat weights in, always the loops used out."""
     width = len(BlockWeights._fields)
     loops = num_loops if loops_per_sequence is None else loops_per_sequence
-    result = backends.implementation("looped_blocks", x.device)(
+    blocks = [BlockWeights(*weights[i : i + width]) for i in range(0, len(weights), width)]
+    result = _implementation(x, blocks, loops, compute_dtype, dropout, exit_threshold)(
         x,
-        [BlockWeights(*weights[i : i + width]) for i in range(0, len(weights), width)],
+        blocks,
         modulation,
         loops,
         num_heads=num_heads,

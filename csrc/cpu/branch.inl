@@ -1,0 +1,32 @@
+// Rotary positions and dropout masks, for both directions of a block.
+
+// Pairs (i, i + K/2) turned by the angles of one position.
+inline void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
+  for (int64_t i = 0; i < half; ++i) {
+    out[i] = x[i] * cos[i] - x[half + i] * sin[i];
+    out[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
+  }
+}
+
+// The transposed rotation, in place.
+inline void rotate_back(float* x, const float* cos, const float* sin, int64_t half) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = x[i], second = x[half + i];
+    x[i] = first * cos[i] + second * sin[i];
+    x[half + i] = second * cos[i] - first * sin[i];
+  }
+}
+
+// 32-bit words of the dropout mask for elements [first, first + count) of a branch.
+void dropout_words(const Dropout& d, uint32_t branch, int64_t first, int64_t count, uint32_t* out) {
+  const PhiloxKey key = philox_key(d.seed);
+  constexpr int kBatch = 2 * kLanes;
+  alignas(64) uint32_t words[kBatch];
+  for (int64_t at = first / kBatch * kBatch; at < first + count; at += kBatch) {
+    philox_groups(key, static_cast<uint32_t>(at / 4),
+                  static_cast<uint32_t>(static_cast<uint64_t>(at) / 4 >> 32), kDropoutStream | d.application,
+                  branch, words);
+    for (int i = 0; i < kBatch; ++i)
+      if (at + i >= first && at + i < first + count) out[at + i - first] = words[i];
+  }
+}

@@ -1,0 +1,353 @@
+// Backward of the two halves of a block application, for some rows of a sequence.
+
+struct BlockGradientScratch {
+  uint32_t* act;      // [kBlockRows, hidden words]
+  uint32_t* hidden;   // [kBlockRows, width words]
+  uint32_t* dropout;  // [padded D]
+  float* sums;        // [kBlockRows, kPanel]
+  float* grad_act;    // [kBlockRows, padded D]
+  float* heads;       // seven arrays [L, head width]
+  void* attention;
+};
+
+struct BlockGradientScratchPlan {
+  int64_t act, hidden, dropout, sums, grad_act, heads, attention, total;
+};
+
+inline HeadShape head_shape(const BlockShape& s) { return {s.length, s.keys, s.head_dim, s.head_width}; }
+
+constexpr int kHeadArrays = 7;  // q, k, v, out and the gradients of q, k, v
+
+inline int64_t head_array_size(const BlockShape& s) { return s.length * s.head_width + 2 * kLanes; }
+
+inline BlockGradientScratchPlan block_gradient_plan(const BlockShape& s) {
+  BlockGradientScratchPlan p;
+  int64_t at = 0;
+  const auto take = [&at](int64_t bytes) {
+    const int64_t start = at;
+    at += round_up(bytes, 64);
+    return start;
+  };
+  p.act = take(4 * kBlockRows * s.hidden_words());
+  p.hidden = take(4 * kBlockRows * s.width_words());
+  p.dropout = take(4 * s.hidden_padded);
+  p.sums = take(4 * kBlockRows * kPanel);
+  p.grad_act = take(4 * kBlockRows * s.hidden_padded);
+  p.heads = take(4 * kHeadArrays * head_array_size(s));
+  p.attention = take(attention_backward_scratch_bytes(head_shape(s)));
+  p.total = at;
+  return p;
+}
+
+int64_t gradient_scratch_bytes(const BlockShape& s) { return block_gradient_plan(s).total; }
+
+inline BlockGradientScratch gradient_scratch(const BlockShape& s, void* memory) {
+  const BlockGradientScratchPlan p = block_gradient_plan(s);
+  char* base = static_cast<char*>(memory);
+  return {reinterpret_cast<uint32_t*>(base + p.act),
+          reinterpret_cast<uint32_t*>(base + p.hidden),
+          reinterpret_cast<uint32_t*>(base + p.dropout),
+          reinterpret_cast<float*>(base + p.sums),
+          reinterpret_cast<float*>(base + p.grad_act),
+          reinterpret_cast<float*>(base + p.heads),
+          base + p.attention};
+}
+
+// Two rows (one for Wide) of kLanes columns into panels.
+template <class Operand>
+inline void put_rows(const RowPanels& panels, int64_t row, int64_t column, Floats even, Floats odd) {
+  const int64_t first = column / kPanel * kPanel;
+  const int width = panel_width(panels.columns, first);
+  store_words(panels.at + first * panels.words + row / Operand::kPerWord * width + (column - first),
+              Operand::zip(even, odd));
+}
+
+// Row-major words into panels.
+template <class Operand>
+void put_words(const RowPanels& panels, int64_t panel_row, const uint32_t* words, int64_t row_words,
+               int64_t count) {
+  constexpr int kPer = Operand::kPerWord;
+  for (int64_t r = 0; r < count; r += kPer)
+    for (int64_t j = 0; j < panels.columns; j += 2 * kLanes) {
+      Floats even[2], odd[2] = {};
+      Operand::load(words + r * row_words + j / kPer, even[0], even[1]);
+      if (kPer == 2 && r + 1 < count) Operand::load(words + (r + 1) * row_words + j / kPer, odd[0], odd[1]);
+      for (int half = 0; half < 2; ++half)
+        put_rows<Operand>(panels, panel_row + r, j + half * kLanes, even[half], odd[half]);
+    }
+}
+
+// Inputs of a linear layer, normalised rows modulated again, into panels.
+template <class Operand>
+void put_modulated(const RowPanels& panels, int64_t panel_row, const uint32_t* normed, int64_t row_words,
+                   int64_t count, const float* gain, const float* shift) {
+  constexpr int kPer = Operand::kPerWord;
+  for (int64_t r = 0; r < count; r += kPer)
+    for (int64_t j = 0; j < panels.columns; j += 2 * kLanes) {
+      Floats even[2], odd[2] = {};
+      const bool has_odd = kPer == 2 && r + 1 < count;
+      Operand::load(normed + r * row_words + j / kPer, even[0], even[1]);
+      if (has_odd) Operand::load(normed + (r + 1) * row_words + j / kPer, odd[0], odd[1]);
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = j + half * kLanes;
+        even[half] = fused_multiply_add(even[half], load(gain + at), load(shift + at));
+        if (has_odd) odd[half] = fused_multiply_add(odd[half], load(gain + at), load(shift + at));
+        put_rows<Operand>(panels, panel_row + r, at, even[half], odd[half]);
+      }
+    }
+}
+
+inline void add_to(float* sum, Floats x) { store(sum, load(sum) + x); }
+
+// Gradient of a branch from that of the residual stream: through the gate and dropout. Adds to the sums of
+// the gate and, if given, of the branch's bias.
+template <class Operand>
+void branch_gradient(const BlockShape& s, const float* gradient, const uint32_t* branch, const float* gate,
+                     const Dropout& dropout, uint32_t which, int64_t first_element, int64_t count,
+                     uint32_t* words, float* gate_sum, float* bias_sum, uint32_t* mask) {
+  constexpr int kPer = Operand::kPerWord;
+  for (int64_t r = 0; r < count; ++r) {
+    if (dropout.threshold) dropout_words(dropout, which, first_element + r * s.hidden, s.hidden, mask);
+    const float* row = gradient + r * s.hidden_padded;
+    for (int64_t j = 0; j < s.hidden_padded; j += 2 * kLanes) {
+      Floats value[2], out[2];
+      Operand::load(branch + r * s.hidden_words() + j / kPer, value[0], value[1]);
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = j + half * kLanes;
+        Floats g = load(row + at);
+        if (dropout.threshold)
+          g = keep_lanes(load_words(mask + at), dropout.threshold, g * dropout.keep_scale);
+        add_to(gate_sum + at, g * value[half]);
+        out[half] = g * load(gate + at);
+        if (bias_sum) add_to(bias_sum + at, out[half]);
+      }
+      Operand::store(words + r * s.hidden_words() + j / kPer, out[0], out[1]);
+    }
+  }
+}
+
+// gradient += that of layer_norm(x) * gain + shift, one row. n: normalised row, d: gradient of the result.
+// dx = scale * (d gain - mean(d gain) - n mean(d gain n)).
+template <class Operand>
+inline void norm_gradient_row(const BlockShape& s, const float* d, const uint32_t* normed, const float* gain,
+                              float scale, float* shift_sum, float* gain_sum, float* gradient) {
+  constexpr int kPer = Operand::kPerWord;
+  Floats sum = {}, product = {};
+  for (int64_t j = 0; j < s.hidden_padded; j += 2 * kLanes) {
+    Floats n[2];
+    Operand::load(normed + j / kPer, n[0], n[1]);
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = j + half * kLanes;
+      const Floats dd = load(d + at), scaled = dd * load(gain + at);
+      add_to(shift_sum + at, dd);
+      add_to(gain_sum + at, dd * n[half]);
+      sum += scaled;
+      product = fused_multiply_add(scaled, n[half], product);
+    }
+  }
+  const float width = static_cast<float>(s.hidden);
+  const Floats mean = broadcast(sum_lanes(sum) / width), slope = broadcast(sum_lanes(product) / width);
+  for (int64_t j = 0; j < s.hidden_padded; j += 2 * kLanes) {
+    Floats n[2];
+    Operand::load(normed + j / kPer, n[0], n[1]);
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = j + half * kLanes;
+      const Floats inner = load(d + at) * load(gain + at) - mean - n[half] * slope;
+      store(gradient + at, fused_multiply_add(inner, broadcast(scale), load(gradient + at)));
+    }
+  }
+}
+
+// c[count, columns] = a[count, depth] times packed panels.
+template <class Operand>
+void multiply_panels(const uint32_t* a, int64_t row_words, int64_t count, const uint32_t* packed,
+                     int64_t depth, int64_t columns, float* c) {
+  constexpr int64_t kSlice = 768 / Operand::kPerWord;
+  const int64_t words = (depth + Operand::kPerWord - 1) / Operand::kPerWord;
+  for (int64_t column = 0; column < columns; column += kPanel) {
+    const int width = panel_width(columns, column);
+    for (int64_t k = 0; k < words; k += kSlice)
+      multiply<Operand>({a + k, row_words, 1}, count, packed + column * words + k * width, width,
+                        words - k < kSlice ? words - k : kSlice, c + column, columns, k > 0);
+  }
+}
+
+template <class Operand>
+void finish_gradient_rows(const BlockShape& s, const TransposedPointers& weights, const BlockVectors& v,
+                          const BlockTape& tape, const Dropout& dropout, int64_t first_element,
+                          const GradientRows& rows, const ApplicationPanels& panels, const VectorSums& sums,
+                          BlockGradientScratch& t) {
+  constexpr int kPer = Operand::kPerWord;
+  constexpr bool kCoarse = kPer == 2;
+  const int64_t hidden_words = s.hidden_words(), width_words = s.width_words(), count = rows.count;
+  const int64_t first_word = rows.first * hidden_words;
+  first_element += rows.first * s.hidden;
+  const auto modulation_sum = [&](int vector) { return sums.modulation + vector * s.hidden_padded; };
+
+  branch_gradient<Operand>(s, rows.gradient, tape.branch2 + first_word, v.gate2, dropout, 1, first_element,
+                           count, t.act, modulation_sum(5), sums.mlp_out_bias, t.dropout);
+  put_words<Operand>(panels.out2, rows.panel_row, t.act, hidden_words, count);
+
+  const int64_t depth = (s.hidden + kPer - 1) / kPer;
+  for (int64_t column = 0; column < s.width_padded; column += kPanel) {
+    const int width = panel_width(s.width_padded, column);
+    multiply<Operand>({t.act, hidden_words, 1}, count, weights.mlp_out + column * depth, width, depth, t.sums,
+                      kPanel);
+    for (int64_t r = 0; r < count; r += kPer)
+      for (int j = 0; j < width; j += 2 * kLanes) {
+        Floats hidden[2][2] = {}, inner[2][2] = {};  // [row][half]
+        for (int odd = 0; odd < kPer && r + odd < count; ++odd) {
+          Floats u[2];
+          const int64_t at = (column + j) / kPer;
+          Operand::load(tape.inner + (rows.first + r + odd) * width_words + at, u[0], u[1]);
+          for (int half = 0; half < 2; ++half) {
+            Floats slope;
+            hidden[odd][half] = gelu_with_slope(u[half], kCoarse, slope);
+            inner[odd][half] = load(t.sums + (r + odd) * kPanel + j + half * kLanes) * slope;
+            add_to(sums.mlp_in_bias + column + j + half * kLanes, inner[odd][half]);
+          }
+          Operand::store(t.hidden + (r + odd) * width_words + at, inner[odd][0], inner[odd][1]);
+        }
+        for (int half = 0; half < 2; ++half) {
+          const int64_t at = column + j + half * kLanes;
+          put_rows<Operand>(panels.hidden, rows.panel_row + r, at, hidden[0][half], hidden[1][half]);
+          put_rows<Operand>(panels.inner, rows.panel_row + r, at, inner[0][half], inner[1][half]);
+        }
+      }
+  }
+
+  multiply_panels<Operand>(t.hidden, width_words, count, weights.mlp_in, s.width, s.hidden_padded,
+                           t.grad_act);
+  for (int64_t r = 0; r < count; ++r)
+    norm_gradient_row<Operand>(s, t.grad_act + r * s.hidden_padded,
+                               tape.normed2 + first_word + r * hidden_words, v.gain2,
+                               tape.scale2[rows.first + r], modulation_sum(3), modulation_sum(4),
+                               rows.gradient + r * s.hidden_padded);
+  put_modulated<Operand>(panels.act2, rows.panel_row, tape.normed2 + first_word, hidden_words, count, v.gain2,
+                         v.shift2);
+
+  branch_gradient<Operand>(s, rows.gradient, tape.branch1 + first_word, v.gate1, dropout, 0, first_element,
+                           count, t.act, modulation_sum(2), nullptr, t.dropout);
+  put_words<Operand>(panels.out1, rows.panel_row, t.act, hidden_words, count);
+  put_words<Operand>(panels.mixed, rows.panel_row, tape.mixed + first_word, hidden_words, count);
+  multiply_panels<Operand>(t.act, hidden_words, count, weights.attn_out, s.hidden, s.hidden_padded,
+                           rows.mixed);
+}
+
+template <class Operand>
+void load_head(const BlockShape& s, const uint32_t* words, int64_t head, float* out) {
+  constexpr int kPer = Operand::kPerWord;
+  for (int64_t r = 0; r < s.length; ++r) {
+    const uint32_t* row = words + r * s.hidden_words() + head * s.head_words();
+    for (int64_t i = 0; i < s.head_dim; i += 2 * kLanes) {
+      const int64_t left = s.head_words() - i / kPer;
+      uint32_t some[2 * kLanes / kPer] = {};
+      if (left < 2 * kLanes / kPer) __builtin_memcpy(some, row + i / kPer, static_cast<size_t>(left) * 4);
+      Floats first, second;
+      Operand::load(left < 2 * kLanes / kPer ? some : row + i / kPer, first, second);
+      store(out + r * s.head_width + i, first);
+      if (i + kLanes < s.head_width) store(out + r * s.head_width + i + kLanes, second);
+    }
+  }
+}
+
+template <class Operand>
+void head_gradient(const BlockShape& s, const BlockTape& tape, const SequenceState& seq, int64_t head,
+                   const GradientRows& rows, BlockGradientScratch& t) {
+  constexpr int kPer = Operand::kPerWord;
+  float* arrays[kHeadArrays];
+  for (int i = 0; i < kHeadArrays; ++i) arrays[i] = t.heads + i * head_array_size(s);
+  load_head<Operand>(s, tape.query, head, arrays[0]);
+  load_head<Operand>(s, tape.key, head, arrays[1]);
+  load_head<Operand>(s, tape.value, head, arrays[2]);
+  load_head<Operand>(s, tape.mixed, head, arrays[3]);
+  const int64_t row = s.head_width;
+  const HeadGradientInput in = {.q = arrays[0],
+                                .k = arrays[1],
+                                .v = arrays[2],
+                                .out = arrays[3],
+                                .grad_out = rows.mixed + head * s.head_dim,
+                                .q_row = row,
+                                .k_row = row,
+                                .v_row = row,
+                                .out_row = row,
+                                .grad_out_row = s.hidden_padded,
+                                .log_sum_exp = tape.log_sum_exp + head * s.length};
+  attend_backward<Operand>(head_shape(s), in, seq.key_bias, t.attention,
+                           {arrays[4], arrays[5], arrays[6], row, row, row});
+  const int64_t half = s.head_dim / 2, row_words = round_up(3 * s.hidden, 2 * kLanes) / kPer;
+  for (int part = 0; part < 3; ++part)
+    for (int64_t r = 0; r < s.length; ++r) {
+      float* source = arrays[4 + part] + r * row;
+      if (part < 2 && seq.cos) rotate_back(source, seq.cos + r * half, seq.sin + r * half, half);
+      store_row<Operand>(source, s.head_dim,
+                         rows.query_key_value + r * row_words + (part * s.hidden + head * s.head_dim) / kPer);
+    }
+}
+
+template <class Operand>
+void project_gradient_rows(const BlockShape& s, const TransposedPointers& weights, const BlockVectors& v,
+                           const BlockTape& tape, const GradientRows& rows, const ApplicationPanels& panels,
+                           const VectorSums& sums, BlockGradientScratch& t) {
+  const int64_t hidden_words = s.hidden_words(), first_word = rows.first * hidden_words;
+  const int64_t row_words = round_up(3 * s.hidden, 2 * kLanes) / Operand::kPerWord;
+  put_words<Operand>(panels.query_key_value, rows.panel_row, rows.query_key_value, row_words, rows.count);
+  multiply_panels<Operand>(rows.query_key_value, row_words, rows.count, weights.query_key_value, 3 * s.hidden,
+                           s.hidden_padded, t.grad_act);
+  for (int64_t r = 0; r < rows.count; ++r)
+    norm_gradient_row<Operand>(s, t.grad_act + r * s.hidden_padded,
+                               tape.normed1 + first_word + r * hidden_words, v.gain1,
+                               tape.scale1[rows.first + r], sums.modulation,
+                               sums.modulation + s.hidden_padded, rows.gradient + r * s.hidden_padded);
+  put_modulated<Operand>(panels.act1, rows.panel_row, tape.normed1 + first_word, hidden_words, rows.count,
+                         v.gain1, v.shift1);
+}
+
+// Slices of the rows keep a slice of either panel in the first-level cache while the other panels pass by.
+template <class Operand>
+void weight_gradient(const RowPanels& left, int64_t out, int64_t first_panel, int64_t last_panel,
+                     const RowPanels& right, int64_t right_panel, float* gradient) {
+  constexpr int64_t kSlice = 512;
+  const int64_t column = right_panel * kPanel;
+  const int width = panel_width(right.columns, column);
+  for (int64_t k = 0; k < right.words; k += kSlice) {
+    const int64_t words = right.words - k < kSlice ? right.words - k : kSlice;
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t row = panel * kPanel, rows = out - row < kPanel ? out - row : kPanel;
+      const int left_width = panel_width(left.columns, row);
+      const Left a = {left.at + row * left.words + k * left_width, 1, left_width};
+      multiply<Operand>(a, rows, right.at + column * right.words + k * width, width, words,
+                        gradient + row * right.columns + column, right.columns, true);
+    }
+  }
+}
+
+void finish_gradient(const BlockShape& s, bool narrow, const TransposedPointers& weights,
+                     const BlockVectors& v, const BlockTape& tape, const Dropout& dropout,
+                     int64_t first_element, const GradientRows& rows, const ApplicationPanels& panels,
+                     const VectorSums& sums, void* memory) {
+  BlockGradientScratch t = gradient_scratch(s, memory);
+  narrow ? finish_gradient_rows<Narrow>(s, weights, v, tape, dropout, first_element, rows, panels, sums, t)
+         : finish_gradient_rows<Wide>(s, weights, v, tape, dropout, first_element, rows, panels, sums, t);
+}
+
+void head_gradient_of(const BlockShape& s, bool narrow, const BlockTape& tape, const SequenceState& seq,
+                      int64_t head, const GradientRows& rows, void* memory) {
+  BlockGradientScratch t = gradient_scratch(s, memory);
+  narrow ? head_gradient<Narrow>(s, tape, seq, head, rows, t)
+         : head_gradient<Wide>(s, tape, seq, head, rows, t);
+}
+
+void project_gradient(const BlockShape& s, bool narrow, const TransposedPointers& weights,
+                      const BlockVectors& v, const BlockTape& tape, const GradientRows& rows,
+                      const ApplicationPanels& panels, const VectorSums& sums, void* memory) {
+  BlockGradientScratch t = gradient_scratch(s, memory);
+  narrow ? project_gradient_rows<Narrow>(s, weights, v, tape, rows, panels, sums, t)
+         : project_gradient_rows<Wide>(s, weights, v, tape, rows, panels, sums, t);
+}
+
+void weight_gradient_of(bool narrow, const RowPanels& left, int64_t out, int64_t first_panel,
+                        int64_t last_panel, const RowPanels& right, int64_t right_panel, float* gradient) {
+  narrow ? weight_gradient<Narrow>(left, out, first_panel, last_panel, right, right_panel, gradient)
+         : weight_gradient<Wide>(left, out, first_panel, last_panel, right, right_panel, gradient);
+}
