@@ -58,3 +58,29 @@ def sample_rows(
     top2_prob: Tensor,
     entropy: Tensor,
 ) -> None: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_threads: int,
+    out: Tensor,
+    log_sum_exp: Tensor,
+) -> None: ...
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_threads: int,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    grad_out: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None: ...

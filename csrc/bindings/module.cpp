@@ -15,6 +15,7 @@ PYBIND11_MODULE(_C, m) {
     const auto words = loopmdm::philox4x32(loopmdm::philox_key(seed), c0, c1, c2, c3);
     return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
   });
+  loopmdm::bind_attention(m);
   loopmdm::bind_linear(m);
   loopmdm::bind_looped_blocks(m);
   loopmdm::bind_peak(m);

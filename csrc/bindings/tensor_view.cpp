@@ -105,7 +105,7 @@ bool is_contiguous(const dlpack::Tensor& t) {
 }  // namespace
 
 TensorView::TensorView(py::handle object, const char* name, std::initializer_list<DType> dtypes,
-                       std::initializer_list<int64_t> shape) {
+                       std::initializer_list<int64_t> shape, Layout layout) {
   const std::string where = std::string(name) + ": ";
   const dlpack::ExchangeApi* api = exchange_api(object);
   if (api == nullptr)
@@ -145,7 +145,15 @@ TensorView::TensorView(py::handle object, const char* name, std::initializer_lis
   if (!same_shape)
     throw py::value_error(where + "expected shape " + describe(shape.begin(), shape.size()) + ", got " +
                           describe(t.shape, static_cast<size_t>(t.rank)));
-  if (!is_contiguous(t))
+  int64_t dense = 1;
+  for (int32_t axis = t.rank - 1; axis >= 0; --axis) {
+    strides_[axis] = t.strides ? t.strides[axis] : dense;
+    dense *= t.shape[axis];
+  }
+  if (layout == Layout::strided && t.rank > 0 && t.shape[t.rank - 1] > 1 && strides_[t.rank - 1] != 1)
+    throw py::value_error(where + "expected unit stride along the last axis, got strides " +
+                          describe(t.strides, static_cast<size_t>(t.rank)));
+  if (layout == Layout::contiguous && !is_contiguous(t))
     throw py::value_error(where + "expected a contiguous tensor, got strides " +
                           describe(t.strides, static_cast<size_t>(t.rank)));
   if (t.data == nullptr && elements > 0)

@@ -14,15 +14,18 @@ enum class DType { float32, bfloat16, int32, int64, uint8, boolean };
 
 constexpr int64_t kAny = -1;  // in an expected shape: any length
 
+enum class Layout { contiguous, strided };  // strided: any strides but that of the last axis, which is 1
+
 class TensorView {
  public:
   // Throws TypeError for something that is not a tensor with memory of its own or has another dtype, and
   // ValueError for another device, shape or layout; the message names the argument.
   TensorView(pybind11::handle object, const char* name, std::initializer_list<DType> dtypes,
-             std::initializer_list<int64_t> shape);
+             std::initializer_list<int64_t> shape, Layout layout = Layout::contiguous);
 
   DType dtype() const { return dtype_; }
   int64_t size(int axis) const { return shape_[axis]; }
+  int64_t stride(int axis) const { return strides_[axis]; }  // in elements
 
   const void* data() const { return data_; }
   template <class T>
@@ -35,7 +38,7 @@ class TensorView {
 
   void* data_;
   DType dtype_;
-  int64_t shape_[kMaxRank];
+  int64_t shape_[kMaxRank], strides_[kMaxRank];
 };
 
 }  // namespace loopmdm

@@ -62,7 +62,7 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
             const uint32_t* keys, const uint32_t* values, const float* bias, AttentionScratch& scratch,
             float* out, float* log_sum_exp) {
   constexpr int kPer = Operand::kPerWord;
-  const int64_t head_words = shape.head_dim / kPer;
+  const int64_t head_words = (shape.head_dim + kPer - 1) / kPer;
   const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(shape.head_dim));
   for (int64_t first = 0; first < rows; first += kQueryRows) {
     const int n = static_cast<int>(rows - first < kQueryRows ? rows - first : kQueryRows);

@@ -1,42 +1,5 @@
 // Packing of weights into the panels of tile.inl.
 
-inline float value_of(const float* p) { return *p; }
-inline float value_of(const uint16_t* p) {
-  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// `count` values from p on, the rest of the vector zero.
-template <class Source>
-inline Floats load_some(const Source* p, int64_t count) {
-  if (count >= kLanes) return load(p);
-  float values[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = value_of(p + i);
-  return load(values);
-}
-
-// kLanes columns of w [columns, depth]: row pointers, null for a zero column. Words [words][stride].
-template <class Operand, class Source>
-void pack_columns(const Source* const* columns, int64_t depth, int64_t words, int stride, uint32_t* out) {
-  constexpr int kChunk = 2 * kLanes / Operand::kPerWord;  // words of two vectors
-  uint32_t chunk[kLanes][kChunk];
-  for (int64_t k = 0; k < words; k += kChunk) {
-    const int64_t first = k * Operand::kPerWord, left = depth - first;
-    for (int j = 0; j < kLanes; ++j) {
-      if (columns[j] == nullptr)
-        Operand::store(chunk[j], Floats{}, Floats{});
-      else
-        Operand::store(chunk[j], load_some(columns[j] + first, left),
-                       left > kLanes ? load_some(columns[j] + first + kLanes, left - kLanes) : Floats{});
-    }
-    const int64_t count = words - k < kChunk ? words - k : kChunk;
-    for (int64_t i = 0; i < count; ++i)
-      for (int j = 0; j < kLanes; ++j) out[(k + i) * stride + j] = chunk[j][i];
-  }
-}
-
 template <class Operand, class Source>
 void pack_panel_of(const Source* w, const LinearSource& source, const LinearLayout& layout, int64_t group,
                    int64_t panel, uint32_t* packed) {

@@ -180,3 +180,73 @@ inline void store_row(const float* x, int64_t count, uint32_t* out) {
 inline int panel_width(int64_t columns, int64_t first) {
   return static_cast<int>(columns - first < kPanel ? columns - first : kPanel);
 }
+
+inline float value_of(const float* p) { return *p; }
+inline float value_of(const uint16_t* p) {
+  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// `count` values from p on, the rest of the vector zero.
+template <class Source>
+inline Floats load_some(const Source* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  float values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = value_of(p + i);
+  return load(values);
+}
+
+// A row of a left operand: the words of `count` values, with a zero after the last where it is half a word.
+template <class Operand, class Source>
+void pack_row(const Source* x, int64_t count, uint32_t* out) {
+  constexpr int64_t kStep = 2 * kLanes, kPer = Operand::kPerWord;
+  for (int64_t i = 0; i < count; i += kStep) {
+    uint32_t words[kStep / kPer];
+    const int64_t left = count - i < kStep ? count - i : kStep;
+    Operand::store(words, load_some(x + i, left), load_some(x + i + kLanes, left - kLanes));
+    __builtin_memcpy(out + i / kPer, words, static_cast<size_t>((left + kPer - 1) / kPer) * sizeof *words);
+  }
+}
+
+// kLanes columns of a right operand, each `depth` values in a row; null for a column of zeros. Words
+// [words][stride].
+template <class Operand, class Source>
+void pack_columns(const Source* const* columns, int64_t depth, int64_t words, int stride, uint32_t* out) {
+  constexpr int kChunk = 2 * kLanes / Operand::kPerWord;  // words of two vectors
+  uint32_t chunk[kLanes][kChunk];
+  for (int64_t k = 0; k < words; k += kChunk) {
+    const int64_t first = k * Operand::kPerWord, left = depth - first;
+    for (int j = 0; j < kLanes; ++j) {
+      if (columns[j] == nullptr)
+        Operand::store(chunk[j], Floats{}, Floats{});
+      else
+        Operand::store(chunk[j], load_some(columns[j] + first, left),
+                       left > kLanes ? load_some(columns[j] + first + kLanes, left - kLanes) : Floats{});
+    }
+    const int64_t count = words - k < kChunk ? words - k : kChunk;
+    for (int64_t i = 0; i < count; ++i)
+      for (int j = 0; j < kLanes; ++j) out[(k + i) * stride + j] = chunk[j][i];
+  }
+}
+
+// A right operand whose summed dimension are the rows of x: [count][columns] with `row` between rows, columns
+// padded with zeros to `padded`. Panels [panel_words][width], of which `words` are written from `first_word`
+// on; rows beyond `count` are zero.
+template <class Operand, class Source>
+void pack_row_pairs(const Source* x, int64_t row, int64_t count, int64_t columns, int64_t padded,
+                    int64_t panel_words, int64_t first_word, int64_t words, uint32_t* out) {
+  for (int64_t column = 0; column < padded; column += kPanel) {
+    const int width = panel_width(padded, column);
+    uint32_t* at = out + column * panel_words + first_word * width;
+    for (int64_t word = 0; word < words; ++word, at += width)
+      for (int j = 0; j < width; j += kLanes) {
+        const int64_t r = word * Operand::kPerWord, left = columns - column - j;
+        const Source* from = x + r * row + column + j;
+        const Floats even = r < count ? load_some(from, left) : Floats{};
+        const Floats odd = r + 1 < count ? load_some(from + row, left) : Floats{};
+        store_words(at + j, Operand::zip(even, odd));
+      }
+  }
+}

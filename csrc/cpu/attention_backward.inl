@@ -1,0 +1,193 @@
+// Gradients of attend(): all queries of one head, a block of keys at a time. Scores and probabilities are
+// computed again from log_sum_exp and stay in the first two cache levels; the gradients of a block's keys and
+// values are summed over the queries in order, those of the queries over the blocks.
+
+constexpr int kGradRows = 96;   // queries at a time
+constexpr int kGradKeys = 256;  // keys in a block
+static_assert(kGradRows % kQueryRows == 0 && kGradRows % 2 == 0 && kGradKeys % kPanel == 0);
+
+// Row-major floats of one head, `*_row` apart. q and k as attend() multiplied them, so already rotated.
+struct HeadGradientInput {
+  const float *q, *k, *v, *out, *grad_out;  // [L, K]
+  int64_t q_row, k_row, v_row, out_row, grad_out_row;
+  const float* log_sum_exp;  // [L], as attend() writes it
+};
+
+// Overwritten, columns [0, K) only.
+struct HeadGradientOutput {
+  float *grad_q, *grad_k, *grad_v;  // [L, K]
+  int64_t grad_q_row, grad_k_row, grad_v_row;
+};
+
+struct GradientScratch {
+  uint32_t *query_rows, *grad_rows;    // [L, head words]
+  uint32_t *query_pairs, *grad_pairs;  // panels over the queries
+  uint32_t *keys, *values;             // panels of keys
+  uint32_t* key_pairs;                 // panels over the keys
+  uint32_t *probs, *score_grads;       // panels over kGradRows queries, kGradKeys wide
+  uint32_t* score_grad_rows;           // [kGradRows, words of kGradKeys]; score_grads where a word is a float
+  float *scores, *prob_grads;          // [kQueryRows, kGradKeys]
+  float* offset;                       // [L]: sum of grad_out * out, scaled
+  float *grad_q, *grad_k, *grad_v;     // [L or kGradKeys, head width]
+  int64_t bytes;
+};
+
+inline GradientScratch gradient_scratch(const HeadShape& shape, int64_t per_word, void* memory) {
+  GradientScratch t;
+  char* const base = static_cast<char*>(memory);
+  int64_t at = 0;
+  const auto take = [&](auto*& array, int64_t count) {
+    array = reinterpret_cast<decltype(array + 0)>(base + at);
+    at += (count * 4 + 63) / 64 * 64;
+  };
+  const int64_t head_words = (shape.head_dim + per_word - 1) / per_word;
+  const int64_t query_words = (shape.length + per_word - 1) / per_word;
+  take(t.query_rows, shape.length * head_words);
+  take(t.grad_rows, shape.length * head_words);
+  take(t.query_pairs, query_words * shape.head_width);
+  take(t.grad_pairs, query_words * shape.head_width);
+  take(t.keys, shape.keys * head_words);
+  take(t.values, shape.keys * head_words);
+  take(t.key_pairs, shape.keys / per_word * shape.head_width);
+  take(t.probs, kGradRows / per_word * kGradKeys);
+  take(t.score_grads, kGradRows / per_word * kGradKeys);
+  t.score_grad_rows = t.score_grads;
+  if (per_word > 1) take(t.score_grad_rows, kGradRows * (kGradKeys / per_word));
+  take(t.scores, kQueryRows * kGradKeys);
+  take(t.prob_grads, kQueryRows * kGradKeys);
+  take(t.offset, shape.length);
+  take(t.grad_q, shape.length * shape.head_width);
+  take(t.grad_k, kGradKeys * shape.head_width);
+  take(t.grad_v, kGradKeys * shape.head_width);
+  t.bytes = at;
+  return t;
+}
+
+// Of a whole number of cache lines; enough for any Operand.
+int64_t attention_backward_scratch_bytes(const HeadShape& shape) {
+  return gradient_scratch(shape, 1, nullptr).bytes;
+}
+
+// Panels of keys: [head words][kPanel] each, keys beyond the length zero.
+template <class Operand, class Source>
+void pack_key_panels(const HeadShape& shape, const Source* x, int64_t row, int64_t first, int64_t count,
+                     uint32_t* out) {
+  const int64_t head_words = (shape.head_dim + Operand::kPerWord - 1) / Operand::kPerWord;
+  for (int64_t key = first; key < first + count; key += kLanes) {
+    const Source* columns[kLanes];
+    for (int i = 0; i < kLanes; ++i) columns[i] = key + i < shape.length ? x + (key + i) * row : nullptr;
+    pack_columns<Operand>(columns, shape.head_dim, head_words, kPanel,
+                          out + key / kPanel * kPanel * head_words + key % kPanel);
+  }
+}
+
+inline float dot_product(const float* a, const float* b, int64_t count) {
+  Floats sum = {};
+  for (int64_t i = 0; i < count; i += kLanes)
+    sum = fused_multiply_add(load_some(a + i, count - i), load_some(b + i, count - i), sum);
+  return sum_lanes(sum);
+}
+
+// Probabilities and the gradients of the scores, for the queries of one word: one or two.
+template <class Operand, bool Masked>
+inline void score_gradients(const float* scores, const float* prob_grads, const float* bias, int64_t queries,
+                            int64_t count, float base2_scale, float scale, const float* log_sum_exp,
+                            const float* offset, uint32_t* probs, uint32_t* score_grads,
+                            uint32_t* score_grad_rows) {
+  constexpr int kPer = Operand::kPerWord;
+  constexpr bool kCoarse = kPer == 2;
+  const Floats lowest = broadcast(-126.0f), highest = broadcast(126.0f);
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    Floats p[2][2] = {}, g[2][2] = {};
+    for (int64_t q = 0; q < queries; ++q)
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = q * kGradKeys + i + half * kLanes;
+        Floats x = fused_multiply_add(load(scores + at), broadcast(base2_scale), broadcast(-log_sum_exp[q]));
+        if (Masked) x += load(bias + i + half * kLanes);
+        p[q][half] = exp2_in_range(-larger(-highest, -larger(lowest, x)), kCoarse);
+        p[q][half] = x < lowest ? Floats{} : p[q][half];
+        g[q][half] =
+            p[q][half] * fused_multiply_add(load(prob_grads + at), broadcast(scale), broadcast(-offset[q]));
+      }
+    for (int half = 0; half < 2; ++half) {
+      store_words(probs + i + half * kLanes, Operand::zip(p[0][half], p[1][half]));
+      store_words(score_grads + i + half * kLanes, Operand::zip(g[0][half], g[1][half]));
+    }
+    if (kPer > 1)
+      for (int64_t q = 0; q < queries; ++q)
+        Operand::store(score_grad_rows + (q * kGradKeys + i) / kPer, g[q][0], g[q][1]);
+  }
+}
+
+inline void copy_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to,
+                      int64_t to_row) {
+  for (int64_t r = 0; r < rows; ++r)
+    __builtin_memcpy(to + r * to_row, from + r * from_row, static_cast<size_t>(columns) * sizeof(float));
+}
+
+// bias: [keys] as in attend(), null if every key counts. scratch: 64-byte aligned.
+template <class Operand>
+void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const float* bias, void* scratch,
+                     const HeadGradientOutput& out) {
+  constexpr int kPer = Operand::kPerWord;
+  const GradientScratch t = gradient_scratch(shape, kPer, scratch);
+  const int64_t length = shape.length, head_dim = shape.head_dim, width = shape.head_width;
+  const int64_t head_words = (head_dim + kPer - 1) / kPer, query_words = (length + kPer - 1) / kPer;
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
+  const float base2_scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(head_dim));
+
+  for (int64_t r = 0; r < length; ++r) {
+    pack_row<Operand>(in.q + r * in.q_row, head_dim, t.query_rows + r * head_words);
+    pack_row<Operand>(in.grad_out + r * in.grad_out_row, head_dim, t.grad_rows + r * head_words);
+    t.offset[r] = scale * dot_product(in.grad_out + r * in.grad_out_row, in.out + r * in.out_row, head_dim);
+  }
+  pack_row_pairs<Operand>(in.q, in.q_row, length, head_dim, width, query_words, 0, query_words,
+                          t.query_pairs);
+  pack_row_pairs<Operand>(in.grad_out, in.grad_out_row, length, head_dim, width, query_words, 0, query_words,
+                          t.grad_pairs);
+  pack_key_panels<Operand>(shape, in.k, in.k_row, 0, shape.keys, t.keys);
+  pack_key_panels<Operand>(shape, in.v, in.v_row, 0, shape.keys, t.values);
+  const int64_t key_words = shape.keys / kPer;
+  pack_row_pairs<Operand>(in.k, in.k_row, length, head_dim, width, key_words, 0, key_words, t.key_pairs);
+
+  for (int64_t begin = 0; begin < length; begin += kGradKeys) {
+    const int64_t count = shape.keys - begin < kGradKeys ? shape.keys - begin : kGradKeys;
+    const int64_t real = length - begin < count ? length - begin : count;
+    for (int64_t first = 0; first < length; first += kGradRows) {
+      const int64_t rows = length - first < kGradRows ? length - first : kGradRows;
+      for (int64_t row = 0; row < rows; row += kQueryRows) {
+        const int64_t n = rows - row < kQueryRows ? rows - row : kQueryRows;
+        const Left q = {t.query_rows + (first + row) * head_words, head_words, 1};
+        const Left grad = {t.grad_rows + (first + row) * head_words, head_words, 1};
+        for (int64_t key = 0; key < count; key += kPanel) {
+          multiply<Operand>(q, n, t.keys + (begin + key) * head_words, kPanel, head_words, t.scores + key,
+                            kGradKeys);
+          multiply<Operand>(grad, n, t.values + (begin + key) * head_words, kPanel, head_words,
+                            t.prob_grads + key, kGradKeys);
+        }
+        for (int64_t r = 0; r < n; r += kPer) {
+          const int64_t queries = n - r < kPer ? n - r : kPer, at = (row + r) / kPer * kGradKeys;
+          const auto run = bias ? score_gradients<Operand, true> : score_gradients<Operand, false>;
+          run(t.scores + r * kGradKeys, t.prob_grads + r * kGradKeys, bias ? bias + begin : nullptr, queries,
+              count, base2_scale, scale, in.log_sum_exp + first + row + r, t.offset + first + row + r,
+              t.probs + at, t.score_grads + at, t.score_grad_rows + (row + r) * (kGradKeys / kPer));
+        }
+      }
+      const int64_t words = (rows + kPer - 1) / kPer;
+      for (int64_t column = 0; column < width; column += kPanel) {
+        const int panel = panel_width(width, column);
+        const int64_t at = column * query_words + first / kPer * panel;
+        multiply<Operand>({t.probs, 1, kGradKeys}, real, t.grad_pairs + at, panel, words, t.grad_v + column,
+                          width, first > 0);
+        multiply<Operand>({t.score_grads, 1, kGradKeys}, real, t.query_pairs + at, panel, words,
+                          t.grad_k + column, width, first > 0);
+        multiply<Operand>({t.score_grad_rows, kGradKeys / kPer, 1}, rows,
+                          t.key_pairs + column * key_words + begin / kPer * panel, panel, count / kPer,
+                          t.grad_q + first * width + column, width, begin > 0);
+      }
+    }
+    copy_rows(t.grad_k, width, real, head_dim, out.grad_k + begin * out.grad_k_row, out.grad_k_row);
+    copy_rows(t.grad_v, width, real, head_dim, out.grad_v + begin * out.grad_v_row, out.grad_v_row);
+  }
+  copy_rows(t.grad_q, width, length, head_dim, out.grad_q, out.grad_q_row);
+}

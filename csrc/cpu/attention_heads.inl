@@ -1,0 +1,254 @@
+// Attention of one head where it lies in memory: conversion to float, rotary angles, packing.
+
+constexpr int kPackedRows = 256;  // keys of a task
+constexpr int kAttendRows = 96;   // queries of a task
+static_assert(kPackedRows % kPanel == 0 && kAttendRows % kQueryRows == 0);
+
+inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+inline HeadShape head_shape(const AttentionProblem& p) {
+  return {p.length, (p.length + kPanel - 1) / kPanel * kPanel, p.head_dim,
+          (p.head_dim + kLanes - 1) / kLanes * kLanes};
+}
+
+// Sizes for one operand a word, which is the larger case.
+struct PackedHead {
+  uint32_t *keys, *values;
+  float* bias;  // [keys]
+};
+
+inline PackedHead packed_head(const HeadShape& s, void* memory) {
+  char* const base = static_cast<char*>(memory);
+  const int64_t keys = lines(4 * s.keys * s.head_dim), values = lines(4 * s.keys * s.head_width);
+  return {reinterpret_cast<uint32_t*>(base), reinterpret_cast<uint32_t*>(base + keys),
+          reinterpret_cast<float*>(base + keys + values)};
+}
+
+int64_t packed_head_bytes(const AttentionProblem& p) {
+  const HeadShape s = head_shape(p);
+  return lines(4 * s.keys * s.head_dim) + lines(4 * s.keys * s.head_width) + lines(4 * s.keys);
+}
+
+struct HeadScratch {
+  AttentionScratch* attention;
+  uint32_t* queries;  // [kAttendRows, head words]
+  float* rows;        // [kPackedRows, head width]: rotated rows, or results
+};
+
+inline HeadScratch head_scratch(const HeadShape& s, void* memory) {
+  char* const base = static_cast<char*>(memory);
+  const int64_t queries = lines(sizeof(AttentionScratch)),
+                rows = queries + lines(4 * kAttendRows * s.head_dim);
+  return {reinterpret_cast<AttentionScratch*>(base), reinterpret_cast<uint32_t*>(base + queries),
+          reinterpret_cast<float*>(base + rows)};
+}
+
+int64_t head_scratch_bytes(const AttentionProblem& p) {
+  const HeadShape s = head_shape(p);
+  return lines(sizeof(AttentionScratch)) + lines(4 * kAttendRows * s.head_dim) +
+         lines(4 * kPackedRows * s.head_width);
+}
+
+template <class Element>
+struct Rows {
+  Element* at;
+  int64_t stride;
+};
+
+template <class Element>
+inline Rows<Element> rows_of(const AttentionProblem& p, const HeadsView& view, int64_t head) {
+  const int64_t batch = head / p.heads, in_batch = head % p.heads;
+  return {static_cast<Element*>(view.data) + batch * view.batch_stride + in_batch * view.head_stride,
+          view.row_stride};
+}
+
+inline void store_value(float x, float* out) { *out = x; }
+inline void store_value(float x, uint16_t* out) {
+  uint16_t rounded[kLanes];
+  store_bf16(rounded, broadcast(x));
+  *out = rounded[0];
+}
+inline void store_lanes(float* out, Floats x) { store(out, x); }
+inline void store_lanes(uint16_t* out, Floats x) { store_bf16(out, x); }
+
+template <class Element>
+inline void write_row(const float* x, int64_t count, Element* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_lanes(out + i, load(x + i));
+  for (; i < count; ++i) store_value(x[i], out + i);
+}
+
+template <class Element>
+inline void read_row(const Element* x, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(x + i));
+  for (; i < count; ++i) out[i] = value_of(x + i);
+}
+
+// Pairs (i, i + K/2) turned by the angles of a position; `turn` -1 turns them back.
+template <class Element>
+inline void rotate_row(const Element* x, const float* cos, const float* sin, float turn, int64_t half,
+                       float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Floats a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i) * turn;
+    store(out + i, a * c - b * s);
+    store(out + half + i, b * c + a * s);
+  }
+  for (; i < half; ++i) {
+    const float a = value_of(x + i), b = value_of(x + half + i), s = sin[i] * turn;
+    out[i] = a * cos[i] - b * s;
+    out[half + i] = b * cos[i] + a * s;
+  }
+}
+
+// Rows [first, first + count) as floats, rotated where there are angles.
+template <class Element>
+void read_rows(const AttentionProblem& p, Rows<Element> x, int64_t first, int64_t count, bool rotated,
+               float* out, int64_t out_stride) {
+  const int64_t half = p.head_dim / 2;
+  for (int64_t r = first; r < first + count; ++r, out += out_stride)
+    if (rotated && p.cos)
+      rotate_row(x.at + r * x.stride, p.cos + r * half, p.sin + r * half, 1.0f, half, out);
+    else
+      read_row(x.at + r * x.stride, p.head_dim, out);
+}
+
+inline bool has_bias(const AttentionProblem& p, const HeadShape& s) {
+  return p.key_mask != nullptr || s.keys != s.length;
+}
+
+inline void fill_bias(const AttentionProblem& p, int64_t head, int64_t first, int64_t count, float* bias) {
+  const bool* mask = p.key_mask ? p.key_mask + head / p.heads * p.length : nullptr;
+  for (int64_t key = first; key < first + count; ++key)
+    bias[key] = key < p.length && (!mask || mask[key]) ? 0.0f : kMaskedScore;
+}
+
+template <class Operand, class Element>
+void pack_head_of(const AttentionProblem& p, int64_t head, int64_t first, void* memory, void* scratch) {
+  constexpr int kPer = Operand::kPerWord;
+  const HeadShape s = head_shape(p);
+  const PackedHead packed = packed_head(s, memory);
+  const int64_t count = s.keys - first < kPackedRows ? s.keys - first : kPackedRows;
+  const int64_t real = s.length - first < count ? s.length - first : count;
+  const Rows<const Element> k = rows_of<const Element>(p, p.k, head),
+                            v = rows_of<const Element>(p, p.v, head);
+  const int64_t head_words = (s.head_dim + kPer - 1) / kPer;
+  if (p.cos) {
+    float* const rows = head_scratch(s, scratch).rows;
+    read_rows(p, k, first, real, true, rows, s.head_dim);
+    // The block is a shape of its own, with panels from its first key on.
+    pack_key_panels<Operand>({real, count, s.head_dim, s.head_width}, rows, s.head_dim, 0, count,
+                             packed.keys + first * head_words);
+  } else {
+    pack_key_panels<Operand>(s, k.at, k.stride, first, count, packed.keys);
+  }
+  pack_row_pairs<Operand>(v.at + first * v.stride, v.stride, real, s.head_dim, s.head_width, s.keys / kPer,
+                          first / kPer, count / kPer, packed.values);
+  fill_bias(p, head, first, count, packed.bias);
+}
+
+template <class Operand, class Element>
+void attend_head_of(const AttentionProblem& p, const AttentionOutput& out, int64_t head, int64_t first,
+                    const void* memory, void* scratch) {
+  constexpr int kPer = Operand::kPerWord;
+  const HeadShape s = head_shape(p);
+  const PackedHead packed = packed_head(s, const_cast<void*>(memory));
+  const HeadScratch t = head_scratch(s, scratch);
+  const int64_t head_words = (s.head_dim + kPer - 1) / kPer;
+  const int64_t count = s.length - first < kAttendRows ? s.length - first : kAttendRows;
+  const Rows<const Element> q = rows_of<const Element>(p, p.q, head);
+  if (p.cos) read_rows(p, q, first, count, true, t.rows, s.head_dim);
+  for (int64_t r = 0; r < count; ++r)
+    if (p.cos)
+      pack_row<Operand>(t.rows + r * s.head_dim, s.head_dim, t.queries + r * head_words);
+    else
+      pack_row<Operand>(q.at + (first + r) * q.stride, s.head_dim, t.queries + r * head_words);
+  attend<Operand>(s, t.queries, head_words, count, packed.keys, packed.values,
+                  has_bias(p, s) ? packed.bias : nullptr, *t.attention, t.rows,
+                  out.log_sum_exp + head * p.length + first);
+  const Rows<Element> to = rows_of<Element>(p, out.out, head);
+  for (int64_t r = 0; r < count; ++r)
+    write_row(t.rows + r * s.head_width, s.head_dim, to.at + (first + r) * to.stride);
+}
+
+// Float copies of the head's tensors, and its gradients.
+struct BackwardScratch {
+  float *q, *k, *v, *out, *grad_out;  // [L, K]
+  float *grad_q, *grad_k, *grad_v;
+  float* bias;
+  void* attention;
+  int64_t bytes;
+};
+
+inline BackwardScratch backward_scratch(const HeadShape& s, void* memory) {
+  BackwardScratch t;
+  char* const base = static_cast<char*>(memory);
+  int64_t at = 0;
+  float** const arrays[] = {&t.q, &t.k, &t.v, &t.out, &t.grad_out, &t.grad_q, &t.grad_k, &t.grad_v};
+  for (float** array : arrays) {
+    *array = reinterpret_cast<float*>(base + at);
+    at += lines(4 * s.length * s.head_dim);
+  }
+  t.bias = reinterpret_cast<float*>(base + at);
+  at += lines(4 * s.keys);
+  t.attention = base + at;
+  t.bytes = at + attention_backward_scratch_bytes(s);
+  return t;
+}
+
+int64_t backward_head_bytes(const AttentionProblem& p) {
+  return backward_scratch(head_shape(p), nullptr).bytes;
+}
+
+template <class Operand, class Element>
+void backward_head_of(const AttentionProblem& p, const AttentionOutput& forward, const AttentionGradients& g,
+                      int64_t head, void* scratch) {
+  const HeadShape s = head_shape(p);
+  const BackwardScratch t = backward_scratch(s, scratch);
+  const auto read = [&](const HeadsView& view, bool rotated, float* to) {
+    read_rows(p, rows_of<const Element>(p, view, head), 0, s.length, rotated, to, s.head_dim);
+  };
+  read(p.q, true, t.q);
+  read(p.k, true, t.k);
+  read(p.v, false, t.v);
+  read(forward.out, false, t.out);
+  read(g.grad_out, false, t.grad_out);
+  fill_bias(p, head, 0, s.keys, t.bias);
+  const int64_t row = s.head_dim;
+  attend_backward<Operand>(
+      s, {t.q, t.k, t.v, t.out, t.grad_out, row, row, row, row, row, forward.log_sum_exp + head * p.length},
+      has_bias(p, s) ? t.bias : nullptr, t.attention, {t.grad_q, t.grad_k, t.grad_v, row, row, row});
+  const auto write = [&](const float* grad, bool rotated, const HeadsView& view) {
+    const Rows<Element> to = rows_of<Element>(p, view, head);
+    const int64_t half = s.head_dim / 2;
+    for (int64_t r = 0; r < s.length; ++r, grad += row) {
+      const float* turned = grad;
+      if (rotated && p.cos) {
+        rotate_row(grad, p.cos + r * half, p.sin + r * half, -1.0f, half, t.q);
+        turned = t.q;
+      }
+      write_row(turned, s.head_dim, to.at + r * to.stride);
+    }
+  };
+  write(t.grad_q, true, g.grad_q);
+  write(t.grad_k, true, g.grad_k);
+  write(t.grad_v, false, g.grad_v);
+}
+
+void pack_head(const AttentionProblem& p, int64_t head, int64_t first, void* packed, void* scratch) {
+  p.is_bf16 ? pack_head_of<Narrow, uint16_t>(p, head, first, packed, scratch)
+            : pack_head_of<Wide, float>(p, head, first, packed, scratch);
+}
+
+void attend_head(const AttentionProblem& p, const AttentionOutput& out, int64_t head, int64_t first,
+                 const void* packed, void* scratch) {
+  p.is_bf16 ? attend_head_of<Narrow, uint16_t>(p, out, head, first, packed, scratch)
+            : attend_head_of<Wide, float>(p, out, head, first, packed, scratch);
+}
+
+void backward_head(const AttentionProblem& p, const AttentionOutput& forward, const AttentionGradients& g,
+                   int64_t head, void* scratch) {
+  p.is_bf16 ? backward_head_of<Narrow, uint16_t>(p, forward, g, head, scratch)
+            : backward_head_of<Wide, float>(p, forward, g, head, scratch);
+}

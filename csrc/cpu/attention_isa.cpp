@@ -1,0 +1,34 @@
+// Compiled once per instruction set, like every *_isa.cpp: see sample_rows_isa.cpp.
+#include "cpu/attention.h"
+
+#if defined(__x86_64__)
+#  include <immintrin.h>
+#endif
+
+#include "common/row_math.h"
+
+namespace loopmdm::cpu {
+namespace {
+
+#include "cpu/vec.h"
+//
+#include "cpu/tile.inl"
+//
+#include "cpu/math.inl"
+//
+#include "cpu/attention.inl"
+//
+#include "cpu/attention_backward.inl"
+//
+#include "cpu/attention_heads.inl"
+
+}  // namespace
+
+namespace LOOPMDM_ISA {
+extern const AttentionKernel attention_kernel;
+const AttentionKernel attention_kernel = {kPackedRows,        kAttendRows,         packed_head_bytes,
+                                          head_scratch_bytes, backward_head_bytes, pack_head,
+                                          attend_head,        backward_head};
+}  // namespace LOOPMDM_ISA
+
+}  // namespace loopmdm::cpu

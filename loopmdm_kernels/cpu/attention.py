@@ -1,0 +1,76 @@
+"""`attention` on the CPU: products of float32 or of bfloat16 with float32 sums, no scores in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels.types import Rotary
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def supports(*, q: Tensor) -> str | None:
+    """Why these arguments need another backend, or None."""
+    if q.dtype not in _DTYPES:
+        return f"q must be float32 or bfloat16, got {q.dtype}"
+    return None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, rotary: Rotary | None = None
+) -> Tensor:
+    reason = supports(q=q)
+    if reason is not None:
+        raise ValueError(f"attention on the CPU: {reason}")
+    cos, sin = (None, None) if rotary is None else (angle.detach().float().contiguous() for angle in rotary)
+    mask = None if key_mask is None else key_mask.contiguous()
+    out: Tensor = _Attention.apply(q, k, v, mask, cos, sin)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy if its rows are not contiguous; any other strides are read where they are."""
+    x = x.detach().resolve_neg()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _like(x: Tensor) -> Tensor:
+    """[B, H, L, K] with the heads of a position side by side, as the projections around attention want it."""
+    batch, heads, length, head_dim = x.shape
+    return torch.empty(batch, length, heads, head_dim, dtype=x.dtype).transpose(1, 2)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+    ) -> Tensor:
+        from loopmdm_kernels import _C
+
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        out = _like(q)
+        log_sum_exp = torch.empty(q.shape[:3])
+        _C.attention(q, k, v, key_mask, cos, sin, torch.get_num_threads(), out, log_sum_exp)
+        ctx.save_for_backward(q, k, v, key_mask, cos, sin, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from loopmdm_kernels import _C
+
+        q, k, v, key_mask, cos, sin, out, log_sum_exp = ctx.saved_tensors
+        grads = [_like(q) for _ in range(3)]
+        _C.attention_backward(
+            q, k, v, key_mask, cos, sin, torch.get_num_threads(), out, log_sum_exp, _rows(grad), *grads
+        )
+        return (*grads, None, None, None)
