@@ -35,6 +35,18 @@ def looped_blocks(
     out: Tensor,
     used: Tensor,
 ) -> None: ...
+def head_logits(
+    hidden: Tensor,
+    rows: Tensor,
+    norm: Tensor,
+    shift: Tensor,
+    gain: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    narrow: bool,
+    num_threads: int,
+    logits: Tensor,
+) -> None: ...
 def sample_rows(
     hidden: Tensor,
     rows: Tensor,
@@ -43,13 +55,13 @@ def sample_rows(
     gain: Tensor,
     weight: Tensor,
     bias: Tensor,
+    narrow: bool,
     excluded_token: int,
     seed: int,
     sequence: Tensor,
     step: Tensor,
     position: Tensor,
     temperature: float,
-    compute_in_bf16: bool,
     num_threads: int,
     token: Tensor,
     log_prob: Tensor,

@@ -21,12 +21,11 @@ LinearLayout linear_layout(const LinearKernel& kernel, int64_t columns, int64_t 
   const int64_t unit = head_dim ? head_dim : columns;
   // A plain matrix is padded to whole pairs of vectors, which elementwise passes read at a time.
   const int64_t unit_width = round_up(unit, head_dim ? kernel.lanes : 2 * kernel.lanes);
-  const int64_t per_word = operands_per_word(kernel, narrow);
   return {unit,
           unit_width,
           columns / unit,
           std::max<int64_t>(1, kernel.panel / unit_width),
-          (depth + per_word - 1) / per_word,
+          operand_words(kernel, depth, narrow),
           kernel.panel};
 }
 

@@ -44,6 +44,11 @@ inline int64_t operands_per_word(const LinearKernel& kernel, bool narrow) {
   return narrow && kernel.words_per_pair == 1 ? 2 : 1;
 }
 
+inline int64_t operand_words(const LinearKernel& kernel, int64_t depth, bool narrow) {
+  const int64_t per_word = operands_per_word(kernel, narrow);
+  return (depth + per_word - 1) / per_word;
+}
+
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }

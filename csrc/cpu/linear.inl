@@ -30,6 +30,18 @@ void pack_panel_of(const Source* w, const LinearSource& source, const LinearLayo
   }
 }
 
+#if defined(__AVX512BF16__)
+using RoundedNarrow = Narrow;
+#else
+// Floats, but with the values of bf16.
+struct RoundedNarrow : Narrow {
+  static void store(uint32_t* words, Floats first, Floats second) {
+    Narrow::store(words, round_to_bf16(first), round_to_bf16(second));
+  }
+  static Words zip(Floats row, Floats other) { return Narrow::zip(round_to_bf16(row), other); }
+};
+#endif
+
 void pack_panel(const LinearSource& source, const LinearLayout& layout, bool narrow, int64_t group,
                 int64_t panel, uint32_t* packed) {
   const float* wide = static_cast<const float*>(source.data);
@@ -38,6 +50,6 @@ void pack_panel(const LinearSource& source, const LinearLayout& layout, bool nar
     narrow ? pack_panel_of<Narrow>(half, source, layout, group, panel, packed)
            : pack_panel_of<Wide>(half, source, layout, group, panel, packed);
   else
-    narrow ? pack_panel_of<Narrow>(wide, source, layout, group, panel, packed)
+    narrow ? pack_panel_of<RoundedNarrow>(wide, source, layout, group, panel, packed)
            : pack_panel_of<Wide>(wide, source, layout, group, panel, packed);
 }

@@ -5,6 +5,7 @@
 
 #include "cpu/buffer.h"
 #include "cpu/isa_table.h"
+#include "cpu/linear.h"
 #include "cpu/threads.h"
 
 namespace loopmdm::cpu {
@@ -13,7 +14,7 @@ LOOPMDM_DECLARE_KERNEL(SampleRowsKernel, sample_rows_kernel)
 
 namespace {
 
-constexpr int64_t kGroupRows = 4096;  // rows held as activations and partial statistics at one time
+constexpr int64_t kGroupRows = 4096;  // rows held as operands and partial statistics at one time
 constexpr double kThreadWork = 1e5;   // multiply-adds that pay for another thread
 
 void write_result(const SampleRowsProblem& p, RowStatistics stats, int64_t row, const SampleRowsOutput& out) {
@@ -42,53 +43,49 @@ void write_result(const SampleRowsProblem& p, RowStatistics stats, int64_t row, 
 }  // namespace
 
 void sample_rows(const SampleRowsProblem& p, const SampleRowsOutput& out, Isa isa, int num_threads) {
-  if (p.num_rows == 0) return;
+  const int64_t num_rows = p.head.num_rows;
+  if (num_rows == 0) return;
   const SampleRowsKernel& kernel = LOOPMDM_KERNEL(sample_rows_kernel, isa);
-  const int64_t stride = (p.width + kActivationAlign - 1) / kActivationAlign * kActivationAlign;
-  const int64_t num_chunks = (p.vocab_size + kChunkTokens - 1) / kChunkTokens;
-  const int64_t group = std::min(kGroupRows, p.num_rows);
-  const int64_t batches = (group + kBatchRows - 1) / kBatchRows;
-  const double work = static_cast<double>(group) * static_cast<double>(p.vocab_size * stride);
+  const int64_t words = operand_words(linear_kernel(isa), p.head.width, p.head.narrow);
+  const int64_t group = std::min(kGroupRows, num_rows);
+  const HeadTasks largest(group, p.head.vocab_size);
+  const double work = static_cast<double>(group) * static_cast<double>(p.head.vocab_size * p.head.width);
   const int64_t useful = static_cast<int64_t>(std::max(1.0, work / kThreadWork));
-  const int workers = static_cast<int>(std::min<int64_t>({num_threads, useful, batches * num_chunks}));
+  const int workers = static_cast<int>(std::min<int64_t>({num_threads, useful, largest.count()}));
+  const int64_t row_scratch = p.head.width + kRowPadding;
 
-  const auto activations = aligned_buffer<float>(group * stride);
-  const auto partial = aligned_buffer<RowStatistics>(group * num_chunks);  // [batch][chunk][row of the batch]
-  const auto weight_tiles = aligned_buffer<float>(workers * kTileTokens * stride);
-  const auto logits = aligned_buffer<float>(static_cast<int64_t>(workers) * kBatchRows * kTileTokens);
+  const auto operands = aligned_buffer<uint32_t>(group * words);
+  const auto partial = aligned_buffer<RowStatistics>(largest.num_chunks * group);  // [chunk][row]
+  const auto row_memory = aligned_buffer<float>(workers * row_scratch);
+  const auto logits = aligned_buffer<float>(workers * largest.batch_rows * kTileTokens);
+  const auto floors = aligned_buffer<float>(workers * group);
 
-  for (int64_t first = 0; first < p.num_rows; first += kGroupRows) {
-    const int64_t count = std::min(kGroupRows, p.num_rows - first);
-    const int64_t num_batches = (count + kBatchRows - 1) / kBatchRows;
-    const auto batch_rows = [&](int64_t batch) {
-      return std::min<int64_t>(kBatchRows, count - batch * kBatchRows);
-    };
-    const auto activations_of = [&](int64_t batch) {
-      return activations.get() + batch * kBatchRows * stride;
-    };
-    const auto partial_of = [&](int64_t batch, int64_t chunk) {
-      return partial.get() + batch * kBatchRows * num_chunks + chunk * batch_rows(batch);
-    };
-    for_each_task(num_batches, std::min<int>(workers, num_batches), [&](int64_t batch, int) {
-      const int64_t begin = first + batch * kBatchRows;
-      kernel.prepare(p, begin, begin + batch_rows(batch), activations_of(batch));
+  for (int64_t first = 0; first < num_rows; first += kGroupRows) {
+    const HeadTasks tasks(std::min(kGroupRows, num_rows - first), p.head.vocab_size);
+    parallel(workers, [&](Worker& worker) {
+      float* const worker_floors = floors.get() + worker.index * group;
+      float* const worker_logits = logits.get() + worker.index * largest.batch_rows * kTileTokens;
+      std::fill_n(worker_floors, tasks.num_rows, -std::numeric_limits<float>::infinity());
+      worker.share(tasks.num_batches, [&](int64_t batch) {
+        const int64_t row = tasks.first_row(batch);
+        kernel.prepare(p.head, first + row, first + tasks.end_row(batch),
+                       row_memory.get() + worker.index * row_scratch, operands.get() + row * words);
+      });
+      worker.share(tasks.count(), [&](int64_t task) {
+        const int64_t row = tasks.first_row(tasks.batch(task));
+        kernel.scan(p, first + row, first + tasks.end_row(tasks.batch(task)), operands.get() + row * words,
+                    tasks.chunk(task), worker_logits, worker_floors + row,
+                    partial.get() + tasks.chunk(task) * group + row);
+      });
+      worker.share(tasks.num_batches, [&](int64_t batch) {
+        for (int64_t row = tasks.first_row(batch); row < tasks.end_row(batch); ++row) {
+          RowStatistics stats = partial[row];
+          for (int64_t chunk = 1; chunk < tasks.num_chunks; ++chunk)
+            merge(stats, partial[chunk * group + row]);
+          write_result(p, stats, first + row, out);
+        }
+      });
     });
-    for_each_task(num_batches * num_chunks, workers, [&](int64_t task, int worker) {
-      // Consecutive tasks share a chunk of the weights.
-      const int64_t batch = task % num_batches, chunk = task / num_batches;
-      const int64_t begin = first + batch * kBatchRows;
-      const SampleRowsScratch scratch = {
-          weight_tiles.get() + worker * kTileTokens * stride,
-          logits.get() + static_cast<int64_t>(worker) * kBatchRows * kTileTokens};
-      kernel.scan(p, begin, begin + batch_rows(batch), activations_of(batch), chunk, scratch,
-                  partial_of(batch, chunk));
-    });
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t batch = i / kBatchRows, row = i % kBatchRows;
-      RowStatistics stats = partial_of(batch, 0)[row];
-      for (int64_t chunk = 1; chunk < num_chunks; ++chunk) merge(stats, partial_of(batch, chunk)[row]);
-      write_result(p, stats, first + i, out);
-    }
   }
 }
 

@@ -16,7 +16,13 @@ namespace {
 
 #include "cpu/vec.h"
 //
+#include "cpu/tile.inl"
+//
+#include "cpu/math.inl"
+//
 #include "cpu/philox.inl"
+//
+#include "cpu/head.inl"
 //
 #include "cpu/sample_rows.inl"
 
@@ -24,7 +30,7 @@ namespace {
 
 namespace LOOPMDM_ISA {
 extern const SampleRowsKernel sample_rows_kernel;
-const SampleRowsKernel sample_rows_kernel = {prepare, scan};
+const SampleRowsKernel sample_rows_kernel = {prepare_rows, scan};
 }  // namespace LOOPMDM_ISA
 
 }  // namespace loopmdm::cpu

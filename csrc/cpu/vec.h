@@ -32,11 +32,16 @@ inline Floats load(const uint16_t* p) { return widen(p); }
 
 inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// Rounds kLanes values to bf16, to nearest, ties to even.
-inline void store_bf16(uint16_t* p, Floats v) {
+// Values of bf16: rounded to nearest, ties to even.
+inline Floats round_to_bf16(Floats v) {
   const Words bits = reinterpret_cast<Words>(v);
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Halves h = __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0u, Halves);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return reinterpret_cast<Floats>(v == v ? rounded : Words{} + 0x7fc00000u);
+}
+
+// kLanes values as bf16.
+inline void store_bf16(uint16_t* p, Floats v) {
+  const Halves h = __builtin_convertvector(reinterpret_cast<Words>(round_to_bf16(v)) >> 16, Halves);
   __builtin_memcpy(p, &h, sizeof h);
 }
 

@@ -5,24 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.cpu.head import head_arguments, why_not
 from loopmdm_kernels.types import Head, RowRng, SampledRows
-
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def supports(
     *, hidden: Tensor, head: Head, top_p: float = 1.0, compute_dtype: torch.dtype | None = None
 ) -> str | None:
     """Why these arguments need another backend, or None."""
-    if hidden.dtype != torch.float32:
-        return f"hidden must be float32, got {hidden.dtype}"
-    if head.weight.dtype not in _WEIGHT_DTYPES:
-        return f"head.weight must be float32 or bfloat16, got {head.weight.dtype}"
-    if (compute_dtype or head.weight.dtype) not in _WEIGHT_DTYPES:
-        return f"compute_dtype must be float32 or bfloat16, got {compute_dtype}"
     if top_p < 1.0:
         return f"top_p must be 1, got {top_p}"
-    return None
+    return why_not(hidden, head, compute_dtype)
 
 
 def sample_rows(
@@ -41,7 +34,6 @@ def sample_rows(
     if reason is not None:
         raise ValueError(f"sample_rows on the CPU: {reason}")
     dtype = compute_dtype or head.weight.dtype
-    shift, scale = head.modulation.to(dtype).unbind(1)
     num_rows = rows.shape[0]
     out = SampledRows(
         *(
@@ -50,20 +42,13 @@ def sample_rows(
         )
     )
     _C.sample_rows(
-        hidden.contiguous(),
-        rows.contiguous(),
-        head.norm.float().contiguous(),
-        shift.float().contiguous(),
-        (1 + scale).float().contiguous(),
-        head.weight.contiguous(),
-        head.bias.float().contiguous(),
+        *head_arguments(hidden, head, rows, dtype),
         head.excluded_token,
         rng.seed,
         rng.sequence.contiguous(),
         rng.step.contiguous(),
         rng.position.contiguous(),
         temperature,
-        dtype == torch.bfloat16,
         torch.get_num_threads(),
         *out,
     )

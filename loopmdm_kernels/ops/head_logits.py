@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from loopmdm_kernels import backends, reference
 from loopmdm_kernels.ops import checks
-from loopmdm_kernels.reference.head import row_logits
 from loopmdm_kernels.types import Head
 
 
@@ -20,10 +22,14 @@ def head_logits(hidden: Tensor, head: Head, *, compute_dtype: torch.dtype | None
     """
     checks.tensor("hidden", hidden, dtypes=checks.STREAM_FLOATS, shape=("B", "L", "D"))
     checks.not_empty("hidden", hidden)
-    batch, length, hidden_size = hidden.shape
+    batch, _, hidden_size = hidden.shape
     checks.head(head, hidden_size, batch, hidden.device)
     checks.compute_dtype(compute_dtype)
-    rows = torch.arange(batch * length, device=hidden.device)
+    if torch.compiler.is_compiling():
+        implementation: Callable[..., Tensor] = reference.head_logits
+    else:
+        implementation = backends.implementation(
+            "head_logits", hidden.device, hidden=hidden, head=head, compute_dtype=compute_dtype
+        )
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = row_logits(hidden, head, rows, compute_dtype)
-    return logits.to(compute_dtype or head.weight.dtype).view(batch, length, -1)
+        return implementation(hidden, head, compute_dtype=compute_dtype)

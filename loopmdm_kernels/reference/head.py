@@ -27,6 +27,13 @@ def row_logits(hidden: Tensor, head: Head, rows: Tensor, compute_dtype: torch.dt
     return F.linear(h.to(wide), head.weight.to(dtype).to(wide), head.bias.to(wide))
 
 
+def head_logits(hidden: Tensor, head: Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:
+    batch, length, _ = hidden.shape
+    rows = torch.arange(batch * length, device=hidden.device)
+    logits = row_logits(hidden, head, rows, compute_dtype)
+    return logits.to(compute_dtype or head.weight.dtype).view(batch, length, -1)
+
+
 def subs_log_probs(logits: Tensor, excluded_token: int) -> Tensor:
     """log p(x0 | xt) of masked rows (MDLM, SUBS): the excluded token gets probability 0. [R, V]."""
     if excluded_token >= 0:

@@ -1,0 +1,20 @@
+// Reads and checks the arguments that make a HeadProblem.
+#pragma once
+
+#include "bindings/tensor_view.h"
+#include "cpu/head.h"
+#include "cpu/isa.h"
+
+namespace loopmdm {
+
+// `weight`: [vocab_size, D], packed for `isa`. Throws like TensorView.
+cpu::HeadProblem head_problem(pybind11::handle hidden, pybind11::handle rows, pybind11::handle norm,
+                              pybind11::handle shift, pybind11::handle gain, pybind11::handle weight,
+                              pybind11::handle bias, bool narrow, cpu::Isa isa);
+
+void check_num_threads(int num_threads);
+
+// Throws ValueError unless all values are in 0..limit-1.
+void check_range(const TensorView& values, const char* name, int64_t limit);
+
+}  // namespace loopmdm

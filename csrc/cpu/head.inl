@@ -1,0 +1,48 @@
+// Normalised rows and their logits, in terms of tile.inl.
+
+// Words of an operand row.
+inline int64_t head_words(const HeadProblem& p) {
+  return p.narrow ? (p.width + Narrow::kPerWord - 1) / Narrow::kPerWord : p.width;
+}
+
+// Rows [begin, end) of the problem, normalised and modulated, as operands [end - begin, head_words].
+// `row`: scratch of D floats and two vectors more.
+void prepare_rows(const HeadProblem& p, int64_t begin, int64_t end, float* row, uint32_t* operands) {
+  const int64_t words = head_words(p), width = p.width;
+  const int64_t padded = round_up(width, 2 * kLanes);
+  for (int64_t r = begin; r < end; ++r, operands += words) {
+    const float* x = p.hidden + p.rows[r] * width;
+    const int64_t group = p.rows[r] / p.rows_per_group;
+    const float* shift = p.shift + group * width;
+    const float* gain = p.gain + group * width;
+    __builtin_memcpy(row, x, static_cast<size_t>(width) * sizeof *x);
+    for (int64_t i = width; i < padded; ++i) row[i] = 0.0f;
+    const RowMoments m = row_moments(row, width, padded);
+    for (int64_t i = 0; i < width; ++i) row[i] = (row[i] - m.mean) * m.scale * p.norm[i] * gain[i] + shift[i];
+    if (!p.narrow) {
+      store_row<Wide>(row, width, operands);
+    } else {
+      if constexpr (Narrow::kPerWord == 1)  // stored as floats, but with the values of bf16
+        for (int64_t i = 0; i < padded; i += kLanes) store(row + i, round_to_bf16(load(row + i)));
+      store_row<Narrow>(row, width, operands);
+    }
+  }
+}
+
+// Sums of `rows` operand rows with the `count` tokens from first_token on, a multiple of kPanel: logits
+// without bias [rows, kTileTokens]. Up to the next 2 * kLanes columns are written.
+template <class Operand>
+void multiply_tokens(const HeadProblem& p, const uint32_t* operands, int64_t rows, int64_t first_token,
+                     int64_t count, float* logits) {
+  const int64_t words = head_words(p);
+  const int64_t columns = round_up(count, 2 * kLanes);
+  for (int64_t column = 0; column < columns; column += kPanel)
+    multiply<Operand>({operands, words, 1}, rows, p.weight + (first_token + column) * words,
+                      panel_width(columns, column), words, logits + column, kTileTokens);
+}
+
+inline void multiply_tile(const HeadProblem& p, const uint32_t* operands, int64_t rows, int64_t first_token,
+                          int64_t count, float* logits) {
+  p.narrow ? multiply_tokens<Narrow>(p, operands, rows, first_token, count, logits)
+           : multiply_tokens<Wide>(p, operands, rows, first_token, count, logits);
+}
