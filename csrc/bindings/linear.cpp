@@ -45,16 +45,17 @@ void pack_linear(py::handle weight_arg, int64_t heads, int64_t parts, bool narro
   }
 }
 
-uint64_t fingerprint(py::handle weight_arg) {
+uint64_t fingerprint(py::handle weight_arg, int num_threads) {
   const TensorView weight(weight_arg, "weight", {DType::float32, DType::bfloat16}, {kAny, kAny});
   const int64_t item = weight.dtype() == DType::float32 ? 4 : 2;
-  return cpu::fingerprint(weight.data(), weight.size(0) * weight.size(1) * item);
+  const py::gil_scoped_release release;
+  return cpu::fingerprint(weight.data(), weight.size(0) * weight.size(1) * item, num_threads);
 }
 
 }  // namespace
 
 void bind_linear(py::module_& m) {
-  m.def("fingerprint", &fingerprint, py::arg("weight"));
+  m.def("fingerprint", &fingerprint, py::arg("weight"), py::arg("num_threads") = 1);
   m.def("packed_size", &packed_size, py::arg("columns"), py::arg("depth"), py::arg("heads"), py::arg("parts"),
         py::arg("narrow"));
   m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("heads"), py::arg("parts"), py::arg("narrow"),

@@ -2,11 +2,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
+
+#include "cpu/threads.h"
 
 namespace loopmdm::cpu {
 namespace {
 
 constexpr int64_t kLine = 64, kBlock = 1024, kWhole = 4096, kAhead = 24;  // bytes, and blocks to prefetch
+constexpr int64_t kPartBlocks = 2048;                                     // of a thread's task
 constexpr int kWords = kLine / 8;
 constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;  // 2^64 / golden ratio
 
@@ -39,22 +43,34 @@ inline int64_t line_of(int64_t block) {
   return block * kBlock + static_cast<int64_t>((static_cast<uint64_t>(block) * kOdd) >> 60) * kLine;
 }
 
+uint64_t hash_blocks(const char* at, int64_t first, int64_t last) {
+  Hash hash;
+  for (int64_t i = first; i < last; ++i) {
+    __builtin_prefetch(at + line_of(std::min(i + kAhead, last - 1)));
+    hash.add(at + line_of(i));
+  }
+  return hash.finish(last - first);
+}
+
 }  // namespace
 
-uint64_t fingerprint(const void* data, int64_t bytes) {
+uint64_t fingerprint(const void* data, int64_t bytes, int num_threads) {
   const char* at = static_cast<const char*>(data);
   Hash hash;
   if (bytes < kWhole) {
     for (int64_t i = 0; i < bytes; i += kLine) hash.add(at + i, std::min(kLine, bytes - i));
-  } else {
-    const int64_t blocks = bytes / kBlock;
-    for (int64_t i = 0; i < blocks; ++i) {
-      __builtin_prefetch(at + line_of(std::min(i + kAhead, blocks - 1)));
-      hash.add(at + line_of(i));
-    }
-    hash.add(at + bytes - kLine);
+    return hash.finish(bytes);
   }
-  return hash.finish(bytes);
+  const int64_t blocks = bytes / kBlock, parts = (blocks + kPartBlocks - 1) / kPartBlocks;
+  std::vector<uint64_t> hashes(static_cast<size_t>(parts));
+  for_each_task(parts, static_cast<int>(std::min<int64_t>(num_threads, parts)), [&](int64_t part, int) {
+    hashes[static_cast<size_t>(part)] =
+        hash_blocks(at, part * kPartBlocks, std::min(blocks, (part + 1) * kPartBlocks));
+  });
+  hash.add(at + bytes - kLine);
+  uint64_t all = hash.finish(bytes);
+  for (const uint64_t part : hashes) all = mix(all, part);
+  return all;
 }
 
 }  // namespace loopmdm::cpu

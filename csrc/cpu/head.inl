@@ -34,8 +34,7 @@ void prepare_rows(const HeadProblem& p, int64_t begin, int64_t end, float* row, 
 template <class Operand>
 void multiply_tokens(const HeadProblem& p, const uint32_t* operands, int64_t rows, int64_t first_token,
                      int64_t count, float* logits) {
-  const int64_t words = head_words(p);
-  const int64_t columns = round_up(count, 2 * kLanes);
+  const int64_t words = head_words(p), columns = round_up(count, 2 * kLanes);
   for (int64_t column = 0; column < columns; column += kPanel)
     multiply<Operand>({operands, words, 1}, rows, p.weight + (first_token + column) * words,
                       panel_width(columns, column), words, logits + column, kTileTokens);

@@ -59,7 +59,7 @@ def packed_linear(
     state = _State(
         -1 if weight.is_inference() else weight._version,
         weight.data_ptr(),
-        _C.fingerprint(weight),
+        _C.fingerprint(weight, torch.get_num_threads()),
         weight.shape,
         weight.dtype,
     )

@@ -358,6 +358,7 @@ def test_fingerprint_samples_every_kilobyte(dtype):
     changed.view(-1)[-1] += 1
     assert _C.fingerprint(changed) != first
     assert _C.fingerprint(values) == _C.fingerprint(values.clone()) == first
+    assert _C.fingerprint(values, num_threads=3) == first
     assert _C.fingerprint(values[:0]) != _C.fingerprint(values[:1])
 
 
