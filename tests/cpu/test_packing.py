@@ -61,9 +61,8 @@ def unpacked(packed, isa, columns, depth, *, narrow, heads=0, parts=1):
     return torch.cat([values[:depth, :unit] for values in units], dim=1).T
 
 
-def expected(weight, isa, narrow):
-    pairs = narrow and isa == "avx512_bf16"
-    return weight.detach().to(torch.bfloat16 if pairs else weight.dtype).float()
+def expected(weight, narrow):
+    return weight.detach().to(torch.bfloat16 if narrow else weight.dtype).float()
 
 
 SIZES = [(1, 1), (2, 3), (7, 5), (16, 16), (33, 31), (64, 64), (65, 127), (130, 96), (200, 70)]
@@ -79,7 +78,7 @@ class TestLayout:
             packed = packed_linear(weight, narrow=narrow, transposed=transposed)
             source = weight.T if transposed else weight
             values = unpacked(packed, isa, *source.shape, narrow=narrow)
-            assert torch.equal(values, expected(source, isa, narrow)), (rows, width)
+            assert torch.equal(values, expected(source, narrow)), (rows, width)
 
     def test_heads(self, isa, dtype, narrow):
         shapes = [(1, 2, 6), (3, 4, 12), (5, 12, 60), (2, 40, 80), (3, 64, 192), (2, 66, 7)]
@@ -88,13 +87,13 @@ class TestLayout:
                 weight = torch.randn(parts * heads * head_dim, depth).to(dtype)
                 packed = packed_linear(weight, narrow=narrow, heads=heads, parts=parts)
                 values = unpacked(packed, isa, *weight.shape, narrow=narrow, heads=heads, parts=parts)
-                assert torch.equal(values, expected(weight, isa, narrow)), (heads, head_dim, depth, parts)
+                assert torch.equal(values, expected(weight, narrow)), (heads, head_dim, depth, parts)
 
     def test_not_contiguous(self, isa, dtype, narrow):
         whole = torch.randn(40, 50).to(dtype)
         for weight in (whole.T, whole[:, 3:20], whole[::2]):
             values = unpacked(packed_linear(weight, narrow=narrow), isa, *weight.shape, narrow=narrow)
-            assert torch.equal(values, expected(weight, isa, narrow))
+            assert torch.equal(values, expected(weight, narrow))
         assert not packing._known
 
     def test_any_number_of_threads(self, isa, dtype, narrow, monkeypatch):
@@ -287,7 +286,7 @@ def test_instruction_set_switch(monkeypatch):
             monkeypatch.setenv("LOOPMDM_CPU_ISA", isa)
             for narrow in (False, True):
                 values = unpacked(packed_linear(weight, narrow=narrow), isa, 70, 50, narrow=narrow)
-                assert torch.equal(values, expected(weight, isa, narrow))
+                assert torch.equal(values, expected(weight, narrow))
 
 
 def test_modules_stay_clean():
