@@ -202,7 +202,8 @@ class _Gradients(NamedTuple):
             self.mlp_out_bias,
         )
         return [
-            (g if g.ndim == 1 else g[:, : w.shape[1]]).to(w.dtype) for g, w in zip(in_order, block, strict=True)
+            (g if g.ndim == 1 else g[:, : w.shape[1]]).to(w.dtype)
+            for g, w in zip(in_order, block, strict=True)
         ], of_modulation
 
 
