@@ -96,3 +96,47 @@ def attention_backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None: ...
+
+CROSS_ENTROPY_GROUP_ROWS: int
+
+def masked_cross_entropy(
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    norm: Tensor,
+    shift: Tensor,
+    gain: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    excluded_token: int,
+    narrow: bool,
+    num_threads: int,
+    row_weights: Tensor,
+    total: Tensor,
+    top: Tensor,
+    sum: Tensor,
+    nll: Tensor,
+) -> None: ...
+def masked_cross_entropy_backward(
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    norm: Tensor,
+    shift: Tensor,
+    gain: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    excluded_token: int,
+    narrow: bool,
+    num_threads: int,
+    top: Tensor,
+    sum: Tensor,
+    nll: Tensor,
+    nll_grad: Tensor,
+    hidden_grad: Tensor | None,
+    norm_grad: Tensor | None,
+    shift_grad: Tensor | None,
+    scale_grad: Tensor | None,
+    weight_grad: Tensor | None,
+    bias_grad: Tensor | None,
+) -> None: ...

@@ -29,6 +29,7 @@ _KERNEL_MODULES = {
     "cpu": {
         "head_logits": "loopmdm_kernels.cpu.head_logits",
         "looped_blocks": "loopmdm_kernels.cpu.looped_blocks",
+        "masked_cross_entropy": "loopmdm_kernels.cpu.masked_cross_entropy",
         "sample_rows": "loopmdm_kernels.cpu.sample_rows",
     },
     "triton": {},

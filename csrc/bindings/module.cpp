@@ -19,6 +19,7 @@ PYBIND11_MODULE(_C, m) {
   loopmdm::bind_head_logits(m);
   loopmdm::bind_linear(m);
   loopmdm::bind_looped_blocks(m);
+  loopmdm::bind_masked_cross_entropy(m);
   loopmdm::bind_peak(m);
   loopmdm::bind_sample_rows(m);
   loopmdm::bind_threads(m);

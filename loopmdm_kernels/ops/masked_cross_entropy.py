@@ -70,8 +70,10 @@ def _run(
     row_weights: Tensor,
     compute_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    implementation = backends.implementation("masked_cross_entropy", hidden.device)
     head = Head(norm, weight, bias, modulation, excluded_token)
+    implementation = backends.implementation(
+        "masked_cross_entropy", hidden.device, hidden=hidden, head=head, compute_dtype=compute_dtype
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         total, nll = implementation(hidden, head, targets, rows, row_weights, compute_dtype=compute_dtype)
     return total, nll

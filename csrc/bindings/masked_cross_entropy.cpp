@@ -1,0 +1,156 @@
+#include "cpu/masked_cross_entropy.h"
+
+#include <optional>
+
+#include "bindings/ops.h"
+#include "bindings/tensor_view.h"
+
+namespace py = pybind11;
+
+namespace loopmdm {
+namespace {
+
+void check_range(const TensorView& values, const char* name, int64_t limit) {
+  for (int64_t i = 0; i < values.size(0); ++i) {
+    const int64_t value = values.as<const int64_t>()[i];
+    if (value < 0 || value >= limit)
+      throw py::value_error(std::string(name) + ": expected values in 0.." + std::to_string(limit - 1) +
+                            ", got " + std::to_string(value) + " at index " + std::to_string(i));
+  }
+}
+
+// The arguments that both directions share.
+struct Arguments {
+  cpu::MaskedCrossEntropyProblem problem;
+  int64_t batch, length;
+
+  Arguments(py::handle hidden_arg, py::handle rows_arg, py::handle targets_arg, py::handle norm_arg,
+            py::handle shift_arg, py::handle gain_arg, py::handle weight_arg, py::handle bias_arg,
+            int64_t excluded_token, bool narrow, int num_threads) {
+    const TensorView hidden(hidden_arg, "hidden", {DType::float32}, {kAny, kAny, kAny});
+    batch = hidden.size(0);
+    length = hidden.size(1);
+    const int64_t width = hidden.size(2);
+    const TensorView rows(rows_arg, "rows", {DType::int64}, {kAny});
+    const TensorView targets(targets_arg, "targets", {DType::int64}, {rows.size(0)});
+    const TensorView norm(norm_arg, "head.norm", {DType::float32}, {width});
+    const TensorView shift(shift_arg, "shift", {DType::float32}, {kAny, width});
+    const TensorView gain(gain_arg, "gain", {DType::float32}, {shift.size(0), width});
+    const TensorView weight(weight_arg, "head.weight", {DType::float32, DType::bfloat16}, {kAny, width});
+    const int64_t vocab_size = weight.size(0);
+    const TensorView bias(bias_arg, "head.bias", {DType::float32}, {vocab_size});
+
+    if (width == 0) throw py::value_error("hidden: expected a width of at least 1, got 0");
+    if (shift.size(0) != 1 && shift.size(0) != batch)
+      throw py::value_error("head.modulation: expected 1 or " + std::to_string(batch) + " sequences, got " +
+                            std::to_string(shift.size(0)));
+    constexpr int64_t kMaxVocab = (int64_t{1} << 31) - 1 - cpu::kTileTokens;  // token numbers are int32
+    if (vocab_size < 1 || vocab_size > kMaxVocab)
+      throw py::value_error("head.weight: expected 1.." + std::to_string(kMaxVocab) + " tokens, got " +
+                            std::to_string(vocab_size));
+    if (excluded_token < -1 || excluded_token >= vocab_size)
+      throw py::value_error("head.excluded_token: expected -1 or a token of the vocabulary, got " +
+                            std::to_string(excluded_token));
+    if (num_threads < 1)
+      throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
+    check_range(rows, "rows", batch * length);
+    check_range(targets, "targets", vocab_size);
+    problem = {
+        .hidden = hidden.as<const float>(),
+        .rows = rows.as<const int64_t>(),
+        .targets = targets.as<const int64_t>(),
+        .norm = norm.as<const float>(),
+        .shift = shift.as<const float>(),
+        .gain = gain.as<const float>(),
+        .weight = weight.data(),
+        .bias = bias.as<const float>(),
+        .num_rows = rows.size(0),
+        .rows_per_group = shift.size(0) == 1 ? batch * length : length,
+        .num_modulations = shift.size(0),
+        .width = width,
+        .vocab_size = vocab_size,
+        .excluded_token = excluded_token,
+        .weight_is_bf16 = weight.dtype() == DType::bfloat16,
+        .narrow = narrow,
+    };
+  }
+};
+
+void masked_cross_entropy(py::handle hidden, py::handle rows, py::handle targets, py::handle norm,
+                          py::handle shift, py::handle gain, py::handle weight, py::handle bias,
+                          int64_t excluded_token, bool narrow, int num_threads, py::handle row_weights_arg,
+                          py::handle total_arg, py::handle top_arg, py::handle sum_arg, py::handle nll_arg) {
+  const Arguments arguments(hidden, rows, targets, norm, shift, gain, weight, bias, excluded_token, narrow,
+                            num_threads);
+  const int64_t num_rows = arguments.problem.num_rows;
+  const TensorView row_weights(row_weights_arg, "row_weights", {DType::float32}, {num_rows});
+  const TensorView total(total_arg, "total", {DType::float32}, {});
+  const TensorView nll(nll_arg, "nll", {DType::float32}, {num_rows});
+  const TensorView top(top_arg, "top", {DType::float32}, {num_rows});
+  const TensorView sum(sum_arg, "sum", {DType::float32}, {num_rows});
+  const cpu::Isa isa = cpu::current_isa();
+  const py::gil_scoped_release release;
+  cpu::masked_cross_entropy(arguments.problem, row_weights.as<const float>(), total.as<float>(),
+                            {top.as<float>(), sum.as<float>(), nll.as<float>()}, isa, num_threads);
+}
+
+void masked_cross_entropy_backward(py::handle hidden, py::handle rows, py::handle targets, py::handle norm,
+                                   py::handle shift, py::handle gain, py::handle weight, py::handle bias,
+                                   int64_t excluded_token, bool narrow, int num_threads, py::handle top_arg,
+                                   py::handle sum_arg, py::handle nll_arg, py::handle nll_grad_arg,
+                                   py::handle hidden_grad_arg, py::handle norm_grad_arg,
+                                   py::handle shift_grad_arg, py::handle scale_grad_arg,
+                                   py::handle weight_grad_arg, py::handle bias_grad_arg) {
+  const Arguments arguments(hidden, rows, targets, norm, shift, gain, weight, bias, excluded_token, narrow,
+                            num_threads);
+  const cpu::MaskedCrossEntropyProblem& p = arguments.problem;
+  const TensorView top(top_arg, "top", {DType::float32}, {p.num_rows});
+  const TensorView sum(sum_arg, "sum", {DType::float32}, {p.num_rows});
+  const TensorView nll(nll_arg, "nll", {DType::float32}, {p.num_rows});
+  const TensorView nll_grad(nll_grad_arg, "nll_grad", {DType::float32}, {p.num_rows});
+  const auto wanted = [](py::handle tensor, const char* name, std::initializer_list<int64_t> shape) {
+    return tensor.is_none() ? nullptr : TensorView(tensor, name, {DType::float32}, shape).as<float>();
+  };
+  std::optional<TensorView> weight_grad;
+  if (!weight_grad_arg.is_none())
+    weight_grad.emplace(weight_grad_arg, "weight_grad",
+                        std::initializer_list<DType>{DType::float32, DType::bfloat16},
+                        std::initializer_list<int64_t>{p.vocab_size, p.width});
+  const bool weight_grad_is_bf16 = weight_grad && weight_grad->dtype() == DType::bfloat16;
+  if (weight_grad_is_bf16 && p.num_rows > cpu::kGroupRows)
+    throw py::value_error("weight_grad: expected float32 for more than " + std::to_string(cpu::kGroupRows) +
+                          " rows");
+  if (shift_grad_arg.is_none() != scale_grad_arg.is_none())
+    throw py::value_error("shift_grad, scale_grad: expected both or none");
+  const cpu::MaskedCrossEntropyGradients gradients = {
+      .nll = nll_grad.as<const float>(),
+      .hidden = wanted(hidden_grad_arg, "hidden_grad", {arguments.batch, arguments.length, p.width}),
+      .norm = wanted(norm_grad_arg, "norm_grad", {p.width}),
+      .shift = wanted(shift_grad_arg, "shift_grad", {p.num_modulations, p.width}),
+      .scale = wanted(scale_grad_arg, "scale_grad", {p.num_modulations, p.width}),
+      .weight = weight_grad ? weight_grad->as<void>() : nullptr,
+      .bias = wanted(bias_grad_arg, "bias_grad", {p.vocab_size}),
+      .weight_is_bf16 = weight_grad_is_bf16,
+  };
+  const cpu::Isa isa = cpu::current_isa();
+  const py::gil_scoped_release release;
+  cpu::masked_cross_entropy_backward(p, {top.as<float>(), sum.as<float>(), nll.as<float>()}, gradients, isa,
+                                     num_threads);
+}
+
+}  // namespace
+
+void bind_masked_cross_entropy(py::module_& m) {
+  m.attr("CROSS_ENTROPY_GROUP_ROWS") = cpu::kGroupRows;
+  m.def("masked_cross_entropy", &masked_cross_entropy, py::arg("hidden"), py::arg("rows"), py::arg("targets"),
+        py::arg("norm"), py::arg("shift"), py::arg("gain"), py::arg("weight"), py::arg("bias"),
+        py::arg("excluded_token"), py::arg("narrow"), py::arg("num_threads"), py::arg("row_weights"),
+        py::arg("total"), py::arg("top"), py::arg("sum"), py::arg("nll"));
+  m.def("masked_cross_entropy_backward", &masked_cross_entropy_backward, py::arg("hidden"), py::arg("rows"),
+        py::arg("targets"), py::arg("norm"), py::arg("shift"), py::arg("gain"), py::arg("weight"),
+        py::arg("bias"), py::arg("excluded_token"), py::arg("narrow"), py::arg("num_threads"), py::arg("top"),
+        py::arg("sum"), py::arg("nll"), py::arg("nll_grad"), py::arg("hidden_grad"), py::arg("norm_grad"),
+        py::arg("shift_grad"), py::arg("scale_grad"), py::arg("weight_grad"), py::arg("bias_grad"));
+}
+
+}  // namespace loopmdm

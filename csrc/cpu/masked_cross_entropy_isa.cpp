@@ -1,0 +1,30 @@
+// Compiled once per instruction set, like every *_isa.cpp: see sample_rows_isa.cpp.
+#include "cpu/masked_cross_entropy.h"
+
+#if defined(__x86_64__)
+#  include <immintrin.h>
+#endif
+
+#include "common/row_math.h"
+#include "cpu/linear.h"
+
+namespace loopmdm::cpu {
+namespace {
+
+#include "cpu/vec.h"
+//
+#include "cpu/tile.inl"
+//
+#include "cpu/math.inl"
+//
+#include "cpu/masked_cross_entropy.inl"
+
+}  // namespace
+
+namespace LOOPMDM_ISA {
+extern const MaskedCrossEntropyKernel masked_cross_entropy_kernel;
+const MaskedCrossEntropyKernel masked_cross_entropy_kernel = {sizes,     prepare,   statistics,
+                                                              gradients, norm_sums, norm_gradients};
+}  // namespace LOOPMDM_ISA
+
+}  // namespace loopmdm::cpu
