@@ -18,6 +18,8 @@ def pack_linear(
     num_threads: int,
     packed: Tensor,
 ) -> None: ...
+def tape_bytes(length: int, hidden: int, width: int, heads: int, narrow: bool) -> int: ...
+def padded_columns(columns: int) -> int: ...
 def looped_blocks(
     x: Tensor,
     blocks: list[Tensor],
@@ -30,10 +32,31 @@ def looped_blocks(
     narrow: bool,
     dropout: float,
     dropout_seed: int,
+    first_loop: int,
     exit_threshold: float,
     num_threads: int,
     out: Tensor,
     used: Tensor,
+    loop_inputs: Tensor | None,
+    tape: Tensor | None,
+) -> None: ...
+def looped_blocks_backward(
+    gradient: Tensor,
+    blocks: list[Tensor],
+    transposed: list[Tensor],
+    modulation: Tensor,
+    num_loops: Tensor,
+    heads: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_mask: Tensor | None,
+    narrow: bool,
+    dropout: float,
+    dropout_seed: int,
+    first_loop: int,
+    num_threads: int,
+    tape: Tensor,
+    gradients: list[Tensor],
 ) -> None: ...
 def head_logits(
     hidden: Tensor,

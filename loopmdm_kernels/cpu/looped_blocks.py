@@ -177,7 +177,10 @@ class _Gradients(NamedTuple):
 
         hidden = block.norm1.shape[0]
         return cls(
-            *(like(w) for w in (block.qkv, block.attn_out, block.mlp_in, block.mlp_out)),
+            like(block.qkv),
+            like(block.attn_out),
+            like(block.mlp_in),
+            like(block.mlp_out),
             torch.zeros(block.mlp_in_bias.shape[0]),
             torch.zeros(hidden),
             torch.zeros(modulation_rows, 6, hidden),
