@@ -52,9 +52,6 @@ class _Options(NamedTuple):
     dropout: float
     dropout_seed: int
 
-    def arguments(self) -> tuple[Any, ...]:
-        return tuple(self)
-
 
 def looped_blocks(
     x: Tensor,
@@ -95,7 +92,9 @@ def looped_blocks(
     weights = [weight for block in blocks for weight in block]
     threshold = -1.0 if exit_threshold is None else exit_threshold
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, modulation, *weights)):
-        out, used = _LoopedBlocks.apply(x, modulation, loops, options, threshold, recompute, *weights)
+        out, used = _LoopedBlocks.apply(  # type: ignore[no-untyped-call]
+            x, modulation, loops, options, threshold, recompute, *weights
+        )
     else:
         out, used = _forward(x, weights, modulation, loops.contiguous(), options, threshold)
     return out if exit_threshold is None else (out, used)
@@ -145,7 +144,7 @@ def _forward(
         _packed(weights, options) if packed is None else packed,
         _vector(modulation),
         loops,
-        *options.arguments(),
+        *options,
         first_loop,
         threshold,
         torch.get_num_threads(),
@@ -257,7 +256,7 @@ class _LoopedBlocks(torch.autograd.Function):
                 transposed,
                 _vector(modulation),
                 loops,
-                *options.arguments(),
+                *options,
                 first_loop,
                 torch.get_num_threads(),
                 tape,
