@@ -68,10 +68,14 @@ std::string describe(const int64_t* values, size_t count) {
 // The table of the object's type, or null. A tensor subclass that intercepts every operation (a fake or a
 // wrapper tensor) inherits the table but has no memory behind it.
 const dlpack::ExchangeApi* exchange_api(py::handle object) {
-  static PyTypeObject* known_type = nullptr;
-  static const dlpack::ExchangeApi* known_api = nullptr;
+  struct Known {
+    PyTypeObject* type = nullptr;
+    const dlpack::ExchangeApi* api = nullptr;
+  };
+  static Known known[2];  // Tensor and Parameter
   PyTypeObject* type = Py_TYPE(object.ptr());
-  if (type == known_type) return known_api;
+  for (const Known& k : known)
+    if (type == k.type) return k.api;
 
   const py::object capsule = py::getattr(py::type::of(object), "__dlpack_c_exchange_api__", py::none());
   if (capsule.is_none()) return nullptr;
@@ -81,13 +85,11 @@ const dlpack::ExchangeApi* exchange_api(py::handle object) {
   while (api != nullptr && api->version.major != dlpack::kMajorVersion) api = api->previous;
   if (api == nullptr || api->view_of_object == nullptr) return nullptr;
 
-  const py::object base = py::module_::import("torch").attr("Tensor");
+  const py::object torch = py::module_::import("torch"), base = torch.attr("Tensor");
   const py::object own = py::getattr(py::type::of(object), "__torch_dispatch__", py::none());
   if (!own.is(base.attr("__torch_dispatch__"))) return nullptr;
-  if (py::type::of(object).is(base)) {
-    known_type = type;
-    known_api = api;
-  }
+  if (py::type::of(object).is(base)) known[0] = {type, api};
+  if (py::type::of(object).is(torch.attr("nn").attr("Parameter"))) known[1] = {type, api};
   return api;
 }
 

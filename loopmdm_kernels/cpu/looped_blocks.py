@@ -101,6 +101,8 @@ def looped_blocks(
 
 
 def _vector(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
     return tensor.detach().float().contiguous()
 
 
