@@ -95,7 +95,7 @@ void project_rows(const BlockShape& s, const BlockPointers& weights, const Block
       const uint32_t* packed = weights.query_key_value + part * part_size + head * s.head_width * words;
       for (int64_t column = 0; column < columns; column += kPanel)
         multiply<Operand>(act, count, packed + column * words, panel_width(columns, column), words,
-                          t.sums + column, t.sums_row);
+                          t.sums + column, t.sums_row, false, true);
       for (int64_t h = 0; h < heads; ++h) {
         const float* sums = t.sums + h * s.head_width;
         if (part == 2) {
@@ -205,7 +205,8 @@ void finish_rows(const BlockShape& s, const BlockPointers& weights, const BlockV
   const int64_t words = (s.hidden + kPer - 1) / kPer;
   for (int64_t column = 0; column < s.hidden_padded; column += kPanel) {
     const int width = panel_width(s.hidden_padded, column);
-    multiply<Operand>(act, count, weights.attn_out + column * words, width, words, t.sums, t.sums_row);
+    multiply<Operand>(act, count, weights.attn_out + column * words, width, words, t.sums, t.sums_row, false,
+                      true);
     add_branch<Operand>(s, nullptr, v.gate1, dropout, 0, first_element, count, column, width, t.sums,
                         t.sums_row, x, recorded(tape.branch1, hidden_words));
   }
@@ -216,7 +217,8 @@ void finish_rows(const BlockShape& s, const BlockPointers& weights, const BlockV
         record ? tape.normed2 + (first + r) * hidden_words : nullptr, tape.scale2 + first + r);
   for (int64_t column = 0; column < s.width_padded; column += kPanel) {
     const int width = panel_width(s.width_padded, column);
-    multiply<Operand>(act, count, weights.mlp_in + column * words, width, words, t.sums, t.sums_row);
+    multiply<Operand>(act, count, weights.mlp_in + column * words, width, words, t.sums, t.sums_row, false,
+                      true);
     for (int64_t r = 0; r < count; ++r)
       for (int j = 0; j < width; j += 2 * kLanes) {
         Floats u[2];
@@ -237,7 +239,7 @@ void finish_rows(const BlockShape& s, const BlockPointers& weights, const BlockV
     const uint32_t* panel = weights.mlp_out + column * depth;
     for (int64_t k = 0; k < depth; k += kSlice)
       multiply<Operand>({t.hidden + k, width_words, 1}, count, panel + k * width, width,
-                        depth - k < kSlice ? depth - k : kSlice, t.sums, t.sums_row, k > 0);
+                        depth - k < kSlice ? depth - k : kSlice, t.sums, t.sums_row, k > 0, true);
     add_branch<Operand>(s, v.mlp_out_bias, v.gate2, dropout, 1, first_element, count, column, width, t.sums,
                         t.sums_row, x, recorded(tape.branch2, hidden_words));
   }

@@ -168,7 +168,7 @@ void multiply_panels(const uint32_t* a, int64_t row_words, int64_t count, const 
     const int width = panel_width(columns, column);
     for (int64_t k = 0; k < words; k += kSlice)
       multiply<Operand>({a + k, row_words, 1}, count, packed + column * words + k * width, width,
-                        words - k < kSlice ? words - k : kSlice, c + column, columns, k > 0);
+                        words - k < kSlice ? words - k : kSlice, c + column, columns, k > 0, true);
   }
 }
 

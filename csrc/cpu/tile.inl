@@ -12,6 +12,7 @@ constexpr int kTileVecs = 4;
 constexpr int kTileVecs = 2;
 #endif
 constexpr int kPanel = kTileVecs * kLanes;
+constexpr int64_t kLineWords = 16;  // of a cache line
 
 inline Words load_words(const uint32_t* p) {
   Words v;
@@ -82,14 +83,17 @@ constexpr int tile_rows() {
 #endif
 }
 
-template <class Operand, int Rows, int Vecs, bool Accumulate>
-void tile(const Left& a, const uint32_t* b, int64_t words, float* c, int64_t c_row) {
+// With Ahead, asks for one cache line of `ahead` per word of the sum.
+template <class Operand, int Rows, int Vecs, bool Accumulate, bool Ahead = false>
+void tile(const Left& a, const uint32_t* b, int64_t words, float* c, int64_t c_row,
+          const uint32_t* ahead = nullptr) {
   Floats sum[Rows][Vecs];
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < Vecs; ++v) sum[r][v] = Floats{};
   const uint32_t* left = a.at;
   const int64_t row = a.row, step = a.step;
   for (int64_t k = 0; k < words; ++k) {
+    if (Ahead) __builtin_prefetch(ahead + k * kLineWords, 0, 2);
     Words right[Vecs];
     for (int v = 0; v < Vecs; ++v) right[v] = load_words(b + v * kLanes);
     for (int r = 0; r < Rows; ++r) {
@@ -107,10 +111,17 @@ void tile(const Left& a, const uint32_t* b, int64_t words, float* c, int64_t c_r
 }
 
 template <class Operand, int Vecs, bool Accumulate>
-void multiply_panel(Left a, int64_t rows, const uint32_t* b, int64_t words, float* c, int64_t c_row) {
+void multiply_panel(Left a, int64_t rows, const uint32_t* b, int64_t words, float* c, int64_t c_row,
+                    bool streamed) {
   constexpr int kRows = tile_rows<Vecs>();
+  const uint32_t* next = b + words * Vecs * kLanes;
+  const uint32_t* const last = streamed ? next + words * Vecs * kLanes : next;
   for (; rows >= kRows; rows -= kRows) {
-    tile<Operand, kRows, Vecs, Accumulate>(a, b, words, c, c_row);
+    if (next < last)
+      tile<Operand, kRows, Vecs, Accumulate, true>(a, b, words, c, c_row, next);
+    else
+      tile<Operand, kRows, Vecs, Accumulate>(a, b, words, c, c_row);
+    next += words * kLineWords;
     a.at += kRows * a.row;
     c += kRows * c_row;
   }
@@ -138,29 +149,30 @@ void multiply_panel(Left a, int64_t rows, const uint32_t* b, int64_t words, floa
 
 template <class Operand, bool Accumulate>
 void multiply_width(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t words, float* c,
-                    int64_t c_row) {
+                    int64_t c_row, bool streamed) {
   switch (width / kLanes) {
     case 1:
-      return multiply_panel<Operand, 1, Accumulate>(a, rows, b, words, c, c_row);
+      return multiply_panel<Operand, 1, Accumulate>(a, rows, b, words, c, c_row, streamed);
     case 2:
-      return multiply_panel<Operand, 2, Accumulate>(a, rows, b, words, c, c_row);
+      return multiply_panel<Operand, 2, Accumulate>(a, rows, b, words, c, c_row, streamed);
 #if defined(__AVX512F__)
     case 3:
-      return multiply_panel<Operand, 3, Accumulate>(a, rows, b, words, c, c_row);
+      return multiply_panel<Operand, 3, Accumulate>(a, rows, b, words, c, c_row, streamed);
     case 4:
-      return multiply_panel<Operand, 4, Accumulate>(a, rows, b, words, c, c_row);
+      return multiply_panel<Operand, 4, Accumulate>(a, rows, b, words, c, c_row, streamed);
 #endif
   }
 }
 
 // c[rows, width] = or += a[rows, words] b[words, width]; width: a multiple of kLanes, at most kPanel.
+// `streamed`: the next product reads as much as this one right after b, which is not in the cache yet.
 template <class Operand>
 void multiply(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t words, float* c,
-              int64_t c_row, bool accumulate = false) {
+              int64_t c_row, bool accumulate = false, bool streamed = false) {
   if (accumulate)
-    multiply_width<Operand, true>(a, rows, b, width, words, c, c_row);
+    multiply_width<Operand, true>(a, rows, b, width, words, c, c_row, streamed);
   else
-    multiply_width<Operand, false>(a, rows, b, width, words, c, c_row);
+    multiply_width<Operand, false>(a, rows, b, width, words, c, c_row, streamed);
 }
 
 // Words of the first `count` values of x; may read up to the next whole pair of vectors.
