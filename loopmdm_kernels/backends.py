@@ -27,6 +27,7 @@ _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # supports(**arguments) -> str | None: why it cannot take these arguments, or None.
 _KERNEL_MODULES = {
     "cpu": {
+        "attention": "loopmdm_kernels.cpu.attention",
         "head_logits": "loopmdm_kernels.cpu.head_logits",
         "looped_blocks": "loopmdm_kernels.cpu.looped_blocks",
         "masked_cross_entropy": "loopmdm_kernels.cpu.masked_cross_entropy",

@@ -6,6 +6,7 @@
 
 constexpr int kQueryRows = tile_rows<kTileVecs>();
 constexpr int kKeyBlock = 512;
+constexpr int kGroupRows = 16 * kQueryRows;
 constexpr float kMaskedScore =
     -1e30f;  // in units of log2; finite, so that a block of masked keys is harmless
 static_assert(kKeyBlock % kPanel == 0 && kPanel % (2 * kLanes) == 0);
@@ -22,20 +23,29 @@ struct AttentionScratch {
   alignas(64) uint32_t probs[kQueryRows * kKeyBlock];
 };
 
+// 2^x, exactly 0 for masked scores, NaN for NaN. The largest x is 0, but for rounding.
+inline Floats probability(Floats x, bool coarse) {
+#if defined(__AVX512F__)
+  if (coarse) return exp2_scaled(x);
+#endif
+  const Floats lowest = broadcast(-126.0f);
+  const Floats p = exp2_in_range(larger(lowest, x), coarse);
+  return x < lowest ? Floats{} : p;
+}
+
 // exp2(scores - top) as operands; returns their sum.
 template <class Operand, bool Masked>
 inline float soften_row(const float* scores, const float* bias, int64_t count, float scale, float top,
                         uint32_t* probs) {
   constexpr bool kCoarse = Operand::kPerWord == 2;
-  const Floats lowest = broadcast(-126.0f), factor = broadcast(scale), shift = broadcast(-top);
+  const Floats factor = broadcast(scale), shift = broadcast(-top);
   Floats sum[2] = {};
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
     Floats p[2];
     for (int half = 0; half < 2; ++half) {
       Floats x = fused_multiply_add(load(scores + i + half * kLanes), factor, shift);
       if (Masked) x += load(bias + i + half * kLanes);
-      p[half] = exp2_in_range(larger(x, lowest), kCoarse);
-      if (Masked) p[half] = x < lowest ? Floats{} : p[half];
+      p[half] = probability(x, kCoarse);
       sum[half] += p[half];
     }
     Operand::store(probs + i / Operand::kPerWord, p[0], p[1]);
@@ -62,53 +72,58 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
             const uint32_t* keys, const uint32_t* values, const float* bias, AttentionScratch& scratch,
             float* out, float* log_sum_exp) {
   constexpr int kPer = Operand::kPerWord;
-  const int64_t head_words = (shape.head_dim + kPer - 1) / kPer;
+  const int64_t head_words = (shape.head_dim + kPer - 1) / kPer, width = shape.head_width;
   const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(shape.head_dim));
-  for (int64_t first = 0; first < rows; first += kQueryRows) {
-    const int n = static_cast<int>(rows - first < kQueryRows ? rows - first : kQueryRows);
-    const Left q = {queries + first * query_row, query_row, 1};
-    float* sums = out + first * shape.head_width;
-    float top[kQueryRows], total[kQueryRows];
+  const auto multiply_row = [width](float* row, float factor) {
+    for (int64_t i = 0; i < width; i += kLanes) store(row + i, load(row + i) * factor);
+  };
+  // All rows meet a block of keys before the next one: long sequences are read from the cache.
+  for (int64_t group = 0; group < rows; group += kGroupRows) {
+    const int64_t last = rows - group < kGroupRows ? rows : group + kGroupRows;
+    float top[kGroupRows], total[kGroupRows];
     for (int64_t begin = 0; begin < shape.keys; begin += kKeyBlock) {
       const int64_t count = shape.keys - begin < kKeyBlock ? shape.keys - begin : kKeyBlock;
-      for (int64_t key = 0; key < count; key += kPanel)
-        multiply<Operand>(q, n, keys + (begin + key) * head_words, kPanel, head_words, scratch.scores + key,
-                          kKeyBlock);
-      for (int r = 0; r < n; ++r) {
-        const float* scores = scratch.scores + r * kKeyBlock;
-        uint32_t* probs = scratch.probs + r * kKeyBlock;
-        const float block_top = bias ? largest_score<true>(scores, bias + begin, count, scale)
-                                     : largest_score<false>(scores, nullptr, count, scale);
-        float before = 0;
-        if (begin == 0) {
-          top[r] = block_top;
-        } else {
-          before = total[r];
-          if (block_top > top[r]) {
-            const float factor =
-                exp2_in_range(larger(broadcast(top[r] - block_top), broadcast(-126.0f)), false)[0];
-            before *= factor;
-            for (int64_t i = 0; i < shape.head_width; i += kLanes)
-              store(sums + r * shape.head_width + i, load(sums + r * shape.head_width + i) * factor);
-            top[r] = block_top;
+      for (int64_t first = group; first < last; first += kQueryRows) {
+        const int n = static_cast<int>(last - first < kQueryRows ? last - first : kQueryRows);
+        const Left q = {queries + first * query_row, query_row, 1};
+        float* sums = out + first * width;
+        for (int64_t key = 0; key < count; key += kPanel)
+          multiply<Operand>(q, n, keys + (begin + key) * head_words, kPanel, head_words, scratch.scores + key,
+                            kKeyBlock);
+        for (int r = 0; r < n; ++r) {
+          const float* scores = scratch.scores + r * kKeyBlock;
+          uint32_t* probs = scratch.probs + r * kKeyBlock;
+          float& row_top = top[first - group + r];
+          float& row_total = total[first - group + r];
+          const float block_top = bias ? largest_score<true>(scores, bias + begin, count, scale)
+                                       : largest_score<false>(scores, nullptr, count, scale);
+          float before = 0;
+          if (begin == 0) {
+            row_top = block_top;
+          } else {
+            before = row_total;
+            if (block_top > row_top) {
+              const float factor = probability(broadcast(row_top - block_top), false)[0];
+              before *= factor;
+              multiply_row(sums + r * width, factor);
+              row_top = block_top;
+            }
           }
+          row_total =
+              before + (bias ? soften_row<Operand, true>(scores, bias + begin, count, scale, row_top, probs)
+                             : soften_row<Operand, false>(scores, nullptr, count, scale, row_top, probs));
         }
-        total[r] =
-            before + (bias ? soften_row<Operand, true>(scores, bias + begin, count, scale, top[r], probs)
-                           : soften_row<Operand, false>(scores, nullptr, count, scale, top[r], probs));
-      }
-      const Left p = {scratch.probs, kKeyBlock, 1};
-      for (int64_t column = 0; column < shape.head_width; column += kPanel) {
-        const int width = panel_width(shape.head_width, column);
-        multiply<Operand>(p, n, values + column * (shape.keys / kPer) + begin / kPer * width, width,
-                          count / kPer, sums + column, shape.head_width, begin > 0);
+        const Left p = {scratch.probs, kKeyBlock, 1};
+        for (int64_t column = 0; column < width; column += kPanel) {
+          const int panel = panel_width(width, column);
+          multiply<Operand>(p, n, values + column * (shape.keys / kPer) + begin / kPer * panel, panel,
+                            count / kPer, sums + column, width, begin > 0);
+        }
       }
     }
-    for (int r = 0; r < n; ++r) {
-      const float factor = 1.0f / total[r];
-      for (int64_t i = 0; i < shape.head_width; i += kLanes)
-        store(sums + r * shape.head_width + i, load(sums + r * shape.head_width + i) * factor);
-      if (log_sum_exp) log_sum_exp[first + r] = top[r] + __builtin_log2f(total[r]);
+    for (int64_t r = group; r < last; ++r) {
+      multiply_row(out + r * width, 1.0f / total[r - group]);
+      if (log_sum_exp) log_sum_exp[r] = top[r - group] + __builtin_log2f(total[r - group]);
     }
   }
 }

@@ -96,7 +96,6 @@ inline void score_gradients(const float* scores, const float* prob_grads, const 
                             uint32_t* score_grad_rows) {
   constexpr int kPer = Operand::kPerWord;
   constexpr bool kCoarse = kPer == 2;
-  const Floats lowest = broadcast(-126.0f), highest = broadcast(126.0f);
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
     Floats p[2][2] = {}, g[2][2] = {};
     for (int64_t q = 0; q < queries; ++q)
@@ -104,8 +103,7 @@ inline void score_gradients(const float* scores, const float* prob_grads, const 
         const int64_t at = q * kGradKeys + i + half * kLanes;
         Floats x = fused_multiply_add(load(scores + at), broadcast(base2_scale), broadcast(-log_sum_exp[q]));
         if (Masked) x += load(bias + i + half * kLanes);
-        p[q][half] = exp2_in_range(-larger(-highest, -larger(lowest, x)), kCoarse);
-        p[q][half] = x < lowest ? Floats{} : p[q][half];
+        p[q][half] = probability(x, kCoarse);
         g[q][half] =
             p[q][half] * fused_multiply_add(load(prob_grads + at), broadcast(scale), broadcast(-offset[q]));
       }

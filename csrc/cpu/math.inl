@@ -27,6 +27,18 @@ inline Floats exp2_in_range(Floats x, bool coarse) {
   return reinterpret_cast<Floats>(reinterpret_cast<Words>(y) + power);
 }
 
+#if defined(__AVX512F__)
+// 2^x for every x, in five instructions: the polynomial on [0, 1), relative error 1e-4.
+inline Floats exp2_scaled(Floats x) {
+  const Floats f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+  Floats y = broadcast(0.0780245215f);
+  y = fused_multiply_add(y, f, broadcast(0.226067156f));
+  y = fused_multiply_add(y, f, broadcast(0.695833564f));
+  y = fused_multiply_add(y, f, broadcast(0.999925196f));
+  return _mm512_scalef_ps(y, x);
+}
+#endif
+
 // 1 / (1 + 2^-x)
 inline Floats sigmoid2(Floats x, bool coarse) {
   const Floats limit = broadcast(126.0f);

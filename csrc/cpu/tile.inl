@@ -215,8 +215,12 @@ template <class Operand, class Source>
 void pack_row(const Source* x, int64_t count, uint32_t* out) {
   constexpr int64_t kStep = 2 * kLanes, kPer = Operand::kPerWord;
   for (int64_t i = 0; i < count; i += kStep) {
+    if (i + kStep <= count) {
+      Operand::store(out + i / kPer, load(x + i), load(x + i + kLanes));
+      continue;
+    }
     uint32_t words[kStep / kPer];
-    const int64_t left = count - i < kStep ? count - i : kStep;
+    const int64_t left = count - i;
     Operand::store(words, load_some(x + i, left), load_some(x + i + kLanes, left - kLanes));
     __builtin_memcpy(out + i / kPer, words, static_cast<size_t>((left + kPer - 1) / kPer) * sizeof *words);
   }

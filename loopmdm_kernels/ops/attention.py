@@ -46,7 +46,7 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cos: Tensor | None, sin: Tensor | None
 ) -> Tensor:
     rotary = None if cos is None or sin is None else Rotary(cos, sin)
-    implementation = backends.implementation("attention", q.device)
+    implementation = backends.implementation("attention", q.device, q=q)
     with torch.autocast(q.device.type, enabled=False):
         out: Tensor = implementation(q, k, v, key_mask=key_mask, rotary=rotary)
     return out

@@ -9,6 +9,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels import _C, backends, reference
+from loopmdm_kernels.cpu.attention import attention as cpu_attention
 from loopmdm_kernels.cpu.sample_rows import sample_rows as cpu_sample_rows
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
@@ -44,7 +45,8 @@ def test_compiled_kernel_where_it_can_and_reference_elsewhere():
     assert chosen() is cpu_sample_rows
     assert chosen(dtype=torch.float64) is reference.sample_rows
     assert chosen(top_p=0.5) is reference.sample_rows
-    assert backends.implementation("attention", CPU) is reference.attention
+    assert backends.implementation("attention", CPU, q=torch.zeros(1)) is cpu_attention
+    assert backends.implementation("attention", CPU, q=torch.zeros(1).half()) is reference.attention
     assert backends.implementation("sample_rows", CUDA, **arguments()) is reference.sample_rows
 
 
@@ -63,12 +65,15 @@ def test_use_backend_ends_with_an_exception():
     assert chosen() is cpu_sample_rows
 
 
-def test_forced_backend_never_falls_back():
+def test_forced_backend_never_falls_back(monkeypatch):
+    monkeypatch.delitem(backends._KERNEL_MODULES["cpu"], "head_logits")
     with lk.use_backend("cpu"):
         with pytest.raises(RuntimeError, match=r"sample_rows: backend 'cpu' .* top_p must be 1, got 0.5"):
             chosen(top_p=0.5)
-        with pytest.raises(RuntimeError, match=r"attention: backend 'cpu' .* no kernel for attention"):
-            backends.implementation("attention", CPU)
+        with pytest.raises(RuntimeError, match=r"head_logits: backend 'cpu' .* no kernel for head_logits"):
+            backends.implementation("head_logits", CPU)
+        with pytest.raises(RuntimeError, match=r"attention: backend 'cpu' .* q must be float32 or bfloat16"):
+            backends.implementation("attention", CPU, q=torch.zeros(1).double())
         with pytest.raises(RuntimeError, match="must be on a cpu device, got cuda"):
             backends.implementation("sample_rows", CUDA, **arguments())
 
