@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
+import loopmdm_kernels as lk
 from loopmdm_kernels import reference
-from loopmdm_kernels.cpu import looped_blocks as kernel
 from loopmdm_kernels.testing import LoopedInputs, assert_matches_oracle, error_over_loops, looped_inputs
 from loopmdm_kernels.types import BlockWeights
 
@@ -16,8 +16,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 def cpu(*args, **options):
     """The op, which must be done by the CPU kernels."""
-    with torch.no_grad():
-        return kernel.looped_blocks(*args, **options)
+    with torch.no_grad(), lk.use_backend("cpu"):
+        return lk.looped_blocks(*args, **options)
 
 
 def run(inputs: LoopedInputs, num_loops, op=cpu, **options):
