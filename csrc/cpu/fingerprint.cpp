@@ -10,7 +10,9 @@ namespace loopmdm::cpu {
 namespace {
 
 constexpr int64_t kLine = 64, kBlock = 1024, kWhole = 4096, kAhead = 24;  // bytes, and blocks to prefetch
-constexpr int64_t kPartBlocks = 2048;                                     // of a thread's task
+constexpr int64_t kLarge = 16 << 20,
+                  kLargeBlock = 4096;  // a vocabulary: reading more would cost more than sampling
+constexpr int64_t kPartBlocks = 2048;  // of a thread's task
 constexpr int kWords = kLine / 8;
 constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;  // 2^64 / golden ratio
 
@@ -39,15 +41,15 @@ class Hash {
   uint64_t lanes_[kWords] = {};
 };
 
-inline int64_t line_of(int64_t block) {
-  return block * kBlock + static_cast<int64_t>((static_cast<uint64_t>(block) * kOdd) >> 60) * kLine;
+inline int64_t line_of(int64_t block, int64_t size) {
+  return block * size + static_cast<int64_t>((static_cast<uint64_t>(block) * kOdd) >> 60) * kLine;
 }
 
-uint64_t hash_blocks(const char* at, int64_t first, int64_t last) {
+uint64_t hash_blocks(const char* at, int64_t size, int64_t first, int64_t last) {
   Hash hash;
   for (int64_t i = first; i < last; ++i) {
-    __builtin_prefetch(at + line_of(std::min(i + kAhead, last - 1)));
-    hash.add(at + line_of(i));
+    __builtin_prefetch(at + line_of(std::min(i + kAhead, last - 1), size));
+    hash.add(at + line_of(i, size));
   }
   return hash.finish(last - first);
 }
@@ -61,11 +63,12 @@ uint64_t fingerprint(const void* data, int64_t bytes, int num_threads) {
     for (int64_t i = 0; i < bytes; i += kLine) hash.add(at + i, std::min(kLine, bytes - i));
     return hash.finish(bytes);
   }
-  const int64_t blocks = bytes / kBlock, parts = (blocks + kPartBlocks - 1) / kPartBlocks;
+  const int64_t size = bytes < kLarge ? kBlock : kLargeBlock;
+  const int64_t blocks = bytes / size, parts = (blocks + kPartBlocks - 1) / kPartBlocks;
   std::vector<uint64_t> hashes(static_cast<size_t>(parts));
   for_each_task(parts, static_cast<int>(std::min<int64_t>(num_threads, parts)), [&](int64_t part, int) {
     hashes[static_cast<size_t>(part)] =
-        hash_blocks(at, part * kPartBlocks, std::min(blocks, (part + 1) * kPartBlocks));
+        hash_blocks(at, size, part * kPartBlocks, std::min(blocks, (part + 1) * kPartBlocks));
   });
   hash.add(at + bytes - kLine);
   uint64_t all = hash.finish(bytes);
