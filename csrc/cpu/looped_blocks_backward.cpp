@@ -14,9 +14,9 @@ LOOPMDM_DECLARE_KERNEL(LoopedBlocksBackwardKernel, looped_blocks_backward_kernel
 namespace {
 
 // Fixed numbers: sums over rows are grouped by them, so they may not depend on the machine.
-constexpr int64_t kTaskRows = 64;       // of one sequence
-constexpr int64_t kWorkingRows = 1024;  // of whole sequences, at least one
-constexpr int64_t kLeftPanels = 8;      // of a weight gradient in one task
+constexpr int64_t kTaskRows = 64;                     // of one sequence
+constexpr int64_t kWorkingRows = 1024;                // of whole sequences, at least one
+constexpr int64_t kLeftPanels = 8, kRightPanels = 4;  // of a weight gradient in one task
 constexpr int kVectors = 6;
 
 // What is summed over the rows of one task.
@@ -139,11 +139,11 @@ class Backward {
       if (task == weight_tasks) return add_vectors(first, active, out);
       for (const Product& product : products) {
         if (task < tasks_of(product)) {
-          const int64_t groups = ceil_divide(panel_count(product.left), kLeftPanels);
-          const int64_t from = task % groups * kLeftPanels;
-          kernel_.weight(f_.narrow, product.left, product.out, from,
-                         std::min(from + kLeftPanels, ceil_divide(product.out, panel_)), product.right,
-                         task / groups, product.gradient);
+          const int64_t out_panels = ceil_divide(product.out, panel_);
+          const int64_t groups = ceil_divide(out_panels, kLeftPanels);
+          kernel_.weight(f_.narrow, product.left, product.out, range(task % groups, kLeftPanels, out_panels),
+                         product.right, range(task / groups, kRightPanels, panel_count(product.right)),
+                         product.gradient);
           return;
         }
         task -= tasks_of(product);
@@ -154,7 +154,11 @@ class Backward {
   static int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
   int64_t panel_count(const RowPanels& panels) const { return ceil_divide(panels.columns, panel_); }
   int64_t tasks_of(const Product& product) const {
-    return panel_count(product.right) * ceil_divide(panel_count(product.left), kLeftPanels);
+    return ceil_divide(panel_count(product.right), kRightPanels) *
+           ceil_divide(ceil_divide(product.out, panel_), kLeftPanels);
+  }
+  static PanelRange range(int64_t group, int64_t size, int64_t end) {
+    return {group * size, std::min(end, (group + 1) * size)};
   }
 
   // Operands of the weight gradients over `count` sequences.

@@ -37,6 +37,10 @@ struct RowPanels {
   int64_t words;    // rows / operands per word
 };
 
+struct PanelRange {
+  int64_t first, last;
+};
+
 // The operands of the weight gradients of one application: left of the outputs, right of the inputs.
 struct ApplicationPanels {
   RowPanels out2, hidden, inner, act2, out1, mixed, query_key_value, act1;
@@ -71,9 +75,9 @@ struct LoopedBlocksBackwardKernel {
   void (*project)(const BlockShape&, bool narrow, const TransposedPointers&, const BlockVectors&,
                   const BlockTape&, const GradientRows&, const ApplicationPanels&, const VectorSums&,
                   void* scratch);
-  // gradient[out, padded in] += left^T right for one panel of `right` and some panels of `left`.
-  void (*weight)(bool narrow, const RowPanels& left, int64_t out, int64_t first_panel, int64_t last_panel,
-                 const RowPanels& right, int64_t right_panel, float* gradient);
+  // gradient[out, padded in] += left^T right for some panels of both.
+  void (*weight)(bool narrow, const RowPanels& left, int64_t out, const PanelRange& left_range,
+                 const RowPanels& right, const PanelRange& right_range, float* gradient);
 };
 
 void looped_blocks_backward(const LoopedBlocksBackwardProblem& problem, Isa isa, int num_threads);

@@ -303,21 +303,24 @@ void project_gradient_rows(const BlockShape& s, const TransposedPointers& weight
                          v.gain1, v.shift1);
 }
 
-// Slices of the rows keep a slice of either panel in the first-level cache while the other panels pass by.
+// A slice of the left panels stays in the second-level cache while the slices of the right ones pass by, each
+// from the first-level cache.
 template <class Operand>
-void weight_gradient(const RowPanels& left, int64_t out, int64_t first_panel, int64_t last_panel,
-                     const RowPanels& right, int64_t right_panel, float* gradient) {
-  constexpr int64_t kSlice = 512;
-  const int64_t column = right_panel * kPanel;
-  const int width = panel_width(right.columns, column);
+void weight_gradient(const RowPanels& left, int64_t out, const PanelRange& left_range, const RowPanels& right,
+                     const PanelRange& right_range, float* gradient) {
+  constexpr int64_t kSlice = 128;
   for (int64_t k = 0; k < right.words; k += kSlice) {
     const int64_t words = right.words - k < kSlice ? right.words - k : kSlice;
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t row = panel * kPanel, rows = out - row < kPanel ? out - row : kPanel;
-      const int left_width = panel_width(left.columns, row);
-      const Left a = {left.at + row * left.words + k * left_width, 1, left_width};
-      multiply<Operand>(a, rows, right.at + column * right.words + k * width, width, words,
-                        gradient + row * right.columns + column, right.columns, true);
+    for (int64_t i = right_range.first; i < right_range.last; ++i) {
+      const int64_t column = i * kPanel;
+      const int width = panel_width(right.columns, column);
+      for (int64_t panel = left_range.first; panel < left_range.last; ++panel) {
+        const int64_t row = panel * kPanel, rows = out - row < kPanel ? out - row : kPanel;
+        const int left_width = panel_width(left.columns, row);
+        const Left a = {left.at + row * left.words + k * left_width, 1, left_width};
+        multiply<Operand>(a, rows, right.at + column * right.words + k * width, width, words,
+                          gradient + row * right.columns + column, right.columns, true);
+      }
     }
   }
 }
@@ -346,8 +349,8 @@ void project_gradient(const BlockShape& s, bool narrow, const TransposedPointers
          : project_gradient_rows<Wide>(s, weights, v, tape, rows, panels, sums, t);
 }
 
-void weight_gradient_of(bool narrow, const RowPanels& left, int64_t out, int64_t first_panel,
-                        int64_t last_panel, const RowPanels& right, int64_t right_panel, float* gradient) {
-  narrow ? weight_gradient<Narrow>(left, out, first_panel, last_panel, right, right_panel, gradient)
-         : weight_gradient<Wide>(left, out, first_panel, last_panel, right, right_panel, gradient);
+void weight_gradient_of(bool narrow, const RowPanels& left, int64_t out, const PanelRange& left_range,
+                        const RowPanels& right, const PanelRange& right_range, float* gradient) {
+  narrow ? weight_gradient<Narrow>(left, out, left_range, right, right_range, gradient)
+         : weight_gradient<Wide>(left, out, left_range, right, right_range, gradient);
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -225,9 +227,16 @@ class _LoopedBlocks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         most, num_blocks = int(loops.max()), len(weights) // _TENSORS
         loop_inputs = torch.empty(most, *x.shape) if recompute else None
-        tape = None if recompute else _new_tape(x, weights, options, most * num_blocks)
+        tape = None if recompute else _Tape(_tape_shape(x, weights, options, most * num_blocks))
         out, used = _forward(
-            x, weights, modulation, loops.contiguous(), options, threshold, 0, loop_inputs, tape
+            x,
+            weights,
+            modulation,
+            loops.contiguous(),
+            options,
+            threshold,
+            loop_inputs=loop_inputs,
+            tape=None if tape is None else tape.records,
         )
         ctx.mark_non_differentiable(used)
         ctx.save_for_backward(x, modulation, used, *weights)
@@ -266,9 +275,9 @@ class _LoopedBlocks(torch.autograd.Function):
             )
 
         if ctx.tape is not None:
-            run(0, used, ctx.tape)
+            run(0, used, ctx.tape.records)
         else:
-            tape = _new_tape(x, weights, options, len(blocks))
+            tape = _Tape(_tape_shape(x, weights, options, len(blocks)))
             for loop in reversed(range(ctx.loop_inputs.shape[0])):
                 once = (used > loop).long()
                 _forward(
@@ -278,10 +287,10 @@ class _LoopedBlocks(torch.autograd.Function):
                     once,
                     options,
                     first_loop=loop,
-                    tape=tape,
+                    tape=tape.records,
                     packed=packed,
                 )
-                run(loop, once, tape)
+                run(loop, once, tape.records)
         grad_weights: list[Tensor] = []
         grad_modulation = torch.empty_like(modulation)
         for index, (block, gradient) in enumerate(zip(blocks, gradients, strict=True)):
@@ -291,10 +300,44 @@ class _LoopedBlocks(torch.autograd.Function):
         return grad, grad_modulation, None, None, None, None, *grad_weights
 
 
-def _new_tape(x: Tensor, weights: Sequence[Tensor], options: _Options, applications: int) -> Tensor:
+def _tape_shape(
+    x: Tensor, weights: Sequence[Tensor], options: _Options, applications: int
+) -> tuple[int, ...]:
     from loopmdm_kernels import _C
 
     batch, length, hidden = x.shape
     width = BlockWeights(*weights[:_TENSORS]).mlp_in.shape[0]
-    record = _C.tape_bytes(length, hidden, width, options.num_heads, options.narrow)
-    return torch.empty(applications, batch, record, dtype=torch.uint8)
+    return applications, batch, _C.tape_bytes(length, hidden, width, options.num_heads, options.narrow)
+
+
+class _Tape:
+    """Memory for the records of one forward pass; goes back to the spare ones when the graph is gone.
+
+    A training step touches hundreds of MB of records. Fresh memory for each would be cleared by the system
+    first, a tenth of the step.
+    """
+
+    _spare: ClassVar[list[Tensor]] = []
+    _lock: ClassVar[threading.RLock] = threading.RLock()  # collection may run inside
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        size = math.prod(shape)
+        with self._lock:
+            fitting = [i for i, spare in enumerate(self._spare) if spare.numel() >= size]
+            if fitting:
+                self._memory = self._spare.pop(min(fitting, key=lambda i: self._spare[i].numel()))
+            else:
+                if self._spare:  # too small: larger ones take their place
+                    self._spare.pop(0)
+                self._memory = torch.empty(size, dtype=torch.uint8)
+        self.records = self._memory[:size].view(shape)
+
+    def __del__(self) -> None:
+        with self._lock:
+            self._spare.append(self._memory)
+
+
+def release_spare_memory() -> None:
+    """Return to the system the memory that training steps keep for the next one."""
+    with _Tape._lock:
+        _Tape._spare.clear()
