@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | gpu: each sets up what it needs.
+# make demo | test | bench | lint | sanitize | gpu: each sets up what it needs.
 #   VENV=path    use this virtual environment instead of .venv
 #   PYTHON=...   interpreter that creates the environment (3.10 or later)
 #   TORCH=...    requirement for torch, installed first
@@ -17,7 +17,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench lint gpu clean
+.PHONY: help demo test bench lint sanitize gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,6 +43,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+# The tests of the CPU kernels under AddressSanitizer with UndefinedBehaviorSanitizer, and ThreadSanitizer.
+sanitize: $(VENV)/.installed-test
+	$(BIN)/python tests/build/sanitize.py
 
 gpu: $(VENV)/.installed-test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no GPU on this machine (torch.cuda.is_available() is False)")'

@@ -1,4 +1,8 @@
-"""Builds the compiled modules with CMake and ninja. Needs no torch, no nvcc and no GPU."""
+"""Builds the compiled modules with CMake and ninja. Needs no torch, no nvcc and no GPU.
+
+The environment variable LOOPMDM_SANITIZE ("address,undefined" or "thread") adds the compiler's sanitizers.
+An ordinary Python cannot import such modules, so they are never put beside the sources (`make sanitize`).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,15 @@ class CMakeBuild(build_ext):
     """One CMake build makes all extension modules; each is then copied to its package."""
 
     def run(self) -> None:
-        build_dir = ROOT / "build" / f"cmake{sysconfig.get_config_var('EXT_SUFFIX').removesuffix('.so')}"
+        sanitizers = os.environ.get("LOOPMDM_SANITIZE", "")
+        if sanitizers and self.inplace:
+            raise RuntimeError("LOOPMDM_SANITIZE is set: build elsewhere, with `setup.py build --build-lib`")
+        flavour = sanitizers and f"-{sanitizers.replace(',', '-')}"
+        build_dir = (
+            ROOT / "build" / f"cmake{flavour}{sysconfig.get_config_var('EXT_SUFFIX').removesuffix('.so')}"
+        )
+        # A release is stripped, and the reports of sanitizers would have no names.
+        build_type = "Debug" if self.debug else "RelWithDebInfo" if sanitizers else "Release"
         cmake = shutil.which("cmake")
         if cmake is None:
             raise RuntimeError("cmake was not found; install it with `pip install cmake ninja`")
@@ -36,9 +48,10 @@ class CMakeBuild(build_ext):
             "-G",
             "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
-            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_BUILD_TYPE={build_type}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DLOOPMDM_SANITIZE={sanitizers}",
         ]
         build = [cmake, "--build", str(build_dir), "--parallel", str(self.parallel or os.cpu_count() or 1)]
         # The generator cannot change in an existing folder, and neither can the place of the sources.
