@@ -274,11 +274,12 @@ class _LoopedBlocks(torch.autograd.Function):
                 [tensor for gradient in gradients for tensor in gradient],
             )
 
+        most = int(used.max())  # fewer than were allowed where every sequence stopped early
         if ctx.tape is not None:
-            run(0, used, ctx.tape.records)
+            run(0, used, ctx.tape.records[: most * len(blocks)])
         else:
             tape = _Tape(_tape_shape(x, weights, options, len(blocks)))
-            for loop in reversed(range(ctx.loop_inputs.shape[0])):
+            for loop in reversed(range(most)):
                 once = (used > loop).long()
                 _forward(
                     ctx.loop_inputs[loop],

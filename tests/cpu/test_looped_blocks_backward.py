@@ -166,3 +166,21 @@ def test_what_the_kernels_cannot_do_is_said():
     run = inputs.to(torch.float32)
     with lk.use_backend("cpu"), pytest.raises(RuntimeError, match="same number of loops"):
         lk.looped_blocks(run.x, run.blocks, run.modulation, 1, num_heads=2, dropout=0.1, exit_threshold=0.1)
+
+
+@DTYPES
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sequences_that_stop_early(isa, dtype, recompute):
+    """No sequence uses all the loops that were allowed."""
+    inputs = looped_inputs(3, 18, 64, 2, 2)
+    options = {"exit_threshold": 0.75, "rotary": inputs.rotary}
+    _, used = cpu(
+        inputs.x.float(),
+        inputs.to(torch.float32).blocks,
+        inputs.modulation.float(),
+        9,
+        num_heads=2,
+        **options,
+    )
+    assert int(used.max()) < 9
+    check(inputs, 9, dtype, exit_threshold=0.75, recompute=recompute)
