@@ -12,11 +12,11 @@ void head_logits(py::handle hidden, py::handle rows, py::handle norm, py::handle
                  py::handle weight, py::handle bias, bool narrow, int num_threads, py::handle logits_arg) {
   const cpu::Isa isa = cpu::current_isa();
   const cpu::HeadProblem problem = head_problem(hidden, rows, norm, shift, gain, weight, bias, narrow, isa);
-  const TensorView logits(logits_arg, "logits", {narrow ? DType::bfloat16 : DType::float32},
+  const TensorView logits(logits_arg, "logits", {DType::bfloat16, DType::float32},
                           {problem.num_rows, problem.vocab_size});
   check_num_threads(num_threads);
   const py::gil_scoped_release release;
-  cpu::head_logits(problem, logits.as<void>(), isa, num_threads);
+  cpu::head_logits(problem, logits.dtype() == DType::bfloat16, logits.as<void>(), isa, num_threads);
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ void expect_writes(void* data, int64_t bytes) {
 }
 }  // namespace
 
-void head_logits(const HeadProblem& p, void* out, Isa isa, int num_threads) {
+void head_logits(const HeadProblem& p, bool narrow_out, void* out, Isa isa, int num_threads) {
   if (p.num_rows == 0) return;
   const HeadLogitsKernel& kernel = LOOPMDM_KERNEL(head_logits_kernel, isa);
   const int64_t words = operand_words(linear_kernel(isa), p.width, p.narrow);
@@ -44,7 +44,7 @@ void head_logits(const HeadProblem& p, void* out, Isa isa, int num_threads) {
   const int64_t useful = static_cast<int64_t>(std::max(1.0, work / kThreadWork));
   const int workers = static_cast<int>(std::min<int64_t>({num_threads, useful, largest.count()}));
   const int64_t row_scratch = p.width + kRowPadding;
-  const int64_t out_row = p.vocab_size * static_cast<int64_t>(p.narrow ? sizeof(uint16_t) : sizeof(float));
+  const int64_t out_row = p.vocab_size * static_cast<int64_t>(narrow_out ? sizeof(uint16_t) : sizeof(float));
 
   const auto operands = aligned_buffer<uint32_t>(group * words);
   const auto row_memory = aligned_buffer<float>(workers * row_scratch);
@@ -63,7 +63,7 @@ void head_logits(const HeadProblem& p, void* out, Isa isa, int num_threads) {
         const int64_t row = tasks.first_row(tasks.batch(task));
         kernel.project(p, operands.get() + row * words, tasks.end_row(tasks.batch(task)) - row,
                        tasks.chunk(task), sums.get() + worker.index * largest.batch_rows * kTileTokens,
-                       static_cast<char*>(out) + (first + row) * out_row);
+                       narrow_out, static_cast<char*>(out) + (first + row) * out_row);
       });
     });
   }

@@ -1,4 +1,4 @@
-"""`sample_rows` on the CPU: float32 or bfloat16 operands, float32 sums, no logits in memory."""
+"""`sample_rows` on the CPU: fp32 or bf16 operands, fp32 sums; logits in memory for top_p and top_k only."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.cpu.head import head_arguments, why_not
+from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.types import Head, RowRng, SampledRows
 
+_ROWS_WITH_LOGITS = 64  # top_p and top_k need a row's logits together
 
-def supports(
-    *, hidden: Tensor, head: Head, top_p: float = 1.0, compute_dtype: torch.dtype | None = None
-) -> str | None:
+
+def supports(*, hidden: Tensor, head: Head, compute_dtype: torch.dtype | None = None) -> str | None:
     """Why these arguments need another backend, or None."""
-    if top_p < 1.0:
-        return f"top_p must be 1, got {top_p}"
     return why_not(hidden, head, compute_dtype)
 
 
@@ -26,15 +25,22 @@ def sample_rows(
     *,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> SampledRows:
     from loopmdm_kernels import _C
 
-    reason = supports(hidden=hidden, head=head, top_p=top_p, compute_dtype=compute_dtype)
+    reason = supports(hidden=hidden, head=head, compute_dtype=compute_dtype)
     if reason is not None:
         raise ValueError(f"sample_rows on the CPU: {reason}")
     dtype = compute_dtype or head.weight.dtype
     num_rows = rows.shape[0]
+    if temperature > 0 and (top_p < 1.0 or top_k is not None):
+        parts = [
+            _sample_restricted(hidden, head, rows[part], _named(rng, part), temperature, top_p, top_k, dtype)
+            for part in torch.split(torch.arange(num_rows), _ROWS_WITH_LOGITS)
+        ]
+        return SampledRows(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     out = SampledRows(
         *(
             torch.empty(num_rows, dtype=torch.int64 if name.endswith("token") else torch.float32)
@@ -53,3 +59,24 @@ def sample_rows(
         *out,
     )
     return out
+
+
+def _sample_restricted(
+    hidden: Tensor,
+    head: Head,
+    rows: Tensor,
+    rng: RowRng,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    dtype: torch.dtype,
+) -> SampledRows:
+    from loopmdm_kernels import _C
+
+    logits = torch.empty(rows.shape[0], head.weight.shape[0])
+    _C.head_logits(*head_arguments(hidden, head, rows, dtype), torch.get_num_threads(), logits)
+    return sample_logits(logits, head.excluded_token, rng, temperature=temperature, top_p=top_p, top_k=top_k)
+
+
+def _named(rng: RowRng, part: Tensor) -> RowRng:
+    return RowRng(rng.seed, rng.sequence[part], rng.step[part], rng.position[part])

@@ -21,6 +21,7 @@ def sample_rows(
     *,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> SampledRows:
     """Draw one token for each row from softmax(logits / temperature), and describe the row's distribution.
@@ -35,6 +36,7 @@ def sample_rows(
         rng: names of the random numbers, see `RowRng`.
         temperature: >= 0; 0 takes the most probable token, the lowest id on ties.
         top_p: in (0, 1]; below 1, draw from the smallest set of most probable tokens that reaches it.
+        top_k: draw from so many most probable tokens, the lowest ids on ties; with top_p, that is of these.
         compute_dtype: dtype of the projection's operands; None: that of `head.weight`.
 
     Returns:
@@ -57,14 +59,16 @@ def sample_rows(
         raise ValueError(f"temperature: got {temperature}, expected a finite number >= 0")
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p: got {top_p}, expected 0 < top_p <= 1")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k: got {top_k!r}, expected None or an int >= 1")
     checks.compute_dtype(compute_dtype)
     if torch.compiler.is_compiling():
         return SampledRows(
             *torch.ops.loopmdm.sample_rows(
-                hidden, *head, rows, *rng, temperature, top_p, compute_dtype or head.weight.dtype
+                hidden, *head, rows, *rng, temperature, top_p, top_k, compute_dtype or head.weight.dtype
             )
         )
-    return _run(hidden, head, rows, rng, temperature, top_p, compute_dtype)
+    return _run(hidden, head, rows, rng, temperature, top_p, top_k, compute_dtype)
 
 
 def _run(
@@ -74,14 +78,22 @@ def _run(
     rng: RowRng,
     temperature: float,
     top_p: float,
+    top_k: int | None,
     compute_dtype: torch.dtype | None,
 ) -> SampledRows:
     implementation = backends.implementation(
-        "sample_rows", hidden.device, hidden=hidden, head=head, top_p=top_p, compute_dtype=compute_dtype
+        "sample_rows", hidden.device, hidden=hidden, head=head, compute_dtype=compute_dtype
     )
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         sampled: SampledRows = implementation(
-            hidden, head, rows, rng, temperature=temperature, top_p=top_p, compute_dtype=compute_dtype
+            hidden,
+            head,
+            rows,
+            rng,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            compute_dtype=compute_dtype,
         )
     return sampled
 
@@ -92,7 +104,7 @@ def _operator(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    rows, compute_dtype = args[5], args[12]
+    rows, compute_dtype = args[5], args[13]
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, compute_dtype), torch.float32)
     tokens = [hidden.new_empty(rows.shape[0], dtype=torch.int64) for _ in range(2)]
     numbers = [hidden.new_empty(rows.shape[0], dtype=dtype) for _ in range(4)]
@@ -102,7 +114,7 @@ def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 register(
     "sample_rows(Tensor hidden, Tensor norm, Tensor weight, Tensor bias, Tensor modulation, "
     "int excluded_token, Tensor rows, SymInt seed, Tensor sequence, Tensor step, Tensor position, "
-    "float temperature, float top_p, ScalarType compute_dtype)"
+    "float temperature, float top_p, SymInt? top_k, ScalarType compute_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _operator,
     _fake,

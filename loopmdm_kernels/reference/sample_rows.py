@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.reference.head import row_logits, subs_log_probs
+from loopmdm_kernels.reference.nucleus import draw_from, restriction
 from loopmdm_kernels.reference.philox import race_times
 from loopmdm_kernels.types import Head, RowRng, SampledRows
 
@@ -23,13 +24,6 @@ def _first_argmax(scores: Tensor) -> Tensor:
     return torch.where(scores == best, index, scores.shape[-1]).amin(dim=-1)
 
 
-def nucleus(log_probs: Tensor, top_p: float) -> Tensor:
-    """Boolean [R, V]: the smallest set of most probable tokens whose probability reaches top_p."""
-    ordered, order = log_probs.sort(dim=-1, descending=True, stable=True)
-    before = ordered.exp().cumsum(dim=-1) - ordered.exp()
-    return torch.zeros_like(log_probs, dtype=torch.bool).scatter(1, order, before < top_p)
-
-
 def sample_rows(
     hidden: Tensor,
     head: Head,
@@ -38,21 +32,35 @@ def sample_rows(
     *,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> SampledRows:
     logits = row_logits(hidden, head, rows, compute_dtype)
-    log_probs = subs_log_probs(logits, head.excluded_token)
+    return sample_logits(logits, head.excluded_token, rng, temperature=temperature, top_p=top_p, top_k=top_k)
+
+
+def sample_logits(
+    logits: Tensor,
+    excluded_token: int,
+    rng: RowRng,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+) -> SampledRows:
+    """One draw for each row of logits [R, V], and the statistics of the row."""
+    log_probs = subs_log_probs(logits, excluded_token)
     vocab_size = logits.shape[-1]
     top1_token = _first_argmax(log_probs).clamp_max(vocab_size - 1)
     if temperature == 0:
         token = top1_token
+    elif top_p < 1.0 or top_k is not None:
+        allowed = restriction(log_probs, temperature, top_p, top_k)
+        token = draw_from(allowed, log_probs, temperature, rng)
     else:
         times = race_times(rng.seed, rng.sequence, rng.step, rng.position, vocab_size, logits.dtype)
         scores = logits / temperature - times.log()
         scores = scores.masked_fill(log_probs == -math.inf, -math.inf)
-        if top_p < 1.0:
-            tempered = torch.log_softmax(log_probs / temperature, dim=-1)
-            scores = scores.masked_fill(~nucleus(tempered, top_p), -math.inf)
         token = _first_argmax(scores).clamp_max(vocab_size - 1)
     probs = log_probs.exp()
     top = probs.topk(min(2, vocab_size), dim=-1).values

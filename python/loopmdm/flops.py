@@ -178,25 +178,38 @@ class SamplingLedger:
         _check_at_least("length", self.length, 1)
         self._flops = dict.fromkeys(CONVENTIONS[-1].split("+"), 0.0)
 
-    def record(self, dims: Dimensions, loops: Iterable[int], rows_projected: int) -> None:
-        """One network call: `loops` holds S of each sequence, `rows_projected` the head's rows."""
+    def record(
+        self, dims: Dimensions, loops: Iterable[int], rows_projected: int, *, length: int | None = None
+    ) -> None:
+        """One network call: `loops` holds S of each sequence, `rows_projected` the head's rows.
+
+        length: tokens of these sequences; None: the ledger's.
+        """
+        length = self.length if length is None else length
+        _check_at_least("length", length, 1)
         counts = [int(s) for s in loops]
         for s in counts:
             _check_at_least("loops", s, 1)
-        if not 0 <= rows_projected <= len(counts) * self.length:
+        if not 0 <= rows_projected <= len(counts) * length:
             raise ValueError(
-                f"rows_projected is {rows_projected}; accepted: 0 to {len(counts)} sequences "
-                f"x {self.length} tokens"
+                f"rows_projected is {rows_projected}; accepted: 0 to {len(counts)} sequences"
+                f" x {length} tokens"
             )
         self.network_calls += 1
         self.sequence_calls += len(counts)
         self.loops += sum(counts)
         self.rows_projected += rows_projected
-        tokens = self.length * len(counts)
+        tokens = length * len(counts)
         layers = sum(executed_layers(dims, s) for s in counts)
-        self._flops["blocks"] += self.length * layers * layer_flops(dims, self.length)
+        self._flops["blocks"] += length * layers * layer_flops(dims, length)
         self._flops["head"] += rows_projected * head_flops(dims)
         self._flops["embedding"] += tokens * head_flops(dims)
+
+    def record_rows(self, dims: Dimensions, rows: int) -> None:
+        """Rows projected onto the vocabulary again, from the hidden state of a call recorded before."""
+        _check_at_least("rows", rows, 0)
+        self.rows_projected += rows
+        self._flops["head"] += rows * head_flops(dims)
 
     def flops(self, convention: Convention = DEFAULT_CONVENTION) -> float:
         """Executed FLOPs so far; the head is counted for the projected rows only."""

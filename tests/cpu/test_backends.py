@@ -25,7 +25,7 @@ def nothing_forced(monkeypatch):
 def arguments(dtype=torch.float32, **options):
     hidden, head = head_inputs()
     head = Head(*(t.to(dtype) for t in head[:4]), head.excluded_token)
-    return {"hidden": hidden.to(dtype), "head": head, "top_p": 1.0, "compute_dtype": None, **options}
+    return {"hidden": hidden.to(dtype), "head": head, "compute_dtype": None, **options}
 
 
 def chosen(**options):
@@ -44,7 +44,7 @@ def test_available_backends():
 def test_compiled_kernel_where_it_can_and_reference_elsewhere():
     assert chosen() is cpu_sample_rows
     assert chosen(dtype=torch.float64) is reference.sample_rows
-    assert chosen(top_p=0.5) is reference.sample_rows
+    assert chosen(compute_dtype=torch.float16) is reference.sample_rows
     assert backends.implementation("attention", CPU, q=torch.zeros(1)) is cpu_attention
     assert backends.implementation("attention", CPU, q=torch.zeros(1).half()) is reference.attention
     assert backends.implementation("sample_rows", CUDA, **arguments()) is reference.sample_rows
@@ -68,8 +68,8 @@ def test_use_backend_ends_with_an_exception():
 def test_forced_backend_never_falls_back(monkeypatch):
     monkeypatch.delitem(backends._KERNEL_MODULES["cpu"], "head_logits")
     with lk.use_backend("cpu"):
-        with pytest.raises(RuntimeError, match=r"sample_rows: backend 'cpu' .* top_p must be 1, got 0.5"):
-            chosen(top_p=0.5)
+        with pytest.raises(RuntimeError, match=r"sample_rows: backend 'cpu' .* hidden must be float32"):
+            chosen(dtype=torch.float64)
         with pytest.raises(RuntimeError, match=r"head_logits: backend 'cpu' .* no kernel for head_logits"):
             backends.implementation("head_logits", CPU)
         with pytest.raises(RuntimeError, match=r"attention: backend 'cpu' .* q must be float32 or bfloat16"):

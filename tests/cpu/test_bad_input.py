@@ -138,7 +138,6 @@ def head(dtype=torch.float32):
         (torch.float64, torch.float32, {}, "hidden must be float32"),
         (torch.float32, torch.float64, {}, "head.weight must be float32 or bfloat16"),
         (torch.float32, torch.float32, {"compute_dtype": torch.float64}, "compute_dtype must be"),
-        (torch.float32, torch.float32, {"top_p": 0.9}, "top_p must be 1"),
     ],
 )
 def test_says_what_it_supports(hidden_dtype, weight_dtype, options, reason):

@@ -147,19 +147,54 @@ def test_a_row_does_not_depend_on_its_batch(backend):
         torch.testing.assert_close(alone.log_prob, together.log_prob[one], rtol=1e-5, atol=1e-6)
 
 
-def test_nucleus_keeps_the_smallest_sufficient_set():
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top_p": 0.7}, [0.625, 0.375]),
+        ({"top_p": 0.45}, [1.0]),
+        ({"top_p": 0.951}, [0.5, 0.3, 0.15, 0.05]),
+        ({"top_k": 3}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95]),
+        ({"top_k": 1}, [1.0]),
+        ({"top_k": 9}, [0.5, 0.3, 0.15, 0.05]),
+        ({"top_k": 3, "top_p": 0.8}, [0.625, 0.375]),  # .526 and .316 of the three reach .8
+        ({"top_k": 2, "temperature": 0.5}, [25 / 34, 9 / 34]),
+    ],
+)
+def test_restricted_draws(backend, options, expected):
     log_probs = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log()
-    counts = draw(log_probs, 20_000, seed=5, top_p=0.7)
-    assert counts[2] == counts[3] == 0
-    assert chi_square_p(counts[:2], np.array([0.625, 0.375])) > 0.01
+    counts = draw(log_probs, 20_000, seed=5, **options)
+    assert counts[len(expected) :].sum() == 0
+    if len(expected) > 1:
+        assert chi_square_p(counts[: len(expected)], np.array(expected)) > 0.01
 
 
-def test_forced_backend_says_what_it_cannot_do():
-    if "cpu" not in BACKENDS:
-        pytest.skip("the extension is not built")
-    hidden, head = law_case(torch.zeros(4))
-    with lk.use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu.*top_p"):
-        lk.sample_rows(hidden, head, torch.zeros(1, dtype=torch.int64), row_rng(1), top_p=0.5)
+def test_restricted_draws_take_the_lowest_ids_on_ties(backend):
+    counts = draw(torch.zeros(7, dtype=torch.float64), 3000, seed=5, top_k=3)
+    assert counts[3:].sum() == 0
+    assert (counts[:3] > 900).all()
+    counts = draw(torch.zeros(8, dtype=torch.float64), 3000, seed=5, top_p=0.49)
+    assert counts[4:].sum() == 0
+    assert (counts[:4] > 650).all()
+
+
+def test_a_restriction_to_everything_is_none(backend):
+    """The race among some tokens uses the numbers of the race among all."""
+    log_probs = torch.randn(1500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    hidden, head = law_case(log_probs.log_softmax(0))
+    zeros = torch.zeros(500, dtype=torch.int64)
+    full = lk.sample_rows(hidden, head, zeros, row_rng(500))
+    for options in ({"top_k": 1500}, {"top_p": 1 - 1e-7}):
+        some = lk.sample_rows(hidden, head, zeros, row_rng(500), **options)
+        assert torch.equal(some.token, full.token)
+        torch.testing.assert_close(some.entropy, full.entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_a_nucleus_of_more_than_a_thousand_tokens(backend):
+    hidden, head = law_case(torch.zeros(4000))
+    zeros = torch.zeros(3000, dtype=torch.int64)
+    token = lk.sample_rows(hidden, head, zeros, row_rng(3000), top_p=0.5).token
+    assert token.max() < 2000 + 2  # to the rounding of sums of 2000 probabilities
+    assert token.unique().numel() > 1400
 
 
 def test_no_rows(backend):
@@ -176,6 +211,8 @@ def test_no_rows(backend):
         ({"temperature": float("inf")}, "temperature: got inf"),
         ({"top_p": 0.0}, "top_p: got 0.0"),
         ({"top_p": 1.5}, "top_p: got 1.5"),
+        ({"top_k": 0}, "top_k: got 0"),
+        ({"top_k": 2.0}, "top_k: got 2.0"),
     ],
 )
 def test_bad_options(options, message):

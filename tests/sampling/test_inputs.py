@@ -156,7 +156,7 @@ def test_no_progress_bar_without_a_terminal(model, capsys):
 
 
 BAD = [
-    ({"order": "alphabetical"}, ValueError, "order.*ancestral, confidence, left_to_right"),
+    ({"order": "alphabetical"}, ValueError, "order.*ancestral, confidence, entropy"),
     ({"steps": 0}, ValueError, "steps"),
     ({"steps": 2**30}, ValueError, "steps"),
     ({"steps": 2.5}, TypeError, "steps"),
@@ -189,7 +189,11 @@ BAD = [
     ({"prompt": torch.zeros(2, 2, 2, dtype=torch.int64)}, ValueError, "prompt"),
     ({"prompt": [[1], [2]], "num_samples": 3}, ValueError, "num_samples is 3, but prompt has 2"),
     ({"prompt": [[[1]], [[2]]]}, ValueError, "flat list"),
-    ({"prompt": [1], "infill": torch.tensor([1, MASK])}, ValueError, "both"),
+    (
+        {"prompt": [1], "infill": torch.tensor([2, MASK])},
+        ValueError,
+        "contradict each other at position 0: 1 and 2",
+    ),
     ({"infill": torch.tensor([1, 12])}, ValueError, "0..11"),
     ({"infill": torch.tensor([1.0])}, TypeError, "integer"),
     ({"infill": torch.tensor(1)}, ValueError, "infill"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from loopmdm import sample
-from loopmdm.sampling.orders import Slots
-from loopmdm.sampling.orders.base import EvenSpread
+from loopmdm.sampling.orders import Pace, Slots
+from loopmdm.sampling.orders.pace import Spread
 
 # argmax per position 2 0 1 1 0 2; margins, hence confidences, rank 3 > 0 = 4 > 1 > 5 > 2
 LOGITS = torch.tensor(
@@ -101,15 +101,12 @@ def test_no_mask_is_left_and_each_position_is_revealed_once(model, order, steps)
 
 def test_even_spread_agrees_with_its_definition():
     for masked in range(1, 12):
+        slots = Slots.of(torch.full((1, masked), 9), 9, torch.tensor([0]))
         for steps in range(1, 15):
-            spread = EvenSpread(torch.tensor([masked]), steps)
+            spread = Spread(slots.blocks, Pace(steps=steps))
             due = [(i + 1) * masked // steps - i * masked // steps for i in range(steps)]
-            assert [
-                int(spread.revealed_before(i + 1) - spread.revealed_before(i)) for i in range(steps)
-            ] == due
             planned = [step for step, count in enumerate(due) for _ in range(count)]
-            ranks = torch.arange(masked)
-            assert spread.step_of(ranks, torch.zeros_like(ranks)).tolist() == planned
+            assert spread.step_of(slots.blocks.rank(), slots.blocks.of_slot).tolist() == planned
 
 
 def test_slots_are_named_by_sequence_and_position():

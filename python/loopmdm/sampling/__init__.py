@@ -1,7 +1,8 @@
 """Sampling from a masked diffusion model: prompts, infilling, decoding orders, compute plans."""
 
 from loopmdm.sampling.orders import ORDERS
+from loopmdm.sampling.remasking import Remasking
 from loopmdm.sampling.result import SampleResult, StepEvent
 from loopmdm.sampling.sampler import sample
 
-__all__ = ["ORDERS", "SampleResult", "StepEvent", "sample"]
+__all__ = ["ORDERS", "Remasking", "SampleResult", "StepEvent", "sample"]

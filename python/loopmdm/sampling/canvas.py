@@ -1,36 +1,59 @@
-"""The starting state of a run: [B, L] token ids with the mask token at every position to fill."""
+"""The starting state of a run: token ids, with the mask token at every position to fill."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 DEFAULT_NUM_SAMPLES = 8
 MAX_SEQUENCE_ID = 2**32 - 1
+PADDING = -1  # behind the end of a sequence that is shorter than others of its batch
+
+
+class Canvas(NamedTuple):
+    """Where a run starts, on the CPU."""
+
+    tokens: Tensor  # [B, L] int64
+    lengths: Tensor  # [B] int64; behind them is PADDING
 
 
 def make_canvas(
-    config: Any, num_samples: int | None, length: int | None, prompt: Any, infill: Tensor | None
-) -> Tensor:
-    """Canvas [B, L] int64 on the CPU from the arguments of `sample`; checks all of them."""
+    config: Any,
+    num_samples: int | None,
+    length: Any,
+    prompt: Any,
+    infill: Any,
+    block_length: int | None = None,
+) -> Canvas:
+    """The canvas meant by the arguments of `sample`; checks all of them."""
     if num_samples is not None:
         _check_count("num_samples", num_samples)
-    if length is not None:
-        _check_count("length", length)
-    if prompt is not None and infill is not None:
+    lengths, prompts, infills = _lengths(length), _rows("prompt", prompt), _rows("infill", infill)
+    arguments = {"length": lengths, "prompt": prompts, "infill": infills}
+    batch = _batch_size(num_samples, arguments)
+    alike = not any(given is not None and given.each for given in arguments.values())
+    rows = []
+    for index in range(1 if alike else batch):
+        size, filled = _of(lengths, index), _of(infills, index)
+        if filled is None:
+            row = torch.full((config.max_length if size is None else size,), config.mask_token_id)
+        else:
+            row = _infill_row(config, filled, size)
+        if prompts is not None:
+            _write_prompt(config, row, prompts.of(index), index)
+        rows.append(row)
+    sizes = torch.tensor([row.numel() for row in rows])
+    longest = int(sizes.max())
+    if longest > config.max_length and block_length is None:
         raise ValueError(
-            "prompt and infill are both given: write the prompt into infill, or give one of them"
+            f"length is {longest}, but the model's max_length is {config.max_length}; a block_length lets it"
+            " write longer sequences, block by block"
         )
-    if infill is not None:
-        canvas = _from_infill(config, num_samples, length, infill)
-    else:
-        canvas = _from_prompt(config, num_samples, config.max_length if length is None else length, prompt)
-    if canvas.shape[1] > config.max_length:
-        raise ValueError(f"length is {canvas.shape[1]}, but the model's max_length is {config.max_length}")
-    return canvas
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
+    return Canvas(*(field.repeat_interleave(batch // len(rows), dim=0) for field in (tokens, sizes)))
 
 
 def make_sequence_ids(sequence_ids: Any, num_samples: int) -> Tensor:
@@ -49,63 +72,98 @@ def make_sequence_ids(sequence_ids: Any, num_samples: int) -> Tensor:
     return ids
 
 
-def _from_infill(config: Any, num_samples: int | None, length: int | None, infill: Tensor) -> Tensor:
-    tokens = _token_tensor("infill", infill)
-    if tokens.ndim not in (1, 2) or not tokens.numel():
-        raise ValueError(f"infill must be [L] or [B, L] and not empty, got shape {tuple(tokens.shape)}")
-    if length is not None and tokens.shape[-1] != length:
-        raise ValueError(f"infill is {tokens.shape[-1]} tokens long, but length is {length}")
+class _Given(NamedTuple):
+    """An argument that has one value for every sequence, or the same for all."""
+
+    values: Sequence[Any]
+    each: bool
+
+    def of(self, index: int) -> Any:
+        return self.values[index if self.each else 0]
+
+
+def _of(given: _Given | None, index: int) -> Any:
+    return None if given is None else given.of(index)
+
+
+def _batch_size(num_samples: int | None, arguments: dict[str, _Given | None]) -> int:
+    sizes = {name: len(given.values) for name, given in arguments.items() if given is not None and given.each}
+    if num_samples is not None:
+        sizes = {"num_samples": num_samples, **sizes}
+    for name, size in sizes.items():
+        first, expected = next(iter(sizes.items()))
+        if size != expected:
+            what = f"num_samples is {expected}" if first == "num_samples" else f"{first} has {expected}"
+            raise ValueError(f"{what}, but {name} has {size} sequences")
+    return next(iter(sizes.values()), DEFAULT_NUM_SAMPLES)
+
+
+def _lengths(length: Any) -> _Given | None:
+    if length is None:
+        return None
+    each = isinstance(length, (Sequence, Tensor)) and not isinstance(length, str)
+    values = (length.tolist() if isinstance(length, Tensor) else list(length)) if each else [length]
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"length must be an int or one int a sequence, got {length!r}")
+    for index, value in enumerate(values):
+        _check_count(f"length {index}" if each else "length", value)
+    return _Given(values, each)
+
+
+def _rows(name: str, value: Any) -> _Given | None:
+    """Token rows from [L], [B, L] or a list of rows of any lengths."""
+    if value is None:
+        return None
+    if isinstance(value, Sequence) and any(isinstance(row, (Sequence, Tensor)) for row in value):
+        rows = [_token_tensor(f"{name} {index}", row) for index, row in enumerate(value)]
+        for index, row in enumerate(rows):
+            if row.ndim != 1:
+                raise ValueError(
+                    f"{name} {index} must be a flat list of token ids, got shape {tuple(row.shape)}"
+                )
+        return _Given(rows, each=True)
+    tokens = _token_tensor(name, value)
+    if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and not tokens.shape[0]):
+        raise ValueError(
+            f"{name} must be token ids [L], [B, L] or a list of token lists, and not empty,"
+            f" got shape {tuple(tokens.shape)}"
+        )
+    return _Given([tokens], each=False) if tokens.ndim == 1 else _Given(list(tokens), each=True)
+
+
+def _infill_row(config: Any, tokens: Tensor, length: int | None) -> Tensor:
+    if not tokens.numel():
+        raise ValueError("infill must not be empty: give the mask token where there is something to fill")
+    if length is not None and tokens.numel() != length:
+        raise ValueError(f"infill is {tokens.numel()} tokens long, but length is {length}")
     _check_ids("infill", tokens, config)
-    return _repeated("infill", tokens, num_samples).clone()
+    return tokens.clone()
 
 
-def _from_prompt(config: Any, num_samples: int | None, length: int, prompt: Any) -> Tensor:
-    rows = _prompt_rows(prompt, num_samples)
-    canvas = torch.full((len(rows), length), config.mask_token_id, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        if row.numel() > length:
-            raise ValueError(
-                f"prompt {index} is {row.numel()} tokens long, beyond the length {length} of the sample"
-            )
-        if not row.numel():
-            continue
-        _check_ids("prompt", row, config)
-        if bool((row == config.mask_token_id).any()):
-            raise ValueError(
-                f"prompt {index} contains the mask token id {config.mask_token_id}: use infill to fill"
-                " positions between given tokens"
-            )
-        canvas[index, : row.numel()] = row
-    return canvas
-
-
-def _prompt_rows(prompt: Any, num_samples: int | None) -> list[Tensor]:
-    if prompt is None:
-        return [torch.empty(0, dtype=torch.int64)] * (num_samples or DEFAULT_NUM_SAMPLES)
-    nested = isinstance(prompt, Sequence) and any(isinstance(row, (Sequence, Tensor)) for row in prompt)
-    if not nested:
-        tokens = _token_tensor("prompt", prompt)
-        if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and not tokens.shape[0]):
-            raise ValueError(
-                f"prompt must be [P], [B, P] or a list of token lists, got shape {tuple(tokens.shape)}"
-            )
-        return list(_repeated("prompt", tokens, num_samples))
-    rows = [_token_tensor(f"prompt {index}", row) for index, row in enumerate(prompt)]
-    for index, row in enumerate(rows):
-        if row.ndim != 1:
-            raise ValueError(f"prompt {index} must be a flat list of token ids, got shape {tuple(row.shape)}")
-    if num_samples not in (None, len(rows)):
-        raise ValueError(f"num_samples is {num_samples}, but prompt has {len(rows)} sequences")
-    return rows
-
-
-def _repeated(name: str, tokens: Tensor, num_samples: int | None) -> Tensor:
-    """tokens as [B, L]: one row is repeated for every sample, several must be as many as the samples."""
-    if tokens.ndim == 1:
-        return tokens.expand(num_samples or DEFAULT_NUM_SAMPLES, -1)
-    if num_samples not in (None, tokens.shape[0]):
-        raise ValueError(f"num_samples is {num_samples}, but {name} has {tokens.shape[0]} sequences")
-    return tokens
+def _write_prompt(config: Any, row: Tensor, prompt: Tensor, index: int) -> None:
+    """Put a prompt at the start of a row; tokens that are already there must agree with it."""
+    size = prompt.numel()
+    if size > row.numel():
+        raise ValueError(
+            f"prompt {index} is {size} tokens long, beyond the length {row.numel()} of the sample"
+        )
+    if not size:
+        return
+    _check_ids("prompt", prompt, config)
+    if bool((prompt == config.mask_token_id).any()):
+        raise ValueError(
+            f"prompt {index} contains the mask token id {config.mask_token_id}: use infill to fill"
+            " positions between given tokens"
+        )
+    head = row[:size]
+    differs = (head != config.mask_token_id) & (head != prompt)
+    if bool(differs.any()):
+        place = int(differs.nonzero()[0])
+        raise ValueError(
+            f"prompt {index} and infill contradict each other at position {place}:"
+            f" {int(prompt[place])} and {int(head[place])}"
+        )
+    head.copy_(prompt)
 
 
 def _token_tensor(name: str, value: Any) -> Tensor:

@@ -35,11 +35,16 @@ class Denoiser(Protocol):
     def head(self, sigma: Tensor | None = None) -> Head: ...
 
 
+NEVER = -1e30  # logit of a forbidden token: finite, so that no difference of two is NaN
+
+
 class Draw(NamedTuple):
     """How tokens are drawn from a prediction."""
 
     temperature: float
     top_p: float
+    top_k: int | None
+    forbidden: Tensor  # token ids that are never drawn, int64
     seed: int
 
 
@@ -53,9 +58,10 @@ class Prediction(NamedTuple):
 class Network:
     """The network calls of one run. Heads that depend on nothing but the weights are made once."""
 
-    def __init__(self, model: Denoiser, draw: Draw) -> None:
+    def __init__(self, model: Denoiser, draw: Draw, *, needs_times: bool) -> None:
         self._model = model
         self._draw = draw
+        self.needs_times = needs_times
         self._heads: dict[int, Head] = {}
 
     def model_of(self, compute: StepCompute) -> Denoiser:
@@ -66,7 +72,7 @@ class Network:
     def predict(
         self,
         tokens: Tensor,
-        times: Tensor,
+        times: Tensor | None,
         compute: StepCompute,
         rows: Tensor,
         names: tuple[Tensor, Tensor, Tensor],
@@ -74,42 +80,60 @@ class Network:
         """Run `compute` on tokens [b, L] at times [b] and draw a token for each row of `rows` [R].
 
         rows are flat indices b*L + l; names are the sequence id, step and position [R] of each row's random
-        numbers.
+        numbers. times may be None unless the model is conditioned on time.
         """
         model = self.model_of(compute)
         device = model.device
-        sigma = diffusion.sigma(times).float().to(device) if model.config.time_conditioning else None
-        num_loops = compute.num_loops or model.config.max_loops
-        if compute.exit_threshold is None:
-            hidden = model.hidden(tokens.to(device), sigma, num_loops=num_loops)
-            loops = torch.full((tokens.shape[0],), num_loops)
-        else:
-            hidden, loops = model.hidden(
-                tokens.to(device), sigma, num_loops=num_loops, exit_threshold=compute.exit_threshold
-            )
+        hidden, loops, sigma = self.hidden(tokens, times, compute)
         if not rows.numel():
-            return Prediction(None, loops.cpu())
+            return Prediction(None, loops)
         rng = RowRng(self._draw.seed, *(name.to(device) for name in names))
         sampled = lk.sample_rows(
             hidden,
-            self._head(model, sigma),
+            self.head(model, sigma),
             rows.to(device),
             rng,
             temperature=self._draw.temperature,
             top_p=self._draw.top_p,
+            top_k=self._draw.top_k,
             compute_dtype=model.compute_dtype,
         )
-        return Prediction(SampledRows(*(field.cpu() for field in sampled)), loops.cpu())
+        return Prediction(SampledRows(*(field.cpu() for field in sampled)), loops)
 
-    def _head(self, model: Denoiser, sigma: Tensor | None) -> Head:
-        if sigma is not None:
-            return model.head(sigma)
+    def hidden(
+        self, tokens: Tensor, times: Tensor | None, compute: StepCompute
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One network call: residual stream [b, L, D], loops spent [b] on the CPU, sigma [b] or None."""
+        model = self.model_of(compute)
+        sigma = None
+        if model.config.time_conditioning:
+            assert times is not None
+            sigma = diffusion.sigma(times).float().to(model.device)
+        num_loops = compute.num_loops or model.config.max_loops
+        tokens = tokens.to(model.device)
+        if compute.exit_threshold is None:
+            hidden = model.hidden(tokens, sigma, num_loops=num_loops)
+            return hidden, torch.full((tokens.shape[0],), num_loops), sigma
+        hidden, loops = model.hidden(
+            tokens, sigma, num_loops=num_loops, exit_threshold=compute.exit_threshold
+        )
+        return hidden, loops.cpu(), sigma
+
+    def head(self, model: Denoiser, sigma: Tensor | None) -> Head:
+        """The model's head, without the forbidden tokens."""
         if id(model) not in self._heads:
-            self._heads[id(model)] = model.head()
-        return self._heads[id(model)]
+            self._heads[id(model)] = self._without_forbidden(model.head(sigma))
+        head = self._heads[id(model)]
+        return head if sigma is None else head._replace(modulation=model.head(sigma).modulation)
+
+    def _without_forbidden(self, head: Head) -> Head:
+        if not self._draw.forbidden.numel():
+            return head
+        forbidden = self._draw.forbidden.to(head.bias.device)
+        return head._replace(bias=head.bias.detach().index_fill(0, forbidden, NEVER))
 
 
-def check_models(model: Any, plan: ComputePlan, length: int) -> list[Any]:
+def check_models(model: Any, plan: ComputePlan, context: int) -> list[Any]:
     """All models of a run; raises where one of the plan's cannot take the place of `model`."""
     for name, other in plan.models.items():
         for field in ("vocab_size", "mask_token_id"):
@@ -118,9 +142,9 @@ def check_models(model: Any, plan: ComputePlan, length: int) -> list[Any]:
                 raise ValueError(
                     f"the plan's model {name} has {field} {got}, but the sampled model has {expected}"
                 )
-        if other.config.max_length < length:
+        if other.config.max_length < context:
             raise ValueError(
-                f"the plan's model {name} has max_length {other.config.max_length}, below length {length}"
+                f"the plan's model {name} has max_length {other.config.max_length}, below length {context}"
             )
         if other.device != model.device:
             raise ValueError(

@@ -11,14 +11,17 @@ from loopmdm.flops import SamplingLedger
 
 
 class StepEvent(NamedTuple):
-    """The R positions one step revealed, ordered by sequence, then position. Tensors are [R], on the CPU."""
+    """The R positions that one step changed, ordered by sequence, then position. Tensors are [R], on the CPU.
+
+    A token that is the mask token was masked again (remasking); its confidence is 0.
+    """
 
     step: int
     sequence: Tensor  # int64, row of the result
     positions: Tensor  # int64
     tokens: Tensor  # int64
     confidence: Tensor  # probability the model gave the token, at temperature 1
-    loops: Tensor  # int64, loops spent on the token's sequence in this step
+    loops: Tensor  # int64, loops spent on the token's sequence in this step; 0 where it was not computed
 
 
 @dataclass
@@ -29,11 +32,13 @@ class SampleResult:
     None when it was not asked for. `ledger` counts executed FLOPs under each convention.
     """
 
-    tokens: Tensor  # [B, L] int64
+    tokens: Tensor  # [B, L] int64; -1 behind the end of a sequence shorter than L
+    lengths: Tensor  # [B] int64, tokens of each sequence: its length, or up to its end-of-sequence token
     network_calls: Tensor  # [B] int64, forward passes each sequence took part in
     loops: Tensor  # [B] int64, loops summed over these passes
     rows_projected: int  # rows that went through the vocabulary projection
-    num_steps: int
+    num_steps: int  # denoising steps taken
+    exact: bool  # the samples follow the model's reverse process, of T steps or in continuous time
     seconds: float
     ledger: SamplingLedger
     history: list[StepEvent] | None = None

@@ -1,42 +1,52 @@
-"""The sampling loop: decide what a step reveals, run only the sequences concerned, write the tokens."""
+"""`sample`: the public entry. It checks the arguments, makes the order and drives the run."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loopmdm.flops import SamplingLedger
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.sampling.canvas import make_canvas, make_sequence_ids
 from loopmdm.sampling.network import Draw, Network, check_models, evaluating
-from loopmdm.sampling.orders import ORDERS, Order, Slots
+from loopmdm.sampling.options import check_options, make_forbidden, make_pace
+from loopmdm.sampling.orders import Order, Pace, Slots, make_order
+from loopmdm.sampling.progress import progress_bar
+from loopmdm.sampling.reference_numerics import ReferenceRun
+from loopmdm.sampling.remasking import Remasked, Remasking, as_remasking
 from loopmdm.sampling.result import SampleResult, StepEvent
-from loopmdm_kernels.types import SampledRows
-
-MAX_STEPS = 2**30 - 1  # the step is one word of the random number's name
+from loopmdm.sampling.run import Limits, Run
 
 
 def sample(
     model: Any,
     num_samples: int | None = None,
-    length: int | None = None,
+    length: int | Sequence[int] | None = None,
     steps: int | None = None,
     order: str = "ancestral",
     plan: int | ComputePlan | None = None,
     prompt: Any = None,
-    infill: Tensor | None = None,
+    infill: Any = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
     on_step: Callable[[StepEvent], object] | None = None,
     progress: bool = True,
     *,
+    tokens_per_step: int | None = None,
+    threshold: float | None = None,
+    entropy_bound: float | None = None,
+    block_length: int | None = None,
+    window: int | None = None,
+    remask: str | Remasking | None = None,
+    top_k: int | None = None,
+    forbidden: Sequence[int] | Tensor | None = None,
+    eos_token_id: int | None = None,
+    reference_numerics: bool = False,
     history: bool = False,
     sequence_ids: Tensor | list[int] | None = None,
     max_batch: int | None = None,
@@ -49,24 +59,51 @@ def sample(
     batch it is sampled in, nor on max_batch and skip_unchanged. The model is left as it was; an autocast
     context of the caller applies.
 
+    Of steps, tokens_per_step, threshold and entropy_bound at most one is given: they say how many positions a
+    step reveals. The default is one, and the reverse process with T = L for "ancestral".
+
     Args:
         model: a `LoopMDM`.
-        num_samples: B; default as many as prompt or infill give, else 8.
-        length: L; default the length of infill, else the model's max_length.
-        steps: T denoising steps. Default: what the plan covers, else L (ancestral) or one token a step (other
-            orders).
-        order: "ancestral" (exact reverse process), "confidence" (most probable prediction first) or
-            "left_to_right".
-        plan: loops per step: None = the model's max_loops, a loop count, or a `ComputePlan`.
+        num_samples: B; default as many as length, prompt or infill give, else 8.
+        length: L of all sequences or of each; default the length of infill, else the model's max_length. A
+            length beyond max_length needs block_length: the network then reads the max_length positions that
+            end with the block.
+        steps: T denoising steps; what the plan covers, if nothing else is given.
+        order: which masked positions are revealed first.
+            "ancestral": the model's reverse process on T steps (MDLM), exact.
+            "first_hitting": the same in continuous time, one network call a position (2409.02908), exact.
+            "confidence", "margin", "entropy": the most probable prediction, the one furthest ahead of the
+            second, the least uncertain. They predict every masked position.
+            "random", "left_to_right".
+        plan: loops per step: None = the model's max_loops, a loop count, or a `ComputePlan`. Where steps have
+            no fixed place in the denoising (first_hitting, threshold, entropy_bound), a plan of n steps is
+            read at n (1 - t), t the time or the share of masks left, for each sequence.
         prompt: token ids every sequence starts with: [P], [B, P], or a list of B token lists of any lengths.
-        infill: int64 [L] or [B, L] that holds the mask token at the positions to fill; all others stay as
-            they are.
+        infill: [L], [B, L] or a list of B token lists that hold the mask token at the positions to fill; all
+            others stay as they are. A prompt given too must agree with it.
         temperature: divides the logits before the draw; 0 takes the most probable token.
         top_p: draw from the most probable tokens that together reach this probability, in (0, 1].
         seed: 0 <= seed < 2^63.
-        on_step: called with a `StepEvent` after every step that revealed something; what it raises ends the
+        on_step: called with a `StepEvent` after every step that changed something; what it raises ends the
             run.
         progress: show a progress bar when standard error is a terminal.
+        tokens_per_step: reveal so many positions a step ("Top-k"). first_hitting is inexact beyond 1.
+        threshold: reveal what the order rates at least so high: probability ("confidence"; for "random" and
+            "left_to_right", up to the first position that misses it), lead ("margin"), or at most so many
+            nats ("entropy"). At least one position.
+        entropy_bound: reveal the best rated positions while the sum of their entropies, less the largest,
+            stays within so many nats. At least one.
+        block_length: fill blocks of so many positions one after the other (semi-autoregressive), counted from
+            a sequence's first mask. steps are shared among the blocks.
+        window: reveal among the so many leftmost masks only.
+        remask: "cap", "rescale", "conf", "loop" or a `Remasking`: revealed tokens are masked again at times
+            (ReMDM, arXiv 2503.00307). With the order "ancestral".
+        top_k: draw from the so many most probable tokens (before top_p).
+        forbidden: token ids that are never drawn; probabilities are those without them.
+        eos_token_id: ends a sequence when drawn: positions behind it are not computed, and hold it at last.
+        reference_numerics: draw as the reference does (`ddpm_cache`): an fp32 race against the mask in every
+            step, which cuts off rare tokens, and the most probable token where masks are left. Slow, and only
+            for comparison with figures made so. Same seed, same tokens on a CPU.
         history: keep all step events in the result.
         sequence_ids: [B] ids that name the sequences' random numbers; default 0..B - 1.
         max_batch: at most this many sequences in one forward pass.
@@ -74,154 +111,115 @@ def sample(
         dtype: torch.bfloat16 runs the matrix products in bf16 by autocast; None leaves autocast as it is.
 
     Raises:
-        ValueError, TypeError: on arguments out of range, and on predictions that are not finite (NaN in
-            weights).
+        ValueError, TypeError: on arguments out of range or at odds with each other, and on predictions that
+            are not finite (NaN in weights).
     """
-    _check_options(steps, order, temperature, top_p, seed, max_batch, dtype)
+    config = model.config
+    pace = make_pace(steps, tokens_per_step, threshold, entropy_bound)
+    rule = as_remasking(remask)
+    check_options(
+        order,
+        pace,
+        rule,
+        block_length=block_length,
+        window=window,
+        max_batch=max_batch,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        eos_token_id=eos_token_id,
+        seed=seed,
+        dtype=dtype,
+        config=config,
+    )
+    if reference_numerics:
+        _check_reference(order, rule, block_length, temperature, top_p, top_k)
     plan = as_plan(plan)
-    canvas = make_canvas(model.config, num_samples, length, prompt, infill)
-    ids = make_sequence_ids(sequence_ids, canvas.shape[0])
-    slots = Slots.of(canvas, model.config.mask_token_id, ids)
-    ordered = ORDERS[order](slots, plan.num_steps if steps is None else steps, seed)
-    plan.check_steps(ordered.num_steps)
-    models = check_models(model, plan, canvas.shape[1])
+    draw = Draw(float(temperature), float(top_p), top_k, make_forbidden(forbidden, config), seed)
+    canvas = make_canvas(config, num_samples, length, prompt, infill, block_length)
+    ids = make_sequence_ids(sequence_ids, canvas.lengths.numel())
+    slots = Slots.of(canvas.tokens, config.mask_token_id, ids, block_length)
+    ordered = _make_order(order, slots, pace, window, rule, plan, seed)
+    context = min(canvas.tokens.shape[1], config.max_length)
+    models = check_models(model, plan, context)
+    network = Network(model, draw, needs_times=any(m.config.time_conditioning for m in models))
+    limits = Limits(context, max_batch, skip_unchanged)
+    arguments = (canvas, ordered, network, plan, limits, config, ids, eos_token_id)
+    run = ReferenceRun(seed, *arguments) if reference_numerics else Run(*arguments)
 
-    run = _Run(canvas, slots, ordered, Network(model, Draw(float(temperature), float(top_p), seed)))
     events: list[StepEvent] = []
+    taken = 0
     start = time.perf_counter()
     cast = torch.autocast(model.device.type, dtype) if dtype is not None else nullcontext()
-    with (
-        evaluating(models),
-        cast,
-        _progress_bar(progress, ordered.num_steps) as advance,
-    ):
-        for step in range(ordered.num_steps):
-            event = run.step(step, plan, max_batch, skip_unchanged)
+    with evaluating(models), cast, progress_bar(progress, run.num_steps) as advance:
+        while taken < run.num_steps and not (skip_unchanged and run.finished):
+            event = run.step(taken)
+            taken += 1
             if event is not None:
                 if history:
                     events.append(event)
                 if on_step is not None:
                     on_step(event)
             advance()
+    run.fill_behind_ends()
     return SampleResult(
         tokens=run.tokens.to(model.device),
+        lengths=run.lengths.to(model.device),
         network_calls=run.network_calls.to(model.device),
         loops=run.loops.to(model.device),
         rows_projected=run.ledger.rows_projected,
-        num_steps=ordered.num_steps,
+        num_steps=taken if pace.adaptive else ordered.num_steps,
+        exact=ordered.exact and not reference_numerics and _draws_from_the_model(draw),
         seconds=time.perf_counter() - start,
         ledger=run.ledger,
         history=events if history else None,
     )
 
 
-class _Run:
-    """The state of one run. Bookkeeping stays on the CPU; only the network works on the model's device."""
-
-    def __init__(self, canvas: Tensor, slots: Slots, order: Order, network: Network) -> None:
-        batch, self._length = canvas.shape
-        self.tokens = canvas
-        self.network_calls = torch.zeros(batch, dtype=torch.int64)
-        self.loops = torch.zeros(batch, dtype=torch.int64)
-        self.ledger = SamplingLedger(self._length)
-        self._slots = slots
-        self._order = order
-        self._network = network
-
-    def step(
-        self, step: int, plan: ComputePlan, max_batch: int | None, skip_unchanged: bool
-    ) -> StepEvent | None:
-        """Run one step and write what it reveals into `tokens`; None when it reveals nothing."""
-        candidates = self._order.candidates(step)
-        sequence, position = self._slots.sequence[candidates], self._slots.position[candidates]
-        batch = self.tokens.shape[0]
-        active = torch.arange(batch)
-        if skip_unchanged:
-            active = active[sequence.bincount(minlength=batch) > 0]
-        if not active.numel():
-            return None
-        compute = plan.at(step, self._order.num_steps)
-        dims = self._network.model_of(compute).config
-        times = self._order.times(step)
-        loops_now = torch.zeros(batch, dtype=torch.int64)
-        parts: list[SampledRows] = []
-        size = max_batch or batch
-        for chunk in (active[start : start + size] for start in range(0, active.numel(), size)):
-            inside = slice(*torch.searchsorted(sequence, torch.stack((chunk[0], chunk[-1] + 1))).tolist())
-            rows = torch.searchsorted(chunk, sequence[inside]) * self._length + position[inside]
-            names = (
-                self._slots.sequence_id[candidates[inside]],
-                torch.full_like(rows, step),
-                position[inside],
-            )
-            prediction = self._network.predict(self.tokens[chunk], times[chunk], compute, rows, names)
-            loops_now[chunk] = prediction.loops
-            self.network_calls[chunk] += 1
-            self.ledger.record(dims, prediction.loops.tolist(), rows.numel())
-            if prediction.sampled is not None:
-                _check_finite(prediction.sampled, step, sequence[inside], position[inside])
-                parts.append(prediction.sampled)
-        self.loops += loops_now
-        if not parts:
-            return None
-        sampled = SampledRows(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
-        chosen = self._order.choose(step, candidates, sampled)
-        sequence, position, tokens = sequence[chosen], position[chosen], sampled.token[chosen]
-        self.tokens[sequence, position] = tokens
-        return StepEvent(
-            step, sequence, position, tokens, sampled.log_prob[chosen].exp(), loops_now[sequence]
-        )
+def _make_order(
+    name: str,
+    slots: Slots,
+    pace: Pace,
+    window: int | None,
+    remask: Remasking | None,
+    plan: ComputePlan,
+    seed: int,
+) -> Order:
+    """The order, with the plan's number of steps if nothing else gives one; checks the plan against it."""
+    if name != "first_hitting" and plan.num_steps is not None and not any(v is not None for v in pace):
+        pace = Pace(steps=plan.num_steps)
+    order: Order
+    if remask is None:
+        order = make_order(name, slots, pace, window, seed)
+    else:
+        make_order(name, slots, pace, window, seed)  # for its checks
+        order = Remasked(slots, pace.steps, seed, remask)
+    if not order.timed:
+        plan.check_steps(order.num_steps)
+    return order
 
 
-def _check_finite(sampled: SampledRows, step: int, sequence: Tensor, position: Tensor) -> None:
-    broken = ~torch.isfinite(sampled.log_prob)
-    if bool(broken.any()):
-        first = int(broken.nonzero()[0])
-        raise ValueError(
-            f"the model's prediction is not finite at step {step}, sequence {int(sequence[first])}, position"
-            f" {int(position[first])}: check the weights for NaN and infinity"
-        )
+def _draws_from_the_model(draw: Draw) -> bool:
+    return draw.temperature == 1 and draw.top_p == 1 and draw.top_k is None and not draw.forbidden.numel()
 
 
-def _check_options(
-    steps: int | None,
+def _check_reference(
     order: str,
+    remask: Remasking | None,
+    block_length: int | None,
     temperature: float,
     top_p: float,
-    seed: int,
-    max_batch: int | None,
-    dtype: torch.dtype | None,
+    top_k: int | None,
 ) -> None:
-    if order not in ORDERS:
-        raise ValueError(f"unknown order {order!r}, accepted are {', '.join(sorted(ORDERS))}")
-    for name, count in (("steps", steps), ("max_batch", max_batch)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
-            raise TypeError(f"{name} must be an int or None, got {count!r}")
-        if count is not None and not 1 <= count <= MAX_STEPS:
-            raise ValueError(f"{name} must be in 1..{MAX_STEPS}, got {count}")
-    if not math.isfinite(temperature) or temperature < 0:
-        raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an int with 0 <= seed < 2^63, got {seed!r}")
-    if dtype not in (None, torch.bfloat16):
-        raise ValueError(f"dtype must be None or torch.bfloat16, got {dtype}")
-
-
-@contextmanager
-def _progress_bar(wanted: bool, num_steps: int) -> Iterator[Callable[[], object]]:
-    """Yields the function to call after each step. Draws on standard error, and only on a terminal."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as bar:
-        task = bar.add_task("sampling", total=num_steps)
-        yield lambda: bar.advance(task)
+    """The reference has none of these."""
+    if order != "ancestral":
+        raise ValueError(f"reference_numerics goes with the order ancestral, got {order}")
+    for name, value, plain in (
+        ("remask", remask, None),
+        ("block_length", block_length, None),
+        ("temperature", temperature, 1),
+        ("top_p", top_p, 1),
+        ("top_k", top_k, None),
+    ):
+        if value != plain:
+            raise ValueError(f"{name} does not go with reference_numerics: the reference's sampler has none")

@@ -1,0 +1,124 @@
+"""The options of `sample` that are numbers: their ranges, and which go together."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopmdm.sampling.orders import ORDERS, Pace
+from loopmdm.sampling.remasking import Remasking
+
+MAX_STEPS = 2**30 - 1  # the step is one word of the random number's name
+
+
+def make_pace(
+    steps: int | None, tokens_per_step: int | None, threshold: float | None, entropy_bound: float | None
+) -> Pace:
+    """The pace meant by the arguments, of which at most one may be given."""
+    for name, count in (("steps", steps), ("tokens_per_step", tokens_per_step)):
+        check_count(name, count)
+    for name, value in (("threshold", threshold), ("entropy_bound", entropy_bound)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or None, got {value!r}")
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+    pace = Pace(steps, tokens_per_step, threshold, entropy_bound)
+    given = [name for name, value in pace._asdict().items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given, but each alone says how much a step reveals")
+    return pace
+
+
+def check_options(
+    order: str,
+    pace: Pace,
+    remask: Remasking | None,
+    *,
+    block_length: int | None,
+    window: int | None,
+    max_batch: int | None,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    eos_token_id: int | None,
+    seed: int,
+    dtype: torch.dtype | None,
+    config: Any,
+) -> None:
+    """Raise TypeError or ValueError where an option is out of range or does not go with another."""
+    if order not in ORDERS:
+        raise ValueError(f"unknown order {order!r}, accepted are {', '.join(sorted(ORDERS))}")
+    for name, count in (
+        ("block_length", block_length),
+        ("window", window),
+        ("max_batch", max_batch),
+        ("top_k", top_k),
+    ):
+        check_count(name, count)
+    if block_length is not None and window is not None:
+        raise ValueError("block_length and window are both given: blocks follow each other, a window slides")
+    if block_length is not None and block_length > config.max_length:
+        raise ValueError(f"block_length is {block_length}, beyond the model's max_length {config.max_length}")
+    if pace.threshold is not None and order != "entropy" and pace.threshold > 1:
+        raise ValueError(f"threshold must be a probability in [0, 1], got {pace.threshold}")
+    if remask is not None:
+        for name, value in (
+            ("block_length", block_length),
+            ("eos_token_id", eos_token_id),
+        ):
+            if value is not None:
+                raise ValueError(f"{name} does not go with remasking, which may take back any token")
+        if order != "ancestral":
+            raise ValueError(f"remasking goes with the order ancestral, got {order}")
+    if not math.isfinite(temperature) or temperature < 0:
+        raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an int with 0 <= seed < 2^63, got {seed!r}")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"dtype must be None or torch.bfloat16, got {dtype}")
+    if eos_token_id is not None:
+        _check_token("eos_token_id", eos_token_id, config)
+
+
+def make_forbidden(tokens: Any, config: Any) -> Tensor:
+    """Ids [F] int64 of the tokens that are never drawn; one at least must be left."""
+    ids = sorted(set([] if tokens is None else _ids(tokens)))
+    for token in ids:
+        _check_token("forbidden", token, config)
+    if len(ids) >= config.vocab_size - 1:
+        raise ValueError(f"forbidden holds all {len(ids)} tokens: none is left to draw")
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def check_count(name: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name} must be an int or None, got {value!r}")
+    if value is not None and not 1 <= value <= MAX_STEPS:
+        raise ValueError(f"{name} must be in 1..{MAX_STEPS}, got {value}")
+
+
+def _ids(tokens: Any) -> list[Any]:
+    if isinstance(tokens, (str, bytes)):
+        raise TypeError(
+            "forbidden must be token ids, got a string: encode it with the model's tokenizer first"
+        )
+    try:
+        return tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+    except TypeError as error:
+        raise TypeError(f"forbidden must be a list of token ids, got {tokens!r}") from error
+
+
+def _check_token(name: str, token: Any, config: Any) -> None:
+    if isinstance(token, bool) or not isinstance(token, int):
+        raise TypeError(f"{name}: a token id is an int, got {token!r}")
+    if not 0 <= token < config.vocab_size:
+        raise ValueError(f"{name}: {token} is no token id, accepted are 0..{config.vocab_size - 1}")
+    if token == config.mask_token_id:
+        raise ValueError(f"{name}: {token} is the mask token, which is never drawn")

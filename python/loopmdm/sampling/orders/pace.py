@@ -1,0 +1,71 @@
+"""How many positions a step reveals."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loopmdm.sampling.orders.slots import Blocks
+
+
+class Pace(NamedTuple):
+    """At most one is set; none means one position a step. The last two need predictions to decide."""
+
+    steps: int | None = None  # spread evenly over so many steps
+    tokens_per_step: int | None = None
+    threshold: float | None = None  # what is predicted this surely
+    entropy_bound: float | None = None  # as much as keeps the error of parallel draws below this, nats
+
+    @property
+    def adaptive(self) -> bool:
+        return self.threshold is not None or self.entropy_bound is not None
+
+
+class Spread:
+    """When each block of slots has its turn, and which step reveals the r-th slot of a block.
+
+    steps = T: a sequence's blocks share T as evenly as whole numbers allow; step i of the T_b steps of a
+    block with n_b slots reveals floor((i + 1) n_b / T_b) - floor(i n_b / T_b) of them.
+    tokens_per_step = k: every step reveals k slots, the last one of a block what is left.
+    """
+
+    def __init__(self, blocks: Blocks, pace: Pace) -> None:
+        self._sizes = blocks.sizes
+        self._per_step = None
+        if pace.steps is None:
+            self._per_step = pace.tokens_per_step or 1
+            self.steps = (blocks.sizes + self._per_step - 1) // self._per_step  # [G]
+            before = self.steps.cumsum(0) - self.steps
+            first = blocks.first[blocks.sequence]
+            self.start = before - before[first]  # [G]
+            self.num_steps = int((self.start + self.steps).max()) if self.steps.numel() else 0
+            return
+        most = int(blocks.count.max()) if blocks.count.numel() else 0
+        if most > pace.steps:
+            raise ValueError(f"steps is {pace.steps}, but there are {most} blocks, and each takes a step")
+        count = blocks.count[blocks.sequence]
+        self.start = pace.steps * blocks.index // count
+        self.steps = pace.steps * (blocks.index + 1) // count - self.start
+        self.num_steps = pace.steps
+
+    def step_of(self, rank: Tensor, block: Tensor) -> Tensor:
+        """The step that reveals the rank-th slot of its block."""
+        if self._per_step is not None:
+            return self.start[block] + rank // self._per_step
+        return self.start[block] + ((rank + 1) * self.steps[block] - 1) // self._sizes[block]
+
+
+class Schedule:
+    """Slots by the step that reveals them."""
+
+    def __init__(self, reveal_step: Tensor, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self._by_step = torch.argsort(reveal_step, stable=True)
+        ends = torch.bincount(reveal_step, minlength=num_steps).cumsum(0).tolist()
+        self._bounds = [0, *ends]
+
+    def at(self, step: int) -> Tensor:
+        """Slots of the step, ascending."""
+        return self._by_step[self._bounds[step] : self._bounds[step + 1]]

@@ -1,0 +1,108 @@
+"""The positions to fill: where they are, what block they belong to, and which are still masked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels.reference.philox import REVEAL_STREAM, uniform53
+
+
+class Slots:
+    """The N positions to fill, ordered by sequence, then by position, and their state. All on the CPU.
+
+    A slot is masked until it is revealed, and again after it is masked again. It is closed when its sequence
+    ended before it: the network still sees a mask there, but nothing will be revealed.
+    """
+
+    def __init__(self, masked: Tensor, sequence_ids: Tensor, block_length: int | None = None) -> None:
+        """masked: [B, L] bool, the positions to fill; sequence_ids: [B] int64."""
+        self.sequence, self.position = masked.nonzero(as_tuple=True)  # [N] row of the batch, position
+        self.sequence_id = sequence_ids[self.sequence]  # [N] names the random numbers
+        self.counts = masked.sum(dim=1)  # [B] slots of each sequence
+        self.length = masked.shape[1]
+        self.masked = torch.ones_like(self.sequence, dtype=torch.bool)
+        self.closed = torch.zeros_like(self.masked)
+        self._first = self.counts.cumsum(0) - self.counts
+        self.blocks = Blocks(self, block_length)
+
+    @classmethod
+    def of(
+        cls, canvas: Tensor, mask_token_id: int, sequence_ids: Tensor, block_length: int | None = None
+    ) -> Slots:
+        """The slots of canvas [B, L]: every position that holds the mask token."""
+        return cls(canvas == mask_token_id, sequence_ids, block_length)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.counts.numel()
+
+    @property
+    def first(self) -> Tensor:
+        """Index of each sequence's first slot, [B]; where it would be, if it has none."""
+        return self._first
+
+    def ranks(self) -> Tensor:
+        """Index of each slot among the slots of its sequence, from the left: [N]."""
+        return torch.arange(self.sequence.numel()) - self._first[self.sequence]
+
+    def open(self) -> Tensor:
+        """Slots that may still be revealed, ascending."""
+        return (self.masked & ~self.closed).nonzero().squeeze(1)
+
+    def masked_share(self) -> Tensor:
+        """Masked slots of each sequence over all of them, float64 [B]; 0 without slots."""
+        left = self.sequence[self.masked].bincount(minlength=self.num_sequences)
+        return left.double() / self.counts.clamp_min(1)
+
+    def close_after(self, sequence: Tensor, position: Tensor) -> None:
+        """End sequences [R] at positions [R]: what lies behind is closed."""
+        end = torch.full((self.num_sequences,), self.length)
+        end.scatter_reduce_(0, sequence, position, "amin")
+        self.closed |= self.position > end[self.sequence]
+
+    def uniforms(self, seed: int, word: int = 0, step: int = 0) -> Tensor:
+        """One uniform number in [0, 1) for each slot, float64 [N], named by (seed, sequence id, position)."""
+        stream = torch.full_like(self.position, REVEAL_STREAM | step)
+        return uniform53(seed, torch.full_like(stream, word), self.position, stream, self.sequence_id)
+
+
+class Blocks:
+    """Runs of `length` positions that are filled one after the other; those without a slot are left out.
+
+    They are counted from a sequence's first slot, so that a prompt takes none. Without a length every
+    sequence is one block. Blocks are numbered over the whole batch.
+    """
+
+    def __init__(self, slots: Slots, length: int | None) -> None:
+        sequence, position = slots.sequence, slots.position
+        if length is None:
+            raw = torch.zeros_like(position)
+        else:
+            raw = (position - position[slots.first[sequence]]) // length
+        new = torch.ones_like(slots.masked)
+        new[1:] = (raw[1:] != raw[:-1]) | (sequence[1:] != sequence[:-1])
+        self.of_slot = new.cumsum(0) - 1  # [N]
+        heads = new.nonzero().squeeze(1)  # first slot of each block
+        self.sizes = self.of_slot.bincount(minlength=heads.numel())  # [G] slots of each block
+        self.sequence = sequence[heads]  # [G]
+        self.count = self.sequence.bincount(minlength=slots.num_sequences)  # [B] blocks of each sequence
+        self.first = self.count.cumsum(0) - self.count  # [B] each sequence's first block
+        self.index = torch.arange(heads.numel()) - self.first[self.sequence]  # [G] within the sequence
+        self.before = heads - slots.first[self.sequence]  # [G] slots of the sequence in earlier blocks
+        if length is None:
+            self.end = torch.full_like(heads, slots.length)
+        else:  # [G] first position behind the block
+            start = position[slots.first[self.sequence]]
+            self.end = (start + (raw[heads] + 1) * length).clamp_max(slots.length)
+        self._heads = heads
+
+    def rank(self, key: Tensor | None = None) -> Tensor:
+        """Place of each slot among those of its block, [N]: by ascending key [N], then from the left."""
+        if key is None:
+            return torch.arange(self.of_slot.numel()) - self._heads[self.of_slot]
+        order = key.argsort(stable=True)
+        order = order[self.of_slot[order].argsort(stable=True)]
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(order.numel()) - self._heads[self.of_slot[order]]
+        return rank

@@ -1,0 +1,143 @@
+"""The reference's sampler with its arithmetic, for people who compare with published perplexities.
+
+MDLM's `ddpm_cache` gives every masked position a race over the vocabulary and the mask in every step, with
+fp32 uniforms of 24 bits. A time below 2^-24 cannot occur, so a token of probability p beats the mask in a
+step from t to s less often than it should, by the factor
+
+    f(r) = (1/r) / (exp(1/r) - 1),   r = 2^24 p (t - s) / s,
+
+(competition among tokens neglected), which cuts off rare tokens: samples look better and vary less. The race
+alone is reproduced; logits and softmax stay in fp32, where the reference's are bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import loopmdm_kernels as lk
+from loopmdm.plan import StepCompute
+from loopmdm.sampling.result import StepEvent
+from loopmdm.sampling.run import Run, check_finite
+from loopmdm_kernels.reference.philox import philox4x32
+
+LAST_TIME = 1e-5  # the reference's eps
+_GENERATOR_STREAM = 3 << 29  # in the step word, beside those of reveals and dropout
+_ROWS = 64  # logits in memory at once
+
+
+def survival(probability: Tensor, t: float, s: float) -> Tensor:
+    """f(r) of the module's docstring, float64: how much a 24-bit race favours the mask over a token."""
+    ratio = 2.0**24 * probability.double() * (t - s) / s
+    return 1.0 / (ratio * torch.expm1(1.0 / ratio))
+
+
+class ReferenceRun(Run):
+    """T steps from 1 to 1e-5, and one that gives whatever is left its most probable token.
+
+    A sequence is computed again only after one of its tokens has changed.
+    """
+
+    def __init__(self, seed: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._seed = seed
+        self._steps = self._order.num_steps
+        self._hidden: dict[int, tuple[StepCompute, Tensor, Tensor | None]] = {}
+
+    @property
+    def num_steps(self) -> int:
+        return self._steps + 1
+
+    @torch.inference_mode()
+    def step(self, step: int) -> StepEvent | None:
+        slots = self._slots
+        open_slots = slots.open()
+        active = sorted(set(slots.sequence[open_slots].tolist()))
+        if not active:
+            return None
+        compute = self._plan.at(min(step, self._steps - 1), self._steps)
+        loops_now = self._update_hidden(step, active, compute)
+        events = []
+        for row in active:
+            mine = open_slots[slots.sequence[open_slots] == row]
+            position = slots.position[mine]
+            tokens, confidence = self._race(step, row, position, compute)
+            check_finite(confidence, step, slots.sequence[mine], position)
+            changed = tokens != self._mask_token_id
+            events.append((mine[changed], tokens[changed], confidence[changed]))
+        revealed, tokens, confidence = (torch.cat(parts) for parts in zip(*events, strict=True))
+        return self._write(step, revealed, tokens, confidence, loops_now)
+
+    def _time(self, step: int) -> float:
+        return 1.0 - step * (1.0 - LAST_TIME) / self._steps
+
+    def _update_hidden(self, step: int, active: list[int], compute: StepCompute) -> Tensor:
+        """Run the network on the active sequences that have changed; returns the loops spent, [B]."""
+        loops_now = torch.zeros_like(self.loops)
+        stale = [
+            row
+            for row in active
+            if self._network.needs_times
+            or not self._limits.skip_unchanged
+            or row not in self._hidden
+            or self._hidden[row][0] != compute
+        ]
+        times = torch.full(self.loops.shape, self._time(step), dtype=torch.float64)
+        dims = self._network.model_of(compute).config
+        for width in sorted(set(self._widths[stale].tolist())):
+            rows = torch.tensor([row for row in stale if int(self._widths[row]) == width])
+            for chunk in torch.split(rows, self._limits.max_batch or rows.numel()):
+                hidden, loops, sigma = self._network.hidden(self.tokens[chunk, :width], times[chunk], compute)
+                for place, row in enumerate(chunk.tolist()):
+                    noise = None if sigma is None else sigma[place : place + 1]
+                    self._hidden[row] = (compute, hidden[place].clone(), noise)
+                loops_now[chunk] = loops
+                self.network_calls[chunk] += 1
+                self.ledger.record(dims, loops.tolist(), 0, length=width)
+        self.loops += loops_now
+        return loops_now
+
+    def _race(self, step: int, row: int, position: Tensor, compute: StepCompute) -> tuple[Tensor, Tensor]:
+        """Token [n], the mask where it wins, of the sequence's positions [n], and the token's probability."""
+        _, hidden, sigma = self._hidden[row]
+        model = self._network.model_of(compute)
+        head = self._network.head(model, sigma)
+        t, s = self._time(step), self._time(step + 1)
+        generator = self._generator(step, row)
+        tokens, confidence = [], []
+        for part in torch.split(position, _ROWS):
+            logits = lk.head_logits(
+                hidden[None, part.to(hidden.device)], head, compute_dtype=model.compute_dtype
+            )
+            logits = logits[0].float()
+            logits[:, self._mask_token_id] = -math.inf
+            probs = torch.softmax(logits, dim=-1)
+            chances = probs * (t - s)
+            chances[:, self._mask_token_id] = s
+            if step == self._steps:
+                token = probs.argmax(dim=-1)
+            else:
+                uniform = torch.rand(probs.shape, generator=generator).to(probs.device)
+                token = (chances / (1e-10 - (uniform + 1e-10).log())).argmax(dim=-1)
+            tokens.append(token.cpu())
+            confidence.append(probs.gather(1, token[:, None]).squeeze(1).cpu())
+        self.ledger.record_rows(model.config, position.numel())
+        return torch.cat(tokens), torch.cat(confidence)
+
+    def _generator(self, step: int, row: int) -> torch.Generator:
+        """torch's uniforms, named by (seed, sequence id, step)."""
+        name = self._sequence_ids[row : row + 1]
+        high, low, _, _ = philox4x32(self._seed, torch.tensor([step]), 0, _GENERATOR_STREAM, name)
+        return torch.Generator().manual_seed((int(high) << 31) ^ int(low))
+
+    def _write(
+        self, step: int, revealed: Tensor, tokens: Tensor, confidence: Tensor, loops_now: Tensor
+    ) -> StepEvent | None:
+        event = super()._write(step, revealed, tokens, confidence, loops_now)
+        if event is not None:
+            for row in set(event.sequence.tolist()):
+                del self._hidden[row]
+        return event
