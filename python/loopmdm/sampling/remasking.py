@@ -88,6 +88,10 @@ class Remasked(Order):
         self._surprise = torch.full(slots.masked.shape, -math.inf)  # -p of the token at each revealed slot
         self._flips: tuple[int, Tensor] = (-1, torch.empty(0))
 
+    @property
+    def finished(self) -> bool:
+        return False  # what is revealed now may be masked again
+
     def times(self, step: int) -> Tensor:
         return torch.full((self.slots.num_sequences,), 1.0 - self._rule.alpha(self._time(step))).double()
 

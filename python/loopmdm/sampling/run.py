@@ -61,8 +61,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to reveal."""
-        return not bool((self._slots.masked & ~self._slots.closed).any())
+        """Whether no later step can change anything."""
+        return self._order.finished
 
     def step(self, step: int) -> StepEvent | None:
         """Run one step and write what it changes into `tokens`; None when it changes nothing."""

@@ -37,6 +37,11 @@ class Order(ABC):
         """Slots that this step masks again, or None."""
         return None
 
+    @property
+    def finished(self) -> bool:
+        """Whether no later step can change anything: nothing is left to reveal."""
+        return not bool((self.slots.masked & ~self.slots.closed).any())
+
     def times(self, step: int) -> Tensor:
         """Diffusion time t of each sequence before the step, float64 [B]: 1 at the start, 0 when finished.
 
