@@ -10,21 +10,73 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm import ComputePlan, sample
 
-ORDERS = ["ancestral", "confidence", "left_to_right"]
+ORDERS = ["ancestral", "first_hitting", "confidence", "margin", "entropy", "random", "left_to_right"]
+WAYS = [
+    *({"order": order, "steps": 16} for order in ORDERS if order != "first_hitting"),
+    {"order": "first_hitting"},
+    {"order": "first_hitting", "tokens_per_step": 3},
+    {"order": "confidence", "threshold": 0.3},
+    {"order": "entropy", "entropy_bound": 1.5},
+    {"order": "left_to_right", "threshold": 0.2},
+    {"order": "random", "tokens_per_step": 2, "window": 5},
+    {"order": "margin", "block_length": 5, "tokens_per_step": 2},
+    {"order": "ancestral", "block_length": 6, "steps": 16},
+    {"order": "ancestral", "remask": "cap", "steps": 16},
+    {"order": "ancestral", "remask": "conf", "steps": 16},
+    {"order": "confidence", "top_k": 3, "top_p": 0.9, "forbidden": [2, 5]},
+    {"order": "random", "eos_token_id": 4},
+    {"order": "ancestral", "reference_numerics": True, "steps": 16},
+]
+
+
+def name(options):
+    return "-".join(str(value) for value in options.values())
+
+
 PLANS = [2, ComputePlan.adaptive(0.4, 4), ComputePlan.parse("L4,H8,L4", light=1, heavy=3)]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_batch_invariance(model, order, plan):
-    arguments = {"length": 16, "steps": 16, "order": order, "plan": plan, "seed": 21}
+def fits(options, plan):
+    """A plan of 16 steps needs 16 steps, or none with a place."""
+    timed = options["order"] == "first_hitting" or "threshold" in options or "entropy_bound" in options
+    return plan is not PLANS[2] or timed or options.get("steps") == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "plan"),
+    [(o, p) for o in WAYS for p in PLANS if fits(o, p)],
+    ids=lambda v: name(v) if isinstance(v, dict) else str(v),
+)
+def test_batch_invariance(model, options, plan):
+    arguments = {"length": 16, "plan": plan, "seed": 21, **options}
     batch = sample(model, 16, **arguments)
     for ids in ([5], [0, 1, 2], [15, 3, 8]):
         alone = sample(model, len(ids), sequence_ids=ids, **arguments)
         assert torch.equal(alone.tokens, batch.tokens[ids])
+        assert torch.equal(alone.lengths, batch.lengths[ids])
         assert torch.equal(alone.loops, batch.loops[ids])
         assert torch.equal(alone.network_calls, batch.network_calls[ids])
     assert torch.equal(sample(model, 16, max_batch=3, **arguments).tokens, batch.tokens)
+
+
+@pytest.mark.parametrize("options", WAYS, ids=name)
+def test_skipping_changes_the_cost_alone_e9(model, options):
+    arguments = {"num_samples": 3, "length": 16, "seed": 13, "plan": 2, **options}
+    skipped = sample(model, **arguments)
+    full = sample(model, **arguments, skip_unchanged=False)
+    assert torch.equal(skipped.tokens, full.tokens)
+    assert torch.equal(skipped.lengths, full.lengths)
+    assert (skipped.network_calls <= full.network_calls).all()
+    assert (skipped.tokens != model.config.mask_token_id).all()
+
+
+@pytest.mark.parametrize("options", WAYS, ids=name)
+def test_eager_or_compiled(model, options):
+    """The compiled network gives the same tokens."""
+    arguments = {"num_samples": 2, "length": 8, "seed": 17, "plan": 2, **options}
+    eager = sample(model, **arguments)
+    model.hidden = torch.compile(model.hidden, backend="aot_eager", dynamic=True)
+    assert torch.equal(sample(model, **arguments).tokens, eager.tokens)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -50,10 +102,15 @@ def test_seeds(model, order):
     assert len({tuple(row) for row in first.tokens.tolist()}) == 4
 
 
-def test_the_default_backend_draws_the_references_tokens(model):
-    default = sample(model, 4, length=16, seed=6)
+@pytest.mark.parametrize("options", WAYS, ids=name)
+def test_the_default_backend_draws_the_references_tokens(model, options):
+    """Among masks alone all positions predict the same, and rounding would rate them: so some are given."""
+    infill = torch.randint(0, 11, (4, 16), generator=torch.Generator().manual_seed(1))
+    infill[:, 2:13] = model.config.mask_token_id
+    arguments = {"infill": infill, "seed": 6, "plan": 2, **options}
+    default = sample(model, **arguments)
     with lk.use_backend("reference"):
-        expected = sample(model, 4, length=16, seed=6)
+        expected = sample(model, **arguments)
     assert torch.equal(default.tokens, expected.tokens)
 
 

@@ -29,10 +29,17 @@ _GENERATOR_STREAM = 3 << 29  # in the step word, beside those of reveals and dro
 _ROWS = 64  # logits in memory at once
 
 
-def survival(probability: Tensor, t: float, s: float) -> Tensor:
-    """f(r) of the module's docstring, float64: how much a 24-bit race favours the mask over a token."""
-    ratio = 2.0**24 * probability.double() * (t - s) / s
+def survival(probability: Tensor, t: float, s: float, bits: int = 24) -> Tensor:
+    """f(r) of the module's docstring, float64, for uniforms of so many bits."""
+    ratio = 2.0**bits * probability.double() * (t - s) / s
     return 1.0 / (ratio * torch.expm1(1.0 / ratio))
+
+
+def race(probs: Tensor, mask_token_id: int, t: float, s: float, uniform: Tensor) -> Tensor:
+    """Winner [n] among tokens of probability probs [n, V] and the mask, in a step from t to s."""
+    chances = probs * (t - s)
+    chances[:, mask_token_id] = s
+    return (chances / (1e-10 - (uniform + 1e-10).log())).argmax(dim=-1)
 
 
 class ReferenceRun(Run):
@@ -115,13 +122,11 @@ class ReferenceRun(Run):
             logits = logits[0].float()
             logits[:, self._mask_token_id] = -math.inf
             probs = torch.softmax(logits, dim=-1)
-            chances = probs * (t - s)
-            chances[:, self._mask_token_id] = s
             if step == self._steps:
                 token = probs.argmax(dim=-1)
             else:
                 uniform = torch.rand(probs.shape, generator=generator).to(probs.device)
-                token = (chances / (1e-10 - (uniform + 1e-10).log())).argmax(dim=-1)
+                token = race(probs, self._mask_token_id, t, s, uniform)
             tokens.append(token.cpu())
             confidence.append(probs.gather(1, token[:, None]).squeeze(1).cpu())
         self.ledger.record_rows(model.config, position.numel())
