@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +28,24 @@ from loopmdm.cli.parser import (
     usage_errors,
 )
 from loopmdm.cli.run_file import RunFile
+from loopmdm.cli.views import Views, add_views
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
-from loopmdm.sampling import ORDERS, sample
+from loopmdm.sampling import ORDERS, SampleResult, sample
+from loopmdm.sampling.canvas import make_canvas
+from loopmdm.view import IdSymbols, Symbols, TextSymbols
+from loopmdm.view.painters import TextPainter
+from loopmdm.view.symbols import printable
 
 EPILOG = """examples:
   loopmdm sample run --num 4 --seed 1
   loopmdm sample run --prompt "def main(" --length 128 --plan 8 --temperature 0.8
   loopmdm sample run --infill "import ________ as np" --order confidence
   loopmdm sample run --steps 1000 --plan L125,H750,L125 --light 2 --heavy 12
+  loopmdm sample run --prompt "def main(" --watch --html run.html
 """
 _GAP = re.compile(r"\[MASK\]|_{3,}")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # may do anything to a terminal
-_UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -93,10 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="T", help="folder, file or hub id (default: the one beside the model)"
     )
     add_json(parser, "samples, token ids and costs")
+    add_views(parser, sequences="samples", html_loops=16)
     add_runtime(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    views = Views(args)
     device = set_up(args)
     model = load_model(args.model, device)
     tokenizer = load_tokenizer(model, args.model, args.tokenizer)
@@ -111,19 +119,21 @@ def run(args: argparse.Namespace) -> int:
         start["prompt"] = _ids(args.prompt, tokenizer, "--prompt")
     if args.infill is not None:
         start = {"infill": _canvas(args.infill, tokenizer, model), "length": args.length}
+    sampler = partial(
+        sample,
+        model,
+        num_samples=args.num,
+        steps=args.steps,
+        order=args.order,
+        plan=plan,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        dtype=_DTYPES[args.dtype],
+        **start,
+    )
     with usage_errors():
-        result = sample(
-            model,
-            num_samples=args.num,
-            steps=args.steps,
-            order=args.order,
-            plan=plan,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-            dtype=_DTYPES[args.dtype],
-            **start,
-        )
+        result = _shown(args, views, model, tokenizer, plan, start, sampler) if views.wanted else sampler()
     ids = result.tokens.tolist()
     texts = [None if tokenizer is None else tokenizer.decode(row) for row in ids]
     if args.json:
@@ -145,12 +155,50 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for index, (text, row) in enumerate(zip(texts, ids, strict=True), start=1):
         print(f"--- sample {index} of {len(ids)} ---")
-        print(" ".join(map(str, row)) if text is None else _CONTROL.sub(_UNPRINTABLE, text))
+        print(" ".join(map(str, row)) if text is None else printable(text))
     note(
         f"{result.seconds:.1f} s, {result.total_network_calls} network calls,"
         f" {int(result.loops.sum())} loops, plan {plan}"
     )
     return 0
+
+
+def _shown(
+    args: argparse.Namespace,
+    views: Views,
+    model: LoopMDM,
+    tokenizer: Tokenizer | None,
+    plan: ComputePlan,
+    start: dict[str, Any],
+    sampler: Callable[..., SampleResult],
+) -> SampleResult:
+    """Sample, with the views that the options ask for."""
+    given = {"length": None, "prompt": None, "infill": None} | start
+    canvas = make_canvas(model.config, args.num, **given)
+    symbols: Symbols = IdSymbols() if tokenizer is None else TextSymbols(tokenizer)
+    return views.run(
+        sampler,
+        model,
+        canvas,
+        plan,
+        symbols,
+        partial(TextPainter, symbols),
+        titles=[f"sample {index + 1}" for index in range(len(canvas))],
+        title=f"Samples of {args.model}",
+        facts={"model": args.model, "order": args.order, "seed": str(args.seed)},
+        num_steps=_num_steps(args, plan, canvas, model.config.mask_token_id),
+        dtype=_DTYPES[args.dtype],
+    )
+
+
+def _num_steps(
+    args: argparse.Namespace, plan: ComputePlan, canvas: torch.Tensor, mask_token_id: int
+) -> int | None:
+    """The steps a run will take, None where the order settles them on the way."""
+    if args.steps is not None or plan.num_steps is not None:
+        return args.steps or plan.num_steps
+    most = int((canvas == mask_token_id).sum(dim=1).max())
+    return {"ancestral": canvas.shape[1], "confidence": most, "left_to_right": most}.get(args.order)
 
 
 def _plan(args: argparse.Namespace, device: torch.device) -> int | ComputePlan | None:

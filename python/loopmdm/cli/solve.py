@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, Solved, share_row, solve_all
 from loopmdm.cli.models import SHIPPED, default_loops, load_model
 from loopmdm.cli.output import has_color, note, print_json, print_table
 from loopmdm.cli.parser import add_json, add_runtime, loop_counts, positive_int, set_up
+from loopmdm.cli.views import Views, add_views
 from loopmdm.data.sudoku import PuzzleFile, encode_boards, format_board, parse_puzzles, read_puzzles
 from loopmdm.data.sudoku.files import BLANKS
+from loopmdm.model import LoopMDM
+from loopmdm.plan import ComputePlan
+from loopmdm.sampling import sample
+from loopmdm.view import BoardSymbols
+from loopmdm.view.painters import BoardPainter
 
 EPILOG = """examples:
   loopmdm solve puzzles.txt --loops 1,3,8 --order both
   loopmdm solve 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
   loopmdm solve puzzles.csv --model run --json > answers.json
+  loopmdm solve puzzles.txt --watch --watch-delay 0.1 --html boards.html
 """
 _LITERAL_LENGTHS = (16, 36, 81)
 
@@ -47,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="solve the first N puzzles only")
     parser.add_argument(
-        "--boards", type=positive_int, default=3, metavar="N", help="boards to print (default: %(default)s)"
+        "--boards",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="boards to print, to watch and on the page (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",
@@ -57,10 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="puzzles at once (default: %(default)s)",
     )
     add_json(parser, "answers and figures")
+    add_views(parser, sequences="boards", html_loops=64)
     add_runtime(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    views = Views(args)
     puzzles = _read(args.puzzles)
     clues = puzzles.clues[: args.limit]
     device = set_up(args)
@@ -68,6 +85,12 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(name, device)
     orders = ORDERS if args.order == "both" else (args.order,)
     loops = args.loops or default_loops(model)
+    fits = (model.config.vocab_size, model.config.mask_token_id) == (
+        puzzles.spec.vocab_size,
+        puzzles.spec.mask_token_id,
+    )
+    if views.wanted and fits:  # else solving says what is wrong
+        _show(args, views, model, name, puzzles, orders[-1], loops[-1])
     solved = solve_all(model, puzzles.spec, clues, orders, loops, batch_size=args.batch_size, progress=True)
     if args.json:
         print_json(
@@ -83,6 +106,35 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(clues)} puzzles of {puzzles.spec}, model {name}\n")
     print_table(SHARE_COLUMNS, [share_row(one.to_dict()) for one in solved])
     return 0
+
+
+def _show(
+    args: argparse.Namespace,
+    views: Views,
+    model: LoopMDM,
+    name: str,
+    puzzles: PuzzleFile,
+    order: str,
+    num_loops: int,
+) -> None:
+    """Solve the first boards with the views on: in the order and with the loops whose answers are printed."""
+    spec = puzzles.spec
+    clues = puzzles.clues[: min(args.boards, args.limit or args.boards)]
+    canvas = torch.from_numpy(np.where(clues == 0, spec.mask_token_id, clues.astype(np.int64) - 1))
+    plan = ComputePlan.constant(num_loops)
+    symbols = BoardSymbols(spec)
+    views.run(
+        partial(sample, model, infill=canvas, order=order, plan=plan, temperature=0.0),
+        model,
+        canvas,
+        plan,
+        symbols,
+        partial(BoardPainter, symbols),
+        titles=[f"line {line}" for line in puzzles.lines[: len(clues)]],
+        title=f"{spec} Sudoku",
+        facts={"model": name, "order": order.replace("_", " ")},
+        num_steps=int((canvas == spec.mask_token_id).sum(dim=1).max()),
+    )
 
 
 def _read(source: str) -> PuzzleFile:

@@ -42,6 +42,14 @@ _CONFIG_FIELDS = {
 }
 
 
+# A byte-level vocabulary writes a byte as the Latin-1 character where that is visible, else as U+0100 and up.
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = sorted(set(range(256)) - set(_VISIBLE))
+_BYTE_OF = {chr(byte): bytes([byte]) for byte in _VISIBLE} | {
+    chr(0x100 + i): bytes([byte]) for i, byte in enumerate(_HIDDEN)
+}
+
+
 class Tokenizer(ABC):
     """Text to ids and back; `vocab_size` includes the mask."""
 
@@ -99,6 +107,10 @@ class Tokenizer(ABC):
         """UTF-8 bytes of text behind ids: the denominator of bits per byte. Mask, BOS and EOS count 0."""
         return len(self.decode(ids, mask_text="").encode())
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes of an ordinary token, maybe a part of a character; None where tokens are not bytes."""
+        return None
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer into a folder (made if missing), whole or not at all."""
         config = {
@@ -143,6 +155,9 @@ class ByteTokenizer(Tokenizer):
 
     def text_bytes(self, ids: Iterable[int]) -> int:
         return int((self._checked(ids) < 256).sum())
+
+    def token_bytes(self, token: int) -> bytes | None:
+        return bytes([token])
 
     def _decode_text(self, ids: list[int]) -> str:
         return bytes(ids).decode("utf-8", "replace")
@@ -189,6 +204,12 @@ class _BackedTokenizer(Tokenizer):
             lengths[i] = len(token)
         lengths[[self.mask_token_id, self.bos_token_id, self.eos_token_id]] = 0
         return lengths
+
+    def token_bytes(self, token: int) -> bytes | None:
+        if not self._byte_level:
+            return None
+        text: str = self._backend.id_to_token(token) or ""
+        return b"".join(_BYTE_OF.get(character) or character.encode() for character in text)
 
     def _decode_text(self, ids: list[int]) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=True)

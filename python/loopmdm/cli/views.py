@@ -1,0 +1,152 @@
+"""The options that show a sampling run, `--watch` and `--html`, and what they do."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopmdm.cli.output import note
+from loopmdm.cli.parser import UsageError, count, number, positive_int
+from loopmdm.plan import ComputePlan
+from loopmdm.sampling import SampleResult
+from loopmdm.view import Symbols, Watch, page, write_page
+from loopmdm.view.painters import Painter
+from loopmdm.view.predictions import predict_loops
+
+PainterOf = Callable[[Sequence[str], "int | None"], Painter]
+
+
+def add_views(parser: argparse.ArgumentParser, *, sequences: str, html_loops: int) -> None:
+    """Options of a command that samples. sequences: what it calls them; html_loops: a default."""
+    group = parser.add_argument_group("views")
+    group.add_argument(
+        "--watch",
+        action="store_true",
+        help="show masks being filled in, step by step, on standard error; a line for a step where that is"
+        " not a terminal",
+    )
+    group.add_argument(
+        "--watch-samples",
+        type=positive_int,
+        metavar="N",
+        help=f"{sequences} to watch (default: as many as have room)",
+    )
+    group.add_argument(
+        "--watch-delay",
+        type=number,
+        default=0.0,
+        metavar="SECONDS",
+        help="a watched step lasts at least this long, to follow a fast run (default: %(default)s)",
+    )
+    group.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write a page to look at the run with: a slider over steps and loops; token, probability and"
+        " loops spent at every position. It is one file and needs no network",
+    )
+    group.add_argument(
+        "--html-loops",
+        type=count,
+        default=html_loops,
+        metavar="K",
+        help="for K steps spread over the run, the page also holds what the model predicts after 1, 2 .. S"
+        f" loops; this runs the network K S times more for each of the {sequences} (default: %(default)s; 0:"
+        " not at all)",
+    )
+
+
+class Views:
+    """What the options of `add_views` ask for; checks them before anything is computed."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        if not args.watch:
+            for name, default in (("watch_samples", None), ("watch_delay", 0.0)):
+                if getattr(args, name) != default:
+                    raise UsageError(f"--{name.replace('_', '-')}: it belongs to --watch")
+        if args.html is not None:
+            _check_target(args.html)
+        self._args = args
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to show."""
+        return bool(self._args.watch or self._args.html is not None)
+
+    def run(
+        self,
+        sampler: Callable[..., SampleResult],
+        model: Any,
+        canvas: Tensor,
+        plan: ComputePlan,
+        symbols: Symbols,
+        painter: PainterOf,
+        *,
+        titles: Sequence[str],
+        title: str,
+        facts: dict[str, str],
+        num_steps: int | None,
+        dtype: torch.dtype | None = None,
+    ) -> SampleResult:
+        """Call `sampler(on_step=, history=, progress=)` and show what it does.
+
+        canvas is [B, L] before the first step, titles names its sequences; title and facts are for the page.
+        """
+        args, mask = self._args, model.config.mask_token_id
+        with ExitStack() as stack:
+            watch = None
+            if args.watch:
+                drawn = painter(titles, args.watch_samples)
+                watch = stack.enter_context(
+                    Watch(canvas, mask, drawn, num_steps=num_steps, delay=args.watch_delay)
+                )
+            result = sampler(on_step=watch, history=args.html is not None, progress=watch is None)
+            if watch is not None:
+                watch.finish(result)
+        if args.html is not None:
+            assert result.history is not None
+            predictions = predict_loops(
+                model,
+                canvas,
+                result.history,
+                plan,
+                result.num_steps,
+                most_states=args.html_loops,
+                dtype=dtype,
+            )
+            facts = facts | {
+                "steps": str(result.num_steps),
+                "plan": str(plan),
+                "network calls": str(result.total_network_calls),
+                "loops": str(int(result.loops.sum())),
+                "seconds": f"{result.seconds:.1f}",
+            }
+            text = page(
+                canvas,
+                mask,
+                result.history,
+                symbols,
+                title=title,
+                titles=titles,
+                facts=facts,
+                predictions=predictions,
+            )
+            write_page(args.html, text)
+            note(f"wrote {args.html} ({len(text.encode()) / 1e6:.2f} MB)")
+        return result
+
+
+def _check_target(path: Path) -> None:
+    """Complain about a path that cannot be written before the run, not after it."""
+    if path.is_dir():
+        raise UsageError(f"--html: {path} is a folder, expected a file to write")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"--html: cannot write {path}: {folder} is not a folder that can be written to")
