@@ -174,7 +174,7 @@ def _shown(
 ) -> SampleResult:
     """Sample, with the views that the options ask for."""
     given = {"length": None, "prompt": None, "infill": None} | start
-    canvas = make_canvas(model.config, args.num, **given)
+    canvas = make_canvas(model.config, args.num, **given).tokens
     symbols: Symbols = IdSymbols() if tokenizer is None else TextSymbols(tokenizer)
     return views.run(
         sampler,
@@ -191,14 +191,14 @@ def _shown(
     )
 
 
-def _num_steps(
-    args: argparse.Namespace, plan: ComputePlan, canvas: torch.Tensor, mask_token_id: int
-) -> int | None:
-    """The steps a run will take, None where the order settles them on the way."""
-    if args.steps is not None or plan.num_steps is not None:
-        return args.steps or plan.num_steps
-    most = int((canvas == mask_token_id).sum(dim=1).max())
-    return {"ancestral": canvas.shape[1], "confidence": most, "left_to_right": most}.get(args.order)
+def _num_steps(args: argparse.Namespace, plan: ComputePlan, canvas: torch.Tensor, mask_token_id: int) -> int:
+    """The steps a run will take: those asked for, else one a position."""
+    chosen: int | None = args.steps or plan.num_steps
+    if chosen is not None:
+        return chosen
+    if args.order == "ancestral":
+        return canvas.shape[1]
+    return int((canvas == mask_token_id).sum(dim=1).max())
 
 
 def _plan(args: argparse.Namespace, device: torch.device) -> int | ComputePlan | None:

@@ -134,6 +134,7 @@ class Views:
                 result.history,
                 symbols,
                 title=title,
+                lengths=result.lengths.tolist(),
                 titles=titles,
                 facts=facts,
                 predictions=predictions,

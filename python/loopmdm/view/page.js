@@ -12,7 +12,8 @@ let sample = 0, state = lastState, loops = 0, chosen = 0, timer = null;
 // ---- the run at a state
 
 function cellsAt(sequence, until) {
-  const cells = data.canvas[sequence].map((token) => ({ token, given: token !== data.mask, log: [] }));
+  const end = until === lastState ? data.lengths[sequence] : Infinity;
+  const cells = data.canvas[sequence].map((token, i) => ({ token, given: token !== data.mask, log: [], cut: i >= end }));
   data.events.slice(0, until).forEach((event, index) => {
     event.sequences.forEach((owner, i) => {
       if (owner !== sequence) return;
@@ -187,7 +188,7 @@ function draw() {
     const prob = held.guess ? held.prob : !masked && last ? last.prob : null;
     const classes = {
       given: cell.given, masked, guess: held.guess, fresh: cell.fresh, unsure: prob !== null && prob < 0.5,
-      part: text[i] === "", chosen: i === chosen, clash: wrong.has(i),
+      part: text[i] === "", cut: cell.cut, chosen: i === chosen, clash: wrong.has(i),
     };
     if (data.board) {
       const [rows, cols] = data.board, r = Math.floor(i / size), c = i % size;
@@ -205,7 +206,7 @@ function draw() {
     node.style.background = color;
     node.setAttribute("aria-label", `position ${i}: ${describe(held.token)}${prob === null ? "" : `, ${prob}`}`);
   });
-  const left = cells.filter((cell) => cell.token === data.mask).length;
+  const left = cells.filter((cell) => cell.token === data.mask && !cell.cut).length;
   at("step").value = state;
   const event = state ? data.events[state - 1] : null;
   at("step-text").textContent = `${event ? `after step ${event.step + 1}` : "before step 1"} of ${numSteps}, ${left} masked`;
@@ -230,6 +231,7 @@ function details(cells, guesses) {
   row(list, "position", data.board ? `row ${Math.floor(chosen / size) + 1}, column ${(chosen % size) + 1}` : `${chosen} of 0 to ${cells.length - 1}`);
   row(list, "token id", cell.token);
   if (cell.given) row(list, "state", "given");
+  else if (cell.cut) row(list, "state", "behind the end of the sequence");
   else if (masked) row(list, "state", last ? `masked again at step ${last.step + 1}` : "masked");
   else {
     row(list, "probability", last.prob.toFixed(3));

@@ -28,6 +28,7 @@ def page(
     history: Sequence[StepEvent],
     symbols: Symbols,
     *,
+    lengths: Sequence[int] | None = None,
     title: str,
     titles: Sequence[str],
     facts: Mapping[str, str],
@@ -40,6 +41,7 @@ def page(
         mask_token_id: the token that stands for "to be filled in".
         history: `SampleResult.history`.
         symbols: what tokens look like; `BoardSymbols` make it a page of boards.
+        lengths: tokens of each sequence at last, `SampleResult.lengths`; default all of them.
         title: heading of the page.
         titles: names of the B sequences.
         facts: lines under the heading, name to text.
@@ -50,7 +52,7 @@ def page(
         str(one.state): {"tokens": one.tokens.tolist(), "probs": _rounded(one.probabilities)}
         for one in predictions
     }
-    rows: list[list[int]] = canvas.tolist()
+    rows: list[list[int]] = [[token for token in row if token >= 0] for row in canvas.tolist()]
     used = {token for row in rows for token in row}
     used.update(token for event in events for token in event["tokens"])
     used.update(token for one in predicted.values() for row in one["tokens"] for token in row)
@@ -62,6 +64,7 @@ def page(
         "mask": mask_token_id,
         "board": None if spec is None else [spec.box_rows, spec.box_cols],
         "canvas": rows,
+        "lengths": [len(row) for row in rows] if lengths is None else list(lengths),
         "symbols": {str(token): _symbol(symbols, token) for token in sorted(used - {mask_token_id})},
         "separator": symbols.separator,
         "events": events,

@@ -74,7 +74,7 @@ class TextPainter(Painter):
         pieces = self._symbols.pieces(replay.tokens[index].tolist(), replay.mask_token_id)
         for piece, style in zip(pieces, _styles(replay, index), strict=True):
             yield piece, style
-            if self._symbols.separator:
+            if self._symbols.separator and piece:
                 yield self._symbols.separator, ""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import loopmdm_kernels as lk
 from loopmdm import diffusion
-from loopmdm.plan import ComputePlan
+from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm.sampling import StepEvent
 from loopmdm.view.replay import Replay
 from loopmdm_kernels.types import RowRng
@@ -43,7 +43,7 @@ def predict_loops(
 
     S is the model's max_loops, or what the plan spends on the step where that is more. Every sequence with
     masks costs S network calls a state. A model with time conditioning is told the share of the positions to
-    fill that is still masked, which is the time of all orders up to how they round it.
+    fill that is still masked. Sequences longer than the model's max_length cannot be read whole: none.
 
     Args:
         model: the model that was sampled, or the plan's own where it has one at that step.
@@ -53,6 +53,8 @@ def predict_loops(
         most_states: at most this many events.
         dtype: as in `sample`.
     """
+    if canvas.shape[1] > model.config.max_length:
+        return []
     mask = model.config.mask_token_id
     replay = Replay(canvas, mask)
     chosen = _spread(len(history), most_states)
@@ -61,17 +63,29 @@ def predict_loops(
     with torch.autocast(model.device.type, dtype) if dtype is not None else nullcontext():
         for state, event in enumerate(history):
             if state in chosen:
-                compute = plan.at(event.step, num_steps)
+                compute = _compute_at(plan, event.step, num_steps, replay.masked.sum() / to_fill.sum())
                 network = model if compute.model is None else compute.model
                 loops = max(compute.num_loops or 1, network.config.max_loops)
                 parts = [
-                    _predict(network, replay.tokens[index], loops, mask, int(to_fill[index]))
+                    _predict(network, _unpadded(replay.tokens[index]), loops, mask, int(to_fill[index]))
                     for index in replay.masked.any(dim=1).nonzero().flatten().tolist()
                 ]
                 tokens, probabilities = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
                 predictions.append(LoopPredictions(state, tokens, probabilities))
             replay.apply(event)
     return predictions
+
+
+def _compute_at(plan: ComputePlan, step: int, num_steps: int, share: Tensor) -> StepCompute:
+    """The plan's entry for a step; a plan of another number of steps was read by the share still masked."""
+    if plan.num_steps in (None, num_steps):
+        return plan.at(step, num_steps)
+    assert plan.num_steps is not None
+    return plan.at(min(int(plan.num_steps * (1 - float(share))), plan.num_steps - 1), plan.num_steps)
+
+
+def _unpadded(row: Tensor) -> Tensor:
+    return row[row >= 0]
 
 
 def _predict(model: Any, row: Tensor, loops: int, mask: int, to_fill: int) -> tuple[Tensor, Tensor]:

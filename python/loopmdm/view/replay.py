@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopmdm.sampling import StepEvent
+from loopmdm.sampling import SampleResult, StepEvent
+from loopmdm.sampling.canvas import PADDING
 
 
 class Replay:
     """Canvases [B, L] after the events applied so far, and how each position came to hold its token.
 
-    An event whose token is the mask token takes a position back: it was masked again. All tensors are on the
-    CPU.
+    An event whose token is the mask token takes a position back: it was masked again. Negative tokens pad
+    sequences that are shorter than L. All tensors are on the CPU.
     """
 
     def __init__(self, canvas: Tensor, mask_token_id: int) -> None:
@@ -27,7 +28,7 @@ class Replay:
         self.step = -1  # of the last event
         self.last_loops: tuple[int, int] | None = None  # fewest and most of the last event's sequences
         self.loops = torch.zeros(len(canvas), dtype=torch.int64)  # [B] summed over the events
-        self.network_calls = torch.zeros(len(canvas), dtype=torch.int64)  # [B] events that touched it
+        self.network_calls = torch.zeros(len(canvas), dtype=torch.int64)  # [B] events it was computed in
 
     def apply(self, event: StepEvent) -> None:
         """Write one event into the canvases."""
@@ -41,12 +42,17 @@ class Replay:
         self.step = event.step
         spent = torch.zeros_like(self.loops)
         spent[event.sequence] = event.loops
-        touched = torch.zeros_like(self.loops)
-        touched[event.sequence] = 1
         self.loops += spent
-        self.network_calls += touched
-        if event.loops.numel():
-            self.last_loops = (int(event.loops.min()), int(event.loops.max()))
+        self.network_calls += spent > 0
+        if bool(spent.any()):
+            self.last_loops = (int(spent[spent > 0].min()), int(spent.max()))
+
+    def finish(self, result: SampleResult) -> None:
+        """Take the counts of calls that changed nothing from the result, and cut sequences at their ends."""
+        self.network_calls = result.network_calls.cpu()
+        self.loops = result.loops.cpu()
+        behind = torch.arange(self.tokens.shape[1]) >= result.lengths.cpu()[:, None]
+        self.tokens[behind] = PADDING
 
     @property
     def masked(self) -> Tensor:

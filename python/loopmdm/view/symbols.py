@@ -33,12 +33,13 @@ class Symbols(ABC):
     def pieces(self, row: Sequence[int], mask_token_id: int) -> list[str]:
         """The text [L] of each position of a canvas.
 
-        A character of several tokens stands at the last of them, the others are empty.
+        A character of several tokens stands at the last of them, the others are empty; so is padding, a
+        negative token.
         """
         texts: list[str] = []
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in row:
-            symbol = MASK_TEXT if token == mask_token_id else self.symbol(token)
+            symbol = MASK_TEXT if token == mask_token_id else self.symbol(token) if token >= 0 else ""
             if isinstance(symbol, bytes):
                 texts.append(decoder.decode(symbol))
                 continue

@@ -83,10 +83,9 @@ class Watch:
             self._last_step = time.perf_counter()
 
     def finish(self, result: SampleResult) -> None:
-        """Take the final counts from the result: the events do not show calls that changed nothing."""
+        """Take what events do not show from the result: its counts, and the ends of sequences."""
         self._num_steps = result.num_steps
-        self.replay.network_calls = result.network_calls.cpu()
-        self.replay.loops = result.loops.cpu()
+        self.replay.finish(result)
         self._stale = True
 
     def __exit__(
