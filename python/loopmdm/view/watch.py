@@ -86,7 +86,7 @@ class Watch:
         """Take what events do not show from the result: its counts, and the ends of sequences."""
         self._num_steps = result.num_steps
         self.replay.finish(result)
-        self._stale = True
+        self._stale = self._stale or self._live is not None  # a line is not printed twice
 
     def __exit__(
         self,
