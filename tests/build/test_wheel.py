@@ -55,6 +55,7 @@ def test_wheel(tmp_path):
         "loopmdm_kernels/csrc/common/philox.h",
         "loopmdm/__init__.py",
         "loopmdm/py.typed",
+        *(f"loopmdm/view/page.{kind}" for kind in ("html", "css", "js")),
         f"{info}/licenses/LICENSE",
     }
     shipped = {"python/loopmdm/checkpoints": "loopmdm/checkpoints", "csrc/cuda": "loopmdm_kernels/csrc/cuda"}

@@ -213,7 +213,7 @@ function draw() {
   at("loops").value = loops;
   at("loops").disabled = !guesses;
   at("loops-text").textContent = !guesses
-    ? left ? "none recorded for this step" : "nothing left to predict"
+    ? left ? "none here: ticks mark the steps that have them" : "nothing left to predict"
     : loops ? `of the next step, after ${loops} ${loops === 1 ? "loop" : "loops"}` : "off";
   details(cells, guesses);
 }
