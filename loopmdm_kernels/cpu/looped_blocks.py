@@ -334,8 +334,10 @@ class _Tape:
         self.records = self._memory[:size].view(shape)
 
     def __del__(self) -> None:
-        with self._lock:
-            self._spare.append(self._memory)
+        memory = self.__dict__.pop("_memory", None)  # missing where there was no memory for it
+        if memory is not None:
+            with self._lock:
+                self._spare.append(memory)
 
 
 def release_spare_memory() -> None:

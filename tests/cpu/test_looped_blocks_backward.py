@@ -1,10 +1,14 @@
 """Gradients of looped_blocks on the CPU: of every input, kept or recomputed, the same bits on any threads."""
 
+import gc
+import sys
+
 import pytest
 import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels import reference
+from loopmdm_kernels.cpu.looped_blocks import _Tape
 from loopmdm_kernels.testing import LoopedInputs, assert_matches_oracle, looped_inputs
 from loopmdm_kernels.types import BlockWeights
 
@@ -184,3 +188,13 @@ def test_sequences_that_stop_early(isa, dtype, recompute):
     )
     assert int(used.max()) < 9
     check(inputs, 9, dtype, exit_threshold=0.75, recompute=recompute)
+
+
+def test_no_memory_for_the_records(monkeypatch):
+    """The error is the allocation's alone."""
+    after = []
+    monkeypatch.setattr(sys, "unraisablehook", after.append)
+    with pytest.raises(RuntimeError, match="alloc"):
+        _Tape((1 << 60,))
+    gc.collect()
+    assert not after
