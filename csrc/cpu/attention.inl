@@ -4,9 +4,8 @@
 // Keys: panels of kPanel keys, [head words][kPanel]. Values: panels of at most kPanel columns of the head,
 // [key words][columns]. Keys beyond the length are zero and `bias` excludes them.
 
-constexpr int kQueryRows = tile_rows<kTileVecs>();
 constexpr int kKeyBlock = 512;
-constexpr int kGroupRows = 16 * kQueryRows;
+constexpr int kGroupRows = 16 * kRowsAtOnce;
 constexpr float kMaskedScore =
     -1e30f;  // in units of log2; finite, so that a block of masked keys is harmless
 static_assert(kKeyBlock % kPanel == 0 && kPanel % (2 * kLanes) == 0);
@@ -19,8 +18,8 @@ struct HeadShape {
 };
 
 struct AttentionScratch {
-  alignas(64) float scores[kQueryRows * kKeyBlock];
-  alignas(64) uint32_t probs[kQueryRows * kKeyBlock];
+  alignas(64) float scores[kRowsAtOnce * kKeyBlock];
+  alignas(64) uint32_t probs[kRowsAtOnce * kKeyBlock];
 };
 
 // 2^x, exactly 0 for masked scores, NaN for NaN. The largest x is 0, but for rounding.
@@ -83,8 +82,8 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
     float top[kGroupRows], total[kGroupRows];
     for (int64_t begin = 0; begin < shape.keys; begin += kKeyBlock) {
       const int64_t count = shape.keys - begin < kKeyBlock ? shape.keys - begin : kKeyBlock;
-      for (int64_t first = group; first < last; first += kQueryRows) {
-        const int n = static_cast<int>(last - first < kQueryRows ? last - first : kQueryRows);
+      for (int64_t first = group; first < last; first += kRowsAtOnce) {
+        const int n = static_cast<int>(last - first < kRowsAtOnce ? last - first : kRowsAtOnce);
         const Left q = {queries + first * query_row, query_row, 1};
         float* sums = out + first * width;
         for (int64_t key = 0; key < count; key += kPanel)

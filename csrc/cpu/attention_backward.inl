@@ -4,7 +4,7 @@
 
 constexpr int kGradRows = 96;   // queries at a time
 constexpr int kGradKeys = 256;  // keys in a block
-static_assert(kGradRows % kQueryRows == 0 && kGradRows % 2 == 0 && kGradKeys % kPanel == 0);
+static_assert(kGradRows % kRowsAtOnce == 0 && kGradRows % 2 == 0 && kGradKeys % kPanel == 0);
 
 // Row-major floats of one head, `*_row` apart. q and k as attend() multiplied them, so already rotated.
 struct HeadGradientInput {
@@ -26,7 +26,7 @@ struct GradientScratch {
   uint32_t* key_pairs;                 // panels over the keys
   uint32_t *probs, *score_grads;       // panels over kGradRows queries, kGradKeys wide
   uint32_t* score_grad_rows;           // [kGradRows, words of kGradKeys]; score_grads where a word is a float
-  float *scores, *prob_grads;          // [kQueryRows, kGradKeys]
+  float *scores, *prob_grads;          // [kRowsAtOnce, kGradKeys]
   float* offset;                       // [L]: sum of grad_out * out, scaled
   float *grad_q, *grad_k, *grad_v;     // [L or kGradKeys, head width]
   int64_t bytes;
@@ -53,8 +53,8 @@ inline GradientScratch gradient_scratch(const HeadShape& shape, int64_t per_word
   take(t.score_grads, kGradRows / per_word * kGradKeys);
   t.score_grad_rows = t.score_grads;
   if (per_word > 1) take(t.score_grad_rows, kGradRows * (kGradKeys / per_word));
-  take(t.scores, kQueryRows * kGradKeys);
-  take(t.prob_grads, kQueryRows * kGradKeys);
+  take(t.scores, kRowsAtOnce * kGradKeys);
+  take(t.prob_grads, kRowsAtOnce * kGradKeys);
   take(t.offset, shape.length);
   take(t.grad_q, shape.length * shape.head_width);
   take(t.grad_k, kGradKeys * shape.head_width);
@@ -153,8 +153,8 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
     const int64_t real = length - begin < count ? length - begin : count;
     for (int64_t first = 0; first < length; first += kGradRows) {
       const int64_t rows = length - first < kGradRows ? length - first : kGradRows;
-      for (int64_t row = 0; row < rows; row += kQueryRows) {
-        const int64_t n = rows - row < kQueryRows ? rows - row : kQueryRows;
+      for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
+        const int64_t n = rows - row < kRowsAtOnce ? rows - row : kRowsAtOnce;
         const Left q = {t.query_rows + (first + row) * head_words, head_words, 1};
         const Left grad = {t.grad_rows + (first + row) * head_words, head_words, 1};
         for (int64_t key = 0; key < count; key += kPanel) {

@@ -2,7 +2,7 @@
 
 constexpr int kPackedRows = 256;  // keys of a task
 constexpr int kAttendRows = 96;   // queries of a task
-static_assert(kPackedRows % kPanel == 0 && kAttendRows % kQueryRows == 0);
+static_assert(kPackedRows % kPanel == 0 && kAttendRows % kRowsAtOnce == 0);
 
 inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -243,12 +243,14 @@ void pack_head(const AttentionProblem& p, int64_t head, int64_t first, void* pac
 
 void attend_head(const AttentionProblem& p, const AttentionOutput& out, int64_t head, int64_t first,
                  const void* packed, void* scratch) {
+  const TileScope scope;
   p.is_bf16 ? attend_head_of<Narrow, uint16_t>(p, out, head, first, packed, scratch)
             : attend_head_of<Wide, float>(p, out, head, first, packed, scratch);
 }
 
 void backward_head(const AttentionProblem& p, const AttentionOutput& forward, const AttentionGradients& g,
                    int64_t head, void* scratch) {
+  const TileScope scope;
   p.is_bf16 ? backward_head_of<Narrow, uint16_t>(p, forward, g, head, scratch)
             : backward_head_of<Wide, float>(p, forward, g, head, scratch);
 }

@@ -28,6 +28,7 @@ void project_chunk(const HeadProblem& p, const uint32_t* operands, int64_t num_r
 
 void project(const HeadProblem& p, const uint32_t* operands, int64_t num_rows, int64_t chunk, float* sums,
              bool narrow_out, void* out) {
+  const TileScope scope;
   narrow_out ? project_chunk(p, operands, num_rows, chunk, sums, static_cast<uint16_t*>(out))
              : project_chunk(p, operands, num_rows, chunk, sums, static_cast<float*>(out));
 }

@@ -16,12 +16,16 @@
     }                                        \
     namespace avx512_bf16 {                  \
     extern const Type name;                  \
+    }                                        \
+    namespace amx_bf16 {                     \
+    extern const Type name;                  \
     }
-#  define LOOPMDM_KERNEL(name, isa)                   \
-    (*((isa) == Isa::avx512_bf16 ? &avx512_bf16::name \
-       : (isa) == Isa::avx512    ? &avx512::name      \
-       : (isa) == Isa::avx2      ? &avx2::name        \
-                                 : &generic::name))
+#  define LOOPMDM_KERNEL(name, isa)                     \
+    (*((isa) == Isa::amx_bf16      ? &amx_bf16::name    \
+       : (isa) == Isa::avx512_bf16 ? &avx512_bf16::name \
+       : (isa) == Isa::avx512      ? &avx512::name      \
+       : (isa) == Isa::avx2        ? &avx2::name        \
+                                   : &generic::name))
 #else
 #  define LOOPMDM_DECLARE_KERNEL(Type, name) \
     namespace generic {                      \

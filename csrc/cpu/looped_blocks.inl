@@ -248,6 +248,7 @@ void finish_rows(const BlockShape& s, const BlockPointers& weights, const BlockV
 void project(const BlockShape& s, bool narrow, const BlockPointers& weights, const BlockVectors& v,
              const SequenceState& seq, const BlockTape& tape, int parity, int64_t first, int64_t count,
              void* memory) {
+  const TileScope scope;
   BlockScratch t = block_scratch(s, memory);
   narrow ? project_rows<Narrow>(s, weights, v, seq, tape, parity, first, count, t)
          : project_rows<Wide>(s, weights, v, seq, tape, parity, first, count, t);
@@ -256,6 +257,7 @@ void project(const BlockShape& s, bool narrow, const BlockPointers& weights, con
 void finish(const BlockShape& s, bool narrow, const BlockPointers& weights, const BlockVectors& v,
             const SequenceState& seq, const BlockTape& tape, int parity, const Dropout& dropout,
             int64_t first, int64_t count, void* memory) {
+  const TileScope scope;
   BlockScratch t = block_scratch(s, memory);
   narrow ? finish_rows<Narrow>(s, weights, v, seq, tape, parity, dropout, first, count, t)
          : finish_rows<Wide>(s, weights, v, seq, tape, parity, dropout, first, count, t);

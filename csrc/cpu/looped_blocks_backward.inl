@@ -329,6 +329,7 @@ void finish_gradient(const BlockShape& s, bool narrow, const TransposedPointers&
                      const BlockVectors& v, const BlockTape& tape, const Dropout& dropout,
                      int64_t first_element, const GradientRows& rows, const ApplicationPanels& panels,
                      const VectorSums& sums, void* memory) {
+  const TileScope scope;
   BlockGradientScratch t = gradient_scratch(s, memory);
   narrow ? finish_gradient_rows<Narrow>(s, weights, v, tape, dropout, first_element, rows, panels, sums, t)
          : finish_gradient_rows<Wide>(s, weights, v, tape, dropout, first_element, rows, panels, sums, t);
@@ -336,6 +337,7 @@ void finish_gradient(const BlockShape& s, bool narrow, const TransposedPointers&
 
 void head_gradient_of(const BlockShape& s, bool narrow, const BlockTape& tape, const SequenceState& seq,
                       int64_t head, const GradientRows& rows, void* memory) {
+  const TileScope scope;
   BlockGradientScratch t = gradient_scratch(s, memory);
   narrow ? head_gradient<Narrow>(s, tape, seq, head, rows, t)
          : head_gradient<Wide>(s, tape, seq, head, rows, t);
@@ -344,6 +346,7 @@ void head_gradient_of(const BlockShape& s, bool narrow, const BlockTape& tape, c
 void project_gradient(const BlockShape& s, bool narrow, const TransposedPointers& weights,
                       const BlockVectors& v, const BlockTape& tape, const GradientRows& rows,
                       const ApplicationPanels& panels, const VectorSums& sums, void* memory) {
+  const TileScope scope;
   BlockGradientScratch t = gradient_scratch(s, memory);
   narrow ? project_gradient_rows<Narrow>(s, weights, v, tape, rows, panels, sums, t)
          : project_gradient_rows<Wide>(s, weights, v, tape, rows, panels, sums, t);

@@ -445,12 +445,14 @@ void prepare(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_t bloc
 
 void statistics(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range, void* scratch,
                 const ChunkStatistics& out) {
+  const TileScope scope;
   p.narrow ? chunk_statistics<Narrow>(p, g, range, scratch, out)
            : chunk_statistics<Wide>(p, g, range, scratch, out);
 }
 
 void gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range, void* scratch,
                const MaskedCrossEntropyGradients& out, float* rows_grad) {
+  const TileScope scope;
   p.narrow ? chunk_gradients<Narrow>(p, g, range, scratch, out, rows_grad)
            : chunk_gradients<Wide>(p, g, range, scratch, out, rows_grad);
 }

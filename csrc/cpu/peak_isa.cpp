@@ -10,6 +10,8 @@ namespace {
 
 #include "cpu/vec.h"
 //
+#include "cpu/tile.inl"
+//
 #include "cpu/peak.inl"
 
 }  // namespace

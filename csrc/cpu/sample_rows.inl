@@ -94,6 +94,7 @@ void run_race(const float* logits, int64_t count, const RowCounter& row, float t
 
 void scan(const SampleRowsProblem& p, int64_t begin, int64_t end, const uint32_t* operands, int64_t chunk,
           float* logits, float* floors, RowStatistics* out) {
+  const TileScope scope;
   const int64_t num_rows = end - begin, vocab_size = p.head.vocab_size;
   for (int64_t r = 0; r < num_rows; ++r) out[r] = RowStatistics{};
   const int64_t first = chunk * kChunkTokens;

@@ -3,8 +3,8 @@
 // Operands are 32-bit words along the summed dimension: one float (Wide), or a pair of bf16 (Narrow, where an
 // instruction multiplies them). The left operand is read word by word and broadcast; the right one lies in
 // panels [words][width], width at most kPanel columns, so that a tile reads it from front to back.
-// Every sum runs over the words in order, whatever the shape of the tile: results do not depend on how rows
-// are grouped.
+// Every sum runs over the words in an order that depends on their number alone, whatever the shape of the
+// tile: results do not depend on how rows are grouped.
 
 #if defined(__AVX512F__)
 constexpr int kTileVecs = 4;
@@ -164,11 +164,27 @@ void multiply_width(const Left& a, int64_t rows, const uint32_t* b, int width, i
   }
 }
 
-// c[rows, width] = or += a[rows, words] b[words, width]; width: a multiple of kLanes, at most kPanel.
-// `streamed`: the next product reads as much as this one right after b, which is not in the cache yet.
+#if defined(__AMX_BF16__)
+#  include "cpu/tile_amx.inl"
+constexpr int kRowsAtOnce = kTmmRows;
+#else
+// What the products of one call of a kernel share; nothing here.
+struct TileScope {
+  TileScope() {}
+};
+constexpr int kRowsAtOnce = tile_rows<kTileVecs>();
+#endif
+
+// c[rows, width] = or += a[rows, words] b[words, width]; width: a multiple of kLanes, at most kPanel. Rows
+// are best given kRowsAtOnce or more at a time. `streamed`: the next product reads as much as this one right
+// after b, which is not in the cache yet.
 template <class Operand>
 void multiply(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t words, float* c,
               int64_t c_row, bool accumulate = false, bool streamed = false) {
+#if defined(__AMX_BF16__)
+  if (Operand::kPerWord == 2 && a.step == 1)
+    return multiply_tmm(a, rows, b, width, words, c, c_row, accumulate);
+#endif
   if (accumulate)
     multiply_width<Operand, true>(a, rows, b, width, words, c, c_row, streamed);
   else

@@ -57,7 +57,7 @@ def test_generic_kernel_needs_only_the_base_instruction_set(tmp_path):
     assert not re.search(r"%[yz]mm|\bv(add|mul|fmadd)", assembly)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_instruction_sets_share_no_function(isa):
     """Every symbol of a kernel object is local or in the namespace of its instruction set."""
     objects = sorted(ROOT.glob(f"build/cmake.*/CMakeFiles/cpu_{isa}.dir/csrc/cpu/*.o"))

@@ -15,8 +15,8 @@ from loopmdm_kernels.cpu import packing
 from loopmdm_kernels.cpu.packing import packed_linear
 from loopmdm_kernels.types import BlockWeights
 
-LANES = {"generic": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
-PANEL = {"generic": 8, "avx2": 16, "avx512": 64, "avx512_bf16": 64}
+LANES = {"generic": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "amx_bf16": 16}
+PANEL = {"generic": 8, "avx2": 16, "avx512": 64, "avx512_bf16": 64, "amx_bf16": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def unpacked(packed, isa, columns, depth, *, narrow, heads=0, parts=1):
     unit = part_columns // heads if heads else part_columns
     padding = LANES[isa] if heads else 2 * LANES[isa]
     unit_width = -(-unit // padding) * padding
-    pairs = narrow and isa == "avx512_bf16"
+    pairs = narrow and isa in ("avx512_bf16", "amx_bf16")
     words = -(-depth // 2) if pairs else depth
     units_per_group = max(1, PANEL[isa] // unit_width)
     rest = packed
