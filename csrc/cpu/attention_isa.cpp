@@ -1,11 +1,7 @@
 // Compiled once per instruction set, like every *_isa.cpp: see sample_rows_isa.cpp.
-#include "cpu/attention.h"
-
-#if defined(__x86_64__)
-#  include <immintrin.h>
-#endif
-
 #include "common/row_math.h"
+#include "cpu/attention.h"
+#include "cpu/intrinsics.h"
 
 namespace loopmdm::cpu {
 namespace {

@@ -1,11 +1,7 @@
 // Compiled once per instruction set, like every *_isa.cpp: see sample_rows_isa.cpp.
-#include "cpu/head_logits.h"
-
-#if defined(__x86_64__)
-#  include <immintrin.h>
-#endif
-
 #include "common/row_math.h"
+#include "cpu/head_logits.h"
+#include "cpu/intrinsics.h"
 #include "cpu/linear.h"
 
 namespace loopmdm::cpu {

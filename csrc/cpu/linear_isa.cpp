@@ -1,9 +1,6 @@
 // Compiled once per instruction set, like every *_isa.cpp: see sample_rows_isa.cpp.
+#include "cpu/intrinsics.h"
 #include "cpu/linear.h"
-
-#if defined(__x86_64__)
-#  include <immintrin.h>
-#endif
 
 namespace loopmdm::cpu {
 namespace {

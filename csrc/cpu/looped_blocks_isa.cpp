@@ -1,12 +1,8 @@
 // Compiled once per instruction set, like every *_isa.cpp: see sample_rows_isa.cpp.
-#include "cpu/looped_blocks.h"
-
-#if defined(__x86_64__)
-#  include <immintrin.h>
-#endif
-
 #include "common/philox.h"
 #include "common/row_math.h"
+#include "cpu/intrinsics.h"
+#include "cpu/looped_blocks.h"
 
 namespace loopmdm::cpu {
 namespace {

@@ -1,9 +1,6 @@
 // Compiled once per instruction set; see sample_rows_isa.cpp for what such a file may contain.
+#include "cpu/intrinsics.h"
 #include "cpu/peak.h"
-
-#if defined(__x86_64__)
-#  include <immintrin.h>
-#endif
 
 namespace loopmdm::cpu {
 namespace {

@@ -1,15 +1,11 @@
 // Compiled once per instruction set, with LOOPMDM_ISA naming the copy. Everything but the table at the end
 // has internal linkage, and nothing of the C++ library is instantiated here: the linker would keep one copy
 // of an inline function for the whole module, possibly the one this processor cannot run.
-#include "cpu/sample_rows.h"
-
-#if defined(__x86_64__)
-#  include <immintrin.h>
-#endif
-
 #include "common/philox.h"
 #include "common/row_math.h"
+#include "cpu/intrinsics.h"
 #include "cpu/linear.h"
+#include "cpu/sample_rows.h"
 
 namespace loopmdm::cpu {
 namespace {

@@ -143,7 +143,14 @@ inline float sum_lanes(Floats v) { return sum_four(v); }
 
 inline float largest_lane(Floats v) { return largest_of_four(v); }
 
+#  if defined(__aarch64__)
+inline Floats fused_multiply_add(Floats a, Floats b, Floats c) {
+  return reinterpret_cast<Floats>(vfmaq_f32(
+      reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a), reinterpret_cast<float32x4_t>(b)));
+}
+#  else
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+#  endif
 
 inline Quads multiply_low(Quads a, Quads b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
 
