@@ -27,4 +27,6 @@ TARGETS = {
     "test_sample_rows[R16]": Target(5.0),
     "test_sample_rows[R256]": Target(3.0),
     "test_training_step": Target(1.7, 0.70),
+    "test_sampling[S1]": Target(4.0),
+    "test_sampling[S12]": Target(2.5),
 }

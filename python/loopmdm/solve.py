@@ -48,6 +48,9 @@ def solve_puzzles(
     seed: int = 0,
     temperature: float = 0.0,
     steps: int | None = None,
+    tokens_per_step: int | None = None,
+    threshold: float | None = None,
+    entropy_bound: float | None = None,
     progress: bool = False,
 ) -> SolveResult:
     """Fill in puzzles with a model trained on full boards.
@@ -61,7 +64,8 @@ def solve_puzzles(
         batch_size: puzzles solved at once; the answers do not depend on it.
         seed: of the token draws, where temperature > 0.
         temperature: 0 takes the most probable digit.
-        steps: denoising steps; None fills one cell a step ("ancestral": as many steps as cells).
+        steps, tokens_per_step, threshold, entropy_bound: how many cells a step fills, as in `sample`; one at
+            most, and without any one cell a step ("ancestral": as many steps as cells).
         progress: show a progress bar per batch when standard error is a terminal.
 
     Raises:
@@ -86,6 +90,9 @@ def solve_puzzles(
             infill=tokens[start : start + batch_size],
             order=order,
             steps=steps,
+            tokens_per_step=tokens_per_step,
+            threshold=threshold,
+            entropy_bound=entropy_bound,
             plan=num_loops,
             temperature=temperature,
             seed=seed,

@@ -72,8 +72,9 @@ def solve_all(
     *,
     batch_size: int = 64,
     progress: bool = False,
+    **pace: Any,
 ) -> list[Solved]:
-    """Solve the puzzles [N, cells] once for every order and loop count."""
+    """Solve the puzzles [N, cells] once for every order and loop count; pace: options of `solve_puzzles`."""
     return [
         Solved(
             order,
@@ -86,6 +87,7 @@ def solve_all(
                 order=order,
                 batch_size=batch_size,
                 progress=progress,
+                **pace,
             ),
         )
         for order in orders

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
+from loopmdm.cli.decoding import add_decoding, decoding_options
 from loopmdm.cli.models import load_model, load_tokenizer
 from loopmdm.cli.output import note, print_json
 from loopmdm.cli.parser import (
     UsageError,
     add_json,
     add_runtime,
-    count,
-    number,
     positive_int,
     set_up,
     usage_errors,
@@ -32,7 +31,7 @@ from loopmdm.cli.views import Views, add_views
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
-from loopmdm.sampling import ORDERS, SampleResult, sample
+from loopmdm.sampling import SampleResult, sample
 from loopmdm.sampling.canvas import make_canvas
 from loopmdm.view import IdSymbols, Symbols, TextSymbols
 from loopmdm.view.painters import TextPainter
@@ -42,6 +41,7 @@ EPILOG = """examples:
   loopmdm sample run --num 4 --seed 1
   loopmdm sample run --prompt "def main(" --length 128 --plan 8 --temperature 0.8
   loopmdm sample run --infill "import ________ as np" --order confidence
+  loopmdm sample run --order entropy --entropy-bound 0.5 --block-length 32 --stop-at-eos
   loopmdm sample run --steps 1000 --plan L125,H750,L125 --light 2 --heavy 12
   loopmdm sample run --prompt "def main(" --watch --html run.html
 """
@@ -56,15 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--length", type=positive_int, metavar="L", help="tokens (default: the length of training)"
-    )
-    parser.add_argument(
-        "--steps", type=positive_int, metavar="T", help="denoising steps (default: one a token)"
-    )
-    parser.add_argument(
-        "--order",
-        choices=sorted(ORDERS),
-        default="ancestral",
-        help="which masks are filled next (default: %(default)s)",
     )
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="the samples begin with it")
@@ -85,13 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heavy", metavar="H", help="what H in the plan stands for: a loop count or a model's folder"
     )
-    parser.add_argument(
-        "--temperature", type=number, default=1.0, help="0 for the most probable (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--top-p", type=number, default=1.0, metavar="P", help="nucleus (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=count, default=0, metavar="N", help="(default: %(default)s)")
+    add_decoding(parser)
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="fp32", help="of matrix products (default: %(default)s)"
     )
@@ -112,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         note(f"{args.model} holds no tokenizer: prompts and samples are token ids (--tokenizer gives one)")
     with usage_errors():
         plan = as_plan(_plan(args, device))
+        options = decoding_options(args, tokenizer)
     run = RunFile.read(Path(args.model))
     length = args.length or (run.length if run is not None and run.length else model.config.max_length)
     start: dict[str, Any] = {"length": length}
@@ -123,28 +109,25 @@ def run(args: argparse.Namespace) -> int:
         sample,
         model,
         num_samples=args.num,
-        steps=args.steps,
-        order=args.order,
         plan=plan,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
         dtype=_DTYPES[args.dtype],
+        **options,
         **start,
     )
     with usage_errors():
         result = _shown(args, views, model, tokenizer, plan, start, sampler) if views.wanted else sampler()
-    ids = result.tokens.tolist()
+    ids = [row[:size] for row, size in zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)]
     texts = [None if tokenizer is None else tokenizer.decode(row) for row in ids]
     if args.json:
         print_json(
             {
                 "model": args.model,
-                "length": len(ids[0]),
+                "length": result.tokens.shape[1],
                 "steps": result.num_steps,
                 "order": args.order,
                 "plan": str(plan),
                 "seed": args.seed,
+                "exact": result.exact,
                 "seconds": result.seconds,
                 "network_calls": result.network_calls.tolist(),
                 "loops": result.loops.tolist(),
@@ -174,7 +157,7 @@ def _shown(
 ) -> SampleResult:
     """Sample, with the views that the options ask for."""
     given = {"length": None, "prompt": None, "infill": None} | start
-    canvas = make_canvas(model.config, args.num, **given).tokens
+    canvas = make_canvas(model.config, args.num, **given, block_length=args.block_length).tokens
     symbols: Symbols = IdSymbols() if tokenizer is None else TextSymbols(tokenizer)
     return views.run(
         sampler,
@@ -198,7 +181,8 @@ def _num_steps(args: argparse.Namespace, plan: ComputePlan, canvas: torch.Tensor
         return chosen
     if args.order == "ancestral":
         return canvas.shape[1]
-    return int((canvas == mask_token_id).sum(dim=1).max())
+    most = int((canvas == mask_token_id).sum(dim=1).max())
+    return -(-most // (args.tokens_per_step or 1))
 
 
 def _plan(args: argparse.Namespace, device: torch.device) -> int | ComputePlan | None:

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 
 from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, Solved, share_row, solve_all
+from loopmdm.cli.decoding import add_pace, pace_options
 from loopmdm.cli.models import SHIPPED, default_loops, load_model
 from loopmdm.cli.output import has_color, note, print_json, print_table
-from loopmdm.cli.parser import add_json, add_runtime, loop_counts, positive_int, set_up
+from loopmdm.cli.parser import add_json, add_runtime, loop_counts, positive_int, set_up, usage_errors
 from loopmdm.cli.views import Views, add_views
 from loopmdm.data.sudoku import PuzzleFile, encode_boards, format_board, parse_puzzles, read_puzzles
 from loopmdm.data.sudoku.files import BLANKS
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
+from loopmdm.sampling import ORDERS as SAMPLING_ORDERS
 from loopmdm.sampling import sample
 from loopmdm.view import BoardSymbols
 from loopmdm.view.painters import BoardPainter
@@ -54,8 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="loop counts (default: 1, half and all of the model's most)",
     )
     parser.add_argument(
-        "--order", choices=[*ORDERS, "both"], default="both", help="which cell is filled next (default: both)"
+        "--order",
+        choices=[*sorted(SAMPLING_ORDERS), "both"],
+        default="both",
+        help="which cell is filled next (default: both left_to_right and confidence)",
     )
+    add_pace(parser)
     parser.add_argument("--limit", type=positive_int, metavar="N", help="solve the first N puzzles only")
     parser.add_argument(
         "--boards",
@@ -83,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     device = set_up(args)
     name = args.model or _default_model(puzzles)
     model = load_model(name, device)
+    pace = pace_options(args)
     orders = ORDERS if args.order == "both" else (args.order,)
     loops = args.loops or default_loops(model)
     fits = (model.config.vocab_size, model.config.mask_token_id) == (
@@ -90,8 +97,11 @@ def run(args: argparse.Namespace) -> int:
         puzzles.spec.mask_token_id,
     )
     if views.wanted and fits:  # else solving says what is wrong
-        _show(args, views, model, name, puzzles, orders[-1], loops[-1])
-    solved = solve_all(model, puzzles.spec, clues, orders, loops, batch_size=args.batch_size, progress=True)
+        _show(args, views, model, name, puzzles, orders[-1], loops[-1], pace)
+    with usage_errors():
+        solved = solve_all(
+            model, puzzles.spec, clues, orders, loops, batch_size=args.batch_size, progress=True, **pace
+        )
     if args.json:
         print_json(
             {
@@ -116,6 +126,7 @@ def _show(
     puzzles: PuzzleFile,
     order: str,
     num_loops: int,
+    pace: dict[str, Any],
 ) -> None:
     """Solve the first boards with the views on: in the order and with the loops whose answers are printed."""
     spec = puzzles.spec
@@ -124,7 +135,7 @@ def _show(
     plan = ComputePlan.constant(num_loops)
     symbols = BoardSymbols(spec)
     views.run(
-        partial(sample, model, infill=canvas, order=order, plan=plan, temperature=0.0),
+        partial(sample, model, infill=canvas, order=order, plan=plan, temperature=0.0, **pace),
         model,
         canvas,
         plan,
@@ -133,7 +144,7 @@ def _show(
         titles=[f"line {line}" for line in puzzles.lines[: len(clues)]],
         title=f"{spec} Sudoku",
         facts={"model": name, "order": order.replace("_", " ")},
-        num_steps=int((canvas == spec.mask_token_id).sum(dim=1).max()),
+        num_steps=-(-int((canvas == spec.mask_token_id).sum(dim=1).max()) // (pace["tokens_per_step"] or 1)),
     )
 
 

@@ -1,0 +1,190 @@
+"""Sampling beside the reference's algorithm: time to as many steps, and network calls in a batch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loopmdm_kernels as lk
+from bench import reference_sampler
+from bench.compare import OURS
+from bench.peers import EAGER, compiled, compiled_pieces, plain_ops
+from loopmdm import LoopMDM, LoopMDMConfig, sample
+from loopmdm.flops import forward_flops
+from loopmdm_kernels.testing import interleaved_times
+from loopmdm_kernels.types import Head
+
+LENGTH, STEPS, VOCAB = 1024, 1024, 50258
+# Of T = L steps a share 1 - (1 - 1/T)^L = .632 reveals something in a sequence: 5 of 8, nearly. All variants
+# take 8 steps and compute in 5, whatever they draw.
+TIMED_STEPS, TIMED_CALLS = 8, (0, 1, 3, 4, 6)
+CONTENDER, REPEATS = 1.5, 3
+
+
+class Enough(Exception):
+    pass
+
+
+def ours(model: LoopMDM, num_loops: int, dtype: torch.dtype | None = None):
+    """As many steps of a run of T as compute TIMED_CALLS times; the others cost microseconds."""
+
+    def run() -> None:
+        events = []
+
+        def stop(event: Any) -> None:
+            events.append(event)
+            if len(events) == len(TIMED_CALLS):
+                raise Enough
+
+        try:
+            sample(model, 1, LENGTH, STEPS, plan=num_loops, on_step=stop, progress=False, dtype=dtype)
+        except Enough:
+            return
+        raise AssertionError("the run ended early")
+
+    return run
+
+
+def theirs(model: LoopMDM, num_loops: int, functions: Any, *, compile_tail: bool):
+    mask = model.config.mask_token_id
+    pieces = (reference_sampler.predict, reference_sampler.update)
+    predict, update = (compiled(p) for p in pieces) if compile_tail else pieces
+
+    def update_at_any_time(tokens: Tensor, probs: Tensor, mask: int, t: float, s: float) -> Tensor:
+        # The times as tensors: as numbers each step would be compiled anew.
+        return update(tokens, probs, mask, torch.tensor(t), torch.tensor(s))
+
+    def run() -> None:
+        tokens = torch.full((1, LENGTH), mask)
+        with plain_ops(functions), torch.no_grad():
+            reference_sampler.run_steps(
+                lambda ids: model(ids, num_loops=num_loops),
+                tokens,
+                mask,
+                TIMED_STEPS,
+                TIMED_CALLS,
+                STEPS,
+                predict,
+                update_at_any_time,
+            )
+
+    return run
+
+
+def best(medians: dict[str, float], names: list[str]) -> str:
+    return min(names, key=lambda name: medians[name])
+
+
+def median_times(variants: dict[str, Any]) -> dict[str, float]:
+    """Median seconds; peers that are out of the running after one run are not timed again."""
+    first = {name: times[0] for name, times in interleaved_times(variants, repeats=1, warmup=1).items()}
+    limit = CONTENDER * min(seconds for name, seconds in first.items() if not name.startswith(OURS))
+    again = {n: run for n, run in variants.items() if n.startswith(OURS) or first[n] <= limit}
+    times = interleaved_times(again, repeats=REPEATS - 1, warmup=0)
+    return {
+        name: sorted([seconds, *times.get(name, [])])[len(times.get(name, [])) // 2]
+        for name, seconds in first.items()
+    }
+
+
+@pytest.mark.parametrize("num_loops", [1, 12], ids=["S1", "S12"])
+def test_sampling(benchmark, num_loops):
+    config = LoopMDMConfig.preset(
+        "small", vocab_size=VOCAB, mask_token_id=VOCAB - 1, dropout=0.0, gate_init=1.0
+    )
+    torch.manual_seed(0)
+    exact = LoopMDM(config).eval()
+    rounded = copy.deepcopy(exact).bfloat16()
+    narrow = str(lk.available_backends()["cpu"]).endswith("bf16")
+    best_of_ours = rounded if narrow else exact
+
+    def on_the_reference_backend() -> None:
+        with plain_ops(EAGER), torch.no_grad(), lk.use_backend("reference"):
+            ours(best_of_ours, num_loops)()
+
+    variants = {
+        OURS: ours(best_of_ours, num_loops),
+        "ours on plain PyTorch": on_the_reference_backend,
+        "eager fp32": theirs(exact, num_loops, EAGER, compile_tail=False),
+        "compiled fp32": theirs(exact, num_loops, compiled_pieces(), compile_tail=True),
+        "eager bf16": theirs(rounded, num_loops, EAGER, compile_tail=False),
+        "compiled bf16": theirs(rounded, num_loops, compiled_pieces(), compile_tail=True),
+    }
+    medians = median_times(variants)
+    peer = best(medians, [name for name in medians if not name.startswith(OURS)])
+    eager = best(medians, ["eager fp32", "eager bf16"])
+    calls = STEPS * (1 - (1 - 1 / STEPS) ** LENGTH)
+    benchmark.extra_info.update(
+        milliseconds={name: round(1e3 * value, 1) for name, value in medians.items()},
+        best_peer=peer,
+        speedup=round(medians[peer] / medians[OURS], 3),
+        speedup_of_the_sampler_alone=round(medians[eager] / medians["ours on plain PyTorch"], 3),
+        dtype="bf16" if narrow else "fp32",
+        gflops=round(
+            len(TIMED_CALLS) * forward_flops(config, LENGTH, num_loops, "blocks") / medians[OURS] / 1e9, 1
+        ),
+        hours_to_1024_steps={
+            name: round(medians[name] / len(TIMED_CALLS) * calls / 3600, 3) for name in (OURS, peer)
+        },
+    )
+    benchmark.pedantic(lambda: None, rounds=1, iterations=1)
+
+
+class FixedPrediction(nn.Module):
+    """Predicts the same everywhere, at once: who calls it how often is all that is asked."""
+
+    compute_dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, vocab_size: int, length: int) -> None:
+        super().__init__()
+        self.config = LoopMDMConfig(vocab_size, vocab_size - 1, hidden_size=2, num_heads=1, max_length=length)
+        self._head = Head(
+            torch.ones(2),
+            torch.zeros(vocab_size, 2),
+            torch.zeros(vocab_size),
+            torch.zeros(1, 2, 2),
+            vocab_size - 1,
+        )
+
+    def hidden(self, ids: Tensor, sigma: Tensor | None = None, *, num_loops: int) -> Tensor:
+        return torch.zeros(*ids.shape, 2)
+
+    def head(self, sigma: Tensor | None = None) -> Head:
+        return self._head
+
+
+def test_network_calls(benchmark, batch=16, vocab_size=32):
+    """Calls of a sequence at T = L = 1024 in a batch of 16, and those of the reference's batch-wide cache."""
+    model = FixedPrediction(vocab_size, LENGTH)
+    result = sample(model, batch, LENGTH, STEPS, progress=False, plan=1)
+    calls = result.network_calls.double()
+    expected = STEPS * (1 - (1 - 1 / STEPS) ** LENGTH)
+    torch.manual_seed(0)
+    logits = torch.zeros(batch, LENGTH, vocab_size)
+    with torch.no_grad():
+        _, reference = reference_sampler.run_steps(
+            lambda ids: logits,
+            torch.full((batch, LENGTH), vocab_size - 1),
+            vocab_size - 1,
+            STEPS,
+            None,
+            STEPS,
+        )
+    deviations = float((calls.mean() - expected) / (calls.std() / math.sqrt(batch)))
+    benchmark.extra_info.update(
+        calls_per_sequence=round(float(calls.mean()), 1),
+        expected=round(expected, 1),
+        standard_errors_off=round(deviations, 2),
+        reference_calls_per_sequence=reference,
+        steps=STEPS,
+        rows_projected_per_sequence_and_step=round(result.rows_projected / batch / STEPS, 3),
+    )
+    benchmark.pedantic(lambda: None, rounds=1, iterations=1)
+    assert abs(deviations) < 3
+    assert result.rows_projected == batch * LENGTH

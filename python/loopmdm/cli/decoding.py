@@ -1,0 +1,108 @@
+"""Options of decoding that commands share: the order, how much a step reveals, and what may be drawn."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from loopmdm.cli.parser import UsageError, count, number, positive_int
+from loopmdm.data.tokenizer import Tokenizer
+from loopmdm.sampling import ORDERS, Remasking
+from loopmdm.sampling.remasking import DEFAULT_ETA
+
+PACE = ("tokens_per_step", "threshold", "entropy_bound")
+
+
+def add_pace(parser: argparse.ArgumentParser) -> None:
+    """How much a step reveals, beside --steps."""
+    group = parser.add_argument_group("pace", "how much a step reveals; one of these at most")
+    group.add_argument("--tokens-per-step", type=positive_int, metavar="K", help="so many tokens")
+    group.add_argument(
+        "--threshold",
+        type=number,
+        metavar="P",
+        help="what the order rates at least so high: probability, lead (margin), or nats at most (entropy)",
+    )
+    group.add_argument(
+        "--entropy-bound",
+        type=number,
+        metavar="G",
+        help="the best rated while entropies sum to G nats",
+    )
+
+
+def pace_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_pace` as arguments of `sample`."""
+    return {name: getattr(args, name) for name in PACE}
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Every option of decoding that `sample` has."""
+    parser.add_argument(
+        "--steps", type=positive_int, metavar="T", help="denoising steps (default: one a token)"
+    )
+    parser.add_argument(
+        "--order",
+        choices=sorted(ORDERS),
+        default="ancestral",
+        help="which masks are filled next (default: %(default)s)",
+    )
+    add_pace(parser)
+    group = parser.add_argument_group("where, and again")
+    group.add_argument(
+        "--block-length",
+        type=positive_int,
+        metavar="N",
+        help="fill blocks of N tokens one after the other; needed for samples longer than the model reads",
+    )
+    group.add_argument(
+        "--window", type=positive_int, metavar="N", help="fill among the N leftmost masks only"
+    )
+    group.add_argument("--remask", choices=sorted(DEFAULT_ETA), help="mask tokens again at times (ReMDM)")
+    group.add_argument("--eta", type=number, metavar="E", help="how often (default: by the kind of --remask)")
+    group = parser.add_argument_group("what is drawn")
+    group.add_argument(
+        "--temperature", type=number, default=1.0, help="0 for the most probable (default: %(default)s)"
+    )
+    group.add_argument("--top-k", type=positive_int, metavar="K", help="the K most probable tokens only")
+    group.add_argument(
+        "--top-p", type=number, default=1.0, metavar="P", help="nucleus (default: %(default)s)"
+    )
+    group.add_argument("--forbid", type=_ids, metavar="ID,ID,...", help="token ids that are never drawn")
+    group.add_argument("--stop-at-eos", action="store_true", help="an end-of-text token ends its sample")
+    group.add_argument(
+        "--reference-numerics",
+        action="store_true",
+        help="the reference's fp32 race, which loses rare tokens: to compare with figures made so",
+    )
+    group.add_argument("--seed", type=count, default=0, metavar="N", help="(default: %(default)s)")
+
+
+def decoding_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The options of `add_decoding` as arguments of `sample`."""
+    if args.eta is not None and args.remask is None:
+        raise UsageError("--eta: it belongs to --remask")
+    if args.stop_at_eos and tokenizer is None:
+        raise UsageError("--stop-at-eos: without a tokenizer no token is known to end a text (--tokenizer)")
+    return {
+        **pace_options(args),
+        "steps": args.steps,
+        "order": args.order,
+        "block_length": args.block_length,
+        "window": args.window,
+        "remask": None if args.remask is None else Remasking(args.remask, args.eta),
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "forbidden": args.forbid,
+        "eos_token_id": tokenizer.eos_token_id if args.stop_at_eos and tokenizer is not None else None,
+        "reference_numerics": args.reference_numerics,
+        "seed": args.seed,
+    }
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected token ids such as 5,17") from None
