@@ -30,7 +30,7 @@ class CMakeBuild(build_ext):
         sanitizers = os.environ.get("LOOPMDM_SANITIZE", "")
         if sanitizers and self.inplace:
             raise RuntimeError("LOOPMDM_SANITIZE is set: build elsewhere, with `setup.py build --build-lib`")
-        flavour = sanitizers and f"-{sanitizers.replace(',', '-')}"
+        flavour = (sanitizers and f"-{sanitizers.replace(',', '-')}") + ("-debug" if self.debug else "")
         build_dir = (
             ROOT / "build" / f"cmake{flavour}{sysconfig.get_config_var('EXT_SUFFIX').removesuffix('.so')}"
         )

@@ -112,7 +112,7 @@ def test_bad_files(call: Call, tmp_path: Path, lines: list[str], message: str) -
         (["x" * 81], 1, "the board given, line 1: 'x' at character 1"),
         (["FILE", "--loops", "0"], 2, "--loops: got '0'"),
         (["FILE", "--loops", "-1"], 2, "--loops: got '-1'"),
-        (["FILE", "--order", "random"], 2, "invalid choice: 'random'"),
+        (["FILE", "--order", "alphabetical"], 2, "invalid choice: 'alphabetical'"),
         (["FILE", "--limit", "0"], 2, "--limit: got '0'"),
         (["FILE", "--model", "nothere"], 1, "expected a checkpoint folder or a hub id"),
         (

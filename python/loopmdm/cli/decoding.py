@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from loopmdm.cli.parser import UsageError, count, number, positive_int
+from loopmdm.cli.parser import UsageError, count, number, positive_int, usage_errors
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.sampling import ORDERS, Remasking
+from loopmdm.sampling.options import make_pace
 from loopmdm.sampling.remasking import DEFAULT_ETA
 
 PACE = ("tokens_per_step", "threshold", "entropy_bound")
@@ -33,7 +34,10 @@ def add_pace(parser: argparse.ArgumentParser) -> None:
 
 def pace_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_pace` as arguments of `sample`."""
-    return {name: getattr(args, name) for name in PACE}
+    options = {name: getattr(args, name) for name in PACE}
+    with usage_errors():
+        make_pace(None, **options)
+    return options
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, Solved, share_row, solve_a
 from loopmdm.cli.decoding import add_pace, pace_options
 from loopmdm.cli.models import SHIPPED, default_loops, load_model
 from loopmdm.cli.output import has_color, note, print_json, print_table
-from loopmdm.cli.parser import add_json, add_runtime, loop_counts, positive_int, set_up, usage_errors
+from loopmdm.cli.parser import add_json, add_runtime, loop_counts, positive_int, set_up
 from loopmdm.cli.views import Views, add_views
 from loopmdm.data.sudoku import PuzzleFile, encode_boards, format_board, parse_puzzles, read_puzzles
 from loopmdm.data.sudoku.files import BLANKS
@@ -98,10 +98,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if views.wanted and fits:  # else solving says what is wrong
         _show(args, views, model, name, puzzles, orders[-1], loops[-1], pace)
-    with usage_errors():
-        solved = solve_all(
-            model, puzzles.spec, clues, orders, loops, batch_size=args.batch_size, progress=True, **pace
-        )
+    solved = solve_all(
+        model, puzzles.spec, clues, orders, loops, batch_size=args.batch_size, progress=True, **pace
+    )
     if args.json:
         print_json(
             {
