@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from loopmdm import ComputePlan, sample
+from loopmdm.sampling import Remasking
 
 ORDERS = ["ancestral", "confidence", "left_to_right"]
 MASK = 11  # of the `model` fixture: vocab_size 12, max_length 20
@@ -201,6 +202,40 @@ BAD = [
     ({"infill": torch.full((21,), MASK)}, ValueError, "max_length"),
     ({"infill": torch.full((2, 4), MASK), "length": 5}, ValueError, "length is 5"),
     ({"infill": torch.full((2, 4), MASK), "num_samples": 3}, ValueError, "num_samples is 3"),
+    ({"prompt": [[1], [2]], "infill": [[MASK]] * 3}, ValueError, "prompt has 2, but infill has 3"),
+    ({"length": [3, 4], "num_samples": 3}, ValueError, "num_samples is 3, but length has 2"),
+    ({"length": []}, ValueError, "length must be an int or one int a sequence"),
+    ({"length": [3, 0]}, ValueError, "length 1 must be at least 1"),
+    ({"length": 2.5}, TypeError, "length must be an int"),
+    ({"tokens_per_step": 0, "order": "random"}, ValueError, "tokens_per_step must be in 1"),
+    ({"tokens_per_step": 2}, ValueError, "tokens_per_step does not go with the order ancestral"),
+    ({"steps": 3, "order": "first_hitting"}, ValueError, "steps does not go with the order first_hitting"),
+    ({"steps": 3, "threshold": 0.5, "order": "margin"}, ValueError, "steps and threshold are given"),
+    ({"threshold": 1.5, "order": "confidence"}, ValueError, "threshold must be a probability"),
+    ({"threshold": -0.1, "order": "confidence"}, ValueError, "threshold must be a finite number >= 0"),
+    ({"threshold": float("nan"), "order": "entropy"}, ValueError, "threshold must be a finite number"),
+    ({"threshold": "high", "order": "entropy"}, TypeError, "threshold must be a number"),
+    ({"entropy_bound": float("inf"), "order": "entropy"}, ValueError, "entropy_bound must be a finite"),
+    ({"block_length": 0}, ValueError, "block_length must be in 1"),
+    ({"block_length": 4, "steps": 3}, ValueError, "steps is 3, but there are 5 blocks"),
+    ({"window": 3}, ValueError, "window does not go with the order ancestral"),
+    ({"window": 3, "block_length": 3, "order": "margin"}, ValueError, "block_length and window are both"),
+    ({"window": 3, "steps": 5, "order": "margin"}, ValueError, "window is 3.*reveals up to 4 positions"),
+    ({"remask": "often"}, ValueError, "unknown remasking 'often', accepted are cap, rescale, conf, loop"),
+    ({"remask": 0.5}, TypeError, "remask must be None, a name or a Remasking"),
+    ({"remask": "cap", "order": "margin"}, ValueError, "remasking goes with the order ancestral"),
+    ({"remask": "cap", "block_length": 4}, ValueError, "block_length does not go with remasking"),
+    ({"remask": "cap", "eos_token_id": 4}, ValueError, "eos_token_id does not go with remasking"),
+    ({"top_k": 0}, ValueError, "top_k must be in 1"),
+    ({"forbidden": [12]}, ValueError, "forbidden: 12 is no token id"),
+    ({"forbidden": [MASK]}, ValueError, "forbidden: 11 is the mask token"),
+    ({"forbidden": range(11)}, ValueError, "forbidden holds all 11 tokens"),
+    ({"forbidden": "abc"}, TypeError, "forbidden must be token ids, got a string"),
+    ({"forbidden": [1.5]}, TypeError, "a token id is an int, got 1.5"),
+    ({"eos_token_id": MASK}, ValueError, "eos_token_id: 11 is the mask token"),
+    ({"eos_token_id": True}, TypeError, "eos_token_id: a token id is an int"),
+    ({"reference_numerics": True, "order": "random"}, ValueError, "reference_numerics goes with the order"),
+    ({"reference_numerics": True, "top_p": 0.9}, ValueError, "top_p does not go with reference_numerics"),
     ({"sequence_ids": [1, 2]}, ValueError, "sequence_ids"),
     ({"num_samples": 2, "sequence_ids": [0, 2**32]}, ValueError, "sequence_ids"),
     ({"num_samples": 2, "sequence_ids": [0, -1]}, ValueError, "sequence_ids"),
@@ -222,6 +257,28 @@ def test_weights_that_are_not_finite(model, order, temperature, bad):
         model.blocks[2].attn_out.weight[0, 0] = bad
     with pytest.raises(ValueError, match="not finite at step"):
         sample(model, 2, length=8, order=order, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eta": 1.5}, "eta of the remasking must be in"),
+        ({"eta": float("nan")}, "eta of the remasking must be in"),
+        ({"t_on": 0.5, "t_off": 0.6}, "0 < t_off < t_on < 1"),
+        ({"alpha_on": 1.0}, "alpha_on of the remasking must be in"),
+    ],
+)
+def test_remasking_checks_its_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        Remasking("loop", **options)
+
+
+def test_a_prompt_and_an_infill_that_agree(model):
+    infill = [[1, MASK, MASK, MASK, 9], [MASK] * 5]
+    out = sample(model, prompt=[1, 2], infill=infill, seed=1)
+    assert out.tokens[0, [0, 1, 4]].tolist() == [1, 2, 9]
+    assert out.tokens[1, :2].tolist() == [1, 2]
+    assert out.rows_projected == 2 + 3
 
 
 def test_models_of_a_plan_must_fit(model, make_model):

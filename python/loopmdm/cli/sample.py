@@ -174,8 +174,12 @@ def _shown(
     )
 
 
-def _num_steps(args: argparse.Namespace, plan: ComputePlan, canvas: torch.Tensor, mask_token_id: int) -> int:
-    """The steps a run will take: those asked for, else one a position."""
+def _num_steps(
+    args: argparse.Namespace, plan: ComputePlan, canvas: torch.Tensor, mask_token_id: int
+) -> int | None:
+    """The steps a run will take: those asked for, else one a position; None where predictions decide."""
+    if args.threshold is not None or args.entropy_bound is not None:
+        return None
     chosen: int | None = args.steps or plan.num_steps
     if chosen is not None:
         return chosen

@@ -143,8 +143,15 @@ def _show(
         titles=[f"line {line}" for line in puzzles.lines[: len(clues)]],
         title=f"{spec} Sudoku",
         facts={"model": name, "order": order.replace("_", " ")},
-        num_steps=-(-int((canvas == spec.mask_token_id).sum(dim=1).max()) // (pace["tokens_per_step"] or 1)),
+        num_steps=_num_steps(int((canvas == spec.mask_token_id).sum(dim=1).max()), pace),
     )
+
+
+def _num_steps(blanks: int, pace: dict[str, Any]) -> int | None:
+    """Steps that a board of so many blanks takes; None where predictions decide."""
+    if pace["threshold"] is not None or pace["entropy_bound"] is not None:
+        return None
+    return -(-blanks // (pace["tokens_per_step"] or 1))
 
 
 def _read(source: str) -> PuzzleFile:
