@@ -112,12 +112,13 @@ def test_sampling(benchmark, num_loops):
         "ours on plain PyTorch": on_the_reference_backend,
         "eager fp32": theirs(exact, num_loops, EAGER, compile_tail=False),
         "compiled fp32": theirs(exact, num_loops, compiled_pieces(), compile_tail=True),
-        "eager bf16": theirs(rounded, num_loops, EAGER, compile_tail=False),
-        "compiled bf16": theirs(rounded, num_loops, compiled_pieces(), compile_tail=True),
     }
+    if narrow:  # without the instructions torch is twice as slow in bf16 as in fp32
+        variants["eager bf16"] = theirs(rounded, num_loops, EAGER, compile_tail=False)
+        variants["compiled bf16"] = theirs(rounded, num_loops, compiled_pieces(), compile_tail=True)
     medians = median_times(variants)
     peer = best(medians, [name for name in medians if not name.startswith(OURS)])
-    eager = best(medians, ["eager fp32", "eager bf16"])
+    eager = best(medians, [name for name in medians if name.startswith("eager")])
     calls = STEPS * (1 - (1 - 1 / STEPS) ** LENGTH)
     benchmark.extra_info.update(
         milliseconds={name: round(1e3 * value, 1) for name, value in medians.items()},
