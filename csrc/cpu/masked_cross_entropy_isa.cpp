@@ -13,6 +13,14 @@ namespace {
 //
 #include "cpu/math.inl"
 //
+#include "cpu/masked_cross_entropy_tiles.inl"
+//
+#include "cpu/masked_cross_entropy_rows.inl"
+//
+#include "cpu/masked_cross_entropy_statistics.inl"
+//
+#include "cpu/masked_cross_entropy_gradients.inl"
+//
 #include "cpu/masked_cross_entropy.inl"
 
 }  // namespace

@@ -1,0 +1,118 @@
+// Backward: the gradients of the logits of a chunk, and their products with rows and weights.
+
+// Turns the products of a tile with the rows of a panel into gradients of the logits, as operands.
+template <class Operand, int Vecs>
+void logit_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const HeadLayout<Operand>& l,
+                     const TileScratch& scratch, int64_t token, int64_t count, int64_t row) {
+  constexpr int kWidth = Vecs * kLanes, kPer = Operand::kPerWord;
+  Floats top[Vecs], factor[Vecs], target_slope[Vecs];
+  Ints target[Vecs];
+  for (int v = 0; v < Vecs; ++v) {
+    const int64_t at = row + v * kLanes;
+    top[v] = load(g.top + at);
+    factor[v] = load(g.factor + at);
+    target_slope[v] = load(g.target_slope + at);
+    __builtin_memcpy(&target[v], g.targets + at, sizeof target[v]);
+  }
+  for (int64_t t = 0; t < count; t += kPer) {
+    Floats slope[kPer][Vecs];
+    for (int i = 0; i < kPer; ++i) {
+      if (t + i >= count) {
+        for (int v = 0; v < Vecs; ++v) slope[i][v] = Floats{};
+        continue;
+      }
+      const float bias = bias_of(p, token + t + i);
+      const Ints here = Ints{} + static_cast<int32_t>(token + t + i);
+      Floats total = {};
+      for (int v = 0; v < Vecs; ++v) {
+        const Floats logit = load(scratch.logits + (t + i) * kWidth + v * kLanes) + bias;
+        const Floats grown = exp_nonpositive(logit - top[v], kPer == 2) * factor[v];
+        slope[i][v] = target[v] == here ? target_slope[v] : grown;
+        total += slope[i][v];
+      }
+      float* sums = scratch.bias_sums + (t + i) * kLanes;
+      store(sums, row == 0 ? total : load(sums) + total);
+      if constexpr (kPer == 2)
+        for (int v = 0; v < Vecs; v += 2)
+          Operand::store(scratch.token_rows + (t + i) * l.tokens_row + (row + v * kLanes) / kPer, slope[i][v],
+                         slope[i][v + 1]);
+    }
+    for (int v = 0; v < Vecs; ++v)
+      store_words(scratch.row_pairs + t / kPer * l.rows_stride + row + v * kLanes,
+                  Operand::zip(slope[0][v], slope[kPer - 1][v]));
+  }
+}
+
+// Moves a panel of dweight from `tile` to its place.
+void put_weight_gradient(const MaskedCrossEntropyProblem& p, const MaskedCrossEntropyGradients& out,
+                         const float* tile, int64_t token, int64_t count, int64_t column, int width,
+                         bool add) {
+  for (int64_t t = 0; t < count; ++t)
+    for (int j = 0; j < width; j += kLanes) {
+      const int64_t at = (token + t) * p.width + column + j, left = p.width - column - j;
+      const Floats value = load(tile + t * width + j);
+      if (!out.weight_is_bf16) {
+        float* to = static_cast<float*>(out.weight) + at;
+        add ? add_some(to, value, left) : store_some(to, value, left);
+        continue;
+      }
+      uint16_t rounded[kLanes];
+      store_bf16(rounded, value);
+      uint16_t* to = static_cast<uint16_t*>(out.weight) + at;
+      if (left >= kLanes)
+        __builtin_memcpy(to, rounded, sizeof rounded);
+      else
+        for (int64_t i = 0; i < left; ++i) to[i] = rounded[i];
+    }
+}
+
+template <class Operand>
+void chunk_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
+                     void* memory, const MaskedCrossEntropyGradients& out, float* rows_grad) {
+  const HeadLayout<Operand> l(p, g.padded);
+  TileScratch scratch;
+  tile_scratch(l, true, memory, scratch);
+  const bool add = g.first > 0;  // to what earlier groups left
+  for (int64_t token = range.first; token < range.last; token += range.tile) {
+    const int64_t count = range.last - token < range.tile ? range.last - token : range.tile;
+    const Left weights = weight_rows<Operand>(p, l, token, count, scratch.weights);
+    for (int64_t row = 0; row < g.padded; row += kPanel) {
+      const int width = panel_width(g.padded, row);
+      tile_products<Operand>(p, g, l, weights, token, count, row, width, scratch.logits);
+      if (width == kPanel)
+        logit_gradients<Operand, kTileVecs>(p, g, l, scratch, token, count, row);
+      else
+        logit_gradients<Operand, 2>(p, g, l, scratch, token, count, row);
+    }
+    if (out.bias != nullptr)
+      for (int64_t t = 0; t < count; ++t) {
+        const float total = sum_lanes(load(scratch.bias_sums + t * kLanes));
+        out.bias[token + t] = add ? out.bias[token + t] + total : total;
+      }
+    if (rows_grad != nullptr) {
+      if (p.weight_is_bf16)
+        pack_weight_pairs<Operand, uint16_t>(p, l, token, count, scratch.weight_pairs);
+      else
+        pack_weight_pairs<Operand, float>(p, l, token, count, scratch.weight_pairs);
+      const int64_t token_words = (count + l.kPer - 1) / l.kPer;
+      for (int64_t column = 0; column < l.padded_width; column += kPanel)
+        multiply<Operand>({scratch.row_pairs, 1, l.rows_stride}, g.count,
+                          scratch.weight_pairs + column * token_words, panel_width(l.padded_width, column),
+                          token_words, rows_grad + column, l.padded_width, token > range.first);
+    }
+    if (out.weight != nullptr) {
+      const Left slopes = {scratch.token_rows, l.tokens_row, 1};
+      for (int64_t column = 0; column < l.padded_width; column += kPanel) {
+        const int width = panel_width(l.padded_width, column);
+        const uint32_t* panel = g.pairs + column * l.row_words;
+        if (!out.weight_is_bf16 && column + width <= p.width) {
+          multiply<Operand>(slopes, count, panel, width, l.row_words,
+                            static_cast<float*>(out.weight) + token * p.width + column, p.width, add);
+        } else {
+          multiply<Operand>(slopes, count, panel, width, l.row_words, scratch.logits, width);
+          put_weight_gradient(p, out, scratch.logits, token, count, column, width, add);
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,56 @@
+// Forward: the maximum and the sum of exponentials of each row over a chunk of the vocabulary.
+
+// Adds a tile's logits to the maxima and sums of the rows of a panel, one row in each lane.
+template <int Vecs>
+void add_statistics(const MaskedCrossEntropyProblem& p, float* logits, int64_t token, int64_t count,
+                    float* top_out, float* sum_out) {
+  constexpr int kWidth = Vecs * kLanes;
+  Floats top[Vecs], sum[Vecs];
+  for (int v = 0; v < Vecs; ++v) top[v] = load(top_out + v * kLanes);
+  for (int64_t t = 0; t < count; ++t) {
+    float* x = logits + t * kWidth;
+    const float bias = bias_of(p, token + t);
+    for (int v = 0; v < Vecs; ++v) {
+      const Floats value = load(x + v * kLanes) + bias;
+      store(x + v * kLanes, value);
+      top[v] = larger(value, top[v]);  // a NaN does not get in, but will be in the sum
+    }
+  }
+  for (int v = 0; v < Vecs; ++v)
+    sum[v] = load(sum_out + v * kLanes) * exp_nonpositive(load(top_out + v * kLanes) - top[v], false);
+  for (int64_t t = 0; t < count; ++t)
+    for (int v = 0; v < Vecs; ++v)
+      sum[v] += exp_nonpositive(load(logits + t * kWidth + v * kLanes) - top[v], false);
+  for (int v = 0; v < Vecs; ++v) {
+    store(top_out + v * kLanes, top[v]);
+    store(sum_out + v * kLanes, sum[v]);
+  }
+}
+
+template <class Operand>
+void chunk_statistics(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
+                      void* memory, const ChunkStatistics& out) {
+  const HeadLayout<Operand> l(p, g.padded);
+  TileScratch scratch;
+  tile_scratch(l, false, memory, scratch);
+  for (int64_t r = 0; r < g.padded; ++r) {
+    out.top[r] = kLowestFloat / 2;  // finite, and so is its difference to any other
+    out.sum[r] = 0;
+  }
+  for (int64_t token = range.first; token < range.last; token += range.tile) {
+    const int64_t count = range.last - token < range.tile ? range.last - token : range.tile;
+    const Left weights = weight_rows<Operand>(p, l, token, count, scratch.weights);
+    for (int64_t row = 0; row < g.padded; row += kPanel) {
+      const int width = panel_width(g.padded, row);
+      tile_products<Operand>(p, g, l, weights, token, count, row, width, scratch.logits);
+      if (width == kPanel)
+        add_statistics<kTileVecs>(p, scratch.logits, token, count, out.top + row, out.sum + row);
+      else
+        add_statistics<2>(p, scratch.logits, token, count, out.top + row, out.sum + row);
+      for (int r = 0; r < width; ++r) {
+        const int64_t t = g.targets[row + r] - token;
+        if (t >= 0 && t < count) out.target[row + r] = scratch.logits[t * width + r];
+      }
+    }
+  }
+}

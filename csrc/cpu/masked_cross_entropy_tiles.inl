@@ -1,0 +1,146 @@
+// Tiles of logits: how their operands lie in memory, and their products, in terms of vec.h and tile.inl.
+
+constexpr float kLog2E = 1.44269504f;
+
+template <class Operand>
+struct HeadLayout {
+  explicit HeadLayout(const MaskedCrossEntropyProblem& p, int64_t padded_rows)
+      : words((p.width + kPer - 1) / kPer),
+        padded_width(round_up(p.width, 2 * kLanes)),
+        weight_row(padded_width / kPer),
+        row_words(padded_rows / kPer),
+        // An odd number of cache lines from one word of tokens to the next, or they would share few sets.
+        rows_stride(round_up(padded_rows, 32) + 16),
+        tokens_row(kPer == 1 ? rows_stride : row_words) {}
+
+  static constexpr int64_t kPer = Operand::kPerWord;
+  static constexpr int64_t kTokenWords = kTileTokens / kPer;
+
+  int64_t words;         // of a row of D
+  int64_t padded_width;  // D in whole pairs of vectors
+  int64_t weight_row;    // words from one token of the tile to the next
+  int64_t row_words;     // words of the group's rows, the dimension that dweight sums over
+  int64_t rows_stride;   // words from one word of tokens to the next, rows across
+  int64_t tokens_row;    // words from one token to the next, words of rows across
+};
+
+struct TileScratch {
+  uint32_t* weights;       // [tile][weight_row]: left operand of the logits
+  float* logits;           // [tile][panel]; later a panel of dweight
+  uint32_t* weight_pairs;  // panels of D, [words of tokens][columns of the panel]: right operand of drows
+  uint32_t* row_pairs;     // [words of tokens][rows_stride]: gradients of the logits, left operand of drows
+  uint32_t* token_rows;    // [tile][tokens_row]: the same, left operand of dweight
+  float* bias_sums;        // [tile][kLanes]
+};
+
+// Lays the parts out behind `memory` and returns the bytes they take.
+template <class Operand>
+int64_t tile_scratch(const HeadLayout<Operand>& l, bool backward, void* memory, TileScratch& out) {
+  char* base = static_cast<char*>(memory);
+  int64_t at = 0;
+  const auto take = [&](int64_t count) {
+    char* start = base + at;
+    at += round_up(4 * count, 64);
+    return start;
+  };
+  out.weights = reinterpret_cast<uint32_t*>(take(kTileTokens * l.weight_row));
+  out.logits = reinterpret_cast<float*>(take(kTileTokens * kPanel));
+  if (!backward) return at;
+  out.weight_pairs = reinterpret_cast<uint32_t*>(take(l.kTokenWords * l.padded_width));
+  out.row_pairs = reinterpret_cast<uint32_t*>(take(l.kTokenWords * l.rows_stride));
+  // One float is a word in both directions.
+  out.token_rows =
+      l.kPer == 1 ? out.row_pairs : reinterpret_cast<uint32_t*>(take(kTileTokens * l.tokens_row));
+  out.bias_sums = reinterpret_cast<float*>(take(kTileTokens * kLanes));
+  return at;
+}
+
+template <class Operand>
+CrossEntropySizes sizes_of(const MaskedCrossEntropyProblem& p, int64_t rows) {
+  CrossEntropySizes s;
+  s.padded_rows = round_up(rows, 2 * kLanes);
+  const HeadLayout<Operand> l(p, s.padded_rows);
+  s.padded_width = l.padded_width;
+  s.columns = s.padded_rows * l.words;
+  s.pairs = l.padded_width * l.row_words;
+  TileScratch unused;
+  const int64_t prepare_bytes = 4 * kPanel * l.padded_width;
+  const int64_t forward = tile_scratch(l, false, nullptr, unused);
+  s.forward_scratch = forward > prepare_bytes ? forward : prepare_bytes;
+  const int64_t backward = tile_scratch(l, true, nullptr, unused);
+  s.backward_scratch = backward > prepare_bytes ? backward : prepare_bytes;
+  s.block = kPanel;
+  return s;
+}
+
+inline void store_some(float* p, Floats v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+inline void add_some(float* p, Floats v, int64_t count) { store_some(p, load_some(p, count) + v, count); }
+
+// Weights of `count` tokens as the left operand; in place where they are operands already.
+template <class Operand, class Source>
+Left weight_rows(const MaskedCrossEntropyProblem& p, const HeadLayout<Operand>& l, int64_t token,
+                 int64_t count, uint32_t* out) {
+  const Source* w = static_cast<const Source*>(p.weight) + token * p.width;
+  constexpr bool kSameBits = sizeof(Source) * Operand::kPerWord == sizeof(uint32_t);
+  if (kSameBits && p.width % l.kPer == 0 && reinterpret_cast<uintptr_t>(w) % sizeof(uint32_t) == 0)
+    return {reinterpret_cast<const uint32_t*>(w), l.words, 1};
+  for (int64_t t = 0; t < count; ++t, w += p.width)
+    for (int64_t i = 0; i < l.padded_width; i += 2 * kLanes)
+      Operand::store(out + t * l.weight_row + i / l.kPer, load_some(w + i, p.width - i),
+                     load_some(w + i + kLanes, p.width - i - kLanes));
+  return {out, l.weight_row, 1};
+}
+
+template <class Operand>
+Left weight_rows(const MaskedCrossEntropyProblem& p, const HeadLayout<Operand>& l, int64_t token,
+                 int64_t count, uint32_t* out) {
+  return p.weight_is_bf16 ? weight_rows<Operand, uint16_t>(p, l, token, count, out)
+                          : weight_rows<Operand, float>(p, l, token, count, out);
+}
+
+// The same weights as the right operand of a sum over tokens; zero for the excluded token.
+template <class Operand, class Source>
+void pack_weight_pairs(const MaskedCrossEntropyProblem& p, const HeadLayout<Operand>& l, int64_t token,
+                       int64_t count, uint32_t* out) {
+  const Source* w = static_cast<const Source*>(p.weight) + token * p.width;
+  const int64_t token_words = (count + l.kPer - 1) / l.kPer;
+  const auto values = [&](int64_t t, int64_t column) {
+    if (t >= count || token + t == p.excluded_token) return Floats{};
+    return load_some(w + t * p.width + column, p.width - column);
+  };
+  for (int64_t k = 0; k < token_words; ++k) {
+    const int64_t t = k * l.kPer;
+    for (int64_t column = 0; column < l.padded_width; column += kPanel) {
+      const int across = panel_width(l.padded_width, column);
+      uint32_t* words = out + column * token_words + k * across;
+      for (int j = 0; j < across; j += kLanes)
+        store_words(words + j,
+                    Operand::zip(values(t, column + j), l.kPer == 2 ? values(t + 1, column + j) : Floats{}));
+    }
+  }
+}
+
+// exp(d) for d <= 0; 0 where the result would be denormal; NaN stays NaN.
+inline Floats exp_nonpositive(Floats d, bool coarse) {
+  const Floats x = d * kLog2E, lowest = broadcast(-126.0f);
+  const Floats y = exp2_in_range(x < lowest ? lowest : x, coarse);
+  return x < lowest ? Floats{} : (x == x ? y : x);
+}
+
+// Products of a tile with the rows of one panel: [count][width]. The excluded token's become 0.
+template <class Operand>
+void tile_products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const HeadLayout<Operand>& l,
+                   const Left& weights, int64_t token, int64_t count, int64_t row, int width, float* out) {
+  multiply<Operand>(weights, count, g.columns + row * l.words, width, l.words, out, width);
+  const int64_t excluded = p.excluded_token - token;
+  if (excluded >= 0 && excluded < count)
+    __builtin_memset(out + excluded * width, 0, static_cast<size_t>(width) * sizeof *out);
+}
+
+inline float bias_of(const MaskedCrossEntropyProblem& p, int64_t token) {
+  return token == p.excluded_token ? -__builtin_inff() : p.bias[token];
+}
