@@ -72,7 +72,9 @@ def assert_case(inputs, compute_dtype=None, factor=4.0):
         assert value.dtype == baseline[name].dtype, name
         if name == "total":  # one number: its error says little
             continue
-        assert_matches_oracle(value, baseline[name], oracle[name], name=name, factor=factor)
+        # Plain PyTorch can be right to a fraction of a rounding step in all of a dozen numbers, by luck.
+        scale = 2.0 if value.numel() < 16 else 1.0
+        assert_matches_oracle(value, baseline[name], oracle[name], name=name, factor=scale * factor)
 
 
 def assert_same(a, b):
