@@ -122,6 +122,7 @@ def attention_backward(
 
 CROSS_ENTROPY_GROUP_ROWS: int
 
+def cross_entropy_tiles(vocab_size: int) -> int: ...
 def masked_cross_entropy(
     hidden: Tensor,
     rows: Tensor,
@@ -139,6 +140,8 @@ def masked_cross_entropy(
     top: Tensor,
     sum: Tensor,
     nll: Tensor,
+    tile_top: Tensor | None,
+    exponentials: Tensor | None,
 ) -> None: ...
 def masked_cross_entropy_backward(
     hidden: Tensor,
@@ -155,6 +158,8 @@ def masked_cross_entropy_backward(
     top: Tensor,
     sum: Tensor,
     nll: Tensor,
+    tile_top: Tensor,
+    exponentials: Tensor | None,
     nll_grad: Tensor,
     hidden_grad: Tensor | None,
     norm_grad: Tensor | None,

@@ -76,10 +76,27 @@ struct Arguments {
   }
 };
 
+// Memory for what the forward pass keeps of each tile; `top` may be None, and `exponentials` too.
+cpu::KeptTiles kept_tiles(const cpu::MaskedCrossEntropyProblem& p, py::handle top, py::handle exponentials) {
+  cpu::KeptTiles kept = {};
+  if (!top.is_none())
+    kept.top =
+        TensorView(top, "tile_top", {DType::float32}, {cpu::cross_entropy_tiles(p.vocab_size), p.num_rows})
+            .as<float>();
+  if (exponentials.is_none()) return kept;
+  if (top.is_none()) throw py::value_error("exponentials: expected None where tile_top is None");
+  const TensorView memory(exponentials, "exponentials", {DType::float32, DType::bfloat16},
+                          {p.vocab_size, p.width});
+  kept.exponentials = memory.as<char>();
+  kept.token_bytes = p.width * (memory.dtype() == DType::bfloat16 ? 2 : 4);
+  return kept;
+}
+
 void masked_cross_entropy(py::handle hidden, py::handle rows, py::handle targets, py::handle norm,
                           py::handle shift, py::handle gain, py::handle weight, py::handle bias,
                           int64_t excluded_token, bool narrow, int num_threads, py::handle row_weights_arg,
-                          py::handle total_arg, py::handle top_arg, py::handle sum_arg, py::handle nll_arg) {
+                          py::handle total_arg, py::handle top_arg, py::handle sum_arg, py::handle nll_arg,
+                          py::handle tile_top, py::handle exponentials) {
   const Arguments arguments(hidden, rows, targets, norm, shift, gain, weight, bias, excluded_token, narrow,
                             num_threads);
   const int64_t num_rows = arguments.problem.num_rows;
@@ -88,16 +105,18 @@ void masked_cross_entropy(py::handle hidden, py::handle rows, py::handle targets
   const TensorView nll(nll_arg, "nll", {DType::float32}, {num_rows});
   const TensorView top(top_arg, "top", {DType::float32}, {num_rows});
   const TensorView sum(sum_arg, "sum", {DType::float32}, {num_rows});
+  const cpu::KeptTiles kept = kept_tiles(arguments.problem, tile_top, exponentials);
   const cpu::Isa isa = cpu::current_isa();
   const py::gil_scoped_release release;
   cpu::masked_cross_entropy(arguments.problem, row_weights.as<const float>(), total.as<float>(),
-                            {top.as<float>(), sum.as<float>(), nll.as<float>()}, isa, num_threads);
+                            {top.as<float>(), sum.as<float>(), nll.as<float>()}, kept, isa, num_threads);
 }
 
 void masked_cross_entropy_backward(py::handle hidden, py::handle rows, py::handle targets, py::handle norm,
                                    py::handle shift, py::handle gain, py::handle weight, py::handle bias,
                                    int64_t excluded_token, bool narrow, int num_threads, py::handle top_arg,
-                                   py::handle sum_arg, py::handle nll_arg, py::handle nll_grad_arg,
+                                   py::handle sum_arg, py::handle nll_arg, py::handle tile_top,
+                                   py::handle exponentials, py::handle nll_grad_arg,
                                    py::handle hidden_grad_arg, py::handle norm_grad_arg,
                                    py::handle shift_grad_arg, py::handle scale_grad_arg,
                                    py::handle weight_grad_arg, py::handle bias_grad_arg) {
@@ -132,25 +151,30 @@ void masked_cross_entropy_backward(py::handle hidden, py::handle rows, py::handl
       .bias = wanted(bias_grad_arg, "bias_grad", {p.vocab_size}),
       .weight_is_bf16 = weight_grad_is_bf16,
   };
+  const cpu::KeptTiles kept = kept_tiles(p, tile_top, exponentials);
+  if (tile_top.is_none()) throw py::value_error("tile_top: expected a tensor, got None");
   const cpu::Isa isa = cpu::current_isa();
   const py::gil_scoped_release release;
-  cpu::masked_cross_entropy_backward(p, {top.as<float>(), sum.as<float>(), nll.as<float>()}, gradients, isa,
-                                     num_threads);
+  cpu::masked_cross_entropy_backward(p, {top.as<float>(), sum.as<float>(), nll.as<float>()}, kept, gradients,
+                                     isa, num_threads);
 }
 
 }  // namespace
 
 void bind_masked_cross_entropy(py::module_& m) {
   m.attr("CROSS_ENTROPY_GROUP_ROWS") = cpu::kGroupRows;
+  m.def("cross_entropy_tiles", &cpu::cross_entropy_tiles, py::arg("vocab_size"));
   m.def("masked_cross_entropy", &masked_cross_entropy, py::arg("hidden"), py::arg("rows"), py::arg("targets"),
         py::arg("norm"), py::arg("shift"), py::arg("gain"), py::arg("weight"), py::arg("bias"),
         py::arg("excluded_token"), py::arg("narrow"), py::arg("num_threads"), py::arg("row_weights"),
-        py::arg("total"), py::arg("top"), py::arg("sum"), py::arg("nll"));
+        py::arg("total"), py::arg("top"), py::arg("sum"), py::arg("nll"), py::arg("tile_top"),
+        py::arg("exponentials"));
   m.def("masked_cross_entropy_backward", &masked_cross_entropy_backward, py::arg("hidden"), py::arg("rows"),
         py::arg("targets"), py::arg("norm"), py::arg("shift"), py::arg("gain"), py::arg("weight"),
         py::arg("bias"), py::arg("excluded_token"), py::arg("narrow"), py::arg("num_threads"), py::arg("top"),
-        py::arg("sum"), py::arg("nll"), py::arg("nll_grad"), py::arg("hidden_grad"), py::arg("norm_grad"),
-        py::arg("shift_grad"), py::arg("scale_grad"), py::arg("weight_grad"), py::arg("bias_grad"));
+        py::arg("sum"), py::arg("nll"), py::arg("tile_top"), py::arg("exponentials"), py::arg("nll_grad"),
+        py::arg("hidden_grad"), py::arg("norm_grad"), py::arg("shift_grad"), py::arg("scale_grad"),
+        py::arg("weight_grad"), py::arg("bias_grad"));
 }
 
 }  // namespace loopmdm

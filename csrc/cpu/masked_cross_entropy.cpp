@@ -1,9 +1,5 @@
 #include "cpu/masked_cross_entropy.h"
 
-#if defined(__linux__)
-#  include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <mutex>
@@ -26,19 +22,20 @@ constexpr int64_t kSliceColumns = 64;  // columns of the layer norm's gradients 
 constexpr float kNoRow = 1e30f;        // the maximum of a padding row: its probabilities are 0
 
 struct Chunks {
-  int64_t vocab_size, tokens, count, tile;
+  int64_t vocab_size, tokens, count, tile, tiles;  // tiles: of a chunk
 
   explicit Chunks(int64_t vocab_size) : vocab_size(vocab_size) {
     const int64_t wanted = std::clamp<int64_t>(vocab_size / kMinChunkTokens, 1, kMaxChunks);
     tokens = round_up((vocab_size + wanted - 1) / wanted, 2);
     count = (vocab_size + tokens - 1) / tokens;
-    const int64_t tiles = (tokens + kTileTokens - 1) / kTileTokens;
-    tile = round_up((tokens + tiles - 1) / tiles, 12);  // whole register tiles
+    const int64_t needed = (tokens + kTileTokens - 1) / kTileTokens;
+    tile = round_up((tokens + needed - 1) / needed, 12);  // whole register tiles
+    tiles = (tokens + tile - 1) / tile;
   }
   static_assert(kTileTokens % 12 == 0);
 
   TokenRange operator[](int64_t chunk) const {
-    return {chunk * tokens, std::min((chunk + 1) * tokens, vocab_size), tile};
+    return {chunk * tokens, std::min((chunk + 1) * tokens, vocab_size), tile, chunk * tiles};
   }
 };
 
@@ -129,19 +126,8 @@ int useful_workers(const MaskedCrossEntropyProblem& p, int64_t chunks, int num_t
       std::min<double>(useful, static_cast<double>(std::min<int64_t>(num_threads, chunks))));
 }
 
-// A gradient as large as the weights is new memory at every call: in small pages, faults would cost a tenth
-// of the backward pass. Only advice; it does not matter whether it is taken.
-void prefer_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096, kHugePage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (end > begin && end - begin >= 2 * kHugePage)
-    (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory;
-  (void)bytes;
-#endif
+KeptTiles kept_of_group(const KeptTiles& kept, const RowGroup& group) {
+  return {kept.top, group.first == 0 ? kept.exponentials : nullptr, kept.token_bytes};
 }
 
 // Calls body(group, sizes) for the groups of rows in order.
@@ -158,8 +144,13 @@ void for_each_group(const MaskedCrossEntropyProblem& p, const MaskedCrossEntropy
 
 }  // namespace
 
+int64_t cross_entropy_tiles(int64_t vocab_size) {
+  const Chunks chunks(vocab_size);
+  return chunks.count * chunks.tiles;
+}
+
 void masked_cross_entropy(const MaskedCrossEntropyProblem& p, const float* row_weights, float* total,
-                          const RowLosses& out, Isa isa, int num_threads) {
+                          const RowLosses& out, const KeptTiles& kept, Isa isa, int num_threads) {
   *total = 0;
   if (p.num_rows == 0) return;
   const MaskedCrossEntropyKernel& kernel = LOOPMDM_KERNEL(masked_cross_entropy_kernel, isa);
@@ -168,6 +159,7 @@ void masked_cross_entropy(const MaskedCrossEntropyProblem& p, const float* row_w
   const CrossEntropySizes most = kernel.sizes(p, std::min(p.num_rows, kGroupRows));
   const auto scratch = aligned_buffer<char>(workers * most.forward_scratch);
   const auto partial = aligned_buffer<float>((2 * chunks.count + 1) * most.padded_rows);
+  if (kept.exponentials != nullptr) prefer_large_pages(kept.exponentials, p.vocab_size * kept.token_bytes);
 
   for_each_group(p, kernel, false, [&](const RowGroup& group, const CrossEntropySizes& sizes) {
     float* targets = partial.get() + 2 * chunks.count * sizes.padded_rows;
@@ -180,7 +172,7 @@ void masked_cross_entropy(const MaskedCrossEntropyProblem& p, const float* row_w
       char* memory = scratch.get() + worker.index * most.forward_scratch;
       worker.share(blocks, [&](int64_t block) { kernel.prepare(p, group, block, memory); });
       worker.share(chunks.count, [&](int64_t chunk) {
-        kernel.statistics(p, group, chunks[chunk], memory, statistics_of(chunk));
+        kernel.statistics(p, group, chunks[chunk], memory, statistics_of(chunk), kept_of_group(kept, group));
       });
     });
     for (int64_t r = 0; r < group.count; ++r) {
@@ -202,7 +194,8 @@ void masked_cross_entropy(const MaskedCrossEntropyProblem& p, const float* row_w
 }
 
 void masked_cross_entropy_backward(const MaskedCrossEntropyProblem& p, const RowLosses& rows,
-                                   const MaskedCrossEntropyGradients& out, Isa isa, int num_threads) {
+                                   const KeptTiles& kept, const MaskedCrossEntropyGradients& out, Isa isa,
+                                   int num_threads) {
   if (p.num_rows == 0) return;
   const MaskedCrossEntropyKernel& kernel = LOOPMDM_KERNEL(masked_cross_entropy_kernel, isa);
   const Chunks chunks(p.vocab_size);
@@ -210,7 +203,7 @@ void masked_cross_entropy_backward(const MaskedCrossEntropyProblem& p, const Row
   const CrossEntropySizes most = kernel.sizes(p, std::min(p.num_rows, kGroupRows));
   const auto scratch = aligned_buffer<char>(workers * most.backward_scratch);
   if (out.weight != nullptr)
-    prefer_huge_pages(out.weight, p.vocab_size * p.width * (out.weight_is_bf16 ? 2 : 4));
+    prefer_large_pages(out.weight, p.vocab_size * p.width * (out.weight_is_bf16 ? 2 : 4));
   const bool with_rows = out.hidden != nullptr || out.norm != nullptr || out.shift != nullptr;
 
   for_each_group(
@@ -233,7 +226,7 @@ void masked_cross_entropy_backward(const MaskedCrossEntropyProblem& p, const Row
           worker.share(blocks, [&](int64_t block) { kernel.prepare(p, group, block, memory); });
           worker.share(chunks.count, [&](int64_t chunk) {
             float* partial = with_rows ? rows_grad.take() : nullptr;
-            kernel.gradients(p, group, chunks[chunk], memory, out, partial);
+            kernel.gradients(p, group, chunks[chunk], kept_of_group(kept, group), memory, out, partial);
             if (with_rows) rows_grad.give(chunk, partial);
           });
           if (!with_rows) return;

@@ -2,10 +2,11 @@
 //
 // Logits exist only as tiles of some tokens by one panel of rows, tokens down and rows across: a row is a
 // vector lane, so its maximum and its sum need no shuffles, and the weights are the left operand of the
-// product, which is read as it lies in memory. The forward pass keeps the maximum and the sum of each row;
-// the backward pass computes a tile again, turns it into the gradient of the logits, and multiplies that by
-// the normalised rows (gradient of the weights) and by the weights (gradient of the rows) while it is in the
-// cache.
+// product, which is read as it lies in memory. The forward pass keeps the maximum and the sum of each row,
+// and exp(logit - maximum so far) of a tile in the memory where the backward pass will put the gradient of
+// the tile's weights, as far as it fits. The backward pass reads these exponentials, or computes the same
+// ones again, turns them into the gradient of the logits, and multiplies that by the normalised rows
+// (gradient of the weights) and by the weights (gradient of the rows) while it is in the cache.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +46,14 @@ struct RowLosses {
   float* top;  // [R]
   float* sum;  // [R]
   float* nll;  // [R]
+};
+
+// What the forward pass leaves of each tile. Exponentials are bf16 for bf16 operands, float otherwise, and
+// are those of the first group of rows only: the gradients of this group overwrite them.
+struct KeptTiles {
+  float* top;          // [tiles, R] the largest logit of a row up to this tile of its chunk; null: not wanted
+  char* exponentials;  // [V, token_bytes], null: none; may be the gradient of the weights
+  int64_t token_bytes;
 };
 
 struct MaskedCrossEntropyGradients {
@@ -90,6 +99,7 @@ struct ChunkStatistics {
 
 struct TokenRange {
   int64_t first, last, tile;
+  int64_t first_tile;  // its number in the vocabulary
 };
 
 // The functions of one instruction set.
@@ -98,11 +108,12 @@ struct MaskedCrossEntropyKernel {
   // Operands and moments of block `block` of the group's rows; pairs may be null.
   void (*prepare)(const MaskedCrossEntropyProblem&, const RowGroup&, int64_t block, void* scratch);
   void (*statistics)(const MaskedCrossEntropyProblem&, const RowGroup&, const TokenRange&, void* scratch,
-                     const ChunkStatistics& out);
+                     const ChunkStatistics& out, const KeptTiles& kept);
   // Gradients of weight and bias of the tokens, and of the normalised rows [count, padded width] (null: not
   // wanted), which is overwritten.
-  void (*gradients)(const MaskedCrossEntropyProblem&, const RowGroup&, const TokenRange&, void* scratch,
-                    const MaskedCrossEntropyGradients& out, float* rows_grad);
+  void (*gradients)(const MaskedCrossEntropyProblem&, const RowGroup&, const TokenRange&,
+                    const KeptTiles& kept, void* scratch, const MaskedCrossEntropyGradients& out,
+                    float* rows_grad);
   // The sums over D that the gradient of a row's layer norm needs, of block `block`.
   void (*norm_sums)(const MaskedCrossEntropyProblem&, const RowGroup&, int64_t block, const float* rows_grad);
   // Gradients of hidden, norm and modulation in columns [first, last) of all rows of the group, added.
@@ -110,11 +121,16 @@ struct MaskedCrossEntropyKernel {
                          const float* rows_grad, const MaskedCrossEntropyGradients& out);
 };
 
+// Tiles of a vocabulary.
+int64_t cross_entropy_tiles(int64_t vocab_size);
+
 // Writes each row's loss, and the sum of the losses times `row_weights`.
 void masked_cross_entropy(const MaskedCrossEntropyProblem& problem, const float* row_weights, float* total,
-                          const RowLosses& out, Isa isa, int num_threads);
+                          const RowLosses& out, const KeptTiles& kept, Isa isa, int num_threads);
 
+// The result does not depend on whether exponentials were kept.
 void masked_cross_entropy_backward(const MaskedCrossEntropyProblem& problem, const RowLosses& rows,
-                                   const MaskedCrossEntropyGradients& out, Isa isa, int num_threads);
+                                   const KeptTiles& kept, const MaskedCrossEntropyGradients& out, Isa isa,
+                                   int num_threads);
 
 }  // namespace loopmdm::cpu

@@ -10,15 +10,16 @@ void prepare(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_t bloc
 }
 
 void statistics(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range, void* scratch,
-                const ChunkStatistics& out) {
+                const ChunkStatistics& out, const KeptTiles& kept) {
   const TileScope scope;
-  p.narrow ? chunk_statistics<Narrow>(p, g, range, scratch, out)
-           : chunk_statistics<Wide>(p, g, range, scratch, out);
+  p.narrow ? chunk_statistics<Narrow, uint16_t>(p, g, range, scratch, out, kept)
+           : chunk_statistics<Wide, float>(p, g, range, scratch, out, kept);
 }
 
-void gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range, void* scratch,
-               const MaskedCrossEntropyGradients& out, float* rows_grad) {
+void gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
+               const KeptTiles& kept, void* scratch, const MaskedCrossEntropyGradients& out,
+               float* rows_grad) {
   const TileScope scope;
-  p.narrow ? chunk_gradients<Narrow>(p, g, range, scratch, out, rows_grad)
-           : chunk_gradients<Wide>(p, g, range, scratch, out, rows_grad);
+  p.narrow ? chunk_gradients<Narrow, uint16_t>(p, g, range, kept, scratch, out, rows_grad)
+           : chunk_gradients<Wide, float>(p, g, range, kept, scratch, out, rows_grad);
 }

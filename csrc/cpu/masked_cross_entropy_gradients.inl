@@ -1,16 +1,31 @@
 // Backward: the gradients of the logits of a chunk, and their products with rows and weights.
 
-// Turns the products of a tile with the rows of a panel into gradients of the logits, as operands.
-template <class Operand, int Vecs>
-void logit_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const HeadLayout<Operand>& l,
-                     const TileScratch& scratch, int64_t token, int64_t count, int64_t row) {
+// The exponentials of a panel's products from the forward pass, computed again: the products are overwritten.
+template <class Kept>
+const Kept* again_exponentials(const MaskedCrossEntropyProblem& p, float* products, int64_t token,
+                               int64_t count, int width, const float* top) {
+  Kept* out = reinterpret_cast<Kept*>(products);
+  for (int64_t t = 0; t < count; ++t) {
+    const float bias = bias_of(p, token + t);
+    for (int j = 0; j < width; j += kLanes) {
+      const Floats logit = load(products + t * width + j) + bias;
+      store_kept(out + t * width + j, exp_nonpositive(logit - load(top + j)));
+    }
+  }
+  return out;
+}
+
+// Turns the exponentials of a tile and a panel of rows, relative to `top`, into gradients of the logits, as
+// operands.
+template <class Operand, int Vecs, class Kept>
+void logit_gradients(const RowGroup& g, const HeadLayout<Operand>& l, const TileScratch& scratch,
+                     const Kept* exponentials, const float* top, int64_t token, int64_t count, int64_t row) {
   constexpr int kWidth = Vecs * kLanes, kPer = Operand::kPerWord;
-  Floats top[Vecs], factor[Vecs], target_slope[Vecs];
+  Floats factor[Vecs], target_slope[Vecs];
   Ints target[Vecs];
   for (int v = 0; v < Vecs; ++v) {
     const int64_t at = row + v * kLanes;
-    top[v] = load(g.top + at);
-    factor[v] = load(g.factor + at);
+    factor[v] = exp_nonpositive(load(top + v * kLanes) - load(g.top + at)) * load(g.factor + at);
     target_slope[v] = load(g.target_slope + at);
     __builtin_memcpy(&target[v], g.targets + at, sizeof target[v]);
   }
@@ -21,13 +36,11 @@ void logit_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, cons
         for (int v = 0; v < Vecs; ++v) slope[i][v] = Floats{};
         continue;
       }
-      const float bias = bias_of(p, token + t + i);
       const Ints here = Ints{} + static_cast<int32_t>(token + t + i);
       Floats total = {};
       for (int v = 0; v < Vecs; ++v) {
-        const Floats logit = load(scratch.logits + (t + i) * kWidth + v * kLanes) + bias;
-        const Floats grown = exp_nonpositive(logit - top[v], kPer == 2) * factor[v];
-        slope[i][v] = target[v] == here ? target_slope[v] : grown;
+        const Floats other = load(exponentials + (t + i) * kWidth + v * kLanes) * factor[v];
+        slope[i][v] = target[v] == here ? target_slope[v] : other;
         total += slope[i][v];
       }
       float* sums = scratch.bias_sums + (t + i) * kLanes;
@@ -66,24 +79,43 @@ void put_weight_gradient(const MaskedCrossEntropyProblem& p, const MaskedCrossEn
     }
 }
 
-template <class Operand>
+// Gradients of the logits of a tile and all rows of the group.
+template <class Operand, class Kept>
+void tile_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const HeadLayout<Operand>& l,
+                    const TileScratch& scratch, const KeptTiles& kept, int64_t tile, int64_t token,
+                    int64_t count) {
+  Left weights = {};
+  for (int64_t row = 0; row < g.padded; row += kPanel) {
+    const int width = panel_width(g.padded, row);
+    float top[kPanel];
+    __builtin_memcpy(top, g.top + row, static_cast<size_t>(width) * sizeof *top);  // of rows that pad
+    __builtin_memcpy(top, tile_top(p, g, kept, tile, row),
+                     static_cast<size_t>(block_rows(g, row / kPanel)) * sizeof *top);
+    const Kept* exponentials = kept_panel<Kept>(kept, token, count, row, width);
+    if (exponentials == nullptr) {
+      if (weights.at == nullptr) weights = weight_rows<Operand>(p, l, token, count, scratch.weights);
+      tile_products<Operand>(p, g, l, weights, token, count, row, width, scratch.logits);
+      exponentials = again_exponentials<Kept>(p, scratch.logits, token, count, width, top);
+    }
+    if (width == kPanel)
+      logit_gradients<Operand, kTileVecs>(g, l, scratch, exponentials, top, token, count, row);
+    else
+      logit_gradients<Operand, 2>(g, l, scratch, exponentials, top, token, count, row);
+  }
+}
+
+template <class Operand, class Kept>
 void chunk_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
-                     void* memory, const MaskedCrossEntropyGradients& out, float* rows_grad) {
+                     const KeptTiles& kept, void* memory, const MaskedCrossEntropyGradients& out,
+                     float* rows_grad) {
   const HeadLayout<Operand> l(p, g.padded);
   TileScratch scratch;
   tile_scratch(l, true, memory, scratch);
   const bool add = g.first > 0;  // to what earlier groups left
-  for (int64_t token = range.first; token < range.last; token += range.tile) {
+  int64_t tile = range.first_tile;
+  for (int64_t token = range.first; token < range.last; token += range.tile, ++tile) {
     const int64_t count = range.last - token < range.tile ? range.last - token : range.tile;
-    const Left weights = weight_rows<Operand>(p, l, token, count, scratch.weights);
-    for (int64_t row = 0; row < g.padded; row += kPanel) {
-      const int width = panel_width(g.padded, row);
-      tile_products<Operand>(p, g, l, weights, token, count, row, width, scratch.logits);
-      if (width == kPanel)
-        logit_gradients<Operand, kTileVecs>(p, g, l, scratch, token, count, row);
-      else
-        logit_gradients<Operand, 2>(p, g, l, scratch, token, count, row);
-    }
+    tile_gradients<Operand, Kept>(p, g, l, scratch, kept, tile, token, count);
     if (out.bias != nullptr)
       for (int64_t t = 0; t < count; ++t) {
         const float total = sum_lanes(load(scratch.bias_sums + t * kLanes));

@@ -17,6 +17,8 @@ namespace {
 //
 #include "cpu/masked_cross_entropy_rows.inl"
 //
+#include "cpu/masked_cross_entropy_exponentials.inl"
+//
 #include "cpu/masked_cross_entropy_statistics.inl"
 //
 #include "cpu/masked_cross_entropy_gradients.inl"

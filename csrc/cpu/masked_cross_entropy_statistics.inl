@@ -1,9 +1,10 @@
 // Forward: the maximum and the sum of exponentials of each row over a chunk of the vocabulary.
 
-// Adds a tile's logits to the maxima and sums of the rows of a panel, one row in each lane.
-template <int Vecs>
+// Adds a tile's logits to the maxima and sums of the rows of a panel, one row in each lane. Keeps the
+// exponentials where `kept` is not null.
+template <int Vecs, class Kept>
 void add_statistics(const MaskedCrossEntropyProblem& p, float* logits, int64_t token, int64_t count,
-                    float* top_out, float* sum_out) {
+                    float* top_out, float* sum_out, Kept* kept) {
   constexpr int kWidth = Vecs * kLanes;
   Floats top[Vecs], sum[Vecs];
   for (int v = 0; v < Vecs; ++v) top[v] = load(top_out + v * kLanes);
@@ -17,19 +18,22 @@ void add_statistics(const MaskedCrossEntropyProblem& p, float* logits, int64_t t
     }
   }
   for (int v = 0; v < Vecs; ++v)
-    sum[v] = load(sum_out + v * kLanes) * exp_nonpositive(load(top_out + v * kLanes) - top[v], false);
+    sum[v] = load(sum_out + v * kLanes) * exp_nonpositive(load(top_out + v * kLanes) - top[v]);
   for (int64_t t = 0; t < count; ++t)
-    for (int v = 0; v < Vecs; ++v)
-      sum[v] += exp_nonpositive(load(logits + t * kWidth + v * kLanes) - top[v], false);
+    for (int v = 0; v < Vecs; ++v) {
+      const Floats exponential = exp_nonpositive(load(logits + t * kWidth + v * kLanes) - top[v]);
+      sum[v] += exponential;
+      if (kept != nullptr) store_kept(kept + t * kWidth + v * kLanes, exponential);
+    }
   for (int v = 0; v < Vecs; ++v) {
     store(top_out + v * kLanes, top[v]);
     store(sum_out + v * kLanes, sum[v]);
   }
 }
 
-template <class Operand>
+template <class Operand, class Kept>
 void chunk_statistics(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
-                      void* memory, const ChunkStatistics& out) {
+                      void* memory, const ChunkStatistics& out, const KeptTiles& kept) {
   const HeadLayout<Operand> l(p, g.padded);
   TileScratch scratch;
   tile_scratch(l, false, memory, scratch);
@@ -37,16 +41,21 @@ void chunk_statistics(const MaskedCrossEntropyProblem& p, const RowGroup& g, con
     out.top[r] = kLowestFloat / 2;  // finite, and so is its difference to any other
     out.sum[r] = 0;
   }
-  for (int64_t token = range.first; token < range.last; token += range.tile) {
+  int64_t tile = range.first_tile;
+  for (int64_t token = range.first; token < range.last; token += range.tile, ++tile) {
     const int64_t count = range.last - token < range.tile ? range.last - token : range.tile;
     const Left weights = weight_rows<Operand>(p, l, token, count, scratch.weights);
     for (int64_t row = 0; row < g.padded; row += kPanel) {
       const int width = panel_width(g.padded, row);
       tile_products<Operand>(p, g, l, weights, token, count, row, width, scratch.logits);
+      Kept* keep = kept_panel<Kept>(kept, token, count, row, width);
       if (width == kPanel)
-        add_statistics<kTileVecs>(p, scratch.logits, token, count, out.top + row, out.sum + row);
+        add_statistics<kTileVecs>(p, scratch.logits, token, count, out.top + row, out.sum + row, keep);
       else
-        add_statistics<2>(p, scratch.logits, token, count, out.top + row, out.sum + row);
+        add_statistics<2>(p, scratch.logits, token, count, out.top + row, out.sum + row, keep);
+      if (kept.top != nullptr)
+        __builtin_memcpy(tile_top(p, g, kept, tile, row), out.top + row,
+                         static_cast<size_t>(block_rows(g, row / kPanel)) * sizeof(float));
       for (int r = 0; r < width; ++r) {
         const int64_t t = g.targets[row + r] - token;
         if (t >= 0 && t < count) out.target[row + r] = scratch.logits[t * width + r];

@@ -124,13 +124,6 @@ void pack_weight_pairs(const MaskedCrossEntropyProblem& p, const HeadLayout<Oper
   }
 }
 
-// exp(d) for d <= 0; 0 where the result would be denormal; NaN stays NaN.
-inline Floats exp_nonpositive(Floats d, bool coarse) {
-  const Floats x = d * kLog2E, lowest = broadcast(-126.0f);
-  const Floats y = exp2_in_range(x < lowest ? lowest : x, coarse);
-  return x < lowest ? Floats{} : (x == x ? y : x);
-}
-
 // Products of a tile with the rows of one panel: [count][width]. The excluded token's become 0.
 template <class Operand>
 void tile_products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const HeadLayout<Operand>& l,

@@ -1,4 +1,8 @@
-"""`masked_cross_entropy` on the CPU: float32 or bfloat16 products, float32 sums, no logits in memory."""
+"""`masked_cross_entropy` on the CPU: float32 or bfloat16 products, float32 sums, no [R, V] of its own.
+
+The weight gradient's memory is taken in the forward pass, where it holds exponentials of the logits until
+the backward pass has turned them into that gradient.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ def masked_cross_entropy(
         raise ValueError(f"masked_cross_entropy on the CPU: {reason}")
     narrow = (compute_dtype or head.weight.dtype) == torch.bfloat16
     total, nll = _MaskedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, *head, targets.flatten()[rows], rows, row_weights, narrow
+        hidden, *head, targets.flatten()[rows], rows, row_weights, narrow, torch.is_grad_enabled()
     )
     return total, nll
 
@@ -70,6 +74,13 @@ def _problem(
     }
 
 
+def _weight_gradient_memory(weight: Tensor, num_rows: int) -> Tensor:
+    from loopmdm_kernels import _C
+
+    sums_in_weight_dtype = num_rows <= _C.CROSS_ENTROPY_GROUP_ROWS
+    return torch.empty(weight.shape, dtype=weight.dtype if sums_in_weight_dtype else torch.float32)
+
+
 class _MaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -84,11 +95,18 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         rows: Tensor,
         row_weights: Tensor,
         narrow: bool,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         from loopmdm_kernels import _C
 
+        num_rows = rows.shape[0]
+        tile_top = exponentials = None
+        if grad_enabled and any(ctx.needs_input_grad[:5]):
+            tile_top = torch.empty(_C.cross_entropy_tiles(weight.shape[0]), num_rows)
+        if grad_enabled and ctx.needs_input_grad[2] and num_rows:
+            exponentials = _weight_gradient_memory(weight, num_rows)
         problem = _problem(hidden, norm, weight, bias, modulation, excluded_token, targets, rows, narrow)
-        top, row_sum, nll = (torch.empty(rows.shape[0]) for _ in range(3))
+        top, row_sum, nll = (torch.empty(num_rows) for _ in range(3))
         total = torch.empty(())
         _C.masked_cross_entropy(
             **problem,
@@ -97,11 +115,13 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             top=top,
             sum=row_sum,
             nll=nll,
+            tile_top=tile_top,
+            exponentials=exponentials,
         )
         ctx.save_for_backward(
-            hidden, norm, weight, bias, modulation, targets, rows, row_weights, top, row_sum, nll
+            hidden, norm, weight, bias, modulation, targets, rows, row_weights, top, row_sum, nll, tile_top
         )
-        ctx.excluded_token, ctx.narrow = excluded_token, narrow
+        ctx.excluded_token, ctx.narrow, ctx.exponentials = excluded_token, narrow, exponentials
         return total, nll
 
     @staticmethod
@@ -110,18 +130,24 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         from loopmdm_kernels import _C
 
         hidden, norm, weight, bias, modulation, *others = ctx.saved_tensors
-        targets, rows, row_weights, top, row_sum, nll = others
+        targets, rows, row_weights, top, row_sum, nll, tile_top = others
+        exponentials, ctx.exponentials = ctx.exponentials, None  # they can be read once
         want_hidden, want_norm, want_weight, want_bias, want_modulation = ctx.needs_input_grad[:5]
 
         def zeros(wanted: bool, like: Tensor) -> Tensor | None:
             return torch.zeros(like.shape) if wanted else None
 
-        # The kernel writes these in full if there is a row.
-        make = torch.empty if rows.shape[0] else torch.zeros
-        sums_in_weight_dtype = rows.shape[0] <= _C.CROSS_ENTROPY_GROUP_ROWS
-        weight_dtype = weight.dtype if sums_in_weight_dtype else torch.float32
-        grad_weight = make(weight.shape, dtype=weight_dtype) if want_weight else None
-        grad_bias = make(bias.shape) if want_bias else None
+        grad_weight = grad_bias = None
+        if want_weight:
+            grad_weight = (
+                _weight_gradient_memory(weight, rows.shape[0]) if exponentials is None else exponentials
+            )
+        if want_bias:
+            grad_bias = torch.empty(bias.shape)
+        if not rows.shape[0]:  # otherwise the kernel writes them in full
+            for grad in (grad_weight, grad_bias):
+                if grad is not None:
+                    grad.zero_()
         grad_hidden, grad_norm = zeros(want_hidden, hidden), zeros(want_norm, norm)
         grad_shift, grad_scale = (zeros(want_modulation, modulation[:, 0]) for _ in range(2))
         if any(ctx.needs_input_grad[:5]):
@@ -133,6 +159,8 @@ class _MaskedCrossEntropy(torch.autograd.Function):
                 top=top,
                 sum=row_sum,
                 nll=nll,
+                tile_top=tile_top,
+                exponentials=exponentials,
                 nll_grad=grad_total * row_weights.float() + grad_nll,
                 hidden_grad=grad_hidden,
                 norm_grad=grad_norm,
@@ -154,5 +182,6 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             None,
             None,
             (grad_total * nll).to(row_weights.dtype) if ctx.needs_input_grad[8] else None,
+            None,
             None,
         )

@@ -8,11 +8,9 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm_kernels import _C, reference
 from loopmdm_kernels.cpu import masked_cross_entropy as cpu
-from loopmdm_kernels.testing import assert_matches_oracle, head_inputs
 from loopmdm_kernels.types import Head
+from tests.cpu.cross_entropy_cases import BF16, FLOAT, LEAVES, assert_case, assert_same, case, run
 
-FLOAT, BF16 = torch.float32, torch.bfloat16
-LEAVES = ("hidden", "norm", "weight", "bias", "modulation", "row_weights")
 # (D, V, R): around the widths of lanes, panels, pairs, tiles (192 tokens) and chunks (768).
 SIZES = [
     (1, 70, 9),
@@ -32,54 +30,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def case(width=48, vocab_size=389, num_rows=40, dtype=FLOAT, excluded=True, sequences=True, **options):
-    """(leaves, targets, rows, excluded token) in the dtypes of training; rows repeat."""
-    hidden, head = head_inputs(3, 11, width, vocab_size, per_sequence_modulation=sequences, **options)
-    generator = torch.Generator().manual_seed(width + vocab_size)
-    excluded_token = vocab_size // 2 if excluded else -1
-    targets = torch.randint(0, vocab_size - excluded, (3, 11), generator=generator)
-    if excluded:
-        targets += targets >= excluded_token
-    rows = torch.randint(0, 33, (num_rows,), generator=generator)
-    weights = torch.rand(num_rows, generator=generator) + 0.5
-    leaves = (5 * hidden.float(), *(t.to(dtype) for t in head[:4]), weights)
-    return dict(zip(LEAVES, leaves, strict=True)), targets, rows, excluded_token
-
-
-def run(op, leaves, targets, rows, excluded_token, kind=None, compute_dtype=None, wanted=LEAVES):
-    """total, nll and the gradients of `wanted` of 0.7 total + random . nll."""
-    leaves = {k: (t if kind is None else t.to(kind)).detach() for k, t in leaves.items()}
-    for name in wanted:
-        leaves[name].requires_grad_()
-    hidden, norm, weight, bias, modulation, row_weights = leaves.values()
-    head = Head(norm, weight, bias, modulation, excluded_token)
-    total, nll = op(hidden, head, targets, rows, row_weights, compute_dtype=compute_dtype)
-    mix = torch.randn(rows.shape[0], generator=torch.Generator().manual_seed(5)).to(nll.dtype)
-    grads = torch.autograd.grad(0.7 * total + (mix * nll).sum(), [leaves[name] for name in wanted])
-    return {"total": total.detach()[None], "nll": nll.detach(), **dict(zip(wanted, grads, strict=True))}
-
-
-def assert_case(inputs, compute_dtype=None, factor=4.0):
-    """`factor` is twice that of the rule: the largest of few errors scatters."""
-    out = run(cpu.masked_cross_entropy, *inputs, compute_dtype=compute_dtype)
-    baseline = run(reference.masked_cross_entropy, *inputs, compute_dtype=compute_dtype)
-    oracle = run(reference.masked_cross_entropy, *inputs, kind=torch.float64)
-    expected = (out["nll"].double() * inputs[0]["row_weights"].double()).sum()
-    torch.testing.assert_close(out["total"][0], expected.float(), rtol=1e-7, atol=0)
-    for name, value in out.items():
-        assert value.dtype == baseline[name].dtype, name
-        if name == "total":  # one number: its error says little
-            continue
-        # Plain PyTorch can be right to a fraction of a rounding step in all of a dozen numbers, by luck.
-        scale = 2.0 if value.numel() < 16 else 1.0
-        assert_matches_oracle(value, baseline[name], oracle[name], name=name, factor=scale * factor)
-
-
-def assert_same(a, b):
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize(("width", "vocab_size", "num_rows"), SIZES)
@@ -224,15 +174,6 @@ def test_only_wanted_gradients(monkeypatch, wanted):
     assert made == names | ({"shift_grad", "scale_grad"} if "modulation" in wanted else set())
 
 
-def test_without_gradients_nothing_is_kept():
-    leaves, targets, rows, excluded = case()
-    head = Head(*(leaves[name] for name in LEAVES[1:5]), excluded)
-    head.weight.requires_grad_()
-    with torch.no_grad():
-        total, nll = cpu.masked_cross_entropy(leaves["hidden"], head, targets, rows, leaves["row_weights"])
-    assert total.grad_fn is None and nll.grad_fn is None
-
-
 def test_the_public_op_uses_it():
     leaves, targets, rows, excluded = case()
     with lk.use_backend("cpu"):
@@ -270,6 +211,13 @@ def test_unsupported_dtypes_go_to_the_reference(change, message):
             "head.weight: expected dtype float32 or bfloat16",
         ),
         ({"num_threads": 0}, ValueError, "num_threads: expected at least 1, got 0"),
+        ({"tile_top": torch.zeros(2, 40)}, ValueError, r"tile_top: expected shape \[3, 40\], got \[2, 40\]"),
+        (
+            {"tile_top": torch.zeros(3, 40), "exponentials": torch.zeros(389, 47)},
+            ValueError,
+            r"exponentials: expected shape \[389, 48\], got \[389, 47\]",
+        ),
+        ({"exponentials": torch.zeros(389, 48)}, ValueError, "expected None where tile_top is None"),
     ],
 )
 def test_what_the_module_refuses(change, error, message):
@@ -279,6 +227,6 @@ def test_what_the_module_refuses(change, error, message):
     values = (leaves["hidden"], rows, rows, leaves["norm"], *vectors, leaves["weight"], leaves["bias"])
     arguments = dict(zip(names, values, strict=True), excluded_token=-1, narrow=False, num_threads=1)
     out = {name: torch.zeros(40) for name in ("row_weights", "nll", "top", "sum")}
-    out["total"] = torch.zeros(())
+    out.update(total=torch.zeros(()), tile_top=None, exponentials=None)
     with pytest.raises(error, match=message):
-        _C.masked_cross_entropy(**{**arguments, **change}, **out)
+        _C.masked_cross_entropy(**{**arguments, **out, **change})

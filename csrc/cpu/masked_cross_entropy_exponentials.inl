@@ -1,0 +1,28 @@
+// Exponentials of logits, which the forward pass keeps and the backward pass reads or computes again. Values
+// of type Kept: float, or uint16_t for bf16.
+
+// exp(d) for d <= 0; 0 where the result would be denormal; NaN stays NaN.
+inline Floats exp_nonpositive(Floats d) {
+  const Floats x = d * kLog2E, lowest = broadcast(-126.0f);
+  const Floats y = exp2_in_range(x < lowest ? lowest : x, false);
+  return x < lowest ? Floats{} : (x == x ? y : x);
+}
+
+inline void store_kept(float* p, Floats v) { store(p, v); }
+inline void store_kept(uint16_t* p, Floats v) { store_bf16(p, v); }
+
+// Where those of a tile and a panel of rows are kept, [count][width], or null. The tokens of the tile have
+// token_bytes each, which the panels fill from the first row on.
+template <class Kept>
+Kept* kept_panel(const KeptTiles& kept, int64_t token, int64_t count, int64_t row, int width) {
+  constexpr int64_t kBytes = sizeof(Kept);
+  const bool fits = (row + width) * kBytes <= kept.token_bytes && kept.token_bytes % kBytes == 0;
+  if (kept.exponentials == nullptr || !fits) return nullptr;
+  return reinterpret_cast<Kept*>(kept.exponentials + token * kept.token_bytes) + row * count;
+}
+
+// The maxima that the exponentials of a tile are relative to, of a panel of rows.
+inline float* tile_top(const MaskedCrossEntropyProblem& p, const RowGroup& g, const KeptTiles& kept,
+                       int64_t tile, int64_t row) {
+  return kept.top + tile * p.num_rows + g.first + row;
+}
