@@ -113,7 +113,7 @@ def test_sampling(benchmark, num_loops):
         "eager fp32": theirs(exact, num_loops, EAGER, compile_tail=False),
         "compiled fp32": theirs(exact, num_loops, compiled_pieces(), compile_tail=True),
     }
-    if narrow:  # without the instructions torch is twice as slow in bf16 as in fp32
+    if narrow:  # without the instructions torch's product is slower in bf16 than in fp32 (the limits say so)
         variants["eager bf16"] = theirs(rounded, num_loops, EAGER, compile_tail=False)
         variants["compiled bf16"] = theirs(rounded, num_loops, compiled_pieces(), compile_tail=True)
     medians = median_times(variants)

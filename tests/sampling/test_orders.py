@@ -116,4 +116,4 @@ def test_slots_are_named_by_sequence_and_position():
     assert slots.position.tolist() == [0, 2, 1, 2]
     assert slots.sequence_id.tolist() == [7, 7, 100, 100]
     assert slots.counts.tolist() == [2, 0, 2]
-    assert slots.ranks().tolist() == [0, 1, 0, 1]
+    assert slots.blocks.rank().tolist() == [0, 1, 0, 1]

@@ -23,7 +23,9 @@ class Slots:
         self.length = masked.shape[1]
         self.masked = torch.ones_like(self.sequence, dtype=torch.bool)
         self.closed = torch.zeros_like(self.masked)
-        self._first = self.counts.cumsum(0) - self.counts
+        self.first = (
+            self.counts.cumsum(0) - self.counts
+        )  # [B] each sequence's first slot, or where it would be
         self.blocks = Blocks(self, block_length)
 
     @classmethod
@@ -36,15 +38,6 @@ class Slots:
     @property
     def num_sequences(self) -> int:
         return self.counts.numel()
-
-    @property
-    def first(self) -> Tensor:
-        """Index of each sequence's first slot, [B]; where it would be, if it has none."""
-        return self._first
-
-    def ranks(self) -> Tensor:
-        """Index of each slot among the slots of its sequence, from the left: [N]."""
-        return torch.arange(self.sequence.numel()) - self._first[self.sequence]
 
     def open(self) -> Tensor:
         """Slots that may still be revealed, ascending."""
