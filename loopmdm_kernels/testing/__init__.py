@@ -6,6 +6,7 @@ from loopmdm_kernels.testing.generators import (
     looped_inputs,
     row_rng,
 )
+from loopmdm_kernels.testing.law import chi_square_p
 from loopmdm_kernels.testing.loops import error_over_loops
 from loopmdm_kernels.testing.timers import interleaved_medians, interleaved_times
 from loopmdm_kernels.testing.tolerance import assert_matches_oracle, rounding_step
@@ -13,6 +14,7 @@ from loopmdm_kernels.testing.tolerance import assert_matches_oracle, rounding_st
 __all__ = [
     "LoopedInputs",
     "assert_matches_oracle",
+    "chi_square_p",
     "error_over_loops",
     "head_inputs",
     "interleaved_medians",

@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 
 from loopmdm_kernels.cpu.sample_rows import sample_rows
+from loopmdm_kernels.testing import chi_square_p
 from loopmdm_kernels.types import Head, RowRng
 
 
@@ -17,16 +18,6 @@ def draws(log_probs, num, seed, temperature=1.0):
     rng = RowRng(seed, torch.arange(num), zeros, zeros)
     token = sample_rows(torch.zeros(1, 1, 2), head, zeros, rng, temperature=temperature).token
     return np.bincount(token.numpy(), minlength=vocab_size)
-
-
-def chi_square_p(counts, probs):
-    """p-value, neighbouring tokens pooled until each cell expects ten draws."""
-    expected = probs * counts.sum()
-    cell = np.floor(np.cumsum(expected) / 10)
-    edges = np.flatnonzero(np.diff(cell, prepend=-1))
-    observed, expected = np.add.reduceat(counts, edges), np.add.reduceat(expected, edges)
-    assert len(edges) > 4
-    return stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 import loopmdm_kernels as lk
 from loopmdm_kernels import reference
-from loopmdm_kernels.testing import head_inputs, row_rng
+from loopmdm_kernels.testing import chi_square_p, head_inputs, row_rng
 from loopmdm_kernels.types import Head, RowRng
 
 
@@ -51,23 +50,6 @@ def draw(log_probs: torch.Tensor, num: int, seed: int, chunk: int = 10_000, **op
         tokens = lk.sample_rows(hidden, head, zeros, rng, **options).token
         counts += np.bincount(tokens.numpy(), minlength=counts.shape[0])
     return counts
-
-
-def chi_square_p(counts: np.ndarray, probs: np.ndarray) -> float:
-    """p-value against `probs`, the rarest cells pooled until each expects at least five."""
-    order = np.argsort(probs)
-    expected, observed = probs[order] * counts.sum(), counts[order]
-    edges = [0]
-    total = 0.0
-    for i, e in enumerate(expected):
-        total += e
-        if total >= 5:
-            edges.append(i + 1)
-            total = 0.0
-    edges[-1] = len(expected)
-    expected = np.add.reduceat(expected, edges[:-1])
-    observed = np.add.reduceat(observed, edges[:-1])
-    return float(stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue)
 
 
 def test_law_small_vocabulary(backend):

@@ -7,6 +7,7 @@ from scipy import stats
 
 import loopmdm_kernels as lk
 from loopmdm_kernels.reference.philox import REVEAL_STREAM, uniform53
+from loopmdm_kernels.testing import chi_square_p
 from loopmdm_kernels.types import Head, RowRng
 
 VOCAB = 50_257
@@ -27,20 +28,6 @@ def draws(probs, sequences, seed, step=0):
         rng = RowRng(seed, part, zeros[: len(part)] + step, zeros[: len(part)])
         tokens.append(lk.sample_rows(torch.zeros(1, 1, 2), head, zeros[: len(part)], rng).token)
     return torch.cat(tokens)
-
-
-def chi_square_p(counts, probs):
-    """p-value, the rarest tokens pooled so that each cell expects at least five."""
-    order = np.argsort(-probs, kind="stable")
-    expected, observed = probs[order] * counts.sum(), counts[order]
-    cell = np.where(expected >= 5, np.arange(len(order)), len(order) + np.floor(np.cumsum(expected) / 5))
-    edges = np.flatnonzero(np.diff(cell, prepend=-1))
-    observed, expected = np.add.reduceat(observed, edges), np.add.reduceat(expected, edges)
-    if expected[-1] < 5:
-        observed[-2], expected[-2] = observed[-2] + observed[-1], expected[-2] + expected[-1]
-        observed, expected = observed[:-1], expected[:-1]
-    assert len(expected) > 100
-    return stats.chisquare(observed, expected * (observed.sum() / expected.sum())).pvalue
 
 
 @pytest.mark.slow
