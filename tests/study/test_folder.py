@@ -97,6 +97,13 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+def test_a_pinned_fact_must_not_change(tmp_path: Path) -> None:
+    open_folder(tmp_path).pin("weights of a", "1f")
+    open_folder(tmp_path).pin("weights of a", "1f")
+    with pytest.raises(ValueError, match="begun with other weights of a"):
+        open_folder(tmp_path).pin("weights of a", "2e")
+
+
 def test_values_must_be_finite_json(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     with pytest.raises(ValueError, match="JSON"):

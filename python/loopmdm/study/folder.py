@@ -98,25 +98,50 @@ class StudyFolder:
             )
         return True
 
-    def items(self, keys: Iterable[str], compute: Callable[[str], Any], what: str = "items") -> list[Any]:
+    def items(
+        self,
+        keys: Iterable[str],
+        compute: Callable[[str], Any],
+        what: str = "items",
+        *,
+        progress: bool = True,
+    ) -> list[Any]:
         """The value of each key, computed where no earlier run has left it. Values are JSON values."""
         wanted = list(keys)
         missing = [key for key in wanted if key not in self._items]
         if missing:
             with self._file.open("a", encoding="utf-8") as file:
-                self._compute(missing, len(wanted), compute, what, file)
+                self._compute(missing, len(wanted), compute, what, file, progress and self._progress)
         return [self._items[key] for key in wanted]
 
     def _compute(
-        self, missing: Sequence[str], total: int, compute: Callable[[str], Any], what: str, file: TextIO
+        self,
+        missing: Sequence[str],
+        total: int,
+        compute: Callable[[str], Any],
+        what: str,
+        file: TextIO,
+        shown: bool,
     ) -> None:
-        with _Progress(what, total - len(missing), total, self._progress) as progress:
+        with _Progress(what, total - len(missing), total, shown) as progress:
             for key in missing:
                 line = json.dumps({"key": key, "value": compute(key)}, allow_nan=False)
                 file.write(line + "\n")
                 file.flush()
                 self._items[key] = json.loads(line)["value"]  # a resumed run reads the same
                 progress.advance(key)
+
+    def pin(self, name: str, value: str) -> None:
+        """Keep a fact the items depend on, such as the fingerprint of a model; a later run must agree.
+
+        Raises:
+            ValueError: the folder was begun with another value.
+        """
+        (kept,) = self.items([f"pin: {name}"], lambda _: value, progress=False)
+        if kept != value:
+            raise ValueError(
+                f"{self.path} was begun with other {name} ({kept}, now {value}); give another --out"
+            )
 
     def find(self, name: str, condition: str, outcome: str, holds: bool | None) -> None:
         """Record whether a condition holds (None: undecided), and the figures behind the verdict."""
