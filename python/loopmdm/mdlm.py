@@ -83,7 +83,7 @@ class DIT(LoopMDM):
         order += range(cfg.loop_end, cfg.num_layers)
         dropout = cfg.dropout if self.training else 0.0
         with _reference_autocast(indices.device):
-            condition = self._condition(sigma)
+            condition = self.condition(sigma)
             rotary = self.rotary_emb(indices.shape[1])
             x = self.vocab_embed.embedding[indices]
             x = x.to(torch.promote_types(x.dtype, torch.float32))

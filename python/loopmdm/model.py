@@ -1,12 +1,12 @@
 """LoopMDM: MDLM's diffusion transformer whose early-middle blocks are applied S times.
 
-The network is three calls of `looped_blocks` (head, loop, tail) and one op on the vocabulary.
+The network is three calls of `looped_blocks` (head, loop, tail: see `stages`) and one op on the vocabulary.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from loopmdm import diffusion
 from loopmdm.config import LoopMDMConfig
 from loopmdm.loop_law import LoopLaw
 from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding
+from loopmdm.stages import Stages
 from loopmdm_kernels.types import Head
 
 
@@ -58,7 +59,7 @@ class LoopMDM(nn.Module):
             return torch.get_autocast_dtype(self.device.type)
         return self.vocab_embed.embedding.dtype
 
-    def _condition(self, sigma: Tensor | None) -> Tensor:
+    def condition(self, sigma: Tensor | None) -> Tensor:
         """silu(sigma_map(sigma)) [1 or B, cond_dim], in the parameters' precision."""
         if sigma is None or not self.config.time_conditioning:
             sigma = torch.zeros(1, device=self.device)
@@ -68,7 +69,7 @@ class LoopMDM(nn.Module):
     def head(self, sigma: Tensor | None = None) -> Head:
         """The vocabulary head for noise levels sigma [B] (unused without time conditioning)."""
         out = self.output_layer
-        modulation: Tensor = out.adaLN_modulation(self._condition(sigma))
+        modulation: Tensor = out.adaLN_modulation(self.condition(sigma))
         return Head(
             out.norm_final.weight,
             out.linear.weight,
@@ -76,6 +77,18 @@ class LoopMDM(nn.Module):
             modulation.view(-1, 2, self.config.hidden_size),
             self.config.mask_token_id,
         )
+
+    def stages(
+        self,
+        input_ids: Tensor,
+        sigma: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        dropout_seed: int | None = None,
+    ) -> Stages:
+        """One forward pass of input_ids [B, L] cut at the loop, to be run and looked at stage by stage."""
+        self._check_input(input_ids, sigma, attention_mask)
+        return Stages(self, input_ids, sigma, attention_mask, dropout_seed)
 
     def hidden(
         self,
@@ -88,48 +101,12 @@ class LoopMDM(nn.Module):
         dropout_seed: int | None = None,
     ) -> Any:
         """Residual stream [B, L, D] before the final layer; with `exit_threshold`, (it, loops used [B])."""
-        self._check_input(input_ids, sigma, attention_mask)
-        cfg = self.config
+        stages = self.stages(input_ids, sigma, attention_mask=attention_mask, dropout_seed=dropout_seed)
         loops = self.default_loops() if num_loops is None else num_loops
-        condition = self._condition(sigma)
-        x = self.vocab_embed.embedding[input_ids]
-        rotary = None
-        if cfg.positions == "learned":
-            x = x + self.position_embed.embedding[: input_ids.shape[1]]
-        else:
-            rotary = self.rotary_emb(input_ids.shape[1])
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        dtype = self.compute_dtype
-        key_mask = None if attention_mask is None else attention_mask.bool()
-        dropout = cfg.dropout if self.training else 0.0
-        if dropout and dropout_seed is None:
-            dropout_seed = int(torch.randint(2**31, ()))
-
-        def stage(x: Tensor, start: int, end: int, loops: int | Tensor, exit_at: float | None = None) -> Any:
-            if start == end:
-                return x
-            blocks = [cast(DDiTBlock, self.blocks[i]) for i in range(start, end)]
-            modulation = torch.stack([b.adaLN_modulation(condition) for b in blocks])
-            return lk.looped_blocks(
-                x,
-                [b.weights() for b in blocks],
-                modulation.view(len(blocks), -1, 6, cfg.hidden_size),
-                loops,
-                num_heads=cfg.num_heads,
-                rotary=rotary,
-                key_mask=key_mask,
-                compute_dtype=dtype,
-                dropout=dropout,
-                dropout_seed=((dropout_seed or 0) * cfg.num_layers + start) & 0x7FFF_FFFF_FFFF_FFFF,
-                exit_threshold=exit_at,
-                recompute=self.recompute,
-            )
-
-        x = stage(x, 0, cfg.loop_start, 1)
-        middle = stage(x, cfg.loop_start, cfg.loop_end, loops, exit_threshold)
-        x, used = middle if exit_threshold is not None else (middle, None)
-        x = stage(x, cfg.loop_end, cfg.num_layers, 1)
-        return x if used is None else (x, used)
+        if exit_threshold is None:
+            return stages.tail(stages.loop(stages.head(), loops))
+        looped, used = stages.loop(stages.head(), loops, exit_threshold=exit_threshold)
+        return stages.tail(looped), used
 
     def forward(
         self,

@@ -1,0 +1,133 @@
+"""One forward pass, cut where the loop begins and where it ends."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+import loopmdm_kernels as lk
+from loopmdm.modules import DDiTBlock
+from loopmdm_kernels.types import Rotary
+
+if TYPE_CHECKING:
+    from loopmdm.model import LoopMDM
+
+_SEED_BITS = 0x7FFF_FFFF_FFFF_FFFF
+
+
+class Stages:
+    """The residual stream of `tokens` [B, L] from stage to stage: head, loop, tail. Made by `LoopMDM.stages`.
+
+    `tail(loop(head(), S))` is `LoopMDM.hidden` with S loops, bit for bit, and loop(loop(h, j), k) is
+    loop(h, j + k) but for dropout, whose masks begin anew with every call of `loop`.
+    """
+
+    def __init__(
+        self,
+        model: LoopMDM,
+        tokens: Tensor,
+        sigma: Tensor | None,
+        attention_mask: Tensor | None,
+        dropout_seed: int | None,
+    ) -> None:
+        self.model = model
+        self.tokens = tokens  # [B, L] int64
+        self.sigma = sigma  # [B] or None
+        self._key_mask = None if attention_mask is None else attention_mask.bool()
+        self._dropout = model.config.dropout if model.training else 0.0
+        if self._dropout and dropout_seed is None:
+            dropout_seed = int(torch.randint(2**31, ()))
+        self._dropout_seed = dropout_seed or 0
+        self._condition = model.condition(sigma)
+        self._compute_dtype = model.compute_dtype
+        self._rotary: Rotary | None = None
+        if model.config.positions == "rotary":
+            self._rotary = model.rotary_emb(tokens.shape[1])
+        self._modulations: dict[int, Tensor] = {}
+
+    @property
+    def masked(self) -> Tensor:
+        """The positions that hold the mask token, bool [B, L]."""
+        return self.tokens == self.model.config.mask_token_id
+
+    def head(self) -> Tensor:
+        """H(0) [B, L, D], float32 or wider: the embedding and the blocks before the loop."""
+        model = self.model
+        x = model.vocab_embed.embedding[self.tokens]
+        if model.config.positions == "learned":
+            x = x + model.position_embed.embedding[: self.tokens.shape[1]]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        out: Tensor = self._run(x, 0, model.config.loop_start, 1)
+        return out
+
+    def loop(
+        self, hidden: Tensor, num_loops: int | Tensor = 1, *, exit_threshold: float | None = None
+    ) -> Any:
+        """H(k + num_loops) from H(k) [B, L, D]; with `exit_threshold`, (it, loops used int64 [B]).
+
+        Args:
+            hidden: of `head` or of `loop`.
+            num_loops: loops to add, at least 1: one number or one for each sequence, int64 [B].
+            exit_threshold: a sequence stops after a loop that changes its hidden state by less, relative to
+                the new state (Frobenius norms over all positions).
+        """
+        config = self.model.config
+        return self._run(hidden, config.loop_start, config.loop_end, num_loops, exit_threshold)
+
+    def tail(self, hidden: Tensor) -> Tensor:
+        """The residual stream [B, L, D] that the vocabulary head reads: the blocks behind the loop."""
+        config = self.model.config
+        out: Tensor = self._run(hidden, config.loop_end, config.num_layers, 1)
+        return out
+
+    def subset(self, active: Tensor) -> Stages:
+        """The same pass for some of the sequences: `active` holds their numbers int64 [b], or is bool [B]."""
+        part = object.__new__(Stages)
+        part.__dict__.update(self.__dict__)
+        part.tokens = self.tokens[active]
+        part.sigma = None if self.sigma is None else self.sigma[active]
+        part._key_mask = None if self._key_mask is None else self._key_mask[active]
+        if self._condition.shape[0] > 1:
+            config = self.model.config
+            bounds = (0, config.loop_start, config.loop_end, config.num_layers)
+            # Rows of one product: a product of fewer rows may round otherwise.
+            part._modulations = {
+                start: self._modulation(start, end)[:, active]
+                for start, end in pairwise(bounds)
+                if start < end
+            }
+        return part
+
+    def _modulation(self, start: int, end: int) -> Tensor:
+        """Of blocks start..end - 1, [end - start, 1 or B, 6, D]."""
+        if start not in self._modulations:
+            blocks = [cast(DDiTBlock, self.model.blocks[i]) for i in range(start, end)]
+            rows = torch.stack([block.adaLN_modulation(self._condition) for block in blocks])
+            self._modulations[start] = rows.view(len(blocks), -1, 6, self.model.config.hidden_size)
+        return self._modulations[start]
+
+    def _run(
+        self, x: Tensor, start: int, end: int, loops: int | Tensor, exit_threshold: float | None = None
+    ) -> Any:
+        """Blocks start..end - 1, `loops` times."""
+        if start == end:
+            return x
+        model = self.model
+        blocks = [cast(DDiTBlock, model.blocks[i]) for i in range(start, end)]
+        return lk.looped_blocks(
+            x,
+            [block.weights() for block in blocks],
+            self._modulation(start, end),
+            loops,
+            num_heads=model.config.num_heads,
+            rotary=self._rotary,
+            key_mask=self._key_mask,
+            compute_dtype=self._compute_dtype,
+            dropout=self._dropout,
+            dropout_seed=(self._dropout_seed * model.config.num_layers + start) & _SEED_BITS,
+            exit_threshold=exit_threshold,
+            recompute=model.recompute,
+        )
