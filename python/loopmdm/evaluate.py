@@ -154,7 +154,7 @@ def _measure(
     try:
         for item in batches:
             batch = item if isinstance(item, Batch) else Batch(item)
-            t, masked, tokens = _corruption(batch, num_t, seed, done)
+            t, masked, tokens = corruption(batch, num_t, seed, done)
             done += len(tokens)
             batch, on_device = batch.to(device), masked.to(device)
             for loops, sums in parts.items():
@@ -181,8 +181,11 @@ def _measure(
     return merged
 
 
-def _corruption(batch: Batch, num_t: int, seed: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Times [B, num_t], masks [B, num_t, L] and counted tokens [B] of the sequences from index `first` on."""
+def corruption(batch: Batch, num_t: int, seed: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Times [B, num_t], masks [B, num_t, L] and counted tokens [B] of the sequences from index `first` on.
+
+    Functions of (seed, index of the sequence): one time in each of `num_t` equal parts of [1e-3, 1).
+    """
     size, length = batch.input_ids.shape
     counted = torch.ones(size, length, dtype=torch.bool)
     if batch.attention_mask is not None:

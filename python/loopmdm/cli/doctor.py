@@ -22,6 +22,7 @@ import loopmdm_kernels as lk
 from loopmdm.cli.models import SHIPPED, load_model, shipped_folder
 from loopmdm.cli.output import print_json, print_table
 from loopmdm.cli.parser import add_json
+from loopmdm.study.provenance import processor
 from loopmdm_kernels.types import Head, RowRng
 
 EPILOG = """example:
@@ -79,7 +80,7 @@ def _nvcc() -> str | None:
 def _machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "thread_runtime": _thread_runtime(),
@@ -98,15 +99,6 @@ def _thread_runtime() -> str | None:
         return None
     except RuntimeError as error:  # a bad LOOPMDM_CPU_THREADS
         return str(error)
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def _check_backend(name: str, status: bool | str) -> dict[str, Any]:

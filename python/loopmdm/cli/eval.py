@@ -8,17 +8,16 @@ NELBO of their blanks. Times, masks and puzzles are the same for every loop coun
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from loopmdm.cli import likelihood, text_data
 from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, held_out_puzzles, share_row, solve_all
-from loopmdm.cli.models import default_loops, load_model, load_tokenizer, sudoku_spec
+from loopmdm.cli.held_out import add_text_options, held_out_text
+from loopmdm.cli.models import default_loops, load_model, sudoku_spec
 from loopmdm.cli.output import note, print_json, print_table
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, count, loop_counts, positive_int, set_up
-from loopmdm.cli.run_file import VALIDATION, RunFile
 from loopmdm.data.sudoku import SudokuSpec, read_puzzles, solve
 from loopmdm.evaluate import evaluate_nll
 from loopmdm.model import LoopMDM
@@ -45,30 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=count, default=0, help="of times and masks (default: %(default)s)")
     text = parser.add_argument_group("text")
-    text.add_argument(
-        "--data", metavar="PATH", help="as in `loopmdm train` (default: what the run was trained on)"
-    )
-    text.add_argument(
-        "--part",
-        choices=("validation", "all"),
-        help="documents to take: those a training run with the same data holds out (default if the model was"
-        " trained on this data), or all (default otherwise)",
-    )
-    text.add_argument(
-        "--windows", type=positive_int, default=64, metavar="N", help="sequences (default: %(default)s)"
-    )
-    text.add_argument(
-        "--length", type=positive_int, metavar="L", help="tokens of one (default: that of training)"
-    )
-    text.add_argument(
-        "--tokenizer", metavar="T", help="folder, file or hub id (default: the one beside the model)"
-    )
-    text.add_argument(
-        "--text-field", default="text", metavar="NAME", help="field of .jsonl, .parquet and .arrow"
-    )
-    text.add_argument(
-        "--errors", choices=("strict", "replace"), default="strict", help="bytes that are not UTF-8"
-    )
+    add_text_options(text, windows=64)
     puzzles = parser.add_argument_group("Sudoku")
     puzzles.add_argument(
         "--puzzles", metavar="FILE", help="as in `loopmdm solve` (default: made here, test split)"
@@ -103,27 +79,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[str, Any]:
-    run = RunFile.read(Path(args.model))
-    trained_on = None if run is None else run.data
-    source = trained_on if args.data is None else text_data.located(args.data)
-    if source is None:
-        raise UsageError(f"--data: {args.model} does not say what it was trained on; give --data PATH")
-    tokenizer = load_tokenizer(model, args.model, args.tokenizer)
-    if tokenizer is None:
-        raise UsageError(
-            f"--tokenizer: {args.model} holds no tokenizer; give the one the model was trained with"
-        )
-    if run is not None and source == trained_on:
-        part, field, errors, share = "validation", run.text_field, run.errors, run.validation
-    else:
-        part, field, errors, share = "all", args.text_field, args.errors, VALIDATION
-    part = args.part or part
-    corpus = text_data.read_corpus(source, field, errors, share if part == "validation" else 0.0)
-    documents = corpus.validation if part == "validation" else corpus.train
-    length = args.length or (run.length if run is not None and run.length else model.config.max_length)
-    data = text_data.pack(part, documents, tokenizer, length)
-    windows = text_data.windows(data, tokenizer, args.windows)
-    note(f"{args.num_t} times each for {min(args.windows, len(data))} windows of {length} tokens")
+    text = held_out_text(args, model, args.model)
+    windows = text_data.windows(text.data, text.tokenizer, args.windows)
+    note(f"{args.num_t} times each for {min(args.windows, len(text.data))} windows of {text.length} tokens")
     results = evaluate_nll(
         model,
         windows.batches,
@@ -133,10 +91,10 @@ def _text(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[st
         bytes_per_token=windows.bytes_per_token,
     )
     return {
-        "source": f"{part} documents of {source}",
-        "data": source,
-        "part": part,
-        "length": length,
+        "source": text.description,
+        "data": text.source,
+        "part": text.part,
+        "length": text.length,
         "held_out": [likelihood.to_dict(result) for result in results],
     }
 

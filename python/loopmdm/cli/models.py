@@ -31,11 +31,12 @@ def shipped_folder(name: str) -> Path:
     return folder
 
 
-def load_model(source: str, device: torch.device) -> LoopMDM:
+def load_model(source: str, device: torch.device, **overrides: Any) -> LoopMDM:
     """The model `source` stands for: a name of `SHIPPED` (a folder of that name comes first), or what
-    `LoopMDM.from_pretrained` reads; in eval mode on the device."""
+    `LoopMDM.from_pretrained` reads; in eval mode on the device. `overrides` replace fields of its
+    configuration."""
     path: Any = shipped_folder(source) if source in SHIPPED and not Path(source).exists() else source
-    return LoopMDM.from_pretrained(path).to(device).eval()
+    return LoopMDM.from_pretrained(path, **overrides).to(device).eval()
 
 
 def sudoku_spec(model: LoopMDM) -> SudokuSpec | None:
