@@ -59,19 +59,21 @@ def _loop_by_loop(
         return going
 
     everyone = stages
-    while True:
+    while active.numel():
         new = stages.loop(hidden)
         loop += 1
         over = most[active] == loop
         if bool(over.any()):  # no need to judge them
-            done = new if judge.tails is None else torch.empty_like(new)
+            state = new
             if judge.tails is not None:
-                done[over] = stages.subset(over).tail(new[over])
-            going = leave(over, done)
+                state = torch.empty_like(new)
+                state[over] = stages.subset(over).tail(new[over])
+            going = leave(over, state)
             hidden, new = hidden[going], new[going]
         if not active.numel():
-            return (out if judge.tails is not None else everyone.tail(out)), used
+            break
         stop = judge(stages, hidden, new, loop)
         if loop >= min_loops and bool(stop.any()):
             new = new[leave(stop, new if judge.tails is None else judge.tails)]
         hidden = new
+    return (everyone.tail(out) if judge.tails is None else out), used

@@ -210,8 +210,8 @@ class ExitGate(ExitRule):
         values = (*self.weights, self.bias)
         if len(self.weights) != len(self.FEATURES) or not all(map(math.isfinite, values)):
             raise ValueError(
-                f"weights must be {len(self.FEATURES)} finite numbers ({', '.join(self.FEATURES)}) and bias one,"
-                f" got {self.weights!r} and {self.bias!r}"
+                f"weights must be {len(self.FEATURES)} finite numbers ({', '.join(self.FEATURES)}) and bias"
+                f" one, got {self.weights!r} and {self.bias!r}"
             )
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability must be in [0, 1], got {self.probability!r}")
