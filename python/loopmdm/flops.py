@@ -205,6 +205,13 @@ class SamplingLedger:
         self._flops["head"] += rows_projected * head_flops(dims)
         self._flops["embedding"] += tokens * head_flops(dims)
 
+    def record_tails(self, dims: Dimensions, passes: int, *, length: int | None = None) -> None:
+        """Passes of a sequence through the blocks behind the loop, beside the one of each call."""
+        _check_at_least("passes", passes, 0)
+        length = self.length if length is None else length
+        layers = passes * (dims.num_layers - dims.loop_end)
+        self._flops["blocks"] += length * layers * layer_flops(dims, length)
+
     def record_rows(self, dims: Dimensions, rows: int) -> None:
         """Rows projected onto the vocabulary again, from the hidden state of a call recorded before."""
         _check_at_least("rows", rows, 0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import loopmdm_kernels as lk
 from loopmdm import diffusion
 from loopmdm.config import LoopMDMConfig
+from loopmdm.exits import ExitRule, run_with_exit
 from loopmdm.loop_law import LoopLaw
 from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding
 from loopmdm.stages import Stages
@@ -97,16 +98,19 @@ class LoopMDM(nn.Module):
         *,
         num_loops: int | Tensor | None = None,
         attention_mask: Tensor | None = None,
-        exit_threshold: float | None = None,
+        exit: ExitRule | None = None,
+        min_loops: int = 1,
         dropout_seed: int | None = None,
     ) -> Any:
-        """Residual stream [B, L, D] before the final layer; with `exit_threshold`, (it, loops used [B])."""
+        """Residual stream [B, L, D] before the final layer; with `exit`, (it, loops used [B]).
+
+        exit ends the loop of a sequence before `num_loops`, and after `min_loops` at the earliest.
+        """
         stages = self.stages(input_ids, sigma, attention_mask=attention_mask, dropout_seed=dropout_seed)
         loops = self.default_loops() if num_loops is None else num_loops
-        if exit_threshold is None:
-            return stages.tail(stages.loop(stages.head(), loops))
-        looped, used = stages.loop(stages.head(), loops, exit_threshold=exit_threshold)
-        return stages.tail(looped), used
+        if exit is not None:
+            return run_with_exit(stages, loops, exit, min_loops)
+        return stages.tail(stages.loop(stages.head(), loops))
 
     def forward(
         self,

@@ -34,6 +34,11 @@ def name(options):
 
 
 PLANS = [2, ComputePlan.adaptive(0.4, 4), ComputePlan.parse("L4,H8,L4", light=1, heavy=3)]
+DATA_PLANS = [
+    ComputePlan.by_mask_ratio([1, 4, 2, 3]),
+    ComputePlan.adaptive(0.02, 4, 2, "output"),
+    ComputePlan.adaptive(max_loops=4, criterion="argmax"),
+]
 
 
 def fits(options, plan):
@@ -44,7 +49,10 @@ def fits(options, plan):
 
 @pytest.mark.parametrize(
     ("options", "plan"),
-    [(o, p) for o in WAYS for p in PLANS if fits(o, p)],
+    [
+        *((o, p) for o in WAYS for p in PLANS if fits(o, p)),
+        *((o, p) for o in (WAYS[1], WAYS[6], WAYS[8], WAYS[-1]) for p in DATA_PLANS),
+    ],
     ids=lambda v: name(v) if isinstance(v, dict) else str(v),
 )
 def test_batch_invariance(model, options, plan):
@@ -129,20 +137,24 @@ def test_greedy_needs_no_seed(model):
     assert (runs[0] == runs[0][0]).all()
 
 
+@pytest.mark.parametrize("criterion", ["hidden", "output"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_adaptive_bounds_e13(model, order):
+def test_adaptive_bounds_e13(model, order, criterion):
     """Threshold 0 is the cap, bit for bit; threshold inf is one loop; loops fall as the threshold grows."""
     arguments = {"num_samples": 4, "length": 12, "order": order, "seed": 3}
     cap = sample(model, plan=4, **arguments)
-    never = sample(model, plan=ComputePlan.adaptive(0.0, 4), **arguments)
+    never = sample(model, plan=ComputePlan.adaptive(0.0, 4, criterion=criterion), **arguments)
     assert torch.equal(never.tokens, cap.tokens)
     assert torch.equal(never.loops, cap.loops)
-    at_once = sample(model, plan=ComputePlan.adaptive(float("inf"), 4), **arguments)
+    at_once = sample(model, plan=ComputePlan.adaptive(float("inf"), 4, criterion=criterion), **arguments)
     assert torch.equal(at_once.tokens, sample(model, plan=1, **arguments).tokens)
     assert torch.equal(at_once.loops, at_once.network_calls)
+    thresholds = {"hidden": (0.05, 0.2, 0.5, 1.0), "output": (1e-6, 1e-3, 0.1, 1.0)}[criterion]
     first_step = [
-        sample(model, plan=ComputePlan.adaptive(eps, 8), history=True, **arguments).history[0].loops
-        for eps in (0.05, 0.2, 0.5, 1.0)
+        sample(model, plan=ComputePlan.adaptive(eps, 8, criterion=criterion), history=True, **arguments)
+        .history[0]
+        .loops
+        for eps in thresholds
     ]
     for tight, loose in pairwise(first_step):
         assert (loose <= tight).all()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from loopmdm.data.sudoku import NINE, Puzzles, SudokuSpec, generate
 from loopmdm.data.sudoku.boards import Cells
 from loopmdm.model import LoopMDM
+from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.solve import SolveResult, solve_puzzles
 
 ORDERS = ("left_to_right", "confidence")
@@ -17,10 +18,10 @@ SHARE_COLUMNS = ("order", "loops S", "solved", "± s.e.", "network calls", "loop
 
 
 class Solved(NamedTuple):
-    """All puzzles solved with one order and one loop count."""
+    """All puzzles solved with one order and one plan."""
 
     order: str
-    num_loops: int
+    plan: ComputePlan
     result: SolveResult
 
     def to_dict(self) -> dict[str, Any]:
@@ -28,6 +29,7 @@ class Solved(NamedTuple):
         return {
             "order": self.order,
             "num_loops": self.num_loops,
+            "plan": str(self.plan),
             "puzzles": len(result.boards),
             "share_solved": result.accuracy,
             "stderr": None if math.isnan(self.stderr) else self.stderr,
@@ -35,6 +37,12 @@ class Solved(NamedTuple):
             "loops": int(result.loops.sum()),
             "seconds": result.seconds,
         }
+
+    @property
+    def num_loops(self) -> int | None:
+        """The loop count, where the plan is one."""
+        first = self.plan.parts[0]
+        return first.compute.num_loops if first.steps is None and first.compute.exit is None else None
 
     @property
     def stderr(self) -> float:
@@ -48,7 +56,7 @@ def share_row(solved: dict[str, Any]) -> tuple[str, ...]:
     error = solved["stderr"]
     return (
         solved["order"].replace("_", " "),
-        str(solved["num_loops"]),
+        str(solved["num_loops"] or solved["plan"]),
         f"{100 * solved['share_solved']:.1f} %",
         "-" if error is None or math.isnan(error) else f"{100 * error:.1f}",
         f"{solved['network_calls']:,}",
@@ -68,22 +76,22 @@ def solve_all(
     spec: SudokuSpec,
     puzzles: Cells,
     orders: Sequence[str],
-    loops: Sequence[int],
+    loops: Sequence[int | ComputePlan],
     *,
     batch_size: int = 64,
     progress: bool = False,
     **pace: Any,
 ) -> list[Solved]:
-    """Solve the puzzles [N, cells] once for every order and loop count; pace: options of `solve_puzzles`."""
+    """Solve the puzzles [N, cells] once for every order and plan; pace: options of `solve_puzzles`."""
     return [
         Solved(
             order,
-            num_loops,
+            plan,
             solve_puzzles(
                 model,
                 puzzles,
                 spec,
-                num_loops=num_loops,
+                num_loops=plan,
                 order=order,
                 batch_size=batch_size,
                 progress=progress,
@@ -91,5 +99,5 @@ def solve_all(
             ),
         )
         for order in orders
-        for num_loops in loops
+        for plan in map(as_plan, loops)
     ]

@@ -19,7 +19,8 @@ from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, Solved, share_row, solve_a
 from loopmdm.cli.decoding import add_pace, pace_options
 from loopmdm.cli.models import SHIPPED, default_loops, load_model
 from loopmdm.cli.output import has_color, note, print_json, print_table
-from loopmdm.cli.parser import add_json, add_runtime, loop_counts, positive_int, set_up
+from loopmdm.cli.parser import UsageError, add_json, add_runtime, loop_counts, positive_int, set_up
+from loopmdm.cli.plans import adaptive, adapts, add_plan, plan_option
 from loopmdm.cli.views import Views, add_views
 from loopmdm.data.sudoku import PuzzleFile, encode_boards, format_board, parse_puzzles, read_puzzles
 from loopmdm.data.sudoku.files import BLANKS
@@ -33,6 +34,7 @@ from loopmdm.view.painters import BoardPainter
 EPILOG = """examples:
   loopmdm solve puzzles.txt --loops 1,3,8 --order both
   loopmdm solve 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
+  loopmdm solve puzzles.txt --adaptive 0.2 --order confidence
   loopmdm solve puzzles.csv --model run --json > answers.json
   loopmdm solve puzzles.txt --watch --watch-delay 0.1 --html boards.html
 """
@@ -53,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loops",
         type=loop_counts,
         metavar="S,S,...",
-        help="loop counts (default: 1, half and all of the model's most)",
+        help="loop counts (default: 1, half and all of the model's most; with --adaptive, all)",
     )
+    add_plan(parser, "--plan", default="--loops")
     parser.add_argument(
         "--order",
         choices=[*sorted(SAMPLING_ORDERS), "both"],
@@ -91,15 +94,15 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(name, device)
     pace = pace_options(args)
     orders = ORDERS if args.order == "both" else (args.order,)
-    loops = args.loops or default_loops(model)
+    plans = _plans(args, model, device)
     fits = (model.config.vocab_size, model.config.mask_token_id) == (
         puzzles.spec.vocab_size,
         puzzles.spec.mask_token_id,
     )
     if views.wanted and fits:  # else solving says what is wrong
-        _show(args, views, model, name, puzzles, orders[-1], loops[-1], pace)
+        _show(args, views, model, name, puzzles, orders[-1], plans[-1], pace)
     solved = solve_all(
-        model, puzzles.spec, clues, orders, loops, batch_size=args.batch_size, progress=True, **pace
+        model, puzzles.spec, clues, orders, plans, batch_size=args.batch_size, progress=True, **pace
     )
     if args.json:
         print_json(
@@ -117,6 +120,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plans(args: argparse.Namespace, model: LoopMDM, device: torch.device) -> list[ComputePlan]:
+    """A plan for each of the loop counts, or the one that is asked for."""
+    if args.plan is not None:
+        if args.loops is not None:
+            raise UsageError("--loops: it does not go with --plan, which says how many")
+        return [plan_option(args, device)]
+    if adapts(args):
+        return [adaptive(args, most) for most in args.loops or (model.config.max_loops,)]
+    if args.light is not None or args.heavy is not None:
+        plan_option(args, device)  # says that they belong to a plan
+    return [ComputePlan.constant(count) for count in args.loops or default_loops(model)]
+
+
 def _show(
     args: argparse.Namespace,
     views: Views,
@@ -124,14 +140,13 @@ def _show(
     name: str,
     puzzles: PuzzleFile,
     order: str,
-    num_loops: int,
+    plan: ComputePlan,
     pace: dict[str, Any],
 ) -> None:
     """Solve the first boards with the views on: in the order and with the loops whose answers are printed."""
     spec = puzzles.spec
     clues = puzzles.clues[: min(args.boards, args.limit or args.boards)]
     canvas = torch.from_numpy(np.where(clues == 0, spec.mask_token_id, clues.astype(np.int64) - 1))
-    plan = ComputePlan.constant(num_loops)
     symbols = BoardSymbols(spec)
     views.run(
         partial(sample, model, infill=canvas, order=order, plan=plan, temperature=0.0, **pace),
@@ -197,7 +212,8 @@ def _print_boards(puzzles: PuzzleFile, solved: Solved, most: int) -> None:
     """Each puzzle beside its answer; what the order and loop count were is said once."""
     shown = min(most, len(solved.result.boards))
     color = has_color()
-    print(f"Answers at S = {solved.num_loops}, {solved.order.replace('_', ' ')} order:\n")
+    what = str(solved.plan) if solved.num_loops is None else f"S = {solved.num_loops}"
+    print(f"Answers at {what}, {solved.order.replace('_', ' ')} order:\n")
     for i in range(shown):
         left = format_board(puzzles.spec, puzzles.clues[i], color=False).splitlines()
         right = format_board(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import loopmdm_kernels as lk
 from loopmdm import diffusion
+from loopmdm.exits import ExitCost, ExitRule
 from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm_kernels.types import Head, RowRng, SampledRows
 
@@ -30,7 +31,8 @@ class Denoiser(Protocol):
         sigma: Tensor | None = None,
         *,
         num_loops: int | Tensor | None = None,
-        exit_threshold: float | None = None,
+        exit: ExitRule | None = None,
+        min_loops: int = 1,
     ) -> Any: ...
     def head(self, sigma: Tensor | None = None) -> Head: ...
 
@@ -48,11 +50,18 @@ class Draw(NamedTuple):
     seed: int
 
 
+class Spent(NamedTuple):
+    """What one network call spent on each of its b sequences, on the CPU."""
+
+    loops: Tensor  # [b] int64
+    exits: ExitCost | None  # of an exit rule
+
+
 class Prediction(NamedTuple):
     """One network call on b sequences, on the CPU. sampled is None when no row was asked for."""
 
     sampled: SampledRows | None
-    loops: Tensor  # [b] int64
+    spent: Spent
 
 
 class Network:
@@ -68,25 +77,31 @@ class Network:
         chosen: Denoiser = self._model if compute.model is None else compute.model
         return chosen
 
+    def loops_of(self, compute: StepCompute) -> int:
+        """Loops of a compute, at most: its own number, or the model's max_loops."""
+        return compute.num_loops or int(self.model_of(compute).config.max_loops)
+
     @torch.inference_mode()
     def predict(
         self,
         tokens: Tensor,
         times: Tensor | None,
         compute: StepCompute,
+        num_loops: int | Tensor,
         rows: Tensor,
         names: tuple[Tensor, Tensor, Tensor],
     ) -> Prediction:
         """Run `compute` on tokens [b, L] at times [b] and draw a token for each row of `rows` [R].
 
-        rows are flat indices b*L + l; names are the sequence id, step and position [R] of each row's random
-        numbers. times may be None unless the model is conditioned on time.
+        num_loops is of all sequences or of each, int64 [b], in place of the one of `compute`. rows are flat
+        indices b*L + l; names are the sequence id, step and position [R] of each row's random numbers. times
+        may be None unless the model is conditioned on time.
         """
         model = self.model_of(compute)
         device = model.device
-        hidden, loops, sigma = self.hidden(tokens, times, compute)
+        hidden, spent, sigma = self.hidden(tokens, times, compute, num_loops)
         if not rows.numel():
-            return Prediction(None, loops)
+            return Prediction(None, spent)
         rng = RowRng(self._draw.seed, *(name.to(device) for name in names))
         sampled = lk.sample_rows(
             hidden,
@@ -98,26 +113,29 @@ class Network:
             top_k=self._draw.top_k,
             compute_dtype=model.compute_dtype,
         )
-        return Prediction(SampledRows(*(field.cpu() for field in sampled)), loops)
+        return Prediction(SampledRows(*(field.cpu() for field in sampled)), spent)
 
     def hidden(
-        self, tokens: Tensor, times: Tensor | None, compute: StepCompute
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One network call: residual stream [b, L, D], loops spent [b] on the CPU, sigma [b] or None."""
+        self, tokens: Tensor, times: Tensor | None, compute: StepCompute, num_loops: int | Tensor
+    ) -> tuple[Tensor, Spent, Tensor | None]:
+        """One network call: residual stream [b, L, D], what it spent, sigma [b] or None."""
         model = self.model_of(compute)
         sigma = None
         if model.config.time_conditioning:
             assert times is not None
             sigma = diffusion.sigma(times).float().to(model.device)
-        num_loops = compute.num_loops or model.config.max_loops
         tokens = tokens.to(model.device)
-        if compute.exit_threshold is None:
-            hidden = model.hidden(tokens, sigma, num_loops=num_loops)
-            return hidden, torch.full((tokens.shape[0],), num_loops), sigma
-        hidden, loops = model.hidden(
-            tokens, sigma, num_loops=num_loops, exit_threshold=compute.exit_threshold
+        most = num_loops.to(model.device) if isinstance(num_loops, Tensor) else num_loops
+        if compute.exit is None:
+            hidden = model.hidden(tokens, sigma, num_loops=most)
+            loops = num_loops if isinstance(num_loops, Tensor) else torch.full((len(tokens),), num_loops)
+            return hidden, Spent(loops, None), sigma
+        hidden, used = model.hidden(
+            tokens, sigma, num_loops=most, exit=compute.exit, min_loops=compute.min_loops
         )
-        return hidden, loops.cpu(), sigma
+        loops = used.cpu()
+        limits = num_loops if isinstance(num_loops, Tensor) else torch.full_like(loops, num_loops)
+        return hidden, Spent(loops, compute.exit.cost(loops, limits, compute.min_loops)), sigma
 
     def head(self, model: Denoiser, sigma: Tensor | None) -> Head:
         """The model's head, without the forbidden tokens."""
@@ -150,6 +168,10 @@ def check_models(model: Any, plan: ComputePlan, context: int) -> list[Any]:
             raise ValueError(
                 f"the plan's model {name} is on {other.device}, but the sampled model is on {model.device}"
             )
+    for compute in plan.computes:
+        most = (model if compute.model is None else compute.model).config.max_loops
+        if compute.num_loops is None and compute.min_loops > most:
+            raise ValueError(f"the plan {plan} has min_loops {compute.min_loops}, beyond max_loops {most}")
     return [model, *plan.models.values()]
 
 

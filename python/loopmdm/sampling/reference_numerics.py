@@ -65,13 +65,12 @@ class ReferenceRun(Run):
         active = sorted(set(slots.sequence[open_slots].tolist()))
         if not active:
             return None
-        compute = self._plan.at(min(step, self._steps - 1), self._steps)
-        loops_now = self._update_hidden(step, active, compute)
+        loops_now = self._update_hidden(step, torch.tensor(active))
         events = []
         for row in active:
             mine = open_slots[slots.sequence[open_slots] == row]
             position = slots.position[mine]
-            tokens, confidence = self._race(step, row, position, compute)
+            tokens, confidence = self._race(step, row, position)
             check_finite(confidence, step, slots.sequence[mine], position)
             changed = tokens != self._mask_token_id
             events.append((mine[changed], tokens[changed], confidence[changed]))
@@ -81,35 +80,36 @@ class ReferenceRun(Run):
     def _time(self, step: int) -> float:
         return 1.0 - step * (1.0 - LAST_TIME) / self._steps
 
-    def _update_hidden(self, step: int, active: list[int], compute: StepCompute) -> Tensor:
+    def _update_hidden(self, step: int, active: Tensor) -> Tensor:
         """Run the network on the active sequences that have changed; returns the loops spent, [B]."""
         loops_now = torch.zeros_like(self.loops)
-        stale = [
-            row
-            for row in active
-            if self._network.needs_times
-            or not self._limits.skip_unchanged
-            or row not in self._hidden
-            or self._hidden[row][0] != compute
-        ]
+        planned = min(step, self._steps - 1)
         times = torch.full(self.loops.shape, self._time(step), dtype=torch.float64)
-        dims = self._network.model_of(compute).config
-        for width in sorted(set(self._widths[stale].tolist())):
-            rows = torch.tensor([row for row in stale if int(self._widths[row]) == width])
-            for chunk in torch.split(rows, self._limits.max_batch or rows.numel()):
-                hidden, loops, sigma = self._network.hidden(self.tokens[chunk, :width], times[chunk], compute)
-                for place, row in enumerate(chunk.tolist()):
-                    noise = None if sigma is None else sigma[place : place + 1]
-                    self._hidden[row] = (compute, hidden[place].clone(), noise)
-                loops_now[chunk] = loops
-                self.network_calls[chunk] += 1
-                self.ledger.record(dims, loops.tolist(), 0, length=width)
+        stale = torch.zeros_like(active, dtype=torch.bool)
+        for compute, numbers, loops in self._computes(planned, active, times):
+            for number, most in zip(numbers.tolist(), _each(loops, numbers), strict=True):
+                known = self._hidden.get(int(active[number]))
+                stale[number] = known is None or known[0] != compute._replace(num_loops=most)
+        if self._network.needs_times or not self._limits.skip_unchanged:
+            stale.fill_(True)
+        for call in self._calls(planned, active[stale], times):
+            chunk = call.sequences
+            tokens = self.tokens[chunk, : call.width]
+            hidden, spent, sigma = self._network.hidden(tokens, times[chunk], call.compute, call.num_loops)
+            for place, (row, most) in enumerate(
+                zip(chunk.tolist(), _each(call.num_loops, chunk), strict=True)
+            ):
+                noise = None if sigma is None else sigma[place : place + 1]
+                compute = call.compute._replace(num_loops=most)
+                self._hidden[row] = (compute, hidden[place].clone(), noise)
+            self.account(call, tokens, spent, 0)
+            loops_now[chunk] = spent.loops
         self.loops += loops_now
         return loops_now
 
-    def _race(self, step: int, row: int, position: Tensor, compute: StepCompute) -> tuple[Tensor, Tensor]:
+    def _race(self, step: int, row: int, position: Tensor) -> tuple[Tensor, Tensor]:
         """Token [n], the mask where it wins, of the sequence's positions [n], and the token's probability."""
-        _, hidden, sigma = self._hidden[row]
+        compute, hidden, sigma = self._hidden[row]
         model = self._network.model_of(compute)
         head = self._network.head(model, sigma)
         t, s = self._time(step), self._time(step + 1)
@@ -146,3 +146,9 @@ class ReferenceRun(Run):
             for row in set(event.sequence.tolist()):
                 del self._hidden[row]
         return event
+
+
+def _each(loops: int | Tensor, sequences: Tensor) -> list[int]:
+    """Loops of every one of the sequences [n]."""
+    counts: list[int] = loops.tolist() if isinstance(loops, Tensor) else [loops] * len(sequences)
+    return counts

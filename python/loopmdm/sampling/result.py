@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from loopmdm.flops import SamplingLedger
+from loopmdm.plan import ComputePlan
 
 
 class StepEvent(NamedTuple):
@@ -39,6 +40,7 @@ class SampleResult:
     rows_projected: int  # rows that went through the vocabulary projection
     num_steps: int  # denoising steps taken
     exact: bool  # the samples follow the model's reverse process, of T steps or in continuous time
+    plan: ComputePlan
     seconds: float
     ledger: SamplingLedger
     history: list[StepEvent] | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from loopmdm.flops import SamplingLedger
 from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm.sampling.canvas import Canvas
-from loopmdm.sampling.network import Network
+from loopmdm.sampling.network import Network, Spent
 from loopmdm.sampling.orders import Order
 from loopmdm.sampling.result import StepEvent
 from loopmdm_kernels.types import SampledRows
@@ -23,6 +23,15 @@ class Limits(NamedTuple):
     context: int  # positions the network reads at once
     max_batch: int | None
     skip_unchanged: bool
+
+
+class Call(NamedTuple):
+    """One network call."""
+
+    compute: StepCompute
+    num_loops: int | Tensor  # of all its sequences, or of each: int64 [b]
+    width: int  # positions the network reads
+    sequences: Tensor  # [b] int64
 
 
 class Run:
@@ -118,12 +127,13 @@ class Run:
             active = torch.arange(batch)
         if not active.numel():
             return None
-        times = self._order.times(step) if self._order.timed or self._network.needs_times else None
+        times = self._times(step)
         ends = torch.zeros(batch, dtype=torch.int64)
         ends.scatter_reduce_(0, sequence, slots.blocks.end[slots.blocks.of_slot[candidates]], "amax")
         start = (ends - self._limits.context).clamp_min(0)  # of what the network reads
         results: list[tuple[Tensor, SampledRows]] = []
-        for compute, width, chunk in self._calls(step, active, times):
+        for call in self._calls(step, active, times):
+            chunk, width = call.sequences, call.width
             place = torch.full((batch,), -1)
             place[chunk] = torch.arange(chunk.numel())
             inside = (place[sequence] >= 0).nonzero().squeeze(1)
@@ -134,17 +144,12 @@ class Run:
                 torch.full_like(rows, step),
                 position[inside],
             )
+            tokens = self.tokens[chunk[:, None], read]
             prediction = self._network.predict(
-                self.tokens[chunk[:, None], read],
-                None if times is None else times[chunk],
-                compute,
-                rows,
-                names,
+                tokens, None if times is None else times[chunk], call.compute, call.num_loops, rows, names
             )
-            loops_now[chunk] = prediction.loops
-            self.network_calls[chunk] += 1
-            dims = self._network.model_of(compute).config
-            self.ledger.record(dims, prediction.loops.tolist(), rows.numel(), length=width)
+            self.account(call, tokens, prediction.spent, rows.numel())
+            loops_now[chunk] = prediction.spent.loops
             if prediction.sampled is not None:
                 check_finite(prediction.sampled.log_prob, step, sequence[inside], position[inside])
                 results.append((inside, prediction.sampled))
@@ -157,39 +162,68 @@ class Run:
             *(torch.cat(fields)[back] for fields in zip(*(s for _, s in results), strict=True))
         )
 
-    def _calls(
-        self, step: int, active: Tensor, times: Tensor | None
-    ) -> Iterator[tuple[StepCompute, int, Tensor]]:
-        """Active sequences that one call can compute: of equal compute and length, at most max_batch."""
+    def account(self, call: Call, tokens: Tensor, spent: Spent, rows: int) -> None:
+        """Count a network call on tokens [b, L], of which `rows` went through the vocabulary head."""
+        dims = self._network.model_of(call.compute).config
+        self.network_calls[call.sequences] += 1
+        self.ledger.record(dims, spent.loops.tolist(), rows, length=call.width)
+        if spent.exits is not None:
+            masked = (tokens == self._mask_token_id).sum(dim=1)
+            self.ledger.record_tails(dims, int(spent.exits.tails.sum()), length=call.width)
+            self.ledger.record_rows(dims, int((spent.exits.projections * masked).sum()))
+
+    def _times(self, step: int) -> Tensor | None:
+        """Diffusion times [B] before the step, where something depends on them."""
+        by_time = self._order.timed and self._plan.reading == "step"
+        return self._order.times(step) if by_time or self._network.needs_times else None
+
+    def _calls(self, step: int, active: Tensor, times: Tensor | None) -> Iterator[Call]:
+        """Active sequences that one call can compute: of one model, rule and length, at most max_batch."""
         widths = self._widths[active]
-        for number, compute in self._computes(step, active, times):
-            for width in sorted(set(widths[number].tolist())):
-                group = active[number[widths[number] == width]]
-                for chunk in torch.split(group, self._limits.max_batch or group.numel()):
-                    yield compute, width, chunk
+        for compute, numbers, loops in self._computes(step, active, times):
+            for width in sorted(set(widths[numbers].tolist())):
+                chosen = widths[numbers] == width
+                group = active[numbers[chosen]]
+                size = self._limits.max_batch or group.numel()
+                counts = loops[chosen] if isinstance(loops, Tensor) else loops
+                for start in range(0, group.numel(), size):
+                    part = slice(start, start + size)
+                    yield Call(compute, _alike(counts, part), width, group[part])
 
     def _computes(
         self, step: int, active: Tensor, times: Tensor | None
-    ) -> Iterator[tuple[Tensor, StepCompute]]:
-        """Which of the active sequences [n] run which compute of the plan."""
-        everyone = torch.arange(active.numel())
-        total = self._plan.num_steps
-        if total is None or not self._order.timed:
-            yield everyone, self._plan.at(step, self._order.num_steps if total is None else total)
+    ) -> Iterator[tuple[StepCompute, Tensor, int | Tensor]]:
+        """Which of the active sequences [n] run which model with which rule, and how many loops."""
+        plan = self._plan
+        if plan.reading == "masks":
+            times = self._slots.masked_share()
+        elif plan.num_steps is None or not self._order.timed:
+            compute = plan.at(step, plan.num_steps or self._order.num_steps)
+            yield compute, torch.arange(active.numel()), self._network.loops_of(compute)
             return
         assert times is not None
-        index = ((1.0 - times[active]) * total).long().clamp(0, total - 1)
-        computes: dict[StepCompute, list[int]] = {}
-        for number, place in enumerate(index.tolist()):
-            computes.setdefault(self._plan.at(place, total), []).append(number)
-        for compute, numbers in computes.items():
-            yield torch.tensor(numbers), compute
+        groups: dict[StepCompute, tuple[list[int], list[int]]] = {}
+        for number, time in enumerate(times[active].tolist()):
+            compute = plan.at_time(time)
+            numbers, loops = groups.setdefault(compute._replace(num_loops=None), ([], []))
+            numbers.append(number)
+            loops.append(self._network.loops_of(compute))
+        for compute, (numbers, loops) in groups.items():
+            yield compute, torch.tensor(numbers), torch.tensor(loops)
 
     def _end_sequences(self, sequence: Tensor, position: Tensor, ended: Tensor) -> None:
         """Close what lies behind the positions [R] where `ended` [R]."""
         if bool(ended.any()):
             self._slots.close_after(sequence[ended], position[ended])
             self.lengths.scatter_reduce_(0, sequence[ended], position[ended] + 1, "amin")
+
+
+def _alike(counts: int | Tensor, part: slice) -> int | Tensor:
+    """Loops of the sequences in a part: one number where they are equal."""
+    if not isinstance(counts, Tensor):
+        return counts
+    some = counts[part]
+    return int(some[0]) if bool((some == some[0]).all()) else some
 
 
 def check_finite(prediction: Tensor, step: int, sequence: Tensor, position: Tensor) -> None:

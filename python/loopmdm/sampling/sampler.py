@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ def sample(
     length: int | Sequence[int] | None = None,
     steps: int | None = None,
     order: str = "ancestral",
-    plan: int | ComputePlan | None = None,
+    plan: int | str | os.PathLike[str] | ComputePlan | None = None,
     prompt: Any = None,
     infill: Any = None,
     temperature: float = 1.0,
@@ -75,9 +76,10 @@ def sample(
             "confidence", "margin", "entropy": the most probable prediction, the one furthest ahead of the
             second, the least uncertain. They predict every masked position.
             "random", "left_to_right".
-        plan: loops per step: None = the model's max_loops, a loop count, or a `ComputePlan`. Where steps have
-            no fixed place in the denoising (first_hitting, threshold, entropy_bound), a plan of n steps is
-            read at n (1 - t), t the time or the share of masks left, for each sequence.
+        plan: loops per step: None = the model's max_loops, a loop count, a `ComputePlan`, the text of a
+            schedule of loop counts ("S2:125,S12:875"), or the path of a saved plan. Where steps have no fixed
+            place in the denoising (first_hitting, threshold, entropy_bound), a plan of n steps is read at
+            n (1 - t), t the time or the share of masks left, for each sequence.
         prompt: token ids every sequence starts with: [P], [B, P], or a list of B token lists of any lengths.
         infill: [L], [B, L] or a list of B token lists that hold the mask token at the positions to fill; all
             others stay as they are. A prompt given too must agree with it.
@@ -170,6 +172,7 @@ def sample(
         rows_projected=run.ledger.rows_projected,
         num_steps=taken if pace.adaptive else ordered.num_steps,
         exact=ordered.exact and not reference_numerics and _draws_from_the_model(draw),
+        plan=plan,
         seconds=time.perf_counter() - start,
         ledger=run.ledger,
         history=events if history else None,

@@ -78,10 +78,9 @@ def predict_loops(
 
 def _compute_at(plan: ComputePlan, step: int, num_steps: int, share: Tensor) -> StepCompute:
     """The plan's entry for a step; a plan of another number of steps was read by the share still masked."""
-    if plan.num_steps in (None, num_steps):
+    if plan.reading == "step" and plan.num_steps in (None, num_steps):
         return plan.at(step, num_steps)
-    assert plan.num_steps is not None
-    return plan.at(min(int(plan.num_steps * (1 - float(share))), plan.num_steps - 1), plan.num_steps)
+    return plan.at_time(float(share))
 
 
 def _unpadded(row: Tensor) -> Tensor:

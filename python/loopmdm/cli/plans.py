@@ -1,0 +1,116 @@
+"""Options that say what a step computes: a compute plan, light and heavy, loops that stop by themselves."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from loopmdm.cli.models import load_model
+from loopmdm.cli.parser import UsageError, positive_int, usage_errors
+from loopmdm.exits import make_rule
+from loopmdm.model import LoopMDM
+from loopmdm.plan import ComputePlan, as_plan
+
+CRITERIA = ("hidden", "output", "argmax")
+
+
+def add_plan(parser: argparse.ArgumentParser, *names: str, default: str) -> None:
+    """The options of a command that samples; names: of the plan's; default: what happens without it."""
+    group = parser.add_argument_group("loops", "what a step computes")
+    group.add_argument(
+        *names,
+        dest="plan",
+        metavar="PLAN",
+        help=f"loops: a count such as 12, a schedule over the steps such as L125,H750,L125 or S2:50,S8:50,"
+        f" fully masked end first, or a file with a saved plan (default: {default})",
+    )
+    group.add_argument(
+        "--light", metavar="L", help="what L in the plan stands for: a loop count or a model's folder"
+    )
+    group.add_argument(
+        "--heavy", metavar="H", help="what H in the plan stands for: a loop count or a model's folder"
+    )
+    group.add_argument(
+        "--adaptive",
+        type=_threshold,
+        metavar="EPS",
+        help="a sequence stops looping when a loop changes it by less than EPS; the count of the plan is the"
+        " most",
+    )
+    group.add_argument(
+        "--min-loops",
+        type=positive_int,
+        metavar="S",
+        help="stop after loop S at the earliest (default: 1)",
+    )
+    group.add_argument(
+        "--criterion",
+        choices=CRITERIA,
+        help="what stops: hidden, the relative change of the hidden state (default); output, of the"
+        " predictions, in nats; argmax, that no prediction's most probable token changed, which takes no"
+        " EPS. The last two run the blocks behind the loop, and the vocabulary head, after every loop",
+    )
+
+
+def adapts(args: argparse.Namespace) -> bool:
+    """Whether loops are asked to stop by themselves."""
+    if args.adaptive is None and args.criterion is not None and args.criterion != "argmax":
+        raise UsageError(f"--criterion {args.criterion}: it needs a threshold, give one with --adaptive EPS")
+    if args.adaptive is not None and args.criterion == "argmax":
+        raise UsageError("--adaptive: the criterion argmax has no threshold")
+    wanted = args.adaptive is not None or args.criterion is not None
+    if args.min_loops is not None and not wanted:
+        raise UsageError("--min-loops: it belongs to --adaptive EPS or --criterion argmax")
+    return wanted
+
+
+def plan_option(args: argparse.Namespace, device: torch.device) -> ComputePlan:
+    """The plan that the options of `add_plan` ask for."""
+    text = args.plan
+    with usage_errors():
+        if adapts(args):
+            if text is not None and not text.isdecimal():
+                raise UsageError(f"--plan: with --adaptive it is the most loops, a count, got {text!r}")
+            return adaptive(args, None if text is None else int(text))
+        if text is None or text.isdecimal():
+            if args.light is not None or args.heavy is not None:
+                raise UsageError(
+                    "--light, --heavy: they belong to a plan such as L125,H750,L125, give one with --plan"
+                )
+            return as_plan(None if text is None else int(text))
+        light, heavy = (_choice(choice, device) for choice in (args.light, args.heavy))
+        if Path(text).is_file():
+            models = {"L": light, "H": heavy}
+            try:
+                return ComputePlan.load(text, {n: m for n, m in models.items() if isinstance(m, LoopMDM)})
+            except OSError as error:
+                raise UsageError(f"--plan: cannot read {text}: {error.strerror}") from error
+        return ComputePlan.parse(text, light, heavy)
+
+
+def adaptive(args: argparse.Namespace, max_loops: int | None) -> ComputePlan:
+    """The adaptive plan of at most so many loops."""
+    if args.light is not None or args.heavy is not None:
+        raise UsageError("--light, --heavy: they do not go with --adaptive")
+    rule = make_rule(args.criterion or "hidden", args.adaptive)
+    with usage_errors():
+        return ComputePlan.adaptive(None, max_loops, args.min_loops or 1, rule)
+
+
+def _choice(text: str | None, device: torch.device) -> int | LoopMDM | None:
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    return load_model(text, device)
+
+
+def _threshold(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of at least 0, or inf")
+    return value

@@ -1,0 +1,28 @@
+"""When a sequence may stop looping: rules that look at its state after each loop.
+
+Sequences that stop leave the batch between loops.
+"""
+
+from __future__ import annotations
+
+from loopmdm.exits.loop import run_with_exit
+from loopmdm.exits.rules import (
+    ArgmaxStable,
+    ExitCost,
+    ExitGate,
+    ExitRule,
+    HiddenChange,
+    OutputChange,
+    make_rule,
+)
+
+__all__ = [
+    "ArgmaxStable",
+    "ExitCost",
+    "ExitGate",
+    "ExitRule",
+    "HiddenChange",
+    "OutputChange",
+    "make_rule",
+    "run_with_exit",
+]

@@ -1,0 +1,79 @@
+"""The loop with an exit rule: inside the op where its threshold is the rule, else one loop at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loopmdm.exits.rules import ExitRule
+from loopmdm.stages import Stages
+
+
+def run_with_exit(
+    stages: Stages, num_loops: int | Tensor, rule: ExitRule, min_loops: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Residual stream [B, L, D] behind the tail, and the loops used, int64 [B].
+
+    Args:
+        num_loops: the most loops, of all or of each sequence [B].
+        rule: ends a sequence earlier, after loop `min_loops` at the earliest.
+    """
+    if not isinstance(rule, ExitRule):
+        raise TypeError(f"exit must be an ExitRule such as HiddenChange(0.1), got {type(rule).__name__}")
+    least = int(num_loops.min()) if isinstance(num_loops, Tensor) else num_loops
+    if isinstance(min_loops, bool) or not isinstance(min_loops, int):
+        raise TypeError(f"min_loops must be an int, got {min_loops!r}")
+    if not 1 <= min_loops <= least:
+        raise ValueError(f"min_loops must be in 1..{least}, the most loops of a sequence, got {min_loops}")
+    if rule.threshold is None:
+        return _loop_by_loop(stages, num_loops, rule, min_loops)
+    hidden, free = stages.head(), min_loops - 1
+    if free:
+        hidden = stages.loop(hidden, free)
+    hidden, used = stages.loop(hidden, num_loops - free, exit_threshold=rule.threshold)
+    return stages.tail(hidden), used + free
+
+
+def _loop_by_loop(
+    stages: Stages, num_loops: int | Tensor, rule: ExitRule, min_loops: int
+) -> tuple[Tensor, Tensor]:
+    loop = max(0, min_loops - rule.lookback)
+    hidden = stages.head()
+    if loop:
+        hidden = stages.loop(hidden, loop)
+    batch = hidden.shape[0]
+    active = torch.arange(batch, device=hidden.device)
+    most = num_loops if isinstance(num_loops, Tensor) else torch.full_like(active, num_loops)
+    used = most.clone()
+    out = torch.empty_like(hidden)
+    judge = rule.judge(stages, hidden)
+
+    def leave(gone: Tensor, state: Tensor) -> Tensor:
+        """Write the state of those who go; returns who stays, and forgets the others."""
+        nonlocal active, stages
+        out[active[gone]] = state[gone]
+        used[active[gone]] = loop
+        going = ~gone
+        active, stages = active[going], stages.subset(going)
+        judge.keep(going)
+        return going
+
+    everyone = stages
+    while active.numel():
+        new = stages.loop(hidden)
+        loop += 1
+        over = most[active] == loop
+        if bool(over.any()):  # no need to judge them
+            state = new
+            if judge.tails is not None:
+                state = torch.empty_like(new)
+                state[over] = stages.subset(over).tail(new[over])
+            going = leave(over, state)
+            hidden, new = hidden[going], new[going]
+        if not active.numel():
+            break
+        stop = judge(stages, hidden, new, loop)
+        if loop >= min_loops and bool(stop.any()):
+            new = new[leave(stop, new if judge.tails is None else judge.tails)]
+        hidden = new
+    return (everyone.tail(out) if judge.tails is None else out), used
