@@ -19,8 +19,8 @@ class TransformersScorer:
     """Its tokens are not those of the samples: they are decoded to text and encoded again.
 
     Perplexity is then per token of the scorer, and comparable between figures of the same scorer only; bits
-    per byte are comparable between all. Marks of begin and end are no text and are left out. Where the scorer has
-    a begin-of-text token it is put in front and every token is counted, else all but the first.
+    per byte are comparable between all. Marks of begin and end are no text and are left out. Where the scorer
+    has a begin-of-text token it is put in front and every token is counted, else all but the first.
     """
 
     def __init__(self, model: Any, encoder: Any, tokenizer: Tokenizer, name: str) -> None:
