@@ -18,21 +18,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loopmdm.config import LoopMDMConfig
-
 if TYPE_CHECKING:
+    from loopmdm.causal import CausalLM
     from loopmdm.model import LoopMDM
 
-    Model = TypeVar("Model", bound=LoopMDM)
+    Model = TypeVar("Model", LoopMDM, CausalLM)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-MODEL_TYPE = "loopmdm"
+# What config.json may name as its model_type (LoopMDM where it names none), and how it is used.
+MODEL_TYPES = {
+    "loopmdm": "a diffusion model, which LoopMDM.from_pretrained reads",
+    "loopmdm-causal": "an autoregressive scorer (loopmdm train --autoregressive): it rates samples and makes"
+    " none (loopmdm.quality.load_scorer)",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN_DIFFERENCES = 20
 
 
-def save_pretrained(model: LoopMDM, path: str | os.PathLike[str]) -> None:
+def save_pretrained(model: LoopMDM | CausalLM, path: str | os.PathLike[str]) -> None:
     """Write `model` into the folder `path` (made if missing); existing files are replaced whole or kept.
 
     Raises:
@@ -41,7 +45,7 @@ def save_pretrained(model: LoopMDM, path: str | os.PathLike[str]) -> None:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"path: got the file {folder}, expected a folder")
-    config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+    config = {"model_type": model.model_type, **model.config.to_dict()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_files(
         {
@@ -65,7 +69,7 @@ def load_pretrained(
     Half-precision files are widened to fp32; float64 stays float64.
 
     Args:
-        cls: the model class, called with a `LoopMDMConfig`.
+        cls: the model class, called with its `config_class`.
         path_or_hub_id: a local folder, or "owner/name" on the Hugging Face hub.
         revision: branch, tag or commit on the hub.
         config_overrides: replace fields of the stored configuration (such as `max_loops`, `dropout`).
@@ -76,14 +80,15 @@ def load_pretrained(
     """
     config_path = locate(path_or_hub_id, CONFIG_FILE, revision)
     fields = read_json(config_path)
-    model_type = fields.pop("model_type", MODEL_TYPE)
-    if model_type != MODEL_TYPE:
+    model_type = fields.pop("model_type", next(iter(MODEL_TYPES)))
+    if model_type != cls.model_type:
+        known = MODEL_TYPES.get(model_type)
         raise ValueError(
-            f"{config_path}: model_type is {model_type!r}, expected {MODEL_TYPE!r}; "
-            "MDLM checkpoints are read by LoopMDM.from_mdlm"
+            f"{config_path}: model_type is {model_type!r}, expected {cls.model_type!r}; "
+            + (f"this is {known}" if known else "MDLM checkpoints are read by LoopMDM.from_mdlm")
         )
     try:
-        config = LoopMDMConfig.from_dict({**fields, **config_overrides})
+        config = cls.config_class.from_dict({**fields, **config_overrides})
     except (ValueError, TypeError) as error:
         raise type(error)(f"{config_path}: {error}") from error
     weights_path = locate(path_or_hub_id, WEIGHTS_FILE, revision)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import loopmdm_kernels as lk
 from loopmdm import diffusion
+from loopmdm.causal import CausalLM
 from loopmdm.model import LoopMDM
 from loopmdm.train.batches import Batch
 from loopmdm.train.seeds import derive_seed
@@ -80,25 +81,56 @@ def evaluate_nll(
         seed: of times and masks.
         bytes_per_token: bytes of text per counted token, for bits per byte.
     """
+    _check_bytes(bytes_per_token)
+    measured = _measure(model, batches, num_loops, num_t, seed)
+    return [
+        _nll_result(sums.weighted.mean(1), sums.tokens, loops, num_t, bytes_per_token)
+        for loops, sums in measured.items()
+    ]
+
+
+@torch.no_grad()
+def evaluate_autoregressive(
+    model: CausalLM, batches: Iterable[Batch | Tensor], *, bytes_per_token: float | None = None
+) -> NLLResult:
+    """Exact likelihood of held-out sequences under an autoregressive model, on the tokens of `evaluate_nll`.
+
+    Arguments as there. The result says one loop and one time: the model reads a sequence once.
+    """
+    _check_bytes(bytes_per_token)
+    device = next(model.parameters()).device
+    sums, tokens = [], []
+    for item in batches:
+        batch = item if isinstance(item, Batch) else Batch(item)
+        counted = _counted(batch)
+        nll = model.token_nll(batch.input_ids.to(device), counted.to(device))
+        sums.append(nll.double().sum(1).cpu())
+        tokens.append(counted.sum(1).double())
+    if not sums or not sum(float(part.sum()) for part in tokens):
+        raise ValueError("batches: there is no token to evaluate")
+    return _nll_result(torch.cat(sums), torch.cat(tokens), 1, 1, bytes_per_token)
+
+
+def _nll_result(
+    sums: Tensor, tokens: Tensor, num_loops: int, num_t: int, bytes_per_token: float | None
+) -> NLLResult:
+    """The result of sequences whose counted `tokens` [N] cost `sums` [N] nats."""
+    nll, stderr = _ratio(sums, tokens)
+    return NLLResult(
+        num_loops=num_loops,
+        nll=nll,
+        stderr=stderr,
+        perplexity=math.exp(nll) if nll < math.log(1e308) else math.inf,
+        bits_per_byte=None if bytes_per_token is None else nll / math.log(2) / bytes_per_token,
+        num_tokens=int(tokens.sum()),
+        num_sequences=len(tokens),
+        num_t=num_t,
+    )
+
+
+def _check_bytes(bytes_per_token: float | None) -> None:
     if bytes_per_token is not None and not 0 < bytes_per_token < math.inf:
         raise ValueError(f"bytes_per_token must be positive and finite, got {bytes_per_token}")
-    measured = _measure(model, batches, num_loops, num_t, seed)
-    results = []
-    for loops, sums in measured.items():
-        nll, stderr = _ratio(sums.weighted.mean(1), sums.tokens)
-        results.append(
-            NLLResult(
-                num_loops=loops,
-                nll=nll,
-                stderr=stderr,
-                perplexity=math.exp(nll) if nll < math.log(1e308) else math.inf,
-                bits_per_byte=None if bytes_per_token is None else nll / math.log(2) / bytes_per_token,
-                num_tokens=int(sums.tokens.sum()),
-                num_sequences=len(sums.tokens),
-                num_t=num_t,
-            )
-        )
-    return results
 
 
 def nll_by_time_bin(
@@ -187,11 +219,7 @@ def corruption(batch: Batch, num_t: int, seed: int, first: int) -> tuple[Tensor,
     Functions of (seed, index of the sequence): one time in each of `num_t` equal parts of [1e-3, 1).
     """
     size, length = batch.input_ids.shape
-    counted = torch.ones(size, length, dtype=torch.bool)
-    if batch.attention_mask is not None:
-        counted &= batch.attention_mask.bool().cpu()
-    if batch.prompt_mask is not None:
-        counted &= ~batch.prompt_mask.bool().cpu()
+    counted = _counted(batch)
     jitter, uniform = torch.empty(size, num_t), torch.empty(size, num_t, length)
     generator = torch.Generator()
     for index in range(size):
@@ -201,6 +229,16 @@ def corruption(batch: Batch, num_t: int, seed: int, first: int) -> tuple[Tensor,
     t = diffusion.MIN_TIME + (1 - diffusion.MIN_TIME) * (torch.arange(num_t) + jitter) / num_t
     masked = (uniform < diffusion.mask_probability(t)[..., None]) & counted[:, None]
     return t, masked, counted.sum(1).double()
+
+
+def _counted(batch: Batch) -> Tensor:
+    """Tokens that are neither prompt nor padding, [B, L] bool on the CPU."""
+    counted = torch.ones(batch.input_ids.shape, dtype=torch.bool)
+    if batch.attention_mask is not None:
+        counted &= batch.attention_mask.bool().cpu()
+    if batch.prompt_mask is not None:
+        counted &= ~batch.prompt_mask.bool().cpu()
+    return counted
 
 
 def _row_sums(model: Any, batch: Batch, t: Tensor, masked: Tensor, num_loops: int) -> Tensor:

@@ -6,7 +6,7 @@ The network is three calls of `looped_blocks` (head, loop, tail: see `stages`) a
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,9 @@ class LoopMDM(nn.Module):
     `state_dict()` has the names and shapes of the reference model (MDLM's DIT); the loop is configuration
     only, so the parameters do not depend on the number of loops.
     """
+
+    model_type: ClassVar[str] = "loopmdm"
+    config_class: ClassVar[type[LoopMDMConfig]] = LoopMDMConfig
 
     def __init__(self, config: LoopMDMConfig) -> None:
         super().__init__()

@@ -32,6 +32,7 @@ TINY = [
     "--eval-size",
     "2",
 ]
+SCORER = [*TINY[:4], "--layers", "2", *TINY[10:], "--log-every", "1", "--eval-every", "0"]
 STEPS = ["--steps", "4", "--log-every", "1", "--eval-every", "2"]
 
 
@@ -75,6 +76,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "text"
     assert main(["train", "--data", str(corpus), "--out", str(folder), *TINY, *STEPS]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scorer(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A tiny autoregressive model of the corpus."""
+    folder = tmp_path_factory.mktemp("runs") / "scorer"
+    words = ["--autoregressive", "--data", str(corpus), "--out", str(folder), "--steps", "30", "--lr", "0.01"]
+    assert main(["train", *words, *SCORER, "--warmup", "5", "--ema", "0.5"]) == 0
     return folder
 
 

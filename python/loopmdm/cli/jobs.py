@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loopmdm.causal import CausalLM
 from loopmdm.cli import likelihood, text_data
 from loopmdm.cli.boards import ORDERS, held_out_puzzles, solve_all
 from loopmdm.cli.models import default_loops
 from loopmdm.cli.parser import usage_errors
 from loopmdm.cli.run_file import RunFile
 from loopmdm.data.tokenizer import Tokenizer
-from loopmdm.evaluate import evaluate_nll
+from loopmdm.evaluate import evaluate_autoregressive, evaluate_nll
 from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
-from loopmdm.train import TrainConfig
+from loopmdm.train import TrainableModel, TrainConfig
 from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 
-Evaluate = Callable[[LoopMDM], dict[str, Any]]
+Evaluate = Callable[[Any], dict[str, Any]]
 PRESETS = (*SUDOKU_RECIPES, *TEXT_RECIPES)
 # Sequences to evaluate on during training, where nothing else is asked for.
 EVALUATED_WINDOWS = 32
@@ -30,7 +32,7 @@ _TIMES_PER_WINDOW = 4
 class Job(NamedTuple):
     """A run ready to start; `run` describes it completely."""
 
-    model: LoopMDM
+    model: TrainableModel
     data: Any
     config: TrainConfig
     evaluate: Evaluate | None
@@ -74,8 +76,9 @@ def text_job(run: RunFile, corpus: text_data.Corpus, tokenizer: Tokenizer, cache
     training = dict(run.training)
     if not corpus.validation:
         training.setdefault("eval_every", 0)
+    build = recipe.build_causal if run.autoregressive else recipe.build
     with usage_errors():
-        model, config = recipe.build(tokenizer, length, model=run.model, **training)
+        model, config = build(tokenizer, length, model=run.model, **training)
         LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=length)
     options = {"seed": config.seed, "accumulation": config.accumulation, "batch_size": config.batch_size}
     train = text_data.pack("training", corpus.train, tokenizer, length, cache, **options)
@@ -83,7 +86,8 @@ def text_job(run: RunFile, corpus: text_data.Corpus, tokenizer: Tokenizer, cache
     if corpus.validation:
         validation = text_data.pack("validation", corpus.validation, tokenizer, length, cache)
         parts.append(validation)
-        evaluate = _likelihood(validation, tokenizer, run.evaluation.get("size") or EVALUATED_WINDOWS)
+        windows = text_data.windows(validation, tokenizer, run.evaluation.get("size") or EVALUATED_WINDOWS)
+        evaluate = partial(_autoregressive if run.autoregressive else _likelihood, windows)
     fingerprint = text_data.fingerprint(*parts)
     if run.fingerprint not in (None, fingerprint):
         raise ValueError(
@@ -94,17 +98,17 @@ def text_job(run: RunFile, corpus: text_data.Corpus, tokenizer: Tokenizer, cache
     return Job(model, train, config, evaluate, run)
 
 
-def _likelihood(data: text_data.TextData, tokenizer: Tokenizer, num: int) -> Evaluate:
-    windows = text_data.windows(data, tokenizer, num)
+def _likelihood(windows: text_data.Windows, model: LoopMDM) -> dict[str, Any]:
+    results = evaluate_nll(
+        model,
+        windows.batches,
+        num_loops=default_loops(model),
+        num_t=_TIMES_PER_WINDOW,
+        bytes_per_token=windows.bytes_per_token,
+    )
+    return {"held_out": [likelihood.to_dict(result) for result in results]}
 
-    def evaluate(model: LoopMDM) -> dict[str, Any]:
-        results = evaluate_nll(
-            model,
-            windows.batches,
-            num_loops=default_loops(model),
-            num_t=_TIMES_PER_WINDOW,
-            bytes_per_token=windows.bytes_per_token,
-        )
-        return {"held_out": [likelihood.to_dict(result) for result in results]}
 
-    return evaluate
+def _autoregressive(windows: text_data.Windows, model: CausalLM) -> dict[str, Any]:
+    result = evaluate_autoregressive(model, windows.batches, bytes_per_token=windows.bytes_per_token)
+    return {"held_out": [likelihood.to_dict(result)]}

@@ -18,13 +18,14 @@ class RunFile:
     """Everything behind a run. `data` is None for Sudoku; the fields after it are about text alone."""
 
     preset: str
-    model: dict[str, Any]  # fields of LoopMDMConfig that replace the preset's
+    model: dict[str, Any]  # fields of the model's configuration that replace the preset's
     training: dict[str, Any]  # TrainConfig, whole
     data: str | None = None
     text_field: str = "text"
     errors: str = "strict"  # bytes that are not UTF-8, as in `read_documents`
     tokenizer: str = "byte"
     length: int | None = None
+    autoregressive: bool = False  # a scorer: every token from those before it
     validation: float = VALIDATION  # share of the documents held out
     evaluation: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None  # of the packed tokens

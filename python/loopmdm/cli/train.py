@@ -53,7 +53,18 @@ EPILOG = """examples:
   loopmdm train --resume --out run                  continue a run that was stopped
   torchrun --nproc-per-node 8 -m loopmdm train --preset small --data corpus.parquet --out run
 """
-_DATA_FIELDS = ("preset", "data", "text_field", "errors", "tokenizer", "length", "validation")
+_DATA_FIELDS = (
+    "preset",
+    "data",
+    "text_field",
+    "errors",
+    "tokenizer",
+    "length",
+    "validation",
+    "autoregressive",
+)
+# Options that mean nothing to an autoregressive model, which has no loop and no dropout.
+_LOOPED_ONLY = ("loop", "max_loops", "loop_law", "dropout")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--length", type=positive_int, metavar="L", help="tokens of a sequence (text: 128)")
     what.add_argument("--validation", type=number, metavar="SHARE", help="documents held out (default: 0.05)")
+    what.add_argument(
+        "--autoregressive",
+        action="store_true",
+        default=None,
+        help="a model of the next token instead, to score samples with (loopmdm eval --samples --scorer)",
+    )
     what.add_argument("--cache", type=Path, metavar="DIR", help="keep packed tokens here between runs")
     model = parser.add_argument_group("model")
     model.add_argument("--hidden", dest="hidden_size", type=positive_int, metavar="D", help="hidden size")
@@ -217,9 +234,18 @@ def _described_run(args: argparse.Namespace) -> RunFile:
         raise UsageError(f"--preset {preset} makes its own data and does not take {others}")
     if preset in TEXT_RECIPES and "data" not in given_data:
         raise UsageError("nothing to train on: give --data PATH, or --preset sudoku6 or sudoku")
+    if args.autoregressive:
+        _refuse(args, _LOOPED_ONLY, "--autoregressive trains a model without loops and dropout")
     if not 0 <= given_data.get("validation", 0) < 1:
         raise UsageError(f"--validation: got {args.validation}, expected a share of at least 0 and below 1")
     return RunFile(model=given_model, training=given_training, evaluation=evaluation, **given_data)
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    """An error of usage if the command line gives one of the options `names`."""
+    given = [name for name in names if getattr(args, name) is not None]
+    if given:
+        raise UsageError(f"{why}; leave out " + ", ".join("--" + name.replace("_", "-") for name in given))
 
 
 def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
@@ -304,5 +330,8 @@ def _report(args: argparse.Namespace, job: Job) -> None:
     if "solved" in evaluation:
         print("held-out puzzles, averaged weights:")
         print_table(SHARE_COLUMNS, [share_row(one) for one in evaluation["solved"]])
-    use = f"loopmdm sample {args.out}" if job.run.data else f"loopmdm solve FILE --model {args.out}"
+    if job.run.autoregressive:
+        use = f"loopmdm eval RUN --samples 64 --scorer {args.out}"
+    else:
+        use = f"loopmdm sample {args.out}" if job.run.data else f"loopmdm solve FILE --model {args.out}"
     print(f"\nThe model is in {args.out}; try: {use}")

@@ -122,7 +122,7 @@ def _brevity(sizes: Tensor) -> Tensor:
     values, counts = torch.unique(sizes, return_counts=True)
     for size, count in zip(values.tolist(), counts.tolist(), strict=True):
         others = values if count > 1 else values[values != size]
-        nearest = min(others.tolist(), key=lambda other, size=size: (abs(other - size), other))
+        _, nearest = min((abs(other - size), other) for other in others.tolist())
         if nearest > size:
             penalty[sizes == size] = 1 - nearest / size
     return penalty

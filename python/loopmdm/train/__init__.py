@@ -3,7 +3,7 @@
 from loopmdm.train.batches import Batch, BatchSource, batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
-from loopmdm.train.loop import Counters, NonFiniteError, Trainer
+from loopmdm.train.loop import Counters, NonFiniteError, TrainableModel, Trainer
 from loopmdm.train.metrics import read_metrics
 from loopmdm.train.plot import plot_loss
 from loopmdm.train.state import CheckpointError
@@ -16,6 +16,7 @@ __all__ = [
     "Counters",
     "NonFiniteError",
     "TrainConfig",
+    "TrainableModel",
     "Trainer",
     "batch_source",
     "plot_loss",

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from loopmdm import flops
+from loopmdm.causal import CausalLM
 from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
 from loopmdm.train.batches import Batch, Prefetcher, batch_source
@@ -27,6 +28,7 @@ from loopmdm.train.seeds import derive_seed
 from loopmdm.train.state import STATE_FILE, read_metadata, read_state, staged, write_state
 
 CONFIG_FILE = "train_config.json"
+TrainableModel: TypeAlias = LoopMDM | CausalLM
 
 
 class NonFiniteError(RuntimeError):
@@ -47,7 +49,7 @@ class Counters:
 class _Loss(nn.Module):
     """`model.loss` as a forward pass, which is what DistributedDataParallel can wrap."""
 
-    def __init__(self, model: LoopMDM) -> None:
+    def __init__(self, model: TrainableModel) -> None:
         super().__init__()
         self.model = model
 
@@ -78,18 +80,18 @@ class Trainer:
 
     Under `torchrun` (an initialised `torch.distributed`) gradients are averaged over the ranks, and rank 0
     writes. The folder holds training_state.safetensors (to resume from), config.json and model.safetensors
-    (the averaged weights, for `LoopMDM.from_pretrained`), train_config.json and metrics.jsonl.
+    (the averaged weights, for `from_pretrained`), train_config.json and metrics.jsonl.
     """
 
     def __init__(
         self,
-        model: LoopMDM,
+        model: TrainableModel,
         data: Any,
         config: TrainConfig,
         out_dir: str | Path,
         on_log: Callable[[dict[str, Any]], None] | None = None,
         *,
-        evaluate: Callable[[LoopMDM], dict[str, Any]] | None = None,
+        evaluate: Callable[[Any], dict[str, Any]] | None = None,
         show_progress: bool = True,
     ) -> None:
         """Prepare a run; nothing is written before `train`.

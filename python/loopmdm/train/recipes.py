@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from loopmdm.causal import CausalConfig, CausalLM
 from loopmdm.config import PRESETS, LoopMDMConfig
 from loopmdm.data import sudoku
 from loopmdm.data.tokenizer import Tokenizer
@@ -83,6 +84,22 @@ class TextRecipe:
         fields = {"max_length": length, **self.model, **(model or {}), **vocabulary}
         torch.manual_seed(config.seed)
         return LoopMDM(LoopMDMConfig.from_dict(fields)), config
+
+    def build_causal(
+        self, tokenizer: Tokenizer, length: int, *, model: dict[str, Any] | None = None, **training: Any
+    ) -> tuple[CausalLM, TrainConfig]:
+        """The autoregressive model of the same sizes, trained as `build`'s; arguments as there."""
+        config = dataclasses.replace(self.training, **training)
+        vocabulary = {"vocab_size": tokenizer.vocab_size, "mask_token_id": tokenizer.mask_token_id}
+        sizes = {
+            field.name: self.model[field.name]
+            for field in dataclasses.fields(CausalConfig)
+            if field.name in self.model
+        }
+        torch.manual_seed(config.seed)
+        return CausalLM(
+            CausalConfig.from_dict({"max_length": length, **sizes, **(model or {}), **vocabulary})
+        ), config
 
 
 SUDOKU_RECIPES: dict[str, SudokuRecipe] = {

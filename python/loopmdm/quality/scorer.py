@@ -1,0 +1,139 @@
+"""Autoregressive scorers: one trained by this package, or any causal language model of `transformers`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loopmdm.causal import CausalLM
+from loopmdm.checkpoint import CONFIG_FILE, MODEL_TYPES, locate, read_json
+from loopmdm.data import tokenizer as tokenizers
+from loopmdm.data.tokenizer import Tokenizer
+from loopmdm.quality.samples import check_samples, lengths
+
+BATCH = 16
+
+# (ids [B, W], counted [B, W]) -> -log p of the counted ids given those before them in the window, [B, W]
+TokenNLL = Callable[[Tensor, Tensor], Tensor]
+
+
+class Scorer(Protocol):
+    """Rates samples by their probability under an autoregressive model."""
+
+    @property
+    def name(self) -> str:
+        """What a figure says it was scored with."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the samples, for the bytes of their text; None if not known."""
+
+    def nll(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p of each sample in nats [N] float64, and how many of the scorer's tokens that sums over [N].
+
+        tokens: [N, L] integers, -1 behind the end of a sample.
+        """
+
+
+class CausalScorer:
+    """A `CausalLM` as a scorer; every token of a sample is counted, the first one too."""
+
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer | None = None, name: str = "CausalLM") -> None:
+        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+
+    def nll(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Scorer.nll`; samples longer than the model's max_length are read in overlapping windows."""
+        config = self.model.config
+        tokens = check_samples(tokens, config.mask_token_id)
+        if int(tokens.max()) >= config.vocab_size:
+            raise ValueError(
+                f"tokens: got the id {int(tokens.max())}, but the scorer {self.name} has {config.vocab_size}"
+                " tokens: samples and scorer need the same tokenizer"
+            )
+        rows = [row[:size] for row, size in zip(tokens, lengths(tokens).tolist(), strict=True)]
+        filler = int(config.mask_token_id == 0)
+
+        def token_nll(ids: Tensor, counted: Tensor) -> Tensor:
+            return self.model.token_nll(ids.to(self.model.device), counted.to(self.model.device))
+
+        return score_rows(token_nll, rows, context=config.max_length, unscored=0, filler=filler)
+
+
+def load_scorer(
+    path: str | os.PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Scorer:
+    """The scorer in a local folder: a run of `loopmdm train --autoregressive`, or a model of `transformers`.
+
+    Args:
+        path: the folder.
+        tokenizer: of the samples. A scorer of this package brings its own, which must be the same one; one of
+            `transformers` has another, so that samples must be turned into text.
+        device: where to compute.
+
+    Raises:
+        FileNotFoundError, ValueError: no scorer, damaged files, or another tokenizer.
+        ImportError: the model needs `transformers`, which is not installed.
+    """
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"path: got {str(path)!r}, expected the folder of a scorer")
+    model_type = read_json(locate(path, CONFIG_FILE)).get("model_type", next(iter(MODEL_TYPES)))
+    if model_type not in MODEL_TYPES:
+        from loopmdm.quality.transformers_scorer import TransformersScorer
+
+        return TransformersScorer.load(path, tokenizer, device)
+    model = CausalLM.from_pretrained(path).to(device)
+    if (Path(path) / tokenizers.CONFIG_FILE).is_file():
+        own = tokenizers.load_tokenizer(path)
+        if tokenizer is not None and tokenizer.fingerprint != own.fingerprint:
+            raise ValueError(
+                f"the scorer {path} was trained with another tokenizer than the samples were made with"
+                f" ({own.kind}, {own.vocab_size} tokens; theirs: {tokenizer.kind}, {tokenizer.vocab_size})"
+            )
+        tokenizer = own
+    return CausalScorer(model, tokenizer, str(path))
+
+
+@torch.no_grad()
+def score_rows(
+    token_nll: TokenNLL, rows: list[Tensor], *, context: int, unscored: int, filler: int
+) -> tuple[Tensor, Tensor]:
+    """Sum of -log p over the tokens of each row, and how many were counted, both [N].
+
+    A row longer than `context` is read in windows that overlap by half, so that behind the first window every
+    token is scored with at least half a context before it.
+
+    Args:
+        rows: N tensors of ids.
+        unscored: leading ids of a row that are read only.
+        filler: an id that the model accepts, put behind the end of shorter rows.
+    """
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    counts = torch.zeros(len(rows), dtype=torch.int64)
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=filler)
+        sizes = torch.tensor([len(row) for row in part])
+        for begin, end, fresh in windows(ids.shape[1], context):
+            position = torch.arange(begin, end)
+            counted = (position >= max(fresh, unscored)) & (position < sizes[:, None])
+            nll = token_nll(ids[:, begin:end], counted).double().cpu()
+            sums[start : start + len(part)] += torch.where(counted, nll, 0.0).sum(1)
+            counts[start : start + len(part)] += counted.sum(1)
+    return sums, counts
+
+
+def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, first position to score) of windows of at most `context` over `length` positions."""
+    end = min(length, context)
+    yield 0, end, 0
+    while end < length:
+        fresh, end = end, min(length, end + max(1, context // 2))
+        yield end - context, end, fresh
