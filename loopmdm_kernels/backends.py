@@ -35,6 +35,7 @@ _KERNEL_MODULES = {
         "sample_rows": "loopmdm_kernels.cpu.sample_rows",
     },
     "triton": {
+        "attention": "loopmdm_kernels.triton.attention",
         "head_logits": "loopmdm_kernels.triton.head_logits",
         "masked_cross_entropy": "loopmdm_kernels.triton.masked_cross_entropy",
         "sample_rows": "loopmdm_kernels.triton.sample_rows",

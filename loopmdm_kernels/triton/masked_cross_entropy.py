@@ -1,7 +1,7 @@
 """`masked_cross_entropy` in Triton: masked rows only, gathered on the device; forward keeps no logits.
 
-The backward pass makes the logits again and their gradients, in the dtype of the operands, for a group of
-rows at a time. Two products turn these into the gradients of the rows and, summed in fp32, of weight and bias.
+The backward pass makes the logits again and their gradients, in the dtype of the operands, for a group
+of rows at a time. Two products turn these into the gradients of the rows and, summed in fp32, of weight and bias.
 """
 
 from __future__ import annotations
