@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,7 +34,12 @@ _KERNEL_MODULES = {
         "masked_cross_entropy": "loopmdm_kernels.cpu.masked_cross_entropy",
         "sample_rows": "loopmdm_kernels.cpu.sample_rows",
     },
-    "triton": {},
+    "triton": {
+        "attention": "loopmdm_kernels.triton.attention",
+        "head_logits": "loopmdm_kernels.triton.head_logits",
+        "masked_cross_entropy": "loopmdm_kernels.triton.masked_cross_entropy",
+        "sample_rows": "loopmdm_kernels.triton.sample_rows",
+    },
     "cuda": {},
 }
 
@@ -86,6 +92,8 @@ def implementation(op: str, device: torch.device, **arguments: Any) -> Callable[
             raise RuntimeError(f"{op}: backend {forced!r} was asked for and cannot do this: {reason}")
         return _kernel(forced, op)
     for name in PREFERENCE:
+        if name == "triton" and _interpreted():  # slow: for those who ask for it
+            continue
         if _why_not(name, op, device, arguments) is None and _why_unavailable(name) is None:
             return _kernel(name, op)
     return _reference(op)
@@ -104,7 +112,9 @@ def _why_unavailable(name: str) -> str | None:
             return f"the extension is not built: {error}"
         except RuntimeError as error:
             return str(error)
-    elif name in ("triton", "cuda"):
+    elif name == "triton":
+        return _why_no_triton()
+    elif name == "cuda":
         if not torch.cuda.is_available():
             return "no GPU"
         if not _KERNEL_MODULES[name]:
@@ -112,11 +122,28 @@ def _why_unavailable(name: str) -> str | None:
     return None
 
 
+def _interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, as tests ask it to."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _why_no_triton() -> str | None:
+    if not (torch.cuda.is_available() or _interpreted()):
+        return "no GPU"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if not _interpreted() and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"needs a GPU of compute capability 8.0 or later, got {major}.{minor}"
+    return None
+
+
 def _why_not(name: str, op: str, device: torch.device, arguments: dict[str, Any]) -> str | None:
     if op not in _KERNEL_MODULES[name]:
         return f"it has no kernel for {op}"
-    if device.type != _DEVICE_OF[name]:
-        return f"its tensors must be on a {_DEVICE_OF[name]} device, got {device}"
+    wanted = "cpu" if name == "triton" and _interpreted() else _DEVICE_OF[name]
+    if device.type != wanted:
+        return f"its tensors must be on a {wanted} device, got {device}"
     reason: str | None = _kernel_module(name, op).supports(**arguments)
     return reason
 

@@ -41,6 +41,25 @@ def test_available_backends():
         assert status["triton"] == status["cuda"] == "no GPU"
 
 
+def test_interpreted_triton_is_for_those_who_ask(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert lk.available_backends()["triton"] is True
+    assert chosen() is cpu_sample_rows
+    with lk.use_backend("triton"):
+        assert chosen().__module__ == "loopmdm_kernels.triton.sample_rows"
+        with pytest.raises(RuntimeError, match="hidden must be float32"):
+            chosen(dtype=torch.float64)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert lk.available_backends()["triton"] == "Triton is not installed"
+
+
+def test_an_older_gpu_is_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert lk.available_backends()["triton"].endswith("8.0 or later, got 7.5")
+
+
 def test_compiled_kernel_where_it_can_and_reference_elsewhere():
     assert chosen() is cpu_sample_rows
     assert chosen(dtype=torch.float64) is reference.sample_rows

@@ -1,0 +1,84 @@
+"""Tile sizes: a pure function of the kernel, its shape, its dtype and the processor; nothing is tuned.
+
+A tuned table takes precedence: a JSON file named by LOOPMDM_TRITON_TILES,
+{"linear 90 bfloat16 1024x3072x768": [128, 128, 64, 8, 3], ...}, keys as `key` makes them. The kernels of the
+vocabulary look at V and D only, so that what a row gives does not depend on how many rows there are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from loopmdm_kernels.triton.launch import Processor, ceil_div
+
+
+class Tiles(NamedTuple):
+    """Rows, columns and depth of a program's tile; warps; stages of the load pipeline."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+
+KERNELS = ("linear", "norm_linear", "residual_linear", "weight_gradient", "vocabulary", "attention")
+_INTERPRETED = Tiles(32, 64, 32, 1, 1)
+
+
+def key(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int) -> str:
+    return f"{kernel} {arch} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}"
+
+
+def tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, processor: Processor) -> Tiles:
+    """For products shape = (rows, columns, depth); vocabulary: (V, D); attention: (L, K, backward)."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: got {kernel!r}, expected one of {', '.join(KERNELS)}")
+    tuned = _tuned(os.environ.get("LOOPMDM_TRITON_TILES")).get(key(kernel, shape, dtype, processor.arch))
+    return tuned if tuned is not None else default_tiles(kernel, shape, dtype, processor)
+
+
+def default_tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, processor: Processor) -> Tiles:
+    if processor.arch == 0:
+        return _INTERPRETED
+    narrow = dtype != torch.float32
+    if kernel == "attention":
+        return _attention(shape[1], bool(shape[2]), narrow, processor.arch)
+    if not narrow:  # products of fp32 without tensor cores: accumulators and operands live in registers
+        return Tiles(64, 64, 16, 4, 3)
+    if kernel == "vocabulary":
+        return Tiles(64, 128, 64, 4, 3)
+    rows, columns, _ = shape
+    large = Tiles(128, 128, 64, 8, 3) if kernel != "norm_linear" else Tiles(128, 128, 32, 8, 3)
+    small = Tiles(64, 64, 64, 4, 4) if kernel != "norm_linear" else Tiles(64, 64, 64, 4, 3)
+    # Large tiles move least through L2; they are worth it once they fill the multiprocessors.
+    full = ceil_div(rows, large.m) * ceil_div(columns, large.n) >= processor.multiprocessors
+    return large if full else small
+
+
+def _attention(head_dim: int, backward: bool, narrow: bool, arch: int) -> Tiles:
+    """Rows are queries (keys where keys are the outer loop), columns the other; k is not used."""
+    if not narrow:
+        return Tiles(32, 32, 0, 4, 1)
+    if backward:
+        return Tiles(64, 64, 0, 4, 2) if head_dim <= 64 else Tiles(64, 32, 0, 4, 2)
+    if head_dim <= 64:
+        return Tiles(128, 64, 0, 4, 3)
+    return Tiles(128, 64, 0, 8, 2)
+
+
+@cache
+def _tuned(path: str | None) -> dict[str, Tiles]:
+    if not path:
+        return {}
+    try:
+        table = json.loads(Path(path).read_text())
+        return {name: Tiles(*map(int, sizes)) for name, sizes in table.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"LOOPMDM_TRITON_TILES: {path} is no table of tiles: {error}") from error

@@ -1,0 +1,69 @@
+"""What the ops that end in the vocabulary head have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels.triton.config import Tiles
+from loopmdm_kernels.triton.kernels.rows import modulated_rows_kernel
+from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two
+from loopmdm_kernels.types import Head
+
+OPERANDS = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HIDDEN = 8192  # a row is held in registers
+
+
+def why_not(hidden: Tensor, head: Head, compute_dtype: torch.dtype | None) -> str | None:
+    """Why these arguments need another backend, or None."""
+    if hidden.dtype != torch.float32:
+        return f"hidden must be float32, got {hidden.dtype}"
+    if hidden.shape[-1] > _MAX_HIDDEN:
+        return f"hidden may be {_MAX_HIDDEN} wide, got {hidden.shape[-1]}"
+    for name, value in zip(Head._fields[:4], head[:4], strict=True):
+        if value.dtype not in OPERANDS:
+            return f"head.{name} must be float32, bfloat16 or float16, got {value.dtype}"
+    if (compute_dtype or head.weight.dtype) not in OPERANDS:
+        return f"compute_dtype must be float32, bfloat16 or float16, got {compute_dtype}"
+    return None
+
+
+def modulated_rows(
+    hidden: Tensor, norm: Tensor, modulation: Tensor, rows: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The rows after the final norm and its modulation, [R, D] in `dtype`; hidden is contiguous."""
+    _, length, size = hidden.shape
+    out = torch.empty(rows.shape[0], size, dtype=dtype, device=hidden.device)
+    at_once = 4
+    launch(
+        modulated_rows_kernel,
+        (ceil_div(rows.shape[0], at_once),),
+        hidden,
+        rows,
+        norm,
+        modulation,
+        out,
+        rows.shape[0],
+        size,
+        length,
+        sequence_stride(modulation),
+        ROWS=at_once,
+        BLOCK_D=power_of_two(size),
+        num_warps=4,
+        num_stages=1,
+    )
+    return out
+
+
+def chunk_of(tile: Tiles) -> int:
+    """Tokens of a program: few enough for one block of rows to fill most of a large GPU."""
+    return 4 * tile.n
+
+
+def sequence_stride(modulation: Tensor) -> int:
+    """Elements from a sequence's modulation [M, ., D], contiguous, to the next one's; 0 if M = 1."""
+    return 0 if modulation.shape[0] == 1 else modulation.shape[1] * modulation.shape[2]
+
+
+def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype).contiguous()
