@@ -81,9 +81,9 @@ def _waits(instance: _Instance, table: Table) -> Iterator[_Wait]:
     loop, item = instance
     for counter in range(item.wait, item.wait + item.wait_number):
         yield _Wait(counter, item.wait_count * (loop + 1))
-    if table.adaptive and item.phase not in (Phase.ENTER, Phase.EXIT):
-        # LEAVE's loop is the number of loops, which the EXIT of the last one settles.
-        yield _Wait(_progress(table, item), loop if item.phase == Phase.LEAVE else loop + 1)
+    if table.adaptive and item.phase != Phase.ENTER:
+        # EXIT waits for the one before it. LEAVE's loop is the number of loops: the last EXIT settles that.
+        yield _Wait(_progress(table, item), loop if item.phase in (Phase.EXIT, Phase.LEAVE) else loop + 1)
 
 
 def _signals(instance: _Instance, table: Table) -> Iterator[tuple[int, int]]:

@@ -188,16 +188,16 @@ class _Machine:
 
     def _qkv(self, loop: int, item: Instruction, rows: slice) -> None:
         shape, columns = self.table.shape, self._columns(item, self.table.tiles.qkv)
-        product = self._product(
-            self._normalized(loop, item, rows, 0), self.blocks[item.layer].qkv[columns]
-        ).to(self.dtype)
+        product = self._product(self._normalized(loop, item, rows, 0), self.blocks[item.layer].qkv[columns])
         if self.rotary is not None:
             angles = Rotary(*(angle[rows] for angle in self.rotary))
             heads = product.view(len(product), -1, shape.head_dim).transpose(0, 1)
             rotated = max(0, min(len(heads), (2 * shape.hidden - columns.start) // shape.head_dim))
             heads = torch.cat((apply_rotary(heads[:rotated], angles), heads[rotated:]))
             product = heads.transpose(0, 1).flatten(1)
-        self.qkv[qkv_slot(item.write_slot, loop, shape.layers), item.sequence, rows, columns] = product
+        self.qkv[qkv_slot(item.write_slot, loop, shape.layers), item.sequence, rows, columns] = product.to(
+            self.dtype
+        )
 
     def _attention(self, loop: int, item: Instruction, rows: slice) -> None:
         shape: BlockShape = self.table.shape
