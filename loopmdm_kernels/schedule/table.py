@@ -12,9 +12,9 @@ is reset and nothing can be mistaken for an earlier round).
 
 With early exit, `EXIT` opens each loop: from what the loop before has left it decides whether the sequence
 goes on, and publishes that by raising the sequence's `progress` counter, to k + 1 if loop k runs and to
-`FINAL` once the number of loops is settled. EXIT waits for progress k, the others for k + 1; after that they do
-nothing if their sequence has stopped. LEAVE waits for `FINAL`. A sequence touches no counter and no buffer row
-of another one.
+`FINAL` once the number of loops is settled. EXIT waits for progress k, the others for k + 1; after that they
+do nothing if their sequence has stopped. LEAVE waits for `FINAL`. A sequence touches no counter and no buffer
+row of another one.
 """
 
 from __future__ import annotations

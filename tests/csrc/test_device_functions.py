@@ -35,7 +35,7 @@ def library(tmp_path_factory):
 def tma_box(rows, columns, element_bytes):
     """Byte offset of each element after a TMA load with the 128-byte swizzle, from the definition.
 
-    The 16-byte chunk c of row r lies at chunk c xor (r mod 8). Boxes are 128 bytes wide and follow one another.
+    The 16-byte chunk c of row r lies at chunk c xor (r mod 8). Boxes are 128 bytes wide and lie in order.
     """
     offsets = np.empty((rows, columns), dtype=np.int64)
     per_row = 128 // element_bytes
