@@ -1,0 +1,29 @@
+// Mean and variance of a row from parts of equal width (Chan, Golub, LeVeque: Updating formulae, 1982). Sums
+// of squares are of deviations from the part's own mean: the stream grows over the loops, and E[x^2] - E[x]^2
+// would lose the difference.
+#pragma once
+
+#include "common/host_device.h"
+
+namespace loopmdm {
+
+struct PartStatistics {
+  float mean, deviations;  // sum of squared deviations from the mean
+};
+
+struct PartSums {
+  float parts = 0, mean = 0, deviations = 0;
+};
+
+// Adds a part of `width` columns. The result depends on the order of the parts, which is that of the columns.
+LOOPMDM_HD void add_part(PartSums& sums, PartStatistics part, float width) {
+  const float delta = part.mean - sums.mean;
+  const float share = 1.0f / (sums.parts + 1.0f);
+  sums.mean += delta * share;
+  sums.deviations += part.deviations + delta * delta * width * sums.parts * share;
+  sums.parts += 1.0f;
+}
+
+LOOPMDM_HD float variance(PartSums sums, float width) { return sums.deviations / (sums.parts * width); }
+
+}  // namespace loopmdm

@@ -1,0 +1,22 @@
+// The order in which TMA writes a tile to shared memory and WGMMA reads it: rows of 128 bytes, in which the
+// 16-byte chunks are exchanged by the row's number modulo 8. Eight rows (1024 bytes) are one atom.
+#pragma once
+
+#include "common/host_device.h"
+
+namespace loopmdm {
+
+constexpr uint32_t kSwizzleRowBytes = 128;
+constexpr uint32_t kSwizzleAtomBytes = 8 * kSwizzleRowBytes;
+
+// `offset`: bytes from the start of the tile, which is a multiple of the atom, as if rows lay in order.
+LOOPMDM_HD uint32_t swizzle_128(uint32_t offset) { return offset ^ ((offset >> 3) & 0x70u); }
+
+// Byte of element [row, column] in a tile of panels: 128 bytes of columns each, all rows of a panel together.
+LOOPMDM_HD uint32_t panel_offset(uint32_t row, uint32_t column, uint32_t rows, uint32_t element_bytes) {
+  const uint32_t byte = column * element_bytes;
+  const uint32_t panel = byte / kSwizzleRowBytes, inside = byte % kSwizzleRowBytes;
+  return panel * rows * kSwizzleRowBytes + swizzle_128(row * kSwizzleRowBytes + inside);
+}
+
+}  // namespace loopmdm

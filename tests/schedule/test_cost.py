@@ -1,0 +1,70 @@
+"""The model of the GPU's limits and the tiles it picks."""
+
+import itertools
+
+import pytest
+
+from loopmdm_kernels.schedule import BlockShape, Device, Phase, Tiles, build, check, choose, cost
+
+SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=2)
+
+
+def test_plan_of_a_known_shape():
+    plan = choose(SMALL)
+    assert plan.tiles == Tiles(rows=128, qkv=192, attn_out=96, mlp_in=192, mlp_out=96, heads=1)
+    up = plan.phases[Phase.MLP_IN]
+    assert (up.tiles, up.waves) == (128, 1)
+    # 8 row tiles by 16 column tiles; each reads 128 rows of fp32 and 192 of bf16, 768 long.
+    assert up.bytes == 128 * 768 * (4 * 128 + 2 * 192)
+    assert up.arithmetic == pytest.approx(2 * 128 * 192 * 768 * 132 / 700e12)
+    assert up.traffic == pytest.approx(up.bytes / 5.5e12)
+    waits = 2 * len(plan.phases) * 1e-6
+    assert plan.loop_seconds == pytest.approx(waits + 2 * sum(c.seconds for c in plan.phases.values()))
+
+
+def test_few_tokens_take_small_tiles():
+    assert choose(SMALL._replace(length=32)).tiles.rows == 64
+    assert choose(SMALL._replace(batch=16)).tiles.rows == 128
+
+
+def test_the_plan_is_the_best_of_all_tiles():
+    shape = SMALL._replace(length=300)
+    best = choose(shape)
+    for rows, qkv, out, up, down in itertools.product(
+        (64, 128), (128, 192), (64, 96, 128, 192), (64, 128), (64, 128)
+    ):
+        if rows == 64 and (qkv == 192 or out == 96):
+            continue
+        other = cost._plan(shape, Device(), Tiles(rows, qkv, out, up, down, 128 // rows))
+        assert other.loop_seconds >= best.loop_seconds
+
+
+@pytest.mark.parametrize("length", [1, 64, 81, 300, 1024])
+@pytest.mark.parametrize(
+    ("hidden", "heads", "mlp"),
+    [(128, 4, 512), (512, 8, 2048), (768, 12, 3072), (1024, 16, 4096), (1024, 8, 4096)],
+)
+def test_plans_are_legal(length, hidden, heads, mlp):
+    shape = BlockShape(2, length, hidden, heads, mlp, 1)
+    plan = choose(shape)
+    assert plan.shared_bytes <= 232_448 and plan.stages >= 3
+    assert plan.stage_bytes % 1024 == 0, "a stage starts at an address that is a multiple of the swizzle atom"
+    table = build(shape, plan.tiles)
+    if len(table.loop) < 500:
+        check(table)
+
+
+def test_time_grows_with_work_and_shrinks_with_rates():
+    times = [choose(SMALL._replace(length=length)).loop_seconds for length in (1, 64, 256, 1024, 4096)]
+    assert times == sorted(times)
+    plan = choose(SMALL)
+    assert plan.limit_seconds < plan.loop_seconds
+    faster = Device(
+        product_flops=1400e12, attention_flops=900e12, l2_bytes=11e12, sm_bytes=0.22e12, wait_seconds=0
+    )
+    assert choose(SMALL, faster).loop_seconds == pytest.approx((plan.loop_seconds - 10e-6) / 2)
+
+
+def test_widths_that_no_tile_divides():
+    with pytest.raises(ValueError, match="no tiles"):
+        choose(BlockShape(1, 8, 40, 1, 160, 1))
