@@ -28,16 +28,19 @@ def tensor(
     if value.dtype not in dtypes:
         accepted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: got {str(value.dtype).removeprefix('torch.')}, expected {accepted}")
-    fits = value.ndim == len(shape) and all(
-        isinstance(want, str) or got == want or (isinstance(want, tuple) and got in want)
-        for got, want in zip(value.shape, shape, strict=True)
-    )
-    if not fits:
+    if value.shape != shape and not _fits(value.shape, shape):
         wanted = ", ".join(" or ".join(map(str, w)) if isinstance(w, tuple) else str(w) for w in shape)
         raise ValueError(f"{name}: got shape {list(value.shape)}, expected [{wanted}]")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: on {value.device}, expected {device} like the first argument")
     return value
+
+
+def _fits(got: Sequence[int], wanted: Sequence[Any]) -> bool:
+    return len(got) == len(wanted) and all(
+        isinstance(want, str) or size == want or (isinstance(want, tuple) and size in want)
+        for size, want in zip(got, wanted, strict=True)
+    )
 
 
 def not_empty(name: str, value: Tensor) -> None:

@@ -6,7 +6,9 @@ The network is three calls of `looped_blocks` (head, loop, tail: see `stages`) a
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,8 @@ from loopmdm.loop_law import LoopLaw
 from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding
 from loopmdm.stages import Stages
 from loopmdm_kernels.types import Head
+
+T = TypeVar("T")
 
 
 class LossOutput(NamedTuple):
@@ -44,6 +48,7 @@ class LoopMDM(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # save only loop inputs for backward
+        self._kept: dict[Any, Any] | None = None
         self.vocab_embed = TokenEmbedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
             self.position_embed = TokenEmbedding(config.max_length, config.hidden_size)
@@ -63,12 +68,36 @@ class LoopMDM(nn.Module):
             return torch.get_autocast_dtype(self.device.type)
         return self.vocab_embed.embedding.dtype
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, no weight may change: without gradients, what depends on them alone is computed once."""
+        outer = self._kept
+        self._kept = {} if outer is None else outer
+        try:
+            yield
+        finally:
+            self._kept = outer
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """make(), or what it returned before for this key where weights are `frozen`."""
+        kept = self._kept
+        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        if key not in kept:
+            kept[key] = make()
+        value: T = kept[key]
+        return value
+
     def condition(self, sigma: Tensor | None) -> Tensor:
         """silu(sigma_map(sigma)) [1 or B, cond_dim], in the parameters' precision."""
-        if sigma is None or not self.config.time_conditioning:
-            sigma = torch.zeros(1, device=self.device)
-        with torch.autocast(self.device.type, enabled=False):
-            return F.silu(self.sigma_map(sigma))
+
+        def embedded(noise: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, enabled=False):
+                return F.silu(self.sigma_map(noise))
+
+        if sigma is not None and self.config.time_conditioning:
+            return embedded(sigma)
+        return self.once(("condition",), lambda: embedded(torch.zeros(1, device=self.device)))
 
     def head(self, sigma: Tensor | None = None) -> Head:
         """The vocabulary head for noise levels sigma [B] (unused without time conditioning)."""

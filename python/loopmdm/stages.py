@@ -45,7 +45,8 @@ class Stages:
         self._compute_dtype = model.compute_dtype
         self._rotary: Rotary | None = None
         if model.config.positions == "rotary":
-            self._rotary = model.rotary_emb(tokens.shape[1])
+            length = tokens.shape[1]
+            self._rotary = model.once(("rotary", length), lambda: model.rotary_emb(length))
         self._modulations: dict[int, Tensor] = {}
 
     @property
@@ -104,10 +105,18 @@ class Stages:
     def _modulation(self, start: int, end: int) -> Tensor:
         """Of blocks start..end - 1, [end - start, 1 or B, 6, D]."""
         if start not in self._modulations:
-            blocks = [cast(DDiTBlock, self.model.blocks[i]) for i in range(start, end)]
-            rows = torch.stack([block.adaLN_modulation(self._condition) for block in blocks])
-            self._modulations[start] = rows.view(len(blocks), -1, 6, self.model.config.hidden_size)
+
+            def made() -> Tensor:
+                rows = [block.adaLN_modulation(self._condition) for block in self._blocks(start, end)]
+                return torch.stack(rows).view(end - start, -1, 6, self.model.config.hidden_size)
+
+            alike = self._condition.shape[0] == 1 and not self.model.config.time_conditioning
+            key = ("modulation", start, self._compute_dtype)
+            self._modulations[start] = self.model.once(key, made) if alike else made()
         return self._modulations[start]
+
+    def _blocks(self, start: int, end: int) -> list[DDiTBlock]:
+        return [cast(DDiTBlock, self.model.blocks[i]) for i in range(start, end)]
 
     def _run(
         self, x: Tensor, start: int, end: int, loops: int | Tensor, exit_threshold: float | None = None
@@ -116,10 +125,10 @@ class Stages:
         if start == end:
             return x
         model = self.model
-        blocks = [cast(DDiTBlock, model.blocks[i]) for i in range(start, end)]
+        weights = model.once(("weights", start), lambda: [b.weights() for b in self._blocks(start, end)])
         return lk.looped_blocks(
             x,
-            [block.weights() for block in blocks],
+            weights,
             self._modulation(start, end),
             loops,
             num_heads=model.config.num_heads,

@@ -147,3 +147,36 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="num_loops"):
         stages = model.stages(torch.zeros(2, 3, dtype=torch.int64))
         stages.loop(stages.head(), 0)
+
+
+@torch.no_grad()
+def test_frozen_weights_are_read_once():
+    model = make()
+    given = inputs(model)
+    calls = []
+    model.sigma_map.register_forward_hook(lambda *_: calls.append(1))
+    plain = model.hidden(**given, num_loops=2)
+    with model.frozen():
+        calls.clear()
+        assert all(torch.equal(model.hidden(**given, num_loops=2), plain) for _ in range(3))
+        assert len(calls) == 1
+        with torch.enable_grad():
+            assert model.hidden(**given, num_loops=2).requires_grad
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow = model.hidden(**given, num_loops=2)
+        assert torch.equal(model.hidden(**given, num_loops=2), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(narrow, model.hidden(**given, num_loops=2))
+    model.blocks[0].adaLN_modulation.bias.add_(1.0)
+    assert not torch.equal(model.hidden(**given, num_loops=2), plain)
+
+
+@torch.no_grad()
+def test_frozen_does_not_mix_noise_levels():
+    model = make(time_conditioning=True)
+    given = inputs(model)
+    other = given | {"sigma": given["sigma"] * 2}
+    plain = [model.hidden(**one, num_loops=2) for one in (given, other)]
+    with model.frozen():
+        for one, expected in zip((given, other, given), (*plain, plain[0]), strict=True):
+            assert torch.equal(model.hidden(**one, num_loops=2), expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import loopmdm_kernels as lk
 from loopmdm import diffusion
 from loopmdm.exits import ExitCost, ExitRule
+from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm_kernels.types import Head, RowRng, SampledRows
 
@@ -177,12 +178,17 @@ def check_models(model: Any, plan: ComputePlan, context: int) -> list[Any]:
 
 @contextmanager
 def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Eval mode inside; every submodule's own mode is restored afterwards, also after an error."""
+    """Eval mode and frozen weights inside; every submodule's own mode is restored, also after an error."""
+    models = list(models)
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for module, _ in modes:
             module.training = False
-        yield
+        with ExitStack() as stack:
+            for model in models:
+                if isinstance(model, LoopMDM):
+                    stack.enter_context(model.frozen())
+            yield
     finally:
         for module, training in modes:
             module.training = training
