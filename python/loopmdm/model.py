@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -24,6 +25,9 @@ from loopmdm.stages import Stages
 from loopmdm_kernels.types import Head
 
 T = TypeVar("T")
+_NOTHING: dict[int, dict[Any, Any]] = {}
+# What is kept of each model by id; of a context, so that threads do not end each other's.
+_FROZEN: ContextVar[dict[int, dict[Any, Any]]] = ContextVar("frozen")
 
 
 class LossOutput(NamedTuple):
@@ -48,7 +52,6 @@ class LoopMDM(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # save only loop inputs for backward
-        self._kept: dict[Any, Any] | None = None
         self.vocab_embed = TokenEmbedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
             self.position_embed = TokenEmbedding(config.max_length, config.hidden_size)
@@ -71,17 +74,18 @@ class LoopMDM(nn.Module):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, no weight may change: without gradients, what depends on them alone is computed once."""
-        outer = self._kept
-        self._kept = {} if outer is None else outer
+        token = _FROZEN.set({**_FROZEN.get(_NOTHING), id(self): {}})
         try:
             yield
         finally:
-            self._kept = outer
+            _FROZEN.reset(token)
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """make(), or what it returned before for this key where weights are `frozen`."""
-        kept = self._kept
-        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return make()
+        kept = _FROZEN.get(_NOTHING).get(id(self))
+        if kept is None:
             return make()
         if key not in kept:
             kept[key] = make()
