@@ -1,12 +1,18 @@
-"""Options of decoding that commands share: the order, how much a step reveals, and what may be drawn."""
+"""Options of decoding that commands share: plan, order, how much a step reveals, what may be drawn."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from loopmdm.cli.models import load_model
 from loopmdm.cli.parser import UsageError, count, number, positive_int, usage_errors
 from loopmdm.data.tokenizer import Tokenizer
+from loopmdm.model import LoopMDM
+from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.sampling import ORDERS, Remasking
 from loopmdm.sampling.options import make_pace
 from loopmdm.sampling.remasking import DEFAULT_ETA
@@ -80,6 +86,44 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         help="the reference's fp32 race, which loses rare tokens: to compare with figures made so",
     )
     group.add_argument("--seed", type=count, default=0, metavar="N", help="(default: %(default)s)")
+
+
+def add_plan(parser: Any, *names: str, default: str) -> None:
+    """Which compute every step gets. `names` of the option; `default` in words."""
+    parser.add_argument(
+        *names,
+        dest="plan",
+        metavar="PLAN",
+        help=f"loops: a count such as 12 (default: {default}), L125,H750,L125, S2:50,S8:50, or a saved plan",
+    )
+    parser.add_argument(
+        "--light", metavar="L", help="what L in the plan stands for: a loop count or a model's folder"
+    )
+    parser.add_argument(
+        "--heavy", metavar="H", help="what H in the plan stands for: a loop count or a model's folder"
+    )
+
+
+def chosen_plan(args: argparse.Namespace, device: torch.device) -> ComputePlan:
+    """The plan that the options of `add_plan` ask for."""
+    named = {"light": args.light, "heavy": args.heavy}
+    if args.plan is None or args.plan.isdecimal():
+        if any(named.values()):
+            raise UsageError(
+                "--light, --heavy: they belong to a plan such as L125,H750,L125, give one with --plan"
+            )
+        return as_plan(None if args.plan is None else int(args.plan))
+    choices = {name: _light_or_heavy(text, device) for name, text in named.items()}
+    if Path(args.plan).is_file():
+        models = {name[0].upper(): model for name, model in choices.items() if model is not None}
+        return ComputePlan.from_json(Path(args.plan).read_text(encoding="utf-8"), models)
+    return ComputePlan.parse(args.plan, **choices)
+
+
+def _light_or_heavy(text: str | None, device: torch.device) -> int | LoopMDM | None:
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    return load_model(text, device)
 
 
 def decoding_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from loopmdm.cli.decoding import add_decoding, decoding_options
+from loopmdm.cli.decoding import add_decoding, add_plan, chosen_plan, decoding_options
 from loopmdm.cli.models import load_model, load_tokenizer
 from loopmdm.cli.output import note, print_json
 from loopmdm.cli.parser import (
@@ -30,7 +30,7 @@ from loopmdm.cli.run_file import RunFile
 from loopmdm.cli.views import Views, add_views
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
-from loopmdm.plan import ComputePlan, as_plan
+from loopmdm.plan import ComputePlan
 from loopmdm.sampling import SampleResult, sample
 from loopmdm.sampling.canvas import make_canvas
 from loopmdm.view import IdSymbols, Symbols, TextSymbols
@@ -64,18 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="fill the gaps of this text: [MASK] is one token, ___ (3 or more) one token each",
     )
-    parser.add_argument(
-        "--plan",
-        "--loops",
-        metavar="PLAN",
-        help="loops: a count such as 12 (default: the model's most), or L125,H750,L125, S2:50,S8:50",
-    )
-    parser.add_argument(
-        "--light", metavar="L", help="what L in the plan stands for: a loop count or a model's folder"
-    )
-    parser.add_argument(
-        "--heavy", metavar="H", help="what H in the plan stands for: a loop count or a model's folder"
-    )
+    add_plan(parser, "--plan", "--loops", default="the model's most")
     add_decoding(parser)
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="fp32", help="of matrix products (default: %(default)s)"
@@ -96,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer is None:
         note(f"{args.model} holds no tokenizer: prompts and samples are token ids (--tokenizer gives one)")
     with usage_errors():
-        plan = as_plan(_plan(args, device))
+        plan = chosen_plan(args, device)
         options = decoding_options(args, tokenizer)
     run = RunFile.read(Path(args.model))
     length = args.length or (run.length if run is not None and run.length else model.config.max_length)
@@ -187,22 +176,6 @@ def _num_steps(
         return canvas.shape[1]
     most = int((canvas == mask_token_id).sum(dim=1).max())
     return -(-most // (args.tokens_per_step or 1))
-
-
-def _plan(args: argparse.Namespace, device: torch.device) -> int | ComputePlan | None:
-    if args.plan is None or args.plan.isdecimal():
-        if args.light is not None or args.heavy is not None:
-            raise UsageError(
-                "--light, --heavy: they belong to a plan such as L125,H750,L125, give one with --plan"
-            )
-        return None if args.plan is None else ComputePlan.constant(int(args.plan))
-    return ComputePlan.parse(args.plan, *(_choice(text, device) for text in (args.light, args.heavy)))
-
-
-def _choice(text: str | None, device: torch.device) -> int | LoopMDM | None:
-    if text is None or text.isdecimal():
-        return None if text is None else int(text)
-    return load_model(text, device)
 
 
 def _ids(text: str, tokenizer: Tokenizer | None, option: str) -> list[int]:
