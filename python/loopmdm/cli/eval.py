@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-
 from loopmdm.cli import eval_samples, likelihood, text_data
-from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, held_out_puzzles, share_row, solve_all
+from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, blanks, held_out_puzzles, share_row, solve_all
 from loopmdm.cli.held_out import add_text_options, held_out_text
 from loopmdm.cli.models import default_loops, load_model, sudoku_spec
 from loopmdm.cli.output import note, print_json, print_table
@@ -24,7 +22,6 @@ from loopmdm.cli.parser import UsageError, add_json, add_runtime, count, loop_co
 from loopmdm.data.sudoku import SudokuSpec, read_puzzles, solve
 from loopmdm.evaluate import evaluate_nll
 from loopmdm.model import LoopMDM
-from loopmdm.train import Batch
 
 EPILOG = """examples:
   loopmdm eval run                                  a run of `loopmdm train`, on the documents it held out
@@ -32,7 +29,6 @@ EPILOG = """examples:
   loopmdm eval run --samples 64 --scorer scorer --steps 64 --loops 1,4
   loopmdm eval sudoku9 --num 200 --json
 """
-_BATCH = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,14 +132,7 @@ def _sudoku(args: argparse.Namespace, model: LoopMDM, spec: SudokuSpec, loops: l
         source = f"{len(clues)} {spec} puzzles of {args.puzzles}"
     orders = ORDERS if args.order == "both" else (args.order,)
     solved = solve_all(model, spec, clues, orders, loops, progress=True)
-    tokens, given = torch.from_numpy(solutions).long() - 1, torch.from_numpy(clues != 0)
-    blank = ~given.all(dim=1)
-    tokens, given = tokens[blank], given[blank]
-    batches = [
-        Batch(tokens[start : start + _BATCH], prompt_mask=given[start : start + _BATCH])
-        for start in range(0, len(tokens), _BATCH)
-    ]
-    results = evaluate_nll(model, batches, num_loops=loops, num_t=args.num_t, seed=args.seed)
+    results = evaluate_nll(model, blanks(clues, solutions), num_loops=loops, num_t=args.num_t, seed=args.seed)
     return {
         "source": source,
         "size": str(spec),
