@@ -115,7 +115,7 @@ def _nll_result(
     sums: Tensor, tokens: Tensor, num_loops: int, num_t: int, bytes_per_token: float | None
 ) -> NLLResult:
     """The result of sequences whose counted `tokens` [N] cost `sums` [N] nats."""
-    nll, stderr = _ratio(sums, tokens)
+    nll, stderr = ratio_of_sums(sums, tokens)
     return NLLResult(
         num_loops=num_loops,
         nll=nll,
@@ -131,6 +131,19 @@ def _nll_result(
 def _check_bytes(bytes_per_token: float | None) -> None:
     if bytes_per_token is not None and not 0 < bytes_per_token < math.inf:
         raise ValueError(f"bytes_per_token must be positive and finite, got {bytes_per_token}")
+
+
+def nll_by_sequence(
+    model: nn.Module,
+    batches: Iterable[Batch | Tensor],
+    *,
+    num_loops: int,
+    num_t: int = 16,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """NELBO in nats and counted tokens of each sequence, both [N] float64; arguments as in `evaluate_nll`."""
+    sums = _measure(model, batches, [num_loops], num_t, seed)[num_loops]
+    return sums.weighted.mean(1), sums.tokens
 
 
 def nll_by_time_bin(
@@ -151,7 +164,7 @@ def nll_by_time_bin(
     for loops, sums in measured.items():
         bins = []
         for j in range(num_bins):
-            nll, stderr = _ratio(sums.weighted[:, j], sums.tokens)
+            nll, stderr = ratio_of_sums(sums.weighted[:, j], sums.tokens)
             masked = int(sums.masked[:, j].sum())
             cross_entropy = float(sums.plain[:, j].sum()) / masked if masked else math.nan
             bins.append(TimeBin(loops, edges[j], edges[j + 1], nll, stderr, cross_entropy, masked))
@@ -267,8 +280,11 @@ def _row_sums(model: Any, batch: Batch, t: Tensor, masked: Tensor, num_loops: in
     return sums.index_add(0, rows // noisy.shape[1], nll.double()).cpu()
 
 
-def _ratio(values: Tensor, tokens: Tensor) -> tuple[float, float]:
-    """sum(values) / sum(tokens) and its standard error, sequences being the independent units."""
+def ratio_of_sums(values: Tensor, tokens: Tensor) -> tuple[float, float]:
+    """sum(values) / sum(tokens) and its standard error, sequences [N] being the independent units.
+
+    Of the difference of two models' sums on the same masks, it gives the paired difference of their NLL.
+    """
     total, count = float(tokens.sum()), len(tokens)
     ratio = float(values.sum()) / total
     if count < 2:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loopmdm.causal import CausalConfig, CausalLM
 from loopmdm.data.tokenizer import BPETokenizer, ByteTokenizer
-from loopmdm.quality import CausalScorer, bootstrap, generative_perplexity, load_scorer, quality
+from loopmdm.quality import CausalScorer, generative_perplexity, load_scorer, quality, unigram_entropy
 from loopmdm.quality.scorer import windows
 
 BYTES = ByteTokenizer()
@@ -125,22 +125,26 @@ def test_quality_gathers_the_metrics_with_their_errors() -> None:
         quality(tokens[:1])
 
 
-def test_bootstrap_of_a_mean_and_of_a_ratio() -> None:
+def test_standard_errors_are_those_of_means_and_ratios() -> None:
+    scorer = CausalScorer(causal(), BYTES)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, generator=generator, dtype=torch.float64)
-    y = 2 + 0.5 * x + 0.1 * torch.randn(400, generator=generator, dtype=torch.float64)
-    mean = bootstrap(lambda m: m, x, resamples=4000)
-    assert mean.value == pytest.approx(float(x.mean()))
-    assert mean.stderr == pytest.approx(float(x.std()) / 20, rel=0.05)
-    assert mean.high - mean.low == pytest.approx(2 * 1.96 * mean.stderr, rel=0.06)
-    ratio = bootstrap(lambda a, b: a / b, y, x + 5, resamples=4000)
-    slope = float(y.mean() / (x + 5).mean())
-    delta = float((y - slope * (x + 5)).std()) / 20 / float((x + 5).mean())
-    assert ratio.value == pytest.approx(slope) and ratio.stderr == pytest.approx(delta, rel=0.05)
-    assert bootstrap(lambda m: m, x) == bootstrap(lambda m: m, x) != bootstrap(lambda m: m, x, seed=1)
-    for columns, options in (((x[:1],), {}), ((x, y[:5]), {}), ((x,), {"resamples": 1})):
-        with pytest.raises(ValueError, match="expected"):
-            bootstrap(lambda *m: m[0], *columns, **options)
+    tokens = torch.randint(0, 128, (100, 12), generator=generator)
+    for row, size in zip(tokens, torch.randint(3, 13, (100,), generator=generator).tolist(), strict=True):
+        row[size:] = -1
+    figures = quality(tokens, scorer, resamples=4000)
+    scored = generative_perplexity(scorer, tokens)
+    assert scored.num_bytes is not None and scored.bits_per_byte is not None
+    bits = scored.nll_sum / math.log(2)
+    residuals = (bits - scored.bits_per_byte * scored.num_bytes) / scored.num_bytes.mean()
+    for name, expected in (
+        ("unigram_entropy", unigram_entropy(tokens).std()),
+        ("generative_perplexity", scored.value * scored.per_sample.std()),
+        ("bits_per_byte", residuals.std()),
+    ):
+        figure = figures[name]
+        assert figure["stderr"] == pytest.approx(float(expected) / 10, rel=0.06)
+        assert figure["high"] - figure["low"] == pytest.approx(2 * 1.96 * figure["stderr"], rel=0.06)
+    assert quality(tokens, scorer, resamples=4000) == figures != quality(tokens, scorer, seed=1)
 
 
 @pytest.fixture(scope="module")

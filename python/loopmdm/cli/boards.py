@@ -6,14 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from loopmdm.data.sudoku import NINE, Puzzles, SudokuSpec, generate
 from loopmdm.data.sudoku.boards import Cells
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.solve import SolveResult, solve_puzzles
+from loopmdm.train import Batch
 
 ORDERS = ("left_to_right", "confidence")
 HELD_OUT_SEED = 20_000
+_BATCH = 64
 SHARE_COLUMNS = ("order", "loops S", "solved", "± s.e.", "network calls", "loops run", "seconds")
 
 
@@ -69,6 +73,17 @@ def held_out_puzzles(spec: SudokuSpec, num: int, threads: int = 1) -> Puzzles:
     """Puzzles of the test split: 9x9 with 30 to 40 clues, 6x6 with as few as they can have (about 10)."""
     clues = (30, 40) if spec == NINE else None
     return generate(spec, num, seed=HELD_OUT_SEED, clues=clues, split="test", threads=threads)
+
+
+def blanks(clues: Cells, solutions: Cells) -> list[Batch]:
+    """Solved boards to measure the likelihood of what was blank, from puzzles and solutions [N, cells]."""
+    tokens, given = torch.from_numpy(solutions).long() - 1, torch.from_numpy(clues != 0)
+    unsolved = ~given.all(dim=1)
+    tokens, given = tokens[unsolved], given[unsolved]
+    return [
+        Batch(tokens[start : start + _BATCH], prompt_mask=given[start : start + _BATCH])
+        for start in range(0, len(tokens), _BATCH)
+    ]
 
 
 def solve_all(

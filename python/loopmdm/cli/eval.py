@@ -3,6 +3,9 @@
 Text: the likelihood (NELBO) of held-out text, in nats per token, perplexity and bits per byte, each with its
 standard error over windows. Sudoku: the share of held-out puzzles solved in each decoding order, and the
 NELBO of their blanks. Times, masks and puzzles are the same for every loop count and every model.
+
+With --samples a model of text is measured by what it writes: generative perplexity and bits per byte under an
+autoregressive scorer, unigram entropy, distinct n-grams and self-BLEU, beside those of held-out text.
 """
 
 from __future__ import annotations
@@ -10,10 +13,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-
-from loopmdm.cli import likelihood, text_data
-from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, held_out_puzzles, share_row, solve_all
+from loopmdm.cli import eval_samples, likelihood, text_data
+from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, blanks, held_out_puzzles, share_row, solve_all
 from loopmdm.cli.held_out import add_text_options, held_out_text
 from loopmdm.cli.models import default_loops, load_model, sudoku_spec
 from loopmdm.cli.output import note, print_json, print_table
@@ -21,14 +22,13 @@ from loopmdm.cli.parser import UsageError, add_json, add_runtime, count, loop_co
 from loopmdm.data.sudoku import SudokuSpec, read_puzzles, solve
 from loopmdm.evaluate import evaluate_nll
 from loopmdm.model import LoopMDM
-from loopmdm.train import Batch
 
 EPILOG = """examples:
   loopmdm eval run                                  a run of `loopmdm train`, on the documents it held out
   loopmdm eval run --data other.txt --loops 1,2,4,8 --num-t 32
+  loopmdm eval run --samples 64 --scorer scorer --steps 64 --loops 1,4
   loopmdm eval sudoku9 --num 200 --json
 """
-_BATCH = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-t", type=positive_int, default=16, help="times per sequence (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=count, default=0, help="of times and masks (default: %(default)s)")
+    parser.add_argument("--seed", type=count, default=0, help="of all that is drawn (default: %(default)s)")
     text = parser.add_argument_group("text")
     add_text_options(text, windows=64)
     puzzles = parser.add_argument_group("Sudoku")
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num", type=positive_int, default=100, metavar="N", help="puzzles (default: %(default)s)"
     )
     puzzles.add_argument("--order", choices=[*ORDERS, "both"], default="both", help="(default: %(default)s)")
+    eval_samples.add_arguments(parser)
     add_json(parser, "the figures")
     add_runtime(parser)
 
@@ -66,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--data: {args.model} solves {spec} Sudoku; give --puzzles FILE")
     if spec is None and args.puzzles is not None:
         raise UsageError(f"--puzzles: {args.model} is a model of text; give --data PATH")
+    eval_samples.check(args, text=spec is None)
+    if args.samples is not None:
+        return _samples(args, model, loops)
     document = _text(args, model, loops) if spec is None else _sudoku(args, model, spec, loops)
     if args.json:
         print_json({"model": args.model, **document})
@@ -75,6 +79,17 @@ def run(args: argparse.Namespace) -> int:
         print_table(SHARE_COLUMNS, [share_row(one) for one in document["solved"]])
         print("\nNELBO of the blanks, given the clues:")
     print_table(likelihood.COLUMNS, likelihood.rows(document["held_out"]))
+    return 0
+
+
+def _samples(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> int:
+    document = eval_samples.measure(args, model, loops)
+    if args.json:
+        print_json({"model": args.model, **document})
+        return 0
+    print(f"model {args.model}\n")
+    print_table(eval_samples.COLUMNS, eval_samples.table(document))
+    print("\n" + eval_samples.describe(document))
     return 0
 
 
@@ -117,14 +132,7 @@ def _sudoku(args: argparse.Namespace, model: LoopMDM, spec: SudokuSpec, loops: l
         source = f"{len(clues)} {spec} puzzles of {args.puzzles}"
     orders = ORDERS if args.order == "both" else (args.order,)
     solved = solve_all(model, spec, clues, orders, loops, progress=True)
-    tokens, given = torch.from_numpy(solutions).long() - 1, torch.from_numpy(clues != 0)
-    blank = ~given.all(dim=1)
-    tokens, given = tokens[blank], given[blank]
-    batches = [
-        Batch(tokens[start : start + _BATCH], prompt_mask=given[start : start + _BATCH])
-        for start in range(0, len(tokens), _BATCH)
-    ]
-    results = evaluate_nll(model, batches, num_loops=loops, num_t=args.num_t, seed=args.seed)
+    results = evaluate_nll(model, blanks(clues, solutions), num_loops=loops, num_t=args.num_t, seed=args.seed)
     return {
         "source": source,
         "size": str(spec),

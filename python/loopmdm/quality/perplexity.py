@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from loopmdm.quality.diversity import distinct_n, self_bleu, unigram_entropy
-from loopmdm.quality.intervals import COVERAGE, RESAMPLES, bootstrap
 from loopmdm.quality.samples import check_samples, lengths
 from loopmdm.quality.scorer import Scorer
+from loopmdm.study.bootstrap import Bootstrap, Floats
+
+RESAMPLES = 2000
 
 
 class GenerativePerplexity(NamedTuple):
@@ -74,7 +77,7 @@ def quality(
         resamples, seed: of the bootstrap.
     """
     tokens = check_samples(tokens, mask_token_id, least=2)
-    options = {"resamples": resamples, "seed": seed}
+    bootstrap = Bootstrap(len(tokens), resamples=resamples, seed=seed)
     columns = {
         "unigram_entropy": unigram_entropy(tokens),
         "distinct_2": distinct_n(tokens, 2),
@@ -83,26 +86,32 @@ def quality(
     }
     figures: dict[str, Any] = {
         "samples": len(tokens),
-        "bootstrap": {**options, "coverage": COVERAGE},
-        **{name: bootstrap(_mean, column, **options).to_dict() for name, column in columns.items()},
+        "bootstrap": {"resamples": resamples, "seed": seed, "level": bootstrap.level},
+        **{
+            name: _estimate(bootstrap, column.mean(), bootstrap.means(column))
+            for name, column in columns.items()
+        },
     }
     if scorer is None:
         return figures
     scored = generative_perplexity(scorer, tokens)
     bits = None
     if scored.num_bytes is not None and scored.bits_per_byte is not None:
-        bits = bootstrap(_bits, scored.nll_sum, scored.num_bytes, **options).to_dict()
-    figures |= {
+        resampled = bootstrap.ratios(scored.nll_sum / math.log(2), scored.num_bytes)
+        bits = _estimate(bootstrap, scored.bits_per_byte, resampled)
+    resampled = np.exp(bootstrap.means(scored.per_sample))
+    return figures | {
         "scorer": scorer.name,
-        "generative_perplexity": bootstrap(torch.exp, scored.per_sample, **options).to_dict(),
+        "generative_perplexity": _estimate(bootstrap, scored.value, resampled),
         "bits_per_byte": bits,
     }
-    return figures
 
 
-def _mean(mean: Tensor) -> Tensor:
-    return mean
-
-
-def _bits(nll: Tensor, num_bytes: Tensor) -> Tensor:
-    return nll / math.log(2) / num_bytes
+def _estimate(bootstrap: Bootstrap, value: float | Tensor, resampled: Floats) -> dict[str, float]:
+    interval = bootstrap.interval(float(value), resampled)
+    return {
+        "value": float(value),
+        "stderr": float(np.nanstd(resampled, ddof=1)),
+        "low": float(interval.low),
+        "high": float(interval.high),
+    }

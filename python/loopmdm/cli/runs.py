@@ -1,0 +1,190 @@
+"""One training run, from the options of the command line to its folder; `torchrun`, signals and resuming."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from loopmdm.cli.jobs import Job, read_corpus, sudoku_job, text_job, text_tokenizer
+from loopmdm.cli.output import note
+from loopmdm.cli.parser import INTERRUPTED, TERMINATED, UsageError
+from loopmdm.cli.run_file import RunFile
+from loopmdm.cli.text_data import load_tokenizer, located
+from loopmdm.config import LoopMDMConfig
+from loopmdm.train import TrainConfig, Trainer
+from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
+from loopmdm.train.state import STATE_FILE
+
+_DATA_FIELDS = (
+    "preset",
+    "data",
+    "text_field",
+    "errors",
+    "tokenizer",
+    "length",
+    "validation",
+    "autoregressive",
+)
+# Options that mean nothing to an autoregressive model, which has no loop and no dropout.
+_LOOPED_ONLY = {
+    "loop": "--loop",
+    "max_loops": "--max-loops",
+    "loop_law": "--loop-law",
+    "dropout": "--dropout",
+}
+
+
+class TrainedRun(NamedTuple):
+    """What became of a run."""
+
+    job: Job
+    steps: int  # optimizer steps done
+    signal: int | None  # what stopped it before its end
+
+    @property
+    def status(self) -> int:
+        """Exit status of a command that ends with this run."""
+        if self.signal is None:
+            return 0
+        return INTERRUPTED if self.signal == signal.SIGINT else TERMINATED
+
+
+def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> TrainedRun:
+    """Train the run that the options ask for, or continue it, until it is done or a signal stops it."""
+    job = _prepare(described_run(args), args, rank)
+    trainer = Trainer(job.model.to(device), job.data, job.config, args.out, evaluate=job.evaluate)
+    if args.resume:
+        done = trainer.resume()
+        if rank == 0:
+            note(f"resuming {args.out} after step {done} of {job.config.steps}")
+    if rank == 0:
+        job.run.write(args.out)
+    with _stop_on_signals(trainer) as received:
+        counters = trainer.train()
+    stopped = bool(received) and counters.step < job.config.steps
+    return TrainedRun(job, counters.step, received[0] if stopped else None)
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[tuple[int, torch.device]]:
+    """Joins the processes `torchrun` started; yields the rank and the device of this one."""
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        yield 0, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), device
+    finally:
+        dist.destroy_process_group()
+
+
+def described_run(args: argparse.Namespace) -> RunFile:
+    """The run the options ask for; with --resume, the stored one with what may be changed."""
+    given_model = _given(args, LoopMDMConfig)
+    if args.loop is not None:
+        given_model["loop_start"], given_model["loop_end"] = args.loop
+    given_training = _given(args, TrainConfig)
+    if args.clip == 0:
+        given_training["clip"] = None
+    given_data = {name: getattr(args, name) for name in _DATA_FIELDS if getattr(args, name) is not None}
+    if "data" in given_data:
+        given_data["data"] = located(given_data["data"])
+    evaluation = {} if args.eval_size is None else {"size": args.eval_size}
+    if args.out.exists() and not args.out.is_dir():
+        raise NotADirectoryError(f"--out: {args.out} is a file, expected a folder")
+    stored = RunFile.read(args.out) if args.resume else None
+    if stored is not None:
+        for name, value in (given_data | given_model).items():
+            kept = getattr(stored, name) if name in _DATA_FIELDS else stored.model.get(name, "the preset's")
+            if kept != value:
+                raise UsageError(
+                    f"--resume: in {args.out} {name} is {kept!r}, got {value!r}; leave the option out"
+                )
+        return dataclasses.replace(
+            stored,
+            training=stored.training | given_training,
+            evaluation=stored.evaluation | evaluation,
+        )
+    if not args.resume and (args.out / STATE_FILE).exists():
+        raise UsageError(
+            f"{args.out} holds a run already: continue it with --resume, or choose another folder"
+        )
+    if args.resume and not given_data:
+        raise FileNotFoundError(
+            f"--resume: {args.out} holds no run; give --preset or --data to start one there"
+        )
+    preset = given_data.setdefault("preset", "text")
+    if preset in SUDOKU_RECIPES and len(given_data) > 1:
+        others = ", ".join("--" + name.replace("_", "-") for name in given_data if name != "preset")
+        raise UsageError(f"--preset {preset} makes its own data and does not take {others}")
+    if preset in TEXT_RECIPES and "data" not in given_data:
+        raise UsageError("nothing to train on: give --data PATH, or --preset sudoku6 or sudoku")
+    if args.autoregressive:
+        refuse(args, _LOOPED_ONLY, "--autoregressive trains a model without loops and dropout")
+    if not 0 <= given_data.get("validation", 0) < 1:
+        raise UsageError(f"--validation: got {args.validation}, expected a share of at least 0 and below 1")
+    return RunFile(model=given_model, training=given_training, evaluation=evaluation, **given_data)
+
+
+def refuse(args: argparse.Namespace, options: dict[str, str], why: str) -> None:
+    """An error of usage if the command line gives one of the options, {name in `args`: as it is written}."""
+    given = [option for name, option in options.items() if getattr(args, name) is not None]
+    if given:
+        raise UsageError(f"{why}; leave out {', '.join(given)}")
+
+
+def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    """Fields of a configuration that the command line names."""
+    names = (f.name for f in dataclasses.fields(kind))
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def _prepare(run: RunFile, args: argparse.Namespace, rank: int) -> Job:
+    """The job of a run; rank 0 makes the tokenizer, and the others read it from the folder of the run."""
+    if run.data is None:
+        return sudoku_job(run, args.threads or 1)
+    if rank == 0:
+        corpus, tokenizer = text_tokenizer(run, args.out)
+        tokenizer.save(args.out)
+    if dist.is_initialized():
+        dist.barrier()
+    if rank:
+        corpus, tokenizer = read_corpus(run), load_tokenizer(args.out)
+    return text_job(run, corpus, tokenizer, args.cache)
+
+
+@contextmanager
+def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
+    """Inside, Ctrl-C and SIGTERM end the training after the present step; yields the signals received."""
+    received: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        trainer.request_stop()
+        # print is not safe in a signal handler
+        os.write(2, b"\nstopping after this step, then a checkpoint is written (once more: stop at once)\n")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
