@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from loopmdm.cli import main
 from loopmdm.config import LoopMDMConfig
@@ -75,8 +76,8 @@ def study(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     return run
 
 
-def interrupted_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """The next study is interrupted when it asks for the item after `count`."""
+def interrupted_after(monkeypatch: pytest.MonkeyPatch, study: str, count: int) -> None:
+    """The study is interrupted once, when it asks for the item after `count`; its figures are empty."""
     from loopmdm.study.folder import StudyFolder
 
     whole = StudyFolder._compute
@@ -85,11 +86,12 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     def stop(self: StudyFolder, missing: Any, total: int, compute: Any, *rest: Any) -> None:
         def counted(key: str) -> Any:
             nonlocal done
-            if done == count:
-                raise KeyboardInterrupt
             done += 1
+            if done == count + 1:
+                raise KeyboardInterrupt
             return compute(key)
 
         whole(self, missing, total, counted, *rest)
 
     monkeypatch.setattr(StudyFolder, "_compute", stop)
+    monkeypatch.setattr(f"loopmdm.study.{study}.draw", lambda rows: Figure())

@@ -70,10 +70,9 @@ def test_probabilities_are_those_of_single_pairs(make: Build, fields: dict[str, 
     model, noisy = make(0, **fields), noisy_batch()
     x = noisy.stages(model).head()
     got = attention_probabilities(model, 1, x, noisy)
-    for sequence in range(3):
-        for head in range(2):
-            expected = scores_of(model, 1, x, noisy, sequence, head)
-            torch.testing.assert_close(got[sequence, head].double(), expected, rtol=1e-4, atol=1e-6)
+    for sequence, head in ((0, 1), (2, 0)):
+        expected = scores_of(model, 1, x, noisy, sequence, head)
+        torch.testing.assert_close(got[sequence, head].double(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("fields", FIELDS)
@@ -126,16 +125,22 @@ def test_study_of_text(
     words = ["attention", folders("a"), "--naive", folders("plain"), "--data", corpus, "--length", 16]
     words += ["--windows", 20, "--loops", "1,2,4", "--times", "0.5", "--out"]
     with monkeypatch.context() as patch:
-        interrupted_after(patch, 4)
+        interrupted_after(patch, "attention", 4)
         assert study(*words, tmp_path / "parts")[0] == 130
-    assert study(*words, tmp_path / "parts")[0] == 0 and study(*words, tmp_path / "whole")[0] == 0
+        assert study(*words, tmp_path / "parts")[0] == 0
+    assert study(*words, tmp_path / "whole")[0] == 0
     parts, whole = (json.loads((tmp_path / name / "table.json").read_text()) for name in ("parts", "whole"))
     assert parts["rows"] == whole["rows"] and len(whole["rows"]) == 2 * 3 * 2
     for row in whole["rows"]:
         assert 0 < row["mass_low"] <= row["mass"] <= row["mass_high"] < 1
         assert row["lift"] == pytest.approx(row["mass"] / row["masked_share"], rel=0.2)
     assert [row["trained_with_loop"] for row in whole["rows"]] == [True] * 6 + [False] * 6
-    assert [finding["id"] for finding in whole["findings"]] == ["L8", "L8"]
+    assert [finding["id"] for finding in whole["findings"]] == [
+        "L8",
+        "L8, layer 2",
+        "L8",
+        "L8",
+    ]
 
 
 def test_study_of_boards(folders: Callable[[str], str], study: Study, tmp_path: Path) -> None:

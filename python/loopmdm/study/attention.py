@@ -227,32 +227,27 @@ def table(
 def _conclude(
     folder: StudyFolder, rows: Sequence[Row], times: Sequence[float], loops: Sequence[int], most: int
 ) -> None:
-    """Condition L8, at the time nearest to 0.5 and in the first looped layer."""
+    """Condition L8 at the time nearest to 0.5; it is about the first looped layer."""
     t = min(times, key=lambda value: abs(value - 0.5))
     first = rows[0]["layer"]
-    for trained in dict.fromkeys(row["trained_with_loop"] for row in rows):
-        part = figures.select(rows, t=t, layer=first, trained_with_loop=trained)
+    curves = dict.fromkeys((row["trained_with_loop"], row["layer"]) for row in rows)
+    for trained, layer in curves:
+        part = figures.select(rows, t=t, layer=layer, trained_with_loop=trained)
         mass = dict(zip(loops, figures.column(part, "mass"), strict=True))
-        early = [s for s in (2, 3, 4) if s in mass and s <= max(4, most)]
-        curve = ", ".join(f"{mass[s]:.3f} at S = {s}" for s in loops)
-        words = f"{part[0]['model']}, layer {first}, t = {t:g}: mass {curve}; masked share"
-        words += f" {part[0]['masked_share']:.3f}"
-        rises = 1 in mass and bool(early) and all(mass[s] >= RISE * mass[1] for s in early)
-        if trained:
-            condition = "A_mm at S = 2, 3, 4 is at least 5 % above S = 1"
-            folder.find("L8", condition, words, rises if early and 1 in mass else None)
-        else:
-            folder.find(
-                "L8", "the same without training (if it rises too, the rise is no evidence)", words, None
-            )
-        if trained and {1, most, 2 * most} <= set(mass):
+        early = [s for s in (2, 3, 4) if s in mass]
+        outcome = ", ".join(f"{mass[s]:.3f} at S = {s}" for s in loops)
+        outcome += f"; share of masks {part[0]['masked_share']:.3f}"
+        about = f"{part[0]['model']}, layer {layer}, t = {t:g}"
+        if not trained:
+            folder.find("L8", f"{about}: a rise without training is no evidence", outcome, None)
+            continue
+        rises = all(mass[s] >= RISE * mass[1] for s in early) if 1 in mass and early else None
+        name = "L8" if layer == first else f"L8, layer {layer}"
+        folder.find(name, f"{about}: mass at S = 2, 3, 4 is 5 % above S = 1", outcome, rises)
+        if {1, most, 2 * most} <= set(mass):
             late, whole = abs(mass[2 * most] - mass[most]), abs(mass[most] - mass[1])
-            folder.find(
-                "L8 (soft)",
-                "saturation: |A(2 S_max) - A(S_max)| < 0.5 |A(S_max) - A(1)|",
-                f"{late:.4f} against 0.5 x {whole:.4f}",
-                late < 0.5 * whole,
-            )
+            condition = f"{about}: saturates, |A(2 S_max) - A(S_max)| < 0.5 |A(S_max) - A(1)|"
+            folder.find(f"{name} (soft)", condition, f"{late:.4f} and 0.5 x {whole:.4f}", late < whole / 2)
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -267,7 +262,7 @@ def draw(rows: Sequence[Row]) -> Figure:
                 options = {
                     "color": f"C{color}",
                     "linestyle": "-" if looped else "--",
-                    "label": f"{part[0]['model']}{'' if looped else ' (never looped in training)'}, t = {t:g}",
+                    "label": f"{part[0]['model']}{'' if looped else ' (trained without loop)'}, t = {t:g}",
                 }
                 for row, name in enumerate(("mass", "lift")):
                     values = [figures.column(part, name + end) for end in ("", "_low", "_high")]
