@@ -133,6 +133,12 @@ def test_study_of_text(
     assert parts["rows"] == whole["rows"] and len(whole["rows"]) == 2 * 3 * 2
     for row in whole["rows"]:
         assert 0 < row["mass_low"] <= row["mass"] <= row["mass_high"] < 1
+        (once,) = (
+            other["mass"]
+            for other in whole["rows"]
+            if other["num_loops"] == 1 and (other["model"], other["layer"]) == (row["model"], row["layer"])
+        )
+        assert row["rise"] == pytest.approx(row["mass"] / once - 1)
         assert row["lift"] == pytest.approx(row["mass"] / row["masked_share"], rel=0.2)
     assert [row["trained_with_loop"] for row in whole["rows"]] == [True] * 6 + [False] * 6
     assert [finding["id"] for finding in whole["findings"]] == [

@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
+from loopmdm import LoopMDM, sample
+from loopmdm.causal import CausalConfig, CausalLM
+from loopmdm.data.tokenizer import ByteTokenizer
 from loopmdm.evaluate import evaluate_nll, nll_by_time_bin
+from loopmdm.quality import generative_perplexity, load_scorer, unigram_entropy
 from loopmdm.study.folder import StudyFolder
 from loopmdm.study.inputs import stratified
 from loopmdm.study.scaling import default_loops, measured, over_loops, tables
@@ -144,6 +149,7 @@ def test_study_of_boards(folders: Callable[[str], str], study: Study, tmp_path: 
         ("a", ["--loops", "2,3,4"], "expected 1"),
         ("a", ["--loops", "1,2"], "at least two more"),
         ("board", ["--data", "x"], "--data"),
+        ("board", ["--scorer", "x"], "--scorer"),
     ],
 )
 def test_bad_usage(
@@ -151,3 +157,29 @@ def test_bad_usage(
 ) -> None:
     status, error = study("scaling", folders(model), *options, "--out", tmp_path)
     assert status == 2 and message in error and error.count("\n") == 1
+
+
+def test_samples_are_scored(
+    folders: Callable[[str], str], study: Study, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loopmdm.study.scaling.draw", lambda rows: Figure())
+    tokenizer = ByteTokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_heads": 2, "num_layers": 1, "max_length": 16}
+    scorer = CausalLM(CausalConfig(tokenizer.vocab_size, tokenizer.mask_token_id, **sizes))
+    with torch.no_grad():
+        for parameter in scorer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    scorer.save_pretrained(tmp_path / "scorer")
+    words = ["scaling", folders("a"), "--data", corpus, "--length", 16, "--windows", 2, "--bins", 2]
+    words += ["--loops", "1,2,3", "--samples", 4, "--steps", "3", "--rounds", 1, "--seed", 5]
+    assert study(*words, "--scorer", tmp_path / "scorer", "--out", tmp_path / "out")[0] == 0
+    document = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert document["provenance"]["scorer"] == str(tmp_path / "scorer")
+    (row,) = (row for row in document["rows"] if row["part"] == "samples" and row["num_loops"] == 2)
+    model = LoopMDM.from_pretrained(folders("a"))
+    tokens = sample(model, 4, 16, steps=3, plan=2, seed=5, progress=False).tokens
+    expected = generative_perplexity(load_scorer(tmp_path / "scorer", tokenizer), tokens)
+    assert row["perplexity"] == pytest.approx(expected.value)
+    assert row["perplexity_low"] < row["perplexity"] < row["perplexity_high"]
+    assert row["entropy"] == pytest.approx(float(unigram_entropy(tokens).mean()))

@@ -214,10 +214,11 @@ def table(
             "num_loops": loops[s],
             "masked_share": float(share.value),
         }
-        for name, estimate in (
-            ("mass", bootstrap.ratio(sums, count)),
-            ("lift", bootstrap.ratio(lifted, count)),
-        ):
+        estimates = {"mass": bootstrap.ratio(sums, count), "lift": bootstrap.ratio(lifted, count)}
+        if 1 in loops:
+            once = mass[m, j, loops.index(1), layer]
+            estimates["rise"] = bootstrap.ratio(sums - once, once)  # A(S) / A(1) - 1
+        for name, estimate in estimates.items():
             for end, value in zip(("", "_low", "_high"), estimate, strict=True):
                 row[name + end] = float(value)
         rows.append(row)
@@ -235,7 +236,7 @@ def _conclude(
         part = figures.select(rows, t=t, layer=layer, trained_with_loop=trained)
         mass = dict(zip(loops, figures.column(part, "mass"), strict=True))
         early = [s for s in (2, 3, 4) if s in mass]
-        outcome = ", ".join(f"{mass[s]:.3f} at S = {s}" for s in loops)
+        outcome = ", ".join(_point(row) for row in part)
         outcome += f"; share of masks {part[0]['masked_share']:.3f}"
         about = f"{part[0]['model']}, layer {layer}, t = {t:g}"
         if not trained:
@@ -248,6 +249,14 @@ def _conclude(
             late, whole = abs(mass[2 * most] - mass[most]), abs(mass[most] - mass[1])
             condition = f"{about}: saturates, |A(2 S_max) - A(S_max)| < 0.5 |A(S_max) - A(1)|"
             folder.find(f"{name} (soft)", condition, f"{late:.4f} and 0.5 x {whole:.4f}", late < whole / 2)
+
+
+def _point(row: Row) -> str:
+    """A mass and its rise over S = 1."""
+    rise = ""
+    if row["num_loops"] > 1 and "rise" in row:
+        rise = f" ({row['rise']:+.1%} [{row['rise_low']:+.1%}, {row['rise_high']:+.1%}])"
+    return f"{row['mass']:.3f}{rise} at S = {row['num_loops']}"
 
 
 def draw(rows: Sequence[Row]) -> Figure:

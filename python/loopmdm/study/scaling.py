@@ -28,10 +28,12 @@ import loopmdm_kernels as lk
 from loopmdm.cli.parser import UsageError, loop_counts, positive_int
 from loopmdm.evaluate import counted_tokens
 from loopmdm.model import LoopMDM
+from loopmdm.quality import CausalScorer, load_scorer
 from loopmdm.study import figures
 from loopmdm.study.bootstrap import Bootstrap, Interval
 from loopmdm.study.folder import Row, StudyFolder
 from loopmdm.study.inputs import Noisy, stratified
+from loopmdm.study.provenance import weights_fingerprint
 from loopmdm.study.scaling_quality import board_rows, text_rows
 from loopmdm.study.scaling_time import rows_of_time
 from loopmdm.study.sources import BATCH, add_data, held_out, load_denoisers
@@ -135,6 +137,11 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
     if loops[0] != 1 or len(loops) < 3:
         raise UsageError(f"--loops: got {loops}, expected 1 and at least two more")
     data = held_out(args, folder, denoiser)
+    if data.spec is not None and args.scorer is not None:
+        raise UsageError("--scorer: it rates text, the model solves Sudoku")
+    scorer = None if args.scorer is None else load_scorer(args.scorer, data.tokenizer)
+    if isinstance(scorer, CausalScorer):
+        folder.pin("weights of the scorer", weights_fingerprint(scorer.model))
     starts = [0, *accumulate(len(batch.input_ids) for batch in data.batches)]
 
     def measure(key: str) -> Any:
@@ -157,7 +164,7 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
         rows += board_rows(folder, denoiser, data.spec, loops, args.boards, args.seed)
     elif args.scorer is not None or args.samples is not None:
         length, num = data.batches[0].input_ids.shape[1], args.samples or 64
-        rows += text_rows(folder, denoiser, args.scorer, loops, args.steps, num, length, args.seed)
+        rows += text_rows(folder, denoiser, scorer, loops, args.steps, num, length, args.seed)
     tokens = data.batches[0].input_ids[:BATCH].to(model.device)
     return rows + rows_of_time(folder, model, tokens, loops, args.rounds)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from loopmdm.cli.boards import ORDERS, held_out_puzzles
 from loopmdm.data.sudoku import SudokuSpec
-from loopmdm.quality import unigram_entropy
+from loopmdm.quality import Scorer, generative_perplexity, unigram_entropy
 from loopmdm.sampling import sample
 from loopmdm.solve import solve_puzzles
 from loopmdm.study.bootstrap import Bootstrap
@@ -20,7 +20,7 @@ from loopmdm.study.sources import Denoiser
 def text_rows(
     folder: StudyFolder,
     denoiser: Denoiser,
-    scorer_path: str | None,
+    scorer: Scorer | None,
     loops: Sequence[int],
     steps: Sequence[int],
     num: int,
@@ -31,11 +31,6 @@ def text_rows(
 
     Sequence i draws the same random numbers in every row, so rows are paired.
     """
-    scorer = None
-    if scorer_path is not None:
-        from loopmdm.quality import generative_perplexity, load_scorer
-
-        scorer = load_scorer(scorer_path)
 
     def measure(key: str) -> dict[str, Any]:
         num_steps, num_loops = (int(word) for word in key.split()[1::2])
