@@ -14,7 +14,7 @@ import torch
 from loopmdm import diffusion
 from loopmdm.data.tokenizer import ByteTokenizer
 from loopmdm.study import importance
-from loopmdm.study.importance import BASELINE, compare, measured, table
+from loopmdm.study.importance import BASELINE, compare, curves, measured, table
 from loopmdm.study.inputs import Noisy, at_times, stratified
 from loopmdm.study.sources import Denoiser
 from loopmdm.train import Batch
@@ -92,7 +92,7 @@ def test_rows_pool_bins_and_subtract_the_second_heavy_model() -> None:
     generator = np.random.default_rng(0)
     masked = generator.integers(1, 9, size=(5, 8)).astype(float)
     sums = generator.uniform(size=(2, 3, 5, 8)) * masked
-    rows = table([BASELINE, "light"], masked, sums, 4, seed=0)
+    rows = table(*curves([BASELINE, "light"], masked, sums, 4, seed=0))
     assert [(row["pair"], row["t_low"]) for row in rows] == [
         (name, j / 4) for name in (BASELINE, "light") for j in range(4)
     ]
@@ -104,7 +104,7 @@ def test_rows_pool_bins_and_subtract_the_second_heavy_model() -> None:
         assert light["relative_abs_gap"] == pytest.approx(pooled[1, 0] - pooled[0, 0])
         assert light["kl_low"] < light["kl"] < light["kl_high"]
         assert light["masked_tokens"] == masked[:, 2 * j : 2 * j + 2].sum()
-    twins = table([BASELINE, "light"], masked, np.stack([sums[0], sums[0]]), 4, seed=0)
+    twins = table(*curves([BASELINE, "light"], masked, np.stack([sums[0], sums[0]]), 4, seed=0))
     assert all(
         row["relative_kl"] == row["relative_kl_low"] == row["relative_kl_high"] == 0 for row in twins[4:]
     )
@@ -129,7 +129,7 @@ def test_an_interrupted_study_goes_on_with_the_same_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = ["importance", folders("a"), folders("c"), f"{folders('a')}@1", "--second-heavy", folders("b")]
-    words += ["--data", corpus, "--length", 16, "--windows", 20, "--bins", 4]
+    words += ["--data", corpus, "--length", 16, "--windows", 20, "--bins", 8]
     assert study(*words, "--out", tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
         interrupted_after(patch, "importance", 5)
@@ -141,8 +141,8 @@ def test_an_interrupted_study_goes_on_with_the_same_table(
         documents[0]["rows"] == documents[1]["rows"] and documents[0]["findings"] == documents[1]["findings"]
     )
     rows, facts = documents[0]["rows"], documents[0]["provenance"]
-    assert len(rows) == 3 * (4 + 4) and facts["network_calls"] == 20 * 4 * 4
-    assert {finding["id"] for finding in documents[0]["findings"]} == {"M2"}
+    assert len(rows) == 3 * (8 + 4) and facts["network_calls"] == 20 * 8 * 4
+    assert {finding["id"] for finding in documents[0]["findings"]} == {"M2", "M2, pooled"}
     assert facts["models"][folders("a")]["precision"] == "float32" and facts["kl"] == "KL(heavy || light)"
     assert (tmp_path / "whole" / "figure.png").stat().st_size > 10_000
 
@@ -192,10 +192,12 @@ def test_m2_says_where_the_peaks_are(tmp_path: Path) -> None:
     masked = np.full((4, 8), 10.0)
     shape = np.array([0, 1, 2, 5, 4, 3, 1, 0.0])
     folder = StudyFolder(tmp_path, "importance", {}, progress=False)
-    for curve in (shape, shape[::-1].cumsum()):
+    for curve in (shape, np.arange(8.0)):
         sums = np.broadcast_to(curve, (1, 3, 4, 8)) * 10
-        rows = [row for bins in (8, 4) for row in table(["light"], masked, sums, bins, seed=0)]
-        importance._conclude(folder, "light", rows, 8, False)
-    inside, outside = folder.findings
-    assert inside["holds"] is True and "abs_gap, 8 bins: 5.0000 nats at t = 0.44" in inside["outcome"]
-    assert outside["holds"] is False
+        for bins in (8, 4):
+            _, found = curves(["light"], masked, sums, bins, seed=0)
+            importance._conclude(folder, "light", found["light"], bins, False)
+    assert [finding["id"] for finding in folder.findings] == ["M2", "M2, pooled"] * 2
+    assert [finding["holds"] for finding in folder.findings] == [True, True, False, False]
+    assert "abs_gap 5.0000 nats at t = 0.44 (inside in 100 %" in folder.findings[0]["outcome"]
+    assert "kl 4.5000 nats at t = 0.62" in folder.findings[1]["outcome"]

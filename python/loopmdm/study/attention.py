@@ -212,6 +212,7 @@ def table(
             "layer": denoisers[m].model.config.loop_start + layer,
             "t": times[j],
             "num_loops": loops[s],
+            "max_loops_in_training": denoisers[0].model.config.max_loops,
             "masked_share": float(share.value),
         }
         estimates = {"mass": bootstrap.ratio(sums, count), "lift": bootstrap.ratio(lifted, count)}
@@ -267,7 +268,7 @@ def draw(rows: Sequence[Row]) -> Figure:
         for color, t in enumerate(times):
             for looped in dict.fromkeys(figures.column(rows, "trained_with_loop")):
                 part = figures.select(rows, layer=layer, t=t, trained_with_loop=looped)
-                loops = figures.column(part, "num_loops")
+                x = figures.column(part, "num_loops")
                 options = {
                     "color": f"C{color}",
                     "linestyle": "-" if looped else "--",
@@ -275,7 +276,7 @@ def draw(rows: Sequence[Row]) -> Figure:
                 }
                 for row, name in enumerate(("mass", "lift")):
                     values = [figures.column(part, name + end) for end in ("", "_low", "_high")]
-                    figures.band(axes[row, column], loops, *values, **options)
+                    figures.band(axes[row, column], x, *values, **options)
             share = figures.select(rows, layer=layer, t=t)[0]["masked_share"]
             axes[0, column].axhline(share, color=f"C{color}", linestyle=":", linewidth=1)
         axes[0, column].set_title(f"layer {layer}: mask-to-mask attention (dotted: share of masks)")
@@ -283,8 +284,11 @@ def draw(rows: Sequence[Row]) -> Figure:
         axes[0, column].set_ylabel("attention mass on masked positions")
         axes[1, column].set_ylabel("mass / share of masks")
         for panel in axes[:, column]:
-            panel.set_xlabel("loops S")
-            panel.set_xticks(sorted({row["num_loops"] for row in rows}))
+            panel.axvline(rows[0]["max_loops_in_training"], color="0.6", linestyle="-.", linewidth=1)
+            panel.set_xscale("log", base=2)
+            panel.set_xlabel("loops S (log scale; vertical line: the most in training)")
+            loops = sorted({row["num_loops"] for row in rows})
+            panel.set_xticks(loops, map(str, loops))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(times))
     return figure

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="loops to follow (default: twice the model's max_loops)",
     )
     parser.add_argument(
-        "--t", type=times, metavar="T", help="time in (0, 1] (default: 0.5; Sudoku: 1, all blanks)"
+        "--t", type=one_time, metavar="T", help="time in (0, 1] (default: 0.5; Sudoku: 1, all blanks)"
     )
     parser.add_argument(
         "--sequence", type=count, default=0, metavar="N", help="which sequence to show (default: %(default)s)"
@@ -65,6 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     chosen.add_argument("--positions", type=positions, metavar="P,P,...", help="masked positions to show")
     add_data(parser, windows=64)
+
+
+def one_time(text: str) -> float:
+    """An option's time in (0, 1]."""
+    values = times(text)
+    if len(values) > 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected one time")
+    return values[0]
 
 
 def positions(text: str) -> list[int]:
@@ -100,11 +108,9 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
     (denoiser,) = load_denoisers(args, folder, [args.model])
     model = denoiser.model
     data = held_out(args, folder, denoiser)
-    if args.t is not None and len(args.t) > 1:
-        raise UsageError("--t: expected one time")
     if args.sequence >= data.num_sequences:
         raise UsageError(f"--sequence: got {args.sequence}, there are {data.num_sequences} (--windows)")
-    t = args.t[0] if args.t else (0.5 if data.spec is None else 1.0)
+    t = args.t or (0.5 if data.spec is None else 1.0)
     most = args.loops or 2 * model.config.max_loops
     starts = [0, *accumulate(len(batch.input_ids) for batch in data.batches)]
 
