@@ -102,7 +102,7 @@ def evaluate_autoregressive(
     sums, tokens = [], []
     for item in batches:
         batch = item if isinstance(item, Batch) else Batch(item)
-        counted = _counted(batch)
+        counted = counted_tokens(batch)
         nll = model.token_nll(batch.input_ids.to(device), counted.to(device))
         sums.append(nll.double().sum(1).cpu())
         tokens.append(counted.sum(1).double())
@@ -232,7 +232,7 @@ def corruption(batch: Batch, num_t: int, seed: int, first: int) -> tuple[Tensor,
     Functions of (seed, index of the sequence): one time in each of `num_t` equal parts of [1e-3, 1).
     """
     size, length = batch.input_ids.shape
-    counted = _counted(batch)
+    counted = counted_tokens(batch)
     jitter, uniform = torch.empty(size, num_t), torch.empty(size, num_t, length)
     generator = torch.Generator()
     for index in range(size):
@@ -244,8 +244,8 @@ def corruption(batch: Batch, num_t: int, seed: int, first: int) -> tuple[Tensor,
     return t, masked, counted.sum(1).double()
 
 
-def _counted(batch: Batch) -> Tensor:
-    """Tokens that are neither prompt nor padding, [B, L] bool on the CPU."""
+def counted_tokens(batch: Batch) -> Tensor:
+    """Which tokens may be masked and count: neither padding nor prompt, bool [B, L] on the CPU."""
     counted = torch.ones(batch.input_ids.shape, dtype=torch.bool)
     if batch.attention_mask is not None:
         counted &= batch.attention_mask.bool().cpu()

@@ -13,4 +13,4 @@ Everything about the way (resuming, files, progress, provenance) is the folder's
 
 from __future__ import annotations
 
-STUDIES: tuple[str, ...] = ()
+STUDIES: tuple[str, ...] = ("importance", "attention", "trajectories", "scaling")

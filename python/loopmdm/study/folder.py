@@ -108,7 +108,7 @@ class StudyFolder:
     ) -> list[Any]:
         """The value of each key, computed where no earlier run has left it. Values are JSON values."""
         wanted = list(keys)
-        missing = [key for key in wanted if key not in self._items]
+        missing = [key for key in dict.fromkeys(wanted) if key not in self._items]
         if missing:
             with self._file.open("a", encoding="utf-8") as file:
                 self._compute(missing, len(wanted), compute, what, file, progress and self._progress)

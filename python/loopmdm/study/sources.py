@@ -15,6 +15,7 @@ from loopmdm.cli.held_out import add_text_options, held_out_text
 from loopmdm.cli.models import load_model, sudoku_spec
 from loopmdm.cli.parser import UsageError, count, usage_errors
 from loopmdm.data.sudoku import SudokuSpec
+from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
 from loopmdm.study.folder import StudyFolder
 from loopmdm.study.provenance import describe_model
@@ -41,6 +42,7 @@ class HeldOut(NamedTuple):
     spec: SudokuSpec | None  # None: text
     description: str
     bytes_per_token: float | None
+    tokenizer: Tokenizer | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -122,7 +124,12 @@ def _text(args: argparse.Namespace, model: LoopMDM, name: str) -> HeldOut:
     text = held_out_text(args, model, name)
     windows = text_data.windows(text.data, text.tokenizer, args.windows)
     return HeldOut(
-        windows.batches, TextSymbols(text.tokenizer), None, text.description, windows.bytes_per_token
+        windows.batches,
+        TextSymbols(text.tokenizer),
+        None,
+        text.description,
+        windows.bytes_per_token,
+        text.tokenizer,
     )
 
 
