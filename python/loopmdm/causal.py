@@ -34,7 +34,8 @@ class CausalConfig:
     mlp_ratio: int = 4
     max_length: int = 1024
 
-    # What the FLOP ledger and the trainer ask of any model: nothing is looped, nothing conditions.
+    # What the FLOP ledger and the trainer ask of any model: nothing is looped, nothing conditions. The ledger
+    # counts attention in full, as if it were not causal.
     loop_start: ClassVar[int] = 0
     loop_end: ClassVar[int] = 1
     max_loops: ClassVar[int] = 1

@@ -58,6 +58,14 @@ def test_a_plan_and_no_scorer(call: Call, text_run: Path, tmp_path: Path) -> Non
     assert second["rows"][0]["executed"] == row["executed"]
 
 
+def test_loops_that_stop_by_themselves(call: Call, text_run: Path) -> None:
+    words = ["eval", text_run, "--samples", 3, "--steps", 4, "--json"]
+    (row, _) = call(*words, "--plan", 2, "--adaptive", "inf").json["rows"]
+    assert row["executed"]["mean_loops"] == 1.0
+    (fixed, _) = call(*words, "--plan", 1).json["rows"]
+    assert fixed["unigram_entropy"] == row["unigram_entropy"]
+
+
 def test_the_table_says_what_the_figures_depend_on(call: Call, text_run: Path, scorer: Path) -> None:
     done = call("eval", text_run, "--samples", 3, "--steps", 4, "--dtype", "bf16", "--scorer", scorer)
     assert done.status == 0, done.err
@@ -83,6 +91,8 @@ def test_the_table_says_what_the_figures_depend_on(call: Call, text_run: Path, s
     [
         (["TEXT", "--scorer", "x"], 2, "--scorer: it belongs to --samples N"),
         (["TEXT", "--plan", "2"], 2, "--plan: it belongs to --samples N"),
+        (["TEXT", "--min-loops", "2"], 2, "--min-loops: it belongs to --samples N"),
+        (["TEXT", "--samples", "2", "--loops", "1", "--adaptive", "0.1"], 2, "--plan, --loops: a plan says"),
         (["TEXT", "--samples", "1"], 2, "--samples: got 1, expected at least 2"),
         (["TEXT", "--samples", "0"], 2, "--samples: got '0'"),
         (["TEXT", "--samples", "2", "--plan", "2", "--loops", "1"], 2, "--plan, --loops: a plan says"),

@@ -39,17 +39,8 @@ _ORDER = "ancestral"
 _BATCH = 64
 # Both hold for every sample drawn here: the race is the exact one, and no step takes the most probable token.
 _RACE = "exact: fp32 with 64 random bits where they matter"
-_ONLY_WITH_SAMPLES = (
-    "scorer",
-    "plan",
-    "light",
-    "heavy",
-    "adaptive",
-    "min_loops",
-    "criterion",
-    "steps",
-    "dtype",
-)
+_PLAN = ("plan", "light", "heavy", "adaptive", "min_loops", "criterion")
+_ONLY_WITH_SAMPLES = ("scorer", "steps", "dtype", *_PLAN)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +72,7 @@ def check(args: argparse.Namespace, *, text: bool) -> None:
         raise UsageError(f"--samples: {args.model} solves Sudoku; its measure is the share of puzzles solved")
     if args.samples < 2:
         raise UsageError("--samples: got 1, expected at least 2: the metrics compare samples with each other")
-    if args.plan is not None and args.loops is not None:
+    if args.loops is not None and (args.plan is not None or adapts(args)):
         raise UsageError("--plan, --loops: a plan says the loops of every step; give one of them")
 
 
@@ -89,7 +80,7 @@ def measure(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[
     """One row a plan, and one for held-out text where it is known; with everything a figure has to say."""
     tokenizer = load_tokenizer(model, args.model, args.tokenizer)
     scorer = None if args.scorer is None else load_scorer(args.scorer, tokenizer, device=model.device)
-    if args.plan is None and args.light is None and args.heavy is None and not adapts(args):
+    if all(getattr(args, name) is None for name in _PLAN):
         plans = [ComputePlan.constant(count) for count in loops]
     else:
         plans = [plan_option(args, model.device)]
