@@ -12,7 +12,7 @@ def _import_interpreted_kernels() -> None:
     """Without a GPU, Triton kernels are tested in its interpreter, which they are bound to when imported."""
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        for op in ("attention", "head_logits", "masked_cross_entropy", "sample_rows"):
+        for op in ("attention", "head_logits", "looped_blocks", "masked_cross_entropy", "sample_rows"):
             importlib.import_module(f"loopmdm_kernels.triton.{op}")
     finally:
         del os.environ["TRITON_INTERPRET"]

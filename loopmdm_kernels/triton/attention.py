@@ -15,7 +15,7 @@ from loopmdm_kernels.triton.kernels.attention_backward import key_gradient_kerne
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.types import Rotary
 
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 256
 
 
 def supports(*, q: Tensor) -> str | None:
@@ -70,6 +70,7 @@ def attention_forward(
     cos: Tensor | None,
     sin: Tensor | None,
     out: Tensor,
+    active: Tensor | None = None,
 ) -> Tensor:
     """Fills out, returns the log-sum-exp to base 2 [B, H, L]; the last dimension of all is contiguous."""
     log_sum_exp = torch.empty(q.shape[:3], device=q.device)
@@ -78,14 +79,7 @@ def attention_forward(
     launch(
         attention_kernel,
         (ceil_div(q.shape[2], tile.m) * q.shape[0] * q.shape[1],),
-        q,
-        k,
-        v,
-        mask,
-        cos,
-        sin,
-        out,
-        log_sum_exp,
+        *(q, k, v, mask, active, cos, sin, out, log_sum_exp),
         *_strides(q, k, v, out),
         *sizes,
         **blocks,

@@ -64,7 +64,7 @@ def default_tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, proce
 
 def _attention(head_dim: int, backward: bool, narrow: bool, arch: int) -> Tiles:
     """Rows are queries (keys where keys are the outer loop), columns the other; k is not used."""
-    if not narrow:
+    if not narrow or head_dim > 128:
         return Tiles(32, 32, 0, 4, 1)
     if backward:
         return Tiles(64, 64, 0, 4, 2) if head_dim <= 64 else Tiles(64, 32, 0, 4, 2)

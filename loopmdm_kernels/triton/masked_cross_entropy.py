@@ -1,7 +1,7 @@
 """`masked_cross_entropy` in Triton: masked rows only, gathered on the device; forward keeps no logits.
 
-The backward pass makes the logits again and their gradients, in the dtype of the operands, for a group
-of rows at a time. Two products turn these into the gradients of the rows and, summed in fp32, of weight and bias.
+The backward pass makes the logits again, and their gradients in the dtype of the operands, for some rows at a
+time. Two products turn these into the gradients of the rows and, summed in fp32, of weight and bias.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _rows_backward(
     _, length, size = hidden.shape
     sequences, parts = modulation.shape[0], ceil_div(max(rows.shape[0], 1), _PART)
     grad_hidden = torch.zeros_like(hidden)
-    sums = hidden.new_empty(3, sequences, parts, size)
+    sums = hidden.new_zeros(3, sequences, parts, size)
     launch(
         modulated_rows_backward_kernel,
         (sequences, parts),

@@ -90,7 +90,7 @@ def test_a_block_of_masked_keys(device):
 def test_extreme_scores(device, dtype):
     """Scores in the thousands: one key wins, nothing overflows; and the largest come last."""
     # The baseline of so short a sequence is computed in float32, where bf16 rounds the output.
-    check(device, dtype, 1, 1, 90, 32, scale=30.0 if dtype == torch.float32 else 6.0)
+    check(device, dtype, 1, 1, 90, 32, scale=30.0 if dtype == torch.float32 else 3.0)
     q, k, v = (normal(1, 1, 90, 16, seed=s).abs() for s in range(3))
     k = k * torch.linspace(0, 12, 90, dtype=torch.float64)[:, None]
     q, k, v = (t.to(device, dtype) for t in (q, k, v))
@@ -127,6 +127,6 @@ def test_heads_and_batch_do_not_matter(device):
 
 
 def test_what_it_cannot_do():
-    q = torch.zeros(1, 1, 4, 256)
-    with pytest.raises(RuntimeError, match="the head size may be 128, got 256"):
+    q = torch.zeros(1, 1, 4, 257)
+    with pytest.raises(RuntimeError, match="the head size may be 256, got 257"):
         triton(q, q, q)

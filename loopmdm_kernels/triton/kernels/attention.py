@@ -82,6 +82,7 @@ def attention_kernel(
     k_ptr,
     v_ptr,
     mask_ptr,  # [B, L] uint8, or None
+    active_ptr,  # [B] int8, or None: what other sequences get is of no use
     cos_ptr,
     sin_ptr,
     out_ptr,
@@ -120,7 +121,10 @@ def attention_kernel(
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for first in range(0, length, BLOCK_N):
+    keys = length
+    if active_ptr is not None:
+        keys = tl.where(tl.load(active_ptr + sequence) > 0, length, 0)
+    for first in range(0, keys, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
         k1, k2 = load_halves(k_ptr, k_row, key, length, cos_ptr, sin_ptr, half, head_dim, HALF)
         v = load_rows(v_ptr, v_row, key, length, head_dim, BLOCK_K)

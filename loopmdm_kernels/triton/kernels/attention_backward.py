@@ -1,4 +1,4 @@
-"""Gradients of attention: a kernel by blocks of queries, one by blocks of keys; both make the scores again."""
+"""Gradients of attention: one kernel by blocks of queries, one of keys; both make the scores again."""
 
 import triton
 import triton.language as tl

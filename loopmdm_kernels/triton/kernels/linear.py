@@ -90,6 +90,7 @@ def norm_linear_kernel(
     length,
     modulation_stride,
     GELU: tl.constexpr,
+    ONE_SEQUENCE: tl.constexpr,  # the rows of a tile share their modulation
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -113,15 +114,20 @@ def norm_linear_kernel(
             k = tl.arange(0, BLOCK_K)
             x_ptrs = x_ptr + row.to(tl.int64)[:, None] * depth + k[None, :]
             w_ptrs = weight_ptr + col.to(tl.int64)[None, :] * depth + k[:, None]
-            shift_ptrs = modulation_ptr + sequence.to(tl.int64)[:, None] * modulation_stride + k[None, :]
+            if ONE_SEQUENCE:
+                at_first = tl.cast(tile_m * BLOCK_M // length, tl.int64) * modulation_stride
+                shift_ptrs = (modulation_ptr + at_first + k)[None, :]
+            else:
+                shift_ptrs = modulation_ptr + sequence.to(tl.int64)[:, None] * modulation_stride + k[None, :]
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for k0 in range(0, depth, BLOCK_K):
                 k_exists = k0 + k < depth
                 exists = row_exists[:, None] & k_exists[None, :]
                 x = tl.load(x_ptrs, mask=exists, other=0.0)
                 norm = tl.load(norm_ptr + k0 + k, mask=k_exists, other=0.0)[None, :]
-                shift = tl.load(shift_ptrs, mask=exists, other=0.0)
-                scale = tl.load(shift_ptrs + depth, mask=exists, other=0.0)
+                mask = k_exists[None, :] if ONE_SEQUENCE else exists
+                shift = tl.load(shift_ptrs, mask=mask, other=0.0)
+                scale = tl.load(shift_ptrs + depth, mask=mask, other=0.0)
                 h = (x - mean[:, None]) * deviation[:, None] * gain(norm, scale) + shift.to(tl.float32)
                 h = rounded(tl.where(exists, h, 0.0), dtype)
                 if h_ptr is not None:
@@ -145,7 +151,7 @@ def norm_linear_kernel(
             tl.store(out_ptr + at, out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["application", "dropout_seed", "dropout_threshold"])
 def residual_linear_kernel(
     a_ptr,  # [T, K]
     weight_ptr,  # [N, K]

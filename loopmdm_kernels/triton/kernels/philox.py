@@ -73,7 +73,7 @@ def dropout_keep(
     zero = tl.zeros((ROWS, COLS // 4), tl.uint32)
     first = rows.to(tl.int64)[:, None] * row_size + first_col
     group = first // 4 + tl.arange(0, COLS // 4).to(tl.int64)[None, :]
-    c2 = zero + (application.to(tl.uint32) | DROPOUT_STREAM)
+    c2 = zero + (tl.cast(application, tl.uint32) | DROPOUT_STREAM)
     c3 = zero + branch
     bits = words(seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), c2, c3, ROWS, COLS)
     return bits.to(tl.int64) >= threshold

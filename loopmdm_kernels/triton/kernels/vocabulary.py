@@ -45,7 +45,7 @@ def logits_tile(
     return tl.where(possible, acc + bias[None, :], -float("inf")), possible
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def sample_kernel(
     h_ptr,  # [R, D]
     weight_ptr,  # [V, D]

@@ -1,0 +1,81 @@
+"""The launches of every Triton kernel at the shapes of the presets, written down without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
+from loopmdm_kernels.triton.attention import attention
+from loopmdm_kernels.triton.head_logits import head_logits
+from loopmdm_kernels.triton.launch import Launch, Processor, recording
+from loopmdm_kernels.triton.looped_blocks import looped_blocks
+from loopmdm_kernels.triton.masked_cross_entropy import masked_cross_entropy
+from loopmdm_kernels.triton.sample_rows import sample_rows
+from loopmdm_kernels.types import BlockWeights, Head, Rotary, RowRng
+
+PROCESSORS = {80: Processor(80, 108), 90: Processor(90, 132), 100: Processor(100, 148)}
+# Hidden size, heads, vocabulary, batch, length of the presets; few and many tokens: small, large tiles.
+SHAPES = {
+    "tiny": (512, 8, 50258, 16, 1024),
+    "small": (768, 12, 50258, 16, 1024),
+    "small-short": (768, 12, 50258, 1, 128),
+    "medium": (1024, 16, 50258, 16, 1024),
+    "sudoku": (128, 4, 10, 64, 81),
+}
+
+
+def preset_launches(shape: str, dtype: torch.dtype, processor: Processor) -> list[Launch]:
+    """Forward and backward of all ops, with the options that change a kernel."""
+    hidden_size, heads, vocab_size, batch, length = SHAPES[shape]
+    tokens = batch * length
+
+    def meta(tensor: Tensor, dtype: torch.dtype, *leading: int) -> Tensor:
+        size = (*leading, *tensor.shape[len(leading) :])
+        return torch.empty(size, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+    small = looped_inputs(1, 2, hidden_size, heads, 2)
+    blocks = [BlockWeights(*(meta(w, dtype) for w in block)) for block in small.blocks]
+    x = meta(small.x, torch.float32, batch, length)
+    modulation = meta(small.modulation, dtype)
+    angle = torch.empty(length, hidden_size // heads // 2, device="meta")
+    mask = torch.empty(batch, length, dtype=torch.bool, device="meta")
+    _, cpu_head = head_inputs(1, 2, hidden_size, 2)
+    head = Head(
+        meta(cpu_head.norm, dtype),
+        meta(cpu_head.weight, dtype, vocab_size),
+        meta(cpu_head.bias, dtype, vocab_size),
+        meta(cpu_head.modulation, dtype),
+        vocab_size - 1,
+    )
+    rows = torch.empty(max(1, tokens // 2), dtype=torch.int64, device="meta")
+    names = RowRng(2**40, *(name.to("meta") for name in row_rng(rows.shape[0])[1:]))
+    weights = torch.empty(rows.shape[0], device="meta")
+    targets = torch.empty(batch, length, dtype=torch.int64, device="meta")
+    shared = {"num_heads": heads, "rotary": Rotary(angle, angle)}
+    with recording(processor) as launches:
+        out = looped_blocks(x, blocks, modulation, 1, **shared, recompute=True)
+        assert isinstance(out, Tensor)
+        out.sum().backward()
+        looped_blocks(x, blocks, modulation, 1, **shared, dropout=0.1)[0].sum().backward()
+        with torch.no_grad():
+            looped_blocks(x, blocks, modulation, 1, **shared, key_mask=mask, exit_threshold=0.1)
+            sample_rows(x, head, rows, names)
+            head_logits(x, head)
+        total, _ = masked_cross_entropy(x, head, targets, rows, weights)
+        total.backward()
+        q = torch.empty(batch, heads, length, hidden_size // heads, dtype=dtype, device="meta")
+        attention(q.requires_grad_(), q, q, key_mask=mask).sum().backward()
+    return launches
+
+
+def all_launches(archs: tuple[int, ...], shapes: tuple[str, ...]) -> Iterator[tuple[str, Launch]]:
+    """(shape and dtype, launch): bf16 everywhere, fp16 and fp32 at one shape."""
+    for arch in archs:
+        for shape in shapes:
+            dtypes = [torch.bfloat16] + [torch.float16, torch.float32] * (shape == "small-short")
+            for dtype in dtypes:
+                for launch in preset_launches(shape, dtype, PROCESSORS[arch]):
+                    yield f"{shape} {str(dtype).removeprefix('torch.')}", launch
