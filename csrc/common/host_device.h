@@ -3,7 +3,16 @@
 // function with external linkage would be shared between them, with the instructions of any one.
 #pragma once
 
-#include <stdint.h>
+#if defined(__CUDACC_RTC__)  // has no standard headers
+using int32_t = int;
+using int64_t = long long;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+#else
+#  include <stdint.h>
+#endif
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #  define LOOPMDM_HD static inline __host__ __device__

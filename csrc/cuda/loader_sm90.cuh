@@ -1,0 +1,169 @@
+// The warp that reads the table, waits for counters and fills the ring. It runs ahead of the arithmetic:
+// while the block computes a tile, or the grid is not done with a phase, the weights of the next tile are on
+// their way.
+#pragma once
+
+#include "cuda/ring_sm90.cuh"
+
+namespace loopmdm {
+
+class Loader {
+ public:
+  __device__ Loader(const Parameters& parameters, const Ring& ring)
+      : p_(parameters), ring_(ring), leader_(threadIdx.x % 32 == 0), keep_(keep_policy()) {}
+
+  __device__ void run() {
+    const int32_t loops = *p_.max_loops;
+    for (int64_t position = blockIdx.x;;) {
+      const Place place = place_of(position, p_.size, loops);
+      if (place.index < 0) break;
+      position += gridDim.x;
+      const Instruction item = p_.table[place.index];
+      int32_t loop = place.loop;
+      if (!active(item, loop)) {
+        if (load_acquire(p_.finished()) >= p_.batch)
+          position = first_leaving(position, p_.size, loops, gridDim.x);
+        continue;
+      }
+      load(item, loop);
+    }
+    Instruction end{};
+    end.phase = kEnd;
+    issue(end, 0);
+  }
+
+ private:
+  // Waits until it is known whether the sequence takes part in this loop; LEAVE learns which was the last.
+  __device__ bool active(const Instruction& item, int32_t& loop) const {
+    if (item.phase == kEnter) return true;
+    const int32_t* progress = p_.progress(item.sequence);
+    wait_for(progress, item.phase == kLeave ? kFinal : item.phase == kExit ? loop : loop + 1);
+    const int32_t stop = load_acquire(p_.stop + item.sequence);
+    if (item.phase == kLeave) loop = stop;
+    return item.phase == kLeave || loop < stop;
+  }
+
+  __device__ void load(const Instruction& item, int32_t loop) {
+    const int slot = stream_slot(item.read_slot, loop) * p_.batch + item.sequence;
+    switch (item.phase) {
+      case kQkv:
+        return product<4, Config::kHidden, Config::kQkvColumns>(item, loop, p_.stream, slot, p_.qkv_weight);
+      case kAttention:
+        return attention(item, loop);
+      case kAttnOut:
+        return product<2, Config::kHidden, Config::kAttnOutColumns>(item, loop, p_.mixed, item.sequence,
+                                                                    p_.attn_out_weight);
+      case kMlpIn:
+        return product<4, Config::kHidden, Config::kMlpInColumns>(item, loop, p_.stream, slot,
+                                                                  p_.mlp_in_weight);
+      case kMlpOut:
+        return product<2, Config::kMlp, Config::kMlpOutColumns>(item, loop, p_.wide, item.sequence,
+                                                                p_.mlp_out_weight);
+      default:
+        wait_and_issue(item, loop);
+    }
+  }
+
+  __device__ void wait_and_issue(const Instruction& item, int32_t loop) {
+    const int32_t target = generation(item.wait_count, loop);
+    for (int i = threadIdx.x % 32; i < item.wait_number; i += 32)
+      wait_for(p_.counters + item.wait + i, target);
+    proxy_fence();
+    __syncwarp();
+    issue(item, loop);
+  }
+
+  __device__ void issue(const Instruction& item, int32_t loop) {
+    barrier_wait(ring_.read(issue_.slot), issue_.round ^ 1);
+    if (leader_) {
+      Issued& issued = ring_.barriers->instructions[issue_.slot];
+      issued.item = item;
+      issued.loop = loop;
+      barrier_arrive(ring_.issued(issue_.slot));
+    }
+    __syncwarp();
+    advance(issue_, Config::kInstructions);
+  }
+
+  // A stage of a product: 64 of the inner dimension, `kLeftBytes` each of kRows rows and two of kColumns. The
+  // weights of the first stages do not wait for the counters.
+  template <int kLeftBytes, int kInner, int kColumns>
+  __device__ void product(const Instruction& item, int32_t loop, const TensorMap& left, int matrix,
+                          const TensorMap& weight) {
+    constexpr int kSteps = kInner / Config::kStep;
+    constexpr int kAhead = kSteps < Config::kStages ? kSteps : Config::kStages;
+    RingPlace ahead = place_;
+    for (int step = 0; step < kAhead; ++step) {
+      weights<kLeftBytes, kColumns>(ahead, weight, item, step);
+      advance(ahead, Config::kStages);
+    }
+    wait_and_issue(item, loop);
+    for (int step = 0; step < kSteps; ++step) {
+      if (step >= kAhead) weights<kLeftBytes, kColumns>(place_, weight, item, step);
+      rows<kLeftBytes>(left, item, matrix, step);
+      advance(place_, Config::kStages);
+    }
+  }
+
+  template <int kLeftBytes, int kColumns>
+  __device__ void weights(RingPlace place, const TensorMap& weight, const Instruction& item, int step) const {
+    constexpr uint32_t kLeft = kLeftBytes * Config::kRows * Config::kStep,
+                       kRight = 2 * kColumns * Config::kStep;
+    static_assert(kLeft + kRight <= Config::kStageBytes, "a stage holds both operands");
+    ring_.wait_empty(place);
+    if (!leader_) return;
+    const uint32_t full = ring_.full(place.slot);
+    barrier_arrive_expect(full, kLeft + kRight);
+    load_box(ring_.stage(place.slot) + kLeft, &weight, full, step * Config::kStep, item.column * kColumns,
+             item.layer, keep_);
+  }
+
+  template <int kLeftBytes>
+  __device__ void rows(const TensorMap& left, const Instruction& item, int matrix, int step) const {
+    if (!leader_) return;
+    constexpr int kPanel = 128 / kLeftBytes;  // columns of a box
+#pragma unroll
+    for (int panel = 0; panel < Config::kStep / kPanel; ++panel) {
+      load_box(ring_.stage(place_.slot) + panel * 128 * Config::kRows, &left, ring_.full(place_.slot),
+               step * Config::kStep + panel * kPanel, item.row * Config::kRows, matrix);
+    }
+  }
+
+  // Stages of attention: the queries, then keys and values of one block after another.
+  __device__ void attention(const Instruction& item, int32_t loop) {
+    wait_and_issue(item, loop);
+    const int matrix = qkv_slot(item.read_slot, loop, Config::kLayers) * p_.batch + item.sequence;
+    const int column = item.column * Config::kHeadsPerTile * Config::kHeadDim;
+    heads<Config::kRows>(matrix, column, item.row * Config::kRows);
+    for (int key = 0; key < p_.length; key += Config::kKeyBlock) {
+      heads<Config::kKeyBlock>(matrix, Config::kHidden + column, key);
+      heads<Config::kKeyBlock>(matrix, 2 * Config::kHidden + column, key);
+    }
+  }
+
+  template <int kNumber>
+  __device__ void heads(int matrix, int column, int row) {
+    constexpr int kPanels = Config::kHeadsPerTile * Config::kHeadDim / 64;
+    static_assert(kPanels * kNumber * 128 <= Config::kStageBytes, "a stage holds a block of keys");
+    ring_.wait_empty(place_);
+    if (leader_) {
+      const uint32_t full = ring_.full(place_.slot);
+      barrier_arrive_expect(full, kPanels * kNumber * 128);
+      for (int panel = 0; panel < kPanels; ++panel) {
+        for (int box = 0; box < kNumber; box += Config::kRows) {
+          load_box(ring_.stage(place_.slot) + (panel * kNumber + box) * 128, &p_.qkv, full,
+                   column + 64 * panel, row + box, matrix);
+        }
+      }
+    }
+    advance(place_, Config::kStages);
+  }
+
+  const Parameters& p_;
+  const Ring& ring_;
+  const bool leader_;
+  const uint64_t keep_;
+  RingPlace place_{0, 0}, issue_{0, 0};
+};
+
+}  // namespace loopmdm

@@ -1,0 +1,127 @@
+// A stack of blocks applied S times as one kernel that never leaves the GPU
+// (loopmdm_kernels/schedule/table.py): each block of threads executes its share of the instruction table, for
+// every loop. One warp loads, two warp groups compute. The weights are read from device memory once and then
+// from L2, whatever S is.
+#include "cuda/attention_sm90.cuh"
+#include "cuda/loader_sm90.cuh"
+#include "cuda/sequence_sm90.cuh"
+
+namespace loopmdm {
+
+// Columns of the tile that a warp group computes, and the number of its part in the row.
+template <int kTileColumns>
+struct Share {
+  static constexpr int kColumns = kTileColumns / Config::kColumnGroups;
+  __device__ static int part(const Instruction& item, const Seat& seat) {
+    return item.column * Config::kColumnGroups + seat.column_group;
+  }
+};
+
+__device__ void project_qkv(const Parameters& p, const Instruction& item, int32_t loop, const Ring& ring,
+                            RingPlace& place, const Seat& seat) {
+  constexpr int kColumns = Share<Config::kQkvColumns>::kColumns;
+  const int column = Share<Config::kQkvColumns>::part(item, seat) * kColumns;
+  const auto rows = RowScales::load<Config::kParts1, Config::kPart1>(p, item, p.statistics1, seat);
+  float sums[kColumns / 2];
+  stream_product<kColumns>(sums, ring, place, seat, rows, p.affine_of(item, 0));
+  const int slot = qkv_slot(item.write_slot, loop, Config::kLayers);
+  if (p.cosines && column < 2 * Config::kHidden) rotate<kColumns>(sums, p, item, seat);
+  store_bf16<kColumns>(sums, p.qkv_values, 3 * Config::kHidden, column, p, item,
+                       p.token(slot * p.batch + item.sequence, 0), seat);
+}
+
+__device__ void project_attention(const Parameters& p, const Instruction& item, int32_t loop,
+                                  const Ring& ring, RingPlace& place, const Seat& seat) {
+  constexpr int kColumns = Share<Config::kAttnOutColumns>::kColumns;
+  float sums[kColumns / 2];
+  shared_product<kColumns, Config::kHidden>(sums, ring, place, seat);
+  update_stream<kColumns, Config::kParts2>(sums, p, item, loop, seat,
+                                           Share<Config::kAttnOutColumns>::part(item, seat), nullptr,
+                                           p.gate_of(item, 0), p.statistics2, nullptr);
+}
+
+__device__ void widen(const Parameters& p, const Instruction& item, const Ring& ring, RingPlace& place,
+                      const Seat& seat) {
+  constexpr int kColumns = Share<Config::kMlpInColumns>::kColumns;
+  const int column = Share<Config::kMlpInColumns>::part(item, seat) * kColumns;
+  const auto rows = RowScales::load<Config::kParts2, Config::kPart2>(p, item, p.statistics2, seat);
+  float sums[kColumns / 2];
+  stream_product<kColumns>(sums, ring, place, seat, rows, p.affine_of(item, 1));
+  add_bias_gelu<kColumns>(sums, p.mlp_in_bias + item.layer * Config::kMlp + column, seat);
+  store_bf16<kColumns>(sums, p.wide_values, Config::kMlp, column, p, item, p.token(item.sequence, 0), seat);
+}
+
+__device__ void narrow(const Parameters& p, const Instruction& item, int32_t loop, const Ring& ring,
+                       RingPlace& place, const Seat& seat) {
+  constexpr int kColumns = Share<Config::kMlpOutColumns>::kColumns;
+  float sums[kColumns / 2];
+  shared_product<kColumns, Config::kMlp>(sums, ring, place, seat);
+  const bool last = p.adaptive && item.layer == Config::kLayers - 1;
+  update_stream<kColumns, Config::kParts1>(sums, p, item, loop, seat,
+                                           Share<Config::kMlpOutColumns>::part(item, seat),
+                                           p.mlp_out_bias + item.layer * Config::kHidden, p.gate_of(item, 1),
+                                           p.statistics1, last ? p.change : nullptr);
+}
+
+__device__ void compute(const Parameters& p, const Ring& ring) {
+  RingPlace place{0, 0}, read{0, 0};
+  while (true) {
+    barrier_wait(ring.issued(read.slot), read.round);
+    const Seat seat;
+    const Issued issued = ring.barriers->instructions[read.slot];
+    const Instruction& item = issued.item;
+    switch (item.phase) {
+      case kEnter:
+        enter(p, item, issued.loop);
+        break;
+      case kQkv:
+        project_qkv(p, item, issued.loop, ring, place, seat);
+        break;
+      case kAttention:
+        attention(p, item, ring, place, seat);
+        break;
+      case kAttnOut:
+        project_attention(p, item, issued.loop, ring, place, seat);
+        break;
+      case kMlpIn:
+        widen(p, item, ring, place, seat);
+        break;
+      case kMlpOut:
+        narrow(p, item, issued.loop, ring, place, seat);
+        break;
+      case kExit:
+        decide(p, item, issued.loop);
+        break;
+      case kLeave:
+        leave(p, item, issued.loop);
+        break;
+      default:
+        return;
+    }
+    proxy_fence();
+    meet<1>(Config::kComputeThreads);
+    if (threadIdx.x == 0) {
+      if (item.signal >= 0) add_release(p.counters + item.signal, item.signal_count);
+      barrier_arrive(ring.read(read.slot));
+    }
+    advance(read, Config::kInstructions);
+  }
+}
+
+}  // namespace loopmdm
+
+extern "C" __global__ void __launch_bounds__(loopmdm::Config::kThreads, 1)
+    looped_blocks_sm90(const __grid_constant__ loopmdm::Parameters parameters) {
+  using namespace loopmdm;
+  extern __shared__ uint8_t memory[];
+  const Ring ring(memory);
+  if (threadIdx.x == 0) ring.initialise();
+  __syncthreads();
+  if (threadIdx.x >= Config::kComputeThreads) {
+    give_registers<56>();
+    if (threadIdx.x < Config::kComputeThreads + 32) Loader(parameters, ring).run();
+  } else {
+    take_registers<224>();
+    compute(parameters, ring);
+  }
+}

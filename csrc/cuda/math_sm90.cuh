@@ -1,0 +1,50 @@
+// Arithmetic on registers that the phases share.
+#pragma once
+
+#include "common/fragment.h"
+#include "common/row_math.h"
+#include "cuda/ptx/warps.cuh"
+
+namespace loopmdm {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+__device__ inline float fast_exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Two floats as bf16, the first in the low half.
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)): one exponential and no cancellation where tanh is near -1.
+__device__ inline float gelu(float x) {
+  const float u = 0.7978845608028654f * x * (1.0f + 0.044715f * x * x);
+  return __fdividef(x, 1.0f + fast_exp2(-2.0f * kLog2E * u));
+}
+
+// See quad_word in common/fragment.h.
+__device__ inline void transpose_quad(uint32_t (&words)[4]) {
+  const int lane = threadIdx.x & 3;
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = quad_word(lane, bit, 0) == 0;
+#pragma unroll
+    for (int low = 0; low < 4; ++low) {
+      if (low & bit) continue;
+      const uint32_t got = __shfl_xor_sync(~0u, upper ? words[low] : words[low | bit], bit);
+      if (upper) {
+        words[low] = got;
+      } else {
+        words[low | bit] = got;
+      }
+    }
+  }
+}
+
+}  // namespace loopmdm

@@ -1,0 +1,65 @@
+// Global memory shared by blocks that run at the same time: signals, waits, loads that bypass L1.
+#pragma once
+
+#include "common/host_device.h"
+
+namespace loopmdm {
+
+// Ends a kernel that waits for what never comes, in builds for tests (LOOPMDM_SPIN_LIMIT).
+struct SpinLimit {
+#if defined(LOOPMDM_SPIN_LIMIT)
+  uint32_t spins = 0;
+  __device__ void count() {
+    if (++spins > LOOPMDM_SPIN_LIMIT) __trap();
+  }
+#else
+  __device__ void count() {}
+#endif
+};
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ inline int32_t load_acquire(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ inline void store_release(int32_t* address, int32_t value) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+__device__ inline void add_release(int32_t* address, int32_t value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+// Until a counter that only grows has reached `target`.
+__device__ inline void wait_for(const int32_t* counter, int32_t target) {
+  SpinLimit limit;
+  while (load_acquire(counter) < target) {
+    __nanosleep(20);
+    limit.count();
+  }
+}
+
+// Orders ordinary accesses to global and shared memory with those of TMA, which are of another proxy: before
+// a signal, for what was stored; after a wait, for what TMA will load.
+__device__ inline void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// What another block has written lies in L2; a line of it in L1 may be old.
+__device__ inline float2 load_pair(const float* address) {
+  return __ldcg(reinterpret_cast<const float2*>(address));
+}
+
+__device__ inline void store_pair(float* address, float2 value) {
+  *reinterpret_cast<float2*>(address) = value;
+}
+
+// What no block writes may lie in L1.
+__device__ inline float2 load_constant_pair(const float* address) {
+  return __ldg(reinterpret_cast<const float2*>(address));
+}
+
+}  // namespace loopmdm

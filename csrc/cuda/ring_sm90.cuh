@@ -1,0 +1,65 @@
+// Shared memory of a block: a ring of stages that TMA fills and warp groups empty, and one of instructions.
+#pragma once
+
+#include "common/schedule.h"
+#include "cuda/config_sm90.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+
+namespace loopmdm {
+
+// An instruction whose inputs are ready, with its loop.
+struct alignas(16) Issued {
+  Instruction item;
+  int32_t loop;
+  int32_t unused[3];
+};
+static_assert(sizeof(Issued) == 64, "four words of 16 bytes");
+
+struct Ring {
+  struct Barriers {
+    uint64_t full[Config::kStages], empty[Config::kStages];
+    uint64_t issued[Config::kInstructions], read[Config::kInstructions];
+    Issued instructions[Config::kInstructions];
+  };
+
+  uint32_t stages;
+  Barriers* barriers;
+
+  // `memory` is dynamic shared memory; stages begin at the next multiple of a swizzle atom.
+  __device__ explicit Ring(uint8_t* memory) {
+    const uint32_t address = shared_address(memory);
+    const uint32_t skipped = (1024 - address % 1024) % 1024;
+    stages = address + skipped;
+    barriers = reinterpret_cast<Barriers*>(memory + skipped + Config::kStages * Config::kStageBytes);
+  }
+
+  __device__ void initialise() const {
+    for (int i = 0; i < Config::kStages; ++i) {
+      barrier_init(full(i), 1);
+      barrier_init(empty(i), Config::kComputeThreads / 32);
+    }
+    for (int i = 0; i < Config::kInstructions; ++i) {
+      barrier_init(issued(i), 1);
+      barrier_init(read(i), 1);
+    }
+    barrier_init_fence();
+  }
+
+  __device__ uint32_t stage(uint32_t slot) const { return stages + slot * Config::kStageBytes; }
+  __device__ uint32_t full(uint32_t slot) const { return shared_address(&barriers->full[slot]); }
+  __device__ uint32_t empty(uint32_t slot) const { return shared_address(&barriers->empty[slot]); }
+  __device__ uint32_t issued(uint32_t slot) const { return shared_address(&barriers->issued[slot]); }
+  __device__ uint32_t read(uint32_t slot) const { return shared_address(&barriers->read[slot]); }
+
+  __device__ void wait_full(RingPlace place) const { barrier_wait(full(place.slot), place.round); }
+  __device__ void wait_empty(RingPlace place) const { barrier_wait(empty(place.slot), place.round ^ 1); }
+
+  // The warp has read a stage.
+  __device__ void release(RingPlace place) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty(place.slot));
+  }
+};
+static_assert(sizeof(Ring::Barriers) + 1024 <= 2048, "FIXED_BYTES of loopmdm_kernels/schedule/cost.py");
+
+}  // namespace loopmdm
