@@ -200,4 +200,4 @@ def test_m2_says_where_the_peaks_are(tmp_path: Path) -> None:
     assert [finding["id"] for finding in folder.findings] == ["M2", "M2, pooled"] * 2
     assert [finding["holds"] for finding in folder.findings] == [True, True, False, False]
     assert "abs_gap 5.0000 nats at t = 0.44 (inside in 100 %" in folder.findings[0]["outcome"]
-    assert "kl 4.5000 nats at t = 0.62" in folder.findings[1]["outcome"]
+    assert "kl 3.5000 nats at t = 0.38" in folder.findings[1]["outcome"]
