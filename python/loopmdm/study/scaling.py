@@ -140,8 +140,6 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
     if data.spec is not None and args.scorer is not None:
         raise UsageError("--scorer: it rates text, the model solves Sudoku")
     scorer = None if args.scorer is None else load_scorer(args.scorer, data.tokenizer)
-    if isinstance(scorer, CausalScorer):
-        folder.pin("weights of the scorer", weights_fingerprint(scorer.model))
     starts = [0, *accumulate(len(batch.input_ids) for batch in data.batches)]
 
     def measure(key: str) -> Any:
@@ -163,6 +161,8 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
     if data.spec is not None:
         rows += board_rows(folder, denoiser, data.spec, loops, args.boards, args.seed)
     elif args.scorer is not None or args.samples is not None:
+        if isinstance(scorer, CausalScorer):
+            folder.pin("weights of the scorer", weights_fingerprint(scorer.model))
         length, num = data.batches[0].input_ids.shape[1], args.samples or 64
         rows += text_rows(folder, denoiser, scorer, loops, args.steps, num, length, args.seed)
     tokens = data.batches[0].input_ids[:BATCH].to(model.device)
@@ -228,7 +228,8 @@ def _conclude(folder: StudyFolder, rows: Sequence[Row], trained: int, text: bool
     late = [row["gain"] for row in gains if row["t_high"] > LATE]
     folder.find(
         "L9",
-        f"G(t > 0.95; S = {trained}) < 0.25 max G, with max G > 0",
+        f"G(t > 0.95; S = {trained}) < 0.25 max G, with max G > 0"
+        + ("" if text else " (for text: boards keep their clues at t = 1)"),
         f"max {peak['gain']:.4f} at t = {(peak['t_low'] + peak['t_high']) / 2:.2f}, last bin {late[-1]:.4f}",
         (peak["gain"] > 0 and max(late) < LATE_SHARE * peak["gain"]) if text else None,
     )
