@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--second-heavy",
         metavar="MODEL",
-        help="HEAVY trained with another seed; what it differs by is subtracted in the relative curves",
+        help="HEAVY trained with another seed; what it differs by is subtracted in the relative curves."
+        " LIGHT must be as independent of HEAVY as this model is: of another seed and order of the data too",
     )
     parser.add_argument(
         "--kl",
@@ -250,6 +251,8 @@ def draw(rows: Sequence[Row]) -> Figure:
                 part = figures.select(rows, pair=name, bins=bins)
                 middle = [(row["t_low"] + row["t_high"]) / 2 for row in part]
                 baseline = name == BASELINE
+                if baseline and bins == POOLED_BINS:
+                    continue  # it dwarfs the differences
                 column = measure if baseline or not subtracted else f"relative_{measure}"
                 figures.band(
                     panel,
