@@ -18,6 +18,9 @@ STUDIES: tuple[str, ...] = (
     "attention",
     "trajectories",
     "scaling",
+    "schedules",
+    "search",
+    "adaptive",
     "isoflop",
     "position",
 )
