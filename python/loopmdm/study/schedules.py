@@ -96,11 +96,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Rated(NamedTuple):
-    """Losses of all schedules, paired: [N, M], and what their mean is turned into."""
+    """Losses of all schedules, paired: [N, M]. Perplexities are exp of their mean, compared by ratios."""
 
     losses: Floats
-    score: Any
+    perplexity: bool
     boot: Bootstrap
+
+    def score(self, means: Floats) -> Floats:
+        """The measure from mean losses."""
+        return np.asarray(np.exp(means)) if self.perplexity else means
+
+    def over(self, score: Floats, other: Floats) -> Floats:
+        """How much worse one score is than another: the share, or the difference, which 0 does not spoil."""
+        return score / other - 1 if self.perplexity else score - other
 
     @property
     def resampled(self) -> Floats:
@@ -134,13 +142,13 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
             raise UsageError("--scorer: text samples need a scorer; give one, or --by proxy")
         drawn = folder.items(plans, lambda name: scoring.evaluate(plans[name], num), "schedules sampled")
         losses = np.array([values["losses"] for values in drawn]).T
-        rated[scoring.measure] = Rated(losses, scoring.score, Bootstrap(num, seed=args.seed))
+        rated[scoring.measure] = Rated(losses, data.spec is None, Bootstrap(num, seed=args.seed))
         folder.facts["samples"] = num
     if args.by != "sampling":
         proxy = Proxy.of(folder, light, heavy, data, args.steps, num_t=args.num_t, seed=args.seed)
         groups = [list(hand_schedules()), [name for name in named if name not in hand_schedules()]]
         losses = np.hstack([proxy.losses([named[name] for name in names]) for names in groups])
-        rated[proxy.measure] = Rated(losses, lambda means: means, Bootstrap(len(losses), seed=args.seed))
+        rated[proxy.measure] = Rated(losses, False, Bootstrap(len(losses), seed=args.seed))
     folder.facts |= {
         "T": args.steps,
         "light": light.name,
@@ -188,9 +196,8 @@ def _schedule_rows(
         for measure, ratings in rated.items():
             scores = ratings.resampled
             row |= _columns(measure, ratings.boot.interval(ratings.point[index], scores[:, index]))
-            over = ratings.point[index] / ratings.point[all_heavy] - 1
-            with np.errstate(divide="ignore", invalid="ignore"):
-                resampled = scores[:, index] / scores[:, all_heavy] - 1
+            over = ratings.over(ratings.point[index], ratings.point[all_heavy])
+            resampled = ratings.over(scores[:, index], scores[:, all_heavy])
             row |= _columns(f"{measure}, over all heavy", ratings.boot.interval(over, resampled))
         if drawn:
             spent, base = drawn[index], drawn[all_heavy]
