@@ -97,7 +97,7 @@ def test_the_study_of_boards(study: Study, tmp_path: Path, monkeypatch: pytest.M
         if row["chosen"] and row["criterion"] == "hidden change":
             assert 0 <= row["run_mean_loops"] <= 6
             assert row["ledger_saved"] == pytest.approx(row["flops_saved"], abs=0.1)
-    assert {"L6", "clock"} <= {finding["id"] for finding in document["findings"]}
+    assert {"L6", "saving", "clock"} <= {finding["id"] for finding in document["findings"]}
     gate = ComputePlan.load(tmp_path / "gate.json")
     assert isinstance(gate.parts[0].compute.exit, ExitGate)
     puzzles = held_out_puzzles(SIX, 4).clues

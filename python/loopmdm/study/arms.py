@@ -18,6 +18,7 @@ from loopmdm import flops
 from loopmdm.cli.jobs import Job, sudoku_job, text_job, text_tokenizer
 from loopmdm.cli.run_file import RunFile
 from loopmdm.config import LoopMDMConfig
+from loopmdm.flops import DEFAULT_CONVENTION, Convention, Dimensions
 from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
 from loopmdm.train import Trainer
@@ -37,7 +38,7 @@ class Budget:
     """Training FLOPs of an arm, under a convention of `loopmdm.flops`."""
 
     flops: float
-    convention: flops.Convention = flops.DEFAULT_CONVENTION
+    convention: Convention = DEFAULT_CONVENTION
 
     def __post_init__(self) -> None:
         if not 0 < self.flops < math.inf:
@@ -79,9 +80,7 @@ def position_arms(config: LoopMDMConfig) -> list[Arm]:
     ]
 
 
-def steps_within(
-    budget: Budget, config: LoopMDMConfig, length: int, batch: int, law: LoopLaw, seed: int
-) -> int:
+def steps_within(budget: Budget, config: Dimensions, length: int, batch: int, law: LoopLaw, seed: int) -> int:
     """Optimizer steps of `batch` sequences closest to the budget, with the loops the run will draw."""
     cost = {
         loops: batch * flops.training_flops(config, length, loops, budget.convention)
@@ -109,7 +108,7 @@ class TrainedArm:
     steps: int
     length: int
     expected_loops: float
-    flops: dict[str, float]
+    flops: dict[Convention, float]
     cpu_seconds: float
 
     def to_dict(self) -> dict[str, Any]:

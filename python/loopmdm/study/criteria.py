@@ -146,7 +146,12 @@ class Judge:
 
     def within_margin(self, row: dict[str, Any]) -> bool:
         """Whether the row's quality equals the cap's, within the margin."""
-        return float(row["gain_over_cap"]) >= -_margin(self._at_cap, self.sign)
+        return float(row["gain_over_cap"]) >= -self.margin
+
+    @property
+    def margin(self) -> float:
+        """Within which qualities are equal."""
+        return _margin(self._at_cap, self.sign)
 
     def allocation(self, policy: Policy, bins: int) -> list[dict[str, Any]]:
         """Mean loops in bins of the denoising, the fully masked end first."""

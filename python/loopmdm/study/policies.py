@@ -64,7 +64,7 @@ def _conditions(trace: Trace, rule: ExitRule) -> NDArray[np.bool_]:
         return np.asarray(trace.output_change < rule.eps)
     if isinstance(rule, ArgmaxStable):
         stable = trace.flips == 0
-        return np.all([_delayed(stable, loops) for loops in range(rule.patience)], axis=0)
+        return np.asarray(np.all([_delayed(stable, loops) for loops in range(rule.patience)], axis=0))
     if isinstance(rule, ExitGate):
         features = torch.from_numpy(gate_features(trace)).flatten(0, 2)
         return (rule.stop_probability(features) >= rule.probability).numpy().reshape(trace.loss.shape)

@@ -67,7 +67,7 @@ class Proxy:
         light = np.asarray(schedules, dtype=float)
         parts = [self._by_segment(trace, loops, light.shape[1]) for trace, loops in self._networks]
         heavy_part, light_part = parts
-        total = heavy_part.sum(1)[:, None] + (light_part - heavy_part) @ light.T
+        total: Floats = heavy_part.sum(1)[:, None] + (light_part - heavy_part) @ light.T
         # Of boards these are numbers of wrong digits, and the first one is fatal.
         return np.minimum(np.rint(total), 1.0) if self.boards else total
 

@@ -22,7 +22,7 @@ from loopmdm.study import figures
 from loopmdm.study.bootstrap import Bootstrap, Interval
 from loopmdm.study.criteria import quality
 from loopmdm.study.folder import StudyFolder
-from loopmdm.study.policies import fixed_stops, outcome, table_stops
+from loopmdm.study.policies import Outcome, fixed_stops, outcome, table_stops
 from loopmdm.study.scoring import Scoring, scoring_of
 from loopmdm.study.sources import add_data, held_out, load_denoisers
 from loopmdm.study.tables import Table, best_tables, bin_losses
@@ -107,9 +107,10 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
 def _proxy_row(searched: Trace, verified: Trace, what: Table | int, seed: int) -> Row:
     """One plan on the traces: its loss where it was searched, and its quality on the other half."""
 
-    def result(trace: Trace) -> Any:
-        fixed = isinstance(what, int)
-        return outcome(trace, fixed_stops(trace, what) if fixed else table_stops(trace, what.loops))
+    def result(trace: Trace) -> Outcome:
+        if isinstance(what, int):
+            return outcome(trace, fixed_stops(trace, what))
+        return outcome(trace, table_stops(trace, what.loops))
 
     there = result(verified)
     boot = Bootstrap(len(there.loss), seed=seed)

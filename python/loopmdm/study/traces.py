@@ -52,7 +52,7 @@ class Trace:
 
     @property
     def max_loops(self) -> int:
-        return self.loss.shape[2]
+        return int(self.loss.shape[2])
 
     @property
     def there(self) -> NDArray[np.bool_]:
@@ -139,7 +139,7 @@ def left_to_right_trace(
     share = place.copy()
     place[number, rank] = 1.0 - (count[number] - rank) / count[number]
     share[number, rank] = hidden.double().mean(1)
-    for part in torch.arange(len(states)).split(_states_at_once(model)):
+    for part in torch.split(torch.arange(len(states)), _states_at_once(model)):
         stages = model.stages(states[part].to(model.device))
         row = (
             stages.masked.flatten()
