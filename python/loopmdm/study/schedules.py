@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from loopmdm.study.bootstrap import Bootstrap, Floats, Interval
 from loopmdm.study.clock import clock
 from loopmdm.study.folder import StudyFolder
 from loopmdm.study.proxy import Proxy
+from loopmdm.study.rated import Rated
 from loopmdm.study.schedules_figure import draw as draw
 from loopmdm.study.scoring import scoring_of
 from loopmdm.study.segments import (
@@ -95,34 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
 
 
-class Rated(NamedTuple):
-    """Losses of all schedules, paired: [N, M]. Perplexities are exp of their mean, compared by ratios."""
-
-    losses: Floats
-    perplexity: bool
-    boot: Bootstrap
-
-    def score(self, means: Floats) -> Floats:
-        """The measure from mean losses."""
-        return np.asarray(np.exp(means)) if self.perplexity else means
-
-    def over(self, score: Floats, other: Floats) -> Floats:
-        """How much worse one score is than another: the share, or the difference, which 0 does not spoil."""
-        return score / other - 1 if self.perplexity else score - other
-
-    @property
-    def resampled(self) -> Floats:
-        """Scores of all schedules for each resample, [resamples, M]."""
-        scores: Floats = self.score(self.boot.means(self.losses))
-        return scores
-
-    @property
-    def point(self) -> Floats:
-        """Scores of all schedules, [M]."""
-        scores: Floats = self.score(self.losses.mean(0))
-        return scores
-
-
 def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
     heavy, light = load_denoisers(args, folder, [args.heavy, args.light])
     with usage_errors():
@@ -153,9 +126,11 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
         "T": args.steps,
         "light": light.name,
         "heavy": heavy.name,
-        "expected network calls of a sequence, ancestral": args.steps * (1 - (1 - 1 / args.steps) ** length),
         "FLOP conventions": list(flops.CONVENTIONS),
     }
+    if data.spec is None:
+        expected = args.steps * (1 - (1 - 1 / args.steps) ** (length - args.prefix))
+        folder.facts["expected network calls of a sequence"] = expected
     rows = _schedule_rows(named, texts, plans, heavy, length, rated, drawn)
     if args.by != "proxy" and args.repeats:
         _clock(args, folder, heavy, data, plans, rows)
@@ -194,11 +169,8 @@ def _schedule_rows(
         for convention, cost in costs[name].items():
             row[f"saved, {convention}"] = 1 - cost.flops / costs["all heavy"][convention].flops
         for measure, ratings in rated.items():
-            scores = ratings.resampled
-            row |= _columns(measure, ratings.boot.interval(ratings.point[index], scores[:, index]))
-            over = ratings.over(ratings.point[index], ratings.point[all_heavy])
-            resampled = ratings.over(scores[:, index], scores[:, all_heavy])
-            row |= _columns(f"{measure}, over all heavy", ratings.boot.interval(over, resampled))
+            row |= _columns(measure, ratings.score(index))
+            row |= _columns(f"{measure}, over all heavy", ratings.over(index, all_heavy))
         if drawn:
             spent, base = drawn[index], drawn[all_heavy]
             for convention, cost in spent["flops"].items():
