@@ -81,7 +81,7 @@ def test_expected_steps_are_those_of_matched_steps() -> None:
 def test_an_arm_goes_on_where_it_stopped_and_refuses_another_run(tmp_path: Path) -> None:
     base = RunFile("sudoku6", {"hidden_size": 16, "num_heads": 2}, {"batch_size": 4, "log_every": 1})
     budget, arm = Budget(1.5e8), Arm("loop")
-    whole = train_arm(base, arm, budget, 3, tmp_path / "whole", 1)
+    whole = train_arm(base, arm, budget, 3, tmp_path / "whole")
     assert whole.steps > 2
     recorded = [record["flops"] for record in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
     assert recorded[-1] == pytest.approx(whole.flops["blocks+head"])
@@ -89,11 +89,11 @@ def test_an_arm_goes_on_where_it_stopped_and_refuses_another_run(tmp_path: Path)
         flops.training_flops(whole.model.config, 36, 6) * 4, recorded[-1] - recorded[-2]
     )
     modified = (tmp_path / "whole" / "training_state.safetensors").stat().st_mtime_ns
-    again = train_arm(base, arm, budget, 3, tmp_path / "whole", 1)
+    again = train_arm(base, arm, budget, 3, tmp_path / "whole")
     assert (tmp_path / "whole" / "training_state.safetensors").stat().st_mtime_ns == modified
     assert again.to_dict() == whole.to_dict()
     with pytest.raises(ValueError, match=r"holds another run \(training differ\)"):
-        train_arm(base, arm, Budget(3e8), 3, tmp_path / "whole", 1)
+        train_arm(base, arm, Budget(3e8), 3, tmp_path / "whole")
 
 
 def test_a_study_of_arms_resumes_and_compares(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

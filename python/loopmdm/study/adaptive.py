@@ -46,16 +46,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or shipped model")
     add_trace_options(parser)
     parser.add_argument(
-        "--bins", type=positive_int, default=10, help="entries of the tables of loops (default: %(default)s)"
+        "--bins",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="entries of the tables of loops (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
         type=positive_int,
         default=5,
+        metavar="N",
         help="timings of each chosen setting (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=positive_int, default=64, help="text: steps of the timed runs (default: %(default)s)"
+        "--steps",
+        type=positive_int,
+        default=64,
+        metavar="T",
+        help="text: steps of the timed runs (default: %(default)s)",
     )
     add_data(parser)
 
@@ -64,7 +73,7 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
     (denoiser,) = load_denoisers(args, folder, [args.model])
     data = held_out(args, folder, denoiser)
     model = denoiser.model
-    cap = args.cap or model.config.max_loops
+    cap = args.cap or denoiser.num_loops
     if cap < 2:
         raise UsageError(f"--cap: got {cap}: with one loop there is nothing to stop")
     if data.num_sequences < 4:

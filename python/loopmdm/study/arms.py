@@ -136,7 +136,15 @@ class TrainedArm:
         }
 
 
-def train_arm(base: RunFile, arm: Arm, budget: Budget, seed: int, folder: Path, threads: int) -> TrainedArm:
+def train_arm(
+    base: RunFile,
+    arm: Arm,
+    budget: Budget,
+    seed: int,
+    folder: Path,
+    threads: int = 1,
+    device: torch.device | str = "cpu",
+) -> TrainedArm:
     """Train an arm in `folder`, or continue it, or only load it where it is done.
 
     Args:
@@ -163,7 +171,7 @@ def train_arm(base: RunFile, arm: Arm, budget: Budget, seed: int, folder: Path, 
         raise ValueError(f"{folder} holds another run ({differing} differ): choose another folder")
     run.write(folder)
     with torch.inference_mode(False), torch.enable_grad():
-        trainer = Trainer(job.model, job.data, config, folder)
+        trainer = Trainer(job.model.to(device), job.data, config, folder)
         counters = trainer.counters if trainer.resume() == steps else trainer.train()
     executed = {
         convention: float(
@@ -177,7 +185,7 @@ def train_arm(base: RunFile, arm: Arm, budget: Budget, seed: int, folder: Path, 
     return TrainedArm(
         arm.name,
         seed,
-        LoopMDM.from_pretrained(folder),
+        LoopMDM.from_pretrained(folder).to(device).eval(),
         run,
         steps,
         length,

@@ -94,7 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, default_flops: float) -> N
     )
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument(
-        "--num", type=positive_int, default=200, help="puzzles or windows held out (default: %(default)s)"
+        "--num",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="puzzles or windows held out (default: %(default)s)",
     )
     evaluation.add_argument(
         "--loops",
@@ -103,7 +107,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, default_flops: float) -> N
         help="loop counts of the looped arms (default: 1, half, all and twice the most in training)",
     )
     evaluation.add_argument(
-        "--num-t", type=positive_int, default=16, help="text: times per window (default: %(default)s)"
+        "--num-t",
+        type=positive_int,
+        default=16,
+        metavar="N",
+        help="text: times per window (default: %(default)s)",
     )
 
 
@@ -114,7 +122,15 @@ def run(args: argparse.Namespace, folder: StudyFolder, make_arms: MakeArms) -> l
     with usage_errors():
         arms, budget = make_arms(*_model_and_law(base)), Budget(args.flops, args.convention)
         trained = [
-            train_arm(base, arm, budget, seed, folder.path / "arms" / f"{arm.name}-seed{seed}", threads)
+            train_arm(
+                base,
+                arm,
+                budget,
+                seed,
+                folder.path / "arms" / f"{arm.name}-seed{seed}",
+                threads,
+                args.device_object,
+            )
             for seed in args.seeds
             for arm in arms
         ]

@@ -66,17 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=positive_int, default=20, metavar="T", help="denoising steps (default: %(default)s)"
     )
     parser.add_argument(
-        "--segments", type=positive_int, default=10, help="of a schedule (default: %(default)s)"
+        "--segments", type=positive_int, default=10, metavar="N", help="of a schedule (default: %(default)s)"
     )
     parser.add_argument(
-        "--light-segments", type=count, default=4, help="of these, light (default: %(default)s)"
+        "--light-segments", type=count, default=4, metavar="N", help="of these, light (default: %(default)s)"
     )
     parser.add_argument(
         "--scorer",
         metavar="DIR",
         help="text: run of `loopmdm train --autoregressive`, or a causal language model of transformers",
     )
-    parser.add_argument("--num", type=positive_int, default=64, help="text: samples (default: %(default)s)")
+    parser.add_argument(
+        "--num", type=positive_int, default=64, metavar="N", help="text: samples (default: %(default)s)"
+    )
     parser.add_argument(
         "--prefix",
         type=count,
@@ -88,10 +90,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-t",
         type=positive_int,
         default=40,
+        metavar="N",
         help="text: times per sequence of the proxy (default: %(default)s)",
     )
     parser.add_argument(
-        "--repeats", type=count, default=5, help="timings of the hand-made schedules (default: %(default)s)"
+        "--repeats",
+        type=count,
+        default=5,
+        metavar="N",
+        help="timings of the hand-made schedules (default: %(default)s)",
     )
     add_data(parser)
 

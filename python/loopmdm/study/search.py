@@ -51,17 +51,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_trace_options(parser)
     parser.add_argument(
-        "--bins", type=positive_int, default=10, help="parts of the denoising (default: %(default)s)"
+        "--bins",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="parts of the denoising (default: %(default)s)",
     )
     parser.add_argument(
-        "--best", type=positive_int, default=5, help="tables that are verified (default: %(default)s)"
+        "--best",
+        type=positive_int,
+        default=5,
+        metavar="N",
+        help="tables that are verified (default: %(default)s)",
     )
     parser.add_argument(
         "--scorer", metavar="DIR", help="text: an autoregressive scorer, to verify by sampling"
     )
-    parser.add_argument("--num", type=positive_int, default=64, help="text: samples (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=positive_int, default=64, help="text: denoising steps (default: %(default)s)"
+        "--num", type=positive_int, default=64, metavar="N", help="text: samples (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        default=64,
+        metavar="T",
+        help="text: denoising steps (default: %(default)s)",
     )
     add_data(parser)
 
@@ -70,7 +84,7 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
     (denoiser,) = load_denoisers(args, folder, [args.model])
     data = held_out(args, folder, denoiser)
     model = denoiser.model
-    cap = args.cap or model.config.max_loops
+    cap = args.cap or denoiser.num_loops
     if not 1 <= args.loops <= cap:
         raise UsageError(f"--loops: got {args.loops:g}, expected 1 to {cap}, the most loops (--cap)")
     if data.num_sequences < 4:

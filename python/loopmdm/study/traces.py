@@ -141,11 +141,7 @@ def left_to_right_trace(
     share[number, rank] = hidden.double().mean(1)
     for part in torch.split(torch.arange(len(states)), _states_at_once(model)):
         stages = model.stages(states[part].to(model.device))
-        row = (
-            stages.masked.flatten()
-            .cumsum(0)
-            .view(stages.masked.shape)[torch.arange(len(part)), position[part]]
-        )
+        row = hidden[part].flatten().cumsum(0).view(len(part), -1)[torch.arange(len(part)), position[part]]
         for k, state in enumerate(loop_states(stages, max_loops)):
             predicted = state.log_probs[row - 1].cpu()
             loss = -predicted.gather(1, target[part, None])[:, 0]
@@ -188,7 +184,11 @@ def add_trace_options(parser: argparse.ArgumentParser) -> None:
         "--cap", type=positive_int, metavar="S", help="most loops (default: the model's max_loops)"
     )
     parser.add_argument(
-        "--num-t", type=positive_int, default=16, help="text: times per sequence (default: %(default)s)"
+        "--num-t",
+        type=positive_int,
+        default=16,
+        metavar="N",
+        help="text: times per sequence (default: %(default)s)",
     )
 
 
