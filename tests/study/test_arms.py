@@ -13,6 +13,7 @@ from loopmdm.cli import main
 from loopmdm.cli.run_file import RunFile
 from loopmdm.config import LoopMDMConfig
 from loopmdm.loop_law import LoopLaw
+from loopmdm.model import LoopMDM
 from loopmdm.study.arms import Arm, Budget, iso_flop_arms, position_arms, steps_within, train_arm
 from loopmdm.study.binomial import wilson
 from loopmdm.train import read_metrics
@@ -118,6 +119,24 @@ def test_a_study_of_arms_resumes_and_compares(tmp_path: Path, capfd: pytest.Capt
     assert json.loads((tmp_path / "iso" / "table.json").read_text()) == table
     assert main([*command, "--seeds", "1"]) == 2
     assert "seeds was [0], is [1]" in capfd.readouterr().err
+
+
+def test_positions_on_text(corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "text", "--data", corpus, "--length", "16", "--layers", "3", "--loop", "1:2"]
+    words += ["--flops", "4e7", "--validation", "0.4", "--num-t", "2", "--max-loops", "2", "--loops", "2"]
+    command = ["study", "position", *words, *TINY, "--batch-size", "2", "--out", str(tmp_path)]
+    assert main(command) == 0, capfd.readouterr().err
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [(row["arm"], row["looped"], row["num_loops"]) for row in rows] == [
+        ("early", "0:1", 2),
+        ("early-middle", "1:2", 2),
+        ("late", "2:3", 2),
+        ("all", "0:3", 2),
+    ]
+    assert rows[0]["steps"] == rows[2]["steps"] > rows[3]["steps"]
+    for row in rows:
+        model = LoopMDM.from_pretrained(tmp_path / "arms" / f"{row['arm']}-seed0")
+        assert row["low"] < row["value"] < row["high"] and model.config.num_layers == 3
 
 
 def test_bad_usage_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
