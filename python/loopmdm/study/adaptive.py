@@ -142,10 +142,10 @@ def _find(folder: StudyFolder, rows: Sequence[Row], cap: int, margin: float) -> 
         )
     if not chosen:
         return
-    most = max(chosen, key=lambda row: float(row["flops_saved"]))
+    most = max(chosen, key=lambda row: float(row["clock_saved"]))
     folder.find(
         "saving",
-        f"the criterion that saves most FLOPs saves at least {_LEAST_SAVING:.0%} of the loops of the cap"
+        f"the criterion that saves most time saves at least {_LEAST_SAVING:.0%} of the loops of the cap"
         f" S = {cap} at equal quality",
         f"{most['criterion']} {most['setting']}: {most['loops_saved']:.1%} of the loops and"
         f" {most['flops_saved']:.1%} of the FLOPs saved, quality {most['value']:.4f},"
