@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loopmdm.exits import ArgmaxStable, ExitRule, HiddenChange, OutputChange
+from loopmdm.flops import Dimensions
 from loopmdm.plan import ComputePlan
 from loopmdm.study.bootstrap import Bootstrap, Interval
 from loopmdm.study.gates import fit_gate
@@ -114,7 +115,7 @@ def choose(policies: Sequence[Policy], choosing: Trace, cap: int) -> list[Policy
 class Judge:
     """Rows of the table: what policies give on the half that no setting was chosen on."""
 
-    def __init__(self, trace: Trace, cap: int, dims: Any, length: int, seed: int) -> None:
+    def __init__(self, trace: Trace, cap: int, dims: Dimensions, length: int, seed: int) -> None:
         self._trace, self._cap, self._dims, self._length = trace, cap, dims, length
         self._boot = Bootstrap(len(trace.share), seed=seed)
         at_cap = fixed_stops(trace, cap)
