@@ -15,7 +15,7 @@ from torch import Tensor
 from loopmdm.exits.judges import ArgmaxJudge, ChangeJudge, Judge, OutputJudge
 from loopmdm.stages import Stages
 
-_LEAST_CHANGE = 1e-12  # of a change whose logarithm is taken
+LEAST_CHANGE = 1e-12  # of a change whose logarithm is taken
 
 
 class ExitCost(NamedTuple):
@@ -222,7 +222,7 @@ class ExitGate(ExitRule):
         change = HiddenChange(0.0).change(stages, old, new)
         share = stages.masked.double().mean(dim=1)
         return torch.stack(
-            (torch.full_like(share, math.log(loop)), share, change.clamp_min(_LEAST_CHANGE).log()), dim=1
+            (torch.full_like(share, math.log(loop)), share, change.clamp_min(LEAST_CHANGE).log()), dim=1
         )
 
     def judge(self, stages: Stages, hidden: Tensor) -> Judge:

@@ -13,4 +13,14 @@ Everything about the way (resuming, files, progress, provenance) is the folder's
 
 from __future__ import annotations
 
-STUDIES: tuple[str, ...] = ("importance", "attention", "trajectories", "scaling")
+STUDIES: tuple[str, ...] = (
+    "importance",
+    "attention",
+    "trajectories",
+    "scaling",
+    "schedules",
+    "search",
+    "adaptive",
+    "isoflop",
+    "position",
+)
