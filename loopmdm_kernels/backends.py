@@ -21,7 +21,7 @@ import torch
 from loopmdm_kernels import reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-PREFERENCE = ("cuda", "triton", "cpu")
+PREFERENCE = ("triton", "cpu")  # not cuda: its kernels have not run on a device yet
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 # The ops of each backend. A kernel module holds a function named like the op, and
@@ -41,7 +41,7 @@ _KERNEL_MODULES = {
         "masked_cross_entropy": "loopmdm_kernels.triton.masked_cross_entropy",
         "sample_rows": "loopmdm_kernels.triton.sample_rows",
     },
-    "cuda": {},
+    "cuda": {"looped_blocks": "loopmdm_kernels.cuda.looped_blocks"},
 }
 
 _forced: ContextVar[str | None] = ContextVar("loopmdm_backend", default=None)
@@ -116,10 +116,9 @@ def _why_unavailable(name: str) -> str | None:
     elif name == "triton":
         return _why_no_triton()
     elif name == "cuda":
-        if not torch.cuda.is_available():
-            return "no GPU"
-        if not _KERNEL_MODULES[name]:
-            return f"this version has no {name} kernels"
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        reason: str | None = import_module("loopmdm_kernels.cuda.driver").why_unavailable(capability)
+        return reason
     return None
 
 

@@ -29,7 +29,7 @@ def test_built_tables_pass(length, layers, adaptive):
 @pytest.mark.parametrize("length", [1, 81, 128, 1000])
 def test_tables_of_the_small_model_pass(length):
     rows = 64 if length < 512 else 128
-    tiles = Tiles(rows, 128, 64, 192, 96, heads=128 // rows)
+    tiles = Tiles(rows, 128, 64, 128, 64, heads=128 // rows)
     check(build(BlockShape(1, length, 768, 12, 3072, 2), tiles, adaptive=length == 81))
 
 

@@ -44,9 +44,9 @@ __device__ inline void wait_for(const int32_t* counter, int32_t target) {
   }
 }
 
-// Orders ordinary accesses to global and shared memory with those of TMA, which are of another proxy: before
-// a signal, for what was stored; after a wait, for what TMA will load.
-__device__ inline void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Orders ordinary accesses to global memory with those of TMA, which are of another proxy: before a signal,
+// for what was stored; after a wait, for what TMA will load.
+__device__ inline void proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // What another block has written lies in L2; a line of it in L1 may be old.
 __device__ inline float2 load_pair(const float* address) {

@@ -1,0 +1,103 @@
+"""Device sources to cubins, by NVRTC or by nvcc. Neither needs a GPU or a driver."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from loopmdm_kernels.cuda import disk_cache, sources
+
+ARCHITECTURE = "sm_90a"
+_COMMON = ("-std=c++17",)
+
+
+def compile_kernel(name: str, defines: Mapping[str, int], architecture: str = ARCHITECTURE) -> bytes:
+    """The cubin of csrc/cuda/`name` with these macros, from the cache or compiled now.
+
+    Raises:
+        RuntimeError: there is no compiler, or the source does not compile; with its messages.
+    """
+    version, compiler = _compiler()
+    options = [*_COMMON, *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
+    return disk_cache.cached(
+        cache_key(name, options, architecture, version),
+        lambda: compiler(sources.folder() / "cuda" / name, options, architecture),
+    )
+
+
+def cache_key(
+    name: str, options: list[str], architecture: str, compiler: str, root: Path | None = None
+) -> str:
+    """Differs wherever the cubin may: sources, options, architecture, version of the compiler."""
+    parts = [sources.source_hash(f"cuda/{name}", root), *options, architecture, compiler]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return f"{Path(name).stem}-{digest[:32]}"
+
+
+def with_nvrtc(source: Path, options: list[str], architecture: str) -> bytes:
+    nvrtc = _nvrtc()
+    arguments = [*options, f"--gpu-architecture={architecture}", f"-I{sources.folder()}"]
+    program = _value(nvrtc, nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), [a.encode() for a in arguments])
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(_value(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"{source.name} does not compile for {architecture}:\n{bytes(log).decode()}")
+        cubin = bytearray(_value(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
+        nvrtc.nvrtcGetCUBIN(program, cubin)
+        return bytes(cubin)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def with_nvcc(source: Path, options: list[str], architecture: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "kernel.cubin"
+        arguments = [*options, f"-arch={architecture}", f"-I{sources.folder()}", "-cubin", str(source)]
+        result = subprocess.run(
+            ["nvcc", *arguments, "-o", str(target)], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            raise RuntimeError(f"{source.name} does not compile for {architecture}:\n{result.stderr}")
+        return target.read_bytes()
+
+
+@cache
+def _compiler() -> tuple[str, Callable[[Path, list[str], str], bytes]]:
+    try:
+        nvrtc = _nvrtc()
+        major, minor = _value(nvrtc, nvrtc.nvrtcVersion(), 2)
+        return f"nvrtc {major}.{minor}", with_nvrtc
+    except RuntimeError as error:
+        reason = str(error)
+    path = shutil.which("nvcc")
+    if path is None:
+        raise RuntimeError(f"no CUDA compiler: {reason}; and nvcc is not on the path")
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    return f"nvcc {version}", with_nvcc
+
+
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()  # loads the library
+    except ImportError as error:
+        raise RuntimeError("cuda-python is not installed: pip install 'loopmdm-kernels[gpu]'") from error
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(f"NVRTC cannot be loaded (pip install nvidia-cuda-nvrtc): {error}") from error
+    return nvrtc
+
+
+def _value(nvrtc: Any, result: tuple[Any, ...], number: int = 1) -> Any:
+    status, *values = result
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"NVRTC: {status}")
+    return values[0] if number == 1 else values

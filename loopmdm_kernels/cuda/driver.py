@@ -1,0 +1,177 @@
+"""The CUDA driver through cuda-python: why it cannot be used here, and the few calls that are needed."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any, NamedTuple
+
+OLDEST_DRIVER = 12000  # TMA and clusters
+CAPABILITY = (9, 0)
+
+
+def bindings() -> Any:
+    """The module cuda.bindings.driver.
+
+    Raises:
+        RuntimeError: cuda-python or the driver is missing, or the driver is too old; says what to do.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise RuntimeError("cuda-python is not installed: pip install 'loopmdm-kernels[gpu]'") from error
+    try:
+        status, version = driver.cuDriverGetVersion()
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(f"the CUDA driver (libcuda) cannot be loaded: {error}") from error
+    if int(status) != 0 or version == 0:
+        raise RuntimeError(f"the CUDA driver does not answer ({_name(status)}); see nvidia-smi")
+    if version < OLDEST_DRIVER:
+        raise RuntimeError(
+            f"the driver is for CUDA {_dotted(version)}; the kernels need {_dotted(OLDEST_DRIVER)} or later"
+        )
+    return driver
+
+
+def why_unavailable(capability: tuple[int, int] | None) -> str | None:
+    """Why a device of this compute capability cannot run the kernels here, or None."""
+    if capability is None:
+        return "no GPU"
+    if capability != CAPABILITY:
+        return (
+            f"the kernels are for compute capability 9.0 (H100, H200), and this GPU has "
+            f"{capability[0]}.{capability[1]}"
+        )
+    try:
+        bindings()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def check(result: tuple[Any, ...], what: str) -> Any:
+    """The values of a driver call.
+
+    Raises:
+        RuntimeError: it failed; names the call and the driver's word for the error.
+    """
+    status, *values = result
+    if int(status) != 0:
+        raise RuntimeError(f"{what} failed: {_name(status)}")
+    return values[0] if len(values) == 1 else values
+
+
+class Facts(NamedTuple):
+    sms: int
+    shared_bytes: int  # that a block can have
+    persisting_bytes: int  # of L2 that can be set aside
+    window_bytes: int  # that an access policy can span
+
+
+@cache
+def facts(device: int) -> Facts:
+    driver = bindings()
+    names = driver.CUdevice_attribute
+    handle = check(driver.cuDeviceGet(device), "cuDeviceGet")
+
+    def value(name: Any) -> int:
+        return int(check(driver.cuDeviceGetAttribute(name, handle), "cuDeviceGetAttribute"))
+
+    return Facts(
+        value(names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
+        value(names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
+        value(names.CU_DEVICE_ATTRIBUTE_MAX_PERSISTING_L2_CACHE_SIZE),
+        value(names.CU_DEVICE_ATTRIBUTE_MAX_ACCESS_POLICY_WINDOW_SIZE),
+    )
+
+
+class Kernel:
+    """A kernel of a cubin, loaded into the current context."""
+
+    def __init__(self, cubin: bytes, name: str, shared_bytes: int) -> None:
+        driver = bindings()
+        self.shared_bytes = shared_bytes
+        self._module = check(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
+        self._function = check(driver.cuModuleGetFunction(self._module, name.encode()), "cuModuleGetFunction")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes), "cuFuncSetAttribute")
+
+    def blocks_per_sm(self, threads: int) -> int:
+        driver = bindings()
+        query = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
+        return int(check(query(self._function, threads, self.shared_bytes), query.__name__))
+
+    def launch(
+        self, blocks: int, threads: int, stream: int, parameters: ctypes.Structure, kept: L2Window | None
+    ) -> None:
+        """Cooperative: all blocks run at the same time, or the launch fails."""
+        driver = bindings()
+        names = driver.CUlaunchAttributeID
+        cooperative = driver.CUlaunchAttribute()
+        cooperative.id = names.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        cooperative.value.cooperative = 1
+        attributes = [cooperative]
+        if kept is not None:
+            policy = driver.CUlaunchAttribute()
+            policy.id = names.CU_LAUNCH_ATTRIBUTE_ACCESS_POLICY_WINDOW
+            policy.value.accessPolicyWindow = kept.policy()
+            attributes.append(policy)
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self.shared_bytes
+        config.hStream = driver.CUstream(stream)
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        check(
+            driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx"
+        )
+
+
+class L2Window(NamedTuple):
+    """Bytes that shall stay in L2 while a kernel runs."""
+
+    address: int
+    size: int
+    hit_ratio: float  # of the window, what may be kept: more than fits would evict itself
+
+    def policy(self) -> Any:
+        driver = bindings()
+        window = driver.CUaccessPolicyWindow()
+        window.base_ptr, window.num_bytes, window.hitRatio = self.address, self.size, self.hit_ratio
+        window.hitProp = driver.CUaccessProperty.CU_ACCESS_PROPERTY_PERSISTING
+        window.missProp = driver.CUaccessProperty.CU_ACCESS_PROPERTY_STREAMING
+        return window
+
+
+def l2_window(address: int, size: int, limits: Facts) -> L2Window | None:
+    """The part of a buffer that the device lets a kernel keep, or None where it has no such thing."""
+    size = min(size, limits.window_bytes)
+    if not size or not limits.persisting_bytes:
+        return None
+    return L2Window(address, size, min(1.0, limits.persisting_bytes / size))
+
+
+@cache
+def set_aside_l2(device: int) -> None:
+    """Once for a device: as much of L2 as it allows may be kept by windows."""
+    driver = bindings()
+    limit = driver.CUlimit.CU_LIMIT_PERSISTING_L2_CACHE_SIZE
+    check(driver.cuCtxSetLimit(limit, facts(device).persisting_bytes), "cuCtxSetLimit")
+
+
+def release_l2(device: int) -> None:
+    """Give the kept part of L2 back to everything else."""
+    driver = bindings()
+    limit = driver.CUlimit.CU_LIMIT_PERSISTING_L2_CACHE_SIZE
+    check(driver.cuCtxResetPersistingL2Cache(), "cuCtxResetPersistingL2Cache")
+    check(driver.cuCtxSetLimit(limit, 0), "cuCtxSetLimit")
+    set_aside_l2.cache_clear()
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _name(status: Any) -> str:
+    return str(getattr(status, "name", status))

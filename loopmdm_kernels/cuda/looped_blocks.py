@@ -1,0 +1,231 @@
+"""`looped_blocks` on Hopper: the whole stack, all loops, in one cooperative launch. Forward only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels.cuda import driver, tensor_maps
+from loopmdm_kernels.cuda.compiler import compile_kernel
+from loopmdm_kernels.cuda.parameters import MAPS, POINTERS, Parameters, defines
+from loopmdm_kernels.cuda.weights import PackedWeights, packed
+from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose
+from loopmdm_kernels.schedule.table import FINAL
+from loopmdm_kernels.types import BlockWeights, Rotary
+
+SOURCE, ENTRY = "looped_blocks_sm90.cu", "looped_blocks_sm90"
+THREADS = 384
+HEAD_DIMS = (64, 128)
+
+
+def supports(
+    *,
+    x: Tensor,
+    blocks: Sequence[BlockWeights],
+    num_loops: int | Tensor,
+    compute_dtype: torch.dtype | None = None,
+    dropout: float = 0.0,
+    exit_threshold: float | None = None,
+) -> str | None:
+    """Why these arguments need another backend, or None."""
+    if x.dtype != torch.float32:
+        return f"x must be float32, got {x.dtype}"
+    dtype = compute_dtype or blocks[0].qkv.dtype
+    if dtype != torch.bfloat16:
+        return f"compute_dtype must be bfloat16, got {dtype}"
+    if dropout:
+        return "it has no dropout"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(t for b in blocks for t in b))):
+        return "it has no backward pass: call it under torch.no_grad()"
+    return None
+
+
+def looped_blocks(
+    x: Tensor,
+    blocks: Sequence[BlockWeights],
+    modulation: Tensor,
+    num_loops: int | Tensor,
+    *,
+    num_heads: int,
+    rotary: Rotary | None = None,
+    key_mask: Tensor | None = None,
+    exit_threshold: float | None = None,
+    **_: object,
+) -> Tensor | tuple[Tensor, Tensor]:
+    shape = shape_of(x, blocks, num_heads)
+    adaptive = exit_threshold is not None
+    device = x.device.index
+    with torch.cuda.device(x.device):
+        kernel, plan, limits = _kernel(shape, device)
+        table, words, counters = _table(shape, plan.tiles, adaptive, x.device)
+        weights = packed(blocks)
+        buffers = Buffers.allocate(table, x, weights, modulation, num_loops, rotary, key_mask, counters)
+        parameters = pack_parameters(table, buffers, words, exit_threshold)
+        for name, described in map_layouts(plan, buffers, weights).items():
+            parameters.set_map(name, tensor_maps.encode(described))
+        driver.set_aside_l2(device)
+        kept = driver.l2_window(weights.buffer.data_ptr(), 2 * weights.buffer.numel(), limits)
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        kernel.launch(limits.sms * kernel.blocks_per_sm(THREADS), THREADS, stream, parameters, kept)
+    used = buffers.stop[: shape.batch].long()
+    return (buffers.output, used) if adaptive else buffers.output
+
+
+def shape_of(x: Tensor, blocks: Sequence[BlockWeights], num_heads: int) -> BlockShape:
+    batch, length, hidden = x.shape
+    if hidden // num_heads not in HEAD_DIMS:
+        raise RuntimeError(
+            f"looped_blocks: backend 'cuda' was asked for and cannot do this: the head size must be one of "
+            f"{HEAD_DIMS}, got {hidden // num_heads}"
+        )
+    return BlockShape(batch, length, hidden, num_heads, blocks[0].mlp_in.shape[0], len(blocks))
+
+
+@lru_cache(maxsize=64)
+def _kernel(shape: BlockShape, device: int) -> tuple[driver.Kernel, Plan, driver.Facts]:
+    limits = driver.facts(device)
+    plan = choose(shape)
+    return _loaded(tuple(defines(shape, plan).items()), plan.shared_bytes, device), plan, limits
+
+
+@lru_cache(maxsize=64)
+def _loaded(macros: tuple[tuple[str, int], ...], shared_bytes: int, device: int) -> driver.Kernel:
+    return driver.Kernel(compile_kernel(SOURCE, dict(macros)), ENTRY, shared_bytes)
+
+
+@lru_cache(maxsize=64)
+def _table(
+    shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device
+) -> tuple[Table, Tensor, Tensor]:
+    """The table, its words and the first state of its counters on the device."""
+    table = build(shape, tiles, adaptive=adaptive)
+    counters = torch.zeros(table.num_counters + shape.batch + 1, dtype=torch.int32)
+    if not adaptive:
+        counters[table.num_counters : -1] = FINAL
+    return table, table.encode().to(device), counters.to(device)
+
+
+class Buffers(NamedTuple):
+    """Global memory of one call, in the order of the kernel's pointers."""
+
+    input: Tensor
+    output: Tensor
+    stream_values: Tensor  # fp32 [2, B, L, D]
+    qkv_values: Tensor  # bf16 [2, B, L, 3 D]
+    mixed_values: Tensor  # bf16 [B, L, D]
+    wide_values: Tensor  # bf16 [B, L, F]
+    statistics1: Tensor  # fp32 [B, L, parts, 2]
+    statistics2: Tensor
+    change: Tensor  # fp32 [B, row tiles, parts, warps of a tile, 2]
+    affine: Tensor  # fp32 [n, 1 or B, 2, D / 2, 4]
+    gate: Tensor  # fp32 [n, 1 or B, 2, D]
+    mlp_in_bias: Tensor
+    mlp_out_bias: Tensor
+    cosines: Tensor | None  # fp32 [L, K / 2]
+    sines: Tensor | None
+    key_mask: Tensor | None  # uint8 [B, L]
+    counters: Tensor
+    stop: Tensor  # int32: loops of each sequence, then the largest of them
+
+    @classmethod
+    def allocate(
+        cls,
+        table: Table,
+        x: Tensor,
+        weights: PackedWeights,
+        modulation: Tensor,
+        num_loops: int | Tensor,
+        rotary: Rotary | None,
+        key_mask: Tensor | None,
+        counters: Tensor,
+    ) -> Buffers:
+        shape, tiles = table.shape, table.tiles
+        batch, length, hidden = shape.batch, shape.length, shape.hidden
+        groups = 128 // tiles.rows  # warp groups that share the columns of a tile
+
+        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(sizes, dtype=dtype, device=x.device)
+
+        parts1, parts2 = groups * hidden // tiles.mlp_out, groups * hidden // tiles.attn_out
+        affine, gate = fold_modulation(modulation, weights.norms)
+        if isinstance(num_loops, Tensor):
+            stop = torch.cat((num_loops, num_loops.max()[None])).int()
+        else:
+            stop = torch.full((batch + 1,), num_loops, dtype=torch.int32, device=x.device)
+        return cls(
+            input=x.contiguous(),
+            output=empty(batch, length, hidden),
+            stream_values=empty(2, batch, length, hidden),
+            qkv_values=empty(2, batch, length, 3 * hidden, dtype=torch.bfloat16),
+            mixed_values=empty(batch, length, hidden, dtype=torch.bfloat16),
+            wide_values=empty(batch, length, shape.mlp, dtype=torch.bfloat16),
+            statistics1=empty(batch, length, parts1, 2),
+            statistics2=empty(batch, length, parts2, 2),
+            change=empty(batch, table.row_tiles, parts1, 4 * tiles.rows // 64, 2),
+            affine=affine,
+            gate=gate,
+            mlp_in_bias=weights.mlp_in_bias,
+            mlp_out_bias=weights.mlp_out_bias,
+            cosines=None if rotary is None else rotary.cos.float().contiguous(),
+            sines=None if rotary is None else rotary.sin.float().contiguous(),
+            key_mask=None if key_mask is None else key_mask.contiguous().view(torch.uint8),
+            counters=counters.clone(),
+            stop=stop,
+        )
+
+
+def fold_modulation(modulation: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """(affine, gate) in fp32: for two columns each gain, gain, shift, shift; the norm is in the gain."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.float().unbind(2)
+    scale, shift = torch.stack((scale1, scale2), dim=2), torch.stack((shift1, shift2), dim=2)
+    gain = norms[:, None] * (1 + scale)
+    pairs = [values.unflatten(-1, (-1, 2)) for values in (gain, shift)]  # type: ignore[no-untyped-call]
+    return torch.cat(pairs, dim=-1).contiguous(), torch.stack((gate1, gate2), dim=2)
+
+
+def map_layouts(plan: Plan, buffers: Buffers, weights: PackedWeights) -> dict[str, tensor_maps.Layout]:
+    """Tensors and boxes of the kernel's maps."""
+    tiles = plan.tiles
+    boxes = {
+        "stream": (buffers.stream_values.flatten(0, 1), tiles.rows),
+        "qkv": (buffers.qkv_values.flatten(0, 1), tiles.rows),
+        "mixed": (buffers.mixed_values, tiles.rows),
+        "wide": (buffers.wide_values, tiles.rows),
+        "qkv_weight": (weights.qkv, tiles.qkv),
+        "attn_out_weight": (weights.attn_out, tiles.attn_out),
+        "mlp_in_weight": (weights.mlp_in, tiles.mlp_in),
+        "mlp_out_weight": (weights.mlp_out, tiles.mlp_out),
+    }
+    return {name: tensor_maps.layout(*boxes[name]) for name in MAPS}
+
+
+def pack_parameters(
+    table: Table, buffers: Buffers, words: Tensor, exit_threshold: float | None
+) -> Parameters:
+    """All but the maps."""
+    shape = table.shape
+    result = Parameters(
+        enter=len(table.enter),
+        loop=len(table.loop),
+        leave=len(table.leave),
+        batch=shape.batch,
+        length=shape.length,
+        row_tiles=table.row_tiles,
+        num_counters=table.num_counters,
+        modulated_sequences=buffers.gate.shape[1],
+        adaptive=int(table.adaptive),
+        exit_threshold=exit_threshold or 0.0,
+    )
+    addresses: dict[str, Tensor | None] = {
+        **buffers._asdict(),
+        "table": words,
+        "max_loops": buffers.stop[shape.batch :],
+    }
+    for name in POINTERS:
+        tensor = addresses[name]
+        setattr(result, name, None if tensor is None else tensor.data_ptr())
+    return result

@@ -1,0 +1,52 @@
+"""What the kernel is compiled for and what it gets at launch; the other side is csrc/cuda/config_sm90.cuh."""
+
+from __future__ import annotations
+
+import ctypes
+
+from loopmdm_kernels.schedule import BlockShape, Plan
+
+MAPS = ("stream", "qkv", "mixed", "wide", "qkv_weight", "attn_out_weight", "mlp_in_weight", "mlp_out_weight")
+POINTERS = (
+    "input", "output", "stream_values", "qkv_values", "mixed_values", "wide_values",
+    "statistics1", "statistics2", "change", "affine", "gate", "mlp_in_bias", "mlp_out_bias",
+    "cosines", "sines", "key_mask", "table", "counters", "stop", "max_loops",
+)  # fmt: skip
+NUMBERS = (
+    "enter", "loop", "leave",
+    "batch", "length", "row_tiles", "num_counters", "modulated_sequences", "adaptive",
+)  # fmt: skip
+
+
+class Parameters(ctypes.Structure):
+    """`Parameters` of the kernel, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint8 * 128) for name in MAPS),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int32) for name in NUMBERS),
+        ("exit_threshold", ctypes.c_float),
+        ("unused", ctypes.c_uint8 * 56),  # the kernel's alignment is 64, and the launch copies its size
+    )
+
+    def set_map(self, name: str, encoded: bytes) -> None:
+        getattr(self, name)[:] = encoded
+
+
+def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
+    """The macros of `Config`."""
+    tiles = plan.tiles
+    values = {
+        "HIDDEN": shape.hidden,
+        "HEADS": shape.heads,
+        "MLP": shape.mlp,
+        "LAYERS": shape.layers,
+        "ROWS": tiles.rows,
+        "QKV_COLUMNS": tiles.qkv,
+        "ATTN_OUT_COLUMNS": tiles.attn_out,
+        "MLP_IN_COLUMNS": tiles.mlp_in,
+        "MLP_OUT_COLUMNS": tiles.mlp_out,
+        "STAGES": plan.stages,
+        "STAGE_BYTES": plan.stage_bytes,
+    }
+    return {f"LOOPMDM_{name}": value for name, value in values.items()}

@@ -1,0 +1,88 @@
+"""The weights of a stack in one buffer, bf16, [n, out, in] for each matrix: one window of L2 spans them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from loopmdm_kernels.types import BlockWeights
+
+MATRICES = ("qkv", "attn_out", "mlp_in", "mlp_out")
+
+
+class PackedWeights(NamedTuple):
+    buffer: Tensor  # bf16, all matrices
+    qkv: Tensor  # views of it, [n, out, in]
+    attn_out: Tensor
+    mlp_in: Tensor
+    mlp_out: Tensor
+    norms: Tensor  # fp32 [n, 2, D]
+    mlp_in_bias: Tensor  # fp32 [n, F]
+    mlp_out_bias: Tensor  # fp32 [n, D]
+
+
+class _Entry(NamedTuple):
+    tensors: tuple[weakref.ref[Tensor], ...]
+    state: tuple[Any, ...]
+    packed: PackedWeights
+
+
+_MOST_ENTRIES = 8
+_known: dict[tuple[int, ...], _Entry] = {}
+
+
+def clear() -> None:
+    """Forget all packed weights. Needed after a write through `.data`, which nothing else shows."""
+    _known.clear()
+
+
+def packed(blocks: Sequence[BlockWeights]) -> PackedWeights:
+    """Packed once, and again when a tensor is another one or has changed, or an optimizer has made a step."""
+    tensors = tuple(tensor for weights in blocks for tensor in weights)
+    key = tuple(map(id, tensors))
+    state = tuple(
+        (-1 if t.is_inference() else t._version, t.data_ptr(), t.shape, t.dtype, t.device) for t in tensors
+    )
+    entry = _known.get(key)
+    # An id may be that of a tensor that has taken the place of a dead one.
+    if entry and entry.state == state and all(r() is t for r, t in zip(entry.tensors, tensors, strict=True)):
+        return entry.packed
+    _watch_optimizers()
+    entry = _Entry(tuple(map(weakref.ref, tensors)), state, _pack(blocks))
+    _known.pop(key, None)
+    while len(_known) >= _MOST_ENTRIES:
+        _known.pop(next(iter(_known)))
+    _known[key] = entry
+    return entry.packed
+
+
+def _pack(blocks: Sequence[BlockWeights]) -> PackedWeights:
+    with torch.no_grad():
+        shapes = {name: (len(blocks), *getattr(blocks[0], name).shape) for name in MATRICES}
+        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        buffer = torch.empty(sum(sizes), dtype=torch.bfloat16, device=blocks[0].qkv.device)
+        views = {
+            name: part.view(shapes[name])
+            for name, part in zip(MATRICES, torch.split(buffer, sizes), strict=True)
+        }
+        for name, view in views.items():
+            for layer, weights in enumerate(blocks):
+                view[layer].copy_(getattr(weights, name))
+
+        def floats(name: str) -> Tensor:
+            return torch.stack([getattr(weights, name).float() for weights in blocks])
+
+        norms = torch.stack((floats("norm1"), floats("norm2")), dim=1)
+        biases = {name: floats(name) for name in ("mlp_in_bias", "mlp_out_bias")}
+        return PackedWeights(buffer=buffer, norms=norms, **views, **biases)
+
+
+@cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(lambda *_: clear())

@@ -1,0 +1,204 @@
+"""What is said where the kernels cannot run; what goes to the driver, seen by a driver that writes it down."""
+
+import ctypes
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import loopmdm_kernels as lk
+from loopmdm_kernels import backends
+from loopmdm_kernels.cuda import compiler, driver, tensor_maps
+
+pytest.importorskip("cuda.bindings", reason="cuda-python is not installed")
+from cuda.bindings import driver as real  # noqa: E402
+
+
+def fake(version=13000, status=0, **functions):
+    """The real module's types with other functions."""
+    success = real.CUresult(status)
+    return SimpleNamespace(
+        **{name: getattr(real, name) for name in dir(real) if name.startswith("CU") or "uint" in name},
+        cuDriverGetVersion=lambda: (success, version),
+        **functions,
+    )
+
+
+@pytest.fixture
+def install(monkeypatch):
+    def install(module):
+        import cuda.bindings
+
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", module)
+        monkeypatch.setattr(cuda.bindings, "driver", module)
+
+    return install
+
+
+def test_reasons(install, monkeypatch):
+    assert driver.why_unavailable(None) == "no GPU"
+    assert "compute capability 9.0 (H100, H200), and this GPU has 8.0" in driver.why_unavailable((8, 0))
+    assert "this GPU has 10.0" in driver.why_unavailable((10, 0))
+    install(fake())
+    assert driver.why_unavailable((9, 0)) is None
+    install(fake(version=11080))
+    reason = driver.why_unavailable((9, 0))
+    assert reason == "the driver is for CUDA 11.8; the kernels need 12.0 or later"
+    install(fake(status=100))
+    assert "does not answer (CUDA_ERROR_NO_DEVICE)" in driver.why_unavailable((9, 0))
+
+    def missing():
+        raise RuntimeError("libcuda.so.1 not found")
+
+    module = fake()
+    module.cuDriverGetVersion = missing
+    install(module)
+    assert driver.why_unavailable((9, 0)) == (
+        "the CUDA driver (libcuda) cannot be loaded: libcuda.so.1 not found"
+    )
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert "pip install 'loopmdm-kernels[gpu]'" in driver.why_unavailable((9, 0))
+
+
+def test_a_failed_call_is_named():
+    with pytest.raises(
+        RuntimeError, match="cuLaunchKernelEx failed: CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"
+    ):
+        driver.check((real.CUresult.CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE,), "cuLaunchKernelEx")
+    assert driver.check((real.CUresult.CUDA_SUCCESS, 5), "x") == 5
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    compiler._compiler.cache_clear()
+    with pytest.raises(RuntimeError, match=r"no CUDA compiler: cuda-python is not installed.*nvcc is not on"):
+        compiler.compile_kernel("looped_blocks_sm90.cu", {})
+    compiler._compiler.cache_clear()
+
+
+def test_compilers_say_what_is_wrong(tmp_path):
+    source = tmp_path / "broken.cu"
+    source.write_text("__global__ void f() { missing(); }")
+    with pytest.raises(RuntimeError, match=r"(?s)broken.cu does not compile for sm_90a.*missing"):
+        compiler.with_nvrtc(source, [], "sm_90a")
+
+
+def test_the_backend_is_listed_and_never_chosen():
+    assert "cuda" not in backends.PREFERENCE
+    if not torch.cuda.is_available():
+        assert lk.available_backends()["cuda"] == "no GPU"
+        with (
+            pytest.raises(RuntimeError, match="backend 'cuda' cannot be used here: no GPU"),
+            lk.use_backend("cuda"),
+        ):
+            pass
+
+
+def test_launch(install):
+    seen = SimpleNamespace()
+
+    def launch(config, function, pointers, extra):
+        seen.config, seen.function = config, function
+        (address,) = (ctypes.c_void_p * 1).from_address(pointers)
+        seen.parameters = ctypes.string_at(address, 8)
+        return (real.CUresult.CUDA_SUCCESS,)
+
+    def set_attribute(function, name, value):
+        seen.attribute = (name, value)
+        return (real.CUresult.CUDA_SUCCESS,)
+
+    install(
+        fake(
+            cuLaunchKernelEx=launch,
+            cuModuleLoadData=lambda cubin: (real.CUresult.CUDA_SUCCESS, cubin),
+            cuModuleGetFunction=lambda module, name: (real.CUresult.CUDA_SUCCESS, name),
+            cuFuncSetAttribute=set_attribute,
+        )
+    )
+
+    class Two(ctypes.Structure):
+        _fields_ = (("first", ctypes.c_int32), ("second", ctypes.c_int32))
+
+    kernel = driver.Kernel(b"cubin", "entry", 200_000)
+    names = real.CUfunction_attribute
+    assert seen.attribute == (names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 200_000)
+    window = driver.l2_window(4096, 28_000_000, driver.Facts(132, 232_448, 14_000_000, 134_217_728))
+    kernel.launch(132, 384, 77, Two(1, 2), window)
+    config, ids = seen.config, real.CUlaunchAttributeID
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (132, 1, 1)
+    assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (384, 1, 1)
+    assert config.sharedMemBytes == 200_000 and int(config.hStream) == 77 and config.numAttrs == 2
+    assert seen.parameters == b"\1\0\0\0\2\0\0\0" and seen.function == b"entry"
+    cooperative, policy = config.attrs
+    assert cooperative.id == ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE and cooperative.value.cooperative == 1
+    assert policy.id == ids.CU_LAUNCH_ATTRIBUTE_ACCESS_POLICY_WINDOW
+    found = policy.value.accessPolicyWindow
+    assert (int(found.base_ptr), found.num_bytes, found.hitRatio) == (4096, 28_000_000, 0.5)
+    assert found.hitProp == real.CUaccessProperty.CU_ACCESS_PROPERTY_PERSISTING
+
+
+def test_windows_keep_to_what_the_device_has():
+    limits = driver.Facts(132, 232_448, persisting_bytes=30_000_000, window_bytes=20_000_000)
+    assert driver.l2_window(64, 28_000_000, limits) == (64, 20_000_000, 1.0)
+    assert driver.l2_window(64, 28_000_000, limits._replace(persisting_bytes=0)) is None
+
+
+def test_l2_is_set_aside_once_and_given_back(install, monkeypatch):
+    calls = []
+
+    def record(name):
+        return lambda *arguments: calls.append((name, *arguments)) or (real.CUresult.CUDA_SUCCESS,)
+
+    install(fake(cuCtxSetLimit=record("limit"), cuCtxResetPersistingL2Cache=record("reset")))
+    monkeypatch.setattr(driver, "facts", lambda device: driver.Facts(132, 232_448, 1000, 2000))
+    driver.set_aside_l2.cache_clear()
+    driver.set_aside_l2(0)
+    driver.set_aside_l2(0)
+    name = real.CUlimit.CU_LIMIT_PERSISTING_L2_CACHE_SIZE
+    assert calls == [("limit", name, 1000)]
+    driver.release_l2(0)
+    assert calls[1:] == [("reset",), ("limit", name, 0)]
+    driver.set_aside_l2(0)
+    assert calls[3:] == [("limit", name, 1000)]
+    driver.set_aside_l2.cache_clear()
+
+
+def test_tensor_maps(install):
+    seen = []
+
+    def encode(*arguments):
+        seen.append(arguments)
+        return real.CUresult.CUDA_SUCCESS, real.CUtensorMap()
+
+    install(fake(cuTensorMapEncodeTiled=encode))
+    tensor_maps.encode.cache_clear()
+    tensor = torch.empty(3, 50, 128, dtype=torch.bfloat16)
+    described = tensor_maps.layout(tensor, rows=16)
+    assert described == (tensor.data_ptr(), torch.bfloat16, (128, 50, 3), (256, 12800), (64, 16))
+    assert len(tensor_maps.encode(described)) == 128
+    tensor_maps.encode(tensor_maps.layout(tensor, rows=16))
+    assert len(seen) == 1, "a map is kept for its buffer"
+    kind, rank, address, sizes, strides, box, steps, _, swizzle, _, _ = seen[0]
+    assert kind == real.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 and rank == 3
+    assert address == tensor.data_ptr()
+    numbers = [[int(word) for word in words] for words in (sizes, strides, box, steps)]
+    assert numbers == [[128, 50, 3], [256, 12800], [64, 16, 1], [1, 1, 1]]
+    assert swizzle == real.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
+    assert tensor_maps.layout(tensor.float(), rows=16).box == (32, 16)
+    tensor_maps.encode.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "rows", "message"),
+    [
+        (torch.empty(2, 8, 64).transpose(1, 2), 8, "contiguous"),
+        (torch.empty(2, 8, 6), 8, "multiple of 16 bytes"),
+        (torch.empty(2 * 8 * 64 + 1)[1:].view(2, 8, 64), 8, "address 4 modulo 16"),
+        (torch.empty(2, 8, 64), 300, "rows of a box: got 300"),
+    ],
+)
+def test_what_tma_cannot_address(tensor, rows, message):
+    with pytest.raises(ValueError, match=message):
+        tensor_maps.layout(tensor, rows)

@@ -1,0 +1,144 @@
+"""The host side of the Hopper kernel as far as it needs no GPU: packing, folding, buffers, parameters."""
+
+import pytest
+import torch
+
+from loopmdm_kernels.cuda import looped_blocks as op
+from loopmdm_kernels.cuda import weights
+from loopmdm_kernels.cuda.parameters import MAPS, POINTERS
+from loopmdm_kernels.reference.looped_blocks import norm_modulate
+from loopmdm_kernels.schedule import build, choose
+from loopmdm_kernels.schedule.table import FINAL
+from loopmdm_kernels.testing import looped_inputs
+
+
+@pytest.fixture
+def inputs():
+    weights.clear()
+    yield looped_inputs(3, 20, 128, num_heads=2, key_mask=True, per_sequence_modulation=True).to(
+        torch.bfloat16
+    )
+    weights.clear()
+
+
+def prepared(inputs, loops, *, adaptive=False):
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
+    plan = choose(shape)
+    table, words, counters = op._table(shape, plan.tiles, adaptive, torch.device("cpu"))
+    packed = weights.packed(inputs.blocks)
+    buffers = op.Buffers.allocate(
+        table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask, counters
+    )
+    return plan, table, words, packed, buffers
+
+
+def test_weights_lie_in_one_buffer(inputs):
+    packed = weights.packed(inputs.blocks)
+    assert packed.buffer.numel() == sum(getattr(packed, name).numel() for name in weights.MATRICES)
+    for layer, block in enumerate(inputs.blocks):
+        for name in weights.MATRICES:
+            view = getattr(packed, name)
+            assert torch.equal(view[layer], getattr(block, name))
+            assert view.untyped_storage().data_ptr() == packed.buffer.untyped_storage().data_ptr()
+        assert torch.equal(packed.norms[layer], torch.stack((block.norm1, block.norm2)).float())
+        assert torch.equal(packed.mlp_in_bias[layer], block.mlp_in_bias.float())
+        assert torch.equal(packed.mlp_out_bias[layer], block.mlp_out_bias.float())
+
+
+def test_weights_are_packed_again_when_they_change(inputs):
+    first = weights.packed(inputs.blocks)
+    assert weights.packed(inputs.blocks) is first
+    with torch.no_grad():
+        inputs.blocks[1].mlp_in.mul_(2)
+    second = weights.packed(inputs.blocks)
+    assert second is not first and torch.equal(second.mlp_in[1], inputs.blocks[1].mlp_in)
+    other = [block._replace(qkv=block.qkv.clone()) for block in inputs.blocks]
+    assert weights.packed(other) is not second
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.ones(1)
+    torch.optim.SGD([parameter], lr=0.1).step()
+    assert weights.packed(inputs.blocks) is not second
+    for _ in range(20):
+        weights.packed([block._replace(qkv=block.qkv.clone()) for block in inputs.blocks])
+    assert len(weights._known) <= 8
+
+
+def test_folded_modulation_is_the_modulation(inputs):
+    packed = weights.packed(inputs.blocks)
+    affine, gate = op.fold_modulation(inputs.modulation, packed.norms)
+    layers, sequences, hidden = 2, 3, 128
+    assert affine.shape == (layers, sequences, 2, hidden // 2, 4) and gate.shape == (
+        layers,
+        sequences,
+        2,
+        hidden,
+    )
+    modulation = inputs.modulation.float()
+    for layer in range(layers):
+        block = inputs.blocks[layer]
+        for branch, norm in enumerate((block.norm1, block.norm2)):
+            shift, scale, gates = modulation[layer, :, 3 * branch : 3 * branch + 3].unbind(1)
+            assert torch.equal(gate[layer, :, branch], gates)
+            pairs = affine[layer, :, branch]
+            gain, offset = pairs[..., :2].flatten(1), pairs[..., 2:].flatten(1)
+            normalized = torch.nn.functional.layer_norm(inputs.x, (hidden,))
+            expected = norm_modulate(inputs.x, norm, shift[:, None], scale[:, None])
+            torch.testing.assert_close(normalized * gain[:, None] + offset[:, None], expected)
+
+
+def test_counters_begin_where_the_schedule_says(inputs):
+    for adaptive in (False, True):
+        _, table, words, _, buffers = prepared(inputs, 4, adaptive=adaptive)
+        assert torch.equal(words, build(table.shape, table.tiles, adaptive=adaptive).encode())
+        progress = 0 if adaptive else FINAL
+        assert buffers.counters.tolist() == [0] * table.num_counters + [progress] * 3 + [0]
+        assert buffers.stop.tolist() == [4, 4, 4, 4]
+    buffers.counters.fill_(7)  # a call raises its own copy
+    assert prepared(inputs, 4)[4].counters[0] == 0
+
+
+def test_loops_of_each_sequence(inputs):
+    assert prepared(inputs, torch.tensor([2, 9, 1]))[4].stop.tolist() == [2, 9, 1, 9]
+
+
+def test_parameters(inputs):
+    _, table, words, _, buffers = prepared(inputs, 2, adaptive=True)
+    parameters = op.pack_parameters(table, buffers, words, 0.25)
+    for name in POINTERS:
+        if name not in ("table", "max_loops"):
+            assert getattr(parameters, name) == getattr(buffers, name).data_ptr(), name
+    assert parameters.table == words.data_ptr()
+    assert parameters.max_loops == buffers.stop.data_ptr() + 4 * 3
+    sizes = (parameters.enter, parameters.loop, parameters.leave)
+    assert sizes == (len(table.enter), len(table.loop), len(table.leave))
+    assert (parameters.batch, parameters.length, parameters.row_tiles) == (3, 20, 1)
+    assert parameters.modulated_sequences == 3 and parameters.adaptive == 1
+    assert parameters.exit_threshold == 0.25
+    plain = inputs._replace(rotary=None, key_mask=None, modulation=inputs.modulation[:, :1])
+    _, table, words, _, buffers = prepared(plain, 2)
+    parameters = op.pack_parameters(table, buffers, words, None)
+    assert parameters.cosines is None and parameters.sines is None and parameters.key_mask is None
+    assert parameters.modulated_sequences == 1 and parameters.adaptive == 0
+
+
+def test_maps_cover_what_the_loader_loads(inputs):
+    plan, _, _, packed, buffers = prepared(inputs, 2)
+    layouts = op.map_layouts(plan, buffers, packed)
+    assert tuple(layouts) == MAPS
+    assert layouts["stream"].sizes == (128, 20, 6) and layouts["stream"].box == (32, plan.tiles.rows)
+    assert layouts["qkv"].sizes == (384, 20, 6) and layouts["qkv"].box == (64, plan.tiles.rows)
+    assert layouts["mlp_out_weight"].sizes == (512, 128, 2)
+    assert layouts["mlp_out_weight"].box == (64, plan.tiles.mlp_out)
+
+
+def test_what_it_does_not_do(inputs):
+    arguments = {"x": inputs.x, "blocks": inputs.blocks, "num_loops": 2}
+    with torch.no_grad():
+        assert op.supports(**arguments) is None
+        assert "x must be float32" in op.supports(**{**arguments, "x": inputs.x.double()})
+        assert "must be bfloat16, got torch.float32" in op.supports(**arguments, compute_dtype=torch.float32)
+        assert "dropout" in op.supports(**arguments, dropout=0.1)
+    assert op.supports(**arguments) is None
+    assert "backward" in op.supports(**{**arguments, "x": inputs.x.requires_grad_()})
+    with pytest.raises(RuntimeError, match=r"head size must be one of \(64, 128\), got 32"):
+        op.shape_of(inputs.x, inputs.blocks, 4)

@@ -1,0 +1,81 @@
+"""Compiling the Hopper kernel without a GPU, and reading what came out."""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+from loopmdm_kernels.cuda import sources
+from loopmdm_kernels.cuda.parameters import defines
+from loopmdm_kernels.schedule import BlockShape, choose
+
+SOURCE = "looped_blocks_sm90.cu"
+NVCC = shutil.which("nvcc")
+
+# Each is a plan that the cost model makes: few and many tokens of the small model, both sizes of heads.
+SHAPES = {
+    "small, 32 tokens": BlockShape(1, 32, 768, 12, 3072, 2),
+    "small, 128 tokens": BlockShape(1, 128, 768, 12, 3072, 2),
+    "small, 512 tokens": BlockShape(1, 512, 768, 12, 3072, 2),
+    "small, 1024 tokens": BlockShape(1, 1024, 768, 12, 3072, 2),
+    "heads of 128": BlockShape(1, 1024, 1024, 8, 4096, 2),
+}
+
+
+def tool(name: str) -> str | None:
+    """A CUDA binary tool: of the toolkit, or of those that come with Triton."""
+    beside_nvcc = Path(NVCC).resolve().parent / name if NVCC else None
+    triton = find_spec("triton")
+    inside_triton = Path(str(triton.origin)).parent / "backends" / "nvidia" / "bin" / name if triton else None
+    for path in (shutil.which(name), beside_nvcc, inside_triton):
+        if path and Path(path).exists():
+            return str(path)
+    return None
+
+
+def macros(shape: BlockShape) -> list[str]:
+    return [f"-D{name}={value}" for name, value in defines(shape, choose(shape)).items()]
+
+
+def nvcc(shape: BlockShape, target: Path) -> str:
+    """Compiles to a cubin and returns the assembler's messages."""
+    folder = sources.folder()
+    command = [
+        str(NVCC),
+        "-std=c++17",
+        "-arch=sm_90a",
+        "-cubin",
+        f"-I{folder}",
+        "-Xptxas",
+        "-v",
+        *macros(shape),
+    ]
+    result = subprocess.run(
+        [*command, str(folder / "cuda" / SOURCE), "-o", str(target)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def instructions(cubin: Path) -> Counter[str]:
+    """How often each SASS instruction, with its modifiers, occurs."""
+    listing = subprocess.run(
+        [str(tool("cuobjdump")), "-sass", str(cubin)], capture_output=True, text=True, check=True
+    )
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", listing.stdout)
+    return Counter(names)
+
+
+def resources(cubin: Path) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL of the only kernel."""
+    listing = subprocess.run(
+        [str(tool("cuobjdump")), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+    )
+    return {
+        name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", listing.stdout)
+    }

@@ -1,0 +1,115 @@
+"""The Hopper kernel compiles without a GPU, and its machine code is what it is meant to be."""
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # tests are imported by path
+import hopper  # noqa: E402
+
+from loopmdm_kernels.cuda import compiler, sources  # noqa: E402
+from loopmdm_kernels.cuda.parameters import MAPS, Parameters  # noqa: E402
+from loopmdm_kernels.schedule import choose  # noqa: E402
+
+CONTRACT = json.loads((HERE / "hopper_contract.json").read_text())
+needs_nvcc = pytest.mark.skipif(hopper.NVCC is None, reason="nvcc is not on the path")
+needs_nvrtc = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
+needs_cuobjdump = pytest.mark.skipif(hopper.tool("cuobjdump") is None, reason="there is no cuobjdump")
+
+
+def assert_contract(cubin, name):
+    """Registers and shared memory as declared; WGMMA, TMA, moving registers; nothing in local memory."""
+    plan, expected = choose(hopper.SHAPES[name]), CONTRACT[name]
+    assert plan.shared_bytes == expected["shared_bytes"]
+    used = hopper.resources(cubin)
+    assert used["REG"] == expected["registers"] and used["STACK"] == 0 and used["LOCAL"] == 0
+    counts = hopper.instructions(cubin)
+    local = [name for name in counts if re.match(r"(STL|LDL)\b", name)]
+    assert not local, "registers do not suffice, and sums go through local memory"
+    products = {name: count for name, count in counts.items() if name.startswith("HGMMA")}
+    assert products == expected["products"]
+    assert counts["UTMALDG.3D"] > 0 and counts["USETMAXREG.TRY_ALLOC.CTAPOOL"] == 1
+    # Signals are releases at the scope of the GPU, waits acquires; TMA must not overtake either.
+    assert counts["REDG.E.ADD.S32.STRONG.GPU"] >= 2
+    assert counts["LDG.E.STRONG.GPU"] > 0 and counts["FENCE.VIEW.ASYNC.G"] > 0
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("name", hopper.SHAPES)
+def test_nvcc(name, tmp_path):
+    cubin = tmp_path / "kernel.cubin"
+    messages = hopper.nvcc(hopper.SHAPES[name], cubin)
+    assert "0 bytes spill stores, 0 bytes spill loads" in messages
+    assert "wgmma" not in messages, "the assembler says why products wait for each other"
+    assert_contract(cubin, name)
+
+
+@needs_nvrtc
+@needs_cuobjdump
+def test_nvrtc(tmp_path):
+    name = "small, 128 tokens"
+    options = ["-std=c++17", *hopper.macros(hopper.SHAPES[name])]
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiler.with_nvrtc(sources.folder() / "cuda" / hopper.SOURCE, options, "sm_90a"))
+    assert_contract(cubin, name)
+
+
+@needs_nvcc
+def test_parameters_lie_as_the_kernel_reads_them(tmp_path):
+    """Offsets of every field, and of the table's sizes, which are a struct on the other side."""
+    checks = [f"static_assert(sizeof(loopmdm::Parameters) == {ctypes.sizeof(Parameters)});"]
+    for name, _ in Parameters._fields_[:-1]:
+        field = f"size.{name}" if name in ("enter", "loop", "leave") else name
+        offset = getattr(Parameters, name).offset
+        checks.append(f"static_assert(__builtin_offsetof(loopmdm::Parameters, {field}) == {offset});")
+    source = tmp_path / "offsets.cu"
+    source.write_text('#include "cuda/config_sm90.cuh"\n' + "\n".join(checks))
+    command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", f"-I{sources.folder()}"]
+    shape = next(iter(hopper.SHAPES.values()))
+    result = subprocess.run(
+        [*command, *hopper.macros(shape), str(source), "-o", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert all(getattr(Parameters, name).size == 128 for name in MAPS)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_descriptors_are_those_that_triton_writes(tmp_path):
+    """Keys and values as operands, against another compiler's layout of the same operands.
+
+    Triton puts constant fields in one `or` and address steps in additions.
+    """
+    code = subprocess.run(
+        [sys.executable, str(HERE / "triton_descriptors.py")], capture_output=True, text=True, check=True
+    )
+    found = json.loads(code.stdout)
+    library = tmp_path / "descriptors.so"
+    source = Path(__file__).parents[1] / "csrc" / "device_functions.cpp"
+    command = [
+        "g++",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        f"-I{sources.folder()}",
+        str(source),
+        "-o",
+        str(library),
+    ]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.inner_major_c.restype = loaded.outer_major_c.restype = ctypes.c_uint64
+    high = 0xFFFFFFFF00000000
+    assert found["inner"]["fields"] == loaded.inner_major_c(0, 0) & high
+    assert found["outer"]["fields"] == loaded.outer_major_c(0, 128 * 128, 0) & high
+    # 128 values of 128 columns: two panels of 128 rows; eight steps of 16 rows.
+    steps = [loaded.outer_major_c(0, 128 * 128, step) & ~high for step in range(8)]
+    assert sorted(found["outer"]["steps"]) == steps
