@@ -37,12 +37,12 @@ def _hand(panel: Any, rows: Sequence[Row], measure: str) -> None:
     ]
     panel.errorbar(value, places, xerr=sides, fmt="o", capsize=2)
     panel.axvline(0, color="black", linewidth=0.8)
-    labels = [f"{row['name']} ({row['saved, blocks']:.0%} saved)" for row in rows]
+    labels = [f"{row['name']} ({row['saved, blocks']:.1%} saved)" for row in rows]
     panel.set_yticks(places, labels)
     over = "share over all heavy" if measure == "generative perplexity" else "over all heavy"
     panel.set_xlabel(f"{measure}\n{over} (paired 95 % interval)")
     (heavy,) = figures.select(rows, name="all heavy")
-    panel.set_title(f"FLOPs of the blocks saved, and worse by (all heavy: {heavy[measure]:.4g})")
+    panel.set_title(f"hand-made schedules (all heavy: {heavy[measure]:.4g})")
 
 
 def _influence(panel: Any, rows: Sequence[Row], measure: str) -> None:
