@@ -1,4 +1,4 @@
-"""What is said where the kernels cannot run; what goes to the driver, seen by a driver that writes it down."""
+"""What is said where the kernels cannot run, and what goes to the driver, by a driver that takes notes."""
 
 import ctypes
 import sys
@@ -12,7 +12,7 @@ from loopmdm_kernels import backends
 from loopmdm_kernels.cuda import compiler, driver, tensor_maps
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed")
-from cuda.bindings import driver as real  # noqa: E402
+from cuda.bindings import driver as real
 
 
 def fake(version=13000, status=0, **functions):
