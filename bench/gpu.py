@@ -1,6 +1,6 @@
 """`make gpu`: checks the Triton kernels on a GPU, times them beside their peers, and writes a result file.
 
-    python -m bench.gpu              on a GPU: writes bench/results/DATE-gpu.json, exit status 1 if a check fails
+    python -m bench.gpu              on a GPU: writes bench/results/DATE-gpu.json, status 1 if a check fails
     python -m bench.gpu --dry-run    without one: every path of this script, interpreted, on tiny tensors
 
 Values and gradients against float64 at real sizes, compute-sanitizer on small ones, then interleaved medians.

@@ -49,8 +49,9 @@ def tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, processor: Pr
     """Shapes: (rows, columns, depth) of products, (V, D) of vocabulary and sample, (L, K, backward)."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel: got {kernel!r}, expected one of {', '.join(KERNELS)}")
-    tuned = _tuned(os.environ.get("LOOPMDM_TRITON_TILES")).get(key(kernel, shape, dtype, processor.arch))
-    return tuned if tuned is not None else default_tiles(kernel, shape, dtype, processor)
+    table = _tuned(os.environ.get("LOOPMDM_TRITON_TILES"))
+    tuned = table.get(key(kernel, shape, dtype, processor.arch)) if table else None
+    return tuned or default_tiles(kernel, shape, dtype, processor)
 
 
 def default_tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, processor: Processor) -> Tiles:
