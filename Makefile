@@ -52,6 +52,8 @@ gpu: $(VENV)/.installed-test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no GPU on this machine (torch.cuda.is_available() is False)")'
 	$(BIN)/pip install -e '.[test,gpu]'
 	$(BIN)/python -m pytest -m gpu tests bench
+	$(BIN)/python -m pytest tests/triton --ignore=tests/triton/test_dry_run.py
+	$(BIN)/python -m bench.gpu
 
 clean:
 	rm -rf build dist loopmdm_kernels/_C*.so python/loopmdm/_sudoku*.so

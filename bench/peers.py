@@ -35,7 +35,8 @@ def row_logits(hidden: Tensor, head: Head, rows: Tensor | None, bias: Tensor, dt
 
 def possible(head: Head) -> Tensor:
     """The bias, with -inf at the excluded token: costs no pass over the logits."""
-    return head.bias.index_fill(0, torch.tensor([head.excluded_token]), float("-inf"))
+    token = torch.tensor([head.excluded_token], device=head.bias.device)
+    return head.bias.index_fill(0, token, float("-inf"))
 
 
 def head_logits(hidden: Tensor, head: Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:

@@ -113,29 +113,26 @@ def compile_variant(variant: Variant) -> Resources:
     )
     options = {**dict(variant.options), "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
-    usage, code = _cuobjdump(compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+)", usage)
+    told = _cuobjdump(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+)", told)
     if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers:\n{usage}")
+        raise RuntimeError(f"cuobjdump says nothing of registers:\n{told[:1000]}")
     return Resources(
         registers=int(found.group(1)),
         shared=compiled.metadata.shared,
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", told)),
         tensor_core_products=compiled.asm["ptx"].count(TENSOR_CORES[variant.arch]),
     )
 
 
-def _cuobjdump(cubin: bytes) -> tuple[str, str]:
+def _cuobjdump(cubin: bytes) -> str:
+    """What the kernel takes, and its machine code."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-
-        def read(option: str) -> str:
-            done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
-            return done.stdout
-
-        return read("--dump-resource-usage"), read("-sass")
+        command = [tool, "--dump-resource-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def variants(archs: tuple[int, ...], shapes: tuple[str, ...], kernel: str | None) -> dict[str, Variant]:

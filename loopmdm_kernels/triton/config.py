@@ -28,8 +28,17 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-KERNELS = ("linear", "norm_linear", "residual_linear", "weight_gradient", "vocabulary", "attention")
+PRODUCTS = ("linear", "norm_linear", "residual_linear", "weight_gradient")
+KERNELS = (*PRODUCTS, "vocabulary", "sample", "attention")
 _INTERPRETED = Tiles(32, 64, 32, 1, 1)
+# Large and small tiles of narrow operands. The rows of a norm_linear are loaded in fp32, a residual_linear
+# holds a tile of the residual beside that of its sums: more of either would be spilled.
+_PRODUCTS = {
+    "linear": (Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 4)),
+    "norm_linear": (Tiles(128, 128, 32, 8, 3), Tiles(64, 64, 64, 4, 3)),
+    "residual_linear": (Tiles(128, 64, 64, 8, 4), Tiles(64, 64, 64, 4, 4)),
+    "weight_gradient": (Tiles(128, 128, 32, 8, 4), Tiles(64, 64, 64, 4, 4)),
+}
 
 
 def key(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int) -> str:
@@ -37,11 +46,12 @@ def key(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, arch: int) -> s
 
 
 def tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, processor: Processor) -> Tiles:
-    """For products shape = (rows, columns, depth); vocabulary: (V, D); attention: (L, K, backward)."""
+    """Shapes: (rows, columns, depth) of products, (V, D) of vocabulary and sample, (L, K, backward)."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel: got {kernel!r}, expected one of {', '.join(KERNELS)}")
-    tuned = _tuned(os.environ.get("LOOPMDM_TRITON_TILES")).get(key(kernel, shape, dtype, processor.arch))
-    return tuned if tuned is not None else default_tiles(kernel, shape, dtype, processor)
+    table = _tuned(os.environ.get("LOOPMDM_TRITON_TILES"))
+    tuned = table.get(key(kernel, shape, dtype, processor.arch)) if table else None
+    return tuned or default_tiles(kernel, shape, dtype, processor)
 
 
 def default_tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, processor: Processor) -> Tiles:
@@ -54,9 +64,10 @@ def default_tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, proce
         return Tiles(64, 64, 16, 4, 3)
     if kernel == "vocabulary":
         return Tiles(64, 128, 64, 4, 3)
+    if kernel == "sample":  # the race and its statistics need registers beside the sums
+        return Tiles(64, 64, 64, 8, 4)
     rows, columns, _ = shape
-    large = Tiles(128, 128, 64, 8, 3) if kernel != "norm_linear" else Tiles(128, 128, 32, 8, 3)
-    small = Tiles(64, 64, 64, 4, 4) if kernel != "norm_linear" else Tiles(64, 64, 64, 4, 3)
+    large, small = _PRODUCTS[kernel]
     # Large tiles move least through L2; they are worth it once they fill the multiprocessors.
     full = ceil_div(rows, large.m) * ceil_div(columns, large.n) >= processor.multiprocessors
     return large if full else small

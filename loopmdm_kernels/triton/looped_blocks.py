@@ -120,7 +120,10 @@ def _forward(
     most = num_loops if isinstance(num_loops, int) else int(num_loops.max())
     active = used = limits = change = None
     if threshold is not None or not isinstance(num_loops, int):
-        limits = torch.as_tensor(num_loops, dtype=torch.int64, device=x.device).expand(batch).contiguous()
+        if isinstance(num_loops, int):
+            limits = torch.full((batch,), num_loops, dtype=torch.int64, device=x.device)
+        else:
+            limits = num_loops.to(x.device).contiguous()
         active = torch.ones(batch, dtype=torch.int8, device=x.device)
         used = torch.zeros(batch, dtype=torch.int64, device=x.device)
     if threshold is not None:

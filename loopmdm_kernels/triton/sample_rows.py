@@ -58,7 +58,7 @@ def _race(
     h: Tensor, weight: Tensor, bias: Tensor, excluded_token: int, rng: RowRng, temperature: float
 ) -> SampledRows:
     (num_rows, size), vocab_size = h.shape, weight.shape[0]
-    tile = tiles("vocabulary", (vocab_size, size), h.dtype, processor(h.device))
+    tile = tiles("sample", (vocab_size, size), h.dtype, processor(h.device))
     chunks = ceil_div(vocab_size, chunk_of(tile))
     numbers = h.new_empty(6, num_rows, chunks, dtype=torch.float32)
     tokens = h.new_empty(2, num_rows, chunks, dtype=torch.int32)

@@ -1,0 +1,79 @@
+"""Tile sizes, their table, how launches are written down, and offsets beyond 2^31."""
+
+import json
+
+import pytest
+import torch
+
+import loopmdm_kernels as lk
+from loopmdm_kernels import reference
+from loopmdm_kernels.testing import head_inputs, row_rng
+from loopmdm_kernels.triton.config import KERNELS, Tiles, default_tiles, key, tiles
+from loopmdm_kernels.triton.launch import Processor, recording
+from loopmdm_kernels.triton.sample_rows import sample_rows
+from loopmdm_kernels.types import Head, RowRng
+
+H200 = Processor(90, 132)
+BF16 = torch.bfloat16
+
+
+def test_large_tiles_where_they_fill_the_processor():
+    small, large = (default_tiles("linear", (rows, 3072, 768), BF16, H200) for rows in (128, 16384))
+    assert small.m * small.n < large.m * large.n
+    assert default_tiles("linear", (16384, 3072, 768), torch.float32, H200) != large
+
+
+@pytest.mark.parametrize("kernel", ["vocabulary", "sample"])
+def test_tiles_of_the_vocabulary_do_not_depend_on_the_rows(kernel):
+    """So that a row's draw does not depend on its batch: V and D are all they are told."""
+    assert len({default_tiles(kernel, (50258, 768), BF16, Processor(90, n)) for n in (1, 132, 1000)}) == 1
+
+
+def test_tuned_table(tmp_path, monkeypatch):
+    shape = (1024, 3072, 768)
+    expected = Tiles(64, 128, 32, 4, 5)
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({key("linear", shape, BF16, 90): list(expected)}))
+    monkeypatch.setenv("LOOPMDM_TRITON_TILES", str(path))
+    assert tiles("linear", shape, BF16, H200) == expected
+    for other in (("linear", shape, torch.float16, H200), ("linear", shape, BF16, Processor(80, 132))):
+        assert tiles(*other) == default_tiles(*other)
+    path = tmp_path / "broken.json"
+    path.write_text('{"linear": 5}')
+    monkeypatch.setenv("LOOPMDM_TRITON_TILES", str(path))
+    with pytest.raises(ValueError, match=r"LOOPMDM_TRITON_TILES: .*broken.json is no table of tiles"):
+        tiles("linear", shape, BF16, H200)
+
+
+def test_unknown_kernel():
+    with pytest.raises(ValueError, match="kernel: got 'conv', expected one of " + ", ".join(KERNELS)):
+        tiles("conv", (1,), BF16, H200)
+
+
+def test_recorded_launches_are_those_of_the_processor():
+    """Nothing runs, so tensors need no memory; one block of rows has a program for each chunk of tokens."""
+    hidden, head = head_inputs(1, 64, 32, 4096)
+    head = Head(*(t.to("meta", BF16) for t in head[:4]), 4095)
+    rows = torch.arange(64, device="meta")
+    rng = RowRng(0, *(name.to("meta") for name in row_rng(64)[1:]))
+    with recording(H200) as launches:
+        out = sample_rows(hidden.float().to("meta"), head, rows, rng)
+    assert out.token.shape == (64,)
+    sample = launches[1]
+    tile = default_tiles("sample", (4096, 32), BF16, H200)
+    assert sample.grid == (64 // tile.m, 4096 // (4 * tile.n)) and sample.processor == H200
+    assert sample.arguments["num_rows"] == 64 and sample.options["num_warps"] == tile.num_warps
+
+
+def test_offsets_beyond_32_bits():
+    """Rows of q more than 2^31 elements apart: only the pages that are used are ever there."""
+    try:
+        memory = torch.empty(2**31 + 2**30, dtype=BF16)
+    except RuntimeError:
+        pytest.skip("no address space for 6 GB")
+    q = memory.as_strided((1, 1, 3, 16), (0, 0, 2**30 + 2**28, 1))
+    q.copy_(torch.randn(1, 1, 3, 16, generator=torch.Generator().manual_seed(0)))
+    k, v = (torch.randn(1, 1, 3, 16, generator=torch.Generator().manual_seed(s)).to(BF16) for s in (1, 2))
+    with lk.use_backend("triton"):
+        out = lk.attention(q, k, v)
+    torch.testing.assert_close(out, reference.attention(q, k, v), rtol=0.02, atol=0.02)
