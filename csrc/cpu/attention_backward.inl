@@ -1,6 +1,11 @@
 // Gradients of attend(): all queries of one head, a block of keys at a time. Scores and probabilities are
 // computed again from log_sum_exp and stay in the first two cache levels; the gradients of a block's keys and
 // values are summed over the queries in order, those of the queries over the blocks.
+//
+// The gradient of a score is P (dP - delta), a small difference where one key wins. delta is the mean of dP
+// under P, and as long as one block holds all keys, it is computed as such, from the very numbers it is
+// subtracted from. Longer rows would need the products twice: there delta is grad_out . out, with the
+// rounding of out.
 
 constexpr int kGradRows = 96;   // queries at a time
 constexpr int kGradKeys = 256;  // keys in a block
@@ -8,10 +13,13 @@ static_assert(kGradRows % kRowsAtOnce == 0 && kGradRows % 2 == 0 && kGradKeys % 
 
 // Row-major floats of one head, `*_row` apart. q and k as attend() multiplied them, so already rotated.
 struct HeadGradientInput {
-  const float *q, *k, *v, *out, *grad_out;  // [L, K]
+  const float *q, *k, *v, *out, *grad_out;  // [L, K]; out: only where in_one_block() is false
   int64_t q_row, k_row, v_row, out_row, grad_out_row;
   const float* log_sum_exp;  // [L], as attend() writes it
 };
+
+// Whether the gradients need no `out`.
+inline bool in_one_block(const HeadShape& shape) { return shape.keys <= kGradKeys; }
 
 // Overwritten, columns [0, K) only.
 struct HeadGradientOutput {
@@ -27,7 +35,7 @@ struct GradientScratch {
   uint32_t *probs, *score_grads;       // panels over kGradRows queries, kGradKeys wide
   uint32_t* score_grad_rows;           // [kGradRows, words of kGradKeys]; score_grads where a word is a float
   float *scores, *prob_grads;          // [kRowsAtOnce, kGradKeys]
-  float* offset;                       // [L]: sum of grad_out * out, scaled
+  float* offset;                       // [L]: delta, scaled; of longer rows only
   float *grad_q, *grad_k, *grad_v;     // [L or kGradKeys, head width]
   int64_t bytes;
 };
@@ -88,12 +96,42 @@ inline float dot_product(const float* a, const float* b, int64_t count) {
   return sum_lanes(sum);
 }
 
-// Probabilities and the gradients of the scores, for the queries of one word: one or two.
-template <class Operand, bool Masked>
+// Of one query: its probabilities are those of the scores times `weight`.
+struct QueryScale {
+  float log_sum_exp, weight, offset;
+};
+
+template <bool Masked>
+inline Floats score_probability(const float* scores, const float* bias, float base2_scale, float log_sum_exp,
+                                bool coarse) {
+  Floats x = fused_multiply_add(load(scores), broadcast(base2_scale), broadcast(-log_sum_exp));
+  if (Masked) x += load(bias);
+  return probability(x, coarse);
+}
+
+// Replaces the scores of a query with all keys by probabilities, up to a common factor.
+template <bool Masked>
+inline QueryScale soften_whole_row(float* scores, const float* prob_grads, const float* bias, int64_t count,
+                                   float base2_scale, float scale, float log_sum_exp, bool coarse) {
+  Floats sum[2] = {}, product[2] = {};
+  for (int64_t i = 0; i < count; i += 2 * kLanes)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = i + half * kLanes;
+      const Floats p = score_probability<Masked>(scores + at, bias + at, base2_scale, log_sum_exp, coarse);
+      store(scores + at, p);
+      sum[half] += p;
+      product[half] = fused_multiply_add(p, load(prob_grads + at), product[half]);
+    }
+  const float weight = 1.0f / sum_lanes(sum[0] + sum[1]);
+  return {log_sum_exp, weight, scale * weight * sum_lanes(product[0] + product[1])};
+}
+
+// Probabilities and the gradients of the scores, for the queries of one word: one or two. `Softened`: the
+// scores have been through soften_whole_row().
+template <class Operand, bool Masked, bool Softened>
 inline void score_gradients(const float* scores, const float* prob_grads, const float* bias, int64_t queries,
-                            int64_t count, float base2_scale, float scale, const float* log_sum_exp,
-                            const float* offset, uint32_t* probs, uint32_t* score_grads,
-                            uint32_t* score_grad_rows) {
+                            int64_t count, float base2_scale, float scale, const QueryScale* query,
+                            uint32_t* probs, uint32_t* score_grads, uint32_t* score_grad_rows) {
   constexpr int kPer = Operand::kPerWord;
   constexpr bool kCoarse = kPer == 2;
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
@@ -101,11 +139,11 @@ inline void score_gradients(const float* scores, const float* prob_grads, const 
     for (int64_t q = 0; q < queries; ++q)
       for (int half = 0; half < 2; ++half) {
         const int64_t at = q * kGradKeys + i + half * kLanes;
-        Floats x = fused_multiply_add(load(scores + at), broadcast(base2_scale), broadcast(-log_sum_exp[q]));
-        if (Masked) x += load(bias + i + half * kLanes);
-        p[q][half] = probability(x, kCoarse);
-        g[q][half] =
-            p[q][half] * fused_multiply_add(load(prob_grads + at), broadcast(scale), broadcast(-offset[q]));
+        p[q][half] = Softened ? load(scores + at) * query[q].weight
+                              : score_probability<Masked>(scores + at, bias + i + half * kLanes, base2_scale,
+                                                          query[q].log_sum_exp, kCoarse);
+        g[q][half] = p[q][half] *
+                     fused_multiply_add(load(prob_grads + at), broadcast(scale), broadcast(-query[q].offset));
       }
     for (int half = 0; half < 2; ++half) {
       store_words(probs + i + half * kLanes, Operand::zip(p[0][half], p[1][half]));
@@ -133,11 +171,17 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
   const int64_t head_words = (head_dim + kPer - 1) / kPer, query_words = (length + kPer - 1) / kPer;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
   const float base2_scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(head_dim));
+  const bool whole_rows = in_one_block(shape);
+  const auto soften = bias ? soften_whole_row<true> : soften_whole_row<false>;
+  const auto gradients = whole_rows ? score_gradients<Operand, false, true>
+                         : bias     ? score_gradients<Operand, true, false>
+                                    : score_gradients<Operand, false, false>;
 
   for (int64_t r = 0; r < length; ++r) {
     pack_row<Operand>(in.q + r * in.q_row, head_dim, t.query_rows + r * head_words);
     pack_row<Operand>(in.grad_out + r * in.grad_out_row, head_dim, t.grad_rows + r * head_words);
-    t.offset[r] = scale * dot_product(in.grad_out + r * in.grad_out_row, in.out + r * in.out_row, head_dim);
+    if (!whole_rows)
+      t.offset[r] = scale * dot_product(in.grad_out + r * in.grad_out_row, in.out + r * in.out_row, head_dim);
   }
   pack_row_pairs<Operand>(in.q, in.q_row, length, head_dim, width, query_words, 0, query_words,
                           t.query_pairs);
@@ -165,10 +209,17 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
         }
         for (int64_t r = 0; r < n; r += kPer) {
           const int64_t queries = n - r < kPer ? n - r : kPer, at = (row + r) / kPer * kGradKeys;
-          const auto run = bias ? score_gradients<Operand, true> : score_gradients<Operand, false>;
-          run(t.scores + r * kGradKeys, t.prob_grads + r * kGradKeys, bias ? bias + begin : nullptr, queries,
-              count, base2_scale, scale, in.log_sum_exp + first + row + r, t.offset + first + row + r,
-              t.probs + at, t.score_grads + at, t.score_grad_rows + (row + r) * (kGradKeys / kPer));
+          const float* block_bias = bias ? bias + begin : nullptr;
+          float *scores = t.scores + r * kGradKeys, *prob_grads = t.prob_grads + r * kGradKeys;
+          QueryScale query[2];
+          for (int64_t i = 0; i < queries; ++i) {
+            const float log_sum_exp = in.log_sum_exp[first + row + r + i];
+            query[i] = whole_rows ? soften(scores + i * kGradKeys, prob_grads + i * kGradKeys, block_bias,
+                                           count, base2_scale, scale, log_sum_exp, kPer == 2)
+                                  : QueryScale{log_sum_exp, 1.0f, t.offset[first + row + r + i]};
+          }
+          gradients(scores, prob_grads, block_bias, queries, count, base2_scale, scale, query, t.probs + at,
+                    t.score_grads + at, t.score_grad_rows + (row + r) * (kGradKeys / kPer));
         }
       }
       const int64_t words = (rows + kPer - 1) / kPer;

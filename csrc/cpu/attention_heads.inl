@@ -212,7 +212,7 @@ void backward_head_of(const AttentionProblem& p, const AttentionOutput& forward,
   read(p.q, true, t.q);
   read(p.k, true, t.k);
   read(p.v, false, t.v);
-  read(forward.out, false, t.out);
+  if (!in_one_block(s)) read(forward.out, false, t.out);
   read(g.grad_out, false, t.grad_out);
   fill_bias(p, head, 0, s.keys, t.bias);
   const int64_t row = s.head_dim;
