@@ -260,7 +260,7 @@ void head_gradient(const BlockShape& s, const BlockTape& tape, const SequenceSta
   load_head<Operand>(s, tape.query, head, arrays[0]);
   load_head<Operand>(s, tape.key, head, arrays[1]);
   load_head<Operand>(s, tape.value, head, arrays[2]);
-  load_head<Operand>(s, tape.mixed, head, arrays[3]);
+  if (!in_one_block(head_shape(s))) load_head<Operand>(s, tape.mixed, head, arrays[3]);
   const int64_t row = s.head_width;
   const HeadGradientInput in = {.q = arrays[0],
                                 .k = arrays[1],
