@@ -2,9 +2,9 @@
 
 A weight counts as changed when it is another tensor, or its version counter, address, shape, dtype or
 fingerprint has changed, or an optimizer has stepped over it. The fingerprint reads one cache line of every KB
-of the weight (of every 4 KB beyond 16 MB), a different one from KB to KB. It is there for what leaves the
+of the weight (of every 16 KB beyond 16 MB), a different one from KB to KB. It is there for what leaves the
 version counter alone: writes through `.data`, fused optimizers on a CPU, inference tensors. A write through
-`.data` that touches less than 2 KB in a row (8 KB beyond 16 MB), such as a single row of a matrix, can pass
+`.data` that touches less than 2 KB in a row (32 KB beyond 16 MB), such as a single row of a matrix, can pass
 unseen: after it, call `clear()` or `torch.autograd.graph.increment_version(weight)`. In-place operations on
 the weight itself are always seen.
 """
