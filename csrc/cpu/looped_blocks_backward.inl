@@ -303,12 +303,12 @@ void project_gradient_rows(const BlockShape& s, const TransposedPointers& weight
                          v.gain1, v.shift1);
 }
 
-// A slice of the left panels stays in the second-level cache while the slices of the right ones pass by, each
-// from the first-level cache.
+// A slice of the left panels stays in the second-level cache while the slices of the right ones pass by. The
+// sums come from afar, and each slice more fetches them once more.
 template <class Operand>
 void weight_gradient(const RowPanels& left, int64_t out, const PanelRange& left_range, const RowPanels& right,
                      const PanelRange& right_range, float* gradient) {
-  constexpr int64_t kSlice = 128;
+  constexpr int64_t kSlice = 256;
   for (int64_t k = 0; k < right.words; k += kSlice) {
     const int64_t words = right.words - k < kSlice ? right.words - k : kSlice;
     for (int64_t i = right_range.first; i < right_range.last; ++i) {
@@ -318,8 +318,11 @@ void weight_gradient(const RowPanels& left, int64_t out, const PanelRange& left_
         const int64_t row = panel * kPanel, rows = out - row < kPanel ? out - row : kPanel;
         const int left_width = panel_width(left.columns, row);
         const Left a = {left.at + row * left.words + k * left_width, 1, left_width};
-        multiply<Operand>(a, rows, right.at + column * right.words + k * width, width, words,
-                          gradient + row * right.columns + column, right.columns, true);
+        float* const sums = gradient + row * right.columns + column;
+        for (int64_t r = 0; r < rows; ++r)
+          for (int j = 0; j < width; j += kLineWords) __builtin_prefetch(sums + r * right.columns + j, 1, 2);
+        multiply<Operand>(a, rows, right.at + column * right.words + k * width, width, words, sums,
+                          right.columns, true);
       }
     }
   }
