@@ -178,6 +178,15 @@ def test_excluded_token_may_hold_nan(device):
         assert torch.equal(a, b)
 
 
+def test_a_row_does_not_depend_on_the_others(device):
+    hidden, head, rows, rng = case(device)
+    together = sample_rows(hidden, head, rows, rng)
+    for part in (slice(0, 1), slice(3, 20)):
+        names = RowRng(rng.seed, *(name[part] for name in rng[1:]))
+        for alone, value in zip(sample_rows(hidden, head, rows[part], names), together, strict=True):
+            assert torch.equal(alone, value[part])
+
+
 def test_no_rows(device):
     hidden, head, rows, _ = case(device)
     empty = rows[:0]
