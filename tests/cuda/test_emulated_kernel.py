@@ -1,7 +1,7 @@
 """The Hopper kernel's own source, all of its threads on the CPU, against the oracle.
 
-What this cannot show is the GPU: that the instructions do what the emulation takes from the manual. It shows the
-rest: tiles, swizzles, descriptors, fragments, epilogues, barriers, counters, early exit.
+What this cannot show is the GPU: that the instructions do what the emulation takes from the manual. It shows
+the rest: tiles, swizzles, descriptors, fragments, epilogues, barriers, counters, early exit.
 """
 
 import sys
@@ -11,11 +11,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path
-import emulated  # noqa: E402
+import emulated
 
-from loopmdm_kernels.reference import looped_blocks  # noqa: E402
-from loopmdm_kernels.schedule import Tiles  # noqa: E402
-from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs  # noqa: E402
+from loopmdm_kernels.reference import looped_blocks
+from loopmdm_kernels.schedule import Tiles
+from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
 
 # 64 rows: warp groups share columns and heads; 128: rows. Heads of 64 and of 128.
 TILES = {
