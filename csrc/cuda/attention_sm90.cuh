@@ -19,7 +19,7 @@ __device__ inline void load_queries(uint32_t (&queries)[kHeadDim / 16][4], uint3
     for (int reg = 0; reg < 4; ++reg) {
       const uint32_t offset =
           panel_offset(seat.row + 8 * (reg & 1), 16 * k + operand_column(seat.thread, reg), Config::kRows, 2);
-      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(queries[k][reg]) : "r"(panels + offset));
+      queries[k][reg] = load_shared(panels + offset);
     }
   }
 }
@@ -105,6 +105,7 @@ __device__ inline void attention(const Parameters& p, const Instruction& item, c
     }
     products_commit();
     products_wait<0>();
+    pin(scores);
     ring.release(place);
     advance(place, Config::kStages);
 
@@ -122,6 +123,7 @@ __device__ inline void attention(const Parameters& p, const Instruction& item, c
     }
     products_commit();
     products_wait<0>();
+    pin(mixed);
     ring.release(place);
     advance(place, Config::kStages);
   }
@@ -135,10 +137,8 @@ __device__ inline void attention(const Parameters& p, const Instruction& item, c
       mixed[4 * group + 2 * half + 1] *= share;
     }
   }
-  if (head < Config::kHeads) {
-    store_bf16<kHeadDim>(mixed, p.mixed_values, Config::kHidden, head * kHeadDim, p, item,
-                         p.token(item.sequence, 0), seat);
-  }
+  store_bf16<kHeadDim>(mixed, p.mixed_values, Config::kHidden, head * kHeadDim, p, item,
+                       p.token(item.sequence, 0), seat);
 }
 
 }  // namespace loopmdm

@@ -30,6 +30,7 @@ struct Config {
   static constexpr int kParts1 = kHidden / kPart1, kParts2 = kHidden / kPart2;
 
   static_assert(kHeadDim == 64 || kHeadDim == 128, "head size");
+  static_assert(kHeads % kHeadsPerTile == 0, "a warp group computes one head");
   static_assert(kRows == 64 || kRows == 128, "rows of a tile");
   static_assert(kHidden % kStep == 0 && kMlp % kStep == 0, "widths in whole stages");
   static_assert(kQkvColumns / kColumnGroups % kHeadDim == 0, "a warp group rotates whole heads");
@@ -57,7 +58,7 @@ struct alignas(64) Parameters {
   const float* sines;
   const uint8_t* key_mask;  // [B, L] or null
   const Instruction* table;
-  int32_t* counters;         // of the table, then progress [B], then the number of finished sequences
+  int32_t* counters;         // of the table, then progress [B], then the two below
   int32_t* stop;             // [B] loops of each sequence
   const int32_t* max_loops;  // one number, the largest of `stop`
   TableSize size;
@@ -65,7 +66,9 @@ struct alignas(64) Parameters {
   float exit_threshold;
 
   __device__ int32_t* progress(int sequence) const { return counters + num_counters + sequence; }
-  __device__ int32_t* finished() const { return counters + num_counters + batch; }
+  // How many sequences have their last loop settled, and the largest number of loops among these.
+  __device__ int32_t* settled() const { return counters + num_counters + batch; }
+  __device__ int32_t* longest() const { return settled() + 1; }
   __device__ int64_t token(int sequence, int row) const {
     return static_cast<int64_t>(sequence) * length + row;
   }

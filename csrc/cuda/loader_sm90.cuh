@@ -21,8 +21,9 @@ class Loader {
       const Instruction item = p_.table[place.index];
       int32_t loop = place.loop;
       if (!active(item, loop)) {
-        if (load_acquire(p_.finished()) >= p_.batch)
+        if (load_together(p_.settled()) >= p_.batch && loop >= load_together(p_.longest())) {
           position = first_leaving(position, p_.size, loops, gridDim.x);
+        }
         continue;
       }
       load(item, loop);
@@ -38,9 +39,14 @@ class Loader {
     if (item.phase == kEnter) return true;
     const int32_t* progress = p_.progress(item.sequence);
     wait_for(progress, item.phase == kLeave ? kFinal : item.phase == kExit ? loop : loop + 1);
-    const int32_t stop = load_acquire(p_.stop + item.sequence);
+    const int32_t stop = load_together(p_.stop + item.sequence);
     if (item.phase == kLeave) loop = stop;
     return item.phase == kLeave || loop < stop;
+  }
+
+  // One value for the whole warp, whose lanes must not part ways when it changes meanwhile.
+  __device__ static int32_t load_together(const int32_t* address) {
+    return __shfl_sync(~0u, load_acquire(address), 0);
   }
 
   __device__ void load(const Instruction& item, int32_t loop) {

@@ -4,6 +4,7 @@
 // from L2, whatever S is.
 #include "cuda/attention_sm90.cuh"
 #include "cuda/loader_sm90.cuh"
+#include "cuda/ptx/warps.cuh"
 #include "cuda/sequence_sm90.cuh"
 
 namespace loopmdm {
@@ -113,8 +114,7 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
 extern "C" __global__ void __launch_bounds__(loopmdm::Config::kThreads, 1)
     looped_blocks_sm90(const __grid_constant__ loopmdm::Parameters parameters) {
   using namespace loopmdm;
-  extern __shared__ uint8_t memory[];
-  const Ring ring(memory);
+  const Ring ring(dynamic_shared_memory());
   if (threadIdx.x == 0) ring.initialise();
   __syncthreads();
   if (threadIdx.x >= Config::kComputeThreads) {

@@ -3,23 +3,27 @@
 
 #include "common/fragment.h"
 #include "common/row_math.h"
-#include "cuda/ptx/warps.cuh"
+#include "cuda/ptx/numbers.cuh"
 
 namespace loopmdm {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-__device__ inline float fast_exp2(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
+// Of the four lanes of a quad.
+__device__ inline float quad_sum(float value) {
+  value += __shfl_xor_sync(~0u, value, 1);
+  return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-// Two floats as bf16, the first in the low half.
-__device__ inline uint32_t pack_bf16(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
+__device__ inline float quad_max(float value) {
+  value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+  return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+}
+
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+  return value;
 }
 
 // x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)): one exponential and no cancellation where tanh is near -1.

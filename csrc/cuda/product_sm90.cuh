@@ -83,11 +83,8 @@ struct StreamReader {
       const float4 vectors = __ldg(affine[half] + (column + 8 * upper) / 2);
 #pragma unroll
       for (int lower_row = 0; lower_row < 2; ++lower_row) {
-        float2 x;
-        asm volatile(
-            "ld.shared.v2.f32 {%0, %1}, [%2];"
-            : "=f"(x.x), "=f"(x.y)
-            : "r"(stage + pair[half][upper] + panel * 128 * Config::kRows + lower_row * kSwizzleAtomBytes));
+        const float2 x = load_shared_pair(stage + pair[half][upper] + panel * 128 * Config::kRows +
+                                          lower_row * kSwizzleAtomBytes);
         const float scale = rows.scale[lower_row], offset = rows.offset[lower_row];
         operand[2 * upper + lower_row] = pack_bf16(fmaf(fmaf(x.x, scale, offset), vectors.x, vectors.z),
                                                    fmaf(fmaf(x.y, scale, offset), vectors.y, vectors.w));
@@ -143,6 +140,7 @@ __device__ void stream_product(float (&sums)[kColumns / 2], const Ring& ring, Ri
   }
   if (kSteps % 2) stage(operands[0], kSteps - 1);
   products_wait<0>();
+  pin(sums);
   ring.release(before);
 }
 
@@ -170,6 +168,7 @@ __device__ void shared_product(float (&sums)[kColumns / 2], const Ring& ring, Ri
     advance(place, Config::kStages);
   }
   products_wait<0>();
+  pin(sums);
   ring.release(before);
 }
 

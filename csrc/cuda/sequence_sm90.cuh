@@ -57,7 +57,10 @@ __device__ inline void decide(const Parameters& p, const Instruction& item, int3
   }
   if (threadIdx.x == 0) {
     store_release(p.progress(item.sequence), goes_on ? loop + 1 : kFinal);
-    if (!goes_on) add_release(p.finished(), 1);
+    if (!goes_on) {
+      raise_to(p.longest(), *stop);
+      add_release(p.settled(), 1);
+    }
   }
 }
 

@@ -101,10 +101,27 @@ class Kernel:
         query = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
         return int(check(query(self._function, threads, self.shared_bytes), query.__name__))
 
+    def active_clusters(self, size: int, threads: int) -> int:
+        """How many clusters of this size the device holds at the same time."""
+        driver = bindings()
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = size, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self.shared_bytes
+        config.attrs, config.numAttrs = [_cluster(size)], 1
+        query = driver.cuOccupancyMaxActiveClusters
+        return int(check(query(self._function, config), query.__name__))
+
     def launch(
-        self, blocks: int, threads: int, stream: int, parameters: ctypes.Structure, kept: L2Window | None
+        self,
+        blocks: int,
+        threads: int,
+        stream: int,
+        parameters: ctypes.Structure,
+        kept: L2Window | None = None,
+        cluster: int = 1,
     ) -> None:
-        """Cooperative: all blocks run at the same time, or the launch fails."""
+        """Cooperative: all blocks run at the same time, or the launch fails; in clusters of `cluster`."""
         driver = bindings()
         names = driver.CUlaunchAttributeID
         cooperative = driver.CUlaunchAttribute()
@@ -116,6 +133,8 @@ class Kernel:
             policy.id = names.CU_LAUNCH_ATTRIBUTE_ACCESS_POLICY_WINDOW
             policy.value.accessPolicyWindow = kept.policy()
             attributes.append(policy)
+        if cluster > 1:
+            attributes.append(_cluster(cluster))
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -167,6 +186,15 @@ def release_l2(device: int) -> None:
     check(driver.cuCtxResetPersistingL2Cache(), "cuCtxResetPersistingL2Cache")
     check(driver.cuCtxSetLimit(limit, 0), "cuCtxSetLimit")
     set_aside_l2.cache_clear()
+
+
+def _cluster(size: int) -> Any:
+    driver = bindings()
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    shape = attribute.value.clusterDim
+    shape.x, shape.y, shape.z = size, 1, 1
+    return attribute
 
 
 def _dotted(version: int) -> str:

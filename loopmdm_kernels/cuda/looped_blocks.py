@@ -103,9 +103,9 @@ def _table(
 ) -> tuple[Table, Tensor, Tensor]:
     """The table, its words and the first state of its counters on the device."""
     table = build(shape, tiles, adaptive=adaptive)
-    counters = torch.zeros(table.num_counters + shape.batch + 1, dtype=torch.int32)
+    counters = torch.zeros(table.num_counters + shape.batch + 2, dtype=torch.int32)
     if not adaptive:
-        counters[table.num_counters : -1] = FINAL
+        counters[table.num_counters : -2] = FINAL
     return table, table.encode().to(device), counters.to(device)
 
 

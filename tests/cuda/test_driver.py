@@ -134,6 +134,11 @@ def test_launch(install):
     cooperative, policy = config.attrs
     assert cooperative.id == ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE and cooperative.value.cooperative == 1
     assert policy.id == ids.CU_LAUNCH_ATTRIBUTE_ACCESS_POLICY_WINDOW
+    kernel.launch(8, 64, 0, Two(1, 2), cluster=4)
+    cooperative, cluster = seen.config.attrs
+    shape = cluster.value.clusterDim
+    assert cluster.id == ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    assert (shape.x, shape.y, shape.z) == (4, 1, 1)
     found = policy.value.accessPolicyWindow
     assert (int(found.base_ptr), found.num_bytes, found.hitRatio) == (4096, 28_000_000, 0.5)
     assert found.hitProp == real.CUaccessProperty.CU_ACCESS_PROPERTY_PERSISTING

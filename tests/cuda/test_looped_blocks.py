@@ -91,7 +91,7 @@ def test_counters_begin_where_the_schedule_says(inputs):
         _, table, words, _, buffers = prepared(inputs, 4, adaptive=adaptive)
         assert torch.equal(words, build(table.shape, table.tiles, adaptive=adaptive).encode())
         progress = 0 if adaptive else FINAL
-        assert buffers.counters.tolist() == [0] * table.num_counters + [progress] * 3 + [0]
+        assert buffers.counters.tolist() == [0] * table.num_counters + [progress] * 3 + [0, 0]
         assert buffers.stop.tolist() == [4, 4, 4, 4]
     buffers.counters.fill_(7)  # a call raises its own copy
     assert prepared(inputs, 4)[4].counters[0] == 0

@@ -21,6 +21,23 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ inline uint8_t* dynamic_shared_memory() {
+  extern __shared__ uint8_t memory[];
+  return memory;
+}
+
+__device__ inline uint32_t load_shared(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));
+  return value;
+}
+
+__device__ inline float2 load_shared_pair(uint32_t address) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
+  return pair;
+}
+
 __device__ inline int32_t load_acquire(const int32_t* address) {
   int32_t value;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -34,6 +51,8 @@ __device__ inline void store_release(int32_t* address, int32_t value) {
 __device__ inline void add_release(int32_t* address, int32_t value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
+
+__device__ inline void raise_to(int32_t* address, int32_t value) { atomicMax(address, value); }
 
 // Until a counter that only grows has reached `target`.
 __device__ inline void wait_for(const int32_t* counter, int32_t target) {

@@ -10,10 +10,6 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
-__device__ inline void prefetch_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Every loop reads the weights again: they shall outlive in L2 what is read once.
 __device__ inline uint64_t keep_policy() {
   uint64_t policy;

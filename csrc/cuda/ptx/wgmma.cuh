@@ -17,8 +17,8 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Tells the compiler that a register changes here: what it has read before a wait is not what stands there
-// after.
+// Keeps the compiler from reading sums before the wait that this stands behind: it knows only that the
+// products, not the wait, write them.
 template <int kNumber>
 __device__ inline void pin(float (&values)[kNumber]) {
 #pragma unroll

@@ -1,0 +1,20 @@
+// Emulated: see emulator.h.
+#pragma once
+
+#include "common/host_device.h"
+#include "emulator.h"
+
+namespace loopmdm {
+
+inline float fast_exp2(float x) { return exp2f(x); }
+
+inline uint32_t round_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) return 0x7FFF;
+  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+inline uint32_t pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
+
+}  // namespace loopmdm

@@ -1,0 +1,240 @@
+// Runs a kernel for Hopper on the CPU: every thread of every block is a fiber, and the instructions of
+// csrc/cuda/ptx are emulated by what the PTX manual says of them. TMA loads arrive late and in random order,
+// fibers take turns at random. A kernel in which every thread waits is found.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <random>
+#include <unordered_map>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+using std::min;
+
+namespace emulator {
+
+constexpr uint32_t kSharedBytes = 232448,
+                   kSharedBase = 1024;  // where shared memory begins in its address space
+
+struct Barrier {
+  int expected = 0, arrivals = 0;  // still to come in this round
+  int64_t bytes = 0;               // that TMA still owes
+  uint32_t round = 0;
+
+  void settle() {
+    if (arrivals == 0 && bytes == 0) {
+      ++round;
+      arrivals = expected;
+    }
+  }
+};
+
+// A meeting: the last of `number` threads to come does the work, then all go on.
+struct Meeting {
+  int come = 0;
+  uint64_t round = 0;
+  void* given[128];  // by the number of the thread in the group
+};
+
+struct Block {
+  int index;
+  std::vector<uint8_t> memory = std::vector<uint8_t>(kSharedBytes + 1024);
+  uint8_t* shared;
+  std::unordered_map<uint32_t, Barrier> barriers;
+  std::vector<Meeting> warps = std::vector<Meeting>(12), groups = std::vector<Meeting>(3),
+                       named = std::vector<Meeting>(2);
+
+  explicit Block(int number) : index(number) {
+    shared = memory.data() + (1024 - reinterpret_cast<uintptr_t>(memory.data()) % 1024) % 1024;
+    memset(memory.data(), 0xFF, memory.size());  // NaN in every format
+  }
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  Block* block;
+  int thread;
+  std::function<bool()> waits_for;  // empty: can run
+  bool done = false;
+};
+
+struct Load {
+  Block* block;
+  uint32_t barrier;
+  std::function<int64_t()> copy;  // returns the bytes written
+};
+
+struct State {
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Load> loads;
+  ucontext_t scheduler;
+  Fiber* current = nullptr;
+  std::function<void()> kernel;
+  std::mt19937 random;
+};
+inline State* state = nullptr;
+
+inline Fiber& self() { return *state->current; }
+
+inline void wait_until(std::function<bool()> condition) {
+  if (condition()) return;
+  self().waits_for = std::move(condition);
+  swapcontext(&self().context, &state->scheduler);
+}
+
+inline Barrier& barrier(uint32_t address) { return self().block->barriers.at(address); }
+
+inline uint8_t* shared_byte(uint32_t address) { return self().block->shared + (address - kSharedBase); }
+
+// All `number` threads give a pointer; the last to come calls `work` with all of them.
+template <class Work>
+void meet(Meeting& meeting, int number, int place, void* given, Work work) {
+  const uint64_t round = meeting.round;
+  meeting.given[place] = given;
+  if (++meeting.come == number) {
+    work(meeting.given);
+    meeting.come = 0;
+    ++meeting.round;
+  } else {
+    wait_until([&meeting, round] { return meeting.round != round; });
+  }
+}
+
+inline void enter_fiber() {
+  state->kernel();
+  self().done = true;
+  swapcontext(&self().context, &state->scheduler);
+}
+
+// Returns whether all threads came to their end.
+inline bool run(int num_blocks, int threads, unsigned seed, std::function<void()> kernel) {
+  State here;
+  state = &here;
+  here.kernel = std::move(kernel);
+  here.random.seed(seed);
+  for (int number = 0; number < num_blocks; ++number) {
+    here.blocks.push_back(std::make_unique<Block>(number));
+    for (int thread = 0; thread < threads; ++thread) {
+      auto fiber = std::make_unique<Fiber>();
+      fiber->block = here.blocks.back().get();
+      fiber->thread = thread;
+      fiber->stack.resize(64 * 1024);
+      getcontext(&fiber->context);
+      fiber->context.uc_stack.ss_sp = fiber->stack.data();
+      fiber->context.uc_stack.ss_size = fiber->stack.size();
+      fiber->context.uc_link = nullptr;
+      makecontext(&fiber->context, enter_fiber, 0);
+      here.fibers.push_back(std::move(fiber));
+    }
+  }
+  std::vector<Fiber*> running;
+  for (auto& fiber : here.fibers) running.push_back(fiber.get());
+  while (!running.empty()) {
+    bool proceeded = false;
+    const size_t first = here.random() % running.size();
+    for (size_t i = 0; i < running.size(); ++i) {
+      Fiber* const fiber = running[(first + i) % running.size()];
+      if (fiber->waits_for && !fiber->waits_for()) continue;
+      fiber->waits_for = nullptr;
+      here.current = fiber;
+      swapcontext(&here.scheduler, &fiber->context);
+      proceeded = true;
+    }
+    running.erase(std::remove_if(running.begin(), running.end(), [](Fiber* fiber) { return fiber->done; }),
+                  running.end());
+    // Some of the loads arrive; all of them if nobody can do anything before.
+    std::shuffle(here.loads.begin(), here.loads.end(), here.random);
+    size_t arriving = proceeded ? here.random() % (here.loads.size() + 1) : here.loads.size();
+    if (arriving == 0 && !proceeded) return false;
+    for (; arriving > 0; --arriving) {
+      Load load = std::move(here.loads.back());
+      here.loads.pop_back();
+      Barrier& waiting = load.block->barriers.at(load.barrier);
+      waiting.bytes -= load.copy();
+      waiting.settle();
+    }
+  }
+  return here.loads.empty();
+}
+
+struct Number {
+  int kind;
+  operator unsigned() const {
+    return kind == 0 ? self().thread : kind == 1 ? self().block->index : state->blocks.size();
+  }
+};
+struct Index {
+  Number x;
+};
+
+}  // namespace emulator
+
+inline emulator::Index threadIdx{{0}}, blockIdx{{1}}, gridDim{{2}};
+
+inline void __syncwarp() {
+  emulator::meet(emulator::self().block->warps[threadIdx.x / 32], 32, threadIdx.x % 32, nullptr,
+                 [](void**) {});
+}
+
+inline void __syncthreads() {
+  emulator::meet(emulator::self().block->named[0], 384, 0, nullptr, [](void**) {});
+}
+
+// `source`: from which lane a lane takes.
+template <class T, class Source>
+T exchange_in_warp(T value, Source source) {
+  struct Exchange {
+    T given, taken;
+  } exchange{value, value};
+  emulator::meet(
+      emulator::self().block->warps[threadIdx.x / 32], 32, threadIdx.x % 32, &exchange, [source](void** all) {
+        for (int lane = 0; lane < 32; ++lane) {
+          static_cast<Exchange*>(all[lane])->taken = static_cast<Exchange*>(all[source(lane)])->given;
+        }
+      });
+  return exchange.taken;
+}
+
+template <class T>
+T __shfl_xor_sync(uint32_t, T value, int distance) {
+  return exchange_in_warp(value, [distance](int lane) { return lane ^ distance; });
+}
+
+template <class T>
+T __shfl_sync(uint32_t, T value, int from) {
+  return exchange_in_warp(value, [from](int) { return from; });
+}

@@ -1,0 +1,60 @@
+"""The Hopper kernel's source on the CPU: see tests/csrc/emulated_gpu/emulator.h."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from loopmdm_kernels.cuda import looped_blocks as op
+from loopmdm_kernels.cuda import sources, weights
+from loopmdm_kernels.cuda.parameters import defines
+from loopmdm_kernels.schedule import Device, cost
+
+EMULATOR = Path(__file__).parents[1] / "csrc" / "emulated_gpu"
+ALIGNMENT = 64  # of the kernel's parameters
+
+
+def plan_of(inputs, tiles):
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
+    return shape, cost._plan(shape, Device(), tiles)
+
+
+def build(shape, plan, folder):
+    """The kernel for this shape's widths and these tiles, as a library."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    target = folder / "kernel.so"
+    flags = ["-std=gnu++17", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    macros = [f"-D{name}={value}" for name, value in defines(shape, plan).items()]
+    include = [f"-I{EMULATOR}", f"-I{sources.folder()}"]
+    command = [compiler, *flags, *macros, *include, str(EMULATOR / "looped_blocks.cpp"), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(target))
+
+
+def run(library, inputs, plan, loops, *, exit_threshold=None, num_blocks=2, seed=0):
+    """(H(S), loops used) as the kernel computes them; what nobody has written is NaN."""
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
+    table, words, counters = op._table(shape, plan.tiles, exit_threshold is not None, torch.device("cpu"))
+    packed = weights.packed(inputs.blocks)
+    buffers = op.Buffers.allocate(
+        table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask, counters
+    )
+    for name, tensor in buffers._asdict().items():
+        if name.endswith("_values") or name in ("output", "statistics1", "statistics2", "change"):
+            tensor.fill_(torch.nan)
+    memory = torch.zeros(2048, dtype=torch.uint8)
+    aligned = memory.data_ptr() + -memory.data_ptr() % ALIGNMENT
+    parameters = op.pack_parameters(table, buffers, words, exit_threshold)
+    for name, layout in op.map_layouts(plan, buffers, packed).items():
+        size = torch.empty(0, dtype=layout.dtype).element_size()
+        numbers = (layout.address, size, *layout.sizes, *layout.strides, *layout.box)
+        parameters.set_map(name, bytes((ctypes.c_uint64 * 16)(*numbers)))
+    ctypes.memmove(aligned, ctypes.addressof(parameters), ctypes.sizeof(parameters))
+    finished = library.run_looped_blocks(ctypes.c_void_p(aligned), num_blocks, seed)
+    assert finished, "all threads wait"
+    return buffers.output, buffers.stop[: shape.batch].long()
