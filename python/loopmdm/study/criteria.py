@@ -169,7 +169,7 @@ class Judge:
                     "part": "loops against t",
                     "criterion": policy.criterion,
                     "setting": policy.setting,
-                    "t": 1 - (index + 0.5) / bins,
+                    "t": round(1 - (index + 0.5) / bins, 6),
                     **_columns("mean_loops", loops),
                 }
             )

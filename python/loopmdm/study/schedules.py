@@ -198,7 +198,7 @@ def _segment_rows(
     columns = [list(named).index(name) for name in names]
     top = min(_TOP, max(1, len(names) // 4))
     rows: list[Row] = [
-        {"part": "segment", "segment": j, "t": 1 - (j + 0.5) / segments} for j in range(segments)
+        {"part": "segment", "segment": j, "t": round(1 - (j + 0.5) / segments, 6)} for j in range(segments)
     ]
     for measure, ratings in rated.items():
         point, resampled = ratings.point[columns], ratings.resampled[:, columns]
