@@ -1,6 +1,6 @@
 """Times tile sizes of the Triton products on this GPU and writes a table of those that beat the defaults.
 
-python -m bench.tune_triton TABLE.json              the looped blocks of the small preset, forward and backward
+python -m bench.tune_triton TABLE.json              the products of a block of the small preset
 LOOPMDM_TRITON_TILES=TABLE.json python ...          uses it
 python -m bench.tune_triton TABLE.json --dry-run    tiny tensors on the CPU, interpreted
 """

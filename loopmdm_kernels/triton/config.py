@@ -68,6 +68,8 @@ def default_tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, proce
         return Tiles(64, 64, 64, 8, 4)
     rows, columns, _ = shape
     large, small = _PRODUCTS[kernel]
+    if processor.arch < 90:
+        large = large._replace(k=32)
     # Large tiles move least through L2; they are worth it once they fill the multiprocessors.
     full = ceil_div(rows, large.m) * ceil_div(columns, large.n) >= processor.multiprocessors
     return large if full else small
@@ -76,7 +78,9 @@ def default_tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, proce
 def _attention(head_dim: int, backward: bool, narrow: bool, arch: int) -> Tiles:
     """Rows are queries (keys where keys are the outer loop), columns the other; k is not used."""
     if not narrow or head_dim > 128:
-        return Tiles(32, 32, 0, 4, 1)
+        return Tiles(32, 32, 0, 8 if backward else 4, 1)
+    if arch < 90:  # operands of mma.sync are in registers, those of wgmma in shared memory
+        return Tiles(64, 32, 0, 4, 2) if backward else Tiles(64, 64, 0, 4, 3)
     if backward:
         return Tiles(64, 64, 0, 4, 2) if head_dim <= 64 else Tiles(64, 32, 0, 4, 2)
     if head_dim <= 64:
