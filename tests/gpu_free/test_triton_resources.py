@@ -16,8 +16,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 TABLE = json.loads((ROOT / "tests/gpu_free/triton_resources.json").read_text())
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
+SHARED_LIMIT = 101_376  # bytes a block may have on every GPU from Ampere on, GeForce too
 SPILLS_ALLOWED = 0
+MORE_SPILLS_ALLOWED = {"key_gradient_kernel sm_80": 32}
 # What computes with tensor cores, in narrow dtypes.
 PRODUCTS = (
     "linear",
@@ -37,28 +38,20 @@ COMPILED = [
 ]
 
 
-def arch(name):
-    return next(word for word in name.split() if word.startswith("sm_"))
-
-
-def kernel(name):
-    return next(word for word in name.split() if word.endswith("_kernel"))
-
-
-@pytest.mark.parametrize("name", TABLE)
-def test_limits(name):
-    used = TABLE[name]
-    assert used["shared"] <= SHARED_LIMIT[arch(name)]
-    assert used["registers"] <= 255
-    narrow = "float32" not in name.split()[1]
-    computes = any(word in kernel(name) for word in PRODUCTS) and "combine" not in name
-    assert (used["tensor_core_products"] > 0) == (narrow and computes)
-    if arch(name) == "sm_90" and narrow:
-        assert used["spills"] <= SPILLS_ALLOWED
+def test_limits():
+    for name, used in TABLE.items():
+        _, dtype, kernel, arch = name.split()[:4]
+        assert used["shared"] <= SHARED_LIMIT, name
+        assert used["registers"] <= 255, name
+        computes = any(word in kernel for word in PRODUCTS) and "combine" not in kernel
+        assert (used["tensor_core_products"] > 0) == (computes and dtype != "float32"), name
+        assert used["spills"] <= MORE_SPILLS_ALLOWED.get(f"{kernel} {arch}", SPILLS_ALLOWED), name
 
 
 def test_nothing_takes_more_than_the_table_says(tmp_path):
-    names = [next(n for n in TABLE if n.split()[2:4] == start.split()) for start in COMPILED]
+    names = [
+        next(n for n in TABLE if n.split()[2:4] == start.split() and "bfloat16" in n) for start in COMPILED
+    ]
     (tmp_path / "names.json").write_text(json.dumps(names))
     command = [sys.executable, "-m", "bench.triton_resources", "--names", tmp_path / "names.json"]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT}/python"}

@@ -81,9 +81,8 @@ def best_threshold(inputs, num_loops):
     return max(choices, key=lambda choice: len(set(choice[0])))
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
-def test_exit(device, dtype):
-    inputs = shrinking(device)
+def test_exit(device):
+    inputs, dtype = shrinking(device), BF16
     loops, threshold = best_threshold(inputs, 4)
     assert len(set(loops)) >= 3
     check(inputs, 4, dtype, exit_threshold=threshold)
