@@ -170,11 +170,10 @@ def main() -> None:
     part = any((args.arch, args.shape, args.kernel, args.names, args.json))
     found = variants(tuple(args.arch or SHARED_LIMIT), tuple(args.shape or SHAPES), args.kernel)
     if args.names:
-        wanted = json.loads(args.names.read_text())
-        missing = set(wanted) - set(found)
-        if missing:
-            sys.exit(f"no launch makes these any more: {sorted(missing)}")
-        found = {name: found[name] for name in wanted}
+        differ = set(found) ^ set(json.loads(TABLE.read_text()))
+        if differ:
+            sys.exit(f"{TABLE.name} lists other launches than are made; they differ in {sorted(differ)}")
+        found = {name: found[name] for name in json.loads(args.names.read_text())}
     table = {}
     for number, (name, variant) in enumerate(found.items(), 1):
         table[name] = compile_variant(variant)._asdict()
