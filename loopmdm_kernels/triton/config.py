@@ -61,7 +61,7 @@ def default_tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, proce
     if kernel == "attention":
         return _attention(shape[1], bool(shape[2]), narrow, processor.arch)
     if not narrow:  # products of fp32 without tensor cores: accumulators and operands live in registers
-        return Tiles(64, 64, 16, 4, 3)
+        return Tiles(32, 64, 16, 8, 3) if kernel == "sample" else Tiles(64, 64, 16, 4, 3)
     if kernel == "vocabulary":
         return Tiles(64, 128, 64, 4, 3)
     if kernel == "sample":  # the race and its statistics need registers beside the sums

@@ -8,26 +8,34 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
+MADE_WITH = "3.9."
 
 ROOT = Path(__file__).parents[2]
 TABLE = json.loads((ROOT / "tests/gpu_free/triton_resources.json").read_text())
 SHARED_LIMIT = 101_376  # bytes a block may have on every GPU from Ampere on, GeForce too
 SPILLS_ALLOWED = 0
-MORE_SPILLS_ALLOWED = {"key_gradient_kernel sm_80": 32}
-# What computes with tensor cores, in narrow dtypes.
-PRODUCTS = (
-    "linear",
-    "weight_gradient",
-    "attention",
-    "_gradient_kernel",
-    "sample_kernel",
-    "cross_entropy_kernel",
-)
+# Budgets: head_logits at a vocabulary that is no multiple of a vector, fp32 operands, rotated keys.
+MORE_SPILLS_ALLOWED = {
+    "linear_kernel sm_80": 96,
+    "linear_kernel sm_90": 2,
+    "linear_kernel sm_100": 96,
+    "key_gradient_kernel sm_80": 32,
+}
+NO_PRODUCTS = {
+    "branch_backward_kernel",
+    "combine_cross_entropy_kernel",
+    "combine_samples_kernel",
+    "exit_kernel",
+    "modulated_rows_backward_kernel",
+    "modulated_rows_kernel",
+    "row_moments_kernel",
+}
 COMPILED = [
     "residual_linear_kernel sm_90",
     "norm_linear_kernel sm_90",
@@ -43,11 +51,15 @@ def test_limits():
         _, dtype, kernel, arch = name.split()[:4]
         assert used["shared"] <= SHARED_LIMIT, name
         assert used["registers"] <= 255, name
-        computes = any(word in kernel for word in PRODUCTS) and "combine" not in kernel
-        assert (used["tensor_core_products"] > 0) == (computes and dtype != "float32"), name
+        computes = kernel not in NO_PRODUCTS and dtype != "float32"
+        assert (used["tensor_core_products"] > 0) == computes, name
         assert used["spills"] <= MORE_SPILLS_ALLOWED.get(f"{kernel} {arch}", SPILLS_ALLOWED), name
 
 
+@pytest.mark.skipif(
+    not version("triton").startswith(MADE_WITH),
+    reason=f"the table is of Triton {MADE_WITH}x; another compiles otherwise",
+)
 def test_nothing_takes_more_than_the_table_says(tmp_path):
     names = [
         next(n for n in TABLE if n.split()[2:4] == start.split() and "bfloat16" in n) for start in COMPILED
