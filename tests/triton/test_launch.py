@@ -65,15 +65,16 @@ def test_recorded_launches_are_those_of_the_processor():
     assert sample.arguments["num_rows"] == 64 and sample.options["num_warps"] == tile.num_warps
 
 
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_32_bits(device):
     """Rows of q more than 2^31 elements apart: only the pages that are used are ever there."""
     try:
-        memory = torch.empty(2**31 + 2**30, dtype=BF16)
+        memory = torch.empty(2**31 + 2**30, dtype=BF16, device=device)
     except RuntimeError:
         pytest.skip("no address space for 6 GB")
     q = memory.as_strided((1, 1, 3, 16), (0, 0, 2**30 + 2**28, 1))
     q.copy_(torch.randn(1, 1, 3, 16, generator=torch.Generator().manual_seed(0)))
-    k, v = (torch.randn(1, 1, 3, 16, generator=torch.Generator().manual_seed(s)).to(BF16) for s in (1, 2))
+    k, v = (torch.randn(1, 1, 3, 16, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    k, v = k.to(device, BF16), v.to(device, BF16)
     with lk.use_backend("triton"):
         out = lk.attention(q, k, v)
     torch.testing.assert_close(out, reference.attention(q, k, v), rtol=0.02, atol=0.02)
