@@ -1,4 +1,4 @@
-"""`make gpu` on the CPU: every path of its script, on tiny tensors, in the interpreter."""
+"""The scripts that need a GPU, on the CPU: every path, on tiny tensors, in the interpreter."""
 
 import json
 import os
@@ -9,11 +9,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_path_of_the_gpu_script(tmp_path):
+def dry_run(module, *arguments):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/python"}
-    command = [sys.executable, "-W", "ignore", "-m", "bench.gpu", "--dry-run", "--out", tmp_path / "gpu.json"]
+    command = [sys.executable, "-W", "ignore", "-m", module, "--dry-run", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tuning(tmp_path):
+    dry_run("bench.tune_triton", tmp_path / "tiles.json")
+    for tile in json.loads((tmp_path / "tiles.json").read_text()).values():
+        assert len(tile) == 5
+
+
+def test_every_path_of_the_gpu_script(tmp_path):
+    dry_run("bench.gpu", "--out", tmp_path / "gpu.json")
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert set(result["checks"].values()) == {"right", "the small cases ran, without compute-sanitizer"}
     assert len(result["checks"]) > 25
