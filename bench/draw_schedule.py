@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 
 
 def simulate(table: Table, plan: Plan, blocks: int, device: Device = Device()) -> list[Tile]:  # noqa: B008
-    """The tiles of loop 0 with their modelled times: a tile starts when its block is free and its inputs are."""
+    """The tiles of loop 0 at modelled times: one starts when its block is free and its inputs are there."""
     free = [0.0] * blocks
     ready: dict[int, float] = defaultdict(float)  # counter -> when its last tile was complete
     tiles = []

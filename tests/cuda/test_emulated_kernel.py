@@ -17,8 +17,8 @@ from loopmdm_kernels.reference import looped_blocks
 from loopmdm_kernels.schedule import Tiles
 from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
 
-# Tiles, hidden size, heads, mlp ratio. 64 rows: warp groups share columns and heads; 128: rows. Heads of 64 and
-# of 128. Products of fewer stages than the ring has, of more (12 of 4), and of an odd number (3).
+# Tiles, hidden size, heads, mlp ratio. 64 rows: warp groups share columns and heads; 128: rows. Heads of 64
+# and of 128. Products of fewer stages than the ring has, of more (12 of 4), and of an odd number (3).
 VARIANTS = {
     "64 rows": (Tiles(64, 128, 64, 128, 64, 2), 128, 2, 2),
     "128 rows": (Tiles(128, 64, 64, 128, 64, 1), 192, 3, 4),

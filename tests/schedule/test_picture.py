@@ -1,5 +1,6 @@
 """The picture in the documents is that of the schedule."""
 
+import itertools
 from pathlib import Path
 
 from bench import draw_schedule
@@ -20,7 +21,7 @@ def test_the_simulation_keeps_to_blocks_and_waits():
         assert len(tiles) == len(table.loop)
         for block in range(blocks):
             own = [tile for tile in tiles if tile.block == block]
-            assert all(a.end <= b.start for a, b in zip(own, own[1:], strict=False))
+            assert all(a.end <= b.start for a, b in itertools.pairwise(own))
         attention = [
             tile.start for tile in tiles if tile.item.phase == Phase.ATTENTION and tile.item.layer == 0
         ]
