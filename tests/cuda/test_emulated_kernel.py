@@ -4,6 +4,7 @@ What this cannot show is the GPU: that the instructions do what the emulation ta
 the rest: tiles, swizzles, descriptors, fragments, epilogues, barriers, counters, early exit.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -97,3 +98,46 @@ def test_loops_of_each_sequence_and_early_exit(variant):
         assert torch.equal(used, expected)
         for sequence in range(3):  # each in its own size
             assert_matches_oracle(out[sequence], baseline[sequence], exact[sequence])
+
+
+# Faults in the source that the emulation must notice: what replaces what, in which file.
+FAULTS = {
+    "no wait for the inputs": (
+        "loader_sm90.cuh", "wait_for(p_.counters + item.wait + i, target);", "(void)target;"
+    ),
+    "a signal before all warps are done": (
+        "looped_blocks_sm90.cu", "meet<1>(Config::kComputeThreads);", ""
+    ),
+    "no wait for a stage": ("ring_sm90.cuh", "barrier_wait(full(place.slot), place.round)", "(void)place"),
+    "a stage filled while it is read": (
+        "ring_sm90.cuh", "barrier_wait(empty(place.slot), place.round ^ 1)", "(void)place"
+    ),
+    "the wrong half of the keys": (
+        "loader_sm90.cuh", "qkv_slot(item.read_slot", "qkv_slot(1 - item.read_slot"
+    ),
+    "a swizzle of the wrong bits": ("matrix_descriptor.h", "panel + 32 * step", "panel + 64 * step"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_noticed(fault, tmp_path, monkeypatch):
+    name, text, replacement = FAULTS[fault]
+    copy = tmp_path / "csrc"
+    shutil.copytree(emulated.sources.folder(), copy)
+    (path,) = copy.rglob(name)
+    source = path.read_text()
+    assert text in source, "the test looks for source that is not there"
+    path.write_text(source.replace(text, replacement))
+    monkeypatch.setattr(emulated.sources, "folder", lambda: copy)
+    tiles, *sizes = VARIANTS["128 rows"]
+    inputs = make(sizes, 1, 40)
+    shape, plan = emulated.plan_of(inputs, tiles)
+    library = emulated.build(shape, plan, tmp_path, optimize=False)
+    expected = oracle(inputs.to(torch.float64), 1)
+    for seed in range(3):
+        try:
+            out, _ = emulated.run(library, inputs, plan, 1, num_blocks=5, seed=seed)
+            assert_matches_oracle(out, oracle(inputs, 1), expected)
+        except AssertionError:
+            return
+    pytest.fail("the kernel with this fault computes the right values")
