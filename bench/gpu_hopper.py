@@ -227,8 +227,21 @@ def dram_bytes(dry: bool) -> Figures:
     return figures
 
 
+def sanitizers(dry: bool) -> Figures:
+    """Exit status of two loops under each tool of compute-sanitizer: 0 is clean."""
+    figures: Figures = {}
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+        command += [sys.executable, "-m", "bench.gpu_hopper", "--once", "2"]
+        if dry or shutil.which("compute-sanitizer") is None:
+            figures[tool] = None
+        else:
+            figures[tool] = float(subprocess.run(command, timeout=120, check=False).returncode)
+    return figures
+
+
 def once(loops: int) -> None:
-    """One call of the kernel on warm L2, for a profiler."""
+    """One call of the kernel, for a profiler or a sanitizer."""
     inputs = inputs_of(128, dry=False)
     with torch.no_grad(), lk.use_backend("cuda"):
         applying(lk.looped_blocks, inputs, loops)()
@@ -244,6 +257,7 @@ MEASUREMENTS = {
     "gaps": gaps,
     "looped_blocks": looped_blocks,
     "dram_bytes": dram_bytes,
+    "sanitizers": sanitizers,
 }
 
 

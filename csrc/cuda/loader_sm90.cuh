@@ -74,8 +74,8 @@ class Loader {
     const int32_t target = generation(item.wait_count, loop);
     for (int i = threadIdx.x % 32; i < item.wait_number; i += 32)
       wait_for(p_.counters + item.wait + i, target);
-    proxy_fence();
     __syncwarp();
+    proxy_fence();
     issue(item, loop);
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -89,7 +90,11 @@ def shape_of(x: Tensor, blocks: Sequence[BlockWeights], num_heads: int) -> Block
 def _kernel(shape: BlockShape, device: int) -> tuple[driver.Kernel, Plan, driver.Facts]:
     limits = driver.facts(device)
     plan = choose(shape)
-    return _loaded(tuple(defines(shape, plan).items()), plan.shared_bytes, device), plan, limits
+    macros = defines(shape, plan)
+    spins = os.environ.get("LOOPMDM_CUDA_SPIN_LIMIT")  # a kernel that waits in vain ends with an error
+    if spins:
+        macros["LOOPMDM_SPIN_LIMIT"] = int(spins)
+    return _loaded(tuple(macros.items()), plan.shared_bytes, device), plan, limits
 
 
 @lru_cache(maxsize=64)

@@ -4,6 +4,7 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,6 +16,23 @@ from loopmdm_kernels.schedule import Device, cost
 
 EMULATOR = Path(__file__).parents[1] / "csrc" / "emulated_gpu"
 ALIGNMENT = 64  # of the kernel's parameters
+FENCE = 64 * 1024  # elements
+
+
+class Fenced(NamedTuple):
+    """A tensor of NaN, and memory on both sides of it that nobody may write to."""
+
+    whole: torch.Tensor
+    inside: torch.Tensor
+
+    @classmethod
+    def like(cls, tensor):
+        whole = torch.full((tensor.numel() + 2 * FENCE,), torch.nan, dtype=tensor.dtype)
+        whole[:FENCE] = whole[-FENCE:] = 5.0
+        return cls(whole, whole[FENCE:-FENCE].view(tensor.shape))
+
+    def intact(self):
+        return bool((self.whole[:FENCE] == 5.0).all() and (self.whole[-FENCE:] == 5.0).all())
 
 
 def plan_of(inputs, tiles):
@@ -22,13 +40,20 @@ def plan_of(inputs, tiles):
     return shape, cost._plan(shape, Device(), tiles)
 
 
-def build(shape, plan, folder):
+def build(shape, plan, folder, *, optimize=True):
     """The kernel for this shape's widths and these tiles, as a library."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
     target = folder / "kernel.so"
-    flags = ["-std=gnu++17", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    flags = [
+        "-std=gnu++17",
+        "-O2" if optimize else "-O1",
+        "-fPIC",
+        "-shared",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+    ]
     macros = [f"-D{name}={value}" for name, value in defines(shape, plan).items()]
     include = [f"-I{EMULATOR}", f"-I{sources.folder()}"]
     command = [compiler, *flags, *macros, *include, str(EMULATOR / "looped_blocks.cpp"), "-o", str(target)]
@@ -44,9 +69,12 @@ def run(library, inputs, plan, loops, *, exit_threshold=None, num_blocks=2, seed
     buffers = op.Buffers.allocate(
         table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask, counters
     )
-    for name, tensor in buffers._asdict().items():
-        if name.endswith("_values") or name in ("output", "statistics1", "statistics2", "change"):
-            tensor.fill_(torch.nan)
+    written = {
+        name: Fenced.like(tensor)
+        for name, tensor in buffers._asdict().items()
+        if name.endswith("_values") or name in ("output", "statistics1", "statistics2", "change")
+    }
+    buffers = buffers._replace(**{name: fenced.inside for name, fenced in written.items()})
     memory = torch.zeros(2048, dtype=torch.uint8)
     aligned = memory.data_ptr() + -memory.data_ptr() % ALIGNMENT
     parameters = op.pack_parameters(table, buffers, words, exit_threshold)
@@ -57,4 +85,5 @@ def run(library, inputs, plan, loops, *, exit_threshold=None, num_blocks=2, seed
     ctypes.memmove(aligned, ctypes.addressof(parameters), ctypes.sizeof(parameters))
     finished = library.run_looped_blocks(ctypes.c_void_p(aligned), num_blocks, seed)
     assert finished, "all threads wait"
+    assert all(fenced.intact() for fenced in written.values()), "written outside of a buffer"
     return buffers.output, buffers.stop[: shape.batch].long()

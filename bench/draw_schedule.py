@@ -1,0 +1,92 @@
+"""Draws one loop of the Hopper kernel's schedule, by the times of the cost model: docs/schedule.svg.
+
+python -m bench.draw_schedule docs/schedule.svg
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from loopmdm_kernels.schedule import BlockShape, Device, Instruction, Phase, Plan, Table, build, choose
+
+SHAPE = BlockShape(batch=1, length=128, hidden=768, heads=12, mlp=3072, layers=2)
+BLOCKS = 48  # a picture of all 132 would show only more room
+COLORS = {
+    Phase.QKV: "#4477aa",
+    Phase.ATTENTION: "#ee6677",
+    Phase.ATTN_OUT: "#228833",
+    Phase.MLP_IN: "#ccbb44",
+    Phase.MLP_OUT: "#aa3377",
+}
+NAMES = {
+    Phase.QKV: "q, k, v",
+    Phase.ATTENTION: "attention",
+    Phase.ATTN_OUT: "output",
+    Phase.MLP_IN: "MLP in",
+    Phase.MLP_OUT: "MLP out",
+}
+LEFT, TOP, WIDTH, ROW = 64, 48, 860, 9
+
+
+class Tile(NamedTuple):
+    item: Instruction
+    block: int
+    start: float
+    end: float
+
+
+def simulate(table: Table, plan: Plan, blocks: int, device: Device = Device()) -> list[Tile]:  # noqa: B008
+    """The tiles of loop 0 at modelled times: one starts when its block is free and its inputs are there."""
+    free = [0.0] * blocks
+    ready: dict[int, float] = defaultdict(float)  # counter -> when its last tile was complete
+    tiles = []
+    for position, item in enumerate(table.loop, start=len(table.enter)):
+        cost = plan.phases[Phase(item.phase)]
+        block = position % blocks
+        inputs = max(ready[counter] for counter in range(item.wait, item.wait + item.wait_number))
+        start = max(free[block], inputs + device.wait_seconds if inputs else 0.0)
+        free[block] = end = start + cost.seconds / cost.waves
+        ready[item.signal] = max(ready[item.signal], end)
+        tiles.append(Tile(item, block, start, end))
+    return tiles
+
+
+def draw() -> str:
+    plan = choose(SHAPE)
+    table = build(SHAPE, plan.tiles)
+    # Loop 0 waits for ENTER, which the picture leaves out; from there all loops look the same.
+    tiles = simulate(table, plan, BLOCKS)
+    scale = WIDTH / max(tile.end for tile in tiles)
+    height = TOP + BLOCKS * ROW + 40
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 16}" height="{height}" '
+        'font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    for place, (phase, color) in enumerate(COLORS.items()):
+        x = LEFT + 110 * place
+        lines.append(f'<rect x="{x}" y="14" width="12" height="12" fill="{color}"/>')
+        lines.append(f'<text x="{x + 18}" y="25">{NAMES[phase]}</text>')
+    for tile in tiles:
+        x, width = LEFT + tile.start * scale, (tile.end - tile.start) * scale
+        shade = 1.0 if tile.item.layer == 0 else 0.6
+        lines.append(
+            f'<rect x="{x:.1f}" y="{TOP + tile.block * ROW}" width="{width:.1f}" height="{ROW - 1}" '
+            f'fill="{COLORS[Phase(tile.item.phase)]}" fill-opacity="{shade}"/>'
+        )
+    bottom = TOP + BLOCKS * ROW
+    for block in range(0, BLOCKS, 8):
+        lines.append(f'<text x="8" y="{TOP + block * ROW + 9}">block {block}</text>')
+    for time in range(0, int(1e6 * WIDTH / scale) + 1, 5):
+        x = LEFT + 1e-6 * time * scale
+        lines.append(f'<line x1="{x:.1f}" y1="{bottom}" x2="{x:.1f}" y2="{bottom + 5}" stroke="black"/>')
+        lines.append(f'<text x="{x - 6:.1f}" y="{bottom + 20}">{time} µs</text>')
+    lines.append("</svg>")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(draw())

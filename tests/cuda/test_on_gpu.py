@@ -1,0 +1,92 @@
+"""The Hopper kernel on a GPU (`make gpu`). Waits are limited: a fault ends in an error, not in a hang."""
+
+import pytest
+import torch
+
+import loopmdm_kernels as lk
+from loopmdm_kernels import reference
+from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def limited(monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setenv("LOOPMDM_CUDA_SPIN_LIMIT", str(10**7))
+
+
+def inputs_on_gpu(batch, length, hidden=768, heads=12, **options):
+    inputs = looped_inputs(batch, length, hidden, heads, **options).to(torch.bfloat16)
+    return inputs._replace(
+        x=inputs.x.cuda(),
+        modulation=inputs.modulation.cuda(),
+        blocks=[type(block)(*(tensor.cuda() for tensor in block)) for block in inputs.blocks],
+        rotary=inputs.rotary and type(inputs.rotary)(*(angle.cuda() for angle in inputs.rotary)),
+        key_mask=None if inputs.key_mask is None else inputs.key_mask.cuda(),
+    )
+
+
+def apply(op, inputs, loops, **options):
+    with torch.no_grad():
+        return op(
+            inputs.x, inputs.blocks, inputs.modulation, loops,
+            num_heads=inputs.num_heads, rotary=inputs.rotary, key_mask=inputs.key_mask, **options,
+        )  # fmt: skip
+
+
+def ours(inputs, loops, **options):
+    with lk.use_backend("cuda"):
+        return apply(lk.looped_blocks, inputs, loops, **options)
+
+
+@pytest.mark.parametrize("loops", [1, 2, 12, 24])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 32), (3, 81), (1, 128), (2, 1000), (1, 1024)])
+def test_values(batch, length, loops):
+    inputs = inputs_on_gpu(batch, length, key_mask=length == 81, per_sequence_modulation=batch == 3)
+    out = ours(inputs, loops)
+    baseline = apply(reference.looped_blocks, inputs, loops)
+    assert_matches_oracle(out, baseline, apply(reference.looped_blocks, inputs.to(torch.float64), loops))
+    assert torch.equal(out, ours(inputs, loops)), "the same call gives the same bits"
+
+
+@pytest.mark.parametrize(("hidden", "heads"), [(512, 8), (1024, 16), (1024, 8)])
+def test_other_widths(hidden, heads):
+    inputs = inputs_on_gpu(2, 150, hidden, heads)
+    baseline = apply(reference.looped_blocks, inputs, 3)
+    oracle = apply(reference.looped_blocks, inputs.to(torch.float64), 3)
+    assert_matches_oracle(ours(inputs, 3), baseline, oracle)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    inputs = inputs_on_gpu(4, 81)
+    whole = ours(inputs, 3)
+    for sequence in range(4):
+        alone = inputs._replace(x=inputs.x[sequence : sequence + 1])
+        assert torch.equal(ours(alone, 3)[0], whole[sequence])
+
+
+def test_loops_of_each_sequence_and_early_exit():
+    inputs = inputs_on_gpu(4, 81)
+    scale = torch.tensor([1e-2, 1.0, 30.0, 1e3], device="cuda")[:, None, None]
+    inputs = inputs._replace(x=inputs.x * scale)
+    loops = torch.tensor([3, 1, 7, 2], device="cuda")
+    expected = apply(reference.looped_blocks, inputs.to(torch.float64), loops)
+    assert_matches_oracle(ours(inputs, loops), apply(reference.looped_blocks, inputs, loops), expected)
+    _, used = ours(inputs, 12, exit_threshold=0.2)
+    _, expected_used = apply(reference.looped_blocks, inputs.to(torch.float64), 12, exit_threshold=0.2)
+    assert torch.equal(used, expected_used)
+
+
+def test_one_graph_serves_all_numbers_of_loops():
+    inputs = inputs_on_gpu(1, 64)
+    loops = torch.tensor([3], device="cuda")
+    ours(inputs, loops)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ours(inputs, loops)
+    for number in (1, 5, 12):
+        loops.fill_(number)
+        graph.replay()
+        assert torch.equal(out, ours(inputs, number))

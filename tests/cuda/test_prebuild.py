@@ -1,0 +1,42 @@
+"""Compiling ahead of time: each kernel once, errors in a line."""
+
+import pytest
+
+from loopmdm_kernels.cuda import looped_blocks, prebuild
+from loopmdm_kernels.cuda.parameters import defines
+from loopmdm_kernels.schedule import BlockShape, choose
+
+SMALL = ["--hidden", "768", "--heads", "12", "--layers", "2", "--lengths"]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    calls = []
+    monkeypatch.setattr(prebuild, "compile_kernel", lambda *arguments: calls.append(arguments) or b"cubin")
+    return calls
+
+
+def test_what_the_op_will_ask_for_is_compiled_once(compiled, capsys, monkeypatch):
+    monkeypatch.setenv("LOOPMDM_CACHE_DIR", "/somewhere")
+    assert prebuild.main([*SMALL, "32", "33", "1024"]) == 0
+    assert capsys.readouterr().out == "compiled kernels: 2, in /somewhere\n"
+    expected = [
+        (looped_blocks.SOURCE, defines(shape, choose(shape)))
+        for shape in (BlockShape(1, length, 768, 12, 3072, 2) for length in (32, 1024))
+    ]
+    assert sorted(compiled, key=str) == sorted(expected, key=str)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hidden", "768", "--heads", "7", "--layers", "2", "--lengths", "8"], "--heads: got 7"),
+        (["--hidden", "128", "--heads", "4", "--layers", "2", "--lengths", "8"], "--heads: got 4"),
+        ([*SMALL, "8", "--mlp", "100"], "no tiles of"),
+    ],
+)
+def test_errors(compiled, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_status:
+        prebuild.main(arguments)
+    assert exit_status.value.code == 2 and message in capsys.readouterr().err
+    assert not compiled

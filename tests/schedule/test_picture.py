@@ -1,0 +1,29 @@
+"""The picture in the documents is that of the schedule."""
+
+import itertools
+from pathlib import Path
+
+from bench import draw_schedule
+from loopmdm_kernels.schedule import Phase, build, choose
+
+PICTURE = Path(__file__).parents[2] / "docs" / "schedule.svg"
+
+
+def test_the_committed_picture_is_drawn_from_this_schedule():
+    assert PICTURE.read_text() == draw_schedule.draw(), "python -m bench.draw_schedule docs/schedule.svg"
+
+
+def test_the_simulation_keeps_to_blocks_and_waits():
+    plan = choose(draw_schedule.SHAPE)
+    table = build(draw_schedule.SHAPE, plan.tiles)
+    for blocks in (1, 7, 48):
+        tiles = draw_schedule.simulate(table, plan, blocks)
+        assert len(tiles) == len(table.loop)
+        for block in range(blocks):
+            own = [tile for tile in tiles if tile.block == block]
+            assert all(a.end <= b.start for a, b in itertools.pairwise(own))
+        attention = [
+            tile.start for tile in tiles if tile.item.phase == Phase.ATTENTION and tile.item.layer == 0
+        ]
+        products = [tile.end for tile in tiles if tile.item.phase == Phase.QKV and tile.item.layer == 0]
+        assert min(attention) >= max(products)
