@@ -54,6 +54,8 @@ gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m gpu tests bench
 	$(BIN)/python -m pytest tests/triton --ignore=tests/triton/test_dry_run.py
 	$(BIN)/python -m bench.gpu
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability()[0] != 9)'; then \
+		$(BIN)/python -m bench.gpu_hopper; else echo 'make gpu: the Hopper kernels need an H100 or H200, left out'; fi
 
 clean:
 	rm -rf build dist loopmdm_kernels/_C*.so python/loopmdm/_sudoku*.so

@@ -313,7 +313,10 @@ def main() -> int:
     if options.dry_run:
         print(text)
         return 0
-    (RESULTS / f"{result['date']}-gpu-hopper.json").write_text(text)
+    path = RESULTS / f"{result['date']}-gpu-hopper.json"
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
     print(text)
     return int(False in result["targets"].values())
 
