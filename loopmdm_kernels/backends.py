@@ -21,7 +21,7 @@ import torch
 from loopmdm_kernels import reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-PREFERENCE = ("triton", "cpu")  # not cuda: its kernels have not run on a device yet
+PREFERENCE = ("cpu",)  # not triton and cuda: their kernels have not run on a device yet
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 # The ops of each backend. A kernel module holds a function named like the op, and
