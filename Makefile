@@ -36,7 +36,7 @@ test: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	@mkdir -p $(dir $(BENCH_RESULT))
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json --benchmark-quiet $(ARGS)
-	$(BIN)/python -m bench.report build/bench.json $(BENCH_RESULT) '$(strip make bench $(if $(ARGS),ARGS="$(ARGS)"))'
+	$(BIN)/python -m bench.report build/bench.json $(BENCH_RESULT) '$(subst ','\'',$(strip make bench $(if $(ARGS),ARGS="$(ARGS)")))'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
