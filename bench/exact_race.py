@@ -7,7 +7,6 @@ The plain PyTorch backend is compiled, because its random numbers alone would ta
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
+from bench.report import write
 from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.testing import chi_square_p
 from loopmdm_kernels.types import Head, RowRng
@@ -94,10 +94,7 @@ def main() -> None:
             "backends": states,
             "figures": figures,
         }
-        path = Path(sys.argv[2])
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(path)
+        write(document, Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

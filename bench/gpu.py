@@ -27,6 +27,7 @@ from torch import Tensor
 import loopmdm_kernels as lk
 from bench import gpu_cases as cases
 from bench.gpu_cases import REAL, TINY, Calls, Sizes
+from bench.report import write
 from loopmdm_kernels import reference
 from loopmdm_kernels.testing import assert_matches_oracle, interleaved_medians
 
@@ -269,9 +270,7 @@ def main() -> None:
         "figures": figures,
     }
     out = args.out or RESULTS / f"{result['date']}-gpu.json"
-    temporary = out.with_suffix(".part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(out)
+    write(result, out)
     good = ("right", "clean", "the small cases ran, without compute-sanitizer")
     wrong = [name for name, verdict in checks.items() if verdict not in good]
     print(f"{out}: {len(checks)} checks, {len(wrong)} failed; {result['seconds']} s")

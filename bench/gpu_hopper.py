@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 import loopmdm_kernels as lk
 from bench.gpu import captured, compiled
+from bench.report import write
 from loopmdm_kernels import reference
 from loopmdm_kernels.cuda import compiler, driver
 from loopmdm_kernels.schedule import BlockShape, choose
@@ -313,10 +314,7 @@ def main() -> int:
     if options.dry_run:
         print(text)
         return 0
-    path = RESULTS / f"{result['date']}-gpu-hopper.json"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    write(result, RESULTS / f"{result['date']}-gpu-hopper.json")
     print(text)
     return int(False in result["targets"].values())
 

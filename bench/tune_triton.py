@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.report import write
 from loopmdm_kernels.testing import interleaved_medians
 from loopmdm_kernels.triton.config import Tiles, default_tiles, key
 from loopmdm_kernels.triton.launch import processor
@@ -124,9 +125,7 @@ def main() -> None:
     if "LOOPMDM_TRITON_TILES" in os.environ:
         sys.exit("bench.tune_triton: LOOPMDM_TRITON_TILES is set; the defaults are what is compared with")
     table = tuned(torch.device("cpu" if args.dry_run else "cuda"), dry=args.dry_run)
-    temporary = args.table.with_suffix(".part")
-    temporary.write_text(json.dumps(table, indent=1) + "\n")
-    temporary.replace(args.table)
+    write(table, args.table)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,6 @@ def implementation(op: str, device: torch.device, **arguments: Any) -> Callable[
             raise RuntimeError(f"{op}: backend {forced!r} was asked for and cannot do this: {reason}")
         return _kernel(forced, op)
     for name in PREFERENCE:
-        if name == "triton" and _interpreted():  # slow: for those who ask for it
-            continue
         if _why_not(name, op, device, arguments) is None and _why_unavailable(name) is None:
             return _kernel(name, op)
     return _reference(op)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import loopmdm_kernels as lk
+from loopmdm.config import from_fields
 from loopmdm.modules import RotaryEmbedding, TokenEmbedding
 from loopmdm_kernels.types import Head, Rotary
 
@@ -58,14 +59,7 @@ class CausalConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CausalConfig:
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(fields)}")
-        missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
-        if missing:
-            raise ValueError(f"missing configuration fields {missing}")
-        return cls(**values)
+        return from_fields(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

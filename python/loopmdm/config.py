@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 POSITIONS = ("rotary", "learned")
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -105,17 +109,22 @@ class LoopMDMConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoopMDMConfig:
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(fields)}")
-        missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
-        if missing:
-            raise ValueError(f"missing configuration fields {missing}")
-        return cls(**values)
+        return from_fields(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def from_fields(cls: type[Config], values: dict[str, Any]) -> Config:
+    """The configuration of these fields, of which none may be unknown and none without a default missing."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(fields)}")
+    missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
+    if missing:
+        raise ValueError(f"missing configuration fields {missing}")
+    return cls(**values)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -209,13 +209,14 @@ class ComputePlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as a JSON file, whole or not at all."""
-        target = Path(path)
-        written = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            written.write_text(self.to_json() + "\n")
-            written.replace(target)
-        finally:
-            written.unlink(missing_ok=True)
+        from loopmdm.checkpoint import write_files
+
+        text = self.to_json() + "\n"
+
+        def write(written: Path) -> None:
+            written.write_text(text)
+
+        write_files({Path(path): write})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], models: Mapping[str, Any] | None = None) -> ComputePlan:
