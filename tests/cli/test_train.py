@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from loopmdm import LoopMDM
+from loopmdm.cli.jobs import sudoku_job
+from loopmdm.cli.run_file import RunFile
 from loopmdm.data.tokenizer import load_tokenizer
 from loopmdm.train import read_metrics
 from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
@@ -137,6 +139,9 @@ def test_options_reach_the_configuration(call: Call, tmp_path: Path, corpus: Pat
             2,
             "--preset sudoku6 makes its own data and does not take --data",
         ),
+        (["--preset", "sudoku6", "--clues", "7:4"], 2, "--clues: got '7:4', expected minimal, none or LO:HI"),
+        (["--preset", "sudoku6", "--clues", "all"], 2, "with 8 <= LO <= HI <= 36"),
+        (["--data", "CORPUS", "--clues", "none"], 2, "--preset text is about text; leave out --clues"),
         (["--data", "nothere"], 1, "nothere' does not exist; accepted: a file, a folder or 'stdlib'"),
         (["--data", "CORPUS", "--steps", "0"], 2, "--steps: got '0', expected an integer of at least 1"),
         (["--data", "CORPUS", "--steps", "many"], 2, "--steps: got 'many'"),
@@ -167,6 +172,19 @@ def test_bad_input(
     assert done.status == status, done.err
     assert message in done.err and done.out == "" and "Traceback" not in done.err
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("clues, given", [("none", (0, 0)), ("20:22", (18, 22))])
+def test_clues_of_training_boards(call: Call, tmp_path: Path, clues: str, given: tuple[int, int]) -> None:
+    small = ["--hidden", "16", "--heads", "2", "--steps", "1", "--batch-size", "8", "--eval-size", "1"]
+    words = ["--preset", "sudoku6", "--clues", clues, *small, "--out", tmp_path / "run"]
+    assert call("train", *words).status == 0
+    stored = RunFile.read(tmp_path / "run")
+    assert stored is not None and stored.clues == clues
+    prompt = sudoku_job(stored, 1).data.batch(0)[1].sum(1)
+    assert given[0] <= prompt.min() and prompt.max() <= given[1]
+    other = call("train", "--resume", "--clues", "9:9", "--out", tmp_path / "run")
+    assert other.status == 2 and f"clues is {clues!r}, got '9:9'" in other.err
 
 
 def test_a_folder_that_cannot_be_written(call: Call, tmp_path: Path, corpus: Path) -> None:

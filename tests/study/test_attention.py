@@ -157,9 +157,31 @@ def test_study_of_boards(folders: Callable[[str], str], study: Study, tmp_path: 
     assert [f["id"] for f in document["findings"]] == ["L8", "L8 (soft)"]
 
 
+def test_whole_boards_are_masked_anywhere(
+    folders: Callable[[str], str], study: Study, tmp_path: Path
+) -> None:
+    words = [
+        "attention",
+        folders("board"),
+        "--windows",
+        20,
+        "--times",
+        "0.5,1",
+        "--loops",
+        "1",
+        "--whole-boards",
+    ]
+    assert study(*words, "--out", tmp_path)[0] == 0
+    document = json.loads((tmp_path / "table.json").read_text())
+    shares = {row["t"]: row["masked_share"] for row in document["rows"]}
+    assert shares[1] == 1 and shares[0.5] == pytest.approx(0.5, abs=0.06)
+    assert "solved boards made here" in document["provenance"]["data"]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (["--whole-boards"], "is a model of text"),
         (["--times", "0"], "each in (0, 1]"),
         (["--loops", "0"], "at least 1"),
         (["--naive", "seven"], "share both"),

@@ -21,6 +21,23 @@ _BATCH = 64
 SHARE_COLUMNS = ("order", "loops S", "solved", "± s.e.", "network calls", "loops run", "seconds")
 
 
+def parse_clues(text: str, spec: SudokuSpec) -> tuple[int, int] | str | None:
+    """The clues of training boards that `loopmdm train --clues` names, in the form `SudokuData` takes.
+
+    Raises:
+        ValueError: neither "minimal", "none" nor two counts that a puzzle of this size can have.
+    """
+    if text in ("minimal", "none"):
+        return None if text == "minimal" else "full"
+    low, _, high = text.partition(":")
+    if low.isdecimal() and high.isdecimal() and spec.min_clues <= int(low) <= int(high) <= spec.cells:
+        return int(low), int(high)
+    raise ValueError(
+        f"--clues: got {text!r}, expected minimal, none or LO:HI with"
+        f" {spec.min_clues} <= LO <= HI <= {spec.cells}"
+    )
+
+
 class Solved(NamedTuple):
     """All puzzles solved with one order and one plan."""
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from loopmdm.causal import CausalLM
 from loopmdm.cli import likelihood, text_data
-from loopmdm.cli.boards import ORDERS, held_out_puzzles, solve_all
+from loopmdm.cli.boards import ORDERS, held_out_puzzles, parse_clues, solve_all
 from loopmdm.cli.models import default_loops
 from loopmdm.cli.parser import usage_errors
 from loopmdm.cli.run_file import RunFile
@@ -43,6 +43,8 @@ def sudoku_job(run: RunFile, threads: int) -> Job:
     """A run on puzzles made here; evaluated on puzzles of the test split."""
     recipe = SUDOKU_RECIPES[run.preset]
     with usage_errors():
+        if run.clues is not None:
+            recipe = dataclasses.replace(recipe, clues=parse_clues(run.clues, recipe.spec))
         model, data, config = recipe.build(run.preset, threads=threads, model=run.model, **run.training)
         LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=recipe.spec.cells)
     num = run.evaluation.get("size") or EVALUATED_PUZZLES

@@ -15,7 +15,7 @@ VALIDATION = 0.05
 
 @dataclass(frozen=True)
 class RunFile:
-    """Everything behind a run. `data` is None for Sudoku; the fields after it are about text alone."""
+    """Everything behind a run. `data` is None for Sudoku, `clues` for text."""
 
     preset: str
     model: dict[str, Any]  # fields of the model's configuration that replace the preset's
@@ -29,6 +29,7 @@ class RunFile:
     validation: float = VALIDATION  # share of the documents held out
     evaluation: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None  # of the packed tokens
+    clues: str | None = None  # of Sudoku boards, as `parse_clues` reads it; None: the preset's
 
     def write(self, folder: Path) -> None:
         """Write the file into the folder of the run, whole or not at all."""

@@ -34,6 +34,7 @@ _DATA_FIELDS = (
     "length",
     "validation",
     "autoregressive",
+    "clues",
 )
 # Options that mean nothing to an autoregressive model, which has no loop and no dropout.
 _LOOPED_ONLY = {
@@ -127,11 +128,15 @@ def described_run(args: argparse.Namespace) -> RunFile:
             f"--resume: {args.out} holds no run; give --preset or --data to start one there"
         )
     preset = given_data.setdefault("preset", "text")
-    if preset in SUDOKU_RECIPES and len(given_data) > 1:
-        others = ", ".join("--" + name.replace("_", "-") for name in given_data if name != "preset")
+    others = ", ".join(
+        "--" + name.replace("_", "-") for name in given_data if name not in ("preset", "clues")
+    )
+    if preset in SUDOKU_RECIPES and others:
         raise UsageError(f"--preset {preset} makes its own data and does not take {others}")
     if preset in TEXT_RECIPES and "data" not in given_data:
         raise UsageError("nothing to train on: give --data PATH, or --preset sudoku6 or sudoku")
+    if preset in TEXT_RECIPES:
+        refuse(args, {"clues": "--clues"}, f"--preset {preset} is about text")
     if args.autoregressive:
         refuse(args, _LOOPED_ONLY, "--autoregressive trains a model without loops and dropout")
     if not 0 <= given_data.get("validation", 0) < 1:

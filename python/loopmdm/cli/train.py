@@ -68,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--length", type=positive_int, metavar="L", help="tokens of a sequence (text: 128)")
     what.add_argument("--validation", type=number, metavar="SHARE", help="documents held out (default: 0.05)")
     what.add_argument(
+        "--clues",
+        metavar="C",
+        help="given cells of training boards: minimal (no cell can go), LO:HI of them, or none: boards masked"
+        " anywhere (default: sudoku 28:40, sudoku6 minimal)",
+    )
+    what.add_argument(
         "--autoregressive",
         action="store_true",
         default=None,

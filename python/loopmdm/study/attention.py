@@ -32,7 +32,14 @@ from loopmdm.study import figures
 from loopmdm.study.bootstrap import Bootstrap
 from loopmdm.study.folder import Row, StudyFolder
 from loopmdm.study.inputs import Noisy, at_times
-from loopmdm.study.sources import Denoiser, add_data, check_vocabularies, held_out, load_denoisers
+from loopmdm.study.sources import (
+    Denoiser,
+    add_data,
+    add_whole_boards,
+    check_vocabularies,
+    held_out,
+    load_denoisers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T,T,...",
         help="in (0, 1] (default: 0.25,0.5,0.75)",
     )
+    add_whole_boards(parser)
     add_data(parser)
 
 

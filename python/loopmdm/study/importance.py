@@ -27,7 +27,7 @@ from loopmdm.study import figures
 from loopmdm.study.bootstrap import Bootstrap, Floats, Interval
 from loopmdm.study.folder import Row, StudyFolder
 from loopmdm.study.inputs import Noisy, digest, masked_log_probs, stratified
-from loopmdm.study.sources import MODEL_HELP, Denoiser, add_data, held_out, load_denoisers
+from loopmdm.study.sources import MODEL_HELP, Denoiser, add_data, add_whole_boards, held_out, load_denoisers
 from loopmdm.train import Batch
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"bins of t, a multiple of {POOLED_BINS} (default: %(default)s)",
     )
+    add_whole_boards(parser)
     add_data(parser)
 
 

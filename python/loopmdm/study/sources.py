@@ -49,6 +49,15 @@ class HeldOut(NamedTuple):
         return sum(len(batch.input_ids) for batch in self.batches)
 
 
+def add_whole_boards(parser: argparse.ArgumentParser) -> None:
+    """An option for studies that mask held-out sequences and do not solve them."""
+    parser.add_argument(
+        "--whole-boards",
+        action="store_true",
+        help="Sudoku: solved boards without clues, masked anywhere, as in `loopmdm train --clues none`",
+    )
+
+
 def add_data(parser: argparse.ArgumentParser, windows: int = 256) -> None:
     """Options for held-out sequences, and the seed of their masks."""
     text = parser.add_argument_group("held-out sequences (text; Sudoku models get puzzles made here)")
@@ -106,6 +115,8 @@ def held_out(args: argparse.Namespace, folder: StudyFolder, denoiser: Denoiser) 
     """The sequences the options of `add_data` mean for a model."""
     spec = sudoku_spec(denoiser.model)
     name, _ = split_loops(denoiser.name)
+    if spec is None and getattr(args, "whole_boards", False):
+        raise UsageError(f"--whole-boards: {name} is a model of text")
     data = _text(args, denoiser.model, name) if spec is None else _puzzles(args, spec)
     digest = hashlib.blake2b(digest_size=8)
     for batch in data.batches:
@@ -136,12 +147,14 @@ def _text(args: argparse.Namespace, model: LoopMDM, name: str) -> HeldOut:
 def _puzzles(args: argparse.Namespace, spec: SudokuSpec) -> HeldOut:
     if args.data is not None:
         raise UsageError(f"--data: the model solves {spec} Sudoku; its puzzles are made here")
+    whole = getattr(args, "whole_boards", False)  # an option of some studies
     made = held_out_puzzles(spec, args.windows)
     tokens, given = torch.from_numpy(made.solutions).long() - 1, torch.from_numpy(made.clues != 0)
     batches = [
-        Batch(tokens[start : start + BATCH], prompt_mask=given[start : start + BATCH])
+        Batch(tokens[start : start + BATCH], prompt_mask=None if whole else given[start : start + BATCH])
         for start in range(0, len(tokens), BATCH)
     ]
-    return HeldOut(
-        batches, BoardSymbols(spec), spec, f"held-out {spec} puzzles made here, blanks to predict", None
+    kind = (
+        "solved boards made here, all cells to predict" if whole else "puzzles made here, blanks to predict"
     )
+    return HeldOut(batches, BoardSymbols(spec), spec, f"held-out {spec} {kind}", None)

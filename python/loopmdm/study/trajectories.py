@@ -26,7 +26,7 @@ from loopmdm.study.attention import times
 from loopmdm.study.bootstrap import Bootstrap
 from loopmdm.study.folder import Row, StudyFolder
 from loopmdm.study.inputs import Noisy, at_times, masked_log_probs
-from loopmdm.study.sources import HeldOut, add_data, held_out, load_denoisers
+from loopmdm.study.sources import HeldOut, add_data, add_whole_boards, held_out, load_denoisers
 from loopmdm.view.symbols import MASK_TEXT
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens to show, those that change most (default: %(default)s)",
     )
     chosen.add_argument("--positions", type=positions, metavar="P,P,...", help="masked positions to show")
+    add_whole_boards(parser)
     add_data(parser, windows=64)
 
 
