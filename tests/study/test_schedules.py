@@ -16,6 +16,7 @@ from loopmdm.causal import CausalConfig, CausalLM
 from loopmdm.cli.boards import held_out_puzzles
 from loopmdm.cli.models import load_model
 from loopmdm.data.sudoku import SIX
+from loopmdm.data.sudoku.boards import units
 from loopmdm.data.tokenizer import ByteTokenizer
 from loopmdm.flops import head_flops, layer_flops, schedule_saving
 from loopmdm.model import LoopMDM
@@ -27,6 +28,7 @@ from loopmdm.study.scoring import TextScoring
 from .conftest import interrupted_after
 
 Study = Callable[..., tuple[int, str]]
+UNITS = "rows, columns and boxes wrong"
 CLOCKS = ("seconds", "clock_saved")
 
 
@@ -51,6 +53,23 @@ def table(folder: Path) -> dict[str, Any]:
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in CLOCKS} for row in rows]
+
+
+def test_whole_boards_are_rated_by_their_wrong_units(study: Study, tmp_path: Path) -> None:
+    words = ["--windows", "4", "--steps", "8", "--segments", "4", "--light-segments", "1", "--repeats", "1"]
+    words += ["--whole-boards", "--num", "20", "--num-t", "4"]
+    status, error = study("schedules", "sudoku6@3", "sudoku6@1", *words, "--out", tmp_path)
+    assert status == 0, error
+    document = table(tmp_path)
+    rows = {row["name"]: row for row in document["rows"] if row["part"] != "segment"}
+    assert len(rows) == 7 + 4 and len({row["network_calls"] for row in rows.values()}) == 1
+    model = load_model("sudoku6", torch.device("cpu"))
+    for name, num_loops in (("all heavy", 3), ("all light", 1)):
+        boards = sample(model, 20, 36, 8, plan=num_loops, seed=0, progress=False).tokens.numpy()
+        wrong = [sum(len(set(board[unit])) < 6 for unit in units(SIX)) / 18 for board in boards]
+        assert rows[name][UNITS] == pytest.approx(np.mean(wrong), abs=1e-5)
+    assert rows["all light"]["NELBO (nats per token)"] > rows["all heavy"]["NELBO (nats per token)"]
+    assert document["provenance"]["samples"] == 20
 
 
 def test_boards_the_proxy_is_what_sampling_gives(study: Study, tmp_path: Path) -> None:

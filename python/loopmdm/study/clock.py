@@ -33,7 +33,7 @@ def clock(
     median over the turns, so a machine that is busy for a while disturbs it little.
 
     Args:
-        steps: denoising steps of text; Sudoku is filled from left to right, a cell a step.
+        steps: denoising steps; puzzles are filled from left to right, a cell a step.
     """
     warm = False
 
@@ -63,7 +63,7 @@ def clock(
 
 def _sample(model: LoopMDM, data: HeldOut, plan: ComputePlan, steps: int, seed: int) -> dict[str, Any]:
     batch = data.batches[0]
-    if data.spec is None:
+    if not data.puzzles:
         count, length = batch.input_ids.shape
         result = sample(model, count, length, steps, plan=plan, seed=seed, progress=False)
     else:

@@ -3,11 +3,13 @@
 Model scheduling (arXiv 2604.02340), Figs 1, 3, 6 to 10 and 13. The hand-made schedules, a quarter of the
 steps light, and all schedules with some of the segments light (4 of 10: 210 schedules). LIGHT and HEAVY are
 two models, or one model with two loop counts (run@1 and run@4). Every schedule samples with the same random
-numbers: text is rated by an autoregressive scorer (generative perplexity), Sudoku by the boards solved from
-left to right. Influence of a segment: mean score of the schedules with it light, less the mean of all.
+numbers: text is rated by an autoregressive scorer (generative perplexity), Sudoku by the puzzles solved from
+left to right or, with --whole-boards, by the rows, columns and boxes that are wrong on boards made from
+nothing. Influence of a segment: mean score of the schedules with it light, less the mean of all.
 
 The proxy needs no samples: the losses of held-out sequences, each state with the network that its step would
-run, add up (the NELBO of a text; Sudoku: boards whose digits are all right on the way to the solution).
+run, add up (the NELBO of a text or of whole boards; puzzles: those whose digits are all right on the way to
+the solution).
 
 Intervals are 95 % bootstraps over samples, paired between schedules.
 """
@@ -38,13 +40,22 @@ from loopmdm.study.segments import (
     segment_frequency,
     segment_influence,
 )
-from loopmdm.study.sources import MODEL_HELP, Denoiser, HeldOut, add_data, held_out, load_denoisers
+from loopmdm.study.sources import (
+    MODEL_HELP,
+    Denoiser,
+    HeldOut,
+    add_data,
+    add_whole_boards,
+    held_out,
+    load_denoisers,
+)
 
 SUMMARY = "schedules of light and heavy steps: hand-made, and all with some segments light"
 EPILOG = """examples:
   loopmdm study schedules sudoku6@6 sudoku6@2 --windows 200 --steps 30 --out schedules
   loopmdm study schedules heavy light --scorer scorer --num 256 --steps 50 --out schedules-text
   loopmdm study schedules heavy light --scorer scorer --prefix 32 --out schedules-prefix
+  loopmdm study schedules heavy6x6 light6x6 --whole-boards --num 256 --steps 40 --out schedules-boards
 
 The best schedule is saved as best-plan.json.
 """
@@ -77,7 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text: run of `loopmdm train --autoregressive`, or a causal language model of transformers",
     )
     parser.add_argument(
-        "--num", type=positive_int, default=64, metavar="N", help="text: samples (default: %(default)s)"
+        "--num",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="text and whole boards: samples (default: %(default)s)",
     )
     parser.add_argument(
         "--prefix",
@@ -91,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=40,
         metavar="N",
-        help="text: times per sequence of the proxy (default: %(default)s)",
+        help="text and whole boards: times per sequence of the proxy (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
@@ -100,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="timings of the hand-made schedules (default: %(default)s)",
     )
+    add_whole_boards(parser)
     add_data(parser)
 
 
@@ -122,7 +138,7 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
             raise UsageError("--scorer: text samples need a scorer; give one, or --by proxy")
         drawn = folder.items(plans, lambda name: scoring.evaluate(plans[name], num), "schedules sampled")
         losses = np.array([values["losses"] for values in drawn]).T
-        rated[scoring.measure] = Rated(losses, data.spec is None, Bootstrap(num, seed=args.seed))
+        rated[scoring.measure] = Rated(losses, scoring.perplexity, Bootstrap(num, seed=args.seed))
         folder.facts["samples"] = num
     if args.by != "sampling":
         proxy = Proxy.of(folder, light, heavy, data, args.steps, num_t=args.num_t, seed=args.seed)
@@ -135,7 +151,7 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
         "heavy": heavy.name,
         "FLOP conventions": list(flops.CONVENTIONS),
     }
-    if data.spec is None:
+    if not data.puzzles:
         expected = args.steps * (1 - (1 - 1 / args.steps) ** (length - args.prefix))
         folder.facts["expected network calls of a sequence"] = expected
     rows = _schedule_rows(named, texts, plans, heavy, length, rated, drawn)

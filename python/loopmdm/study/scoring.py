@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.cli.parser import UsageError, usage_errors
-from loopmdm.data.sudoku import SudokuSpec, is_valid_solution
+from loopmdm.data.sudoku import SudokuSpec, complete_units, is_valid_solution
 from loopmdm.flops import CONVENTIONS
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
@@ -26,9 +26,10 @@ Values = dict[str, Any]
 
 
 class Scoring(ABC):
-    """Samples under a plan. `measure` names what `score` makes of their losses; less is better."""
+    """Samples under a plan. `measure` names the mean of their losses, or its exp; less is better."""
 
     measure: str
+    perplexity = False  # whether the measure is exp of the mean loss
     model: LoopMDM
 
     @abstractmethod
@@ -39,9 +40,9 @@ class Scoring(ABC):
     def losses(self, tokens: Tensor) -> Floats:
         """The loss of each sample, [N]; tokens [N, L]."""
 
-    @abstractmethod
     def score(self, means: Floats) -> Floats:
         """The measure from mean losses."""
+        return np.asarray(np.exp(means)) if self.perplexity else means
 
     def diversity(self, tokens: Tensor) -> Values:
         """Figures about the samples as a set."""
@@ -84,14 +85,36 @@ class BoardScoring(Scoring):
         boards = (tokens.cpu().numpy() + 1).astype(np.uint8)
         return np.asarray(1.0 - is_valid_solution(self._spec, boards))
 
-    def score(self, means: Floats) -> Floats:
-        return means
+
+class WholeBoardScoring(Scoring):
+    """Boards made from nothing by the ancestral sampler; the loss is the share of wrong units of each."""
+
+    measure = "rows, columns and boxes wrong"
+
+    def __init__(self, model: LoopMDM, spec: SudokuSpec, steps: int, seed: int) -> None:
+        self.model, self._spec, self._steps, self._seed = model, spec, steps, seed
+
+    def draw(self, plan: ComputePlan, first: int, count: int) -> SampleResult:
+        return sample(
+            self.model,
+            count,
+            self._spec.cells,
+            self._steps,
+            plan=plan,
+            seed=self._seed,
+            sequence_ids=list(range(first, first + count)),
+            progress=False,
+        )
+
+    def losses(self, tokens: Tensor) -> Floats:
+        return np.asarray(1.0 - complete_units(self._spec, tokens.cpu().numpy() + 1).mean(-1))
 
 
 class TextScoring(Scoring):
     """Text by the ancestral sampler, with or without given beginnings, read by an autoregressive scorer."""
 
     measure = "generative perplexity"
+    perplexity = True
 
     def __init__(
         self,
@@ -126,9 +149,6 @@ class TextScoring(Scoring):
             nll, counted = nll - given, counted - given_count
         return np.asarray((nll / counted).numpy())
 
-    def score(self, means: Floats) -> Floats:
-        return np.asarray(np.exp(means))
-
     def diversity(self, tokens: Tensor) -> Values:
         return {
             "unigram_entropy": float(unigram_entropy(tokens).mean()),
@@ -143,6 +163,8 @@ def scoring_of(args: Any, model: LoopMDM, data: HeldOut) -> tuple[Scoring | None
 
     args: scorer, num, steps, seed and, for text with given beginnings, prefix.
     """
+    if data.spec is not None and not data.puzzles:
+        return WholeBoardScoring(model, data.spec, args.steps, args.seed), args.num
     if data.spec is not None:
         tokens = torch.cat([batch.input_ids for batch in data.batches])
         given = torch.cat([batch.prompt_mask for batch in data.batches if batch.prompt_mask is not None])

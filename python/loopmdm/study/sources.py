@@ -45,6 +45,11 @@ class HeldOut(NamedTuple):
     tokenizer: Tokenizer | None = None
 
     @property
+    def puzzles(self) -> bool:
+        """Whether these are boards with clues, to be solved."""
+        return self.spec is not None and self.batches[0].prompt_mask is not None
+
+    @property
     def num_sequences(self) -> int:
         return sum(len(batch.input_ids) for batch in self.batches)
 

@@ -210,7 +210,7 @@ def record_trace(
     def record(key: str) -> dict[str, Any]:
         number = int(key.rpartition(" ")[2])
         batch = data.batches[number]
-        if data.spec is None:
+        if not data.puzzles:
             return text_trace(model, batch, num_t, seed, number * BATCH, max_loops).to_dict()
         assert batch.prompt_mask is not None
         solutions = batch.input_ids.numpy() + 1

@@ -100,20 +100,25 @@ def has_contradiction(board: SudokuSpec, cells: ArrayLike) -> NDArray[np.bool_]:
     return np.asarray(repeated.any(axis=(-1, -2)))
 
 
+def complete_units(spec: SudokuSpec, grid: ArrayLike) -> NDArray[np.bool_]:
+    """Which rows, columns and boxes hold every digit, [..., 3n]; grid: [..., cells], any integers."""
+    digits = np.asarray(grid)
+    if digits.ndim == 0 or digits.shape[-1] != spec.cells:
+        raise ValueError(f"grid must have shape [..., {spec.cells}] for {spec}, got {list(digits.shape)}")
+    in_units = np.sort(digits[..., units(spec)], axis=-1)
+    return np.asarray((in_units == np.arange(1, spec.size + 1)).all(axis=-1))
+
+
 def is_valid_solution(spec: SudokuSpec, grid: ArrayLike, clues: ArrayLike | None = None) -> NDArray[np.bool_]:
     """Whether a board is full, has every digit once in all units, and keeps every clue.
 
     grid: [..., cells], any integers: a value outside 1..n only makes its board wrong. clues: the same
     shape, 0 a blank, or None. Returns bool [...].
     """
-    digits = np.asarray(grid)
-    if digits.ndim == 0 or digits.shape[-1] != spec.cells:
-        raise ValueError(f"grid must have shape [..., {spec.cells}] for {spec}, got {list(digits.shape)}")
-    in_units = np.sort(digits[..., units(spec)], axis=-1)
-    valid = (in_units == np.arange(1, spec.size + 1)).all(axis=(-1, -2))
+    valid = complete_units(spec, grid).all(axis=-1)
     if clues is not None:
         given = check_cells(spec, clues, "clues")
-        valid &= ((given == 0) | (given == digits)).all(axis=-1)
+        valid &= ((given == 0) | (given == np.asarray(grid))).all(axis=-1)
     return np.asarray(valid)
 
 
