@@ -4,9 +4,10 @@ LoopMDM, Fig. 6: mean loops against t for several thresholds, and quality agains
 those of `loopmdm.exits` (change of the hidden state, change of the output, stable most probable tokens, a
 logistic gate fitted here) and a table of loops over the denoising, searched here under budgets of mean loops.
 
-Sudoku models are judged by the share of puzzles solved from left to right, text models by the NELBO. One half
-of the sequences fits the gate and the tables and chooses each criterion's setting: of those as good as the
-cap, the one of fewest loops. All figures are of the other half, with 95 % bootstrap intervals over sequences.
+Sudoku models are judged by the share of puzzles solved from left to right, text models (and, with
+--whole-boards, models of boards without clues) by the NELBO. One half of the sequences fits the gate and the
+tables and chooses each criterion's setting: of those as good as the cap, the one of fewest loops. All figures
+are of the other half, with 95 % bootstrap intervals over sequences.
 At equal mean loops a fixed count is a mixture of the two next to it. Then the chosen settings sample a
 batch of 16, and the clock is compared with the ledger.
 """
@@ -23,7 +24,7 @@ from loopmdm.study import figures
 from loopmdm.study.clock import clock
 from loopmdm.study.criteria import FIXED, GATE, HIDDEN, TABLE, Judge, Policy, catalogue, choose
 from loopmdm.study.folder import StudyFolder
-from loopmdm.study.sources import add_data, held_out, load_denoisers
+from loopmdm.study.sources import add_data, add_whole_boards, held_out, load_denoisers
 from loopmdm.study.traces import add_trace_options, record_trace
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ SUMMARY = "loops against t, and quality against mean loops for every criterion"
 EPILOG = """examples:
   loopmdm study adaptive sudoku6 --windows 800 --out adaptive
   loopmdm study adaptive run --cap 8 --out adaptive-text
+  loopmdm study adaptive boards --whole-boards --cap 12 --out adaptive-boards
 
 The chosen gate and table are saved as gate.json and table-plan.json, for `sample(plan=...)`.
 """
@@ -64,8 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=64,
         metavar="T",
-        help="text: steps of the timed runs (default: %(default)s)",
+        help="text and whole boards: steps of the timed runs (default: %(default)s)",
     )
+    add_whole_boards(parser)
     add_data(parser)
 
 

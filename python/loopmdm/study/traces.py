@@ -188,7 +188,7 @@ def add_trace_options(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=16,
         metavar="N",
-        help="text: times per sequence (default: %(default)s)",
+        help="text and whole boards: times per sequence (default: %(default)s)",
     )
 
 
