@@ -6,7 +6,7 @@ LoopMDM, Fig. 2, Fig. 5 (gain per timestep) and Table 1. For a model and loop co
   gain      G(t; S) = CE_t(1) - CE_t(S), nats per masked token in bins of t
   change    r_k = ||H(k) - H(k-1)|| / ||H(k)||, Frobenius norms over a sequence, and how it varies with t
   samples   text: perplexity under a scorer (--scorer) and entropy over steps x loops;
-            Sudoku: boards solved, left to right and by confidence
+            Sudoku: puzzles solved, left to right and by confidence
   time      t(S) = a + b S on the clock, b beside the time of the looped layers alone
 
 One forward pass of S_most loops gives the first three for every S. Intervals are 95 % percentile bootstraps
@@ -36,7 +36,7 @@ from loopmdm.study.inputs import Noisy, stratified
 from loopmdm.study.provenance import weights_fingerprint
 from loopmdm.study.scaling_quality import board_rows, text_rows
 from loopmdm.study.scaling_time import rows_of_time
-from loopmdm.study.sources import BATCH, add_data, held_out, load_denoisers
+from loopmdm.study.sources import BATCH, add_data, add_whole_boards, held_out, load_denoisers
 from loopmdm.train import Batch
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=positive_int, default=15, metavar="N", help="of timing (default: %(default)s)"
     )
+    add_whole_boards(parser)
     add_data(parser)
 
 
@@ -157,7 +158,7 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
     }
     trained = min(loops, key=lambda s: (abs(s - config.max_loops), s))
     rows = tables(parts, loops, trained, args.seed)
-    _conclude(folder, rows, trained, data.spec is None)
+    _conclude(folder, rows, trained, clues=data.puzzles)
     if data.spec is not None:
         rows += board_rows(folder, denoiser, data.spec, loops, args.boards, args.seed)
     elif args.scorer is not None or args.samples is not None:
@@ -207,8 +208,8 @@ def _columns(name: str, estimate: Interval) -> Row:
     return {name + end: float(value) for end, value in zip(("", "_low", "_high"), estimate, strict=True)}
 
 
-def _conclude(folder: StudyFolder, rows: Sequence[Row], trained: int, text: bool) -> None:
-    """Conditions L1, L2 (likelihood), L7 and L9, which is about text: boards keep their clues at t = 1."""
+def _conclude(folder: StudyFolder, rows: Sequence[Row], trained: int, *, clues: bool) -> None:
+    """Conditions L1, L2 (likelihood), L7 and L9, which puzzles cannot meet: their clues stay at t = 1."""
     nll = figures.select(rows, part="nll")
     curve = ", ".join(f"{row['nll']:.4f} at S = {row['num_loops']}" for row in nll)
     values = {row["num_loops"]: row["nll"] for row in nll}
@@ -229,9 +230,9 @@ def _conclude(folder: StudyFolder, rows: Sequence[Row], trained: int, text: bool
     folder.find(
         "L9",
         f"G(t > 0.95; S = {trained}) < 0.25 max G, with max G > 0"
-        + ("" if text else " (for text: boards keep their clues at t = 1)"),
+        + (" (not of puzzles, whose clues stay at t = 1)" if clues else ""),
         f"max {peak['gain']:.4f} at t = {(peak['t_low'] + peak['t_high']) / 2:.2f}, last bin {late[-1]:.4f}",
-        (peak["gain"] > 0 and max(late) < LATE_SHARE * peak["gain"]) if text else None,
+        None if clues else peak["gain"] > 0 and max(late) < LATE_SHARE * peak["gain"],
     )
     changes = figures.select(rows, part="change")
     series = " ".join(f"{row['r']:.3f}" for row in changes)
