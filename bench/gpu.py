@@ -27,6 +27,7 @@ from torch import Tensor
 import loopmdm_kernels as lk
 from bench import gpu_cases as cases
 from bench.gpu_cases import REAL, TINY, Calls, Sizes
+from bench.gpu_sampling import launch_overhead, sampling_calls, step_times
 from bench.report import write
 from loopmdm_kernels import reference
 from loopmdm_kernels.testing import assert_matches_oracle, interleaved_medians
@@ -167,36 +168,6 @@ def peak_memory(device: torch.device, sizes: Sizes) -> float:
         return peak(sizes.loops) / peak(1)
 
 
-def sampling_calls(device: torch.device, sizes: Sizes, *, dry: bool) -> Calls:
-    """A whole sampling run, and the reference's algorithm with the compiled pieces of the same model."""
-    from bench.peers import EAGER, compiled_pieces, plain_ops
-    from bench.reference_sampler import run_steps
-    from loopmdm import LoopMDM, LoopMDMConfig, sample
-
-    batch, length, steps = sizes.sampling
-    small = {"hidden_size": sizes.hidden, "num_heads": sizes.heads, "num_layers": 4} if dry else {}
-    config = LoopMDMConfig.preset(
-        "small", vocab_size=sizes.vocab_size, mask_token_id=sizes.vocab_size - 1, max_length=length, **small
-    )
-    torch.manual_seed(0)
-    model = LoopMDM(config).to(device, BF16).eval()
-    functions = EAGER if dry else compiled_pieces()
-    start = torch.full((batch, length), config.mask_token_id, device=device)
-
-    @torch.no_grad()
-    def reference_run() -> Any:
-        with plain_ops(functions):
-            network = partial(model, num_loops=sizes.loops)
-            return run_steps(network, start, config.mask_token_id, steps, None, steps)
-
-    def ours() -> Any:
-        return sample(
-            model, num_samples=batch, length=length, steps=steps, plan=sizes.loops, progress=False, seed=0
-        )
-
-    return {"ours": ours, "reference algorithm": reference_run}
-
-
 def measure(device: torch.device, sizes: Sizes, *, dry: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     fast = partial(compiled, dry=dry)
@@ -234,6 +205,9 @@ def measure(device: torch.device, sizes: Sizes, *, dry: bool) -> dict[str, Any]:
     figures["sampling"] = timed(
         "sampling", sampling_calls(device, sizes, dry=dry), once, graphs=False, dry=dry
     )
+    for name, measured in (("launch overhead", launch_overhead), ("denoising step", step_times)):
+        figures[name] = measured(device, sizes, dry=dry)
+        print(f"{name}: {json.dumps(figures[name])}", flush=True)
     return figures
 
 

@@ -30,6 +30,7 @@ class Sizes(NamedTuple):
     training_loops: int
     sampled_rows: tuple[int, ...]
     sampling: tuple[int, int, int]  # batch, length and steps of a whole sampling run
+    step: tuple[int, int, int]  # the same of a run whose steps are short
     repeats: int
 
 
@@ -44,6 +45,7 @@ REAL = Sizes(
     training_loops=6,
     sampled_rows=(64, 1024),
     sampling=(8, 1024, 256),
+    step=(1, 128, 64),
     repeats=15,
 )
 TINY = Sizes(
@@ -56,7 +58,8 @@ TINY = Sizes(
     loops=1,
     training_loops=1,
     sampled_rows=(3,),
-    sampling=(1, 6, 2),
+    sampling=(1, 3, 2),
+    step=(1, 2, 2),
     repeats=1,
 )
 

@@ -78,20 +78,25 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The backend that `use_backend` or LOOPMDM_BACKEND asks for."""
+    return _forced.get() or os.environ.get("LOOPMDM_BACKEND") or None
+
+
 def implementation(op: str, device: torch.device, **arguments: Any) -> Callable[..., Any]:
     """The function that performs `op` on tensors of `device`.
 
     `arguments` are those of the op on which a kernel's support depends.
     """
-    forced = _forced.get() or os.environ.get("LOOPMDM_BACKEND") or None
-    if forced is not None:
-        _check_name("LOOPMDM_BACKEND", forced)
-        if forced == "reference":
+    asked = forced()
+    if asked is not None:
+        _check_name("LOOPMDM_BACKEND", asked)
+        if asked == "reference":
             return _reference(op)
-        reason = _why_unavailable(forced) or _why_not(forced, op, device, arguments)
+        reason = _why_unavailable(asked) or _why_not(asked, op, device, arguments)
         if reason is not None:
-            raise RuntimeError(f"{op}: backend {forced!r} was asked for and cannot do this: {reason}")
-        return _kernel(forced, op)
+            raise RuntimeError(f"{op}: backend {asked!r} was asked for and cannot do this: {reason}")
+        return _kernel(asked, op)
     for name in PREFERENCE:
         if _why_not(name, op, device, arguments) is None and _why_unavailable(name) is None:
             return _kernel(name, op)

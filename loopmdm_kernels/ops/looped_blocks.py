@@ -21,6 +21,7 @@ def looped_blocks(
     num_loops: int | Tensor,
     *,
     num_heads: int,
+    max_loops: int | None = None,
     rotary: Rotary | None = None,
     key_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -37,6 +38,7 @@ def looped_blocks(
         modulation: [n, 1 or B, 6, D]: shift, scale, gate of attention, then of the MLP, for each block.
         num_loops: S >= 1 for all sequences, or int64 [B] with one S each.
         num_heads: H; D is a multiple of 2H.
+        max_loops: with one S each, none is larger; else S must be read from the device, which waits for it.
         rotary: angles applied to q and k; None: no positions here.
         key_mask: [B, L] bool, True at keys that may be attended; None: all.
         compute_dtype: dtype of the matrix products; None: that of the weights.
@@ -52,7 +54,17 @@ def looped_blocks(
         TypeError, ValueError: naming the argument, what was got and what is accepted.
     """
     _check(
-        x, blocks, modulation, num_loops, num_heads, rotary, key_mask, compute_dtype, dropout, exit_threshold
+        x,
+        blocks,
+        modulation,
+        num_loops,
+        max_loops,
+        num_heads,
+        rotary,
+        key_mask,
+        compute_dtype,
+        dropout,
+        exit_threshold,
     )
     cos, sin = rotary or (None, None)
     if torch.compiler.is_compiling():
@@ -81,6 +93,7 @@ def looped_blocks(
             modulation,
             num_loops,
             num_heads=num_heads,
+            max_loops=max_loops,
             rotary=rotary,
             key_mask=key_mask,
             compute_dtype=compute_dtype,
@@ -117,6 +130,7 @@ def _check(
     blocks: Sequence[BlockWeights],
     modulation: Tensor,
     num_loops: int | Tensor,
+    max_loops: int | None,
     num_heads: int,
     rotary: Rotary | None,
     key_mask: Tensor | None,
@@ -152,11 +166,13 @@ def _check(
     )
     if isinstance(num_loops, Tensor):
         checks.tensor("num_loops", num_loops, dtypes=(torch.int64,), shape=(batch,), device=x.device)
-        checks.in_range("num_loops", num_loops, 1, 2**30)
+        checks.in_range("num_loops", num_loops, 1, 2**30 if max_loops is None else max_loops + 1)
     elif isinstance(num_loops, bool) or not isinstance(num_loops, int | torch.SymInt):
         raise TypeError(f"num_loops: got {num_loops!r}, expected an int or an int64 tensor [B]")
     elif num_loops < 1:
         raise ValueError(f"num_loops: got {num_loops}, expected at least 1")
+    if max_loops is not None and not isinstance(num_loops, Tensor):
+        raise ValueError(f"max_loops: got {max_loops}, expected None where all sequences have one num_loops")
     checks.rotary(rotary, length, hidden // num_heads, x.device)
     checks.key_mask(key_mask, batch, length, x.device)
     checks.compute_dtype(compute_dtype)

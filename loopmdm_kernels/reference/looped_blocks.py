@@ -79,6 +79,7 @@ def looped_blocks(
     num_loops: int | Tensor,
     *,
     num_heads: int,
+    max_loops: int | None = None,
     rotary: Rotary | None = None,
     key_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,

@@ -6,6 +6,7 @@ from loopmdm_kernels.testing.generators import (
     looped_inputs,
     row_rng,
 )
+from loopmdm_kernels.testing.graphs import RecordedGraphs
 from loopmdm_kernels.testing.law import chi_square_p
 from loopmdm_kernels.testing.loops import error_over_loops
 from loopmdm_kernels.testing.timers import interleaved_medians, interleaved_times
@@ -13,6 +14,7 @@ from loopmdm_kernels.testing.tolerance import assert_matches_oracle, rounding_st
 
 __all__ = [
     "LoopedInputs",
+    "RecordedGraphs",
     "assert_matches_oracle",
     "chi_square_p",
     "error_over_loops",

@@ -1,7 +1,8 @@
 """`looped_blocks` in Triton: five launches a block, and no reading of device memory by the host.
 
-(Loop counts of each sequence are the exception: their largest is read once a call.) Sequences that are done
-stay in the batch: the launches of later loops copy their rows and compute nothing for them.
+(Loop counts of each sequence are the exception: their largest is read once a call, unless `max_loops` is
+given.) Sequences that are done stay in the batch: the launches of later loops copy their rows and compute
+nothing for them.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def looped_blocks(
     num_loops: int | Tensor,
     *,
     num_heads: int,
+    max_loops: int | None = None,
     rotary: Rotary | None = None,
     key_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -94,11 +96,11 @@ def looped_blocks(
     weights = [weight for block in blocks for weight in block]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, modulation, *weights)):
         out, used = _LoopedBlocks.apply(  # type: ignore[no-untyped-call]
-            x, modulation, num_loops, options, exit_threshold, recompute, *weights
+            x, modulation, num_loops, max_loops, options, exit_threshold, recompute, *weights
         )
     else:
         out, used, _, _ = _forward(
-            x, modulation, num_loops, options, exit_threshold, cast_weights(blocks, dtype)
+            x, modulation, num_loops, max_loops, options, exit_threshold, cast_weights(blocks, dtype)
         )
     return out if exit_threshold is None else (out, used)
 
@@ -107,6 +109,7 @@ def _forward(
     x: Tensor,
     modulation: Tensor,
     num_loops: int | Tensor,
+    max_loops: int | None,
     options: Options,
     threshold: float | None,
     blocks: Sequence[BlockWeights],
@@ -117,7 +120,10 @@ def _forward(
     """Result, loops used (None: all of them), and for backward the inputs of the loops or all records."""
     batch, length, hidden = x.shape
     narrow = modulation.detach().to(options.dtype).contiguous()
-    most = num_loops if isinstance(num_loops, int) else int(num_loops.max())
+    if isinstance(num_loops, int):
+        max_loops = num_loops
+    elif max_loops is None:
+        max_loops = int(num_loops.max())
     active = used = limits = change = None
     if threshold is not None or not isinstance(num_loops, int):
         if isinstance(num_loops, int):
@@ -132,7 +138,7 @@ def _forward(
         change = x.new_empty(2, rows, ceil_div(hidden, columns))
     stream = Stream.of(x.detach().contiguous().view(-1, hidden))
     starts, records = [], []
-    for loop in range(most):
+    for loop in range(max_loops):
         start = stream
         if keep_starts:
             starts.append(start)
@@ -176,6 +182,7 @@ class _LoopedBlocks(torch.autograd.Function):
         x: Tensor,
         modulation: Tensor,
         num_loops: int | Tensor,
+        max_loops: int | None,
         options: Options,
         threshold: float | None,
         recompute: bool,
@@ -186,6 +193,7 @@ class _LoopedBlocks(torch.autograd.Function):
             x,
             modulation,
             num_loops,
+            max_loops,
             options,
             threshold,
             cast_weights(blocks, options.dtype),
@@ -240,7 +248,7 @@ class _LoopedBlocks(torch.autograd.Function):
             grad_weights += of_block
             of_modulation.append(of_its_modulation)
         grad_modulation = torch.stack(of_modulation).to(modulation.dtype)
-        return grad.view(batch, length, hidden), grad_modulation, None, None, None, None, *grad_weights
+        return grad.view(batch, length, hidden), grad_modulation, *[None] * 5, *grad_weights
 
 
 def _blocks(weights: Sequence[Tensor]) -> list[BlockWeights]:

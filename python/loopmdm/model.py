@@ -22,6 +22,7 @@ from loopmdm.exits import ExitRule, run_with_exit
 from loopmdm.loop_law import LoopLaw
 from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding
 from loopmdm.stages import Stages
+from loopmdm_kernels.ops import checks
 from loopmdm_kernels.types import Head
 
 T = TypeVar("T")
@@ -259,8 +260,8 @@ class LoopMDM(nn.Module):
             )
         if sigma is not None and sigma.shape != input_ids.shape[:1]:
             raise ValueError(f"timesteps: got shape {tuple(sigma.shape)}, expected [{input_ids.shape[0]}]")
-        if torch.compiler.is_compiling() or input_ids.is_cuda:
-            return  # reading the ids would break the graph or wait for the device
+        if not checks.can_read(input_ids):
+            return
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= cfg.vocab_size:
             raise ValueError(f"input_ids: got ids in {low}..{high}, expected 0..{cfg.vocab_size - 1}")

@@ -65,7 +65,12 @@ class Stages:
         return out
 
     def loop(
-        self, hidden: Tensor, num_loops: int | Tensor = 1, *, exit_threshold: float | None = None
+        self,
+        hidden: Tensor,
+        num_loops: int | Tensor = 1,
+        *,
+        exit_threshold: float | None = None,
+        max_loops: int | None = None,
     ) -> Any:
         """H(k + num_loops) from H(k) [B, L, D]; with `exit_threshold`, (it, loops used int64 [B]).
 
@@ -74,9 +79,10 @@ class Stages:
             num_loops: loops to add, at least 1: one number or one for each sequence, int64 [B].
             exit_threshold: a sequence stops after a loop that changes its hidden state by less, relative to
                 the new state (Frobenius norms over all positions).
+            max_loops: with one number for each, none is larger; spares reading them from the device.
         """
         config = self.model.config
-        return self._run(hidden, config.loop_start, config.loop_end, num_loops, exit_threshold)
+        return self._run(hidden, config.loop_start, config.loop_end, num_loops, exit_threshold, max_loops)
 
     def tail(self, hidden: Tensor) -> Tensor:
         """The residual stream [B, L, D] that the vocabulary head reads: the blocks behind the loop."""
@@ -119,7 +125,13 @@ class Stages:
         return [cast(DDiTBlock, self.model.blocks[i]) for i in range(start, end)]
 
     def _run(
-        self, x: Tensor, start: int, end: int, loops: int | Tensor, exit_threshold: float | None = None
+        self,
+        x: Tensor,
+        start: int,
+        end: int,
+        loops: int | Tensor,
+        exit_threshold: float | None = None,
+        max_loops: int | None = None,
     ) -> Any:
         """Blocks start..end - 1, `loops` times."""
         if start == end:
@@ -132,6 +144,7 @@ class Stages:
             self._modulation(start, end),
             loops,
             num_heads=model.config.num_heads,
+            max_loops=max_loops,
             rotary=self._rotary,
             key_mask=self._key_mask,
             compute_dtype=self._compute_dtype,

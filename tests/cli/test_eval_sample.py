@@ -153,6 +153,11 @@ def test_control_characters_do_not_reach_the_terminal(call: Call, text_run: Path
         (["sample", "TEXT", "--plan", "2", "--light", "1"], 2, "--light, --heavy: they belong to a plan"),
         (["sample", "TEXT", "--plan", "S2:3"], 0, None),
         (["sample", "TEXT", "--plan", "S2:3", "--steps", "4"], 2, "covers 3 steps, but sampling takes 4"),
+        (
+            ["sample", "TEXT", "--cuda-graphs"],
+            2,
+            "cuda_graphs: they need a CUDA device, and the model is on cpu",
+        ),
         (["sample", "TEXT", "--length", "33"], 2, "length is 33, but the model's max_length is 32"),
         (["sample", "TEXT", "--prompt", "x" * 40], 2, "prompt 0 is 41 tokens long"),
         (["sample", "TEXT", "--infill", "no gap"], 2, "--infill: no gap in 'no gap'"),

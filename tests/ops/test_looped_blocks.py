@@ -233,6 +233,12 @@ BAD = [
     ({"num_loops": True}, TypeError, "num_loops: got True"),
     ({"num_loops": torch.tensor([1, 0])}, ValueError, "num_loops: got values in 0..1"),
     ({"num_loops": torch.tensor([1.0, 2.0])}, TypeError, "num_loops: got float32"),
+    (
+        {"num_loops": torch.tensor([1, 3]), "max_loops": 2},
+        ValueError,
+        r"num_loops: got values in 1..3, .* 1..2",
+    ),
+    ({"max_loops": 2}, ValueError, "max_loops: got 2, expected None where all sequences have one num_loops"),
     ({"num_heads": 3}, ValueError, "num_heads: got 3"),
     ({"key_mask": torch.zeros(2, 16, dtype=torch.bool)}, ValueError, "key_mask: a sequence has no key"),
     ({"key_mask": torch.ones(2, 16)}, TypeError, "key_mask: got float32, expected bool"),

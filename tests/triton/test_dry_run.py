@@ -35,5 +35,10 @@ def test_every_path_of_the_gpu_script(tmp_path):
         "masked_cross_entropy",
         "sampling",
     }
+    for name in ("sampling", "denoising step"):
+        (times,) = (value for key, value in result["figures"][name].items() if key.startswith("ms"))
+        assert {"ours", "ours, graphs"} <= set(times)
+    overhead = result["figures"]["launch overhead"]
+    assert overhead["launches a call"] == 11 and overhead["us a launch"] > 0
     for name in timed:
         assert all(value > 0 for value in result["figures"][name]["ms"].values())

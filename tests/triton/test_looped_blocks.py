@@ -94,6 +94,19 @@ def test_exit(device):
     assert used.tolist() == torch.minimum(limits.cpu(), torch.tensor(loops)).tolist()
 
 
+def test_max_loops_spares_reading_the_loops(device, monkeypatch):
+    inputs = shrinking(device).to(BF16)
+    limits = torch.tensor([1, 3, 2, 1], device=device)
+    out = run(inputs, limits)
+
+    def read(self):
+        raise AssertionError("loops were read")
+
+    monkeypatch.setattr(torch.Tensor, "__int__", read)
+    monkeypatch.setattr("loopmdm_kernels.ops.checks.can_read", lambda value: False)
+    assert torch.equal(run(inputs, limits, max_loops=4), out)
+
+
 def test_exit_at_once_and_never(device):
     inputs = shrinking(device).to(FLOAT)
     out, used = run(inputs, 2, exit_threshold=0.0)

@@ -73,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=_DTYPES, default="fp32", help="of matrix products (default: %(default)s)"
     )
     parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="launch a step as one CUDA graph; on a GPU, with LOOPMDM_BACKEND=triton (experimental)",
+    )
+    parser.add_argument(
         "--tokenizer", metavar="T", help="folder, file or hub id (default: the one beside the model)"
     )
     add_json(parser, "samples, token ids and costs")
@@ -103,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         num_samples=args.num,
         plan=plan,
         dtype=_DTYPES[args.dtype],
+        cuda_graphs=args.cuda_graphs,
         **options,
         **start,
     )

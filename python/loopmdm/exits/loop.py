@@ -27,10 +27,22 @@ def run_with_exit(
         raise ValueError(f"min_loops must be in 1..{least}, the most loops of a sequence, got {min_loops}")
     if rule.threshold is None:
         return _loop_by_loop(stages, num_loops, rule, min_loops)
+    return loop_to_threshold(stages, num_loops, rule.threshold, min_loops)
+
+
+def loop_to_threshold(
+    stages: Stages,
+    num_loops: int | Tensor,
+    threshold: float,
+    min_loops: int = 1,
+    max_loops: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`run_with_exit` of a rule that is a threshold of the op; max_loops is as in `Stages.loop`."""
     hidden, free = stages.head(), min_loops - 1
     if free:
         hidden = stages.loop(hidden, free)
-    hidden, used = stages.loop(hidden, num_loops - free, exit_threshold=rule.threshold)
+    most = None if max_loops is None else max_loops - free
+    hidden, used = stages.loop(hidden, num_loops - free, exit_threshold=threshold, max_loops=most)
     return stages.tail(hidden), used + free
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.sampling.canvas import make_canvas, make_sequence_ids
+from loopmdm.sampling.graphs import GraphNetwork, check_graphs
 from loopmdm.sampling.network import Draw, Network, check_models, evaluating
 from loopmdm.sampling.options import check_options, make_forbidden, make_pace
 from loopmdm.sampling.orders import Order, Pace, Slots, make_order
@@ -53,6 +54,7 @@ def sample(
     max_batch: int | None = None,
     skip_unchanged: bool = True,
     dtype: torch.dtype | None = None,
+    cuda_graphs: bool = False,
 ) -> SampleResult:
     """Sample token sequences from a masked diffusion model.
 
@@ -111,6 +113,9 @@ def sample(
         max_batch: at most this many sequences in one forward pass.
         skip_unchanged: False runs the network on every sequence at every step, which changes the cost alone.
         dtype: torch.bfloat16 runs the matrix products in bf16 by autocast; None leaves autocast as it is.
+        cuda_graphs: launch each network call as one CUDA graph, to the same tokens; for short sequences and
+            small batches, where launches take longer than their kernels. Needs a GPU and the triton backend,
+            without top_p, top_k and exit rules other than the plain hidden change. Experimental.
 
     Raises:
         ValueError, TypeError: on arguments out of range or at odds with each other, and on predictions that
@@ -135,7 +140,7 @@ def sample(
         config=config,
     )
     if reference_numerics:
-        _check_reference(order, rule, block_length, temperature, top_p, top_k)
+        _check_reference(order, rule, block_length, temperature, top_p, top_k, cuda_graphs)
     plan = as_plan(plan)
     draw = Draw(float(temperature), float(top_p), top_k, make_forbidden(forbidden, config), seed)
     canvas = make_canvas(config, num_samples, length, prompt, infill, block_length)
@@ -144,8 +149,14 @@ def sample(
     ordered = _make_order(order, slots, pace, window, rule, plan, seed)
     context = min(canvas.tokens.shape[1], config.max_length)
     models = check_models(model, plan, context)
-    network = Network(model, draw, needs_times=any(m.config.time_conditioning for m in models))
+    needs_times = any(m.config.time_conditioning for m in models)
     limits = Limits(context, max_batch, skip_unchanged)
+    if cuda_graphs:
+        check_graphs(models, plan, draw)
+        most = min(ids.numel(), max_batch or ids.numel())
+        network: Network = GraphNetwork(model, draw, needs_times=needs_times, max_batch=most, context=context)
+    else:
+        network = Network(model, draw, needs_times=needs_times)
     arguments = (canvas, ordered, network, plan, limits, config, ids, eos_token_id)
     run = ReferenceRun(seed, *arguments) if reference_numerics else Run(*arguments)
 
@@ -213,6 +224,7 @@ def _check_reference(
     temperature: float,
     top_p: float,
     top_k: int | None,
+    cuda_graphs: bool,
 ) -> None:
     """The reference has none of these."""
     if order != "ancestral":
@@ -223,6 +235,7 @@ def _check_reference(
         ("temperature", temperature, 1),
         ("top_p", top_p, 1),
         ("top_k", top_k, None),
+        ("cuda_graphs", cuda_graphs, False),
     ):
         if value != plain:
             raise ValueError(f"{name} does not go with reference_numerics: the reference's sampler has none")

@@ -1,0 +1,128 @@
+"""A stand-in for CUDA graphs that needs no GPU, for `loopmdm_kernels.graphs.captured_by`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from loopmdm_kernels import backends
+
+_READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "unique")
+
+
+class RecordedGraphs:
+    """Writes down what a call does and does that again at replay; Python is not looked at a second time.
+
+    As with a CUDA graph, tensors keep their addresses and numbers their values, and reading a tensor during
+    the capture raises. What the call left in memory that it made is lost before the next replay, since graphs
+    share a pool. An op of this package is one entry, or one for each launch where it is Triton's.
+    """
+
+    def __init__(self) -> None:
+        self.captures = 0
+        self.replays = 0
+
+    def __call__(self, call: Callable[[], None]) -> Callable[[], object]:
+        self.captures += 1
+        recorder = _Recorder()
+        with recorder.recording_kernels(), recorder:
+            call()
+        recorder.spoil()
+
+        def replay() -> None:
+            self.replays += 1
+            recorder.spoil()
+            recorder.replay()
+
+        return replay
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The calls of a capture, each with the tensors that it made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._calls: list[tuple[Callable[[], Any], list[Tensor | None]]] = []
+        self._paused = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch._dynamo is imported, which takes seconds; nothing is compiled here
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        masks = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype == torch.bool]
+        if name in _READS or (name.startswith("index") and masks):
+            raise RuntimeError(
+                f"{name} reads a tensor on the host, which a stream that is captured cannot do"
+            )
+        return self.record(lambda: func(*args, **kwargs), (args, kwargs))
+
+    def record(self, call: Callable[[], Any], arguments: Any) -> Any:
+        """What call() returns; at replay, memory that is not of `arguments` is filled in place."""
+        out = call()
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves(arguments) if isinstance(t, Tensor)}
+        made = [
+            t if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given else None
+            for t in tree_leaves(out)
+        ]
+        self._calls.append((call, made))
+        return out
+
+    def replay(self) -> None:
+        for call, made in self._calls:
+            for old, new in zip(made, tree_leaves(call()), strict=True):
+                if old is not None:
+                    old.copy_(new)
+
+    def spoil(self) -> None:
+        """Lose what was computed."""
+        for _, made in self._calls:
+            for tensor in made:
+                if tensor is not None and tensor.dtype == torch.bool:
+                    tensor.logical_not_()
+                elif tensor is not None:
+                    tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    @contextmanager
+    def recording_kernels(self) -> Iterator[None]:
+        """Inside, kernels that torch's dispatcher does not see are written down too."""
+        choose = backends.implementation
+
+        def implementation(op: str, device: torch.device, **arguments: Any) -> Callable[..., Any]:
+            function = choose(op, device, **arguments)
+            if function.__module__.startswith("loopmdm_kernels.triton"):
+                return function
+            return lambda *args, **options: self.record(
+                lambda: self._hidden(lambda: function(*args, **options)), (args, options)
+            )
+
+        def on(device: torch.device, run: Callable[[], None]) -> None:
+            self.record(lambda: self._hidden(run), ())
+
+        with ExitStack() as patches:
+            patches.enter_context(patch("loopmdm_kernels.ops.checks.can_read", lambda value: False))
+            patches.enter_context(patch("loopmdm_kernels.backends.implementation", implementation))
+            if backends.forced() == "triton":
+                patches.enter_context(patch("loopmdm_kernels.triton.launch._on", on))
+            yield
+
+    def _hidden(self, call: Callable[[], Any]) -> Any:
+        """call(), of which the dispatcher writes nothing down."""
+        self._paused, before = True, self._paused
+        try:
+            return call()
+        finally:
+            self._paused = before
