@@ -28,7 +28,7 @@ import loopmdm_kernels as lk
 from bench.gpu import captured, compiled
 from bench.report import write
 from loopmdm_kernels import reference
-from loopmdm_kernels.cuda import compiler, driver
+from loopmdm_kernels.cuda import compiler, driver, targets
 from loopmdm_kernels.schedule import BlockShape, choose
 from loopmdm_kernels.testing import LoopedInputs, interleaved_medians, looped_inputs
 
@@ -56,7 +56,7 @@ class Arguments(ctypes.Structure):
 
 
 def probe(name: str, *, dry: bool, shared_bytes: int = 0) -> driver.Kernel | None:
-    cubin = compiler.with_nvrtc(PROBES, ["-std=c++17"], compiler.ARCHITECTURE)
+    cubin = compiler.with_nvrtc(PROBES, ["-std=c++17"], targets.SM90.architecture)
     return None if dry else driver.Kernel(cubin, name, shared_bytes)
 
 
