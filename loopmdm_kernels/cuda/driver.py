@@ -139,6 +139,31 @@ class Kernel:
             attributes.append(policy)
         if cluster > 1:
             attributes.append(_cluster(cluster))
+        self._launch(blocks, threads, stream, parameters, attributes)
+
+    def launch_in_order(
+        self, blocks: int, threads: int, stream: int, parameters: ctypes.Structure, *, early: bool
+    ) -> None:
+        """Not cooperative; `early`: it may begin before the kernel before it has ended."""
+        driver = bindings()
+        attributes = []
+        if early:
+            programmatic = driver.CUlaunchAttribute()
+            programmatic.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            programmatic.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(programmatic)
+        self._launch(blocks, threads, stream, parameters, attributes)
+
+    def allow_large_clusters(self) -> None:
+        """Of 16 blocks, which not every device of an architecture must have."""
+        driver = bindings()
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        check(driver.cuFuncSetAttribute(self._function, attribute, 1), "cuFuncSetAttribute")
+
+    def _launch(
+        self, blocks: int, threads: int, stream: int, parameters: ctypes.Structure, attributes: list[Any]
+    ) -> None:
+        driver = bindings()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1

@@ -75,7 +75,7 @@ class Plan(NamedTuple):
     stage_bytes: int
     phases: dict[Phase, PhaseCost]  # of one layer
     loop_seconds: float
-    limit_seconds: float  # the same work with all SMs busy and no waiting
+    limit_seconds: float  # the longest of arithmetic and traffic with all SMs busy, and of the waits alone
 
     @property
     def shared_bytes(self) -> int:
@@ -144,7 +144,7 @@ def _plan(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
         stage,
         costs,
         shape.layers * sum(cost.seconds + device.wait_seconds for cost in costs.values()),
-        shape.layers * max(products + attention, moved),
+        shape.layers * max(products + attention, moved, len(costs) * device.wait_seconds),
     )
 
 

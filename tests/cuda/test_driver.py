@@ -140,6 +140,14 @@ def test_launch(install):
     shape = cluster.value.clusterDim
     assert cluster.id == ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     assert (shape.x, shape.y, shape.z) == (4, 1, 1)
+    kernel.launch_in_order(5, 64, 0, Two(1, 2), early=False)
+    assert seen.config.numAttrs == 0
+    kernel.launch_in_order(5, 64, 0, Two(1, 2), early=True)
+    (early,) = seen.config.attrs
+    assert early.id == ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert early.value.programmaticStreamSerializationAllowed == 1
+    kernel.allow_large_clusters()
+    assert seen.attribute == (names.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
     found = policy.value.accessPolicyWindow
     assert (int(found.base_ptr), found.num_bytes, found.hitRatio) == (4096, 28_000_000, 0.5)
     assert found.hitProp == real.CUaccessProperty.CU_ACCESS_PROPERTY_PERSISTING
