@@ -43,6 +43,11 @@ def plan_of(inputs, tiles, target=SM90, device=Device()):  # noqa: B008 - immuta
 
 def build(shape, plan, folder, *, target=SM90, optimize=True):
     """The kernel for this shape's widths and these tiles, as a library."""
+    macros = [f"-D{name}={value}" for name, value in defines(shape, plan).items()]
+    return compile_source(target.entry, macros, folder, optimize=optimize)
+
+
+def compile_source(name, macros, folder, *, optimize=True):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
@@ -55,9 +60,8 @@ def build(shape, plan, folder, *, target=SM90, optimize=True):
         "-Wno-unknown-pragmas",
         "-Wno-psabi",
     ]
-    macros = [f"-D{name}={value}" for name, value in defines(shape, plan).items()]
     include = [f"-I{EMULATOR}", f"-I{sources.folder()}"]
-    command = [compiler, *flags, *macros, *include, str(EMULATOR / f"{target.entry}.cpp"), "-o", str(library)]
+    command = [compiler, *flags, *macros, *include, str(EMULATOR / f"{name}.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
