@@ -72,6 +72,8 @@ def packed(blocks: Sequence[BlockWeights]) -> PackedWeights:
         return fresh
     _watch_optimizers()
     entry = _Entry(tuple(map(weakref.ref, tensors)), state, fresh, refresh)
+    if tensors[0].is_cuda:  # takes the fingerprints, and loads the kernel before a graph is captured
+        refresh.launch()
     _known.pop(key, None)
     while len(_known) >= _MOST_ENTRIES:
         _known.pop(next(iter(_known)))
