@@ -48,6 +48,7 @@ lint: $(VENV)/.installed-dev
 sanitize: $(VENV)/.installed-test
 	$(BIN)/python tests/build/sanitize.py
 
+gpu: STARTED := $(shell date +%s)
 gpu: $(VENV)/.installed-test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no GPU on this machine (torch.cuda.is_available() is False)")'
 	$(BIN)/pip install -e '.[test,gpu]'
@@ -55,7 +56,7 @@ gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/triton --ignore=tests/triton/test_dry_run.py
 	$(BIN)/python -m bench.gpu
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability()[0] != 9)'; then \
-		$(BIN)/python -m bench.gpu_hopper; else echo 'make gpu: the Hopper kernels need an H100 or H200, left out'; fi
+		$(BIN)/python -m bench.gpu_hopper --minutes $$((9 - ($$(date +%s) - $(STARTED)) / 60)); else echo 'make gpu: the Hopper kernels need an H100 or H200, left out'; fi
 
 clean:
 	rm -rf build dist loopmdm_kernels/_C*.so python/loopmdm/_sudoku*.so

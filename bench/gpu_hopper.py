@@ -1,180 +1,54 @@
-"""What decides about the Hopper kernels, measured on a GPU: seven facts, then the kernel beside its peers.
+"""The Hopper kernels on a GPU: the facts of bench.hopper_facts, then the kernel beside its peers and limits.
 
     python -m bench.gpu_hopper              on an H100 or H200: writes bench/results/DATE-gpu-hopper.json
-    python -m bench.gpu_hopper --dry-run    without one: compiles the probes, times nothing
+    python -m bench.gpu_hopper --dry-run    without one: every path of this script that a CPU can take
 
-Each measurement is a function of `dry` that returns figures by name; None stands where a GPU would have
-answered. Programmatic dependent launch is not among them: a single kernel has nothing to launch early.
+The result file is written anew after every phase. Once --minutes are over, what is left is skipped, which
+the file says. Cold, the phases compile 2 sources of probes, 6 kernels of the op (3 to 6 s each) and, with
+torch.compile, one loop at six lengths: those at 256 and 4096 tokens come last.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import loopmdm_kernels as lk
+from bench import hopper_facts
 from bench.gpu import captured, compiled
+from bench.hopper_facts import SMALL, Figure, Figures, Run
 from bench.report import write
 from loopmdm_kernels import reference
-from loopmdm_kernels.cuda import compiler, driver
-from loopmdm_kernels.schedule import BlockShape, choose
-from loopmdm_kernels.testing import LoopedInputs, interleaved_medians, looped_inputs
+from loopmdm_kernels.cuda import driver, looped_blocks, targets
+from loopmdm_kernels.schedule import Device, choose
+from loopmdm_kernels.testing import LoopedInputs, looped_inputs
 
-RESULTS = Path(__file__).parent / "results"
-PROBES = Path(__file__).parent / "hopper_probes.cu"
-SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=2)
-WEIGHT_BYTES = 2 * SMALL.layers * SMALL.hidden * (4 * SMALL.hidden + 2 * SMALL.mlp)
-TOKENS = (32, 128, 512, 1024)
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+LOOPS = 12
+TOKENS = (32, 128, 256, 512, 1024, 4096)
 # Speed over the best of torch, by number of tokens; share of the modelled limit; DRAM bytes of S 24 over S 1.
 TARGETS = {32: 2.0, 128: 2.0, 512: 1.5, 1024: 1.25}
 LIMIT_SHARES = {128: 0.6, 1024: 0.7}
 DRAM_RATIO = 1.1
-ROUNDS = 1000
-Figures = dict[str, float | None]
+TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
-class Arguments(ctypes.Structure):
-    _fields_ = (
-        ("counters", ctypes.c_void_p),
-        ("buffer", ctypes.c_void_p),
-        ("sink", ctypes.c_void_p),
-        ("vectors", ctypes.c_int64),
-        ("rounds", ctypes.c_int32),
-    )
-
-
-def probe(name: str, *, dry: bool, shared_bytes: int = 0) -> driver.Kernel | None:
-    cubin = compiler.with_nvrtc(PROBES, ["-std=c++17"], compiler.ARCHITECTURE)
-    return None if dry else driver.Kernel(cubin, name, shared_bytes)
-
-
-def _stream() -> int:
-    return int(torch.cuda.current_stream().cuda_stream)
-
-
-def barriers(dry: bool) -> Figures:
-    """Microseconds for all blocks to meet: at one counter, at counters of rows, in clusters."""
-    figures: Figures = {}
-    for name in ("meet_at_one_counter", "meet_at_row_counters"):
-        kernel = probe(name, dry=dry)
-        figures[name] = None if kernel is None else _per_round(kernel, driver.facts(0).sms, 1)
-    for size in (2, 4, 8):
-        kernel = probe("meet_in_cluster", dry=dry)
-        figures[f"cluster of {size}"] = None if kernel is None else _per_round(kernel, size * 8, size)
-    return figures
-
-
-def _per_round(kernel: driver.Kernel, blocks: int, cluster: int) -> float:
-    counters = torch.zeros(32 * blocks, dtype=torch.int32, device="cuda")
-
-    def call() -> None:
-        counters.zero_()
-        arguments = Arguments(counters=counters.data_ptr(), rounds=ROUNDS)
-        kernel.launch(blocks, 128, _stream(), arguments, cluster=cluster)
-
-    return 1e6 * interleaved_medians({"": call})[""] / ROUNDS
-
-
-def clusters(dry: bool) -> Figures:
-    """Clusters of 200 KB blocks that fit the device; bytes of L2 that can be kept."""
-    kernel = probe("do_nothing", dry=dry, shared_bytes=200 * 1024)
-    names = [f"clusters of {size}" for size in (2, 4, 8)]
-    if kernel is None:
-        return dict.fromkeys([*names, "persisting L2 bytes", "SMs"])
-    figures: Figures = {
-        name: float(kernel.active_clusters(size, 128)) for name, size in zip(names, (2, 4, 8), strict=True)
-    }
-    limits = driver.facts(0)
-    return {**figures, "persisting L2 bytes": limits.persisting_bytes, "SMs": limits.sms}
-
-
-def l2_reads(dry: bool) -> Figures:
-    """Bytes a second when every SM reads all looped weights, without and with a window that keeps them."""
-    kernel = probe("read_all", dry=dry)
-    if kernel is None:
-        return {"plain": None, "kept": None}
-    buffer = torch.randn(WEIGHT_BYTES // 4, device="cuda")
-    sink = torch.zeros(1, device="cuda")
-    limits = driver.facts(0)
-    arguments = Arguments(
-        buffer=buffer.data_ptr(), sink=sink.data_ptr(), vectors=WEIGHT_BYTES // 16, rounds=20
-    )
-    windows = {"plain": None, "kept": driver.l2_window(buffer.data_ptr(), WEIGHT_BYTES, limits)}
-    driver.set_aside_l2(0)
-    loaded = kernel
-
-    def calling(window: driver.L2Window | None) -> Callable[[], None]:
-        return lambda: loaded.launch(limits.sms, 1024, _stream(), arguments, window)
-
-    times = interleaved_medians({name: calling(window) for name, window in windows.items()})
-    driver.release_l2(0)
-    return {name: 20 * limits.sms * WEIGHT_BYTES / seconds for name, seconds in times.items()}
-
-
-def attention_peers(dry: bool) -> Figures:
-    """Seconds of torch's attention, 8 sequences of 1024 tokens, by implementation."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    device, size = ("cpu", 16) if dry else ("cuda", 1024)
-    q, k, v = (torch.randn(8, 12, size, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
-    kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-
-    def attend(kind: SDPBackend) -> None:
-        with sdpa_kernel(kind):
-            F.scaled_dot_product_attention(q, k, v)
-
-    if dry:
-        attend(SDPBackend.MATH)
-        return dict.fromkeys(kinds)
-    return dict(interleaved_medians({name: (lambda kind=kind: attend(kind)) for name, kind in kinds.items()}))
-
-
-def products(dry: bool) -> Figures:
-    """Seconds of cuBLAS for the four matrices at 1024 tokens: what the phases' tiles have to reach."""
-    shapes = {"qkv": (768, 2304), "attn_out": (768, 768), "mlp_in": (768, 3072), "mlp_out": (3072, 768)}
-    if dry:
-        return dict.fromkeys(shapes)
-    calls = {}
-    for name, (inner, width) in shapes.items():
-        left = torch.randn(1024, inner, device="cuda", dtype=torch.bfloat16)
-        right = torch.randn(width, inner, device="cuda", dtype=torch.bfloat16)
-        calls[name] = lambda left=left, right=right: F.linear(left, right)
-    return dict(interleaved_medians(calls))
-
-
-def gaps(dry: bool) -> Figures:
-    """Microseconds from one empty kernel to the next in a CUDA graph."""
-    kernel = probe("do_nothing", dry=dry)
-    if kernel is None:
-        return {"in a graph": None}
-    loaded, arguments = kernel, Arguments()
-
-    def chain() -> None:
-        for _ in range(100):
-            loaded.launch(132, 128, _stream(), arguments)
-
-    return {"in a graph": 1e6 * interleaved_medians({"": captured(chain, dry=False)})[""] / 100}
-
-
-def inputs_of(tokens: int, *, dry: bool) -> LoopedInputs:
-    hidden, heads = (SMALL.hidden, SMALL.heads) if not dry else (64, 1)
-    inputs = looped_inputs(1, tokens if not dry else 4, hidden, heads, SMALL.layers).to(torch.bfloat16)
-    return _on("cpu" if dry else "cuda", inputs)
-
-
-def _on(device: str, inputs: LoopedInputs) -> LoopedInputs:
+def inputs_of(tokens: int, device: str, *, hidden: int, heads: int) -> LoopedInputs:
+    inputs = looped_inputs(1, tokens, hidden, heads, SMALL.layers).to(torch.bfloat16)
     return inputs._replace(
         x=inputs.x.to(device),
         modulation=inputs.modulation.to(device),
@@ -189,133 +63,233 @@ def applying(op: Callable[..., Any], inputs: LoopedInputs, loops: int) -> Callab
     )
 
 
-def looped_blocks(dry: bool) -> Figures:
-    """Seconds of 12 loops beside torch.compile and Triton, both in CUDA graphs; the modelled limit."""
-    figures: Figures = {}
-    for tokens in TOKENS:
-        inputs = inputs_of(tokens, dry=dry)
-        peer = applying(compiled(reference.looped_blocks, dry=dry), inputs, 12)
-        limit = 12 * choose(SMALL._replace(length=tokens)).limit_seconds
-        times: dict[str, float | None] = dict.fromkeys(("cuda", "triton", "torch.compile"))
-        with torch.no_grad():
-            if dry:
-                peer()
-            else:
-                calls = {"torch.compile": captured(peer, dry=False)}
-                for backend in ("triton", "cuda"):
-                    with lk.use_backend(backend):
-                        calls[backend] = captured(applying(lk.looped_blocks, inputs, 12), dry=False)
-                times.update(interleaved_medians(calls))
-        figures[f"T{tokens} limit"] = limit
-        figures.update({f"T{tokens} {name}": seconds for name, seconds in times.items()})
-    return figures
+def beside_peers(tokens: int, run: Run) -> Figures:
+    """Seconds of 12 loops in a CUDA graph: ours, with and without a window of L2; Triton; torch.compile.
+
+    torch.compile compiles one loop, which the graph repeats: S of them would take it minutes.
+    """
+    size = {"hidden": 64, "heads": 1} if run.dry else {"hidden": SMALL.hidden, "heads": SMALL.heads}
+    inputs = inputs_of(4 if run.dry else tokens, run.device, **size)
+    one_loop = compiled(reference.looped_blocks, dry=run.dry)
+
+    def peer() -> torch.Tensor:
+        x = inputs.x
+        for _ in range(LOOPS):
+            x = applying(one_loop, inputs._replace(x=x), 1)()
+        return x
+
+    def ours(backend: str, *, window: bool = True) -> Callable[[], Any]:
+        with lk.use_backend("reference" if run.dry else backend):
+            return captured(applying(lk.looped_blocks, inputs, LOOPS), dry=run.dry)
+
+    def without_window() -> Callable[[], Any]:
+        kept, driver.l2_window = driver.l2_window, lambda *_: None  # type: ignore[assignment]
+        try:
+            return ours("cuda")
+        finally:
+            driver.l2_window = kept
+
+    makers = {
+        "cuda": partial(ours, "cuda"),
+        "cuda without window": without_window,
+        "triton": partial(ours, "triton"),
+        "torch.compile": lambda: captured(peer, dry=run.dry),
+    }
+    graphs, failed = {}, {}
+    with torch.no_grad():
+        for name, make in makers.items():
+            try:
+                graphs[name] = make()
+            except RuntimeError as error:
+                failed[name] = str(error).splitlines()[0]
+        return {**failed, **run.seconds(graphs)}
 
 
-def dram_bytes(dry: bool) -> Figures:
-    """Bytes read from DRAM by one call with S = 1 and S = 24, by Nsight Compute where it is installed."""
+def dram_bytes(run: Run) -> Figures:
+    """Bytes read from DRAM by one call with S = 1 and S = 24, as Nsight Compute counts them."""
     figures: Figures = {}
     for loops in (1, 24):
-        command = [
-            "ncu", "--metrics", "dram__bytes_read.sum", "--csv", "--kernel-name", "looped_blocks_sm90",
-            sys.executable, "-m", "bench.gpu_hopper", "--once", str(loops),
-        ]  # fmt: skip
-        name = f"S{loops}"
-        if dry or shutil.which("ncu") is None:
-            figures[name] = None
-            continue
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        figures[name] = float(out.strip().splitlines()[-1].split('","')[-1].strip('"').replace(",", ""))
-    return figures
-
-
-def sanitizers(dry: bool) -> Figures:
-    """Exit status of two loops under each tool of compute-sanitizer: 0 is clean."""
-    figures: Figures = {}
-    for tool in ("memcheck", "racecheck", "synccheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
-        command += [sys.executable, "-m", "bench.gpu_hopper", "--once", "2"]
-        if dry or shutil.which("compute-sanitizer") is None:
-            figures[tool] = None
+        if run.dry:
+            figures[f"S{loops}"] = None
+        elif shutil.which("ncu") is None:
+            figures[f"S{loops}"] = "ncu is not installed, and nothing else here counts DRAM bytes"
         else:
-            figures[tool] = float(subprocess.run(command, timeout=120, check=False).returncode)
+            command = [
+                "ncu", "--metrics", "dram__bytes_read.sum", "--csv", "--print-units", "base",
+                "--kernel-name", "looped_blocks_sm90", *once_command(loops),
+            ]  # fmt: skip
+            figures[f"S{loops}"] = counted(subprocess.run(command, **QUIET, timeout=120))
     return figures
 
 
-def once(loops: int) -> None:
-    """One call of the kernel, for a profiler or a sanitizer."""
-    inputs = inputs_of(128, dry=False)
+QUIET: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
+
+
+def counted(done: subprocess.CompletedProcess[str]) -> Figure:
+    """The last number of the profiler's CSV, or what it says instead, such as that it has no permission."""
+    lines = done.stdout.strip().splitlines()
+    try:
+        return float(lines[-1].split('","')[-1].strip('"').replace(",", ""))
+    except (IndexError, ValueError):
+        said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
+        return said[-1] if said else f"ncu ended with {done.returncode} and no figure"
+
+
+def sanitizers(run: Run) -> Figures:
+    """Exit status of small cases of both kernels under each tool of compute-sanitizer: 0 is clean."""
+    figures: Figures = {}
+    program = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    for tool in TOOLS:
+        if run.dry:
+            figures[tool] = None
+        elif program is None:
+            figures[tool] = "compute-sanitizer is not installed"
+        else:
+            command = [program, "--tool", tool, "--error-exitcode", "1", *once_command(2), "--small"]
+            environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            try:
+                done = subprocess.run(command, env=environment, **QUIET, timeout=100)
+                figures[tool] = 0.0 if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
+            except subprocess.TimeoutExpired:
+                figures[tool] = "not done after 100 s"
+    return figures
+
+
+def once_command(loops: int) -> list[str]:
+    return [sys.executable, "-m", "bench.gpu_hopper", "--once", str(loops)]
+
+
+def once(loops: int, *, small: bool) -> None:
+    """For a profiler, one call at 128 tokens; for a sanitizer, small ones, also of the older kernel."""
+    sizes = {"hidden": 128, "heads": 2} if small else {"hidden": SMALL.hidden, "heads": SMALL.heads}
+    inputs = inputs_of(70 if small else 128, "cuda", **sizes)
+    own = targets.target_of(torch.cuda.get_device_capability())
     with torch.no_grad(), lk.use_backend("cuda"):
-        applying(lk.looped_blocks, inputs, loops)()
-    torch.cuda.synchronize()
+        for target in (own, targets.SM80._replace(architecture="sm_90"))[: 1 + small]:
+            looped_blocks.target_of = lambda capability, target=target: target  # type: ignore[assignment]
+            applying(lk.looped_blocks, inputs, loops)()
+            torch.cuda.synchronize()
 
 
-MEASUREMENTS = {
-    "barriers": barriers,
-    "clusters": clusters,
-    "l2_reads": l2_reads,
-    "attention_peers": attention_peers,
-    "products": products,
-    "gaps": gaps,
-    "looped_blocks": looped_blocks,
+PHASES: dict[str, Callable[[Run], Figures]] = {
+    "barriers": hopper_facts.barriers,
+    "clusters": hopper_facts.clusters,
+    "l2_reads": hopper_facts.l2_reads,
+    "attention_peers": hopper_facts.attention_peers,
+    "products": hopper_facts.products,
+    "gaps": hopper_facts.gaps,
+    **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (128, 1024, 32, 512)},
     "dram_bytes": dram_bytes,
     "sanitizers": sanitizers,
+    **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (256, 4096)},
 }
 
 
-def verdicts(figures: dict[str, Figures]) -> dict[str, bool | None]:
-    """Whether each target is met; None where a figure is missing."""
-    times, dram = figures["looped_blocks"], figures["dram_bytes"]
+def measured_device(figures: Mapping[str, Figures], assumed: Device = Device()) -> Device:  # noqa: B008
+    """The ceilings of the cost model from the facts; what has no figure stays as assumed."""
+    batch, heads, length, head_dim = hopper_facts.ATTENTION
+    attention = 4 * batch * heads * length * length * head_dim
+    flops = {name: 2 * SMALL.length * inner * width for name, (inner, width) in hopper_facts.PRODUCTS.items()}
 
-    def at_least(numerator: float | None, denominator: float | None, target: float) -> bool | None:
-        return None if not numerator or not denominator else numerator / denominator >= target
+    def best(phase: str, work: Callable[[str, float], float]) -> float | None:
+        known = figures.get(phase, {}).items()
+        return max((work(name, value) for name, value in known if isinstance(value, float)), default=None)
 
-    result = {
-        f"T{tokens}: {target} times torch.compile": at_least(
-            times[f"T{tokens} torch.compile"], times[f"T{tokens} cuda"], target
-        )
-        for tokens, target in TARGETS.items()
+    found = {
+        "product_flops": best("products", lambda name, seconds: flops[name] / seconds),
+        "attention_flops": best("attention_peers", lambda _, seconds: attention / seconds),
+        "l2_bytes": best("l2_reads", lambda name, value: value if name != "one SM" else 0.0),
+        "sm_bytes": figures.get("l2_reads", {}).get("one SM"),
+        "wait_seconds": hopper_facts.scaled(figures.get("barriers", {}).get("row counters"), 1e-6),
     }
+    return assumed._replace(**{name: value for name, value in found.items() if isinstance(value, float)})
+
+
+def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
+    """Whether each target is met; None where a figure is missing."""
+    device = measured_device(figures)
+
+    def at_least(numerator: Figure, denominator: Figure, target: float) -> bool | None:
+        if not isinstance(numerator, float) or not isinstance(denominator, float):
+            return None
+        return numerator / denominator >= target
+
+    def seconds(tokens: int, name: str) -> Figure:
+        return figures.get(f"T{tokens}", {}).get(name)
+
+    result = {}
+    for tokens, target in TARGETS.items():
+        result[f"T{tokens}: {target} times torch.compile"] = at_least(
+            seconds(tokens, "torch.compile"), seconds(tokens, "cuda"), target
+        )
     for tokens in TOKENS:
         result[f"T{tokens}: no slower than Triton"] = at_least(
-            times[f"T{tokens} triton"], times[f"T{tokens} cuda"], 1.0
+            seconds(tokens, "triton"), seconds(tokens, "cuda"), 1.0
         )
     for tokens, share in LIMIT_SHARES.items():
-        result[f"T{tokens}: {share} of the limit"] = at_least(
-            times[f"T{tokens} limit"], times[f"T{tokens} cuda"], share
-        )
-    result["DRAM bytes do not grow with S"] = at_least(dram["S1"], dram["S24"], 1 / DRAM_RATIO)
+        limit = LOOPS * choose(SMALL._replace(length=tokens), device).limit_seconds
+        result[f"T{tokens}: {share} of the limit"] = at_least(limit, seconds(tokens, "cuda"), share)
+    dram = figures.get("dram_bytes", {})
+    result["DRAM bytes do not grow with S"] = at_least(dram.get("S1"), dram.get("S24"), 1 / DRAM_RATIO)
     return result
 
 
-def measure(*, dry: bool) -> dict[str, Any]:
-    if not dry:
+def measure(run: Run, minutes: float, target: Path | None) -> dict[str, Any]:
+    """All phases; `target` is written after each. A phase that fails says why and ends nothing."""
+    begin = time.perf_counter()
+    if not run.dry:
         torch.cuda.synchronize()  # makes the context in which the probes are loaded
-    figures = {name: measurement(dry) for name, measurement in MEASUREMENTS.items()}
-    return {
+    figures: dict[str, Figures] = {}
+    skipped: list[str] = []
+    result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "machine": "none: dry run" if dry else torch.cuda.get_device_name(),
+        "machine": "none: dry run" if run.dry else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "figures": figures,
-        "targets": verdicts(figures),
+        "skipped": skipped,
     }
+    for name, phase in PHASES.items():
+        elapsed = time.perf_counter() - begin
+        if elapsed > 60 * minutes:
+            skipped.append(name)
+            print(
+                f"{elapsed:6.1f} s  {name}: skipped, {minutes} minutes are over", file=sys.stderr, flush=True
+            )
+            continue
+        print(f"{elapsed:6.1f} s  {name}", file=sys.stderr, flush=True)
+        try:
+            figures[name] = phase(run)
+        except RuntimeError as error:
+            if run.dry:
+                raise
+            figures[name] = {"failed": str(error).splitlines()[0]}
+        result |= {
+            "seconds": round(time.perf_counter() - begin, 1),
+            "ceilings": measured_device(figures)._asdict(),
+            "targets": verdicts(figures),
+        }
+        if target is not None:
+            write(result, target)
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what decides about the Hopper kernels.")
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, time nothing")
+    parser.add_argument("--minutes", type=float, default=5.0, help="after which no phase begins any more")
     parser.add_argument("--once", type=int, metavar="S", help="one call with S loops, for a profiler")
+    parser.add_argument("--small", action="store_true", help="with --once: small, and of both kernels")
     options = parser.parse_args()
     if options.once:
-        once(options.once)
+        once(options.once, small=options.small)
         return 0
-    result = measure(dry=options.dry_run)
-    text = json.dumps(result, indent=2) + "\n"
-    if options.dry_run:
-        print(text)
-        return 0
-    write(result, RESULTS / f"{result['date']}-gpu-hopper.json")
-    print(text)
+    today = datetime.date.today().isoformat()
+    target = None if options.dry_run else RESULTS / f"{today}-gpu-hopper.json"
+    result = measure(Run(options.dry_run), options.minutes, target)
+    print(json.dumps(result, indent=2))
     return int(False in result["targets"].values())
 
 

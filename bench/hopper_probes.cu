@@ -60,3 +60,8 @@ extern "C" __global__ void read_all(const __grid_constant__ Arguments given) {
 }
 
 extern "C" __global__ void do_nothing(const __grid_constant__ Arguments given) {}
+
+// Lets the next kernel come early, and waits for the end of the one before.
+extern "C" __global__ void do_nothing_early(const __grid_constant__ Arguments given) {
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+}

@@ -3,13 +3,14 @@
 // their way.
 #pragma once
 
+#include "cuda/progress.cuh"
 #include "cuda/ring_sm90.cuh"
 
 namespace loopmdm {
 
 class Loader {
  public:
-  __device__ Loader(const Parameters& parameters, const Ring& ring)
+  __device__ Loader(const KernelParameters& parameters, const Ring& ring)
       : p_(parameters), ring_(ring), leader_(threadIdx.x % 32 == 0), keep_(keep_policy()) {}
 
   __device__ void run() {
@@ -20,10 +21,8 @@ class Loader {
       position += gridDim.x;
       const Instruction item = p_.table[place.index];
       int32_t loop = place.loop;
-      if (!active(item, loop)) {
-        if (load_together(p_.settled()) >= p_.batch && loop >= load_together(p_.longest())) {
-          position = first_leaving(position, p_.size, loops, gridDim.x);
-        }
+      if (!takes_part(p_, item, loop)) {
+        if (all_stopped(p_, loop)) position = first_leaving(position, p_.size, loops, gridDim.x);
         continue;
       }
       load(item, loop);
@@ -34,21 +33,6 @@ class Loader {
   }
 
  private:
-  // Waits until it is known whether the sequence takes part in this loop; LEAVE learns which was the last.
-  __device__ bool active(const Instruction& item, int32_t& loop) const {
-    if (item.phase == kEnter) return true;
-    const int32_t* progress = p_.progress(item.sequence);
-    wait_for(progress, item.phase == kLeave ? kFinal : item.phase == kExit ? loop : loop + 1);
-    const int32_t stop = load_together(p_.stop + item.sequence);
-    if (item.phase == kLeave) loop = stop;
-    return item.phase == kLeave || loop < stop;
-  }
-
-  // One value for the whole warp, whose lanes must not part ways when it changes meanwhile.
-  __device__ static int32_t load_together(const int32_t* address) {
-    return __shfl_sync(~0u, load_acquire(address), 0);
-  }
-
   __device__ void load(const Instruction& item, int32_t loop) {
     const int slot = stream_slot(item.read_slot, loop) * p_.batch + item.sequence;
     switch (item.phase) {
@@ -71,10 +55,7 @@ class Loader {
   }
 
   __device__ void wait_and_issue(const Instruction& item, int32_t loop) {
-    const int32_t target = generation(item.wait_count, loop);
-    for (int i = threadIdx.x % 32; i < item.wait_number; i += 32)
-      wait_for(p_.counters + item.wait + i, target);
-    __syncwarp();
+    wait_for_inputs(p_, item, loop);
     proxy_fence();
     issue(item, loop);
   }
@@ -88,7 +69,7 @@ class Loader {
       barrier_arrive(ring_.issued(issue_.slot));
     }
     __syncwarp();
-    advance(issue_, Config::kInstructions);
+    advance(issue_, kInstructions);
   }
 
   // A stage of a product: 64 of the inner dimension, `kLeftBytes` each of kRows rows and two of kColumns. The
@@ -165,7 +146,7 @@ class Loader {
     advance(place_, Config::kStages);
   }
 
-  const Parameters& p_;
+  const KernelParameters& p_;
   const Ring& ring_;
   const bool leader_;
   const uint64_t keep_;

@@ -5,7 +5,7 @@
 #include "cuda/attention_sm90.cuh"
 #include "cuda/loader_sm90.cuh"
 #include "cuda/ptx/warps.cuh"
-#include "cuda/sequence_sm90.cuh"
+#include "cuda/sequence.cuh"
 
 namespace loopmdm {
 
@@ -105,14 +105,14 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
       if (item.signal >= 0) add_release(p.counters + item.signal, item.signal_count);
       barrier_arrive(ring.read(read.slot));
     }
-    advance(read, Config::kInstructions);
+    advance(read, kInstructions);
   }
 }
 
 }  // namespace loopmdm
 
-extern "C" __global__ void __launch_bounds__(loopmdm::Config::kThreads, 1)
-    looped_blocks_sm90(const __grid_constant__ loopmdm::Parameters parameters) {
+extern "C" __global__ void __launch_bounds__(loopmdm::kThreads, 1)
+    looped_blocks_sm90(const __grid_constant__ loopmdm::KernelParameters parameters) {
   using namespace loopmdm;
   const Ring ring(dynamic_shared_memory());
   if (threadIdx.x == 0) ring.initialise();

@@ -18,8 +18,8 @@ static_assert(sizeof(Issued) == 64, "four words of 16 bytes");
 struct Ring {
   struct Barriers {
     uint64_t full[Config::kStages], empty[Config::kStages];
-    uint64_t issued[Config::kInstructions], read[Config::kInstructions];
-    Issued instructions[Config::kInstructions];
+    uint64_t issued[kInstructions], read[kInstructions];
+    Issued instructions[kInstructions];
   };
 
   uint32_t stages;
@@ -38,7 +38,7 @@ struct Ring {
       barrier_init(full(i), 1);
       barrier_init(empty(i), Config::kComputeThreads / 32);
     }
-    for (int i = 0; i < Config::kInstructions; ++i) {
+    for (int i = 0; i < kInstructions; ++i) {
       barrier_init(issued(i), 1);
       barrier_init(read(i), 1);
     }

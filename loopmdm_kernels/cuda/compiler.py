@@ -13,11 +13,10 @@ from typing import Any
 
 from loopmdm_kernels.cuda import disk_cache, sources
 
-ARCHITECTURE = "sm_90a"
 _COMMON = ("-std=c++17",)
 
 
-def compile_kernel(name: str, defines: Mapping[str, int], architecture: str = ARCHITECTURE) -> bytes:
+def compile_kernel(name: str, defines: Mapping[str, int], architecture: str) -> bytes:
     """The cubin of csrc/cuda/`name` with these macros, from the cache or compiled now.
 
     Raises:

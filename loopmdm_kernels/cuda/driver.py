@@ -6,8 +6,9 @@ import ctypes
 from functools import cache
 from typing import Any, NamedTuple
 
+from loopmdm_kernels.cuda.targets import why_none
+
 OLDEST_DRIVER = 12000  # TMA and clusters
-CAPABILITY = (9, 0)
 
 
 def bindings() -> Any:
@@ -37,11 +38,9 @@ def why_unavailable(capability: tuple[int, int] | None) -> str | None:
     """Why a device of this compute capability cannot run the kernels here, or None."""
     if capability is None:
         return "no GPU"
-    if capability != CAPABILITY:
-        return (
-            f"the kernels are for compute capability 9.0 (H100, H200), and this GPU has "
-            f"{capability[0]}.{capability[1]}"
-        )
+    reason = why_none(capability)
+    if reason is not None:
+        return reason
     try:
         bindings()
     except RuntimeError as error:
@@ -62,6 +61,7 @@ def check(result: tuple[Any, ...], what: str) -> Any:
 
 
 class Facts(NamedTuple):
+    capability: tuple[int, int]
     sms: int
     shared_bytes: int  # that a block can have
     persisting_bytes: int  # of L2 that can be set aside
@@ -78,6 +78,10 @@ def facts(device: int) -> Facts:
         return int(check(driver.cuDeviceGetAttribute(name, handle), "cuDeviceGetAttribute"))
 
     return Facts(
+        (
+            value(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+            value(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+        ),
         value(names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
         value(names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
         value(names.CU_DEVICE_ATTRIBUTE_MAX_PERSISTING_L2_CACHE_SIZE),
@@ -135,6 +139,31 @@ class Kernel:
             attributes.append(policy)
         if cluster > 1:
             attributes.append(_cluster(cluster))
+        self._launch(blocks, threads, stream, parameters, attributes)
+
+    def launch_in_order(
+        self, blocks: int, threads: int, stream: int, parameters: ctypes.Structure, *, early: bool
+    ) -> None:
+        """Not cooperative; `early`: it may begin before the kernel before it has ended."""
+        driver = bindings()
+        attributes = []
+        if early:
+            programmatic = driver.CUlaunchAttribute()
+            programmatic.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            programmatic.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(programmatic)
+        self._launch(blocks, threads, stream, parameters, attributes)
+
+    def allow_large_clusters(self) -> None:
+        """Of 16 blocks, which not every device of an architecture must have."""
+        driver = bindings()
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        check(driver.cuFuncSetAttribute(self._function, attribute, 1), "cuFuncSetAttribute")
+
+    def _launch(
+        self, blocks: int, threads: int, stream: int, parameters: ctypes.Structure, attributes: list[Any]
+    ) -> None:
+        driver = bindings()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1

@@ -1,4 +1,4 @@
-"""`looped_blocks` on Hopper: the whole stack, all loops, in one cooperative launch. Forward only."""
+"""`looped_blocks` by one cooperative launch: the whole stack, all loops. Forward only."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from torch import Tensor
 
 from loopmdm_kernels.cuda import driver, tensor_maps
 from loopmdm_kernels.cuda.compiler import compile_kernel
-from loopmdm_kernels.cuda.parameters import MAPS, POINTERS, Parameters, defines
+from loopmdm_kernels.cuda.parameters import (
+    MAPS,
+    POINTERS,
+    WEIGHTS,
+    Parameters,
+    ParametersWithMaps,
+    defines,
+)
+from loopmdm_kernels.cuda.targets import Target, target_of
 from loopmdm_kernels.cuda.weights import PackedWeights, packed
-from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose
+from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose, device_of
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.types import BlockWeights, Rotary
-
-SOURCE, ENTRY = "looped_blocks_sm90.cu", "looped_blocks_sm90"
-THREADS = 384
-HEAD_DIMS = (64, 128)
 
 
 def supports(
@@ -57,49 +61,55 @@ def looped_blocks(
     exit_threshold: float | None = None,
     **_: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    shape = shape_of(x, blocks, num_heads)
+    target = target_of(torch.cuda.get_device_capability(x.device))
+    shape = shape_of(x, blocks, num_heads, target)
     adaptive = exit_threshold is not None
     device = x.device.index
     with torch.cuda.device(x.device):
-        kernel, plan, limits = _kernel(shape, device)
+        kernel, plan, limits = _kernel(shape, target, device)
         table, words, counters = _table(shape, plan.tiles, adaptive, x.device)
         weights = packed(blocks)
         buffers = Buffers.allocate(table, x, weights, modulation, num_loops, rotary, key_mask, counters)
-        parameters = pack_parameters(table, buffers, words, exit_threshold)
-        for name, described in map_layouts(plan, buffers, weights).items():
-            parameters.set_map(name, tensor_maps.encode(described))
+        parameters = pack_parameters(target, table, buffers, weights, words, exit_threshold)
+        if isinstance(parameters, ParametersWithMaps):
+            for name, described in map_layouts(plan, buffers, weights).items():
+                parameters.set_map(name, tensor_maps.encode(described))
         driver.set_aside_l2(device)
         kept = driver.l2_window(weights.buffer.data_ptr(), 2 * weights.buffer.numel(), limits)
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        kernel.launch(limits.sms * kernel.blocks_per_sm(THREADS), THREADS, stream, parameters, kept)
+        grid = limits.sms * kernel.blocks_per_sm(target.threads)
+        kernel.launch(grid, target.threads, stream, parameters, kept)
     used = buffers.stop[: shape.batch].long()
     return (buffers.output, used) if adaptive else buffers.output
 
 
-def shape_of(x: Tensor, blocks: Sequence[BlockWeights], num_heads: int) -> BlockShape:
+def shape_of(x: Tensor, blocks: Sequence[BlockWeights], num_heads: int, target: Target) -> BlockShape:
     batch, length, hidden = x.shape
-    if hidden // num_heads not in HEAD_DIMS:
+    if hidden // num_heads not in target.head_dims:
         raise RuntimeError(
             f"looped_blocks: backend 'cuda' was asked for and cannot do this: the head size must be one of "
-            f"{HEAD_DIMS}, got {hidden // num_heads}"
+            f"{target.head_dims}, got {hidden // num_heads}"
         )
     return BlockShape(batch, length, hidden, num_heads, blocks[0].mlp_in.shape[0], len(blocks))
 
 
 @lru_cache(maxsize=64)
-def _kernel(shape: BlockShape, device: int) -> tuple[driver.Kernel, Plan, driver.Facts]:
+def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kernel, Plan, driver.Facts]:
     limits = driver.facts(device)
-    plan = choose(shape)
+    plan = choose(shape, device_of(limits.capability, limits.sms, limits.shared_bytes))
     macros = defines(shape, plan)
     spins = os.environ.get("LOOPMDM_CUDA_SPIN_LIMIT")  # a kernel that waits in vain ends with an error
     if spins:
         macros["LOOPMDM_SPIN_LIMIT"] = int(spins)
-    return _loaded(tuple(macros.items()), plan.shared_bytes, device), plan, limits
+    return _loaded(target, tuple(macros.items()), plan.shared_bytes, device), plan, limits
 
 
 @lru_cache(maxsize=64)
-def _loaded(macros: tuple[tuple[str, int], ...], shared_bytes: int, device: int) -> driver.Kernel:
-    return driver.Kernel(compile_kernel(SOURCE, dict(macros)), ENTRY, shared_bytes)
+def _loaded(
+    target: Target, macros: tuple[tuple[str, int], ...], shared_bytes: int, device: int
+) -> driver.Kernel:
+    cubin = compile_kernel(target.source, dict(macros), target.architecture)
+    return driver.Kernel(cubin, target.entry, shared_bytes)
 
 
 @lru_cache(maxsize=64)
@@ -209,11 +219,16 @@ def map_layouts(plan: Plan, buffers: Buffers, weights: PackedWeights) -> dict[st
 
 
 def pack_parameters(
-    table: Table, buffers: Buffers, words: Tensor, exit_threshold: float | None
+    target: Target,
+    table: Table,
+    buffers: Buffers,
+    weights: PackedWeights,
+    words: Tensor,
+    exit_threshold: float | None,
 ) -> Parameters:
     """All but the maps."""
     shape = table.shape
-    result = Parameters(
+    result = target.parameters(
         enter=len(table.enter),
         loop=len(table.loop),
         leave=len(table.leave),
@@ -233,4 +248,7 @@ def pack_parameters(
     for name in POINTERS:
         tensor = addresses[name]
         setattr(result, name, None if tensor is None else tensor.data_ptr())
+    if not isinstance(result, ParametersWithMaps):
+        for name in WEIGHTS:
+            setattr(result, name, getattr(weights, name.removesuffix("_weight")).data_ptr())
     return result

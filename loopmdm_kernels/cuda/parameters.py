@@ -1,4 +1,4 @@
-"""What the kernel is compiled for and what it gets at launch; the other side is csrc/cuda/config_sm90.cuh."""
+"""What the kernels are compiled for and what they get at launch; the other side is csrc/cuda/config*.cuh."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import ctypes
 
 from loopmdm_kernels.schedule import BlockShape, Plan
 
-MAPS = ("stream", "qkv", "mixed", "wide", "qkv_weight", "attn_out_weight", "mlp_in_weight", "mlp_out_weight")
+WEIGHTS = ("qkv_weight", "attn_out_weight", "mlp_in_weight", "mlp_out_weight")
+MAPS = ("stream", "qkv", "mixed", "wide", *WEIGHTS)
+MAP_ALIGNMENT = 64
 POINTERS = (
     "input", "output", "stream_values", "qkv_values", "mixed_values", "wide_values",
     "statistics1", "statistics2", "change", "affine", "gate", "mlp_in_bias", "mlp_out_bias",
@@ -19,14 +21,27 @@ NUMBERS = (
 
 
 class Parameters(ctypes.Structure):
-    """`Parameters` of the kernel, field for field."""
+    """`Parameters` of every kernel, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_uint8 * 128) for name in MAPS),
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int32) for name in NUMBERS),
         ("exit_threshold", ctypes.c_float),
-        ("unused", ctypes.c_uint8 * 56),  # the kernel's alignment is 64, and the launch copies its size
+    )
+
+
+class ParametersWithWeights(Parameters):
+    """`KernelParameters` of config_sm80.cuh."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in WEIGHTS)
+
+
+class ParametersWithMaps(Parameters):
+    """`KernelParameters` of config_sm90.cuh."""
+
+    _fields_ = (
+        ("unused", ctypes.c_uint8 * (-ctypes.sizeof(Parameters) % MAP_ALIGNMENT)),
+        *((name, ctypes.c_uint8 * 128) for name in MAPS),
     )
 
     def set_map(self, name: str, encoded: bytes) -> None:

@@ -1,9 +1,14 @@
-"""The weights of a stack in one buffer, bf16, [n, out, in] for each matrix: one window of L2 spans them."""
+"""The weights of a stack in one buffer, bf16, [n, out, in] for each matrix: one window of L2 spans them.
+
+They are packed once, and again when a parameter's version says that it has changed or an optimizer has made
+a step. Writes that neither shows (`p.data.copy_()`, the replay of a captured optimizer) are found on the
+device: each call compares fingerprints there and converts what differs, without a word to the host.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from loopmdm_kernels.cuda.refresh import Refresh, refresh_of
 from loopmdm_kernels.types import BlockWeights
 
 MATRICES = ("qkv", "attn_out", "mlp_in", "mlp_out")
@@ -31,19 +37,21 @@ class _Entry(NamedTuple):
     tensors: tuple[weakref.ref[Tensor], ...]
     state: tuple[Any, ...]
     packed: PackedWeights
+    refresh: Refresh
 
 
 _MOST_ENTRIES = 8
 _known: dict[tuple[int, ...], _Entry] = {}
+_captured: list[_Entry] = []  # graphs read their buffers for as long as they are replayed
 
 
 def clear() -> None:
-    """Forget all packed weights. Needed after a write through `.data`, which nothing else shows."""
+    """Forget all packed weights, which are then packed again where they are needed."""
     _known.clear()
 
 
 def packed(blocks: Sequence[BlockWeights]) -> PackedWeights:
-    """Packed once, and again when a tensor is another one or has changed, or an optimizer has made a step."""
+    """The weights as they are when the device comes to them."""
     tensors = tuple(tensor for weights in blocks for tensor in weights)
     key = tuple(map(id, tensors))
     state = tuple(
@@ -51,15 +59,35 @@ def packed(blocks: Sequence[BlockWeights]) -> PackedWeights:
     )
     entry = _known.get(key)
     # An id may be that of a tensor that has taken the place of a dead one.
+    capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if entry and entry.state == state and all(r() is t for r, t in zip(entry.tensors, tensors, strict=True)):
+        if capturing:
+            _captured.append(entry)
+        if tensors[0].is_cuda:
+            entry.refresh.launch()
         return entry.packed
+    fresh = _pack(blocks)
+    refresh = None if capturing else refresh_of(_sources(blocks, fresh))
+    if refresh is None:  # a graph packs at every replay into memory of its own
+        return fresh
     _watch_optimizers()
-    entry = _Entry(tuple(map(weakref.ref, tensors)), state, _pack(blocks))
+    entry = _Entry(tuple(map(weakref.ref, tensors)), state, fresh, refresh)
+    if tensors[0].is_cuda:  # takes the fingerprints, and loads the kernel before a graph is captured
+        refresh.launch()
     _known.pop(key, None)
     while len(_known) >= _MOST_ENTRIES:
         _known.pop(next(iter(_known)))
     _known[key] = entry
     return entry.packed
+
+
+def _sources(blocks: Sequence[BlockWeights], packed: PackedWeights) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each parameter with its copy."""
+    for layer, weights in enumerate(blocks):
+        for name in (*MATRICES, "mlp_in_bias", "mlp_out_bias"):
+            yield getattr(weights, name), getattr(packed, name)[layer]
+        yield weights.norm1, packed.norms[layer, 0]
+        yield weights.norm2, packed.norms[layer, 1]
 
 
 def _pack(blocks: Sequence[BlockWeights]) -> PackedWeights:

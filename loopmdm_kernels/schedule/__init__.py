@@ -6,7 +6,7 @@ deadlocks, `interpret` runs it on the CPU, and `choose` picks the tiles by a mod
 
 from loopmdm_kernels.schedule.build import build
 from loopmdm_kernels.schedule.check import ScheduleError, check
-from loopmdm_kernels.schedule.cost import Device, Plan, choose
+from loopmdm_kernels.schedule.cost import Device, Plan, choose, device_of
 from loopmdm_kernels.schedule.interpret import interpret
 from loopmdm_kernels.schedule.table import BlockShape, Instruction, Phase, Table, Tiles
 
@@ -22,5 +22,6 @@ __all__ = [
     "build",
     "check",
     "choose",
+    "device_of",
     "interpret",
 ]

@@ -15,9 +15,9 @@ from loopmdm_kernels.schedule.table import BlockShape, Phase, Tiles
 
 STEP = 64  # of the inner dimension, per stage of the ring: 128 bytes of bf16, one swizzle row
 KEY_BLOCK = 128  # keys that one step of the attention meets
-SHARED_BYTES = 232_448  # what a block may use
 FIXED_BYTES = 2_048  # barriers and instructions, and the ring's alignment
 MAX_STAGES = 8
+ENOUGH_STAGES = 3  # with two a load has only one step of arithmetic to hide behind
 ROW_TILES = (64, 128)
 COLUMN_TILES = (64, 128)  # sums of 192 columns beside the other phases do not fit the registers
 
@@ -31,6 +31,30 @@ class Device(NamedTuple):
     l2_bytes: float = 5.5e12
     sm_bytes: float = 0.11e12  # one SM alone: 64 bytes a cycle
     wait_seconds: float = 1e-6  # from the last signal of a phase to the first load of the next
+    shared_bytes: int = 232_448  # what a block may use
+
+
+# By compute capability: A100, RTX 3090, RTX 4090, H200. Peak rates times what their like reach elsewhere;
+# nothing here is measured.
+ASSUMED = {
+    (8, 0): Device(108, 200e12, 150e12, 4.0e12, 0.09e12, shared_bytes=166_912),
+    (8, 6): Device(82, 50e12, 40e12, 2.0e12, 0.10e12, shared_bytes=101_376),
+    (8, 9): Device(128, 120e12, 90e12, 4.5e12, 0.15e12, shared_bytes=101_376),
+    (9, 0): Device(),
+}
+
+
+def device_of(capability: tuple[int, int], sms: int, shared_bytes: int) -> Device:
+    """What is assumed of a GPU: the rates of the nearest one not younger, in proportion to its SMs."""
+    assumed = ASSUMED[max(known for known in ASSUMED if known <= capability)]
+    share = sms / assumed.sms
+    return assumed._replace(
+        shared_bytes=shared_bytes,
+        sms=sms,
+        product_flops=assumed.product_flops * share,
+        attention_flops=assumed.attention_flops * share,
+        l2_bytes=assumed.l2_bytes * share,
+    )
 
 
 class PhaseCost(NamedTuple):
@@ -51,7 +75,7 @@ class Plan(NamedTuple):
     stage_bytes: int
     phases: dict[Phase, PhaseCost]  # of one layer
     loop_seconds: float
-    limit_seconds: float  # the same work with all SMs busy and no waiting
+    limit_seconds: float  # the longest of arithmetic and traffic with all SMs busy, and of the waits alone
 
     @property
     def shared_bytes(self) -> int:
@@ -72,7 +96,13 @@ def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 
             f"no tiles of {ROW_TILES} rows by {COLUMN_TILES} columns divide the widths of {shape}; "
             "with 64 rows a tile is two halves, and a tile of q, k and v holds whole heads"
         )
-    return min(plans, key=lambda plan: plan.loop_seconds)
+    plan = min(plans, key=lambda plan: (plan.stages < ENOUGH_STAGES, plan.stages < 2, plan.loop_seconds))
+    if plan.stages < 2:
+        raise ValueError(
+            f"two stages of {plan.stage_bytes} bytes do not fit the {device.shared_bytes} bytes of shared "
+            f"memory that a block has here, for {shape}"
+        )
+    return plan
 
 
 def _fastest_tiles(shape: BlockShape, device: Device, rows: int) -> list[Tiles]:
@@ -110,11 +140,11 @@ def _plan(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
     moved = sum(cost.bytes for cost in costs.values()) / device.l2_bytes
     return Plan(
         tiles,
-        min(MAX_STAGES, (SHARED_BYTES - FIXED_BYTES) // stage),
+        min(MAX_STAGES, (device.shared_bytes - FIXED_BYTES) // stage),
         stage,
         costs,
         shape.layers * sum(cost.seconds + device.wait_seconds for cost in costs.values()),
-        shape.layers * max(products + attention, moved),
+        shape.layers * max(products + attention, moved, len(costs) * device.wait_seconds),
     )
 
 

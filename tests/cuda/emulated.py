@@ -1,4 +1,4 @@
-"""The Hopper kernel's source on the CPU: see tests/csrc/emulated_gpu/emulator.h."""
+"""The kernels' sources on the CPU: see tests/csrc/emulated_gpu/emulator.h."""
 
 import ctypes
 import shutil
@@ -11,7 +11,8 @@ import torch
 
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import sources, weights
-from loopmdm_kernels.cuda.parameters import defines
+from loopmdm_kernels.cuda.parameters import ParametersWithMaps, defines
+from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.schedule import Device, cost
 
 EMULATOR = Path(__file__).parents[1] / "csrc" / "emulated_gpu"
@@ -35,17 +36,22 @@ class Fenced(NamedTuple):
         return bool((self.whole[:FENCE] == 5.0).all() and (self.whole[-FENCE:] == 5.0).all())
 
 
-def plan_of(inputs, tiles):
-    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
-    return shape, cost._plan(shape, Device(), tiles)
+def plan_of(inputs, tiles, target=SM90, device=Device()):  # noqa: B008 - immutable
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, target)
+    return shape, cost._plan(shape, device, tiles)
 
 
-def build(shape, plan, folder, *, optimize=True):
+def build(shape, plan, folder, *, target=SM90, optimize=True):
     """The kernel for this shape's widths and these tiles, as a library."""
+    macros = [f"-D{name}={value}" for name, value in defines(shape, plan).items()]
+    return compile_source(target.entry, macros, folder, optimize=optimize)
+
+
+def compile_source(name, macros, folder, *, optimize=True):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    target = folder / "kernel.so"
+    library = folder / "kernel.so"
     flags = [
         "-std=gnu++17",
         "-O2" if optimize else "-O1",
@@ -54,16 +60,15 @@ def build(shape, plan, folder, *, optimize=True):
         "-Wno-unknown-pragmas",
         "-Wno-psabi",
     ]
-    macros = [f"-D{name}={value}" for name, value in defines(shape, plan).items()]
     include = [f"-I{EMULATOR}", f"-I{sources.folder()}"]
-    command = [compiler, *flags, *macros, *include, str(EMULATOR / "looped_blocks.cpp"), "-o", str(target)]
+    command = [compiler, *flags, *macros, *include, str(EMULATOR / f"{name}.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(target))
+    return ctypes.CDLL(str(library))
 
 
-def run(library, inputs, plan, loops, *, exit_threshold=None, num_blocks=2, seed=0):
+def run(library, inputs, plan, loops, *, target=SM90, exit_threshold=None, num_blocks=2, seed=0):
     """(H(S), loops used) as the kernel computes them; what nobody has written is NaN."""
-    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, target)
     table, words, counters = op._table(shape, plan.tiles, exit_threshold is not None, torch.device("cpu"))
     packed = weights.packed(inputs.blocks)
     buffers = op.Buffers.allocate(
@@ -77,8 +82,9 @@ def run(library, inputs, plan, loops, *, exit_threshold=None, num_blocks=2, seed
     buffers = buffers._replace(**{name: fenced.inside for name, fenced in written.items()})
     memory = torch.zeros(2048, dtype=torch.uint8)
     aligned = memory.data_ptr() + -memory.data_ptr() % ALIGNMENT
-    parameters = op.pack_parameters(table, buffers, words, exit_threshold)
-    for name, layout in op.map_layouts(plan, buffers, packed).items():
+    parameters = op.pack_parameters(target, table, buffers, packed, words, exit_threshold)
+    maps = op.map_layouts(plan, buffers, packed) if isinstance(parameters, ParametersWithMaps) else {}
+    for name, layout in maps.items():
         size = torch.empty(0, dtype=layout.dtype).element_size()
         numbers = (layout.address, size, *layout.sizes, *layout.strides, *layout.box)
         parameters.set_map(name, bytes((ctypes.c_uint64 * 16)(*numbers)))

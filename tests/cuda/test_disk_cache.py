@@ -128,5 +128,8 @@ def test_keys_change_with_all_that_matters_and_nothing_else(tree):
 def test_the_kernel_consists_of_headers_that_exist():
     names = {path.name for path in sources.closure("cuda/looped_blocks_sm90.cu")}
     assert {"wgmma.cuh", "tma.cuh", "mbarrier.cuh", "schedule.h", "swizzle.h"} <= names
+    before = {path.name for path in sources.closure("cuda/looped_blocks_sm80.cu")}
+    assert {"mma.cuh", "async_copy.cuh"} <= before and not {"wgmma.cuh", "tma.cuh"} & before
+    names |= before | {path.name for path in sources.closure("cuda/refresh_weights.cu")}
     everything = {path.name for path in Path(sources.folder() / "cuda").rglob("*.cu*")}
     assert everything <= names, "a device source that no kernel uses"

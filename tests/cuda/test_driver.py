@@ -38,10 +38,11 @@ def install(monkeypatch):
 
 def test_reasons(install, monkeypatch):
     assert driver.why_unavailable(None) == "no GPU"
-    assert "compute capability 9.0 (H100, H200), and this GPU has 8.0" in driver.why_unavailable((8, 0))
-    assert "this GPU has 10.0" in driver.why_unavailable((10, 0))
+    assert driver.why_unavailable((7, 5)) == (
+        "the kernels need a GPU of compute capability 8.0 or later (A100, RTX 30, L4, H100), got 7.5"
+    )
     install(fake())
-    assert driver.why_unavailable((9, 0)) is None
+    assert driver.why_unavailable((9, 0)) is None and driver.why_unavailable((8, 6)) is None
     install(fake(version=11080))
     reason = driver.why_unavailable((9, 0))
     assert reason == "the driver is for CUDA 11.8; the kernels need 12.0 or later"
@@ -74,7 +75,7 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     compiler._compiler.cache_clear()
     with pytest.raises(RuntimeError, match=r"no CUDA compiler: cuda-python is not installed.*nvcc is not on"):
-        compiler.compile_kernel("looped_blocks_sm90.cu", {})
+        compiler.compile_kernel("looped_blocks_sm90.cu", {}, "sm_90a")
     compiler._compiler.cache_clear()
 
 
@@ -124,7 +125,7 @@ def test_launch(install):
     kernel = driver.Kernel(b"cubin", "entry", 200_000)
     names = real.CUfunction_attribute
     assert seen.attribute == (names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 200_000)
-    window = driver.l2_window(4096, 28_000_000, driver.Facts(132, 232_448, 14_000_000, 134_217_728))
+    window = driver.l2_window(4096, 28_000_000, driver.Facts((9, 0), 132, 232_448, 14_000_000, 134_217_728))
     kernel.launch(132, 384, 77, Two(1, 2), window)
     config, ids = seen.config, real.CUlaunchAttributeID
     assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (132, 1, 1)
@@ -139,13 +140,21 @@ def test_launch(install):
     shape = cluster.value.clusterDim
     assert cluster.id == ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     assert (shape.x, shape.y, shape.z) == (4, 1, 1)
+    kernel.launch_in_order(5, 64, 0, Two(1, 2), early=False)
+    assert seen.config.numAttrs == 0
+    kernel.launch_in_order(5, 64, 0, Two(1, 2), early=True)
+    (early,) = seen.config.attrs
+    assert early.id == ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert early.value.programmaticStreamSerializationAllowed == 1
+    kernel.allow_large_clusters()
+    assert seen.attribute == (names.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
     found = policy.value.accessPolicyWindow
     assert (int(found.base_ptr), found.num_bytes, found.hitRatio) == (4096, 28_000_000, 0.5)
     assert found.hitProp == real.CUaccessProperty.CU_ACCESS_PROPERTY_PERSISTING
 
 
 def test_windows_keep_to_what_the_device_has():
-    limits = driver.Facts(132, 232_448, persisting_bytes=30_000_000, window_bytes=20_000_000)
+    limits = driver.Facts((9, 0), 132, 232_448, persisting_bytes=30_000_000, window_bytes=20_000_000)
     assert driver.l2_window(64, 28_000_000, limits) == (64, 20_000_000, 1.0)
     assert driver.l2_window(64, 28_000_000, limits._replace(persisting_bytes=0)) is None
 
@@ -157,7 +166,7 @@ def test_l2_is_set_aside_once_and_given_back(install, monkeypatch):
         return lambda *arguments: calls.append((name, *arguments)) or (real.CUresult.CUDA_SUCCESS,)
 
     install(fake(cuCtxSetLimit=record("limit"), cuCtxResetPersistingL2Cache=record("reset")))
-    monkeypatch.setattr(driver, "facts", lambda device: driver.Facts(132, 232_448, 1000, 2000))
+    monkeypatch.setattr(driver, "facts", lambda device: driver.Facts((9, 0), 132, 232_448, 1000, 2000))
     driver.set_aside_l2.cache_clear()
     driver.set_aside_l2(0)
     driver.set_aside_l2(0)

@@ -5,7 +5,8 @@ import torch
 
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import weights
-from loopmdm_kernels.cuda.parameters import MAPS, POINTERS
+from loopmdm_kernels.cuda.parameters import MAPS, POINTERS, WEIGHTS
+from loopmdm_kernels.cuda.targets import SM80, SM90, target_of
 from loopmdm_kernels.reference.looped_blocks import norm_modulate
 from loopmdm_kernels.schedule import build, choose
 from loopmdm_kernels.schedule.table import FINAL
@@ -22,7 +23,7 @@ def inputs():
 
 
 def prepared(inputs, loops, *, adaptive=False):
-    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, SM90)
     plan = choose(shape)
     table, words, counters = op._table(shape, plan.tiles, adaptive, torch.device("cpu"))
     packed = weights.packed(inputs.blocks)
@@ -102,8 +103,8 @@ def test_loops_of_each_sequence(inputs):
 
 
 def test_parameters(inputs):
-    _, table, words, _, buffers = prepared(inputs, 2, adaptive=True)
-    parameters = op.pack_parameters(table, buffers, words, 0.25)
+    _, table, words, packed, buffers = prepared(inputs, 2, adaptive=True)
+    parameters = op.pack_parameters(SM90, table, buffers, packed, words, 0.25)
     for name in POINTERS:
         if name not in ("table", "max_loops"):
             assert getattr(parameters, name) == getattr(buffers, name).data_ptr(), name
@@ -115,8 +116,11 @@ def test_parameters(inputs):
     assert parameters.modulated_sequences == 3 and parameters.adaptive == 1
     assert parameters.exit_threshold == 0.25
     plain = inputs._replace(rotary=None, key_mask=None, modulation=inputs.modulation[:, :1])
-    _, table, words, _, buffers = prepared(plain, 2)
-    parameters = op.pack_parameters(table, buffers, words, None)
+    _, table, words, packed, buffers = prepared(plain, 2)
+    parameters = op.pack_parameters(SM80, table, buffers, packed, words, None)
+    assert [getattr(parameters, name) for name in WEIGHTS] == [
+        getattr(packed, name).data_ptr() for name in weights.MATRICES
+    ]
     assert parameters.cosines is None and parameters.sines is None and parameters.key_mask is None
     assert parameters.modulated_sequences == 1 and parameters.adaptive == 0
 
@@ -141,4 +145,12 @@ def test_what_it_does_not_do(inputs):
     assert op.supports(**arguments) is None
     assert "backward" in op.supports(**{**arguments, "x": inputs.x.requires_grad_()})
     with pytest.raises(RuntimeError, match=r"head size must be one of \(64, 128\), got 32"):
-        op.shape_of(inputs.x, inputs.blocks, 4)
+        op.shape_of(inputs.x, inputs.blocks, 4, SM90)
+    assert op.shape_of(inputs.x, inputs.blocks, 4, SM80).head_dim == 32
+
+
+def test_the_architecture_picks_the_kernel():
+    assert target_of((9, 0)) is SM90
+    assert target_of((8, 0)) == SM80
+    assert target_of((8, 6)) == SM80._replace(architecture="sm_86")
+    assert target_of((12, 0)).source == "looped_blocks_sm80.cu"

@@ -1,20 +1,33 @@
-"""The Hopper kernel on a GPU (`make gpu`). Waits are limited: a fault ends in an error, not in a hang."""
+"""The CUDA kernels on a GPU (`make gpu`). Waits are limited: a fault ends in an error, not in a hang.
+
+Hopper runs the kernel for older GPUs too.
+"""
 
 import pytest
 import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels import reference
+from loopmdm_kernels.cuda import looped_blocks as op
+from loopmdm_kernels.cuda.targets import SM80, target_of
 from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def limited(monkeypatch):
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
+@pytest.fixture(autouse=True, params=["its own kernel", "that for older GPUs"])
+def target(request, monkeypatch):
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        pytest.skip("needs compute capability 8.0")
+    own = target_of(capability)
+    if request.param == "that for older GPUs":
+        if own.entry == SM80.entry:
+            pytest.skip("that is its own")
+        own = SM80._replace(architecture=f"sm_{capability[0]}{capability[1]}")
+        monkeypatch.setattr(op, "target_of", lambda capability: own)
     monkeypatch.setenv("LOOPMDM_CUDA_SPIN_LIMIT", str(10**7))
+    return own
 
 
 def inputs_on_gpu(batch, length, hidden=768, heads=12, **options):
@@ -51,8 +64,10 @@ def test_values(batch, length, loops):
     assert torch.equal(out, ours(inputs, loops)), "the same call gives the same bits"
 
 
-@pytest.mark.parametrize(("hidden", "heads"), [(512, 8), (1024, 16), (1024, 8)])
-def test_other_widths(hidden, heads):
+@pytest.mark.parametrize(("hidden", "heads"), [(256, 8), (512, 8), (1024, 16), (1024, 8)])
+def test_other_widths(hidden, heads, target):
+    if hidden // heads not in target.head_dims:
+        pytest.skip(f"has no heads of {hidden // heads}")
     inputs = inputs_on_gpu(2, 150, hidden, heads)
     baseline = apply(reference.looped_blocks, inputs, 3)
     oracle = apply(reference.looped_blocks, inputs.to(torch.float64), 3)

@@ -2,9 +2,11 @@
 
 import pytest
 
-from loopmdm_kernels.cuda import looped_blocks, prebuild
+from loopmdm_kernels.cuda import prebuild
 from loopmdm_kernels.cuda.parameters import defines
+from loopmdm_kernels.cuda.targets import SM80, SM90
 from loopmdm_kernels.schedule import BlockShape, choose
+from loopmdm_kernels.schedule.cost import ASSUMED
 
 SMALL = ["--hidden", "768", "--heads", "12", "--layers", "2", "--lengths"]
 
@@ -21,10 +23,16 @@ def test_what_the_op_will_ask_for_is_compiled_once(compiled, capsys, monkeypatch
     assert prebuild.main([*SMALL, "32", "33", "1024"]) == 0
     assert capsys.readouterr().out == "compiled kernels: 2, in /somewhere\n"
     expected = [
-        (looped_blocks.SOURCE, defines(shape, choose(shape)))
+        (SM90.source, defines(shape, choose(shape)), "sm_90a")
         for shape in (BlockShape(1, length, 768, 12, 3072, 2) for length in (32, 1024))
     ]
     assert sorted(compiled, key=str) == sorted(expected, key=str)
+
+
+def test_for_another_gpu(compiled, capsys):
+    assert prebuild.main([*SMALL, "1024", "--capability", "8.6"]) == 0
+    shape = BlockShape(1, 1024, 768, 12, 3072, 2)
+    assert compiled == [(SM80.source, defines(shape, choose(shape, ASSUMED[8, 6])), "sm_86")]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +41,8 @@ def test_what_the_op_will_ask_for_is_compiled_once(compiled, capsys, monkeypatch
         (["--hidden", "768", "--heads", "7", "--layers", "2", "--lengths", "8"], "--heads: got 7"),
         (["--hidden", "128", "--heads", "4", "--layers", "2", "--lengths", "8"], "--heads: got 4"),
         ([*SMALL, "8", "--mlp", "100"], "no tiles of"),
+        ([*SMALL, "8", "--capability", "9"], "got '9', expected two numbers as in 8.0"),
+        ([*SMALL, "8", "--capability", "7.5"], "compute capability 8.0 or later"),
     ],
 )
 def test_errors(compiled, capsys, arguments, message):

@@ -1,4 +1,4 @@
-"""Compiling the Hopper kernel without a GPU, and reading what came out."""
+"""Compiling the kernels without a GPU, and reading what came out."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loopmdm_kernels.cuda import sources
 from loopmdm_kernels.cuda.parameters import defines
-from loopmdm_kernels.schedule import BlockShape, choose
+from loopmdm_kernels.schedule import BlockShape, Device, choose
 
 SOURCE = "looped_blocks_sm90.cu"
 NVCC = shutil.which("nvcc")
@@ -35,25 +35,30 @@ def tool(name: str) -> str | None:
     return None
 
 
-def macros(shape: BlockShape) -> list[str]:
-    return [f"-D{name}={value}" for name, value in defines(shape, choose(shape)).items()]
+HOPPER = Device()
 
 
-def nvcc(shape: BlockShape, target: Path) -> str:
+def macros(shape: BlockShape, device: Device = HOPPER) -> list[str]:
+    return [f"-D{name}={value}" for name, value in defines(shape, choose(shape, device)).items()]
+
+
+def nvcc(
+    shape: BlockShape, target: Path, source: str = SOURCE, arch: str = "sm_90a", device: Device = HOPPER
+) -> str:
     """Compiles to a cubin and returns the assembler's messages."""
     folder = sources.folder()
     command = [
         str(NVCC),
         "-std=c++17",
-        "-arch=sm_90a",
+        f"-arch={arch}",
         "-cubin",
         f"-I{folder}",
         "-Xptxas",
         "-v",
-        *macros(shape),
+        *macros(shape, device),
     ]
     result = subprocess.run(
-        [*command, str(folder / "cuda" / SOURCE), "-o", str(target)],
+        [*command, str(folder / "cuda" / source), "-o", str(target)],
         capture_output=True,
         text=True,
         check=False,

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from loopmdm_kernels.schedule import BlockShape, Device, Phase, Tiles, build, check, choose, cost
+from loopmdm_kernels.schedule import BlockShape, Device, Phase, Tiles, build, check, choose, cost, device_of
 
 SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=2)
 
@@ -49,6 +49,31 @@ def test_plans_are_legal(length, hidden, heads, mlp):
     table = build(shape, plan.tiles)
     if len(table.loop) < 500:
         check(table)
+
+
+@pytest.mark.parametrize("capability", cost.ASSUMED)
+@pytest.mark.parametrize(("hidden", "heads"), [(256, 8), (768, 12), (1024, 8)])
+def test_a_plan_fits_the_shared_memory_of_its_device(capability, hidden, heads):
+    device = cost.ASSUMED[capability]
+    for length in (32, 1024):
+        plan = choose(BlockShape(1, length, hidden, heads, 4 * hidden, 2), device)
+        assert plan.shared_bytes <= device.shared_bytes
+        # Whole heads of 128 need tiles of which sm_86 and sm_89 hold two, and no others exist.
+        assert plan.stages >= (2 if device.shared_bytes < 128_000 and heads == 8 and hidden == 1024 else 3)
+
+
+def test_no_plan_fits():
+    with pytest.raises(ValueError, match="do not fit the 48000 bytes of shared memory"):
+        choose(SMALL, Device(shared_bytes=48_000))
+
+
+def test_a_device_is_known_by_the_nearest_that_is_not_younger():
+    assert device_of((9, 0), 132, 232_448) == Device()
+    half = device_of((8, 7), 41, 166_912)
+    known = cost.ASSUMED[8, 6]
+    assert (half.sms, half.shared_bytes) == (41, 166_912)
+    assert half.product_flops == known.product_flops / 2 and half.sm_bytes == known.sm_bytes
+    assert device_of((12, 0), 132, 101_376).attention_flops == Device().attention_flops
 
 
 def test_time_grows_with_work_and_shrinks_with_rates():

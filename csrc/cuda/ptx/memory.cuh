@@ -67,6 +67,13 @@ __device__ inline void wait_for(const int32_t* counter, int32_t target) {
 // for what was stored; after a wait, for what TMA will load.
 __device__ inline void proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+// Every loop reads the weights again: they shall outlive in L2 what is read once.
+__device__ inline uint64_t keep_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // What another block has written lies in L2; a line of it in L1 may be old.
 __device__ inline float2 load_pair(const float* address) {
   return __ldcg(reinterpret_cast<const float2*>(address));

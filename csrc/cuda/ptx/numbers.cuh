@@ -18,4 +18,8 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
+__device__ inline float2 unpack_bf16(uint32_t packed) {
+  return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000u));
+}
+
 }  // namespace loopmdm

@@ -10,13 +10,6 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
-// Every loop reads the weights again: they shall outlive in L2 what is read once.
-__device__ inline uint64_t keep_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
 __device__ inline void load_box(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
                                 int matrix) {
   asm volatile(

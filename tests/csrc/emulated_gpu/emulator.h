@@ -1,14 +1,16 @@
-// Runs a kernel for Hopper on the CPU: every thread of every block is a fiber, and the instructions of
-// csrc/cuda/ptx are emulated by what the PTX manual says of them. TMA loads arrive late and in random order,
+// Runs a kernel on the CPU: every thread of every block is a fiber, and the instructions of
+// csrc/cuda/ptx are emulated by what the PTX manual says of them. Loads arrive late and in random order,
 // fibers take turns at random. A kernel in which every thread waits is found.
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <string.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -82,8 +84,14 @@ struct Block {
   }
 };
 
+// A group of copies that a thread has started and may wait for.
+using Copies = std::vector<std::function<void()>>;
+
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it goes on: without the system calls of swapcontext
+  bool begun = false;
+  std::deque<Copies> copies{1};  // the last group is open
   std::vector<char> stack;
   Block* block;
   int thread;
@@ -98,10 +106,12 @@ struct Load {
 };
 
 struct State {
+  int threads;  // of a block
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Load> loads;
-  ucontext_t scheduler;
+  ucontext_t start;
+  jmp_buf scheduler;
   Fiber* current = nullptr;
   std::function<void()> kernel;
   std::mt19937 random;
@@ -110,10 +120,22 @@ inline State* state = nullptr;
 
 inline Fiber& self() { return *state->current; }
 
+inline void leave_fiber() {
+  if (_setjmp(self().place) == 0) _longjmp(state->scheduler, 1);
+}
+
+inline void go_on(Fiber* fiber) {
+  state->current = fiber;
+  if (_setjmp(state->scheduler) != 0) return;
+  if (fiber->begun) _longjmp(fiber->place, 1);
+  fiber->begun = true;
+  swapcontext(&state->start, &fiber->context);
+}
+
 inline void wait_until(std::function<bool()> condition) {
   if (condition()) return;
   self().waits_for = std::move(condition);
-  swapcontext(&self().context, &state->scheduler);
+  leave_fiber();
 }
 
 inline Barrier& barrier(uint32_t address) { return self().block->barriers.at(address); }
@@ -137,13 +159,14 @@ void meet(Meeting& meeting, int number, int place, void* given, Work work) {
 inline void enter_fiber() {
   state->kernel();
   self().done = true;
-  swapcontext(&self().context, &state->scheduler);
+  leave_fiber();
 }
 
 // Returns whether all threads came to their end.
 inline bool run(int num_blocks, int threads, unsigned seed, std::function<void()> kernel) {
   State here;
   state = &here;
+  here.threads = threads;
   here.kernel = std::move(kernel);
   here.random.seed(seed);
   for (int number = 0; number < num_blocks; ++number) {
@@ -163,15 +186,18 @@ inline bool run(int num_blocks, int threads, unsigned seed, std::function<void()
   }
   std::vector<Fiber*> running;
   for (auto& fiber : here.fibers) running.push_back(fiber.get());
+  bool proceeded = true;
   while (!running.empty()) {
-    bool proceeded = false;
+    // Some of the fibers in a row take a turn, so that warps get ahead of each other; all if those could not.
     const size_t first = here.random() % running.size();
-    for (size_t i = 0; i < running.size(); ++i) {
+    const size_t number = proceeded ? here.random() % running.size() + 1 : running.size();
+    const bool all = number == running.size();
+    proceeded = false;
+    for (size_t i = 0; i < number; ++i) {
       Fiber* const fiber = running[(first + i) % running.size()];
       if (fiber->waits_for && !fiber->waits_for()) continue;
       fiber->waits_for = nullptr;
-      here.current = fiber;
-      swapcontext(&here.scheduler, &fiber->context);
+      go_on(fiber);
       proceeded = true;
     }
     running.erase(std::remove_if(running.begin(), running.end(), [](Fiber* fiber) { return fiber->done; }),
@@ -179,7 +205,7 @@ inline bool run(int num_blocks, int threads, unsigned seed, std::function<void()
     // Some of the loads arrive; all of them if nobody can do anything before.
     std::shuffle(here.loads.begin(), here.loads.end(), here.random);
     size_t arriving = proceeded ? here.random() % (here.loads.size() + 1) : here.loads.size();
-    if (arriving == 0 && !proceeded) return false;
+    if (arriving == 0 && !proceeded && all) return false;
     for (; arriving > 0; --arriving) {
       Load load = std::move(here.loads.back());
       here.loads.pop_back();
@@ -211,7 +237,7 @@ inline void __syncwarp() {
 }
 
 inline void __syncthreads() {
-  emulator::meet(emulator::self().block->named[0], 384, 0, nullptr, [](void**) {});
+  emulator::meet(emulator::self().block->named[0], emulator::state->threads, 0, nullptr, [](void**) {});
 }
 
 // `source`: from which lane a lane takes.

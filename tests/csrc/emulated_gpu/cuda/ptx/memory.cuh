@@ -35,6 +35,7 @@ inline void wait_for(const int32_t* counter, int32_t target) {
 }
 
 inline void proxy_fence() {}
+inline uint64_t keep_policy() { return 0; }
 
 inline float2 load_pair(const float* address) { return {address[0], address[1]}; }
 inline float2 load_constant_pair(const float* address) { return {address[0], address[1]}; }

@@ -17,4 +17,11 @@ inline uint32_t round_bf16(float x) {
 
 inline uint32_t pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 
+inline float2 unpack_bf16(uint32_t packed) {
+  const uint32_t bits[2] = {packed << 16, packed & 0xFFFF0000u};
+  float2 values;
+  memcpy(&values, bits, 8);
+  return values;
+}
+
 }  // namespace loopmdm

@@ -11,8 +11,6 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
-inline uint64_t keep_policy() { return 0; }
-
 inline void load_box(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row, int matrix,
                      uint64_t = 0) {
   emulator::Block* const block = emulator::self().block;

@@ -1,8 +1,9 @@
 // The kernel of csrc/cuda on the CPU.
 #include "cuda/looped_blocks_sm90.cu"
+
 #include "emulator.h"
 
 extern "C" int run_looped_blocks(const void* parameters, int num_blocks, unsigned seed) {
-  const auto& given = *static_cast<const loopmdm::Parameters*>(parameters);
-  return emulator::run(num_blocks, loopmdm::Config::kThreads, seed, [&] { looped_blocks_sm90(given); });
+  const auto& given = *static_cast<const loopmdm::KernelParameters*>(parameters);
+  return emulator::run(num_blocks, loopmdm::kThreads, seed, [&] { looped_blocks_sm90(given); });
 }

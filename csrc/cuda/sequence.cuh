@@ -1,8 +1,8 @@
 // What happens to a sequence outside the layers: it enters, it may stop, it leaves.
 #pragma once
 
-#include "cuda/math_sm90.cuh"
-#include "cuda/ring_sm90.cuh"
+#include "cuda/config.cuh"
+#include "cuda/math.cuh"
 
 namespace loopmdm {
 

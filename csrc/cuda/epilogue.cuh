@@ -1,11 +1,11 @@
 // What becomes of a tile's sums: rotary, GELU, gate and residual, and the statistics of the next norm.
 #pragma once
 
-#include "cuda/product_sm90.cuh"
+#include "cuda/rows.cuh"
 
 namespace loopmdm {
 
-// Rounds and stores `kColumns` columns of a warp group, beginning at `column` of rows `width` wide.
+// Rounds and stores `kColumns` columns of a group, beginning at `column` of rows `width` wide.
 template <int kColumns>
 __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, int64_t width, int column,
                            const Parameters& p, const Instruction& item, int64_t first_token,

@@ -1,0 +1,266 @@
+"""Facts of a GPU that decide about the kernels: barriers, clusters, L2, peers of the phases, launch gaps.
+
+Each is a function of a `Run` that returns figures by name. In a dry run everything is compiled,
+prepared and, where a CPU can, called once; kernels are not launched, and None stands for every figure. A
+string says why a GPU has no figure.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import loopmdm_kernels as lk
+from bench.gpu import captured
+from loopmdm_kernels.cuda import compiler, driver, targets
+from loopmdm_kernels.schedule import BlockShape
+from loopmdm_kernels.testing import interleaved_medians
+
+HERE = Path(__file__).parent
+SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=2)
+WEIGHT_BYTES = 2 * SMALL.layers * SMALL.hidden * (4 * SMALL.hidden + 2 * SMALL.mlp)
+PRODUCTS = {"qkv": (768, 2304), "attn_out": (768, 768), "mlp_in": (768, 3072), "mlp_out": (3072, 768)}
+ATTENTION = (8, 12, 1024, 64)  # batch, heads, length, head size
+ROUNDS = 1000  # of a barrier
+READS = 20  # of all weights
+CHAIN = 100  # kernels
+REPEATS = 10  # of a call in a graph
+CLUSTERS = (2, 4, 8, 16)
+Figure = float | str | None
+Figures = dict[str, Figure]
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = (
+        ("counters", ctypes.c_void_p),
+        ("buffer", ctypes.c_void_p),
+        ("sink", ctypes.c_void_p),
+        ("vectors", ctypes.c_int64),
+        ("rounds", ctypes.c_int32),
+    )
+
+
+class NotLaunched:
+    """In place of a kernel where there is no GPU."""
+
+    def launch(self, *_: Any, **__: Any) -> None: ...
+
+    launch_in_order = launch
+
+    def allow_large_clusters(self) -> None: ...
+
+    def active_clusters(self, size: int, threads: int) -> None: ...
+
+
+class Run(NamedTuple):
+    dry: bool
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    @property
+    def limits(self) -> driver.Facts:
+        return driver.Facts((9, 0), 132, 232_448, 0, 0) if self.dry else driver.facts(0)
+
+    @property
+    def stream(self) -> int:
+        return 0 if self.dry else int(torch.cuda.current_stream().cuda_stream)
+
+    def probe(
+        self,
+        name: str,
+        source: str = "hopper_probes.cu",
+        *,
+        shared_bytes: int = 0,
+        includes: Sequence[Path] = (),
+    ) -> Any:
+        """A kernel of the probes, compiled in any case."""
+        cubin = _cubin(source, tuple(includes))
+        return NotLaunched() if self.dry else driver.Kernel(cubin, name, shared_bytes)
+
+    def seconds(self, calls: Mapping[str, Callable[[], Any]]) -> Figures:
+        """Interleaved medians; a call that fails says why instead."""
+        works: dict[str, Callable[[], Any]] = {}
+        figures: Figures = {}
+        for name, call in calls.items():
+            try:
+                call()
+                works[name] = call
+            except RuntimeError as error:
+                figures[name] = str(error).splitlines()[0]
+        if self.dry:
+            return {**dict.fromkeys(works), **figures}
+        return {**figures, **interleaved_medians(works)}
+
+
+@cache
+def _cubin(source: str, includes: tuple[Path, ...]) -> bytes:
+    options = ["-std=c++17", *(f"-I{folder}" for folder in includes)]
+    return compiler.with_nvrtc(HERE / source, options, targets.SM90.architecture)
+
+
+def cuda_headers() -> list[Path]:
+    """The folders of CUDA's own headers, of a toolkit or of its packages; none if one of these is missing."""
+    needed = ("cooperative_groups.h", "nv/target")
+    packages = find_spec("nvidia")
+    places = (packages and packages.submodule_search_locations) or ()
+    roots = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
+    roots += [folder for place in places for folder in Path(place).glob("*/include")]
+    folders = [folder for root in roots for folder in (root, root / "cccl") if folder.is_dir()]
+    found = [name for name in needed if any((folder / name).exists() for folder in folders)]
+    return folders if len(found) == len(needed) else []
+
+
+def scaled(seconds: Figure, factor: float) -> Figure:
+    return seconds * factor if isinstance(seconds, float) else seconds
+
+
+def rate(work: float, seconds: Figure) -> Figure:
+    return work / seconds if isinstance(seconds, float) else seconds
+
+
+def barriers(run: Run) -> Figures:
+    """Microseconds for all blocks to meet: by CUDA's grid barrier, at our counters, in clusters."""
+    sms = run.limits.sms
+    headers = cuda_headers()
+    cases = {
+        "one counter": (run.probe("meet_at_one_counter"), sms, 1),
+        "row counters": (run.probe("meet_at_row_counters"), sms, 1),
+    }
+    if headers:
+        cases["grid sync"] = (run.probe("meet_by_grid_sync", "hopper_grid_sync.cu", includes=headers), sms, 1)
+    for size in CLUSTERS:
+        kernel = run.probe("meet_in_cluster")
+        kernel.allow_large_clusters()
+        cases[f"cluster of {size}"] = (kernel, size * 4, size)
+    counters = torch.zeros(32 * sms, dtype=torch.int32, device=run.device)
+
+    def meeting(kernel: Any, blocks: int, cluster: int) -> Callable[[], None]:
+        def call() -> None:
+            counters.zero_()
+            arguments = Arguments(counters=counters.data_ptr(), rounds=ROUNDS)
+            kernel.launch(blocks, 128, run.stream, arguments, cluster=cluster)
+
+        return call
+
+    times = run.seconds({name: meeting(*case) for name, case in cases.items()})
+    figures = {name: scaled(seconds, 1e6 / ROUNDS) for name, seconds in times.items()}
+    return figures if headers or run.dry else {**figures, "grid sync": "CUDA's headers are not installed"}
+
+
+def clusters(run: Run) -> Figures:
+    """Clusters of 200 KB blocks that fit the device; bytes of L2 that can be kept."""
+    kernel = run.probe("do_nothing", shared_bytes=200 * 1024)
+    kernel.allow_large_clusters()
+    figures: Figures = {f"clusters of {size}": kernel.active_clusters(size, 128) for size in CLUSTERS}
+    limits = None if run.dry else run.limits
+    return {
+        **figures,
+        "persisting L2 bytes": limits and limits.persisting_bytes,
+        "SMs": limits and limits.sms,
+    }
+
+
+def l2_reads(run: Run) -> Figures:
+    """Bytes a second of all SMs reading all weights, without and with a window that keeps them; of one SM."""
+    kernel, limits = run.probe("read_all"), run.limits
+    buffer = torch.zeros(WEIGHT_BYTES // 4, device=run.device)
+    sink = torch.zeros(1, device=run.device)
+    arguments = Arguments(
+        buffer=buffer.data_ptr(), sink=sink.data_ptr(), vectors=WEIGHT_BYTES // 16, rounds=READS
+    )
+    window = driver.l2_window(buffer.data_ptr(), WEIGHT_BYTES, limits)
+    cases = {"plain": (limits.sms, None), "kept": (limits.sms, window), "one SM": (1, None)}
+
+    def reading(blocks: int, window: driver.L2Window | None) -> Callable[[], None]:
+        return lambda: kernel.launch(blocks, 1024, run.stream, arguments, window)
+
+    if not run.dry:
+        driver.set_aside_l2(0)
+    times = run.seconds({name: reading(*case) for name, case in cases.items()})
+    if not run.dry:
+        driver.release_l2(0)
+    return {name: rate(READS * cases[name][0] * WEIGHT_BYTES, seconds) for name, seconds in times.items()}
+
+
+def attention_peers(run: Run) -> Figures:
+    """Seconds of attention by itself, by implementation: torch's two, FlashAttention-3, ours in Triton."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    batch, heads, length, head_dim = (1, 1, 16, 8) if run.dry else ATTENTION
+    q, k, v = (
+        torch.randn(batch, heads, length, head_dim, device=run.device, dtype=torch.bfloat16) for _ in range(3)
+    )
+
+    def sdpa(kind: SDPBackend) -> None:
+        with sdpa_kernel(SDPBackend.MATH if run.dry else kind):
+            F.scaled_dot_product_attention(q, k, v)
+
+    def ours() -> None:
+        with lk.use_backend("reference" if run.dry else "triton"):
+            lk.attention(q, k, v)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
+        "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+        "triton": ours,
+    }
+    missing: Figures = {}
+    if find_spec("flash_attn_interface") is not None:
+        from flash_attn_interface import flash_attn_func
+
+        calls["FA3"] = lambda: flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)))
+    else:
+        missing["FA3"] = None if run.dry else "flash_attn_interface is not installed"
+    return {**repeated(run, calls), **missing}
+
+
+def repeated(run: Run, calls: Mapping[str, Callable[[], Any]]) -> Figures:
+    """Seconds of each call, as a part of a CUDA graph of several: a launch from Python takes longer."""
+    graphs: dict[str, Callable[[], Any]] = {}
+    figures: Figures = {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = captured(lambda call=call: [call() for _ in range(REPEATS)], dry=run.dry)
+        except RuntimeError as error:
+            figures[name] = str(error).splitlines()[0]
+    times = run.seconds(graphs)
+    return {**figures, **{name: scaled(seconds, 1 / REPEATS) for name, seconds in times.items()}}
+
+
+def products(run: Run) -> Figures:
+    """Seconds of cuBLAS for the four matrices at 1024 tokens: what the phases' tiles have to reach."""
+    rows = 4 if run.dry else SMALL.length
+    calls = {}
+    for name, (inner, width) in PRODUCTS.items():
+        left = torch.randn(rows, inner, device=run.device, dtype=torch.bfloat16)
+        right = torch.randn(width, inner, device=run.device, dtype=torch.bfloat16)
+        calls[name] = partial(F.linear, left, right)
+    return repeated(run, calls)
+
+
+def gaps(run: Run) -> Figures:
+    """Microseconds from one empty kernel to the next in a CUDA graph: in order, and launched early (PDL)."""
+    arguments = Arguments()
+
+    def chain(kernel: Any, early: bool) -> Callable[[], None]:
+        def call() -> None:
+            for _ in range(CHAIN):
+                kernel.launch_in_order(132, 128, run.stream, arguments, early=early)
+
+        return captured(call, dry=run.dry)
+
+    calls = {
+        "in order": chain(run.probe("do_nothing"), False),
+        "launched early": chain(run.probe("do_nothing_early"), True),
+    }
+    return {name: scaled(seconds, 1e6 / CHAIN) for name, seconds in run.seconds(calls).items()}

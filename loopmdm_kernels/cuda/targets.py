@@ -1,0 +1,42 @@
+"""Which kernel a GPU runs, and what launching it takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from loopmdm_kernels.cuda.parameters import Parameters, ParametersWithMaps, ParametersWithWeights
+
+OLDEST = (8, 0)
+
+
+class Target(NamedTuple):
+    """A kernel and the architecture it is compiled for."""
+
+    entry: str  # also the name of its source
+    architecture: str
+    threads: int
+    head_dims: tuple[int, ...]
+    parameters: type[Parameters]
+
+    @property
+    def source(self) -> str:
+        return f"{self.entry}.cu"
+
+
+SM90 = Target("looped_blocks_sm90", "sm_90a", 384, (64, 128), ParametersWithMaps)
+SM80 = Target("looped_blocks_sm80", "sm_80", 256, (32, 64, 128), ParametersWithWeights)
+
+
+def target_of(capability: tuple[int, int]) -> Target:
+    """Hopper has a kernel of its own; all others from compute capability 8.0 on run the one for Ampere."""
+    if capability == (9, 0):
+        return SM90
+    return SM80._replace(architecture=f"sm_{capability[0]}{capability[1]}")
+
+
+def why_none(capability: tuple[int, int]) -> str | None:
+    """Why no kernel runs on a GPU of this compute capability, or None."""
+    if capability >= OLDEST:
+        return None
+    got = ".".join(map(str, capability))
+    return f"the kernels need a GPU of compute capability 8.0 or later (A100, RTX 30, L4, H100), got {got}"
