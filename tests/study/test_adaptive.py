@@ -165,6 +165,21 @@ def test_a_search_on_text_without_a_scorer(study: Study, folders: Any, corpus: s
     assert ComputePlan.load(tmp_path / "plan.json").reading == "masks"
 
 
+@pytest.mark.parametrize("name", ["search", "adaptive"])
+def test_whole_boards_are_judged_by_their_likelihood(study: Study, tmp_path: Path, name: str) -> None:
+    words = ["--whole-boards", "--windows", "6", "--num-t", "4", "--bins", "2", "--cap", "3", "--steps", "6"]
+    words += ["--loops", "2", "--num", "6"] if name == "search" else ["--repeats", "1"]
+    status, error = study(name, "sudoku6", *words, "--out", tmp_path)
+    assert status == 0, error
+    rows = table(tmp_path)["rows"]
+    if name == "search":
+        assert all(0 < row["rows, columns and boxes wrong"] <= 1 for row in rows)
+        assert {row["measure"] for row in rows} == {"NELBO (nats per token)"}
+    else:
+        fixed = {row["setting"]: row["value"] for row in rows if row.get("criterion") == "fixed S"}
+        assert set(map(str, fixed)) == {"1", "2", "3"} and min(fixed.values()) > 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

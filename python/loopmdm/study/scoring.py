@@ -158,6 +158,9 @@ class TextScoring(Scoring):
         }
 
 
+MEASURES = tuple(kind.measure for kind in (BoardScoring, WholeBoardScoring, TextScoring))
+
+
 def scoring_of(args: Any, model: LoopMDM, data: HeldOut) -> tuple[Scoring | None, int]:
     """How samples are drawn and rated, and how many; None for text without a scorer.
 

@@ -1,10 +1,11 @@
 """Search a plan: the loops of each part of the denoising that lose least within a budget of mean loops.
 
-The losses of held-out sequences add up over the denoising (text: the parts of the NELBO; Sudoku: the next
-digits' on the way to the solution), so each part is evaluated once at each loop count, and a dynamic program
-finds the best tables. The few best, and fixed loop counts beside them, then sample: Sudoku is rated by
-boards solved from left to right, text with --scorer by generative perplexity. Every other sequence searches
-and chooses, the others are reported. The chosen plan is saved as plan.json, for `sample(plan=...)`.
+The losses of held-out sequences add up over the denoising (text and whole boards: the parts of the NELBO;
+puzzles: the next digits' on the way to the solution), so each part is evaluated once at each loop count, and
+a dynamic program finds the best tables. The few best, and fixed loop counts beside them, then sample: puzzles
+are rated by boards solved from left to right, boards made from nothing by the rows, columns and boxes that
+are wrong, text with --scorer by generative perplexity. Every other sequence searches and chooses, the others
+are reported. The chosen plan is saved as plan.json, for `sample(plan=...)`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from loopmdm.study.bootstrap import Bootstrap, Interval
 from loopmdm.study.criteria import quality
 from loopmdm.study.folder import StudyFolder
 from loopmdm.study.policies import Outcome, fixed_stops, outcome, table_stops
-from loopmdm.study.scoring import Scoring, scoring_of
-from loopmdm.study.sources import add_data, held_out, load_denoisers
+from loopmdm.study.scoring import MEASURES, Scoring, scoring_of
+from loopmdm.study.sources import add_data, add_whole_boards, held_out, load_denoisers
 from loopmdm.study.tables import Table, best_tables, bin_losses
 from loopmdm.study.traces import Trace, add_trace_options, record_trace
 
@@ -36,6 +37,7 @@ EPILOG = """examples:
   loopmdm study search sudoku6 --loops 3 --cap 12 --windows 400 --out plan3
   loopmdm solve puzzles.txt --model sudoku6 --order left_to_right --plan plan3/plan.json
   loopmdm study search run --loops 2 --scorer scorer --out plan2
+  loopmdm study search boards --loops 2 --whole-boards --num 512 --out plan-boards
 """
 Row = dict[str, Any]
 
@@ -68,15 +70,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scorer", metavar="DIR", help="text: an autoregressive scorer, to verify by sampling"
     )
     parser.add_argument(
-        "--num", type=positive_int, default=64, metavar="N", help="text: samples (default: %(default)s)"
+        "--num",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="text and whole boards: samples (default: %(default)s)",
     )
     parser.add_argument(
         "--steps",
         type=positive_int,
         default=64,
         metavar="T",
-        help="text: denoising steps (default: %(default)s)",
+        help="text and whole boards: denoising steps (default: %(default)s)",
     )
+    add_whole_boards(parser)
     add_data(parser)
 
 
@@ -166,8 +173,7 @@ def _sampled(
 def draw(rows: Sequence[Row]) -> Figure:
     """The best tables over the denoising, and what plans give at their mean loops."""
     figure, ((left, right),) = figures.new_figure(1, 2, width=5.2)
-    sampled = ("share of boards not solved", "generative perplexity")
-    measure = next((name for name in sampled if name in rows[0]), rows[0]["measure"])
+    measure = next((name for name in MEASURES if name in rows[0]), rows[0]["measure"])
     for row in rows:
         if row["plan"].startswith("S"):
             continue
@@ -194,7 +200,7 @@ def draw(rows: Sequence[Row]) -> Figure:
         )
         figures.error_bars(right, x, value, low, high, label=kind, color=color)
     right.set_xlabel("mean loops of a network call")
-    right.set_ylabel(f"{measure} (95 % interval)")
+    right.set_ylabel(f"{measure}\n(95 % interval)")
     right.set_title("less is better")
     right.legend()
     return figure
