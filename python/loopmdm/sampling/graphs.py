@@ -27,7 +27,7 @@ from loopmdm_kernels.types import RowRng, SampledRows
 
 MAX_GRAPHS = 32
 _ROWS = 64  # rows are padded to multiples of it: what the vocabulary kernels take at once
-_ALIGNMENT = 16  # elements: tensors in a buffer begin where their own memory would
+_ALIGNMENT = 16  # elements; kernels are compiled for pointers that are multiples of 16 bytes
 
 
 def check_graphs(models: Iterable[Any], plan: ComputePlan, draw: Draw) -> None:
