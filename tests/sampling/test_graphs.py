@@ -76,9 +76,11 @@ def test_models_of_a_plan_have_graphs_of_their_own(model, make_model):
     both(model, 5, length=16, steps=24, plan=plan, at_least=8)
 
 
-def test_models_conditioned_on_time(make_model):
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_models_conditioned_on_time(make_model, dtype):
     conditioned = make_model(time_conditioning=True)
-    both(conditioned, 5, length=16, steps=24, plan=ComputePlan.adaptive(0.3, 3), at_least=8)
+    options = {"length": 16, "order": "random", "tokens_per_step": 2, "dtype": dtype}
+    both(conditioned, 5, plan=ComputePlan.adaptive(0.3, 3), at_least=6, **options)
 
 
 def test_batches_and_rows_share_graphs(model):
