@@ -14,8 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from loopmdm_kernels import backends
 
-_READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "unique")
-
 
 class RecordedGraphs:
     """Writes down what a call does and does that again at replay; Python is not looked at a second time.
@@ -39,7 +37,8 @@ class RecordedGraphs:
         def replay() -> None:
             self.replays += 1
             recorder.spoil()
-            recorder.replay()
+            with torch.autocast("cpu", enabled=False):  # casts were written down
+                recorder.replay()
 
         return replay
 
@@ -62,11 +61,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        masks = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype == torch.bool]
-        if name in _READS or (name.startswith("index") and masks):
+        if _waits(func, args):
             raise RuntimeError(
-                f"{name} reads a tensor on the host, which a stream that is captured cannot do"
+                f"{func} reads a tensor on the host, which a stream that is captured cannot do"
             )
         return self.record(lambda: func(*args, **kwargs), (args, kwargs))
 
@@ -126,3 +123,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return call()
         finally:
             self._paused = before
+
+
+def _waits(func: Any, arguments: Any) -> bool:
+    """Whether the host would wait for a device to know the result, or its shape."""
+    name = func.overloadpacket.__name__
+    if name.startswith("index"):  # by numbers or by a mask
+        return any(isinstance(t, Tensor) and t.dtype == torch.bool for t in tree_leaves(arguments))
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return name == "is_nonzero" or not tags.isdisjoint(func.tags)

@@ -43,11 +43,24 @@ def test_what_a_capture_made_is_lost():
     assert out.isnan().all()
 
 
-@pytest.mark.parametrize(
-    "read", [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.nonzero(), lambda x: x[x > 0]]
-)
-def test_reading_a_tensor_raises(read):
-    with pytest.raises(RuntimeError, match="which a stream that is captured cannot do"):
+READS = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.any()),
+    "int": lambda x: int(x.max()),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "written mask": lambda x: x.__setitem__(x > 0, 1.0),
+    "equal": lambda x: torch.equal(x, x),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_reading_a_tensor_raises(read, inference):
+    with (
+        torch.inference_mode(inference),
+        pytest.raises(RuntimeError, match="a stream that is captured cannot"),
+    ):
         RecordedGraphs()(lambda: read(torch.ones(2)))
 
 

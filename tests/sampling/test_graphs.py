@@ -24,6 +24,8 @@ WAYS = [
     {"order": "ancestral", "remask": "cap", "steps": 24},
     {"order": "random", "eos_token_id": 4},
     {"order": "random", "temperature": 0.0, "forbidden": [2, 5]},
+    {"order": "confidence", "steps": 8, "top_k": 3, "top_p": 0.9},
+    {"order": "ancestral", "steps": 24, "top_p": 0.8, "length": [16, 9, 16, 12, 9, 3, 16]},
     {"order": "ancestral", "steps": 24, "max_batch": 2},
     {"order": "ancestral", "steps": 24, "skip_unchanged": False},
     {"order": "ancestral", "steps": 24, "length": [16, 9, 16, 12, 9, 3, 16], "prompt": [[7]] * 6 + [[1, 2]]},
@@ -73,12 +75,16 @@ def test_the_same_samples_with_every_plan(model, options, plan):
 def test_models_of_a_plan_have_graphs_of_their_own(model, make_model):
     light = make_model(num_layers=3, loop_start=1, loop_end=2, hidden_size=8)
     plan = ComputePlan.parse("L8,H8,L8", light=light, heavy=model)
-    both(model, 5, length=16, steps=24, plan=plan, at_least=8)
+    for options in ({}, {"top_k": 4}):
+        both(model, 5, length=16, steps=24, plan=plan, at_least=8, **options)
 
 
-def test_models_conditioned_on_time(make_model):
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_models_conditioned_on_time(make_model, dtype):
     conditioned = make_model(time_conditioning=True)
-    both(conditioned, 5, length=16, steps=24, plan=ComputePlan.adaptive(0.3, 3), at_least=8)
+    options = {"length": 16, "order": "random", "tokens_per_step": 2, "dtype": dtype}
+    both(conditioned, 5, plan=ComputePlan.adaptive(0.3, 3), at_least=6, **options)
+    both(conditioned, 5, plan=2, at_least=6, top_p=0.9, **options)
 
 
 def test_batches_and_rows_share_graphs(model):
@@ -156,8 +162,6 @@ def test_buckets():
 
 REFUSED = [
     ({"plan": ComputePlan.adaptive(max_loops=3, criterion="argmax")}, "exit rule argmax decides on the host"),
-    ({"top_p": 0.9}, "top_p does not go with it"),
-    ({"top_k": 3}, "top_k does not go with it"),
     ({"reference_numerics": True}, "cuda_graphs does not go with reference_numerics"),
 ]
 

@@ -58,6 +58,11 @@ def test_autocast_and_conditioning_on_time(make_model, reserved):
     check(model, reserved, num_samples=5, length=64, steps=64, plan=3, dtype=torch.bfloat16)
 
 
+def test_draws_behind_the_graph(make_model, reserved):
+    model = make_model(**SIZES, max_length=64).to("cuda", torch.bfloat16)
+    check(model, reserved, num_samples=5, length=64, steps=64, plan=3, top_k=20, top_p=0.9)
+
+
 def test_two_models_and_changed_weights(make_model, reserved):
     heavy, light = (make_model(**SIZES, max_length=64, num_layers=n).cuda() for n in (4, 3))
     plan = ComputePlan.parse("L16,H32,L16", light=light, heavy=heavy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -98,23 +98,29 @@ class Network:
         indices b*L + l; names are the sequence id, step and position [R] of each row's random numbers. times
         may be None unless the model is conditioned on time.
         """
-        model = self.model_of(compute)
-        device = model.device
         hidden, spent, sigma = self.hidden(tokens, times, compute, num_loops)
         if not rows.numel():
             return Prediction(None, spent)
-        rng = RowRng(self._draw.seed, *(name.to(device) for name in names))
-        sampled = lk.sample_rows(
+        model = self.model_of(compute)
+        sampled = self.sample_rows(
+            model, hidden, sigma, rows.to(model.device), [name.to(model.device) for name in names]
+        )
+        return Prediction(SampledRows(*(field.cpu() for field in sampled)), spent)
+
+    def sample_rows(
+        self, model: Denoiser, hidden: Tensor, sigma: Tensor | None, rows: Tensor, names: Sequence[Tensor]
+    ) -> SampledRows:
+        """A token for each row [R] of the residual stream [b, L, D]; all is on the model's device."""
+        return lk.sample_rows(
             hidden,
             self.head(model, sigma),
-            rows.to(device),
-            rng,
+            rows,
+            RowRng(self._draw.seed, *names),
             temperature=self._draw.temperature,
             top_p=self._draw.top_p,
             top_k=self._draw.top_k,
             compute_dtype=model.compute_dtype,
         )
-        return Prediction(SampledRows(*(field.cpu() for field in sampled)), spent)
 
     def hidden(
         self, tokens: Tensor, times: Tensor | None, compute: StepCompute, num_loops: int | Tensor

@@ -114,8 +114,8 @@ def sample(
         skip_unchanged: False runs the network on every sequence at every step, which changes the cost alone.
         dtype: torch.bfloat16 runs the matrix products in bf16 by autocast; None leaves autocast as it is.
         cuda_graphs: launch each network call as one CUDA graph, to the same tokens; for short sequences and
-            small batches, where launches take longer than their kernels. Needs a GPU and the triton backend,
-            without top_p, top_k and exit rules other than the plain hidden change. Experimental.
+            small batches, where launches take longer than their kernels. Needs a GPU and the triton backend;
+            no exit rules but the plain hidden change. Experimental.
 
     Raises:
         ValueError, TypeError: on arguments out of range or at odds with each other, and on predictions that
@@ -152,9 +152,11 @@ def sample(
     needs_times = any(m.config.time_conditioning for m in models)
     limits = Limits(context, max_batch, skip_unchanged)
     if cuda_graphs:
-        check_graphs(models, plan, draw)
+        check_graphs(models, plan)
         most = min(ids.numel(), max_batch or ids.numel())
-        network: Network = GraphNetwork(model, draw, needs_times=needs_times, max_batch=most, context=context)
+        network: Network = GraphNetwork(
+            models, draw, needs_times=needs_times, max_batch=most, context=context
+        )
     else:
         network = Network(model, draw, needs_times=needs_times)
     arguments = (canvas, ordered, network, plan, limits, config, ids, eos_token_id)
