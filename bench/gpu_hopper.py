@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import loopmdm_kernels as lk
-from bench import hopper_facts
+from bench import gpu_sudoku, hopper_facts
 from bench.gpu import captured, compiled
 from bench.hopper_facts import SMALL, Figure, Figures, Run
 from bench.report import write
@@ -181,6 +181,7 @@ PHASES: dict[str, Callable[[Run], Figures]] = {
     "products": hopper_facts.products,
     "gaps": hopper_facts.gaps,
     **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (128, 1024, 32, 512)},
+    "sudoku": gpu_sudoku.whole_call,
     "dram_bytes": dram_bytes,
     "sanitizers": sanitizers,
     **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (256, 4096)},
@@ -231,6 +232,10 @@ def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
     for tokens, share in LIMIT_SHARES.items():
         limit = LOOPS * choose(SMALL._replace(length=tokens), device).limit_seconds
         result[f"T{tokens}: {share} of the limit"] = at_least(limit, seconds(tokens, "cuda"), share)
+    call = figures.get("sudoku", {}).get("cuda")
+    result[f"Sudoku: {1e6 * gpu_sudoku.TARGET_SECONDS:.0f} us"] = at_least(
+        gpu_sudoku.TARGET_SECONDS, call, 1.0
+    )
     dram = figures.get("dram_bytes", {})
     result["DRAM bytes do not grow with S"] = at_least(dram.get("S1"), dram.get("S24"), 1 / DRAM_RATIO)
     return result

@@ -14,7 +14,9 @@ struct Config {
   static constexpr int kRows = LOOPMDM_ROWS;
   static constexpr int kQkvColumns = LOOPMDM_QKV_COLUMNS, kAttnOutColumns = LOOPMDM_ATTN_OUT_COLUMNS;
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
+  static constexpr int kMlpOutParts = LOOPMDM_MLP_OUT_PARTS;  // of the inner dimension
   static constexpr int kStages = LOOPMDM_STAGES, kStageBytes = LOOPMDM_STAGE_BYTES;
+  static constexpr int kResidentBytes = LOOPMDM_RESIDENT_BYTES;  // for weights that stay in shared memory
 
   // Two groups of four warps compute. They share the rows of a tile; with 64 rows, its columns or heads.
   static constexpr int kGroups = 2, kRowGroups = kRows / 64, kColumnGroups = kGroups / kRowGroups;
@@ -24,15 +26,16 @@ struct Config {
   static constexpr int kStep = 64;       // of the inner dimension, a stage
   static constexpr int kKeyBlock = 128;  // keys of a stage
 
-  // Columns of which one group knows the statistics.
-  static constexpr int kPart1 = kMlpOutColumns / kColumnGroups, kPart2 = kAttnOutColumns / kColumnGroups;
-  static constexpr int kParts1 = kHidden / kPart1, kParts2 = kHidden / kPart2;
+  // Statistics are of so many columns whatever the tiles, so that a row does not depend on its batch.
+  static constexpr int kPart = 32, kParts = kHidden / kPart;
+  static constexpr int kChanges = kHidden / (kMlpOutColumns / kColumnGroups);  // squared norms of a row tile
 
   static_assert(kHeads % kHeadsPerTile == 0, "a group computes one head");
   static_assert(kRows == 64 || kRows == 128, "rows of a tile");
-  static_assert(kHidden % kStep == 0 && kMlp % kStep == 0, "widths in whole stages");
+  static_assert(kHidden % kStep == 0 && kMlp % (kMlpOutParts * kStep) == 0, "widths in whole stages");
   static_assert(kQkvColumns / kColumnGroups % kHeadDim == 0, "a group rotates whole heads");
-  static_assert(kStageBytes % 1024 == 0, "swizzle atoms");
+  static_assert(2 * kHidden % (kQkvColumns / kColumnGroups) == 0, "and either all of them or none");
+  static_assert(kStageBytes % 1024 == 0 && kResidentBytes % 1024 == 0, "swizzle atoms");
 };
 
 struct Parameters {
@@ -42,14 +45,15 @@ struct Parameters {
   uint16_t* qkv_values;         // [2, B, L, 3 D]
   uint16_t* mixed_values;       // [B, L, D]
   uint16_t* wide_values;        // [B, L, F]
-  PartStatistics* statistics1;  // [B, L, kParts1]
-  PartStatistics* statistics2;  // [B, L, kParts2]
-  float2* change;               // squared norms, [B, row tiles, kParts1, 4 kRowGroups]
-  const float4* affine;         // [n, modulated sequences, 2, D / 2]: gain, gain, shift, shift of two columns
-  const float* gate;            // [n, modulated sequences, 2, D]
-  const float* mlp_in_bias;     // [n, F]
-  const float* mlp_out_bias;    // [n, D]
-  const float* cosines;         // [L, K / 2] or null
+  float4* partial_values;       // see parts.cuh
+  PartStatistics* statistics1;  // [B, L, kParts]
+  PartStatistics* statistics2;
+  float2* change;             // squared norms, [B, row tiles, kChanges, 4 kRowGroups]
+  const float4* affine;       // [n, modulated sequences, 2, D / 2]: gain, gain, shift, shift of two columns
+  const float* gate;          // [n, modulated sequences, 2, D]
+  const float* mlp_in_bias;   // [n, F]
+  const float* mlp_out_bias;  // [n, D]
+  const float* cosines;       // [L, K / 2] or null
   const float* sines;
   const uint8_t* key_mask;  // [B, L] or null
   const Instruction* table;

@@ -4,6 +4,7 @@
 // from L2, whatever S is.
 #include "cuda/attention_sm90.cuh"
 #include "cuda/loader_sm90.cuh"
+#include "cuda/parts.cuh"
 #include "cuda/ptx/warps.cuh"
 #include "cuda/sequence.cuh"
 
@@ -18,13 +19,13 @@ struct Share {
   }
 };
 
-__device__ void project_qkv(const Parameters& p, const Instruction& item, int32_t loop, const Ring& ring,
-                            RingPlace& place, const Seat& seat) {
+__device__ void project_qkv(const Parameters& p, const Instruction& item, int32_t loop, int32_t resident,
+                            const Ring& ring, RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kQkvColumns>::kColumns;
   const int column = Share<Config::kQkvColumns>::part(item, seat) * kColumns;
-  const auto rows = RowScales::load<Config::kParts1, Config::kPart1>(p, item, p.statistics1, seat);
+  const auto rows = RowScales::load(p, item, p.statistics1, seat);
   float sums[kColumns / 2];
-  stream_product<kColumns>(sums, ring, place, seat, rows, p.affine_of(item, 0));
+  stream_product<kColumns>(sums, ring, place, seat, resident, rows, p.affine_of(item, 0));
   const int slot = qkv_slot(item.write_slot, loop, Config::kLayers);
   if (p.cosines && column < 2 * Config::kHidden) rotate<kColumns>(sums, p, item, seat);
   store_bf16<kColumns>(sums, p.qkv_values, 3 * Config::kHidden, column, p, item,
@@ -32,36 +33,39 @@ __device__ void project_qkv(const Parameters& p, const Instruction& item, int32_
 }
 
 __device__ void project_attention(const Parameters& p, const Instruction& item, int32_t loop,
-                                  const Ring& ring, RingPlace& place, const Seat& seat) {
+                                  int32_t resident, const Ring& ring, RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kAttnOutColumns>::kColumns;
   float sums[kColumns / 2];
-  shared_product<kColumns, Config::kHidden>(sums, ring, place, seat);
-  update_stream<kColumns, Config::kParts2>(sums, p, item, loop, seat,
-                                           Share<Config::kAttnOutColumns>::part(item, seat), nullptr,
-                                           p.gate_of(item, 0), p.statistics2, nullptr);
+  shared_product<kColumns, Config::kHidden>(sums, ring, place, seat, resident);
+  update_stream<kColumns>(sums, p, item, loop, seat, Share<Config::kAttnOutColumns>::part(item, seat),
+                          nullptr, p.gate_of(item, 0), p.statistics2, nullptr);
 }
 
-__device__ void widen(const Parameters& p, const Instruction& item, const Ring& ring, RingPlace& place,
-                      const Seat& seat) {
+__device__ void widen(const Parameters& p, const Instruction& item, int32_t resident, const Ring& ring,
+                      RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kMlpInColumns>::kColumns;
   const int column = Share<Config::kMlpInColumns>::part(item, seat) * kColumns;
-  const auto rows = RowScales::load<Config::kParts2, Config::kPart2>(p, item, p.statistics2, seat);
+  const auto rows = RowScales::load(p, item, p.statistics2, seat);
   float sums[kColumns / 2];
-  stream_product<kColumns>(sums, ring, place, seat, rows, p.affine_of(item, 1));
+  stream_product<kColumns>(sums, ring, place, seat, resident, rows, p.affine_of(item, 1));
   add_bias_gelu<kColumns>(sums, p.mlp_in_bias + item.layer * Config::kMlp + column, seat);
   store_bf16<kColumns>(sums, p.wide_values, Config::kMlp, column, p, item, p.token(item.sequence, 0), seat);
 }
 
-__device__ void narrow(const Parameters& p, const Instruction& item, int32_t loop, const Ring& ring,
-                       RingPlace& place, const Seat& seat) {
+__device__ void narrow(const Parameters& p, const Instruction& item, int32_t loop, int32_t resident,
+                       const Ring& ring, RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kMlpOutColumns>::kColumns;
   float sums[kColumns / 2];
-  shared_product<kColumns, Config::kMlp>(sums, ring, place, seat);
+  if (Config::kMlpOutParts > 1 && item.phase == kMlpSum) {
+    add_parts<kColumns>(sums, p, item, seat);
+  } else {
+    shared_product<kColumns, Config::kMlp / Config::kMlpOutParts>(sums, ring, place, seat, resident);
+    if (Config::kMlpOutParts > 1) return store_part<kColumns>(sums, p, item, seat);
+  }
   const bool last = p.adaptive && item.layer == Config::kLayers - 1;
-  update_stream<kColumns, Config::kParts1>(sums, p, item, loop, seat,
-                                           Share<Config::kMlpOutColumns>::part(item, seat),
-                                           p.mlp_out_bias + item.layer * Config::kHidden, p.gate_of(item, 1),
-                                           p.statistics1, last ? p.change : nullptr);
+  update_stream<kColumns>(sums, p, item, loop, seat, Share<Config::kMlpOutColumns>::part(item, seat),
+                          p.mlp_out_bias + item.layer * Config::kHidden, p.gate_of(item, 1), p.statistics1,
+                          last ? p.change : nullptr);
 }
 
 __device__ void compute(const Parameters& p, const Ring& ring) {
@@ -76,19 +80,20 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
         enter(p, item, issued.loop);
         break;
       case kQkv:
-        project_qkv(p, item, issued.loop, ring, place, seat);
+        project_qkv(p, item, issued.loop, issued.resident, ring, place, seat);
         break;
       case kAttention:
         attention(p, item, ring, place, seat);
         break;
       case kAttnOut:
-        project_attention(p, item, issued.loop, ring, place, seat);
+        project_attention(p, item, issued.loop, issued.resident, ring, place, seat);
         break;
       case kMlpIn:
-        widen(p, item, ring, place, seat);
+        widen(p, item, issued.resident, ring, place, seat);
         break;
       case kMlpOut:
-        narrow(p, item, issued.loop, ring, place, seat);
+      case kMlpSum:
+        narrow(p, item, issued.loop, issued.resident, ring, place, seat);
         break;
       case kExit:
         decide(p, item, issued.loop);

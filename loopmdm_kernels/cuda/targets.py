@@ -23,7 +23,7 @@ class Target(NamedTuple):
         return f"{self.entry}.cu"
 
 
-SM90 = Target("looped_blocks_sm90", "sm_90a", 384, (64, 128), ParametersWithMaps)
+SM90 = Target("looped_blocks_sm90", "sm_90a", 384, (16, 32, 64, 128), ParametersWithMaps)
 SM80 = Target("looped_blocks_sm80", "sm_80", 256, (32, 64, 128), ParametersWithWeights)
 
 

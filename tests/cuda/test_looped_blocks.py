@@ -8,7 +8,7 @@ from loopmdm_kernels.cuda import weights
 from loopmdm_kernels.cuda.parameters import MAPS, POINTERS, WEIGHTS
 from loopmdm_kernels.cuda.targets import SM80, SM90, target_of
 from loopmdm_kernels.reference.looped_blocks import norm_modulate
-from loopmdm_kernels.schedule import build, choose
+from loopmdm_kernels.schedule import BlockShape, Tiles, build, choose
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.testing import looped_inputs
 
@@ -106,8 +106,9 @@ def test_parameters(inputs):
     _, table, words, packed, buffers = prepared(inputs, 2, adaptive=True)
     parameters = op.pack_parameters(SM90, table, buffers, packed, words, 0.25)
     for name in POINTERS:
-        if name not in ("table", "max_loops"):
+        if name not in ("table", "max_loops", "partial_values"):
             assert getattr(parameters, name) == getattr(buffers, name).data_ptr(), name
+    assert parameters.partial_values is None and table.tiles.mlp_out_parts == 1
     assert parameters.table == words.data_ptr()
     assert parameters.max_loops == buffers.stop.data_ptr() + 4 * 3
     sizes = (parameters.enter, parameters.loop, parameters.leave)
@@ -125,9 +126,18 @@ def test_parameters(inputs):
     assert parameters.modulated_sequences == 1 and parameters.adaptive == 0
 
 
+def test_sums_of_parts_have_a_place(inputs):
+    table = build(BlockShape(3, 20, 128, 2, 512, 2), Tiles(64, 128, 64, 128, 64, 2, mlp_out_parts=4))
+    packed, counters = weights.packed(inputs.blocks), torch.zeros(1)
+    buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None, counters)
+    assert buffers.partial_values.numel() == 3 * 4 * 64 * 128
+    parameters = op.pack_parameters(SM90, table, buffers, packed, table.encode(), None)
+    assert parameters.partial_values == buffers.partial_values.data_ptr()
+
+
 def test_maps_cover_what_the_loader_loads(inputs):
-    plan, _, _, packed, buffers = prepared(inputs, 2)
-    layouts = op.map_layouts(plan, buffers, packed)
+    plan, table, _, packed, buffers = prepared(inputs, 2)
+    layouts = op.map_layouts(table.shape, plan, buffers, packed)
     assert tuple(layouts) == MAPS
     assert layouts["stream"].sizes == (128, 20, 6) and layouts["stream"].box == (32, plan.tiles.rows)
     assert layouts["qkv"].sizes == (384, 20, 6) and layouts["qkv"].box == (64, plan.tiles.rows)
@@ -144,8 +154,10 @@ def test_what_it_does_not_do(inputs):
         assert "dropout" in op.supports(**arguments, dropout=0.1)
     assert op.supports(**arguments) is None
     assert "backward" in op.supports(**{**arguments, "x": inputs.x.requires_grad_()})
-    with pytest.raises(RuntimeError, match=r"head size must be one of \(64, 128\), got 32"):
-        op.shape_of(inputs.x, inputs.blocks, 4, SM90)
+    with pytest.raises(RuntimeError, match=r"head size must be one of \(16, 32, 64, 128\), got 8"):
+        op.shape_of(inputs.x, inputs.blocks, 16, SM90)
+    with pytest.raises(RuntimeError, match=r"head size must be one of \(32, 64, 128\), got 16"):
+        op.shape_of(inputs.x, inputs.blocks, 8, SM80)
     assert op.shape_of(inputs.x, inputs.blocks, 4, SM80).head_dim == 32
 
 

@@ -39,7 +39,7 @@ def test_for_another_gpu(compiled, capsys):
     ("arguments", "message"),
     [
         (["--hidden", "768", "--heads", "7", "--layers", "2", "--lengths", "8"], "--heads: got 7"),
-        (["--hidden", "128", "--heads", "4", "--layers", "2", "--lengths", "8"], "--heads: got 4"),
+        (["--hidden", "128", "--heads", "16", "--layers", "2", "--lengths", "8"], "--heads: got 16"),
         ([*SMALL, "8", "--mlp", "100"], "no tiles of"),
         ([*SMALL, "8", "--capability", "9"], "got '9', expected two numbers as in 8.0"),
         ([*SMALL, "8", "--capability", "7.5"], "compute capability 8.0 or later"),

@@ -76,6 +76,7 @@ def test_verdicts():
         "attention_peers": {"flash": 4 * 8 * 12 * 1024 * 1024 * 64 / 50e6, "FA3": "not installed"},
         "l2_reads": {"plain": 0.5e6, "kept": 1e6, "one SM": 1e4},
         "barriers": {"row counters": 0.1},
+        "sudoku": {"cuda": 149e-6, "reference, eager": 5e-3},
         "dram_bytes": {"S1": 100.0, "S24": 109.0},
     }
     assert gpu_hopper.measured_device(figures)._asdict() == pytest.approx(device._asdict())
@@ -84,10 +85,12 @@ def test_verdicts():
     assert found["T512: no slower than Triton"] is True and found["T4096: no slower than Triton"] is None
     assert found["T128: 0.6 of the limit"] is True and found["T1024: 0.7 of the limit"] is False
     assert found["DRAM bytes do not grow with S"] is True
-    figures["T32"]["cuda"] = 2.1
+    assert found["Sudoku: 150 us"] is True
+    figures["T32"]["cuda"], figures["sudoku"]["cuda"] = 2.1, 151e-6
     figures["dram_bytes"] = {"S1": 100.0, "S24": 111.0}
     found = gpu_hopper.verdicts(figures)
     assert found["T32: 2.0 times torch.compile"] is False and found["T32: no slower than Triton"] is False
+    assert found["Sudoku: 150 us"] is False
     assert found["DRAM bytes do not grow with S"] is False
     figures["dram_bytes"] = {"S1": "no permission", "S24": "no permission"}
     assert gpu_hopper.verdicts(figures)["DRAM bytes do not grow with S"] is None
