@@ -4,7 +4,7 @@
     python -m bench.gpu_hopper --dry-run    without one: every path of this script that a CPU can take
 
 The result file is written anew after every phase. Once --minutes are over, what is left is skipped, which
-the file says. Cold, the phases compile 2 sources of probes, 6 kernels of the op (3 to 6 s each) and, with
+the file says. Cold, the phases compile 3 sources of probes, 8 kernels of the op (3 to 6 s each) and, with
 torch.compile, one loop at six lengths: those at 256 and 4096 tokens come last.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import loopmdm_kernels as lk
-from bench import gpu_sudoku, hopper_facts
+from bench import gpu_sudoku, hopper_facts, hopper_multicast
 from bench.gpu import captured, compiled
 from bench.hopper_facts import SMALL, Figure, Figures, Run
 from bench.report import write
@@ -177,6 +177,7 @@ PHASES: dict[str, Callable[[Run], Figures]] = {
     "barriers": hopper_facts.barriers,
     "clusters": hopper_facts.clusters,
     "l2_reads": hopper_facts.l2_reads,
+    "multicast": hopper_multicast.multicast,
     "attention_peers": hopper_facts.attention_peers,
     "products": hopper_facts.products,
     "gaps": hopper_facts.gaps,

@@ -161,7 +161,7 @@ FAULTS = {
     "a part in the place of another": (
         "parts.cuh", "item.column) * Config::kMlpOutParts + part", "item.column) * Config::kMlpOutParts"
     ),
-    STAYING: ("loader_sm90.cuh", "kept += bytes;", ""),
+    STAYING: ("loader_sm90.cuh", "return kept - bytes;", "return 0;"),
     "a swizzle of the wrong bits": ("matrix_descriptor.h", "panel + 32 * step", "panel + 64 * step"),
 }  # fmt: skip
 FAULTS_SM80 = {

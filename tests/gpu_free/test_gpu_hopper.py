@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from bench import gpu_hopper, hopper_facts
+from bench import gpu_hopper, hopper_facts, hopper_multicast
 from loopmdm_kernels.schedule import Device, choose
 
 needs_nvrtc = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
@@ -110,3 +110,5 @@ def test_what_the_profiler_says():
 def test_the_probes_read_their_arguments_where_they_are_written():
     offsets = [getattr(hopper_facts.Arguments, name).offset for name, _ in hopper_facts.Arguments._fields_]
     assert offsets == [0, 8, 16, 24, 32] and ctypes.sizeof(hopper_facts.Arguments) == 40
+    fields = hopper_multicast.SharedReads
+    assert [fields.stages.offset, fields.rounds.offset, ctypes.sizeof(fields)] == [128, 132, 192]
