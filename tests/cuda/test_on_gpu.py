@@ -64,7 +64,7 @@ def test_values(batch, length, loops):
     assert torch.equal(out, ours(inputs, loops)), "the same call gives the same bits"
 
 
-@pytest.mark.parametrize(("hidden", "heads"), [(256, 8), (512, 8), (1024, 16), (1024, 8)])
+@pytest.mark.parametrize(("hidden", "heads"), [(64, 4), (128, 4), (256, 8), (512, 8), (1024, 16), (1024, 8)])
 def test_other_widths(hidden, heads, target):
     if hidden // heads not in target.head_dims:
         pytest.skip(f"has no heads of {hidden // heads}")
