@@ -205,6 +205,9 @@ def measured_device(figures: Mapping[str, Figures], assumed: Device = Device()) 
         "l2_bytes": best("l2_reads", lambda name, value: value if name != "one SM" else 0.0),
         "sm_bytes": figures.get("l2_reads", {}).get("one SM"),
         "wait_seconds": hopper_facts.scaled(figures.get("barriers", {}).get("row counters"), 1e-6),
+        "cluster_wait_seconds": hopper_facts.scaled(
+            figures.get("barriers", {}).get(f"cluster of {assumed.cluster}"), 1e-6
+        ),
     }
     return assumed._replace(**{name: value for name, value in found.items() if isinstance(value, float)})
 

@@ -5,6 +5,7 @@
 #include "common/row_statistics.h"
 #include "common/schedule.h"
 #include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/warps.cuh"
 
 namespace loopmdm {
 
@@ -57,16 +58,24 @@ struct Parameters {
   const float* sines;
   const uint8_t* key_mask;  // [B, L] or null
   const Instruction* table;
-  int32_t* counters;         // of the table, then progress [B], then the two below
+  int32_t* counters;         // of the table, then progress [B], then the two below; see counter()
   int32_t* stop;             // [B] loops of each sequence
   const int32_t* max_loops;  // one number, the largest of `stop`
   TableSize size;
   int32_t batch, length, row_tiles, num_counters, modulated_sequences, adaptive;
   float exit_threshold;
 
-  __device__ int32_t* progress(int sequence) const { return counters + num_counters + sequence; }
+  __device__ int32_t number_of_counters() const { return num_counters + batch + 2; }
+  __device__ int32_t* counter(int number) const {
+#if defined(LOOPMDM_CLUSTER)
+    return in_first_block(reinterpret_cast<int32_t*>(dynamic_shared_memory())) + number;
+#else
+    return counters + number;
+#endif
+  }
+  __device__ int32_t* progress(int sequence) const { return counter(num_counters + sequence); }
   // How many sequences have their last loop settled, and the largest number of loops among these.
-  __device__ int32_t* settled() const { return counters + num_counters + batch; }
+  __device__ int32_t* settled() const { return counter(num_counters + batch); }
   __device__ int32_t* longest() const { return settled() + 1; }
   __device__ int64_t token(int sequence, int row) const {
     return static_cast<int64_t>(sequence) * length + row;

@@ -16,7 +16,7 @@ class Loader {
   __device__ void run() {
     const int32_t loops = *p_.max_loops;
     const TableSize sizes = padded(p_.size, gridDim.x);
-    int32_t kept_loop = -1, kept = 0;  // bytes of the loop's weights so far that stay
+    int32_t kept = 0;  // bytes of the loop's weights so far that stay
     for (int64_t position = blockIdx.x;;) {
       const Place place = place_of(position, sizes, loops);
       if (place.index < 0) break;
@@ -25,7 +25,7 @@ class Loader {
       if (index < 0) continue;
       const Instruction item = p_.table[index];
       int32_t loop = place.loop;
-      if (loop != kept_loop) kept_loop = loop, kept = 0;
+      if (index < p_.size.enter + static_cast<int32_t>(gridDim.x)) kept = 0;  // the first one of a loop
       const int32_t resident = keep(item, kept);
       if (!takes_part(p_, item, loop)) {
         if (all_stopped(p_, loop)) position = first_leaving(position, sizes, loops, gridDim.x);

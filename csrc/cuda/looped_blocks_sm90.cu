@@ -5,7 +5,6 @@
 #include "cuda/attention_sm90.cuh"
 #include "cuda/loader_sm90.cuh"
 #include "cuda/parts.cuh"
-#include "cuda/ptx/warps.cuh"
 #include "cuda/sequence.cuh"
 
 namespace loopmdm {
@@ -107,11 +106,25 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
     proxy_fence();
     meet<1>(Config::kComputeThreads);
     if (threadIdx.x == 0) {
-      if (item.signal >= 0) add_release(p.counters + item.signal, item.signal_count);
+      if (item.signal >= 0) add_release(p.counter(item.signal), item.signal_count);
       barrier_arrive(ring.read(read.slot));
     }
     advance(read, kInstructions);
   }
+}
+
+// Before the first instruction of any block, and behind the last one.
+__device__ void begin(const Parameters& p, const Ring& ring) {
+  if (threadIdx.x == 0) ring.initialise();
+  if (kCounterBytes == 0) return __syncthreads();
+  if (blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < p.number_of_counters(); i += kThreads) *p.counter(i) = p.counters[i];
+  }
+  meet_in_cluster();
+}
+
+__device__ inline void end() {
+  if (kCounterBytes > 0) meet_in_cluster();  // the first block has the counters of all
 }
 
 }  // namespace loopmdm
@@ -119,14 +132,14 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
 extern "C" __global__ void __launch_bounds__(loopmdm::kThreads, 1)
     looped_blocks_sm90(const __grid_constant__ loopmdm::KernelParameters parameters) {
   using namespace loopmdm;
-  const Ring ring(dynamic_shared_memory());
-  if (threadIdx.x == 0) ring.initialise();
-  __syncthreads();
+  const Ring ring(dynamic_shared_memory() + kCounterBytes);
+  begin(parameters, ring);
   if (threadIdx.x >= Config::kComputeThreads) {
-    give_registers<56>();
+    give_registers<kLoadRegisters>();
     if (threadIdx.x < Config::kComputeThreads + 32) Loader(parameters, ring).run();
   } else {
-    take_registers<224>();
+    take_registers<kComputeRegisters>();
     compute(parameters, ring);
   }
+  end();
 }

@@ -20,7 +20,7 @@ from loopmdm_kernels.cuda.parameters import (
     ParametersWithMaps,
     defines,
 )
-from loopmdm_kernels.cuda.targets import Target, target_of
+from loopmdm_kernels.cuda.targets import SM90, Target, target_of
 from loopmdm_kernels.cuda.weights import PackedWeights, packed
 from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose, device_of
 from loopmdm_kernels.schedule.table import FINAL
@@ -79,8 +79,8 @@ def looped_blocks(
         driver.set_aside_l2(device)
         kept = driver.l2_window(weights.buffer.data_ptr(), 2 * weights.buffer.numel(), limits)
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        grid = limits.sms * kernel.blocks_per_sm(target.threads)
-        kernel.launch(grid, target.threads, stream, parameters, kept)
+        grid = plan.cluster if plan.cluster > 1 else limits.sms * kernel.blocks_per_sm(target.threads)
+        kernel.launch(grid, target.threads, stream, parameters, kept, cluster=plan.cluster)
     used = buffers.stop[: shape.batch].long()
     return (buffers.output, used) if adaptive else buffers.output
 
@@ -98,20 +98,34 @@ def shape_of(x: Tensor, blocks: Sequence[BlockWeights], num_heads: int, target: 
 @lru_cache(maxsize=64)
 def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kernel, Plan, driver.Facts]:
     limits = driver.facts(device)
-    plan = choose(shape, device_of(limits.capability, limits.sms, limits.shared_bytes))
+    assumed = device_of(limits.capability, limits.sms, limits.shared_bytes)
+    if target.entry != SM90.entry:
+        assumed = assumed._replace(keeps_weights=False, cluster=1)
+    plan = choose(shape, assumed)
+    kernel = _loaded(target, shape, plan, device)
+    if plan.cluster > 1 and not kernel.active_clusters(plan.cluster, target.threads):
+        plan = choose(shape, assumed._replace(cluster=1))  # no part of this GPU has so many SMs
+        kernel = _loaded(target, shape, plan, device)
+    return kernel, plan, limits
+
+
+def _loaded(target: Target, shape: BlockShape, plan: Plan, device: int) -> driver.Kernel:
     macros = defines(shape, plan)
     spins = os.environ.get("LOOPMDM_CUDA_SPIN_LIMIT")  # a kernel that waits in vain ends with an error
     if spins:
         macros["LOOPMDM_SPIN_LIMIT"] = int(spins)
-    return _loaded(target, tuple(macros.items()), plan.shared_bytes, device), plan, limits
+    return _loaded_once(target, tuple(macros.items()), plan.shared_bytes, plan.cluster, device)
 
 
 @lru_cache(maxsize=64)
-def _loaded(
-    target: Target, macros: tuple[tuple[str, int], ...], shared_bytes: int, device: int
+def _loaded_once(
+    target: Target, macros: tuple[tuple[str, int], ...], shared_bytes: int, cluster: int, device: int
 ) -> driver.Kernel:
     cubin = compile_kernel(target.source, dict(macros), target.architecture)
-    return driver.Kernel(cubin, target.entry, shared_bytes)
+    kernel = driver.Kernel(cubin, target.entry, shared_bytes)
+    if cluster > 1:
+        kernel.allow_large_clusters()
+    return kernel
 
 
 @lru_cache(maxsize=64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 
 from loopmdm_kernels.schedule import BlockShape, Plan
+from loopmdm_kernels.schedule.cost import COUNTER_BYTES
 
 WEIGHTS = ("qkv_weight", "attn_out_weight", "mlp_in_weight", "mlp_out_weight")
 MAPS = ("stream", "qkv", "mixed", "wide", *WEIGHTS)
@@ -66,4 +67,6 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
         "STAGE_BYTES": plan.stage_bytes,
         "RESIDENT_BYTES": plan.resident_bytes,
     }
+    if plan.cluster > 1:
+        values |= {"CLUSTER": 1, "COUNTER_BYTES": COUNTER_BYTES}
     return {f"LOOPMDM_{name}": value for name, value in values.items()}

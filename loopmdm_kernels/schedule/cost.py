@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from loopmdm_kernels.schedule.table import BlockShape, Phase, Tiles
+from loopmdm_kernels.schedule.table import BlockShape, Phase, Table, Tiles
 
 STEP = 64  # of the inner dimension, per stage of the ring: 128 bytes of bf16, one swizzle row
 KEY_BLOCK = 128  # keys that one step of the attention meets
@@ -20,6 +20,7 @@ FIXED_BYTES = 2_048  # barriers and instructions, and the ring's alignment
 MAX_STAGES = 8
 ENOUGH_STAGES = 3  # with two a load has only one step of arithmetic to hide behind
 RESIDENT_STAGES = 4  # of the ring, beside weights that stay in shared memory
+COUNTER_BYTES = 1_024  # room for the counters of a cluster in the shared memory of one block
 ROW_TILES = (64, 128)
 COLUMN_TILES = (64, 128)  # with sums of 96 or 192 columns the registers do not suffice: docs/kernels.md
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
@@ -37,14 +38,29 @@ class Device(NamedTuple):
     wait_seconds: float = 1e-6  # from the last signal of a phase to the first load of the next
     shared_bytes: int = 232_448  # what a block may use
     keeps_weights: bool = True  # its kernel can leave weights in shared memory for all loops
+    cluster: int = 16  # blocks that can signal by the shared memory of one of them; 1: its kernel cannot
+    cluster_wait_seconds: float = 0.6e-6  # instead of wait_seconds: without two ways to L2 and back
+
+    def as_cluster(self) -> Device:
+        """The part of the device that one cluster is."""
+        share = self.cluster / self.sms
+        return self._replace(
+            sms=self.cluster,
+            product_flops=self.product_flops * share,
+            attention_flops=self.attention_flops * share,
+            wait_seconds=self.cluster_wait_seconds,
+            shared_bytes=self.shared_bytes - COUNTER_BYTES,
+        )
 
 
 # By compute capability: A100, RTX 3090, RTX 4090, H200. Peak rates times what their like reach elsewhere;
 # nothing here is measured.
 ASSUMED = {
-    (8, 0): Device(108, 200e12, 150e12, 4.0e12, 0.09e12, shared_bytes=166_912, keeps_weights=False),
-    (8, 6): Device(82, 50e12, 40e12, 2.0e12, 0.10e12, shared_bytes=101_376, keeps_weights=False),
-    (8, 9): Device(128, 120e12, 90e12, 4.5e12, 0.15e12, shared_bytes=101_376, keeps_weights=False),
+    (8, 0): Device(
+        108, 200e12, 150e12, 4.0e12, 0.09e12, shared_bytes=166_912, keeps_weights=False, cluster=1
+    ),
+    (8, 6): Device(82, 50e12, 40e12, 2.0e12, 0.10e12, shared_bytes=101_376, keeps_weights=False, cluster=1),
+    (8, 9): Device(128, 120e12, 90e12, 4.5e12, 0.15e12, shared_bytes=101_376, keeps_weights=False, cluster=1),
     (9, 0): Device(),
 }
 
@@ -84,13 +100,15 @@ class Plan(NamedTuple):
     stages: int
     stage_bytes: int
     resident_bytes: int  # of shared memory for weights that stay in it for all loops; 0: they come from L2
+    cluster: int  # blocks, all in one cluster; 1: all that the device holds
     phases: dict[Phase, PhaseCost]  # of one layer
     loop_seconds: float
     limit_seconds: float  # the longest of arithmetic and traffic with all SMs busy, and of the waits alone
 
     @property
     def shared_bytes(self) -> int:
-        return self.stages * self.stage_bytes + self.resident_bytes + FIXED_BYTES
+        counters = COUNTER_BYTES if self.cluster > 1 else 0
+        return self.stages * self.stage_bytes + self.resident_bytes + FIXED_BYTES + counters
 
 
 def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 - immutable
@@ -107,6 +125,10 @@ def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 
         )
     parts = _parts(shape, device, fitting)
     plans = [_fastest(shape, device, rows, *columns, parts) for rows, columns in fitting.items()]
+    if _fits_cluster(shape, device, parts):
+        small = device.as_cluster()
+        alone = [_fastest(shape, small, rows, *columns, parts) for rows, columns in fitting.items()]
+        plans += [plan._replace(cluster=device.cluster) for plan in alone]
     plan = min(plans, key=lambda plan: (plan.stages < ENOUGH_STAGES, plan.stages < 2, plan.loop_seconds))
     if plan.stages < 2:
         raise ValueError(
@@ -114,6 +136,16 @@ def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 
             f"memory that a block has here, for {shape}"
         )
     return plan
+
+
+def _fits_cluster(shape: BlockShape, device: Device, parts: int) -> bool:
+    """Whether the counters fit, with the smallest tiles and what is counted beside the table.
+
+    Heads of 128 take the registers that waiting for such counters would need.
+    """
+    smallest = Tiles(min(ROW_TILES), 1, 1, 1, 1, mlp_out_parts=parts)
+    counters = Table(shape, smallest, False, (), (), ()).num_counters + shape.batch + 2
+    return 1 < device.cluster < device.sms and shape.head_dim <= 64 and 4 * counters <= COUNTER_BYTES
 
 
 def _columns(shape: BlockShape, rows: int) -> tuple[list[int], list[int], list[int]]:
@@ -192,6 +224,7 @@ def _plan(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
         min(MAX_STAGES, (room - resident) // stage),
         stage,
         resident,
+        1,
         costs,
         shape.layers * sum(cost.seconds + device.wait_seconds for cost in costs.values()),
         shape.layers * max(products + attention, moved, len(costs) * device.wait_seconds),

@@ -36,9 +36,9 @@ class Fenced(NamedTuple):
         return bool((self.whole[:FENCE] == 5.0).all() and (self.whole[-FENCE:] == 5.0).all())
 
 
-def plan_of(inputs, tiles, target=SM90, device=Device()):  # noqa: B008 - immutable
+def plan_of(inputs, tiles, target=SM90, device=Device(), cluster=1):  # noqa: B008 - immutable
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, target)
-    return shape, cost._plan(shape, device, tiles)
+    return shape, cost._plan(shape, device, tiles)._replace(cluster=cluster)
 
 
 def build(shape, plan, folder, *, target=SM90, optimize=True):

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from loopmdm_kernels.schedule import BlockShape, Device, Phase, Tiles, build, check, choose, cost, device_of
+from loopmdm_kernels.schedule.cost import ASSUMED
 
 SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=2)
 
@@ -40,15 +41,32 @@ def test_few_tokens_cut_the_inner_dimension():
     assert choose(SMALL).tiles.mlp_out_parts == 1
 
 
+SUDOKU = BlockShape(batch=1, length=81, hidden=128, heads=4, mlp=512, layers=2)
+
+
 def test_weights_stay_in_shared_memory_where_they_fit():
-    sudoku = BlockShape(batch=1, length=81, hidden=128, heads=4, mlp=512, layers=2)
-    plan = choose(sudoku)
+    tiles = Tiles(64, 64, 64, 64, 64, 2)
+    plan = cost._plan(SUDOKU, Device(), tiles)
     # 80 tiles of a loop on 132 blocks: the largest of them, 64 columns by 512.
     assert plan.resident_bytes == 2 * 64 * 512 and plan.stages >= 4 and plan.shared_bytes <= 232_448
     assert plan.phases[Phase.MLP_OUT].bytes == 4 * 2 * 64 * 512, "the rows alone"
-    few = cost._plan(sudoku, Device(sms=8), plan.tiles)
-    assert few.resident_bytes == 0 and few.phases[Phase.MLP_OUT].bytes == 2 * 4 * 2 * 64 * 512
+    for device in (Device(sms=8), Device(keeps_weights=False)):
+        other = cost._plan(SUDOKU, device, tiles)
+        assert other.resident_bytes == 0 and other.phases[Phase.MLP_OUT].bytes == 2 * 4 * 2 * 64 * 512
     assert choose(SMALL._replace(length=32)).resident_bytes == 0, "28 MB do not fit beside a ring"
+
+
+def test_narrow_models_run_in_one_cluster():
+    """Where waiting is most of the time, and sixteen SMs have room for the rest."""
+    plan = choose(SUDOKU)
+    assert plan.cluster == 16 and plan.resident_bytes > 0 and plan.shared_bytes <= 232_448
+    assert max(cost.tiles for cost in plan.phases.values()) <= 16
+    alone = choose(SUDOKU, Device(cluster=1))
+    assert alone.cluster == 1 and alone.loop_seconds > 1.25 * plan.loop_seconds
+    assert {choose(SMALL._replace(length=length)).cluster for length in (1, 32, 128, 1024)} == {1}
+    assert choose(SUDOKU, ASSUMED[8, 0]).cluster == 1, "has no clusters"
+    assert choose(SUDOKU._replace(heads=1)).cluster == 1, "heads of 128 need the registers"
+    assert choose(SUDOKU._replace(batch=20)).cluster == 1, "too many counters"
 
 
 @pytest.mark.parametrize("length", [1, 32, 64, 81, 128, 200, 512])

@@ -111,6 +111,7 @@ struct State {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Load> loads;
+  Meeting cluster;
   ucontext_t start;
   jmp_buf scheduler;
   Fiber* current = nullptr;
