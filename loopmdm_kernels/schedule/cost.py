@@ -24,7 +24,10 @@ COUNTER_BYTES = 1_024  # room for the counters of a cluster in the shared memory
 ROW_TILES = (64, 128)
 COLUMN_TILES = (64, 128)  # with sums of 96 or 192 columns the registers do not suffice: docs/kernels.md
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
-WORTH = 0.9  # share of the time that a split may take: it costs traffic in every batch, and may gain in none
+# Share of the time that a split may take, which costs traffic in every batch and may gain in none, and a
+# cluster, which leaves most of the device alone.
+WORTH = 0.9
+Columns = tuple[list[int], list[int], list[int]]
 
 
 class Device(NamedTuple):
@@ -124,18 +127,22 @@ def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 
             "with 64 rows a tile is two halves, and a tile of q, k and v holds whole heads"
         )
     parts = _parts(shape, device, fitting)
-    plans = [_fastest(shape, device, rows, *columns, parts) for rows, columns in fitting.items()]
+    plan = _fastest_of_all(shape, device, fitting, parts)
     if _fits_cluster(shape, device, parts):
-        small = device.as_cluster()
-        alone = [_fastest(shape, small, rows, *columns, parts) for rows, columns in fitting.items()]
-        plans += [plan._replace(cluster=device.cluster) for plan in alone]
-    plan = min(plans, key=lambda plan: (plan.stages < ENOUGH_STAGES, plan.stages < 2, plan.loop_seconds))
+        alone = _fastest_of_all(shape, device.as_cluster(), fitting, parts)
+        if alone.stages >= ENOUGH_STAGES and alone.loop_seconds < WORTH * plan.loop_seconds:
+            return alone._replace(cluster=device.cluster)
     if plan.stages < 2:
         raise ValueError(
             f"two stages of {plan.stage_bytes} bytes do not fit the {device.shared_bytes} bytes of shared "
             f"memory that a block has here, for {shape}"
         )
     return plan
+
+
+def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[int, Columns], parts: int) -> Plan:
+    plans = [_fastest(shape, device, rows, *columns, parts) for rows, columns in fitting.items()]
+    return min(plans, key=lambda plan: (plan.stages < ENOUGH_STAGES, plan.stages < 2, plan.loop_seconds))
 
 
 def _fits_cluster(shape: BlockShape, device: Device, parts: int) -> bool:
@@ -148,7 +155,7 @@ def _fits_cluster(shape: BlockShape, device: Device, parts: int) -> bool:
     return 1 < device.cluster < device.sms and shape.head_dim <= 64 and 4 * counters <= COUNTER_BYTES
 
 
-def _columns(shape: BlockShape, rows: int) -> tuple[list[int], list[int], list[int]]:
+def _columns(shape: BlockShape, rows: int) -> Columns:
     """Columns that tiles may have: of q, k and v; of a product with D results; of MLP_IN."""
     halves = max(ROW_TILES) // rows  # with 64 rows the two groups of warps share the columns, and the heads
     if shape.heads % halves:
@@ -160,7 +167,7 @@ def _columns(shape: BlockShape, rows: int) -> tuple[list[int], list[int], list[i
     return fitting(3 * shape.hidden, max(32, shape.head_dim)), fitting(shape.hidden), fitting(shape.mlp)
 
 
-def _parts(shape: BlockShape, device: Device, fitting: Mapping[int, tuple[list[int], ...]]) -> int:
+def _parts(shape: BlockShape, device: Device, fitting: Mapping[int, Columns]) -> int:
     """Into how many parts MLP_OUT is cut.
 
     A sum has other bits for each number of them. It is a function of the sequence alone, so that what a row

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from loopmdm_kernels.cuda import driver, weights
 from loopmdm_kernels.cuda import looped_blocks as op
-from loopmdm_kernels.cuda import weights
 from loopmdm_kernels.cuda.parameters import MAPS, POINTERS, WEIGHTS
 from loopmdm_kernels.cuda.targets import SM80, SM90, target_of
 from loopmdm_kernels.reference.looped_blocks import norm_modulate
@@ -166,3 +166,56 @@ def test_the_architecture_picks_the_kernel():
     assert target_of((8, 0)) == SM80
     assert target_of((8, 6)) == SM80._replace(architecture="sm_86")
     assert target_of((12, 0)).source == "looped_blocks_sm80.cu"
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """What the op compiles, and what it asks of the kernels it loads, without a driver."""
+    seen = []
+
+    class Kernel:
+        clusters = 1
+
+        def __init__(self, cubin, entry, shared_bytes):
+            seen.append((entry, shared_bytes))
+
+        def allow_large_clusters(self):
+            seen.append("large clusters")
+
+        def active_clusters(self, size, threads):
+            seen.append((size, threads))
+            return Kernel.clusters
+
+    monkeypatch.setattr(op.driver, "Kernel", Kernel)
+    monkeypatch.setattr(op.driver, "facts", lambda device: driver.Facts((9, 0), 132, 232_448, 0, 0))
+    monkeypatch.setattr(op, "compile_kernel", lambda *arguments: seen.append(arguments) or b"cubin")
+    op._kernel.cache_clear()
+    op._loaded_once.cache_clear()
+    yield seen, Kernel
+    op._kernel.cache_clear()
+    op._loaded_once.cache_clear()
+
+
+SUDOKU = BlockShape(1, 81, 128, 4, 512, 2)
+
+
+def test_narrow_models_are_launched_as_one_cluster(loaded):
+    seen, _ = loaded
+    _, plan, _ = op._kernel(SUDOKU, SM90, 0)
+    (source, macros, architecture), (entry, shared_bytes), *calls = seen
+    assert (source, architecture, entry) == ("looped_blocks_sm90.cu", "sm_90a", "looped_blocks_sm90")
+    assert macros["LOOPMDM_CLUSTER"] == 1 and shared_bytes == plan.shared_bytes
+    assert calls == ["large clusters", (16, 384)] and plan.cluster == 16
+
+
+def test_a_gpu_without_room_for_the_cluster_runs_them_on_all_of_it(loaded):
+    seen, kernel = loaded
+    kernel.clusters = 0
+    _, plan, _ = op._kernel(SUDOKU, SM90, 0)
+    assert plan.cluster == 1 and "LOOPMDM_CLUSTER" not in seen[-2][1]
+
+
+def test_the_kernel_for_ampere_gets_no_plan_of_hopper(loaded):
+    seen, _ = loaded
+    _, plan, _ = op._kernel(SUDOKU, SM80._replace(architecture="sm_90"), 0)
+    assert plan.cluster == 1 and plan.resident_bytes == 0 and seen[0][2] == "sm_90" and len(seen) == 2

@@ -64,6 +64,8 @@ def test_narrow_models_run_in_one_cluster():
     alone = choose(SUDOKU, Device(cluster=1))
     assert alone.cluster == 1 and alone.loop_seconds > 1.25 * plan.loop_seconds
     assert {choose(SMALL._replace(length=length)).cluster for length in (1, 32, 128, 1024)} == {1}
+    wide = BlockShape(batch=1, length=32, hidden=512, heads=8, mlp=2048, layers=2)
+    assert choose(wide).cluster == 1, "what it saves is less than a tenth"
     assert choose(SUDOKU, ASSUMED[8, 0]).cluster == 1, "has no clusters"
     assert choose(SUDOKU._replace(heads=1)).cluster == 1, "heads of 128 need the registers"
     assert choose(SUDOKU._replace(batch=20)).cluster == 1, "too many counters"
