@@ -1,4 +1,4 @@
-// Attention of 64 queries of one head by one warp group, over blocks of 128 keys. Scores, probabilities and
+// Attention of 64 queries of one head by one warp group, over blocks of keys. Scores, probabilities and
 // sums stay in registers; the exponentials of one warp group run while the other multiplies.
 #pragma once
 

@@ -24,8 +24,8 @@ struct Config {
   static constexpr int kHeadsPerTile = kColumnGroups;
   static constexpr int kComputeThreads = 128 * kGroups;
 
-  static constexpr int kStep = 64;       // of the inner dimension, a stage
-  static constexpr int kKeyBlock = 128;  // keys of a stage
+  static constexpr int kStep = 64;                     // of the inner dimension, a stage
+  static constexpr int kKeyBlock = LOOPMDM_KEY_BLOCK;  // keys of a stage
 
   // Statistics are of so many columns whatever the tiles, so that a row does not depend on its batch.
   static constexpr int kPart = 32, kParts = kHidden / kPart;

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from loopmdm_kernels.schedule.table import BlockShape, Phase, Table, Tiles
 
 STEP = 64  # of the inner dimension, per stage of the ring: 128 bytes of bf16, one swizzle row
-KEY_BLOCK = 128  # keys that one step of the attention meets
+KEY_BLOCKS = (64, 128)  # keys that one step of the attention meets
 FIXED_BYTES = 2_048  # barriers and instructions, and the ring's alignment
 MAX_STAGES = 8
 ENOUGH_STAGES = 3  # with two a load has only one step of arithmetic to hide behind
@@ -102,6 +102,7 @@ class Plan(NamedTuple):
     tiles: Tiles
     stages: int
     stage_bytes: int
+    key_block: int
     resident_bytes: int  # of shared memory for weights that stay in it for all loops; 0: they come from L2
     cluster: int  # blocks, all in one cluster; 1: all that the device holds
     phases: dict[Phase, PhaseCost]  # of one layer
@@ -230,6 +231,7 @@ def _plan(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
         tiles,
         min(MAX_STAGES, (room - resident) // stage),
         stage,
+        key_block(shape, tiles),
         resident,
         1,
         costs,
@@ -254,8 +256,14 @@ def stage_bytes(shape: BlockShape, tiles: Tiles) -> int:
     return max(
         stream + weights * max(tiles.qkv, tiles.mlp_in),
         narrow + weights * max(tiles.attn_out, tiles.mlp_out),
-        2 * tiles.heads * shape.head_dim * max(KEY_BLOCK, tiles.rows),
+        2 * tiles.heads * shape.head_dim * max(key_block(shape, tiles), tiles.rows),
     )
+
+
+def key_block(shape: BlockShape, tiles: Tiles) -> int:
+    """Few keys are one small block. Those that a block has too many weigh nothing: the bits are the same."""
+    small, large = KEY_BLOCKS
+    return small if shape.length <= small and tiles.rows <= small else large
 
 
 def _stream_cost(shape: BlockShape, device: Device, rows: int, columns: int, width: int) -> PhaseCost:
@@ -306,7 +314,8 @@ def _product_cost(
 
 def _attention_cost(shape: BlockShape, device: Device, tiles: Tiles) -> PhaseCost:
     count = shape.batch * math.ceil(shape.length / tiles.rows) * math.ceil(shape.heads / tiles.heads)
-    keys = KEY_BLOCK * math.ceil(shape.length / KEY_BLOCK)
+    block = key_block(shape, tiles)
+    keys = block * math.ceil(shape.length / block)
     width = tiles.heads * shape.head_dim
     return _phase(
         device,

@@ -28,20 +28,21 @@ class Variant(NamedTuple):
     tiles: Tiles
     sizes: tuple[int, int, int]  # hidden size, heads, mlp ratio
     cluster: int = 1
+    length: int = 128  # that the plan is made for; it decides about blocks of keys
 
 
 # 64 rows: groups of warps share columns and heads; 128: rows. Heads of all sizes. Products of fewer stages
 # than the ring has, of more (6 of 4), and of an odd number (3); rings of two stages (sm_86) and of more; the
-# last product whole and in parts. With 64 rows on Hopper, the weights of eight blocks stay in shared memory;
-# with heads of 16, their counters too: emulated, the grid is one cluster.
+# last product whole and in parts. With 64 rows on Hopper, the weights of eight blocks stay in shared memory
+# where a sequence is one row tile; with heads of 16 their counters too: emulated, the grid is one cluster.
 BLOCKS = 8
 HOPPER = ASSUMED[9, 0]._replace(sms=BLOCKS)
 VARIANTS = {
-    "64 rows": Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2), (128, 4, 2)),
+    "64 rows": Variant(SM90, HOPPER._replace(sms=2 * BLOCKS), Tiles(64, 128, 64, 128, 64, 2), (128, 4, 2)),
     "128 rows": Variant(SM90, HOPPER, Tiles(128, 64, 64, 128, 64, 1, 2), (192, 3, 4)),
-    "heads of 16": Variant(SM90, HOPPER, Tiles(64, 64, 64, 64, 64, 2, 4), (64, 4, 4), BLOCKS),
+    "heads of 16": Variant(SM90, HOPPER, Tiles(64, 64, 64, 64, 64, 2, 4), (64, 4, 4), BLOCKS, 64),
     "heads of 128": Variant(SM90, HOPPER, Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
-    "sm80, 64 rows": Variant(SM80, ASSUMED[8, 0], Tiles(64, 64, 64, 128, 64, 2, 2), (64, 2, 2)),
+    "sm80, 64 rows": Variant(SM80, ASSUMED[8, 0], Tiles(64, 64, 64, 128, 64, 2, 2), (64, 2, 2), length=64),
     "sm80, 128 rows": Variant(SM80, ASSUMED[8, 0], Tiles(128, 64, 64, 128, 64, 1), (128, 2, 2)),
     "sm80, heads of 128": Variant(SM80, ASSUMED[8, 6], Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
 }
@@ -59,7 +60,7 @@ class Built(NamedTuple):
 
 def build(variant, folder, **options):
     shape, plan = emulated.plan_of(
-        make(variant.sizes, 1, 8), variant.tiles, variant.target, variant.device, variant.cluster
+        make(variant.sizes, 1, variant.length), variant.tiles, variant.target, variant.device, variant.cluster
     )
     library = emulated.build(shape, plan, folder, target=variant.target, **options)
     return Built(library, plan, variant.sizes, variant.target)

@@ -84,6 +84,16 @@ def test_rows_beyond_the_sequence_are_not_moved():
     assert more.phases[Phase.QKV].bytes - few.phases[Phase.QKV].bytes == 18 * 48 * 768 * 4
 
 
+def test_few_keys_are_one_small_block():
+    blocks = {length: choose(SMALL._replace(length=length)).key_block for length in (1, 64, 65, 1024)}
+    assert blocks == {1: 64, 64: 64, 65: 128, 1024: 128}
+    few = choose(SMALL._replace(length=64))
+    assert few.phases[Phase.ATTENTION].arithmetic == pytest.approx(4 * 64 * 64 * 128 * 132 / 450e12)
+    assert cost.key_block(SMALL._replace(length=64), few.tiles._replace(rows=128)) == 128, (
+        "a box has more rows"
+    )
+
+
 def test_the_plan_is_the_best_of_all_tiles():
     shape = SMALL._replace(length=300)
     best = choose(shape)
