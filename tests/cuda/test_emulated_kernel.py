@@ -116,6 +116,20 @@ def test_any_number_of_blocks_and_any_order_give_the_same_bits(variant):
         assert torch.equal(out, expected)
 
 
+def test_tiles_and_clusters_do_not_change_the_bits(tmp_path):
+    """Tiles follow the batch; what a row gives must not."""
+    first = Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2, 2), (128, 4, 4), BLOCKS, 64)
+    second = Variant(SM90, HOPPER, Tiles(128, 64, 128, 64, 128, 1, 2), (128, 4, 4))
+    inputs = make(first.sizes, 1, 50)
+    results = []
+    for number, variant in enumerate((first, second)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        out, _ = build(variant, folder, optimize=False).run(inputs, 2, num_blocks=4)
+        results.append(out)
+    assert torch.equal(*results)
+
+
 def test_loops_of_each_sequence_and_early_exit(variant):
     inputs = make(variant.sizes, 3, 20)
     _, used = check(variant, inputs, torch.tensor([3, 1, 2]))

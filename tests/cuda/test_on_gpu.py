@@ -74,8 +74,10 @@ def test_other_widths(hidden, heads, target):
     assert_matches_oracle(ours(inputs, 3), baseline, oracle)
 
 
-def test_a_row_does_not_depend_on_its_batch():
-    inputs = inputs_on_gpu(4, 81)
+@pytest.mark.parametrize(("hidden", "heads"), [(768, 12), (128, 4)])
+def test_a_row_does_not_depend_on_its_batch(hidden, heads):
+    """The narrow one runs in one cluster alone, and on the whole GPU with three others."""
+    inputs = inputs_on_gpu(4, 81, hidden, heads)
     whole = ours(inputs, 3)
     for sequence in range(4):
         alone = inputs._replace(x=inputs.x[sequence : sequence + 1])
