@@ -5,7 +5,8 @@
 
 The result file is written anew after every phase. Once --minutes are over, what is left is skipped, which
 the file says. Cold, the phases compile 3 sources of probes, 8 kernels of the op (3 to 6 s each) and, with
-torch.compile, one loop at six lengths: those at 256 and 4096 tokens come last.
+torch.compile, one loop at six lengths: those at 256 and 4096 tokens come last. The ceilings that were found
+go to loopmdm_kernels/schedule/measured.json, from where the op takes them when it chooses tiles.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from bench.hopper_facts import SMALL, Figure, Figures, Run
 from bench.report import write
 from loopmdm_kernels import reference
 from loopmdm_kernels.cuda import driver, looped_blocks, targets
-from loopmdm_kernels.schedule import Device, choose
+from loopmdm_kernels.schedule import Device, choose, measured
 from loopmdm_kernels.testing import LoopedInputs, looped_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -189,8 +190,8 @@ PHASES: dict[str, Callable[[Run], Figures]] = {
 }
 
 
-def measured_device(figures: Mapping[str, Figures], assumed: Device = Device()) -> Device:  # noqa: B008
-    """The ceilings of the cost model from the facts; what has no figure stays as assumed."""
+def ceilings(figures: Mapping[str, Figures]) -> dict[str, float]:
+    """Those of the cost model's ceilings that the facts have a figure for."""
     batch, heads, length, head_dim = hopper_facts.ATTENTION
     attention = 4 * batch * heads * length * length * head_dim
     flops = {name: 2 * SMALL.length * inner * width for name, (inner, width) in hopper_facts.PRODUCTS.items()}
@@ -206,15 +207,15 @@ def measured_device(figures: Mapping[str, Figures], assumed: Device = Device()) 
         "sm_bytes": figures.get("l2_reads", {}).get("one SM"),
         "wait_seconds": hopper_facts.scaled(figures.get("barriers", {}).get("row counters"), 1e-6),
         "cluster_wait_seconds": hopper_facts.scaled(
-            figures.get("barriers", {}).get(f"cluster of {assumed.cluster}"), 1e-6
+            figures.get("barriers", {}).get(f"cluster of {Device().cluster}"), 1e-6
         ),
     }
-    return assumed._replace(**{name: value for name, value in found.items() if isinstance(value, float)})
+    return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
 def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
     """Whether each target is met; None where a figure is missing."""
-    device = measured_device(figures)
+    device = Device()._replace(**ceilings(figures))
 
     def at_least(numerator: Figure, denominator: Figure, target: float) -> bool | None:
         if not isinstance(numerator, float) or not isinstance(denominator, float):
@@ -277,7 +278,7 @@ def measure(run: Run, minutes: float, target: Path | None) -> dict[str, Any]:
             figures[name] = {"failed": str(error).splitlines()[0]}
         result |= {
             "seconds": round(time.perf_counter() - begin, 1),
-            "ceilings": measured_device(figures)._asdict(),
+            "ceilings": ceilings(figures),
             "targets": verdicts(figures),
         }
         if target is not None:
@@ -298,6 +299,8 @@ def main() -> int:
     today = datetime.date.today().isoformat()
     target = None if options.dry_run else RESULTS / f"{today}-gpu-hopper.json"
     result = measure(Run(options.dry_run), options.minutes, target)
+    if target is not None and result["ceilings"]:
+        measured.record(result["machine"], result["ceilings"], f"bench/results/{target.name}")
     print(json.dumps(result, indent=2))
     return int(False in result["targets"].values())
 

@@ -22,7 +22,7 @@ from loopmdm_kernels.cuda.parameters import (
 )
 from loopmdm_kernels.cuda.targets import SM90, Target, target_of
 from loopmdm_kernels.cuda.weights import PackedWeights, packed
-from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose, device_of
+from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose, device_of, measured
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.types import BlockWeights, Rotary
 
@@ -98,13 +98,15 @@ def shape_of(x: Tensor, blocks: Sequence[BlockWeights], num_heads: int, target: 
 @lru_cache(maxsize=64)
 def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kernel, Plan, driver.Facts]:
     limits = driver.facts(device)
-    assumed = device_of(limits.capability, limits.sms, limits.shared_bytes)
+    known = device_of(
+        limits.capability, limits.sms, limits.shared_bytes, name=limits.name, measured=measured.table()
+    )
     if target.entry != SM90.entry:
-        assumed = assumed._replace(keeps_weights=False, cluster=1)
-    plan = choose(shape, assumed)
+        known = known._replace(keeps_weights=False, cluster=1)
+    plan = choose(shape, known)
     kernel = _loaded(target, shape, plan, device)
     if plan.cluster > 1 and not kernel.active_clusters(plan.cluster, target.threads):
-        plan = choose(shape, assumed._replace(cluster=1))  # no part of this GPU has so many SMs
+        plan = choose(shape, known._replace(cluster=1))  # no part of this GPU has so many SMs
         kernel = _loaded(target, shape, plan, device)
     return kernel, plan, limits
 

@@ -13,21 +13,22 @@ from loopmdm_kernels.cuda import disk_cache
 from loopmdm_kernels.cuda.compiler import compile_kernel
 from loopmdm_kernels.cuda.parameters import defines
 from loopmdm_kernels.cuda.targets import target_of, why_none
-from loopmdm_kernels.schedule import BlockShape, choose
-from loopmdm_kernels.schedule.cost import ASSUMED, Device
+from loopmdm_kernels.schedule import BlockShape, choose, device_of, measured
+from loopmdm_kernels.schedule.cost import nearest
 
 
-def prebuild(shapes: Sequence[BlockShape], capability: tuple[int, int]) -> int:
-    """Compiles what these shapes need and returns the number of different kernels."""
-    target = target_of(capability)
-    different = {tuple(defines(shape, choose(shape, _device(capability))).items()) for shape in shapes}
+def prebuild(shapes: Sequence[BlockShape], capability: tuple[int, int], name: str = "") -> int:
+    """Compiles what these shapes need and returns the number of different kernels.
+
+    Args:
+        name: of the GPU, if its ceilings were measured: they may make other tiles the best.
+    """
+    target, assumed = target_of(capability), nearest(capability)
+    device = device_of(capability, assumed.sms, assumed.shared_bytes, name=name, measured=measured.table())
+    different = {tuple(defines(shape, choose(shape, device)).items()) for shape in shapes}
     for macros in sorted(different):
         compile_kernel(target.source, dict(macros), target.architecture)
     return len(different)
-
-
-def _device(capability: tuple[int, int]) -> Device:
-    return ASSUMED[max(known for known in ASSUMED if known <= capability)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--capability", type=_capability, default=(9, 0), help="of the GPU, as 8.0; 9.0 if not given"
     )
+    parser.add_argument(
+        "--name", choices=sorted(measured.table()), help="of the GPU, if its ceilings were measured"
+    )
     options = parser.parse_args(arguments)
     head_dims = target_of(options.capability).head_dims
     if options.hidden % options.heads or options.hidden // options.heads not in head_dims:
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for length in options.lengths
     ]
     try:
-        number = prebuild(shapes, options.capability)
+        number = prebuild(shapes, options.capability, options.name or "")
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     print(f"compiled kernels: {number}, in {disk_cache.folder()}")

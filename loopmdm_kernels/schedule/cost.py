@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from loopmdm_kernels.schedule.measured import Table as Measured
 from loopmdm_kernels.schedule.table import BlockShape, Phase, Table, Tiles
 
 STEP = 64  # of the inner dimension, per stage of the ring: 128 bytes of bf16, one swizzle row
@@ -68,17 +69,32 @@ ASSUMED = {
 }
 
 
-def device_of(capability: tuple[int, int], sms: int, shared_bytes: int) -> Device:
-    """What is assumed of a GPU: the rates of the nearest one not younger, in proportion to its SMs."""
-    assumed = ASSUMED[max(known for known in ASSUMED if known <= capability)]
+def nearest(capability: tuple[int, int]) -> Device:
+    """Of the GPUs something is assumed of, the youngest that is not younger than this."""
+    return ASSUMED[max(known for known in ASSUMED if known <= capability)]
+
+
+def device_of(
+    capability: tuple[int, int],
+    sms: int,
+    shared_bytes: int,
+    *,
+    name: str = "",
+    measured: Measured | None = None,
+) -> Device:
+    """What is known of a GPU: what `measured` has under its name, and what is assumed for the rest.
+
+    Assumed are the rates of the nearest GPU that is not younger, in proportion to the SMs.
+    """
+    assumed = nearest(capability)
     share = sms / assumed.sms
-    return assumed._replace(
-        shared_bytes=shared_bytes,
-        sms=sms,
-        product_flops=assumed.product_flops * share,
-        attention_flops=assumed.attention_flops * share,
-        l2_bytes=assumed.l2_bytes * share,
-    )
+    known: dict[str, Any] = {
+        "product_flops": assumed.product_flops * share,
+        "attention_flops": assumed.attention_flops * share,
+        "l2_bytes": assumed.l2_bytes * share,
+        **(measured or {}).get(name, {}),
+    }
+    return assumed._replace(sms=sms, shared_bytes=shared_bytes, **known)
 
 
 class PhaseCost(NamedTuple):

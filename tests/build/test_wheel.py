@@ -51,6 +51,7 @@ def test_wheel(tmp_path):
     expected = {
         "loopmdm_kernels/__init__.py",
         "loopmdm_kernels/py.typed",
+        "loopmdm_kernels/schedule/measured.json",
         "loopmdm_kernels/reference/sample_rows.py",
         "loopmdm_kernels/csrc/common/philox.h",
         "loopmdm/__init__.py",
