@@ -20,7 +20,7 @@ from loopmdm_kernels.cuda.parameters import (
     ParametersWithMaps,
     defines,
 )
-from loopmdm_kernels.cuda.targets import SM90, Target, target_of
+from loopmdm_kernels.cuda.targets import Target, target_of
 from loopmdm_kernels.cuda.weights import PackedWeights, packed
 from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose, device_of, measured
 from loopmdm_kernels.schedule.table import FINAL
@@ -101,8 +101,7 @@ def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kern
     known = device_of(
         limits.capability, limits.sms, limits.shared_bytes, name=limits.name, measured=measured.table()
     )
-    if target.entry != SM90.entry:
-        known = known._replace(keeps_weights=False, cluster=1)
+    known = target.used_of(known)
     plan = choose(shape, known)
     kernel = _loaded(target, shape, plan, device)
     if plan.cluster > 1 and not kernel.active_clusters(plan.cluster, target.threads):

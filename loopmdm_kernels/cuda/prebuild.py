@@ -29,6 +29,7 @@ def prebuild(
     """
     target, assumed = target_of(capability), nearest(capability)
     device = device_of(capability, assumed.sms, assumed.shared_bytes, name=name, measured=measured.table())
+    device = target.used_of(device)
     different = {tuple(defines(shape, choose(shape, device)).items()) for shape in shapes}
     kernels = [(refresh.SOURCE, {}), *((target.source, dict(macros)) for macros in sorted(different))]
     for source, macros in kernels:
