@@ -1,14 +1,17 @@
-"""The host side of the Hopper kernel as far as it needs no GPU: packing, folding, buffers, parameters."""
+"""The host side of the kernels as far as it needs no GPU: packing, folding, buffers, parameters, launch."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from loopmdm_kernels.cuda import driver, weights
+from loopmdm_kernels.cuda import driver, tensor_maps, weights
 from loopmdm_kernels.cuda import looped_blocks as op
-from loopmdm_kernels.cuda.parameters import MAPS, POINTERS, WEIGHTS
+from loopmdm_kernels.cuda.parameters import MAPS, POINTERS, WEIGHTS, defines
 from loopmdm_kernels.cuda.targets import SM80, SM90, target_of
 from loopmdm_kernels.reference.looped_blocks import norm_modulate
-from loopmdm_kernels.schedule import BlockShape, Tiles, build, choose
+from loopmdm_kernels.schedule import BlockShape, Tiles, build, choose, device_of
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.testing import looped_inputs
 
@@ -187,7 +190,7 @@ def loaded(monkeypatch):
             return Kernel.clusters
 
     monkeypatch.setattr(op.driver, "Kernel", Kernel)
-    monkeypatch.setattr(op.driver, "facts", lambda device: driver.Facts((9, 0), 132, 232_448, 0, 0))
+    monkeypatch.setattr(op.driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 0, 0))
     monkeypatch.setattr(op, "compile_kernel", lambda *arguments: seen.append(arguments) or b"cubin")
     op._kernel.cache_clear()
     op._loaded_once.cache_clear()
@@ -219,3 +222,58 @@ def test_the_kernel_for_ampere_gets_no_plan_of_hopper(loaded):
     seen, _ = loaded
     _, plan, _ = op._kernel(SUDOKU, SM80._replace(architecture="sm_90"), 0)
     assert plan.cluster == 1 and plan.resident_bytes == 0 and seen[0][2] == "sm_90" and len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "sms", "shared_bytes", "architecture", "threads", "mapped"),
+    [
+        ((8, 0), 108, 166_912, "sm_80", 256, 0),
+        ((8, 6), 82, 101_376, "sm_86", 256, 0),
+        ((9, 0), 132, 232_448, "sm_90a", 384, len(MAPS)),
+        ((12, 0), 170, 101_376, "sm_120", 256, 0),
+    ],
+)
+def test_a_call_compiles_and_launches_what_its_gpu_runs(
+    inputs, capability, sms, shared_bytes, architecture, threads, mapped, monkeypatch
+):
+    compiled, launched, encoded = [], [], []
+
+    class Kernel:
+        def __init__(self, cubin, entry, shared):
+            self.loaded = (cubin, entry, shared)
+
+        def blocks_per_sm(self, threads):
+            return 1
+
+        def allow_large_clusters(self): ...
+
+        def active_clusters(self, size, threads):
+            return 1
+
+        def launch(self, blocks, threads, stream, parameters, kept, cluster):
+            launched.append((self.loaded, blocks, threads, stream, type(parameters), kept, cluster))
+
+    facts = driver.Facts("a GPU", capability, sms, shared_bytes, 0, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(driver, "facts", lambda device: facts)
+    monkeypatch.setattr(driver, "set_aside_l2", lambda device: None)
+    monkeypatch.setattr(driver, "Kernel", Kernel)
+    monkeypatch.setattr(op, "compile_kernel", lambda *given: compiled.append(given) or b"cubin")
+    monkeypatch.setattr(tensor_maps, "encode", lambda described: encoded.append(described) or bytes(128))
+    op._kernel.cache_clear()
+    op._loaded_once.cache_clear()
+    out = op.looped_blocks(inputs.x, inputs.blocks, inputs.modulation, 2, num_heads=inputs.num_heads)
+    op._kernel.cache_clear()
+    op._loaded_once.cache_clear()
+    target = target_of(capability)
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, target)
+    device = target.used_of(device_of(capability, sms, shared_bytes))
+    plan = choose(shape, device)
+    assert compiled == [(target.source, defines(shape, plan), architecture)]
+    loaded = (b"cubin", target.entry, plan.shared_bytes)
+    blocks = plan.cluster if plan.cluster > 1 else sms
+    assert launched == [(loaded, blocks, threads, 7, target.parameters, None, plan.cluster)]
+    assert plan.cluster == 1 or capability == (9, 0)
+    assert plan.shared_bytes <= shared_bytes and len(encoded) == mapped and out.shape == inputs.x.shape

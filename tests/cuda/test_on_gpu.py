@@ -107,3 +107,22 @@ def test_one_graph_serves_all_numbers_of_loops():
         loops.fill_(number)
         graph.replay()
         assert torch.equal(out, ours(inputs, number))
+
+
+def test_a_write_through_data_is_seen_by_calls_and_graphs():
+    inputs = inputs_on_gpu(1, 64)
+    first = ours(inputs, 2)
+    ours(inputs, 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = ours(inputs, 2)
+    weight = inputs.blocks[1].mlp_in
+    kept = weight.clone()
+    weight.data.copy_(-kept)
+    changed = ours(inputs, 2)
+    assert not torch.equal(changed, first)
+    graph.replay()
+    assert torch.equal(replayed, changed)
+    weight.data.copy_(kept)
+    graph.replay()
+    assert torch.equal(replayed, first)
