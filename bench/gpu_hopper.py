@@ -3,10 +3,9 @@
     python -m bench.gpu_hopper              on an H100 or H200: writes bench/results/DATE-gpu-hopper.json
     python -m bench.gpu_hopper --dry-run    without one: every path of this script that a CPU can take
 
-The result file is written anew after every phase. Once --minutes are over, what is left is skipped, which
-the file says. Cold, the phases compile 3 sources of probes, 8 kernels of the op (3 to 6 s each) and, with
-torch.compile, one loop at six lengths: those at 256 and 4096 tokens come last. The ceilings that were found
-go to loopmdm_kernels/schedule/measured.json, from where the op takes them when it chooses tiles.
+The result file is written anew after every phase. A phase that would not end within --minutes is skipped,
+which the file says: those at 256 and 4096 tokens come last. The ceilings that were found go to
+loopmdm_kernels/schedule/measured.json, from where the op takes them when it chooses tiles.
 """
 
 from __future__ import annotations
@@ -189,6 +188,16 @@ PHASES: dict[str, Callable[[Run], Figures]] = {
     **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (256, 4096)},
 }
 
+# Seconds of a phase that starts cold, estimated from what it compiles and repeats: a kernel of the op 3 to 6,
+# one of Triton 1 to 2, one loop by torch.compile with autotuning 20 to 30, a process under a tool 15 to 25.
+EXPECTED = {
+    **{f"T{tokens}": 45.0 for tokens in TOKENS},
+    "sudoku": 30.0,
+    "dram_bytes": 30.0,
+    "sanitizers": 75.0,
+}
+SHORT = 5.0  # every other
+
 
 def ceilings(figures: Mapping[str, Figures]) -> dict[str, float]:
     """Those of the cost model's ceilings that the facts have a figure for."""
@@ -246,6 +255,10 @@ def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
     return result
 
 
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def measure(run: Run, minutes: float, target: Path | None) -> dict[str, Any]:
     """All phases; `target` is written after each. A phase that fails says why and ends nothing."""
     begin = time.perf_counter()
@@ -260,19 +273,22 @@ def measure(run: Run, minutes: float, target: Path | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "figures": figures,
         "skipped": skipped,
+        "ceilings": {},
+        "targets": verdicts(figures),
     }
+    total = sum(EXPECTED.get(name, SHORT) for name in PHASES)
+    say(f"{len(PHASES)} phases, estimated at {total / 60:.1f} minutes; there are {minutes:.1f}")
     for name, phase in PHASES.items():
         elapsed = time.perf_counter() - begin
-        if elapsed > 60 * minutes:
+        expected = EXPECTED.get(name, SHORT)
+        if elapsed + expected > 60 * minutes:
             skipped.append(name)
-            print(
-                f"{elapsed:6.1f} s  {name}: skipped, {minutes} minutes are over", file=sys.stderr, flush=True
-            )
+            say(f"{elapsed:6.1f} s  {name}: skipped, {expected:.0f} s would be too long")
             continue
-        print(f"{elapsed:6.1f} s  {name}", file=sys.stderr, flush=True)
+        say(f"{elapsed:6.1f} s  {name}")
         try:
             figures[name] = phase(run)
-        except RuntimeError as error:
+        except Exception as error:
             if run.dry:
                 raise
             figures[name] = {"failed": str(error).splitlines()[0]}
@@ -289,7 +305,7 @@ def measure(run: Run, minutes: float, target: Path | None) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what decides about the Hopper kernels.")
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, time nothing")
-    parser.add_argument("--minutes", type=float, default=5.0, help="after which no phase begins any more")
+    parser.add_argument("--minutes", type=float, default=9.0, help="a phase that would be longer is skipped")
     parser.add_argument("--once", type=int, metavar="S", help="one call with S loops, for a profiler")
     parser.add_argument("--small", action="store_true", help="with --once: small, and of both kernels")
     options = parser.parse_args()

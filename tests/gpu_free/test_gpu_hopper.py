@@ -26,7 +26,8 @@ def test_dry_run_takes_every_path(tmp_path, capsys):
     assert result["ceilings"] == {}
     assert json.loads(target.read_text()) == json.loads(json.dumps(result))
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[-1] for line in lines] == list(gpu_hopper.PHASES)
+    assert lines[0].startswith(f"{len(gpu_hopper.PHASES)} phases, estimated at")
+    assert [line.split()[-1] for line in lines[1:]] == list(gpu_hopper.PHASES)
 
 
 def test_what_there_is_no_time_for_is_skipped(tmp_path, monkeypatch, capsys):
@@ -43,15 +44,19 @@ def test_what_there_is_no_time_for_is_skipped(tmp_path, monkeypatch, capsys):
 
     clock = [0.0]
     monkeypatch.setattr(gpu_hopper.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(gpu_hopper, "PHASES", {"a": slow, "b": broken, "c": slow, "d": slow})
+    monkeypatch.setattr(gpu_hopper, "PHASES", {"a": slow, "b": broken, "long": slow, "c": slow, "d": slow})
+    monkeypatch.setattr(gpu_hopper, "EXPECTED", {"long": 90.0})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     result = gpu_hopper.measure(hopper_facts.Run(dry=False), 3.0, target)
     assert result["figures"] == {
         "a": {"figure": 1.0}, "b": {"failed": "CUDA error: no more"}, "c": {"figure": 1.0}
     }  # fmt: skip
-    assert result["skipped"] == ["d"] and "d: skipped, 3.0 minutes are over" in capsys.readouterr().err
+    assert result["skipped"] == ["long", "d"]
+    said = capsys.readouterr().err
+    assert "100.0 s  long: skipped, 90 s would be too long" in said and "200.0 s  d: skipped" in said
     assert written == [False, True], "a result file is there after the first phase"
+    assert gpu_hopper.measure(hopper_facts.Run(dry=False), 0.0, None)["targets"]
 
 
 def test_a_call_that_fails_says_why():
