@@ -6,8 +6,10 @@ python -m loopmdm_kernels.cuda.prebuild --hidden 768 --heads 12 --layers 1 2 9 -
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loopmdm_kernels.cuda import disk_cache, refresh
@@ -31,12 +33,19 @@ def prebuild(
     device = device_of(capability, assumed.sms, assumed.shared_bytes, name=name, measured=measured.table())
     device = target.used_of(device)
     different = {tuple(defines(shape, choose(shape, device)).items()) for shape in shapes}
-    kernels = [(refresh.SOURCE, {}), *((target.source, dict(macros)) for macros in sorted(different))]
-    for source, macros in kernels:
+    kernels: list[tuple[str, dict[str, int]]] = [
+        (refresh.SOURCE, {}),
+        *((target.source, dict(macros)) for macros in sorted(different)),
+    ]
+
+    def compile_one(kernel: tuple[str, dict[str, int]]) -> None:
         if folder is None:
-            compile_kernel(source, macros, target.architecture)
+            compile_kernel(*kernel, target.architecture)
         else:
-            compile_into(folder, source, macros, target.architecture)
+            compile_into(folder, *kernel, target.architecture)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compilers let other threads run
+        list(pool.map(compile_one, kernels))
     return len(kernels)
 
 
