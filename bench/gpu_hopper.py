@@ -138,6 +138,8 @@ def counted(done: subprocess.CompletedProcess[str]) -> Figure:
 def sanitizers(run: Run) -> Figures:
     """Exit status of small cases of both kernels under each tool of compute-sanitizer: 0 is clean."""
     figures: Figures = {}
+    if run.dry:  # what the tools would watch
+        subprocess.run([*once_command(2), "--small", "--dry-run"], **{**QUIET, "check": True})
     program = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
@@ -151,7 +153,9 @@ def sanitizers(run: Run) -> Figures:
             environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             try:
                 done = subprocess.run(command, env=environment, **QUIET, timeout=100)
-                figures[tool] = 0.0 if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
+                figures[tool] = float(done.returncode)
+                if done.returncode:
+                    say((done.stdout + done.stderr)[-3000:])
             except subprocess.TimeoutExpired:
                 figures[tool] = "not done after 100 s"
     return figures
@@ -161,16 +165,16 @@ def once_command(loops: int) -> list[str]:
     return [sys.executable, "-m", "bench.gpu_hopper", "--once", str(loops)]
 
 
-def once(loops: int, *, small: bool) -> None:
+def once(loops: int, run: Run, *, small: bool) -> None:
     """For a profiler, one call at 128 tokens; for a sanitizer, small ones, also of the older kernel."""
     sizes = {"hidden": 128, "heads": 2} if small else {"hidden": SMALL.hidden, "heads": SMALL.heads}
-    inputs = inputs_of(70 if small else 128, "cuda", **sizes)
-    own = targets.target_of(torch.cuda.get_device_capability())
-    with torch.no_grad(), lk.use_backend("cuda"):
-        for target in (own, targets.SM80._replace(architecture="sm_90"))[: 1 + small]:
+    inputs = inputs_of(70 if small else 128, run.device, **sizes)
+    with torch.no_grad(), lk.use_backend("reference" if run.dry else "cuda"):
+        for target in (targets.SM90, targets.SM80._replace(architecture="sm_90"))[: 1 + small]:
             looped_blocks.target_of = lambda capability, target=target: target  # type: ignore[assignment]
             applying(lk.looped_blocks, inputs, loops)()
-            torch.cuda.synchronize()
+            if not run.dry:
+                torch.cuda.synchronize()
 
 
 PHASES: dict[str, Callable[[Run], Figures]] = {
@@ -252,6 +256,9 @@ def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
     )
     dram = figures.get("dram_bytes", {})
     result["DRAM bytes do not grow with S"] = at_least(dram.get("S1"), dram.get("S24"), 1 / DRAM_RATIO)
+    for tool in TOOLS:
+        status = figures.get("sanitizers", {}).get(tool)
+        result[f"{tool} is clean"] = status == 0.0 if isinstance(status, float) else None
     return result
 
 
@@ -310,7 +317,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="with --once: small, and of both kernels")
     options = parser.parse_args()
     if options.once:
-        once(options.once, small=options.small)
+        once(options.once, Run(options.dry_run), small=options.small)
         return 0
     today = datetime.date.today().isoformat()
     target = None if options.dry_run else RESULTS / f"{today}-gpu-hopper.json"

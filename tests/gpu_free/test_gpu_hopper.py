@@ -120,3 +120,29 @@ def test_the_probes_read_their_arguments_where_they_are_written():
     assert offsets == [0, 8, 16, 24, 32] and ctypes.sizeof(hopper_facts.Arguments) == 40
     fields = hopper_multicast.SharedReads
     assert [fields.stages.offset, fields.rounds.offset, ctypes.sizeof(fields)] == [128, 132, 192]
+
+
+def test_tools_are_called_and_heard(monkeypatch, capsys):
+    commands = []
+
+    def done(command, **options):
+        commands.append(command)
+        if "synccheck" in command:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        said = '"0","dram__bytes_read.sum","byte","1,024"\n' if "--csv" in command else "a race"
+        return subprocess.CompletedProcess(command, int("racecheck" in command), said, "")
+
+    run = hopper_facts.Run(dry=False)
+    monkeypatch.setattr(gpu_hopper.subprocess, "run", done)
+    monkeypatch.setattr(gpu_hopper.shutil, "which", lambda name, **_: f"/tools/{name}")
+    assert gpu_hopper.dram_bytes(run) == {"S1": 1024.0, "S24": 1024.0}
+    found = gpu_hopper.sanitizers(run)
+    assert found == {"memcheck": 0.0, "racecheck": 1.0, "synccheck": "not done after 100 s"}
+    assert capsys.readouterr().err == "a race\n"
+    verdicts = gpu_hopper.verdicts({"sanitizers": found})
+    assert [verdicts[f"{tool} is clean"] for tool in gpu_hopper.TOOLS] == [True, False, None]
+    assert [command[-2:] for command in commands[:2]] == [["--once", "1"], ["--once", "24"]]
+    assert all(command[-3:] == ["--once", "2", "--small"] for command in commands[2:])
+    monkeypatch.setattr(gpu_hopper.shutil, "which", lambda *_, **__: None)
+    assert "ncu is not installed" in gpu_hopper.dram_bytes(run)["S24"]
+    assert "compute-sanitizer is not installed" in gpu_hopper.sanitizers(run)["memcheck"]
