@@ -2,6 +2,10 @@
 
 The environment variable LOOPMDM_SANITIZE ("address,undefined" or "thread") adds the compiler's sanitizers.
 An ordinary Python cannot import such modules, so they are never put beside the sources (`make sanitize`).
+
+LOOPMDM_BUILD_CUDA puts cubins of the presets into the wheel: for the compute capabilities it names
+("8.0 9.0"), or for all of CAPABILITIES if it is 1. That takes minutes, torch and a CUDA compiler where the
+wheel is built (--no-build-isolation). Without it kernels are compiled where they are first used.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pybind11
@@ -21,6 +27,10 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 # Device code and the headers it shares with the host: compiled on the user's machine, so they travel along.
 DEVICE_SOURCES = ("csrc/common", "csrc/cuda")
+CAPABILITIES = ("8.0", "8.6", "8.9", "9.0")
+# Hidden size, heads, and blocks before, in and after the loop of sudoku, tiny, small and medium.
+CUBIN_SIZES = ((128, 4, (1, 2)), (512, 8, (1, 2, 5)), (768, 12, (1, 2, 9)), (1024, 16, (1, 2, 21)))
+CUBIN_LENGTHS = (32, 81, 128, 512, 1024)
 
 
 class CMakeBuild(build_ext):
@@ -84,11 +94,14 @@ class CMakeBuild(build_ext):
 
 
 class BuildPyWithDeviceSources(build_py):
-    """Puts the device sources into the wheel, as loopmdm_kernels/csrc."""
+    """Puts the device sources into the wheel, as loopmdm_kernels/csrc; cubins where they are asked for."""
 
     def run(self) -> None:
         super().run()
+        asked = os.environ.get("LOOPMDM_BUILD_CUDA", "")
         if self.editable_mode:
+            if asked:
+                raise RuntimeError("LOOPMDM_BUILD_CUDA is set: an editable installation holds no cubins")
             return
         for folder in DEVICE_SOURCES:
             for source in sorted((ROOT / folder).rglob("*")):
@@ -96,6 +109,21 @@ class BuildPyWithDeviceSources(build_py):
                     target = Path(self.build_lib) / "loopmdm_kernels" / source.relative_to(ROOT)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source, target)
+        if asked:
+            self._compile_cubins(CAPABILITIES if asked == "1" else asked.split())
+
+    def _compile_cubins(self, capabilities: Sequence[str]) -> None:
+        if find_spec("torch") is None:
+            raise RuntimeError("LOOPMDM_BUILD_CUDA needs torch: use pip's --no-build-isolation")
+        folder = Path(self.build_lib).resolve()
+        for hidden, heads, layers in CUBIN_SIZES:
+            command = [
+                sys.executable, "-m", "loopmdm_kernels.cuda.prebuild", "--hidden", hidden, "--heads", heads,
+                "--layers", *layers, "--lengths", *CUBIN_LENGTHS, "--capability", *capabilities,
+                "--folder", folder / "loopmdm_kernels" / "cubins",
+            ]  # fmt: skip
+            environment = {**os.environ, "PYTHONPATH": str(folder)}
+            subprocess.run(list(map(str, command)), cwd=folder, env=environment, check=True)
 
 
 setup(

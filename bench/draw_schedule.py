@@ -20,13 +20,15 @@ COLORS = {
     Phase.ATTN_OUT: "#228833",
     Phase.MLP_IN: "#ccbb44",
     Phase.MLP_OUT: "#aa3377",
+    Phase.MLP_SUM: "#555555",
 }
 NAMES = {
     Phase.QKV: "q, k, v",
     Phase.ATTENTION: "attention",
     Phase.ATTN_OUT: "output",
     Phase.MLP_IN: "MLP in",
-    Phase.MLP_OUT: "MLP out",
+    Phase.MLP_OUT: "MLP out, parts",
+    Phase.MLP_SUM: "their sum",
 }
 LEFT, TOP, WIDTH, ROW = 64, 48, 860, 9
 
@@ -43,9 +45,9 @@ def simulate(table: Table, plan: Plan, blocks: int, device: Device = Device()) -
     free = [0.0] * blocks
     ready: dict[int, float] = defaultdict(float)  # counter -> when its last tile was complete
     tiles = []
-    for position, item in enumerate(table.loop, start=len(table.enter)):
+    for number, item in enumerate(table.loop):
         cost = plan.phases[Phase(item.phase)]
-        block = position % blocks
+        block = number % blocks
         inputs = max(ready[counter] for counter in range(item.wait, item.wait + item.wait_number))
         start = max(free[block], inputs + device.wait_seconds if inputs else 0.0)
         free[block] = end = start + cost.seconds / cost.waves

@@ -3,9 +3,9 @@
     python -m bench.gpu_hopper              on an H100 or H200: writes bench/results/DATE-gpu-hopper.json
     python -m bench.gpu_hopper --dry-run    without one: every path of this script that a CPU can take
 
-The result file is written anew after every phase. Once --minutes are over, what is left is skipped, which
-the file says. Cold, the phases compile 2 sources of probes, 6 kernels of the op (3 to 6 s each) and, with
-torch.compile, one loop at six lengths: those at 256 and 4096 tokens come last.
+The result file is written anew after every phase. A phase that would not end within --minutes is skipped,
+which the file says: those at 256 and 4096 tokens come last. The ceilings that were found go to
+loopmdm_kernels/schedule/measured.json, from where the op takes them when it chooses tiles.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from typing import Any
 import torch
 
 import loopmdm_kernels as lk
-from bench import hopper_facts
+from bench import gpu_sudoku, hopper_facts, hopper_multicast
 from bench.gpu import captured, compiled
 from bench.hopper_facts import SMALL, Figure, Figures, Run
 from bench.report import write
 from loopmdm_kernels import reference
 from loopmdm_kernels.cuda import driver, looped_blocks, targets
-from loopmdm_kernels.schedule import Device, choose
+from loopmdm_kernels.schedule import Device, choose, measured
 from loopmdm_kernels.testing import LoopedInputs, looped_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +138,8 @@ def counted(done: subprocess.CompletedProcess[str]) -> Figure:
 def sanitizers(run: Run) -> Figures:
     """Exit status of small cases of both kernels under each tool of compute-sanitizer: 0 is clean."""
     figures: Figures = {}
+    if run.dry:  # what the tools would watch
+        subprocess.run([*once_command(2), "--small", "--dry-run"], **{**QUIET, "check": True})
     program = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
@@ -151,7 +153,9 @@ def sanitizers(run: Run) -> Figures:
             environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             try:
                 done = subprocess.run(command, env=environment, **QUIET, timeout=100)
-                figures[tool] = 0.0 if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
+                figures[tool] = float(done.returncode)
+                if done.returncode:
+                    say((done.stdout + done.stderr)[-3000:])
             except subprocess.TimeoutExpired:
                 figures[tool] = "not done after 100 s"
     return figures
@@ -161,34 +165,46 @@ def once_command(loops: int) -> list[str]:
     return [sys.executable, "-m", "bench.gpu_hopper", "--once", str(loops)]
 
 
-def once(loops: int, *, small: bool) -> None:
+def once(loops: int, run: Run, *, small: bool) -> None:
     """For a profiler, one call at 128 tokens; for a sanitizer, small ones, also of the older kernel."""
     sizes = {"hidden": 128, "heads": 2} if small else {"hidden": SMALL.hidden, "heads": SMALL.heads}
-    inputs = inputs_of(70 if small else 128, "cuda", **sizes)
-    own = targets.target_of(torch.cuda.get_device_capability())
-    with torch.no_grad(), lk.use_backend("cuda"):
-        for target in (own, targets.SM80._replace(architecture="sm_90"))[: 1 + small]:
+    inputs = inputs_of(70 if small else 128, run.device, **sizes)
+    with torch.no_grad(), lk.use_backend("reference" if run.dry else "cuda"):
+        for target in (targets.SM90, targets.SM80._replace(architecture="sm_90"))[: 1 + small]:
             looped_blocks.target_of = lambda capability, target=target: target  # type: ignore[assignment]
             applying(lk.looped_blocks, inputs, loops)()
-            torch.cuda.synchronize()
+            if not run.dry:
+                torch.cuda.synchronize()
 
 
 PHASES: dict[str, Callable[[Run], Figures]] = {
     "barriers": hopper_facts.barriers,
     "clusters": hopper_facts.clusters,
     "l2_reads": hopper_facts.l2_reads,
+    "multicast": hopper_multicast.multicast,
     "attention_peers": hopper_facts.attention_peers,
     "products": hopper_facts.products,
     "gaps": hopper_facts.gaps,
     **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (128, 1024, 32, 512)},
+    "sudoku": gpu_sudoku.whole_call,
     "dram_bytes": dram_bytes,
     "sanitizers": sanitizers,
     **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (256, 4096)},
 }
 
+# Seconds of a phase that starts cold, estimated from what it compiles and repeats: a kernel of the op 3 to 6,
+# one of Triton 1 to 2, one loop by torch.compile with autotuning 20 to 30, a process under a tool 15 to 25.
+EXPECTED = {
+    **{f"T{tokens}": 45.0 for tokens in TOKENS},
+    "sudoku": 30.0,
+    "dram_bytes": 30.0,
+    "sanitizers": 75.0,
+}
+SHORT = 5.0  # every other
 
-def measured_device(figures: Mapping[str, Figures], assumed: Device = Device()) -> Device:  # noqa: B008
-    """The ceilings of the cost model from the facts; what has no figure stays as assumed."""
+
+def ceilings(figures: Mapping[str, Figures]) -> dict[str, float]:
+    """Those of the cost model's ceilings that the facts have a figure for."""
     batch, heads, length, head_dim = hopper_facts.ATTENTION
     attention = 4 * batch * heads * length * length * head_dim
     flops = {name: 2 * SMALL.length * inner * width for name, (inner, width) in hopper_facts.PRODUCTS.items()}
@@ -203,13 +219,16 @@ def measured_device(figures: Mapping[str, Figures], assumed: Device = Device()) 
         "l2_bytes": best("l2_reads", lambda name, value: value if name != "one SM" else 0.0),
         "sm_bytes": figures.get("l2_reads", {}).get("one SM"),
         "wait_seconds": hopper_facts.scaled(figures.get("barriers", {}).get("row counters"), 1e-6),
+        "cluster_wait_seconds": hopper_facts.scaled(
+            figures.get("barriers", {}).get(f"cluster of {Device().cluster}"), 1e-6
+        ),
     }
-    return assumed._replace(**{name: value for name, value in found.items() if isinstance(value, float)})
+    return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
 def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
     """Whether each target is met; None where a figure is missing."""
-    device = measured_device(figures)
+    device = Device()._replace(**ceilings(figures))
 
     def at_least(numerator: Figure, denominator: Figure, target: float) -> bool | None:
         if not isinstance(numerator, float) or not isinstance(denominator, float):
@@ -231,9 +250,20 @@ def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
     for tokens, share in LIMIT_SHARES.items():
         limit = LOOPS * choose(SMALL._replace(length=tokens), device).limit_seconds
         result[f"T{tokens}: {share} of the limit"] = at_least(limit, seconds(tokens, "cuda"), share)
+    call = figures.get("sudoku", {}).get("cuda")
+    result[f"Sudoku: {1e6 * gpu_sudoku.TARGET_SECONDS:.0f} us"] = at_least(
+        gpu_sudoku.TARGET_SECONDS, call, 1.0
+    )
     dram = figures.get("dram_bytes", {})
     result["DRAM bytes do not grow with S"] = at_least(dram.get("S1"), dram.get("S24"), 1 / DRAM_RATIO)
+    for tool in TOOLS:
+        status = figures.get("sanitizers", {}).get(tool)
+        result[f"{tool} is clean"] = status == 0.0 if isinstance(status, float) else None
     return result
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def measure(run: Run, minutes: float, target: Path | None) -> dict[str, Any]:
@@ -250,25 +280,28 @@ def measure(run: Run, minutes: float, target: Path | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "figures": figures,
         "skipped": skipped,
+        "ceilings": {},
+        "targets": verdicts(figures),
     }
+    total = sum(EXPECTED.get(name, SHORT) for name in PHASES)
+    say(f"{len(PHASES)} phases, estimated at {total / 60:.1f} minutes; there are {minutes:.1f}")
     for name, phase in PHASES.items():
         elapsed = time.perf_counter() - begin
-        if elapsed > 60 * minutes:
+        expected = EXPECTED.get(name, SHORT)
+        if elapsed + expected > 60 * minutes:
             skipped.append(name)
-            print(
-                f"{elapsed:6.1f} s  {name}: skipped, {minutes} minutes are over", file=sys.stderr, flush=True
-            )
+            say(f"{elapsed:6.1f} s  {name}: skipped, {expected:.0f} s would be too long")
             continue
-        print(f"{elapsed:6.1f} s  {name}", file=sys.stderr, flush=True)
+        say(f"{elapsed:6.1f} s  {name}")
         try:
             figures[name] = phase(run)
-        except RuntimeError as error:
+        except Exception as error:
             if run.dry:
                 raise
             figures[name] = {"failed": str(error).splitlines()[0]}
         result |= {
             "seconds": round(time.perf_counter() - begin, 1),
-            "ceilings": measured_device(figures)._asdict(),
+            "ceilings": ceilings(figures),
             "targets": verdicts(figures),
         }
         if target is not None:
@@ -279,16 +312,18 @@ def measure(run: Run, minutes: float, target: Path | None) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what decides about the Hopper kernels.")
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, time nothing")
-    parser.add_argument("--minutes", type=float, default=5.0, help="after which no phase begins any more")
+    parser.add_argument("--minutes", type=float, default=9.0, help="a phase that would be longer is skipped")
     parser.add_argument("--once", type=int, metavar="S", help="one call with S loops, for a profiler")
     parser.add_argument("--small", action="store_true", help="with --once: small, and of both kernels")
     options = parser.parse_args()
     if options.once:
-        once(options.once, small=options.small)
+        once(options.once, Run(options.dry_run), small=options.small)
         return 0
     today = datetime.date.today().isoformat()
     target = None if options.dry_run else RESULTS / f"{today}-gpu-hopper.json"
     result = measure(Run(options.dry_run), options.minutes, target)
+    if target is not None and result["ceilings"]:
+        measured.record(result["machine"], result["ceilings"], f"bench/results/{target.name}")
     print(json.dumps(result, indent=2))
     return int(False in result["targets"].values())
 

@@ -69,7 +69,7 @@ class Run(NamedTuple):
 
     @property
     def limits(self) -> driver.Facts:
-        return driver.Facts((9, 0), 132, 232_448, 0, 0) if self.dry else driver.facts(0)
+        return driver.Facts("none", (9, 0), 132, 232_448, 0, 0) if self.dry else driver.facts(0)
 
     @property
     def stream(self) -> int:

@@ -24,6 +24,14 @@ LOOPMDM_HD void add_part(PartSums& sums, PartStatistics part, float width) {
   sums.parts += 1.0f;
 }
 
+// What `earlier` and `later` parts give together; either may have none.
+LOOPMDM_HD PartSums merge_sums(PartSums earlier, PartSums later, float width) {
+  const float parts = earlier.parts + later.parts, delta = later.mean - earlier.mean;
+  const float share = parts > 0.0f ? later.parts / parts : 0.0f;
+  return {parts, earlier.mean + delta * share,
+          earlier.deviations + later.deviations + delta * delta * width * earlier.parts * share};
+}
+
 LOOPMDM_HD float variance(PartSums sums, float width) { return sums.deviations / (sums.parts * width); }
 
 }  // namespace loopmdm

@@ -1,4 +1,4 @@
-// Attention of 16 queries of one head by one warp, over blocks of 128 keys: queries, scores, probabilities
+// Attention of 16 queries of one head by one warp, over blocks of keys: queries, scores, probabilities
 // and sums in registers, as in FlashAttention-2 (Dao, 2023).
 #pragma once
 

@@ -1,4 +1,4 @@
-// Attention of 64 queries of one head by one warp group, over blocks of 128 keys. Scores, probabilities and
+// Attention of 64 queries of one head by one warp group, over blocks of keys. Scores, probabilities and
 // sums stay in registers; the exponentials of one warp group run while the other multiplies.
 #pragma once
 
@@ -10,6 +10,8 @@ namespace loopmdm {
 
 namespace attention_tile {
 
+constexpr int kPanelSteps = kHeadPanelBytes / 32;  // of 16 columns
+
 // The queries as left operand: a stage is free again at once.
 __device__ inline void load_queries(uint32_t (&queries)[kHeadDim / 16][4], uint32_t panels,
                                     const Seat& seat) {
@@ -18,7 +20,8 @@ __device__ inline void load_queries(uint32_t (&queries)[kHeadDim / 16][4], uint3
 #pragma unroll
     for (int reg = 0; reg < 4; ++reg) {
       const uint32_t offset =
-          panel_offset(seat.row + 8 * (reg & 1), 16 * k + operand_column(seat.thread, reg), Config::kRows, 2);
+          panel_offset(seat.row + 8 * (reg & 1), 16 * k + operand_column(seat.thread, reg), Config::kRows, 2,
+                       kHeadPanelBytes);
       queries[k][reg] = load_shared(panels + offset);
     }
   }
@@ -30,13 +33,13 @@ __device__ inline void attention(const Parameters& p, const Instruction& item, c
                                  RingPlace& place, const Seat& seat) {
   using namespace attention_tile;
   const int head = item.column * Config::kHeadsPerTile + seat.column_group;
-  const uint32_t panel = seat.column_group * (kHeadDim / 64);  // of the heads in a stage
+  const uint32_t panel = seat.column_group * kHeadPanels;  // of the heads in a stage
   const uint8_t* const key_mask = p.key_mask ? p.key_mask + p.token(item.sequence, 0) : nullptr;
   const float scale = kLog2E * rsqrtf(static_cast<float>(kHeadDim));
 
   uint32_t queries[kHeadDim / 16][4];
   ring.wait_full(place);
-  load_queries(queries, ring.stage(place.slot) + panel * Config::kRows * 128, seat);
+  load_queries(queries, ring.stage(place.slot) + panel * Config::kRows * kHeadPanelBytes, seat);
   ring.release(place);
   advance(place, Config::kStages);
 
@@ -46,12 +49,15 @@ __device__ inline void attention(const Parameters& p, const Instruction& item, c
   for (int key = 0; key < p.length; key += kKeys) {
     float scores[kKeys / 2];
     ring.wait_full(place);
-    const uint32_t keys = ring.stage(place.slot) + panel * kKeys * 128;
+    const uint32_t keys = ring.stage(place.slot) + panel * kKeys * kHeadPanelBytes;
     products_begin();
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       WarpGroupProduct<kKeys>::template registers<false>(
-          scores, queries[k], inner_major_descriptor(keys + k / 4 * kKeys * 128, k % 4), k > 0);
+          scores, queries[k],
+          inner_major_descriptor(keys + k / kPanelSteps * kKeys * kHeadPanelBytes, k % kPanelSteps,
+                                 kHeadPanelBytes),
+          k > 0);
     }
     products_commit();
     products_wait<0>();
@@ -64,12 +70,13 @@ __device__ inline void attention(const Parameters& p, const Instruction& item, c
     exponentials(scores, weights, running, mixed, scale);
 
     ring.wait_full(place);
-    const uint32_t values = ring.stage(place.slot) + panel * kKeys * 128;
+    const uint32_t values = ring.stage(place.slot) + panel * kKeys * kHeadPanelBytes;
     products_begin();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       WarpGroupProduct<kHeadDim>::template registers<true>(
-          mixed, weights[k], outer_major_descriptor(values, kKeys * 128, k), true);
+          mixed, weights[k], outer_major_descriptor(values, kKeys * kHeadPanelBytes, k, kHeadPanelBytes),
+          true);
     }
     products_commit();
     products_wait<0>();

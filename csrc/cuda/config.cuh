@@ -5,6 +5,7 @@
 #include "common/row_statistics.h"
 #include "common/schedule.h"
 #include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/warps.cuh"
 
 namespace loopmdm {
 
@@ -14,25 +15,28 @@ struct Config {
   static constexpr int kRows = LOOPMDM_ROWS;
   static constexpr int kQkvColumns = LOOPMDM_QKV_COLUMNS, kAttnOutColumns = LOOPMDM_ATTN_OUT_COLUMNS;
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
+  static constexpr int kMlpOutParts = LOOPMDM_MLP_OUT_PARTS;  // of the inner dimension
   static constexpr int kStages = LOOPMDM_STAGES, kStageBytes = LOOPMDM_STAGE_BYTES;
+  static constexpr int kResidentBytes = LOOPMDM_RESIDENT_BYTES;  // for weights that stay in shared memory
 
   // Two groups of four warps compute. They share the rows of a tile; with 64 rows, its columns or heads.
   static constexpr int kGroups = 2, kRowGroups = kRows / 64, kColumnGroups = kGroups / kRowGroups;
   static constexpr int kHeadsPerTile = kColumnGroups;
   static constexpr int kComputeThreads = 128 * kGroups;
 
-  static constexpr int kStep = 64;       // of the inner dimension, a stage
-  static constexpr int kKeyBlock = 128;  // keys of a stage
+  static constexpr int kStep = 64;                     // of the inner dimension, a stage
+  static constexpr int kKeyBlock = LOOPMDM_KEY_BLOCK;  // keys of a stage
 
-  // Columns of which one group knows the statistics.
-  static constexpr int kPart1 = kMlpOutColumns / kColumnGroups, kPart2 = kAttnOutColumns / kColumnGroups;
-  static constexpr int kParts1 = kHidden / kPart1, kParts2 = kHidden / kPart2;
+  // Statistics are of so many columns whatever the tiles, so that a row does not depend on its batch.
+  static constexpr int kPart = 32, kParts = kHidden / kPart;
+  static constexpr int kChanges = kHidden / (kMlpOutColumns / kColumnGroups);  // squared norms of a row tile
 
   static_assert(kHeads % kHeadsPerTile == 0, "a group computes one head");
   static_assert(kRows == 64 || kRows == 128, "rows of a tile");
-  static_assert(kHidden % kStep == 0 && kMlp % kStep == 0, "widths in whole stages");
+  static_assert(kHidden % kStep == 0 && kMlp % (kMlpOutParts * kStep) == 0, "widths in whole stages");
   static_assert(kQkvColumns / kColumnGroups % kHeadDim == 0, "a group rotates whole heads");
-  static_assert(kStageBytes % 1024 == 0, "swizzle atoms");
+  static_assert(2 * kHidden % (kQkvColumns / kColumnGroups) == 0, "and either all of them or none");
+  static_assert(kStageBytes % 1024 == 0 && kResidentBytes % 1024 == 0, "swizzle atoms");
 };
 
 struct Parameters {
@@ -42,27 +46,36 @@ struct Parameters {
   uint16_t* qkv_values;         // [2, B, L, 3 D]
   uint16_t* mixed_values;       // [B, L, D]
   uint16_t* wide_values;        // [B, L, F]
-  PartStatistics* statistics1;  // [B, L, kParts1]
-  PartStatistics* statistics2;  // [B, L, kParts2]
-  float2* change;               // squared norms, [B, row tiles, kParts1, 4 kRowGroups]
-  const float4* affine;         // [n, modulated sequences, 2, D / 2]: gain, gain, shift, shift of two columns
-  const float* gate;            // [n, modulated sequences, 2, D]
-  const float* mlp_in_bias;     // [n, F]
-  const float* mlp_out_bias;    // [n, D]
-  const float* cosines;         // [L, K / 2] or null
+  float4* partial_values;       // see parts.cuh
+  PartStatistics* statistics1;  // [B, L, kParts]
+  PartStatistics* statistics2;
+  float2* change;             // squared norms, [B, row tiles, kChanges, 4 kRowGroups]
+  const float4* affine;       // [n, modulated sequences, 2, D / 2]: gain, gain, shift, shift of two columns
+  const float* gate;          // [n, modulated sequences, 2, D]
+  const float* mlp_in_bias;   // [n, F]
+  const float* mlp_out_bias;  // [n, D]
+  const float* cosines;       // [L, K / 2] or null
   const float* sines;
   const uint8_t* key_mask;  // [B, L] or null
   const Instruction* table;
-  int32_t* counters;         // of the table, then progress [B], then the two below
+  int32_t* counters;         // of the table, then progress [B], then the two below; see counter()
   int32_t* stop;             // [B] loops of each sequence
   const int32_t* max_loops;  // one number, the largest of `stop`
   TableSize size;
   int32_t batch, length, row_tiles, num_counters, modulated_sequences, adaptive;
   float exit_threshold;
 
-  __device__ int32_t* progress(int sequence) const { return counters + num_counters + sequence; }
+  __device__ int32_t number_of_counters() const { return num_counters + batch + 2; }
+  __device__ int32_t* counter(int number) const {
+#if defined(LOOPMDM_CLUSTER)
+    return in_first_block(reinterpret_cast<int32_t*>(dynamic_shared_memory())) + number;
+#else
+    return counters + number;
+#endif
+  }
+  __device__ int32_t* progress(int sequence) const { return counter(num_counters + sequence); }
   // How many sequences have their last loop settled, and the largest number of loops among these.
-  __device__ int32_t* settled() const { return counters + num_counters + batch; }
+  __device__ int32_t* settled() const { return counter(num_counters + batch); }
   __device__ int32_t* longest() const { return settled() + 1; }
   __device__ int64_t token(int sequence, int row) const {
     return static_cast<int64_t>(sequence) * length + row;

@@ -10,10 +10,19 @@ template <int kColumns>
 __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, int64_t width, int column,
                            const Parameters& p, const Instruction& item, int64_t first_token,
                            const Seat& seat) {
-  static_assert(kColumns % 32 == 0, "a quad stores 32 columns together");
+  static_assert(kColumns == 16 || kColumns % 32 == 0, "a quad stores 32 columns together");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = item.row * Config::kRows + seat.row + 8 * half;
+    if constexpr (kColumns == 16) {  // of a small head
+      uint16_t* const line = target + (first_token + row) * width + column;
+#pragma unroll
+      for (int group = 0; group < 2; ++group) {
+        const uint32_t word = pack_bf16(sums[4 * group + 2 * half], sums[4 * group + 2 * half + 1]);
+        if (row < p.length) *reinterpret_cast<uint32_t*>(line + seat.column(4 * group)) = word;
+      }
+      continue;
+    }
     uint16_t* const line = target + (first_token + row) * width + column + 8 * (seat.thread % 4);
 #pragma unroll
     for (int group = 0; group < kColumns / 32; ++group) {
@@ -74,13 +83,14 @@ __device__ void add_bias_gelu(float (&sums)[kColumns / 2], const float* bias, co
 }
 
 // stream = stream + gate * (sums + bias); statistics of the new columns; squared norms of them and of their
-// difference to the loop's input, if `change` is given. Loads go in batches of 32 columns: a load cannot
-// overtake the stores before it, and one at a time would wait for L2 each time.
-template <int kColumns, int kParts>
+// difference to the loop's input, if `change` is given. Loads go in batches of 32 columns, a part of the
+// statistics: a load cannot overtake the stores before it, and one at a time would wait for L2 each time.
+template <int kColumns>
 __device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, const Instruction& item,
                               int32_t loop, const Seat& seat, int part, const float* bias, const float* gate,
                               PartStatistics* statistics, float2* change) {
-  constexpr int kBatch = 4;
+  constexpr int kBatch = Config::kPart / 8;
+  static_assert(kColumns % Config::kPart == 0, "whole parts");
   const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
   const int row = item.row * Config::kRows + seat.row;
   const bool inside[2] = {row < p.length, row + 8 < p.length};
@@ -91,10 +101,11 @@ __device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, 
   const float* const source = p.stream_values + stream_slot(item.read_slot, loop) * matrix;
   float* const target = p.stream_values + stream_slot(item.write_slot, loop) * matrix;
   const float* const loop_input = p.stream_values + stream_slot(0, loop) * matrix;
-  float total[2] = {0, 0}, changed = 0, size = 0;
+  float changed = 0, size = 0;
 #pragma unroll
   for (int batch = 0; batch < kColumns / 8; batch += kBatch) {
     float2 old[kBatch][2], gates[kBatch], biases[kBatch];
+    float total[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int column = 8 * (batch + i);
@@ -113,6 +124,22 @@ __device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, 
         if (inside[half]) store_pair(target + lines[half] + 8 * (batch + i), {pair[0], pair[1]});
       }
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float mean = quad_sum(total[half]) / Config::kPart;
+      float deviations = 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float* const pair = &sums[4 * (batch + i) + 2 * half];
+        deviations += (pair[0] - mean) * (pair[0] - mean) + (pair[1] - mean) * (pair[1] - mean);
+      }
+      deviations = quad_sum(deviations);
+      if (inside[half] && seat.thread % 4 == 0) {
+        const int64_t token = p.token(item.sequence, row + 8 * half);
+        const int place = part * (kColumns / Config::kPart) + batch / kBatch;
+        store_pair(&statistics[token * Config::kParts + place].mean, {mean, deviations});
+      }
+    }
     if (!change) continue;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -126,25 +153,11 @@ __device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, 
       }
     }
   }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float mean = quad_sum(total[half]) / kColumns;
-    float deviations = 0;
-#pragma unroll
-    for (int group = 0; group < kColumns / 8; ++group) {
-      const float* const pair = &sums[4 * group + 2 * half];
-      deviations += (pair[0] - mean) * (pair[0] - mean) + (pair[1] - mean) * (pair[1] - mean);
-    }
-    deviations = quad_sum(deviations);
-    if (inside[half] && seat.thread % 4 == 0) {
-      store_pair(&statistics[p.token(item.sequence, row + 8 * half) * kParts + part].mean,
-                 {mean, deviations});
-    }
-  }
   if (change) {
     changed = warp_sum(changed);
     size = warp_sum(size);
-    const int64_t tile = (static_cast<int64_t>(item.sequence) * p.row_tiles + item.row) * kParts + part;
+    const int64_t tile =
+        (static_cast<int64_t>(item.sequence) * p.row_tiles + item.row) * Config::kChanges + part;
     const int warp = 4 * seat.row_group + seat.thread / 32;
     if (threadIdx.x % 32 == 0) change[tile * 4 * Config::kRowGroups + warp] = make_float2(changed, size);
   }

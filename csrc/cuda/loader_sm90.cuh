@@ -15,17 +15,23 @@ class Loader {
 
   __device__ void run() {
     const int32_t loops = *p_.max_loops;
+    const TableSize sizes = padded(p_.size, gridDim.x);
+    int32_t kept = 0;  // bytes of the loop's weights so far that stay
     for (int64_t position = blockIdx.x;;) {
-      const Place place = place_of(position, p_.size, loops);
+      const Place place = place_of(position, sizes, loops);
       if (place.index < 0) break;
       position += gridDim.x;
-      const Instruction item = p_.table[place.index];
+      const int32_t index = index_of(place, sizes, p_.size, loops);
+      if (index < 0) continue;
+      const Instruction item = p_.table[index];
       int32_t loop = place.loop;
+      if (index < p_.size.enter + static_cast<int32_t>(gridDim.x)) kept = 0;  // the first one of a loop
+      const int32_t resident = keep(item, kept);
       if (!takes_part(p_, item, loop)) {
-        if (all_stopped(p_, loop)) position = first_leaving(position, p_.size, loops, gridDim.x);
+        if (all_stopped(p_, loop)) position = first_leaving(position, sizes, loops, gridDim.x);
         continue;
       }
-      load(item, loop);
+      load(item, loop, resident);
     }
     Instruction end{};
     end.phase = kEnd;
@@ -33,39 +39,57 @@ class Loader {
   }
 
  private:
-  __device__ void load(const Instruction& item, int32_t loop) {
+  // The place of an instruction's weights among those that stay, or -1. A block executes the same
+  // instructions in every loop, and those of a sequence that has stopped count too: the places are always the
+  // same.
+  __device__ static int32_t keep(const Instruction& item, int32_t& kept) {
+    if (Config::kResidentBytes == 0) return -1;
+    const int32_t bytes =
+        2 * (item.phase == kQkv       ? Config::kQkvColumns * Config::kHidden
+             : item.phase == kAttnOut ? Config::kAttnOutColumns * Config::kHidden
+             : item.phase == kMlpIn   ? Config::kMlpInColumns * Config::kHidden
+             : item.phase == kMlpOut  ? Config::kMlpOutColumns * (Config::kMlp / Config::kMlpOutParts)
+                                      : 0);
+    if (bytes == 0 || kept + bytes > Config::kResidentBytes) return -1;
+    kept += bytes;
+    return kept - bytes;
+  }
+
+  __device__ void load(const Instruction& item, int32_t loop, int32_t resident) {
     const int slot = stream_slot(item.read_slot, loop) * p_.batch + item.sequence;
     switch (item.phase) {
       case kQkv:
-        return product<4, Config::kHidden, Config::kQkvColumns>(item, loop, p_.stream, slot, p_.qkv_weight);
+        return product<4, Config::kHidden, Config::kQkvColumns>(item, loop, resident, p_.stream, slot,
+                                                                p_.qkv_weight);
       case kAttention:
         return attention(item, loop);
       case kAttnOut:
-        return product<2, Config::kHidden, Config::kAttnOutColumns>(item, loop, p_.mixed, item.sequence,
-                                                                    p_.attn_out_weight);
+        return product<2, Config::kHidden, Config::kAttnOutColumns>(item, loop, resident, p_.mixed,
+                                                                    item.sequence, p_.attn_out_weight);
       case kMlpIn:
-        return product<4, Config::kHidden, Config::kMlpInColumns>(item, loop, p_.stream, slot,
+        return product<4, Config::kHidden, Config::kMlpInColumns>(item, loop, resident, p_.stream, slot,
                                                                   p_.mlp_in_weight);
       case kMlpOut:
-        return product<2, Config::kMlp, Config::kMlpOutColumns>(item, loop, p_.wide, item.sequence,
-                                                                p_.mlp_out_weight);
+        return product<2, Config::kMlp / Config::kMlpOutParts, Config::kMlpOutColumns>(
+            item, loop, resident, p_.wide, item.sequence, p_.mlp_out_weight);
       default:
         wait_and_issue(item, loop);
     }
   }
 
-  __device__ void wait_and_issue(const Instruction& item, int32_t loop) {
+  __device__ void wait_and_issue(const Instruction& item, int32_t loop, int32_t resident = -1) {
     wait_for_inputs(p_, item, loop);
     proxy_fence();
-    issue(item, loop);
+    issue(item, loop, resident);
   }
 
-  __device__ void issue(const Instruction& item, int32_t loop) {
+  __device__ void issue(const Instruction& item, int32_t loop, int32_t resident = -1) {
     barrier_wait(ring_.read(issue_.slot), issue_.round ^ 1);
     if (leader_) {
       Issued& issued = ring_.barriers->instructions[issue_.slot];
       issued.item = item;
       issued.loop = loop;
+      issued.resident = resident;
       barrier_arrive(ring_.issued(issue_.slot));
     }
     __syncwarp();
@@ -73,36 +97,42 @@ class Loader {
   }
 
   // A stage of a product: 64 of the inner dimension, `kLeftBytes` each of kRows rows and two of kColumns. The
-  // weights of the first stages do not wait for the counters.
+  // weights of the first stages do not wait for the counters. Weights that stay are loaded in the first loop.
   template <int kLeftBytes, int kInner, int kColumns>
-  __device__ void product(const Instruction& item, int32_t loop, const TensorMap& left, int matrix,
-                          const TensorMap& weight) {
+  __device__ void product(const Instruction& item, int32_t loop, int32_t resident, const TensorMap& left,
+                          int matrix, const TensorMap& weight) {
     constexpr int kSteps = kInner / Config::kStep;
     constexpr int kAhead = kSteps < Config::kStages ? kSteps : Config::kStages;
+    const int first = item.part * kSteps;
+    const auto fill = [&](RingPlace place, int step) {
+      weights<kLeftBytes, kColumns>(place, resident, loop > 0, weight, item, first, step);
+    };
     RingPlace ahead = place_;
     for (int step = 0; step < kAhead; ++step) {
-      weights<kLeftBytes, kColumns>(ahead, weight, item, step);
+      fill(ahead, step);
       advance(ahead, Config::kStages);
     }
-    wait_and_issue(item, loop);
+    wait_and_issue(item, loop, resident);
     for (int step = 0; step < kSteps; ++step) {
-      if (step >= kAhead) weights<kLeftBytes, kColumns>(place_, weight, item, step);
-      rows<kLeftBytes>(left, item, matrix, step);
+      if (step >= kAhead) fill(place_, step);
+      rows<kLeftBytes>(left, item, matrix, first + step);
       advance(place_, Config::kStages);
     }
   }
 
   template <int kLeftBytes, int kColumns>
-  __device__ void weights(RingPlace place, const TensorMap& weight, const Instruction& item, int step) const {
+  __device__ void weights(RingPlace place, int32_t resident, bool loaded, const TensorMap& weight,
+                          const Instruction& item, int first, int step) const {
     constexpr uint32_t kLeft = kLeftBytes * Config::kRows * Config::kStep,
                        kRight = 2 * kColumns * Config::kStep;
     static_assert(kLeft + kRight <= Config::kStageBytes, "a stage holds both operands");
     ring_.wait_empty(place);
     if (!leader_) return;
     const uint32_t full = ring_.full(place.slot);
+    if (Config::kResidentBytes > 0 && resident >= 0 && loaded) return barrier_arrive_expect(full, kLeft);
     barrier_arrive_expect(full, kLeft + kRight);
-    load_box(ring_.stage(place.slot) + kLeft, &weight, full, step * Config::kStep, item.column * kColumns,
-             item.layer, keep_);
+    load_box(ring_.right(place.slot, kLeft, resident, step, kRight), &weight, full,
+             (first + step) * Config::kStep, item.column * kColumns, item.layer, keep_);
   }
 
   template <int kLeftBytes>
@@ -130,16 +160,16 @@ class Loader {
 
   template <int kNumber>
   __device__ void heads(int matrix, int column, int row) {
-    constexpr int kPanels = Config::kHeadsPerTile * Config::kHeadDim / 64;
-    static_assert(kPanels * kNumber * 128 <= Config::kStageBytes, "a stage holds a block of keys");
+    constexpr int kPanels = Config::kHeadsPerTile * kHeadPanels, kBytes = kHeadPanelBytes;
+    static_assert(kPanels * kNumber * kBytes <= Config::kStageBytes, "a stage holds a block of keys");
     ring_.wait_empty(place_);
     if (leader_) {
       const uint32_t full = ring_.full(place_.slot);
-      barrier_arrive_expect(full, kPanels * kNumber * 128);
+      barrier_arrive_expect(full, kPanels * kNumber * kBytes);
       for (int panel = 0; panel < kPanels; ++panel) {
         for (int box = 0; box < kNumber; box += Config::kRows) {
-          load_box(ring_.stage(place_.slot) + (panel * kNumber + box) * 128, &p_.qkv, full,
-                   column + 64 * panel, row + box, matrix);
+          load_box(ring_.stage(place_.slot) + (panel * kNumber + box) * kBytes, &p_.qkv, full,
+                   column + kBytes / 2 * panel, row + box, matrix);
         }
       }
     }

@@ -2,6 +2,7 @@
 // WGMMA: all warps load by asynchronous copies and compute by mma.sync.
 #include "cuda/attention_sm80.cuh"
 #include "cuda/epilogue.cuh"
+#include "cuda/parts.cuh"
 #include "cuda/sequence.cuh"
 #include "cuda/walk_sm80.cuh"
 
@@ -12,7 +13,7 @@ __device__ void project_qkv(const KernelParameters& p, Walk& walk, const Seat& s
   const auto operands = walk.operands<4, Config::kHidden, Config::kQkvColumns>(
       p.stream_values, stream_slot(item.read_slot, walk.loop()), p.qkv_weight, 3 * Config::kHidden);
   constexpr int kColumns = decltype(operands)::kColumns;
-  const auto rows = RowScales::load<Config::kParts1, Config::kPart1>(p, item, p.statistics1, seat);
+  const auto rows = RowScales::load(p, item, p.statistics1, seat);
   float sums[kColumns / 2] = {};
   stream_product(sums, operands, walk.stages(), seat, rows, p.affine_of(item, 0));
   walk.read_all();
@@ -31,9 +32,9 @@ __device__ void project_attention(const KernelParameters& p, Walk& walk, const S
   float sums[kColumns / 2] = {};
   shared_product(sums, operands, walk.stages(), seat);
   walk.read_all();
-  update_stream<kColumns, Config::kParts2>(sums, p, item, walk.loop(), seat,
-                                           item.column * Config::kColumnGroups + seat.column_group, nullptr,
-                                           p.gate_of(item, 0), p.statistics2, nullptr);
+  update_stream<kColumns>(sums, p, item, walk.loop(), seat,
+                          item.column * Config::kColumnGroups + seat.column_group, nullptr,
+                          p.gate_of(item, 0), p.statistics2, nullptr);
 }
 
 __device__ void widen(const KernelParameters& p, Walk& walk, const Seat& seat) {
@@ -41,7 +42,7 @@ __device__ void widen(const KernelParameters& p, Walk& walk, const Seat& seat) {
   const auto operands = walk.operands<4, Config::kHidden, Config::kMlpInColumns>(
       p.stream_values, stream_slot(item.read_slot, walk.loop()), p.mlp_in_weight, Config::kMlp);
   constexpr int kColumns = decltype(operands)::kColumns;
-  const auto rows = RowScales::load<Config::kParts2, Config::kPart2>(p, item, p.statistics2, seat);
+  const auto rows = RowScales::load(p, item, p.statistics2, seat);
   float sums[kColumns / 2] = {};
   stream_product(sums, operands, walk.stages(), seat, rows, p.affine_of(item, 1));
   walk.read_all();
@@ -52,17 +53,23 @@ __device__ void widen(const KernelParameters& p, Walk& walk, const Seat& seat) {
 
 __device__ void narrow(const KernelParameters& p, Walk& walk, const Seat& seat) {
   const Instruction& item = walk.item();
-  const auto operands = walk.operands<2, Config::kMlp, Config::kMlpOutColumns>(
-      p.wide_values, 0, p.mlp_out_weight, Config::kHidden);
-  constexpr int kColumns = decltype(operands)::kColumns;
+  constexpr int kColumns = Config::kMlpOutColumns / Config::kColumnGroups;
   float sums[kColumns / 2] = {};
-  shared_product(sums, operands, walk.stages(), seat);
-  walk.read_all();
+  if (Config::kMlpOutParts > 1 && item.phase == kMlpSum) {
+    walk.read_all();
+    add_parts<kColumns>(sums, p, item, seat);
+  } else {
+    const auto operands = walk.operands<2, Config::kMlp, Config::kMlpOutColumns, Config::kMlpOutParts>(
+        p.wide_values, 0, p.mlp_out_weight, Config::kHidden);
+    shared_product(sums, operands, walk.stages(), seat);
+    walk.read_all();
+    if (Config::kMlpOutParts > 1) return store_part<kColumns>(sums, p, item, seat);
+  }
   const bool last = p.adaptive && item.layer == Config::kLayers - 1;
-  update_stream<kColumns, Config::kParts1>(sums, p, item, walk.loop(), seat,
-                                           item.column * Config::kColumnGroups + seat.column_group,
-                                           p.mlp_out_bias + item.layer * Config::kHidden, p.gate_of(item, 1),
-                                           p.statistics1, last ? p.change : nullptr);
+  update_stream<kColumns>(sums, p, item, walk.loop(), seat,
+                          item.column * Config::kColumnGroups + seat.column_group,
+                          p.mlp_out_bias + item.layer * Config::kHidden, p.gate_of(item, 1), p.statistics1,
+                          last ? p.change : nullptr);
 }
 
 __device__ void execute(const KernelParameters& p, Walk& walk) {
@@ -80,6 +87,7 @@ __device__ void execute(const KernelParameters& p, Walk& walk) {
     case kMlpIn:
       return widen(p, walk, seat);
     case kMlpOut:
+    case kMlpSum:
       return narrow(p, walk, seat);
     case kExit:
       return decide(p, item, walk.loop());

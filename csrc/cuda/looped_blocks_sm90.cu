@@ -4,7 +4,7 @@
 // from L2, whatever S is.
 #include "cuda/attention_sm90.cuh"
 #include "cuda/loader_sm90.cuh"
-#include "cuda/ptx/warps.cuh"
+#include "cuda/parts.cuh"
 #include "cuda/sequence.cuh"
 
 namespace loopmdm {
@@ -18,13 +18,13 @@ struct Share {
   }
 };
 
-__device__ void project_qkv(const Parameters& p, const Instruction& item, int32_t loop, const Ring& ring,
-                            RingPlace& place, const Seat& seat) {
+__device__ void project_qkv(const Parameters& p, const Instruction& item, int32_t loop, int32_t resident,
+                            const Ring& ring, RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kQkvColumns>::kColumns;
   const int column = Share<Config::kQkvColumns>::part(item, seat) * kColumns;
-  const auto rows = RowScales::load<Config::kParts1, Config::kPart1>(p, item, p.statistics1, seat);
+  const auto rows = RowScales::load(p, item, p.statistics1, seat);
   float sums[kColumns / 2];
-  stream_product<kColumns>(sums, ring, place, seat, rows, p.affine_of(item, 0));
+  stream_product<kColumns>(sums, ring, place, seat, resident, rows, p.affine_of(item, 0));
   const int slot = qkv_slot(item.write_slot, loop, Config::kLayers);
   if (p.cosines && column < 2 * Config::kHidden) rotate<kColumns>(sums, p, item, seat);
   store_bf16<kColumns>(sums, p.qkv_values, 3 * Config::kHidden, column, p, item,
@@ -32,36 +32,39 @@ __device__ void project_qkv(const Parameters& p, const Instruction& item, int32_
 }
 
 __device__ void project_attention(const Parameters& p, const Instruction& item, int32_t loop,
-                                  const Ring& ring, RingPlace& place, const Seat& seat) {
+                                  int32_t resident, const Ring& ring, RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kAttnOutColumns>::kColumns;
   float sums[kColumns / 2];
-  shared_product<kColumns, Config::kHidden>(sums, ring, place, seat);
-  update_stream<kColumns, Config::kParts2>(sums, p, item, loop, seat,
-                                           Share<Config::kAttnOutColumns>::part(item, seat), nullptr,
-                                           p.gate_of(item, 0), p.statistics2, nullptr);
+  shared_product<kColumns, Config::kHidden>(sums, ring, place, seat, resident);
+  update_stream<kColumns>(sums, p, item, loop, seat, Share<Config::kAttnOutColumns>::part(item, seat),
+                          nullptr, p.gate_of(item, 0), p.statistics2, nullptr);
 }
 
-__device__ void widen(const Parameters& p, const Instruction& item, const Ring& ring, RingPlace& place,
-                      const Seat& seat) {
+__device__ void widen(const Parameters& p, const Instruction& item, int32_t resident, const Ring& ring,
+                      RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kMlpInColumns>::kColumns;
   const int column = Share<Config::kMlpInColumns>::part(item, seat) * kColumns;
-  const auto rows = RowScales::load<Config::kParts2, Config::kPart2>(p, item, p.statistics2, seat);
+  const auto rows = RowScales::load(p, item, p.statistics2, seat);
   float sums[kColumns / 2];
-  stream_product<kColumns>(sums, ring, place, seat, rows, p.affine_of(item, 1));
+  stream_product<kColumns>(sums, ring, place, seat, resident, rows, p.affine_of(item, 1));
   add_bias_gelu<kColumns>(sums, p.mlp_in_bias + item.layer * Config::kMlp + column, seat);
   store_bf16<kColumns>(sums, p.wide_values, Config::kMlp, column, p, item, p.token(item.sequence, 0), seat);
 }
 
-__device__ void narrow(const Parameters& p, const Instruction& item, int32_t loop, const Ring& ring,
-                       RingPlace& place, const Seat& seat) {
+__device__ void narrow(const Parameters& p, const Instruction& item, int32_t loop, int32_t resident,
+                       const Ring& ring, RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kMlpOutColumns>::kColumns;
   float sums[kColumns / 2];
-  shared_product<kColumns, Config::kMlp>(sums, ring, place, seat);
+  if (Config::kMlpOutParts > 1 && item.phase == kMlpSum) {
+    add_parts<kColumns>(sums, p, item, seat);
+  } else {
+    shared_product<kColumns, Config::kMlp / Config::kMlpOutParts>(sums, ring, place, seat, resident);
+    if (Config::kMlpOutParts > 1) return store_part<kColumns>(sums, p, item, seat);
+  }
   const bool last = p.adaptive && item.layer == Config::kLayers - 1;
-  update_stream<kColumns, Config::kParts1>(sums, p, item, loop, seat,
-                                           Share<Config::kMlpOutColumns>::part(item, seat),
-                                           p.mlp_out_bias + item.layer * Config::kHidden, p.gate_of(item, 1),
-                                           p.statistics1, last ? p.change : nullptr);
+  update_stream<kColumns>(sums, p, item, loop, seat, Share<Config::kMlpOutColumns>::part(item, seat),
+                          p.mlp_out_bias + item.layer * Config::kHidden, p.gate_of(item, 1), p.statistics1,
+                          last ? p.change : nullptr);
 }
 
 __device__ void compute(const Parameters& p, const Ring& ring) {
@@ -76,19 +79,20 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
         enter(p, item, issued.loop);
         break;
       case kQkv:
-        project_qkv(p, item, issued.loop, ring, place, seat);
+        project_qkv(p, item, issued.loop, issued.resident, ring, place, seat);
         break;
       case kAttention:
         attention(p, item, ring, place, seat);
         break;
       case kAttnOut:
-        project_attention(p, item, issued.loop, ring, place, seat);
+        project_attention(p, item, issued.loop, issued.resident, ring, place, seat);
         break;
       case kMlpIn:
-        widen(p, item, ring, place, seat);
+        widen(p, item, issued.resident, ring, place, seat);
         break;
       case kMlpOut:
-        narrow(p, item, issued.loop, ring, place, seat);
+      case kMlpSum:
+        narrow(p, item, issued.loop, issued.resident, ring, place, seat);
         break;
       case kExit:
         decide(p, item, issued.loop);
@@ -102,11 +106,25 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
     proxy_fence();
     meet<1>(Config::kComputeThreads);
     if (threadIdx.x == 0) {
-      if (item.signal >= 0) add_release(p.counters + item.signal, item.signal_count);
+      if (item.signal >= 0) add_release(p.counter(item.signal), item.signal_count);
       barrier_arrive(ring.read(read.slot));
     }
     advance(read, kInstructions);
   }
+}
+
+// Before the first instruction of any block, and behind the last one.
+__device__ void begin(const Parameters& p, const Ring& ring) {
+  if (threadIdx.x == 0) ring.initialise();
+  if (kCounterBytes == 0) return __syncthreads();
+  if (blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < p.number_of_counters(); i += kThreads) *p.counter(i) = p.counters[i];
+  }
+  meet_in_cluster();
+}
+
+__device__ inline void end() {
+  if (kCounterBytes > 0) meet_in_cluster();  // the first block has the counters of all
 }
 
 }  // namespace loopmdm
@@ -114,14 +132,14 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
 extern "C" __global__ void __launch_bounds__(loopmdm::kThreads, 1)
     looped_blocks_sm90(const __grid_constant__ loopmdm::KernelParameters parameters) {
   using namespace loopmdm;
-  const Ring ring(dynamic_shared_memory());
-  if (threadIdx.x == 0) ring.initialise();
-  __syncthreads();
+  const Ring ring(dynamic_shared_memory() + kCounterBytes);
+  begin(parameters, ring);
   if (threadIdx.x >= Config::kComputeThreads) {
-    give_registers<56>();
+    give_registers<kLoadRegisters>();
     if (threadIdx.x < Config::kComputeThreads + 32) Loader(parameters, ring).run();
   } else {
-    take_registers<224>();
+    take_registers<kComputeRegisters>();
     compute(parameters, ring);
   }
+  end();
 }

@@ -8,9 +8,10 @@
 namespace loopmdm {
 
 // A product's tile: where its operands come from and how they lie in a stage, the left one first.
-template <int kLeftBytes, int kInner, int kTileColumns>
+// `kParts`: of the inner dimension, one of which the tile multiplies.
+template <int kLeftBytes, int kInner, int kTileColumns, int kParts = 1>
 struct Operands {
-  static constexpr int kSteps = kInner / Config::kStep;
+  static constexpr int kSteps = kInner / kParts / Config::kStep;
   static constexpr int kColumns = kTileColumns / Config::kColumnGroups;  // of a group of warps
   static constexpr uint32_t kLeft = kLeftBytes * Config::kRows * Config::kStep;
   static_assert(kLeft + 2 * kTileColumns * Config::kStep <= Config::kStageBytes, "a stage holds both");

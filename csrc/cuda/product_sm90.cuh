@@ -12,7 +12,10 @@ namespace loopmdm {
 // stage before run; two sets of registers alternate.
 template <int kColumns>
 __device__ void stream_product(float (&sums)[kColumns / 2], const Ring& ring, RingPlace& place,
-                               const Seat& seat, const RowScales& rows, const float4* affine) {
+                               const Seat& seat, int32_t resident, const RowScales& rows,
+                               const float4* affine) {
+  constexpr uint32_t kLeft = 4 * Config::kRows * Config::kStep,
+                     kRight = Config::kColumnGroups * kColumns * 128;
   constexpr int kSteps = Config::kHidden / Config::kStep;
   const StreamReader reader(seat, affine);
   uint32_t operands[2][4][4];
@@ -22,7 +25,8 @@ __device__ void stream_product(float (&sums)[kColumns / 2], const Ring& ring, Ri
     ring.wait_full(place);
     const uint32_t left = ring.stage(place.slot);
     reader.read_stage(operand, left, step * Config::kStep, rows);
-    const uint32_t right = left + 4 * Config::kRows * Config::kStep + seat.column_group * kColumns * 128;
+    const uint32_t right =
+        ring.right(place.slot, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
     products_begin();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -50,14 +54,16 @@ __device__ void stream_product(float (&sums)[kColumns / 2], const Ring& ring, Ri
 // Both operands from shared memory.
 template <int kColumns, int kInner>
 __device__ void shared_product(float (&sums)[kColumns / 2], const Ring& ring, RingPlace& place,
-                               const Seat& seat) {
+                               const Seat& seat, int32_t resident) {
+  constexpr uint32_t kLeft = 2 * Config::kRows * Config::kStep,
+                     kRight = Config::kColumnGroups * kColumns * 128;
   RingPlace before = place;
 #pragma unroll 1
   for (int step = 0; step < kInner / Config::kStep; ++step) {
     ring.wait_full(place);
     const uint32_t left = ring.stage(place.slot) + seat.row_group * 64 * 128;
     const uint32_t right =
-        ring.stage(place.slot) + 2 * Config::kRows * Config::kStep + seat.column_group * kColumns * 128;
+        ring.right(place.slot, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
     products_begin();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {

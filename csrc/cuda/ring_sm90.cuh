@@ -1,4 +1,5 @@
-// Shared memory of a block: a ring of stages that TMA fills and warp groups empty, and one of instructions.
+// Shared memory of a block: a ring of stages that TMA fills and warp groups empty, one of instructions, and
+// weights that stay for all loops.
 #pragma once
 
 #include "common/schedule.h"
@@ -11,7 +12,8 @@ namespace loopmdm {
 struct alignas(16) Issued {
   Instruction item;
   int32_t loop;
-  int32_t unused[3];
+  int32_t resident;  // bytes from the beginning of what stays: the tile's weights; -1: they are in the stages
+  int32_t unused;
 };
 static_assert(sizeof(Issued) == 64, "four words of 16 bytes");
 
@@ -22,7 +24,7 @@ struct Ring {
     Issued instructions[kInstructions];
   };
 
-  uint32_t stages;
+  uint32_t stages, resident;
   Barriers* barriers;
 
   // `memory` is dynamic shared memory; stages begin at the next multiple of a swizzle atom.
@@ -30,7 +32,8 @@ struct Ring {
     const uint32_t address = shared_address(memory);
     const uint32_t skipped = (1024 - address % 1024) % 1024;
     stages = address + skipped;
-    barriers = reinterpret_cast<Barriers*>(memory + skipped + Config::kStages * Config::kStageBytes);
+    resident = stages + Config::kStages * Config::kStageBytes;
+    barriers = reinterpret_cast<Barriers*>(memory + (resident - address) + Config::kResidentBytes);
   }
 
   __device__ void initialise() const {
@@ -53,6 +56,13 @@ struct Ring {
 
   __device__ void wait_full(RingPlace place) const { barrier_wait(full(place.slot), place.round); }
   __device__ void wait_empty(RingPlace place) const { barrier_wait(empty(place.slot), place.round ^ 1); }
+
+  // The right operand of a stage of a product: `left_bytes` into it, or among the weights that stay.
+  __device__ uint32_t right(uint32_t slot, uint32_t left_bytes, int32_t place, int step,
+                            uint32_t bytes) const {
+    if (Config::kResidentBytes > 0 && place >= 0) return resident + place + step * bytes;
+    return stage(slot) + left_bytes;
+  }
 
   // The warp has read a stage.
   __device__ void release(RingPlace place) const {

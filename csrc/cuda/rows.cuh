@@ -31,22 +31,35 @@ struct Seat {
 struct RowScales {
   float scale[2] = {0, 0}, offset[2] = {0, 0};
 
-  template <int kParts, int kWidth>
+  // A quad's lanes read a quarter of their rows' parts each: few tokens wait for this.
   __device__ static RowScales load(const Parameters& p, const Instruction& item,
                                    const PartStatistics* statistics, const Seat& seat) {
+    constexpr int kOwn = (Config::kParts + 3) / 4;
+    const int lane = seat.thread % 4;
     RowScales result;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = item.row * Config::kRows + seat.row + 8 * half;
-      if (row >= p.length) continue;
-      const float* parts = &statistics[p.token(item.sequence, row) * kParts].mean;
+      const int64_t token = p.token(item.sequence, row < p.length ? row : 0);
       PartSums sums;
-#pragma unroll 4
-      for (int part = 0; part < kParts; ++part) {
-        const float2 values = load_pair(parts + 2 * part);
-        add_part(sums, {values.x, values.y}, kWidth);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int part = kOwn * lane + i;
+        if (Config::kParts % 4 && part >= Config::kParts) continue;
+        const float2 values = load_pair(&statistics[token * Config::kParts + part].mean);
+        add_part(sums, {values.x, values.y}, Config::kPart);
       }
-      result.scale[half] = rsqrtf(variance(sums, kWidth) + kLayerNormEps);
+#pragma unroll
+      for (int distance = 1; distance <= 2; distance *= 2) {
+        PartSums other;
+        other.parts = __shfl_xor_sync(~0u, sums.parts, distance);
+        other.mean = __shfl_xor_sync(~0u, sums.mean, distance);
+        other.deviations = __shfl_xor_sync(~0u, sums.deviations, distance);
+        const bool later = (lane & distance) != 0;
+        sums = merge_sums(later ? other : sums, later ? sums : other, Config::kPart);
+      }
+      if (row >= p.length) continue;
+      result.scale[half] = rsqrtf(variance(sums, Config::kPart) + kLayerNormEps);
       result.offset[half] = -sums.mean * result.scale[half];
     }
     return result;

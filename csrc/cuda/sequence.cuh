@@ -6,30 +6,22 @@
 
 namespace loopmdm {
 
-// One warp a row. A lane holds two columns of each 64.
+// One warp a row, one lane a column of a part.
 __device__ inline void enter(const Parameters& p, const Instruction& item, int32_t loop) {
-  constexpr int kWidth = Config::kPart1;
   const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
   float* const target = p.stream_values + stream_slot(item.write_slot, loop) * matrix;
   const int last = min((item.row + 1) * Config::kRows, p.length), lane = threadIdx.x % 32;
   for (int row = item.row * Config::kRows + threadIdx.x / 32; row < last;
        row += Config::kComputeThreads / 32) {
     const int64_t token = p.token(item.sequence, row);
-    for (int part = 0; part < Config::kParts1; ++part) {
-      const int64_t line = token * Config::kHidden + part * kWidth;
-      float values[kWidth / 32], total = 0;
-#pragma unroll
-      for (int i = 0; i < kWidth / 32; ++i) {
-        values[i] = __ldg(p.input + line + 32 * i + lane);
-        target[line + 32 * i + lane] = values[i];
-        total += values[i];
-      }
-      const float mean = warp_sum(total) / kWidth;
-      float deviations = 0;
-#pragma unroll
-      for (int i = 0; i < kWidth / 32; ++i) deviations += (values[i] - mean) * (values[i] - mean);
-      deviations = warp_sum(deviations);
-      if (lane == 0) store_pair(&p.statistics1[token * Config::kParts1 + part].mean, {mean, deviations});
+#pragma unroll 4
+    for (int part = 0; part < Config::kParts; ++part) {
+      const int64_t place = token * Config::kHidden + part * Config::kPart + lane;
+      const float value = __ldg(p.input + place);
+      target[place] = value;
+      const float mean = warp_sum(value) / Config::kPart;
+      const float deviations = warp_sum((value - mean) * (value - mean));
+      if (lane == 0) store_pair(&p.statistics1[token * Config::kParts + part].mean, {mean, deviations});
     }
   }
 }
@@ -40,7 +32,7 @@ __device__ inline void decide(const Parameters& p, const Instruction& item, int3
   int32_t* const stop = p.stop + item.sequence;
   bool goes_on = loop + 1 < *stop;
   if (loop > 0) {
-    const int number = p.row_tiles * Config::kParts1 * 4 * Config::kRowGroups;
+    const int number = p.row_tiles * Config::kChanges * 4 * Config::kRowGroups;
     const float2* const parts = p.change + static_cast<int64_t>(item.sequence) * number;
     float changed = 0, size = 0;
     for (int i = threadIdx.x; i < number; i += 32) {

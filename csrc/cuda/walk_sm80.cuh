@@ -57,17 +57,20 @@ class Walk {
   // The tile's results are stored.
   __device__ void complete() const {
     __syncthreads();
-    if (threadIdx.x == 0 && item().signal >= 0) add_release(p_.counters + item().signal, item().signal_count);
+    if (threadIdx.x == 0 && item().signal >= 0) add_release(p_.counter(item().signal), item().signal_count);
   }
 
   // Of the four products. `source`: the buffer of the left operand, rows of a width that the product knows.
-  template <int kLeftBytes, int kInner, int kTileColumns>
-  __device__ Operands<kLeftBytes, kInner, kTileColumns> operands(const void* source, int matrix,
-                                                                 const uint16_t* weight, int width) const {
+  template <int kLeftBytes, int kInner, int kTileColumns, int kParts = 1>
+  __device__ Operands<kLeftBytes, kInner, kTileColumns, kParts> operands(const void* source, int matrix,
+                                                                         const uint16_t* weight,
+                                                                         int width) const {
     const int row = item().row * Config::kRows;
-    const auto* const left = static_cast<const uint8_t*>(source) +
-                             (p_.token(matrix * p_.batch + item().sequence, row) * kInner) * kLeftBytes;
-    return {left, tile_of<kInner, kTileColumns>(weight, width, item()), p_.length - row, policy_};
+    const int64_t first = p_.token(matrix * p_.batch + item().sequence, row) * kInner;
+    const auto* const left =
+        static_cast<const uint8_t*>(source) + (first + item().part * (kInner / kParts)) * kLeftBytes;
+    const auto* const tile = tile_of<kInner, kTileColumns, kParts>(weight, width, item());
+    return {left, tile, p_.length - row, policy_};
   }
 
  private:
@@ -78,9 +81,10 @@ class Walk {
   };
   static_assert(sizeof(Current) + 1024 <= 2048, "FIXED_BYTES of loopmdm_kernels/schedule/cost.py");
 
-  template <int kInner, int kTileColumns>
+  template <int kInner, int kTileColumns, int kParts>
   __device__ static const uint16_t* tile_of(const uint16_t* weight, int width, const Instruction& item) {
-    return weight + (static_cast<int64_t>(item.layer) * width + item.column * kTileColumns) * kInner;
+    const int64_t row = static_cast<int64_t>(item.layer) * width + item.column * kTileColumns;
+    return weight + row * kInner + item.part * (kInner / kParts);
   }
 
   // Where the block goes on. Without early exit the loops of each sequence are known, and what lies beyond
@@ -123,16 +127,18 @@ class Walk {
       case kMlpIn:
         return fetch<4, Config::kHidden, Config::kMlpInColumns>(p_.mlp_in_weight, Config::kMlp, item);
       case kMlpOut:
-        return fetch<2, Config::kMlp, Config::kMlpOutColumns>(p_.mlp_out_weight, Config::kHidden, item);
+        return fetch<2, Config::kMlp, Config::kMlpOutColumns, Config::kMlpOutParts>(p_.mlp_out_weight,
+                                                                                    Config::kHidden, item);
       default:
         return;
     }
   }
 
-  template <int kLeftBytes, int kInner, int kTileColumns>
+  template <int kLeftBytes, int kInner, int kTileColumns, int kParts = 1>
   __device__ void fetch(const uint16_t* weight, int width, const Instruction& item) const {
-    const auto* const tile = tile_of<kInner, kTileColumns>(weight, width, item);
-    Operands<kLeftBytes, kInner, kTileColumns>{nullptr, tile, 0, policy_}.copy_first_weights(stages());
+    const auto* const tile = tile_of<kInner, kTileColumns, kParts>(weight, width, item);
+    Operands<kLeftBytes, kInner, kTileColumns, kParts>{nullptr, tile, 0, policy_}.copy_first_weights(
+        stages());
   }
 
   const KernelParameters& p_;

@@ -1,4 +1,8 @@
-"""Device sources to cubins, by NVRTC or by nvcc. Neither needs a GPU or a driver."""
+"""Device sources to cubins, by NVRTC or by nvcc. Neither needs a GPU or a driver.
+
+A wheel may hold cubins (LOOPMDM_BUILD_CUDA, see setup.py). Their names know the sources, options and
+architecture, but no compiler: where all of that is the same, they are what is used.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,48 @@ from typing import Any
 
 from loopmdm_kernels.cuda import disk_cache, sources
 
+PACKAGED = Path(__file__).resolve().parents[1] / "cubins"  # in a wheel that was built with them
 _COMMON = ("-std=c++17",)
 
 
 def compile_kernel(name: str, defines: Mapping[str, int], architecture: str) -> bytes:
-    """The cubin of csrc/cuda/`name` with these macros, from the cache or compiled now.
+    """The cubin of csrc/cuda/`name` with these macros: from the package, from the cache, or compiled now.
 
     Raises:
         RuntimeError: there is no compiler, or the source does not compile; with its messages.
     """
+    options = _options(defines)
+    packaged = disk_cache.read(PACKAGED / _packaged_name(name, options, architecture))
+    if packaged is not None:
+        return packaged
     version, compiler = _compiler()
-    options = [*_COMMON, *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
     return disk_cache.cached(
         cache_key(name, options, architecture, version),
         lambda: compiler(sources.folder() / "cuda" / name, options, architecture),
     )
+
+
+def compile_into(folder: Path, name: str, defines: Mapping[str, int], architecture: str) -> None:
+    """Compiles a cubin for a package whose `PACKAGED` is this folder.
+
+    Raises:
+        RuntimeError: as compile_kernel.
+    """
+    options = _options(defines)
+    folder.mkdir(parents=True, exist_ok=True)
+    _, compiler = _compiler()
+    cubin = compiler(sources.folder() / "cuda" / name, options, architecture)
+    path = folder / _packaged_name(name, options, architecture)
+    disk_cache.write(path, cubin)
+    path.chmod(0o644)  # whoever installs it, all may read it
+
+
+def _options(defines: Mapping[str, int]) -> list[str]:
+    return [*_COMMON, *(f"-D{key}={value}" for key, value in sorted(defines.items()))]
+
+
+def _packaged_name(name: str, options: list[str], architecture: str) -> str:
+    return cache_key(name, options, architecture, "") + ".cubin"
 
 
 def cache_key(

@@ -31,22 +31,23 @@ def cached(key: str, make: Callable[[], bytes]) -> bytes:
     Where the folder cannot be written the kernel is compiled in each process.
     """
     path = folder() / f"{key}.cubin"
-    content = _read(path)
+    content = read(path)
     if content is not None:
         return content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):
-            content = _read(path)  # another process may have been faster
+            content = read(path)  # another process may have been faster
             if content is None:
                 content = make()
-                _write(path, content)
+                write(path, content)
             return content
     except OSError:
         return make() if content is None else content
 
 
-def _read(path: Path) -> bytes | None:
+def read(path: Path) -> bytes | None:
+    """The content of a file that is there and whole, or None."""
     try:
         stored = path.read_bytes()
     except OSError:
@@ -55,7 +56,7 @@ def _read(path: Path) -> bytes | None:
     return content if hashlib.sha256(content).digest() == digest else None
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

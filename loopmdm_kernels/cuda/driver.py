@@ -61,6 +61,7 @@ def check(result: tuple[Any, ...], what: str) -> Any:
 
 
 class Facts(NamedTuple):
+    name: str
     capability: tuple[int, int]
     sms: int
     shared_bytes: int  # that a block can have
@@ -77,7 +78,9 @@ def facts(device: int) -> Facts:
     def value(name: Any) -> int:
         return int(check(driver.cuDeviceGetAttribute(name, handle), "cuDeviceGetAttribute"))
 
+    name = check(driver.cuDeviceGetName(256, handle), "cuDeviceGetName")
     return Facts(
+        name.split(b"\0")[0].decode(),
         (
             value(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
             value(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),

@@ -22,9 +22,11 @@ from loopmdm_kernels.cuda.parameters import (
 )
 from loopmdm_kernels.cuda.targets import Target, target_of
 from loopmdm_kernels.cuda.weights import PackedWeights, packed
-from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose, device_of
+from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose, device_of, measured
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.types import BlockWeights, Rotary
+
+STATISTICS_COLUMNS = 32  # of a row, whatever the tiles
 
 
 def supports(
@@ -72,13 +74,13 @@ def looped_blocks(
         buffers = Buffers.allocate(table, x, weights, modulation, num_loops, rotary, key_mask, counters)
         parameters = pack_parameters(target, table, buffers, weights, words, exit_threshold)
         if isinstance(parameters, ParametersWithMaps):
-            for name, described in map_layouts(plan, buffers, weights).items():
+            for name, described in map_layouts(shape, plan, buffers, weights).items():
                 parameters.set_map(name, tensor_maps.encode(described))
         driver.set_aside_l2(device)
         kept = driver.l2_window(weights.buffer.data_ptr(), 2 * weights.buffer.numel(), limits)
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        grid = limits.sms * kernel.blocks_per_sm(target.threads)
-        kernel.launch(grid, target.threads, stream, parameters, kept)
+        grid = plan.cluster if plan.cluster > 1 else limits.sms * kernel.blocks_per_sm(target.threads)
+        kernel.launch(grid, target.threads, stream, parameters, kept, cluster=plan.cluster)
     used = buffers.stop[: shape.batch].long()
     return (buffers.output, used) if adaptive else buffers.output
 
@@ -96,20 +98,35 @@ def shape_of(x: Tensor, blocks: Sequence[BlockWeights], num_heads: int, target: 
 @lru_cache(maxsize=64)
 def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kernel, Plan, driver.Facts]:
     limits = driver.facts(device)
-    plan = choose(shape, device_of(limits.capability, limits.sms, limits.shared_bytes))
+    known = device_of(
+        limits.capability, limits.sms, limits.shared_bytes, name=limits.name, measured=measured.table()
+    )
+    known = target.used_of(known)
+    plan = choose(shape, known)
+    kernel = _loaded(target, shape, plan, device)
+    if plan.cluster > 1 and not kernel.active_clusters(plan.cluster, target.threads):
+        plan = choose(shape, known._replace(cluster=1))  # no part of this GPU has so many SMs
+        kernel = _loaded(target, shape, plan, device)
+    return kernel, plan, limits
+
+
+def _loaded(target: Target, shape: BlockShape, plan: Plan, device: int) -> driver.Kernel:
     macros = defines(shape, plan)
     spins = os.environ.get("LOOPMDM_CUDA_SPIN_LIMIT")  # a kernel that waits in vain ends with an error
     if spins:
         macros["LOOPMDM_SPIN_LIMIT"] = int(spins)
-    return _loaded(target, tuple(macros.items()), plan.shared_bytes, device), plan, limits
+    return _loaded_once(target, tuple(macros.items()), plan.shared_bytes, plan.cluster, device)
 
 
 @lru_cache(maxsize=64)
-def _loaded(
-    target: Target, macros: tuple[tuple[str, int], ...], shared_bytes: int, device: int
+def _loaded_once(
+    target: Target, macros: tuple[tuple[str, int], ...], shared_bytes: int, cluster: int, device: int
 ) -> driver.Kernel:
     cubin = compile_kernel(target.source, dict(macros), target.architecture)
-    return driver.Kernel(cubin, target.entry, shared_bytes)
+    kernel = driver.Kernel(cubin, target.entry, shared_bytes)
+    if cluster > 1:
+        kernel.allow_large_clusters()
+    return kernel
 
 
 @lru_cache(maxsize=64)
@@ -133,6 +150,7 @@ class Buffers(NamedTuple):
     qkv_values: Tensor  # bf16 [2, B, L, 3 D]
     mixed_values: Tensor  # bf16 [B, L, D]
     wide_values: Tensor  # bf16 [B, L, F]
+    partial_values: Tensor | None  # fp32 [B, row tiles, D, parts, rows], in the order of parts.cuh
     statistics1: Tensor  # fp32 [B, L, parts, 2]
     statistics2: Tensor
     change: Tensor  # fp32 [B, row tiles, parts, warps of a tile, 2]
@@ -165,7 +183,8 @@ class Buffers(NamedTuple):
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=x.device)
 
-        parts1, parts2 = groups * hidden // tiles.mlp_out, groups * hidden // tiles.attn_out
+        parts, changes = hidden // STATISTICS_COLUMNS, groups * hidden // tiles.mlp_out
+        partial = (batch, table.row_tiles, hidden, tiles.mlp_out_parts, tiles.rows)
         affine, gate = fold_modulation(modulation, weights.norms)
         if isinstance(num_loops, Tensor):
             stop = torch.cat((num_loops, num_loops.max()[None])).int()
@@ -178,9 +197,10 @@ class Buffers(NamedTuple):
             qkv_values=empty(2, batch, length, 3 * hidden, dtype=torch.bfloat16),
             mixed_values=empty(batch, length, hidden, dtype=torch.bfloat16),
             wide_values=empty(batch, length, shape.mlp, dtype=torch.bfloat16),
-            statistics1=empty(batch, length, parts1, 2),
-            statistics2=empty(batch, length, parts2, 2),
-            change=empty(batch, table.row_tiles, parts1, 4 * tiles.rows // 64, 2),
+            partial_values=empty(*partial) if tiles.mlp_out_parts > 1 else None,
+            statistics1=empty(batch, length, parts, 2),
+            statistics2=empty(batch, length, parts, 2),
+            change=empty(batch, table.row_tiles, changes, 4 * tiles.rows // 64, 2),
             affine=affine,
             gate=gate,
             mlp_in_bias=weights.mlp_in_bias,
@@ -202,7 +222,9 @@ def fold_modulation(modulation: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(pairs, dim=-1).contiguous(), torch.stack((gate1, gate2), dim=2)
 
 
-def map_layouts(plan: Plan, buffers: Buffers, weights: PackedWeights) -> dict[str, tensor_maps.Layout]:
+def map_layouts(
+    shape: BlockShape, plan: Plan, buffers: Buffers, weights: PackedWeights
+) -> dict[str, tensor_maps.Layout]:
     """Tensors and boxes of the kernel's maps."""
     tiles = plan.tiles
     boxes = {
@@ -215,7 +237,12 @@ def map_layouts(plan: Plan, buffers: Buffers, weights: PackedWeights) -> dict[st
         "mlp_in_weight": (weights.mlp_in, tiles.mlp_in),
         "mlp_out_weight": (weights.mlp_out, tiles.mlp_out),
     }
-    return {name: tensor_maps.layout(*boxes[name]) for name in MAPS}
+    # A small head is a panel of its own.
+    row_bytes = {"qkv": min(tensor_maps.SWIZZLE_BYTES, 2 * shape.head_dim)}
+    return {
+        name: tensor_maps.layout(*boxes[name], row_bytes.get(name, tensor_maps.SWIZZLE_BYTES))
+        for name in MAPS
+    }
 
 
 def pack_parameters(

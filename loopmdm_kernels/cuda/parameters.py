@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 
 from loopmdm_kernels.schedule import BlockShape, Plan
+from loopmdm_kernels.schedule.cost import COUNTER_BYTES
 
 WEIGHTS = ("qkv_weight", "attn_out_weight", "mlp_in_weight", "mlp_out_weight")
 MAPS = ("stream", "qkv", "mixed", "wide", *WEIGHTS)
 MAP_ALIGNMENT = 64
 POINTERS = (
-    "input", "output", "stream_values", "qkv_values", "mixed_values", "wide_values",
+    "input", "output", "stream_values", "qkv_values", "mixed_values", "wide_values", "partial_values",
     "statistics1", "statistics2", "change", "affine", "gate", "mlp_in_bias", "mlp_out_bias",
     "cosines", "sines", "key_mask", "table", "counters", "stop", "max_loops",
 )  # fmt: skip
@@ -61,7 +62,12 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
         "ATTN_OUT_COLUMNS": tiles.attn_out,
         "MLP_IN_COLUMNS": tiles.mlp_in,
         "MLP_OUT_COLUMNS": tiles.mlp_out,
+        "MLP_OUT_PARTS": tiles.mlp_out_parts,
+        "KEY_BLOCK": plan.key_block,
         "STAGES": plan.stages,
         "STAGE_BYTES": plan.stage_bytes,
+        "RESIDENT_BYTES": plan.resident_bytes,
     }
+    if plan.cluster > 1:
+        values |= {"CLUSTER": 1, "COUNTER_BYTES": COUNTER_BYTES}
     return {f"LOOPMDM_{name}": value for name, value in values.items()}

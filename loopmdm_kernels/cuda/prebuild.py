@@ -1,60 +1,94 @@
-"""Compiles kernels into the cache ahead of their first use, for example on a login node without a GPU.
+"""Compiles kernels ahead of their first use: into the cache, or into a folder that becomes part of a wheel.
 
-python -m loopmdm_kernels.cuda.prebuild --hidden 768 --heads 12 --layers 2 --lengths 32 128 1024
+python -m loopmdm_kernels.cuda.prebuild --hidden 768 --heads 12 --layers 1 2 9 --lengths 32 128 1024
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from loopmdm_kernels.cuda import disk_cache
-from loopmdm_kernels.cuda.compiler import compile_kernel
+from loopmdm_kernels.cuda import disk_cache, refresh
+from loopmdm_kernels.cuda.compiler import compile_into, compile_kernel
 from loopmdm_kernels.cuda.parameters import defines
 from loopmdm_kernels.cuda.targets import target_of, why_none
-from loopmdm_kernels.schedule import BlockShape, choose
-from loopmdm_kernels.schedule.cost import ASSUMED, Device
+from loopmdm_kernels.schedule import BlockShape, choose, device_of, measured
+from loopmdm_kernels.schedule.cost import nearest
 
 
-def prebuild(shapes: Sequence[BlockShape], capability: tuple[int, int]) -> int:
-    """Compiles what these shapes need and returns the number of different kernels."""
-    target = target_of(capability)
-    different = {tuple(defines(shape, choose(shape, _device(capability))).items()) for shape in shapes}
-    for macros in sorted(different):
-        compile_kernel(target.source, dict(macros), target.architecture)
-    return len(different)
+def prebuild(
+    shapes: Sequence[BlockShape], capability: tuple[int, int], *, name: str = "", folder: Path | None = None
+) -> int:
+    """Compiles what these shapes need and returns the number of different kernels.
 
+    Args:
+        name: of the GPU, if its ceilings were measured: they may make other tiles the best.
+        folder: for a package, instead of the cache.
+    """
+    target, assumed = target_of(capability), nearest(capability)
+    device = device_of(capability, assumed.sms, assumed.shared_bytes, name=name, measured=measured.table())
+    device = target.used_of(device)
+    different = {tuple(defines(shape, choose(shape, device)).items()) for shape in shapes}
+    kernels: list[tuple[str, dict[str, int]]] = [
+        (refresh.SOURCE, {}),
+        *((target.source, dict(macros)) for macros in sorted(different)),
+    ]
 
-def _device(capability: tuple[int, int]) -> Device:
-    return ASSUMED[max(known for known in ASSUMED if known <= capability)]
+    def compile_one(kernel: tuple[str, dict[str, int]]) -> None:
+        if folder is None:
+            compile_kernel(*kernel, target.architecture)
+        else:
+            compile_into(folder, *kernel, target.architecture)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compilers let other threads run
+        list(pool.map(compile_one, kernels))
+    return len(kernels)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compile the CUDA kernels of a model into the cache.")
+    parser = argparse.ArgumentParser(description="Compile the CUDA kernels of a model ahead of their use.")
     parser.add_argument("--hidden", type=int, required=True, help="D")
     parser.add_argument("--heads", type=int, required=True, help="H")
     parser.add_argument("--mlp", type=int, help="F; 4 D if not given")
-    parser.add_argument("--layers", type=int, required=True, help="blocks of the stack that is looped")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", required=True, help="blocks of a stack: looped, or before and after"
+    )
     parser.add_argument("--batch", type=int, default=1, help="B")
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="L, one or several")
     parser.add_argument(
-        "--capability", type=_capability, default=(9, 0), help="of the GPU, as 8.0; 9.0 if not given"
+        "--capability",
+        type=_capability,
+        nargs="+",
+        default=[(9, 0)],
+        help="of the GPU, as 8.0; 9.0 if not given",
     )
+    parser.add_argument(
+        "--name", choices=sorted(measured.table()), help="of the GPU, if its ceilings were measured"
+    )
+    parser.add_argument("--folder", type=Path, help="where to, for a package; the cache if not given")
     options = parser.parse_args(arguments)
-    head_dims = target_of(options.capability).head_dims
-    if options.hidden % options.heads or options.hidden // options.heads not in head_dims:
-        parser.error(f"--heads: got {options.heads}, expected heads of size {head_dims} in {options.hidden}")
     mlp = options.mlp or 4 * options.hidden
     shapes = [
-        BlockShape(options.batch, length, options.hidden, options.heads, mlp, options.layers)
+        BlockShape(options.batch, length, options.hidden, options.heads, mlp, layers)
+        for layers in options.layers
         for length in options.lengths
     ]
-    try:
-        number = prebuild(shapes, options.capability)
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
-    print(f"compiled kernels: {number}, in {disk_cache.folder()}")
+    number = 0
+    for capability in options.capability:
+        head_dims = target_of(capability).head_dims
+        if options.hidden % options.heads or options.hidden // options.heads not in head_dims:
+            parser.error(
+                f"--heads: got {options.heads}, expected heads of size {head_dims} in {options.hidden}"
+            )
+        try:
+            number += prebuild(shapes, capability, name=options.name or "", folder=options.folder)
+        except (ValueError, RuntimeError) as error:
+            parser.error(str(error))
+    print(f"compiled kernels: {number}, in {options.folder or disk_cache.folder()}")
     return 0
 
 

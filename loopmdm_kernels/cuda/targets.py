@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from loopmdm_kernels.cuda.parameters import Parameters, ParametersWithMaps, ParametersWithWeights
+from loopmdm_kernels.schedule import Device
 
 OLDEST = (8, 0)
 
@@ -22,8 +23,12 @@ class Target(NamedTuple):
     def source(self) -> str:
         return f"{self.entry}.cu"
 
+    def used_of(self, device: Device) -> Device:
+        """What is known of a GPU, less what the kernel makes no use of."""
+        return device if self.entry == SM90.entry else device._replace(keeps_weights=False, cluster=1)
 
-SM90 = Target("looped_blocks_sm90", "sm_90a", 384, (64, 128), ParametersWithMaps)
+
+SM90 = Target("looped_blocks_sm90", "sm_90a", 384, (16, 32, 64, 128), ParametersWithMaps)
 SM80 = Target("looped_blocks_sm80", "sm_80", 256, (32, 64, 128), ParametersWithWeights)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopmdm_kernels.cuda.driver import bindings, check
 
-SWIZZLE_BYTES = 128  # of a box's row: one row of the swizzle
+SWIZZLE_BYTES = 128  # of a box's row, where the operand is not narrower: one row of the swizzle
 
 
 class Layout(NamedTuple):
@@ -25,8 +25,8 @@ class Layout(NamedTuple):
     box: tuple[int, int]  # columns, rows
 
 
-def layout(tensor: Tensor, rows: int) -> Layout:
-    """Of a contiguous tensor [matrices, rows, columns], in boxes of `rows` rows of 128 bytes.
+def layout(tensor: Tensor, rows: int, row_bytes: int = SWIZZLE_BYTES) -> Layout:
+    """Of a contiguous tensor [matrices, rows, columns], in boxes of `rows` rows of 32, 64 or 128 bytes.
 
     Raises:
         ValueError: TMA cannot address it.
@@ -45,7 +45,7 @@ def layout(tensor: Tensor, rows: int) -> Layout:
         tensor.dtype,
         (width, height, matrices),
         (width * size, height * width * size),
-        (SWIZZLE_BYTES // size, rows),
+        (row_bytes // size, rows),
     )
 
 
@@ -53,7 +53,12 @@ def layout(tensor: Tensor, rows: int) -> Layout:
 def encode(described: Layout) -> bytes:
     """The 128 bytes of the map. Rows and columns beyond the tensor are read as zero."""
     driver = bindings()
-    kinds = driver.CUtensorMapDataType
+    kinds, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+    swizzle = {
+        32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
+        64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+        128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
+    }[described.box[0] * described.dtype.itemsize]
     kind = {
         torch.float32: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
         torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -71,7 +76,7 @@ def encode(described: Layout) -> bytes:
         words(driver.cuuint32_t, (*described.box, 1)),
         words(driver.cuuint32_t, (1, 1, 1)),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        swizzle,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )

@@ -1,7 +1,8 @@
 """The looped block as a table of instructions: what the persistent GPU kernel executes, as data.
 
 `build` makes the table of a shape, `check` proves that no interleaving of its instructions races or
-deadlocks, `interpret` runs it on the CPU, and `choose` picks the tiles by a model of the GPU's limits.
+deadlocks, `interpret` runs it on the CPU, and `choose` picks the tiles by a model of the GPU's limits, which
+are assumed or `measured`.
 """
 
 from loopmdm_kernels.schedule.build import build

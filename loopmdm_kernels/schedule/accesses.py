@@ -1,9 +1,9 @@
 """What each instruction reads and writes, as intervals of columns of buffer rows.
 
 Buffers: `stream` x, two halves; `qkv`, two halves; `mixed`, the attention output; `wide`, the activations
-inside the MLP; `statistics1` and `statistics2`, mean and squared deviations of tile columns for the norms of
-attention and MLP; `change`, the squared norms that EXIT adds up; `stop`, the sequence's number of loops;
-`out`. Weights and modulation are never written.
+inside the MLP; `partial`, what the parts of MLP_OUT leave for MLP_SUM; `statistics1` and `statistics2`, mean
+and squared deviations of tile columns for the norms of attention and MLP; `change`, the squared norms that
+EXIT adds up; `stop`, the sequence's number of loops; `out`. Weights and modulation are never written.
 """
 
 from __future__ import annotations
@@ -65,8 +65,16 @@ def accesses(table: Table, item: Instruction, loop: int) -> Iterator[Access]:
         yield whole("stream", stream_slot(item.read_slot, loop), shape.hidden)
         yield whole("statistics2", 0, shape.hidden // tiles.attn_out)
         yield tile("wide", 0, tiles.mlp_in, writes=True)
-    elif phase is Phase.MLP_OUT:
-        yield whole("wide", 0, shape.mlp)
+    elif phase is Phase.MLP_OUT and tiles.mlp_out_parts > 1:
+        width = shape.mlp // tiles.mlp_out_parts
+        yield Access("wide", 0, item.sequence, item.row, item.part * width, (item.part + 1) * width, False)
+        yield tile("partial", 0, tiles.mlp_out, writes=True, offset=item.part * shape.hidden)
+    elif phase in (Phase.MLP_OUT, Phase.MLP_SUM):
+        if phase is Phase.MLP_OUT:
+            yield whole("wide", 0, shape.mlp)
+        else:
+            for part in range(tiles.mlp_out_parts):
+                yield tile("partial", 0, tiles.mlp_out, writes=False, offset=part * shape.hidden)
         yield from update(tiles.mlp_out)
         yield tile("statistics1", 0, 1, writes=True)
         if table.adaptive and item.layer == last_layer:

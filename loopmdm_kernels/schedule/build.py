@@ -16,19 +16,22 @@ def build(shape: BlockShape, tiles: Tiles, *, adaptive: bool = False) -> Table:
     """
     _check(shape, tiles)
     table = Table(shape, tiles, adaptive, (), (), ())
-    rows, last = table.row_tiles, shape.layers - 1
-    products = {
+    rows, last, parts = table.row_tiles, shape.layers - 1, tiles.mlp_out_parts
+    final = table.layer_phases[-1]
+    columns = {
         Phase.QKV: 3 * shape.hidden // tiles.qkv,
         Phase.ATTENTION: -(-shape.heads // tiles.heads),
         Phase.ATTN_OUT: shape.hidden // tiles.attn_out,
         Phase.MLP_IN: shape.mlp // tiles.mlp_in,
         Phase.MLP_OUT: shape.hidden // tiles.mlp_out,
+        Phase.MLP_SUM: shape.hidden // tiles.mlp_out,
     }
+    signals = {**columns, Phase.MLP_OUT: parts * columns[Phase.MLP_OUT]}  # to a counter, in each loop
 
-    def tile(
-        phase: Phase, layer: int, sequence: int, row: int, column: int, slots: tuple[int, int]
-    ) -> Instruction:
-        before, before_layer = _before(phase, layer, last)
+    def tile(phase: Phase, layer: int, sequence: int, row: int, column: int, part: int = 0) -> Instruction:
+        # A phase reads the tiles of the one before it; the loop's first one those of the loop before.
+        before = Phase(phase - 1) if phase is not Phase.QKV else final
+        before_layer = (layer or shape.layers) - 1 if phase is Phase.QKV else layer
         every_row = phase is Phase.ATTENTION  # keys and values come from all rows
         return Instruction(
             phase=phase,
@@ -38,11 +41,12 @@ def build(shape: BlockShape, tiles: Tiles, *, adaptive: bool = False) -> Table:
             column=column,
             wait=table.counter(before, before_layer, sequence, 0 if every_row else row),
             wait_number=rows if every_row else 1,
-            wait_count=products[before],
+            wait_count=signals[before],
             signal=table.counter(phase, layer, sequence, row),
             signal_count=1,
-            read_slot=slots[0],
-            write_slot=slots[1],
+            read_slot=slots(phase, layer)[0],
+            write_slot=slots(phase, layer)[1],
+            part=part,
         )
 
     def slots(phase: Phase, layer: int) -> tuple[int, int]:
@@ -54,47 +58,42 @@ def build(shape: BlockShape, tiles: Tiles, *, adaptive: bool = False) -> Table:
             Phase.ATTN_OUT: (stream, 1),
             Phase.MLP_IN: (1, 0),
             Phase.MLP_OUT: (1, 1),
+            Phase.MLP_SUM: (1, 1),
         }[phase]
 
     places = [(sequence, row) for sequence in range(shape.batch) for row in range(rows)]
     loop = [
-        tile(phase, layer, sequence, row, column, slots(phase, layer))
+        tile(phase, layer, sequence, row, column, part)
         for layer in range(shape.layers)
-        for phase, columns in products.items()
+        for phase in table.layer_phases
         for sequence, row in places
-        for column in range(columns)
+        for part in range(parts if phase is Phase.MLP_OUT else 1)
+        for column in range(columns[phase])
     ]
-    done = products[Phase.MLP_OUT]
+    done = signals[final]
     if adaptive:
         loop[:0] = [
             Instruction(
                 Phase.EXIT, last, sequence, 0, 0,
-                table.counter(Phase.MLP_OUT, last, sequence, 0), rows, done, -1, 0, 0, 0,
+                table.counter(final, last, sequence, 0), rows, done, -1, 0, 0, 0,
             )
             for sequence in range(shape.batch)
         ]  # fmt: skip
     enter = [
         Instruction(
             Phase.ENTER, 0, sequence, row, 0,
-            -1, 0, 0, table.counter(Phase.MLP_OUT, last, sequence, row), done, 0, 1,
+            -1, 0, 0, table.counter(final, last, sequence, row), done, 0, 1,
         )
         for sequence, row in places
     ]  # fmt: skip
     leave = [
         Instruction(
             Phase.LEAVE, last, sequence, row, 0,
-            table.counter(Phase.MLP_OUT, last, sequence, row), 1, done, -1, 0, 0, 0,
+            table.counter(final, last, sequence, row), 1, done, -1, 0, 0, 0,
         )
         for sequence, row in places
     ]  # fmt: skip
     return table._replace(enter=tuple(enter), loop=tuple(loop), leave=tuple(leave))
-
-
-def _before(phase: Phase, layer: int, last: int) -> tuple[Phase, int]:
-    """The phase whose tiles a phase reads, and its layer: the loop's first phase reads the loop before."""
-    if phase is Phase.QKV:
-        return Phase.MLP_OUT, layer - 1 if layer else last
-    return Phase(phase - 1), layer
 
 
 def _check(shape: BlockShape, tiles: Tiles) -> None:
@@ -108,6 +107,8 @@ def _check(shape: BlockShape, tiles: Tiles) -> None:
         tile = getattr(tiles, name)
         if tile < 1 or width % tile:
             raise ValueError(f"tiles.{name}: got {tile}, expected a divisor of {width}")
+    if tiles.mlp_out_parts < 1 or shape.mlp % tiles.mlp_out_parts:
+        raise ValueError(f"tiles.mlp_out_parts: got {tiles.mlp_out_parts}, expected a divisor of {shape.mlp}")
     if tiles.qkv % shape.head_dim:
         raise ValueError(f"tiles.qkv: got {tiles.qkv}, expected a multiple of the head size {shape.head_dim}")
     for name, value in (*shape._asdict().items(), ("tiles.rows", tiles.rows), ("tiles.heads", tiles.heads)):

@@ -52,19 +52,20 @@ def interpret(
     machine = _Machine(table, x, blocks, modulation, num_loops, rotary, key_mask, exit_threshold)
     longest = int(machine.stop.max())
     generator = random.Random(seed)
-    place = list(range(num_blocks))
+    shares = [table.share(block, num_blocks, longest) for block in range(num_blocks)]
+    current = [next(share, None) for share in shares]
     running = list(range(num_blocks))
     while running:
         generator.shuffle(running)
         proceeded = False
         for block in list(running):
-            loop, item = table.position(place[block], longest)
-            if item is None:
+            at = current[block]
+            if at is None:
                 running.remove(block)
                 proceeded = True
-            elif machine.ready(loop, item):
-                machine.execute(loop, item)
-                place[block] += num_blocks
+            elif machine.ready(*at):
+                machine.execute(*at)
+                current[block] = next(shares[block], None)
                 proceeded = True
         if not proceeded:
             raise RuntimeError(f"deadlock: blocks {sorted(running)} wait for counters that nobody will raise")
@@ -112,6 +113,7 @@ class _Machine:
         self.qkv = unwritten(2, batch, length, 3 * hidden, dtype=self.dtype)
         self.mixed = unwritten(batch, length, hidden, dtype=self.dtype)
         self.wide = unwritten(batch, length, shape.mlp, dtype=self.dtype)
+        self.partial = unwritten(table.tiles.mlp_out_parts, batch, length, hidden)
         self.statistics1 = unwritten(batch, length, hidden // table.tiles.mlp_out, 2)
         self.statistics2 = unwritten(batch, length, hidden // table.tiles.attn_out, 2)
         self.change = unwritten(batch, table.row_tiles, hidden // table.tiles.mlp_out, 2)
@@ -226,10 +228,24 @@ class _Machine:
         self.wide[item.sequence, rows, columns] = value.to(self.dtype)
 
     def _mlp_out(self, loop: int, item: Instruction, rows: slice) -> None:
+        columns, parts = self._columns(item, self.table.tiles.mlp_out), self.table.tiles.mlp_out_parts
+        width = self.table.shape.mlp // parts
+        inner = slice(item.part * width, (item.part + 1) * width)
+        weight = self.blocks[item.layer].mlp_out[columns, inner]
+        product = self._product(self.wide[item.sequence, rows, inner], weight)
+        if parts > 1:
+            self.partial[item.part, item.sequence, rows, columns] = product
+        else:
+            self._finish_mlp(loop, item, rows, product)
+
+    def _mlp_sum(self, loop: int, item: Instruction, rows: slice) -> None:
+        columns = self._columns(item, self.table.tiles.mlp_out)
+        self._finish_mlp(loop, item, rows, self.partial[:, item.sequence, rows, columns].sum(0))
+
+    def _finish_mlp(self, loop: int, item: Instruction, rows: slice, product: Tensor) -> None:
         weights, width = self.blocks[item.layer], self.table.tiles.mlp_out
         columns = self._columns(item, width)
-        branch = self._product(self.wide[item.sequence, rows], weights.mlp_out[columns])
-        branch = branch + weights.mlp_out_bias[columns].to(branch.dtype)
+        branch = product + weights.mlp_out_bias[columns].to(product.dtype)
         new = self._update(loop, item, rows, width, 1, branch)
         if self.table.adaptive and item.layer == self.table.shape.layers - 1:
             old = self.stream[stream_slot(0, loop), item.sequence, rows, columns]

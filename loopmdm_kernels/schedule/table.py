@@ -2,8 +2,9 @@
 
 An instruction computes one tile of one phase for one sequence. The table has three parts: `enter` runs once,
 `loop` runs in every loop, `leave` runs once for each sequence after its last loop. Numbering the instructions
-enter, loop 0, loop 1, ..., leave gives one sequence of positions; of G thread blocks, block g executes the
-positions g, g + G, g + 2G, ... in this order. The table does not depend on G or on S.
+enter, loop 0, loop 1, ..., leave gives one sequence of positions; of G thread blocks, block g executes
+numbers g, g + G, g + 2G, ... of each of these parts, in this order: the same ones in every loop, so that it
+can keep their weights. The table does not depend on G or on S.
 
 A counter only ever grows. It belongs to one (phase, layer, sequence, row tile), and every loop adds the same
 amount to it. An instruction of loop k may start when each of the counters it waits for has reached
@@ -19,6 +20,7 @@ row of another one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -32,13 +34,16 @@ class Phase(IntEnum):
     ATTENTION = 2
     ATTN_OUT = 3  # projection, gate, residual; row statistics of the second norm
     MLP_IN = 4  # norm, modulation, projection, bias, GELU
-    MLP_OUT = 5  # projection, bias, gate, residual; row statistics of the next norm
-    EXIT = 6  # decide from input and output of the loop before whether the sequence goes on
-    LEAVE = 7  # copy the stream to the output
+    MLP_OUT = (
+        5  # projection, bias, gate, residual; row statistics of the next norm; or a part of the projection
+    )
+    MLP_SUM = 6  # where MLP_OUT has parts: their sum, and what else MLP_OUT does
+    EXIT = 7  # decide from input and output of the loop before whether the sequence goes on
+    LEAVE = 8  # copy the stream to the output
 
 
 FINAL = 0x7F7F7F7F  # progress of a sequence whose number of loops is settled
-LAYER_PHASES = (Phase.QKV, Phase.ATTENTION, Phase.ATTN_OUT, Phase.MLP_IN, Phase.MLP_OUT)
+LAYER_PHASES = (Phase.QKV, Phase.ATTENTION, Phase.ATTN_OUT, Phase.MLP_IN, Phase.MLP_OUT, Phase.MLP_SUM)
 
 
 class BlockShape(NamedTuple):
@@ -57,7 +62,10 @@ class BlockShape(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Tile sizes: rows (tokens) of every phase, columns of each product, heads of an attention tile."""
+    """Tile sizes: rows (tokens) of every phase, columns of each product, heads of an attention tile.
+
+    The inner dimension of MLP_OUT may be cut into parts, so that few tokens give more tiles.
+    """
 
     rows: int
     qkv: int
@@ -65,10 +73,11 @@ class Tiles(NamedTuple):
     mlp_in: int
     mlp_out: int
     heads: int = 1
+    mlp_out_parts: int = 1
 
 
 class Instruction(NamedTuple):
-    """Twelve int32 words, as the device reads them."""
+    """Thirteen int32 words, as the device reads them."""
 
     phase: int
     layer: int
@@ -82,6 +91,7 @@ class Instruction(NamedTuple):
     signal_count: int
     read_slot: int  # which half of a double buffer, in loop 0; see `stream_slot` and `qkv_slot`
     write_slot: int
+    part: int = 0  # of the inner dimension
 
 
 WORDS = len(Instruction._fields)
@@ -100,16 +110,20 @@ class Table(NamedTuple):
         return -(-self.shape.length // self.tiles.rows)
 
     @property
+    def layer_phases(self) -> tuple[Phase, ...]:
+        return LAYER_PHASES if self.tiles.mlp_out_parts > 1 else LAYER_PHASES[:-1]
+
+    @property
     def num_counters(self) -> int:
-        return self.shape.layers * len(LAYER_PHASES) * self.shape.batch * self.row_tiles
+        return self.shape.layers * len(self.layer_phases) * self.shape.batch * self.row_tiles
 
     def counter(self, phase: Phase, layer: int, sequence: int, row: int) -> int:
         """Number of the counter that the tiles of a phase raise."""
-        stage = layer * len(LAYER_PHASES) + LAYER_PHASES.index(phase)
+        stage = layer * len(self.layer_phases) + self.layer_phases.index(phase)
         return (stage * self.shape.batch + sequence) * self.row_tiles + row
 
     def encode(self) -> Tensor:
-        """All instructions in order, int32 [enter + loop + leave, 12]."""
+        """All instructions in order, int32 [enter + loop + leave, 13]."""
         return torch.tensor([*self.enter, *self.loop, *self.leave], dtype=torch.int32)
 
     def position(self, number: int, loops: int) -> tuple[int, Instruction | None]:
@@ -126,6 +140,13 @@ class Table(NamedTuple):
             return loop, self.loop[index]
         number -= loops * len(self.loop)
         return loops, self.leave[number] if number < len(self.leave) else None
+
+    def share(self, block: int, num_blocks: int, loops: int) -> Iterator[tuple[int, Instruction]]:
+        """What a thread block executes, with loops as `position` gives them."""
+        for items, runs in ((self.enter, [-1]), (self.loop, range(loops)), (self.leave, [loops])):
+            for loop in runs:
+                for item in items[block::num_blocks]:
+                    yield loop, item
 
 
 def stream_slot(slot: int, loop: int) -> int:

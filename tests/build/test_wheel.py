@@ -51,6 +51,7 @@ def test_wheel(tmp_path):
     expected = {
         "loopmdm_kernels/__init__.py",
         "loopmdm_kernels/py.typed",
+        "loopmdm_kernels/schedule/measured.json",
         "loopmdm_kernels/reference/sample_rows.py",
         "loopmdm_kernels/csrc/common/philox.h",
         "loopmdm/__init__.py",
@@ -67,3 +68,12 @@ def test_wheel(tmp_path):
         assert [name for name in names if name.startswith(module) and name.endswith(".so")], module
     assert not [name for name in names if name.startswith(("tests", "bench", "csrc", "python"))]
     assert not [r for r in metadata.get_all("Requires-Dist") if r.startswith("triton") and "extra" not in r]
+
+
+def test_cubins_are_compiled_for_gpus_that_exist(tmp_path):
+    """LOOPMDM_BUILD_CUDA reaches the compiler of the package that is being built."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    environment = {**os.environ, "LOOPMDM_BUILD_CUDA": "8.0 7.5"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "argument --capability: the kernels need a GPU of compute capability 8.0 or later" in done.stderr

@@ -9,14 +9,16 @@ using namespace loopmdm;
 
 extern "C" {
 
-uint32_t panel_offset_c(uint32_t row, uint32_t column, uint32_t rows, uint32_t bytes) {
-  return panel_offset(row, column, rows, bytes);
+uint32_t panel_offset_c(uint32_t row, uint32_t column, uint32_t rows, uint32_t bytes, uint32_t row_bytes) {
+  return panel_offset(row, column, rows, bytes, row_bytes);
 }
 
-uint64_t inner_major_c(uint32_t panel, uint32_t step) { return inner_major_descriptor(panel, step); }
+uint64_t inner_major_c(uint32_t panel, uint32_t step, uint32_t row_bytes) {
+  return inner_major_descriptor(panel, step, row_bytes);
+}
 
-uint64_t outer_major_c(uint32_t panel, uint32_t bytes, uint32_t step) {
-  return outer_major_descriptor(panel, bytes, step);
+uint64_t outer_major_c(uint32_t panel, uint32_t bytes, uint32_t step, uint32_t row_bytes) {
+  return outer_major_descriptor(panel, bytes, step, row_bytes);
 }
 
 int fragment_row_c(int thread, int index) { return fragment_row(thread, index); }
@@ -30,6 +32,15 @@ void place_c(int64_t position, int32_t enter, int32_t loop, int32_t leave, int32
   const Place place = place_of(position, {enter, loop, leave}, loops);
   out[0] = place.loop;
   out[1] = place.index;
+}
+
+// The place of a block's `step`-th instruction, and its number in the table; -1: an empty place.
+void share_c(int32_t block, int32_t num_blocks, int64_t step, int32_t enter, int32_t loop, int32_t leave,
+             int32_t loops, int32_t* out) {
+  const TableSize size{enter, loop, leave}, sizes = padded(size, num_blocks);
+  const Place place = place_of(block + step * num_blocks, sizes, loops);
+  out[0] = place.index < 0 ? -2 : place.loop;
+  out[1] = place.index < 0 ? -1 : index_of(place, sizes, size, loops);
 }
 
 int64_t first_leaving_c(int64_t position, int32_t enter, int32_t loop, int32_t leave, int32_t loops,
@@ -73,6 +84,19 @@ int run_ring(uint32_t slots, int items, const uint8_t* order, int steps, int* ta
 void merge_parts(const float* parts, int number, float width, float* out) {
   PartSums sums;
   for (int i = 0; i < number; ++i) add_part(sums, {parts[2 * i], parts[2 * i + 1]}, width);
+  out[0] = sums.mean;
+  out[1] = variance(sums, width);
+}
+
+// As lanes of a quad do it.
+void merge_quarters(const float* parts, int number, float width, float* out) {
+  const int own = (number + 3) / 4;
+  PartSums lanes[4];
+  for (int part = 0; part < number; ++part) {
+    add_part(lanes[part / own], {parts[2 * part], parts[2 * part + 1]}, width);
+  }
+  const PartSums sums =
+      merge_sums(merge_sums(lanes[0], lanes[1], width), merge_sums(lanes[2], lanes[3], width), width);
   out[0] = sums.mean;
   out[1] = variance(sums, width);
 }

@@ -32,25 +32,30 @@ def library(tmp_path_factory):
     return loaded
 
 
-def tma_box(rows, columns, element_bytes):
-    """Byte offset of each element after a TMA load with the 128-byte swizzle, from the definition.
+def tma_box(rows, columns, element_bytes, row_bytes=128):
+    """Byte offset of each element after a TMA load with the swizzle of rows of 128, 64 or 32 bytes.
 
-    The 16-byte chunk c of row r lies at chunk c xor (r mod 8). Boxes are 128 bytes wide and lie in order.
+    By the definition: the 16-byte chunk c of a row lies at chunk c xor (r mod 8), with r the number of its
+    128 bytes, as far as the row has chunks. Boxes are as wide as a row and lie in order.
     """
     offsets = np.empty((rows, columns), dtype=np.int64)
-    per_row = 128 // element_bytes
+    per_row = row_bytes // element_bytes
     for row, column in itertools.product(range(rows), range(columns)):
         box, inside = divmod(column, per_row)
         chunk, byte = divmod(inside * element_bytes, 16)
-        offsets[row, column] = box * rows * 128 + row * 128 + 16 * (chunk ^ row % 8) + byte
+        moved = chunk ^ row * row_bytes // 128 % (row_bytes // 16)
+        offsets[row, column] = box * rows * row_bytes + row * row_bytes + 16 * moved + byte
     return offsets
 
 
-@pytest.mark.parametrize(("rows", "columns", "element_bytes"), [(64, 64, 4), (128, 64, 2), (24, 192, 2)])
-def test_panels_lie_as_tma_writes_them(library, rows, columns, element_bytes):
-    expected = tma_box(rows, columns, element_bytes)
+@pytest.mark.parametrize(
+    "box", [(64, 64, 4, 128), (128, 64, 2, 128), (24, 192, 2, 128), (64, 32, 2, 64), (128, 32, 2, 32)]
+)
+def test_panels_lie_as_tma_writes_them(library, box):
+    rows, columns, *widths = box
+    expected = tma_box(*box)
     places = itertools.product(range(rows), range(columns))
-    assert [library.panel_offset_c(r, c, rows, element_bytes) for r, c in places] == expected.ravel().tolist()
+    assert [library.panel_offset_c(r, c, rows, *widths) for r, c in places] == expected.ravel().tolist()
     assert len(np.unique(expected)) == rows * columns
 
 
@@ -61,7 +66,7 @@ def test_reading_the_stream_has_no_bank_conflicts(library):
             library.panel_offset_c(
                 library.operand_row_c(lane, reg),
                 16 * library.stream_step_c(lane, step) + library.operand_column_c(lane, reg),
-                *(64, 4),
+                *(64, 4, 128),
             )
             for lane in range(32)
         ]
@@ -83,10 +88,14 @@ def test_descriptors(library):
         }
 
     for step in range(4):
-        word = fields(library.inner_major_c(0x8400, step))
+        word = fields(library.inner_major_c(0x8400, step, 128))
         assert word == {"start": 0x8400 + 32 * step, "leading": 16, "stride": 1024, "base": 0, "swizzle": 1}
-    word = fields(library.outer_major_c(0x2C00, 16384, 3))
+    word = fields(library.outer_major_c(0x2C00, 16384, 3, 128))
     assert word == {"start": 0x2C00 + 6144, "leading": 16384, "stride": 1024, "base": 0, "swizzle": 1}
+    word = fields(library.inner_major_c(0x8400, 1, 64))
+    assert word == {"start": 0x8420, "leading": 16, "stride": 512, "base": 0, "swizzle": 2}
+    word = fields(library.outer_major_c(0x2C00, 4096, 3, 32))
+    assert word == {"start": 0x2C00 + 1536, "leading": 4096, "stride": 256, "base": 0, "swizzle": 3}
 
 
 def test_sums_cover_a_tile_once(library):
@@ -152,6 +161,24 @@ def test_positions_equal_those_of_the_table(library):
     assert list(out) == [30_000, 12]
 
 
+@pytest.mark.parametrize("num_blocks", [1, 5, 132])
+def test_a_block_executes_its_share(library, num_blocks):
+    shape = BlockShape(batch=2, length=20, hidden=32, heads=2, mlp=64, layers=3)
+    table = build(shape, Tiles(16, 16, 16, 16, 32), adaptive=True)
+    items = [*table.enter, *table.loop, *table.leave]
+    size = (len(table.enter), len(table.loop), len(table.leave))
+    out = (ctypes.c_int32 * 2)()
+    for block in range(num_blocks):
+        found = []
+        for step in itertools.count():
+            library.share_c(block, num_blocks, ctypes.c_int64(step), *size, 3, out)
+            if out[0] == -2:
+                break
+            if out[1] >= 0:
+                found.append((out[0], items[out[1]]))
+        assert found == list(table.share(block, num_blocks, 3))
+
+
 @pytest.mark.parametrize("num_blocks", [1, 3, 132])
 def test_leaving_early_keeps_to_the_blocks_own_positions(library, num_blocks):
     size, loops = (4, 50, 6), 5
@@ -184,6 +211,20 @@ def test_a_ring_hands_on_every_item_in_order(library, slots):
         taken = ctypes.c_int()
         assert library.run_ring(slots, 100, order, len(order), ctypes.byref(taken)) == 0
         assert taken.value == 100
+
+
+def test_statistics_of_quarters_are_those_of_all_parts(library):
+    """Four lanes add up some of the parts each, the last ones perhaps none, and then pairs of them."""
+    generator = np.random.default_rng(1)
+    for parts, width in ((2, 32), (4, 32), (7, 32), (24, 32)):
+        row = (generator.standard_normal((parts, width)) + 100).astype(np.float32)
+        means = row.mean(axis=1)
+        given = np.stack([means, ((row - means[:, None]) ** 2).sum(axis=1)], axis=1).astype(np.float32)
+        out = (ctypes.c_float * 2)()
+        pointer = given.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        library.merge_quarters(pointer, parts, ctypes.c_float(width), out)
+        assert out[0] == pytest.approx(row.mean(dtype=np.float64), rel=1e-6)
+        assert out[1] == pytest.approx(row.var(dtype=np.float64), rel=1e-4)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])

@@ -36,9 +36,9 @@ class Fenced(NamedTuple):
         return bool((self.whole[:FENCE] == 5.0).all() and (self.whole[-FENCE:] == 5.0).all())
 
 
-def plan_of(inputs, tiles, target=SM90, device=Device()):  # noqa: B008 - immutable
+def plan_of(inputs, tiles, target=SM90, device=Device(), cluster=1):  # noqa: B008 - immutable
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, target)
-    return shape, cost._plan(shape, device, tiles)
+    return shape, cost._plan(shape, device, tiles)._replace(cluster=cluster)
 
 
 def build(shape, plan, folder, *, target=SM90, optimize=True):
@@ -63,7 +63,10 @@ def compile_source(name, macros, folder, *, optimize=True):
     include = [f"-I{EMULATOR}", f"-I{sources.folder()}"]
     command = [compiler, *flags, *macros, *include, str(EMULATOR / f"{name}.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(library))
+    if hasattr(loaded, "loaded_weight_bytes"):
+        loaded.loaded_weight_bytes.restype = ctypes.c_int64
+    return loaded
 
 
 def run(library, inputs, plan, loops, *, target=SM90, exit_threshold=None, num_blocks=2, seed=0):
@@ -77,13 +80,14 @@ def run(library, inputs, plan, loops, *, target=SM90, exit_threshold=None, num_b
     written = {
         name: Fenced.like(tensor)
         for name, tensor in buffers._asdict().items()
-        if name.endswith("_values") or name in ("output", "statistics1", "statistics2", "change")
+        if tensor is not None
+        and (name.endswith("_values") or name in ("output", "statistics1", "statistics2", "change"))
     }
     buffers = buffers._replace(**{name: fenced.inside for name, fenced in written.items()})
     memory = torch.zeros(2048, dtype=torch.uint8)
     aligned = memory.data_ptr() + -memory.data_ptr() % ALIGNMENT
     parameters = op.pack_parameters(target, table, buffers, packed, words, exit_threshold)
-    maps = op.map_layouts(plan, buffers, packed) if isinstance(parameters, ParametersWithMaps) else {}
+    maps = op.map_layouts(shape, plan, buffers, packed) if isinstance(parameters, ParametersWithMaps) else {}
     for name, layout in maps.items():
         size = torch.empty(0, dtype=layout.dtype).element_size()
         numbers = (layout.address, size, *layout.sizes, *layout.strides, *layout.box)

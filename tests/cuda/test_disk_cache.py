@@ -1,5 +1,6 @@
 """Compiled kernels on disk: keys, damage, and many processes at once."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,53 @@ def test_the_kernel_consists_of_headers_that_exist():
     names |= before | {path.name for path in sources.closure("cuda/refresh_weights.cu")}
     everything = {path.name for path in Path(sources.folder() / "cuda").rglob("*.cu*")}
     assert everything <= names, "a device source that no kernel uses"
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """A package with one cubin, and a compiler that takes notes."""
+    compiled = []
+
+    def compile_one(source, options, architecture):
+        compiled.append((source.name, options[1:], architecture))
+        return f"compiled {len(compiled)}".encode()
+
+    monkeypatch.setattr(compiler, "_compiler", lambda: ("a compiler", compile_one))
+    monkeypatch.setattr(compiler, "PACKAGED", tmp_path / "cubins")
+    compiler.compile_into(compiler.PACKAGED, "refresh_weights.cu", {"A": 1}, "sm_80")
+    assert compiled.pop() == ("refresh_weights.cu", ["-DA=1"], "sm_80")
+    (file,) = compiler.PACKAGED.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o644
+    return compiled
+
+
+def test_a_cubin_of_the_package_is_used(packaged, cache_folder):
+    for _ in range(2):
+        assert compiler.compile_kernel("refresh_weights.cu", {"A": 1}, "sm_80") == b"compiled 1"
+    assert not packaged and not cache_folder.exists()
+
+
+def test_a_cubin_of_other_options_or_architecture_is_not(packaged):
+    assert compiler.compile_kernel("refresh_weights.cu", {"A": 2}, "sm_80") == b"compiled 1"
+    assert compiler.compile_kernel("refresh_weights.cu", {"A": 1}, "sm_86") == b"compiled 2"
+    assert packaged == [
+        ("refresh_weights.cu", ["-DA=2"], "sm_80"),
+        ("refresh_weights.cu", ["-DA=1"], "sm_86"),
+    ]
+
+
+def test_a_cubin_of_other_sources_is_not(packaged, tmp_path, monkeypatch):
+    copy = tmp_path / "csrc"
+    shutil.copytree(sources.folder(), copy)
+    header = copy / "cuda" / "ptx" / "memory.cuh"
+    header.write_text(header.read_text() + "// changed\n")
+    monkeypatch.setattr(sources, "folder", lambda: copy)
+    compiler.compile_kernel("refresh_weights.cu", {"A": 1}, "sm_80")
+    assert len(packaged) == 1
+
+
+def test_a_damaged_cubin_of_the_package_is_not(packaged):
+    (file,) = compiler.PACKAGED.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    compiler.compile_kernel("refresh_weights.cu", {"A": 1}, "sm_80")
+    assert len(packaged) == 1

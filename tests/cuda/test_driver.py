@@ -125,7 +125,9 @@ def test_launch(install):
     kernel = driver.Kernel(b"cubin", "entry", 200_000)
     names = real.CUfunction_attribute
     assert seen.attribute == (names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 200_000)
-    window = driver.l2_window(4096, 28_000_000, driver.Facts((9, 0), 132, 232_448, 14_000_000, 134_217_728))
+    window = driver.l2_window(
+        4096, 28_000_000, driver.Facts("a GPU", (9, 0), 132, 232_448, 14_000_000, 134_217_728)
+    )
     kernel.launch(132, 384, 77, Two(1, 2), window)
     config, ids = seen.config, real.CUlaunchAttributeID
     assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (132, 1, 1)
@@ -154,7 +156,7 @@ def test_launch(install):
 
 
 def test_windows_keep_to_what_the_device_has():
-    limits = driver.Facts((9, 0), 132, 232_448, persisting_bytes=30_000_000, window_bytes=20_000_000)
+    limits = driver.Facts("a GPU", (9, 0), 132, 232_448, persisting_bytes=30_000_000, window_bytes=20_000_000)
     assert driver.l2_window(64, 28_000_000, limits) == (64, 20_000_000, 1.0)
     assert driver.l2_window(64, 28_000_000, limits._replace(persisting_bytes=0)) is None
 
@@ -166,7 +168,9 @@ def test_l2_is_set_aside_once_and_given_back(install, monkeypatch):
         return lambda *arguments: calls.append((name, *arguments)) or (real.CUresult.CUDA_SUCCESS,)
 
     install(fake(cuCtxSetLimit=record("limit"), cuCtxResetPersistingL2Cache=record("reset")))
-    monkeypatch.setattr(driver, "facts", lambda device: driver.Facts((9, 0), 132, 232_448, 1000, 2000))
+    monkeypatch.setattr(
+        driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 1000, 2000)
+    )
     driver.set_aside_l2.cache_clear()
     driver.set_aside_l2(0)
     driver.set_aside_l2(0)

@@ -27,15 +27,22 @@ class Variant(NamedTuple):
     device: Device
     tiles: Tiles
     sizes: tuple[int, int, int]  # hidden size, heads, mlp ratio
+    cluster: int = 1
+    length: int = 128  # that the plan is made for; it decides about blocks of keys
 
 
 # 64 rows: groups of warps share columns and heads; 128: rows. Heads of all sizes. Products of fewer stages
-# than the ring has, of more (12 of 4), and of an odd number (3); rings of two stages (sm_86) and of more.
+# than the ring has, of more (6 of 4), and of an odd number (3); rings of two stages (sm_86) and of more; the
+# last product whole and in parts. With 64 rows on Hopper, the weights of eight blocks stay in shared memory
+# where a sequence is one row tile; with heads of 16 their counters too: emulated, the grid is one cluster.
+BLOCKS = 8
+HOPPER = ASSUMED[9, 0]._replace(sms=BLOCKS)
 VARIANTS = {
-    "64 rows": Variant(SM90, ASSUMED[9, 0], Tiles(64, 128, 64, 128, 64, 2), (128, 2, 2)),
-    "128 rows": Variant(SM90, ASSUMED[9, 0], Tiles(128, 64, 64, 128, 64, 1), (192, 3, 4)),
-    "heads of 128": Variant(SM90, ASSUMED[9, 0], Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
-    "sm80, 64 rows": Variant(SM80, ASSUMED[8, 0], Tiles(64, 64, 64, 128, 64, 2), (64, 2, 2)),
+    "64 rows": Variant(SM90, HOPPER._replace(sms=2 * BLOCKS), Tiles(64, 128, 64, 128, 64, 2), (128, 4, 2)),
+    "128 rows": Variant(SM90, HOPPER, Tiles(128, 64, 64, 128, 64, 1, 2), (192, 3, 4)),
+    "heads of 16": Variant(SM90, HOPPER, Tiles(64, 64, 64, 64, 64, 2, 4), (64, 4, 4), BLOCKS, 64),
+    "heads of 128": Variant(SM90, HOPPER, Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
+    "sm80, 64 rows": Variant(SM80, ASSUMED[8, 0], Tiles(64, 64, 64, 128, 64, 2, 2), (64, 2, 2), length=64),
     "sm80, 128 rows": Variant(SM80, ASSUMED[8, 0], Tiles(128, 64, 64, 128, 64, 1), (128, 2, 2)),
     "sm80, heads of 128": Variant(SM80, ASSUMED[8, 6], Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
 }
@@ -52,7 +59,9 @@ class Built(NamedTuple):
 
 
 def build(variant, folder, **options):
-    shape, plan = emulated.plan_of(make(variant.sizes, 1, 8), variant.tiles, variant.target, variant.device)
+    shape, plan = emulated.plan_of(
+        make(variant.sizes, 1, variant.length), variant.tiles, variant.target, variant.device, variant.cluster
+    )
     library = emulated.build(shape, plan, folder, target=variant.target, **options)
     return Built(library, plan, variant.sizes, variant.target)
 
@@ -107,6 +116,20 @@ def test_any_number_of_blocks_and_any_order_give_the_same_bits(variant):
         assert torch.equal(out, expected)
 
 
+def test_tiles_and_clusters_do_not_change_the_bits(tmp_path):
+    """Tiles follow the batch; what a row gives must not."""
+    first = Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2, 2), (128, 4, 4), BLOCKS, 64)
+    second = Variant(SM90, HOPPER, Tiles(128, 64, 128, 64, 128, 1, 2), (128, 4, 4))
+    inputs = make(first.sizes, 1, 50)
+    results = []
+    for number, variant in enumerate((first, second)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        out, _ = build(variant, folder, optimize=False).run(inputs, 2, num_blocks=4)
+        results.append(out)
+    assert torch.equal(*results)
+
+
 def test_loops_of_each_sequence_and_early_exit(variant):
     inputs = make(variant.sizes, 3, 20)
     _, used = check(variant, inputs, torch.tensor([3, 1, 2]))
@@ -124,10 +147,25 @@ def test_loops_of_each_sequence_and_early_exit(variant):
             assert_matches_oracle(out[sequence], baseline[sequence], exact[sequence])
 
 
-# Faults in the source that the emulation must notice: what replaces what, in which file.
+def test_weights_that_stay_are_loaded_once(variant):
+    if variant.target is not SM90:
+        pytest.skip("the kernel for Ampere keeps none")
+    inputs = make(variant.sizes, 1, 20)
+    loaded = []
+    for loops in (1, 3):
+        check(variant, inputs, loops, num_blocks=BLOCKS)
+        loaded.append(variant.library.loaded_weight_bytes())
+    once = sum(2 * tensor.numel() for block in inputs.blocks for tensor in block if tensor.dim() == 2)
+    assert loaded == [once, once if variant.plan.resident_bytes else 3 * once]
+    assert (variant.plan.resident_bytes > 0) == (variant.plan.tiles.rows == 64)
+
+
+# Faults in the source that the emulation must notice: what replaces what, in which file. One loop with 128
+# rows shows them, but for what only weights that stay can do.
+STAYING = "weights that stay, in one place"
 FAULTS = {
     "no wait for the inputs": (
-        "progress.cuh", "wait_for(p.counters + item.wait + i, target);", "(void)target;"
+        "progress.cuh", "wait_for(p.counter(item.wait + i), target);", "(void)target;"
     ),
     "a signal before all warps are done": (
         "looped_blocks_sm90.cu", "meet<1>(Config::kComputeThreads);", ""
@@ -139,6 +177,10 @@ FAULTS = {
     "the wrong half of the keys": (
         "loader_sm90.cuh", "qkv_slot(item.read_slot", "qkv_slot(1 - item.read_slot"
     ),
+    "a part in the place of another": (
+        "parts.cuh", "item.column) * Config::kMlpOutParts + part", "item.column) * Config::kMlpOutParts"
+    ),
+    STAYING: ("loader_sm90.cuh", "return kept - bytes;", "return 0;"),
     "a swizzle of the wrong bits": ("matrix_descriptor.h", "panel + 32 * step", "panel + 64 * step"),
 }  # fmt: skip
 FAULTS_SM80 = {
@@ -159,7 +201,8 @@ FAULTS_SM80 = {
 
 @pytest.mark.parametrize(
     ("variant", "fault"),
-    [("128 rows", name) for name in FAULTS] + [("sm80, 64 rows", name) for name in FAULTS_SM80],
+    [("heads of 16" if name == STAYING else "128 rows", name) for name in FAULTS]
+    + [("sm80, 64 rows", name) for name in FAULTS_SM80],
 )
 def test_planted_faults_are_noticed(variant, fault, tmp_path, monkeypatch):
     name, text, replacement = (FAULTS_SM80 if "sm80" in variant else FAULTS)[fault]
@@ -170,13 +213,14 @@ def test_planted_faults_are_noticed(variant, fault, tmp_path, monkeypatch):
     assert text in source, "the test looks for source that is not there"
     path.write_text(source.replace(text, replacement))
     monkeypatch.setattr(emulated.sources, "folder", lambda: copy)
+    loops = 2 if fault == STAYING else 1
     inputs = make(VARIANTS[variant].sizes, 1, 40)
     built = build(VARIANTS[variant], tmp_path, optimize=False)
-    expected = oracle(inputs.to(torch.float64), 1)
+    expected = oracle(inputs.to(torch.float64), loops)
     for seed in range(3):
         try:
-            out, _ = built.run(inputs, 1, num_blocks=5, seed=seed)
-            assert_matches_oracle(out, oracle(inputs, 1), expected)
+            out, _ = built.run(inputs, loops, num_blocks=5, seed=seed)
+            assert_matches_oracle(out, oracle(inputs, loops), expected)
         except AssertionError:
             return
     pytest.fail("the kernel with this fault computes the right values")

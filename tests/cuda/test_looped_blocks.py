@@ -1,14 +1,17 @@
-"""The host side of the Hopper kernel as far as it needs no GPU: packing, folding, buffers, parameters."""
+"""The host side of the kernels as far as it needs no GPU: packing, folding, buffers, parameters, launch."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from loopmdm_kernels.cuda import driver, tensor_maps, weights
 from loopmdm_kernels.cuda import looped_blocks as op
-from loopmdm_kernels.cuda import weights
-from loopmdm_kernels.cuda.parameters import MAPS, POINTERS, WEIGHTS
+from loopmdm_kernels.cuda.parameters import MAPS, POINTERS, WEIGHTS, defines
 from loopmdm_kernels.cuda.targets import SM80, SM90, target_of
 from loopmdm_kernels.reference.looped_blocks import norm_modulate
-from loopmdm_kernels.schedule import build, choose
+from loopmdm_kernels.schedule import BlockShape, Tiles, build, choose, device_of
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.testing import looped_inputs
 
@@ -106,8 +109,9 @@ def test_parameters(inputs):
     _, table, words, packed, buffers = prepared(inputs, 2, adaptive=True)
     parameters = op.pack_parameters(SM90, table, buffers, packed, words, 0.25)
     for name in POINTERS:
-        if name not in ("table", "max_loops"):
+        if name not in ("table", "max_loops", "partial_values"):
             assert getattr(parameters, name) == getattr(buffers, name).data_ptr(), name
+    assert parameters.partial_values is None and table.tiles.mlp_out_parts == 1
     assert parameters.table == words.data_ptr()
     assert parameters.max_loops == buffers.stop.data_ptr() + 4 * 3
     sizes = (parameters.enter, parameters.loop, parameters.leave)
@@ -125,9 +129,18 @@ def test_parameters(inputs):
     assert parameters.modulated_sequences == 1 and parameters.adaptive == 0
 
 
+def test_sums_of_parts_have_a_place(inputs):
+    table = build(BlockShape(3, 20, 128, 2, 512, 2), Tiles(64, 128, 64, 128, 64, 2, mlp_out_parts=4))
+    packed, counters = weights.packed(inputs.blocks), torch.zeros(1)
+    buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None, counters)
+    assert buffers.partial_values.numel() == 3 * 4 * 64 * 128
+    parameters = op.pack_parameters(SM90, table, buffers, packed, table.encode(), None)
+    assert parameters.partial_values == buffers.partial_values.data_ptr()
+
+
 def test_maps_cover_what_the_loader_loads(inputs):
-    plan, _, _, packed, buffers = prepared(inputs, 2)
-    layouts = op.map_layouts(plan, buffers, packed)
+    plan, table, _, packed, buffers = prepared(inputs, 2)
+    layouts = op.map_layouts(table.shape, plan, buffers, packed)
     assert tuple(layouts) == MAPS
     assert layouts["stream"].sizes == (128, 20, 6) and layouts["stream"].box == (32, plan.tiles.rows)
     assert layouts["qkv"].sizes == (384, 20, 6) and layouts["qkv"].box == (64, plan.tiles.rows)
@@ -144,8 +157,10 @@ def test_what_it_does_not_do(inputs):
         assert "dropout" in op.supports(**arguments, dropout=0.1)
     assert op.supports(**arguments) is None
     assert "backward" in op.supports(**{**arguments, "x": inputs.x.requires_grad_()})
-    with pytest.raises(RuntimeError, match=r"head size must be one of \(64, 128\), got 32"):
-        op.shape_of(inputs.x, inputs.blocks, 4, SM90)
+    with pytest.raises(RuntimeError, match=r"head size must be one of \(16, 32, 64, 128\), got 8"):
+        op.shape_of(inputs.x, inputs.blocks, 16, SM90)
+    with pytest.raises(RuntimeError, match=r"head size must be one of \(32, 64, 128\), got 16"):
+        op.shape_of(inputs.x, inputs.blocks, 8, SM80)
     assert op.shape_of(inputs.x, inputs.blocks, 4, SM80).head_dim == 32
 
 
@@ -154,3 +169,111 @@ def test_the_architecture_picks_the_kernel():
     assert target_of((8, 0)) == SM80
     assert target_of((8, 6)) == SM80._replace(architecture="sm_86")
     assert target_of((12, 0)).source == "looped_blocks_sm80.cu"
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """What the op compiles, and what it asks of the kernels it loads, without a driver."""
+    seen = []
+
+    class Kernel:
+        clusters = 1
+
+        def __init__(self, cubin, entry, shared_bytes):
+            seen.append((entry, shared_bytes))
+
+        def allow_large_clusters(self):
+            seen.append("large clusters")
+
+        def active_clusters(self, size, threads):
+            seen.append((size, threads))
+            return Kernel.clusters
+
+    monkeypatch.setattr(op.driver, "Kernel", Kernel)
+    monkeypatch.setattr(op.driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 0, 0))
+    monkeypatch.setattr(op, "compile_kernel", lambda *arguments: seen.append(arguments) or b"cubin")
+    op._kernel.cache_clear()
+    op._loaded_once.cache_clear()
+    yield seen, Kernel
+    op._kernel.cache_clear()
+    op._loaded_once.cache_clear()
+
+
+SUDOKU = BlockShape(1, 81, 128, 4, 512, 2)
+
+
+def test_narrow_models_are_launched_as_one_cluster(loaded):
+    seen, _ = loaded
+    _, plan, _ = op._kernel(SUDOKU, SM90, 0)
+    (source, macros, architecture), (entry, shared_bytes), *calls = seen
+    assert (source, architecture, entry) == ("looped_blocks_sm90.cu", "sm_90a", "looped_blocks_sm90")
+    assert macros["LOOPMDM_CLUSTER"] == 1 and shared_bytes == plan.shared_bytes
+    assert calls == ["large clusters", (16, 384)] and plan.cluster == 16
+
+
+def test_a_gpu_without_room_for_the_cluster_runs_them_on_all_of_it(loaded):
+    seen, kernel = loaded
+    kernel.clusters = 0
+    _, plan, _ = op._kernel(SUDOKU, SM90, 0)
+    assert plan.cluster == 1 and "LOOPMDM_CLUSTER" not in seen[-2][1]
+
+
+def test_the_kernel_for_ampere_gets_no_plan_of_hopper(loaded):
+    seen, _ = loaded
+    _, plan, _ = op._kernel(SUDOKU, SM80._replace(architecture="sm_90"), 0)
+    assert plan.cluster == 1 and plan.resident_bytes == 0 and seen[0][2] == "sm_90" and len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "sms", "shared_bytes", "architecture", "threads", "mapped"),
+    [
+        ((8, 0), 108, 166_912, "sm_80", 256, 0),
+        ((8, 6), 82, 101_376, "sm_86", 256, 0),
+        ((9, 0), 132, 232_448, "sm_90a", 384, len(MAPS)),
+        ((12, 0), 170, 101_376, "sm_120", 256, 0),
+    ],
+)
+def test_a_call_compiles_and_launches_what_its_gpu_runs(
+    inputs, capability, sms, shared_bytes, architecture, threads, mapped, monkeypatch
+):
+    compiled, launched, encoded = [], [], []
+
+    class Kernel:
+        def __init__(self, cubin, entry, shared):
+            self.loaded = (cubin, entry, shared)
+
+        def blocks_per_sm(self, threads):
+            return 1
+
+        def allow_large_clusters(self): ...
+
+        def active_clusters(self, size, threads):
+            return 1
+
+        def launch(self, blocks, threads, stream, parameters, kept, cluster):
+            launched.append((self.loaded, blocks, threads, stream, type(parameters), kept, cluster))
+
+    facts = driver.Facts("a GPU", capability, sms, shared_bytes, 0, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(driver, "facts", lambda device: facts)
+    monkeypatch.setattr(driver, "set_aside_l2", lambda device: None)
+    monkeypatch.setattr(driver, "Kernel", Kernel)
+    monkeypatch.setattr(op, "compile_kernel", lambda *given: compiled.append(given) or b"cubin")
+    monkeypatch.setattr(tensor_maps, "encode", lambda described: encoded.append(described) or bytes(128))
+    op._kernel.cache_clear()
+    op._loaded_once.cache_clear()
+    out = op.looped_blocks(inputs.x, inputs.blocks, inputs.modulation, 2, num_heads=inputs.num_heads)
+    op._kernel.cache_clear()
+    op._loaded_once.cache_clear()
+    target = target_of(capability)
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, target)
+    device = target.used_of(device_of(capability, sms, shared_bytes))
+    plan = choose(shape, device)
+    assert compiled == [(target.source, defines(shape, plan), architecture)]
+    loaded = (b"cubin", target.entry, plan.shared_bytes)
+    blocks = plan.cluster if plan.cluster > 1 else sms
+    assert launched == [(loaded, blocks, threads, 7, target.parameters, None, plan.cluster)]
+    assert plan.cluster == 1 or capability == (9, 0)
+    assert plan.shared_bytes <= shared_bytes and len(encoded) == mapped and out.shape == inputs.x.shape

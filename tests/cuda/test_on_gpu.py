@@ -64,7 +64,7 @@ def test_values(batch, length, loops):
     assert torch.equal(out, ours(inputs, loops)), "the same call gives the same bits"
 
 
-@pytest.mark.parametrize(("hidden", "heads"), [(256, 8), (512, 8), (1024, 16), (1024, 8)])
+@pytest.mark.parametrize(("hidden", "heads"), [(64, 4), (128, 4), (256, 8), (512, 8), (1024, 16), (1024, 8)])
 def test_other_widths(hidden, heads, target):
     if hidden // heads not in target.head_dims:
         pytest.skip(f"has no heads of {hidden // heads}")
@@ -74,8 +74,10 @@ def test_other_widths(hidden, heads, target):
     assert_matches_oracle(ours(inputs, 3), baseline, oracle)
 
 
-def test_a_row_does_not_depend_on_its_batch():
-    inputs = inputs_on_gpu(4, 81)
+@pytest.mark.parametrize(("hidden", "heads"), [(768, 12), (128, 4)])
+def test_a_row_does_not_depend_on_its_batch(hidden, heads):
+    """The narrow one runs in one cluster alone, and on the whole GPU with three others."""
+    inputs = inputs_on_gpu(4, 81, hidden, heads)
     whole = ours(inputs, 3)
     for sequence in range(4):
         alone = inputs._replace(x=inputs.x[sequence : sequence + 1])
@@ -105,3 +107,22 @@ def test_one_graph_serves_all_numbers_of_loops():
         loops.fill_(number)
         graph.replay()
         assert torch.equal(out, ours(inputs, number))
+
+
+def test_a_write_through_data_is_seen_by_calls_and_graphs():
+    inputs = inputs_on_gpu(1, 64)
+    first = ours(inputs, 2)
+    ours(inputs, 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = ours(inputs, 2)
+    weight = inputs.blocks[1].mlp_in
+    kept = weight.clone()
+    weight.data.copy_(-kept)
+    changed = ours(inputs, 2)
+    assert not torch.equal(changed, first)
+    graph.replay()
+    assert torch.equal(replayed, changed)
+    weight.data.copy_(kept)
+    graph.replay()
+    assert torch.equal(replayed, first)

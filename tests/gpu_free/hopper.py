@@ -21,6 +21,8 @@ SHAPES = {
     "small, 512 tokens": BlockShape(1, 512, 768, 12, 3072, 2),
     "small, 1024 tokens": BlockShape(1, 1024, 768, 12, 3072, 2),
     "heads of 128": BlockShape(1, 1024, 1024, 8, 4096, 2),
+    "sudoku, heads of 32": BlockShape(1, 81, 128, 4, 512, 2),
+    "sudoku6, heads of 16": BlockShape(1, 36, 64, 4, 256, 1),
 }
 
 

@@ -20,14 +20,18 @@ def product(left, right, out, keys: tl.constexpr, width: tl.constexpr, transpose
     tl.store(out + rows[:, None] * width + columns[None, :], tl.dot(a, b))
 
 
-def descriptors(transposed):
+def descriptors(transposed, keys=128, width=128):
     signature = {"left": "*bf16", "right": "*bf16", "out": "*fp32"}
-    constants = {"keys": 128, "width": 128, "transposed": transposed}
+    constants = {"keys": keys, "width": width, "transposed": transposed}
     source = ASTSource(product, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-    (fields,) = {int(word) for word in re.findall(r"or\.b64 .*, (\d{15,});", ptx)}
+    fields = sorted({int(word) % 2**64 for word in re.findall(r"or\.b64 .*, (-?\d{15,});", ptx)})
     steps = [int(word) for word in re.findall(r"(?:or\.b32|add\.s32) .*, (67\d{6});", ptx)]
     return {"fields": fields, "steps": steps}
 
 
-print(json.dumps({"inner": descriptors(True), "outer": descriptors(False)}))
+result = {"inner": descriptors(True), "outer": descriptors(False)}
+for size in (16, 32):  # heads of a narrow panel: keys [128, size] and values [128, size]
+    result[f"inner of {size}"] = descriptors(True, size, 128)
+    result[f"outer of {size}"] = descriptors(False, 128, size)
+print(json.dumps(result))

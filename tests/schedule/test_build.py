@@ -18,6 +18,21 @@ def test_positions_run_through_enter_loops_and_leave():
     assert [item for _, item in numbers] == [*table.enter, *table.loop, *table.loop, *table.leave, None]
 
 
+def test_a_block_does_the_same_in_every_loop():
+    table = build(SHAPE, TILES)
+    shares = [list(table.share(block, 7, 3)) for block in range(7)]
+    for share in shares:
+        loops = [[item for at, item in share if at == loop] for loop in range(3)]
+        assert loops[0] == loops[1] == loops[2]
+    positions = [
+        table.position(i, 3) for i in range(len(table.enter) + 3 * len(table.loop) + len(table.leave))
+    ]
+    everything = [at for share in shares for at in share]
+    assert len(everything) == len(positions) and set(everything) == set(positions)
+    for share in shares:
+        assert [positions.index(at) for at in share] == sorted(positions.index(at) for at in share)
+
+
 def test_every_tile_occurs_once():
     table = build(SHAPE, TILES)
     count = {Phase.QKV: 6, Phase.ATTENTION: 2, Phase.ATTN_OUT: 2, Phase.MLP_IN: 4, Phase.MLP_OUT: 1}
@@ -30,6 +45,21 @@ def test_every_tile_occurs_once():
         for row in range(2)
         for column in range(columns)
     )
+
+
+def test_parts_of_a_product_and_their_sums():
+    """The parts raise one counter, their sums the one that the next layer waits for."""
+    table = build(SHAPE, TILES._replace(mlp_out=16, mlp_out_parts=4))
+    parts = [item for item in table.loop if item.phase == Phase.MLP_OUT and item.layer == 1]
+    sums = [item for item in table.loop if item.phase == Phase.MLP_SUM and item.layer == 1]
+    places = [(s, r, p, c) for s in range(2) for r in range(2) for p in range(4) for c in range(2)]
+    assert [(i.sequence, i.row, i.part, i.column) for i in parts] == places
+    for item in sums:
+        assert item.wait == table.counter(Phase.MLP_OUT, 1, item.sequence, item.row) and item.wait_count == 8
+        assert item.signal == table.counter(Phase.MLP_SUM, 1, item.sequence, item.row)
+    for item in [*table.leave, *(i for i in table.loop if i.phase == Phase.QKV and i.layer == 0)]:
+        assert item.wait == table.counter(Phase.MLP_SUM, 1, item.sequence, item.row) and item.wait_count == 2
+    assert table.num_counters == 2 * 6 * 4 and build(SHAPE, TILES).num_counters == 2 * 5 * 4
 
 
 def test_halves_alternate():
@@ -47,6 +77,7 @@ def test_halves_alternate():
         ({}, {"qkv": 24}, r"tiles.qkv: got 24, expected a multiple of the head size 16"),
         ({"layers": 0}, {}, r"layers: got 0, expected at least 1"),
         ({}, {"rows": 0}, r"tiles.rows: got 0"),
+        ({}, {"mlp_out_parts": 3}, r"tiles.mlp_out_parts: got 3, expected a divisor of 64"),
     ],
 )
 def test_errors(shape, tiles, message):

@@ -17,6 +17,7 @@ from loopmdm_kernels.testing import looped_inputs
 
 SMALL = BlockShape(batch=2, length=40, hidden=32, heads=2, mlp=128, layers=2)
 TILES = Tiles(rows=16, qkv=16, attn_out=16, mlp_in=32, mlp_out=16)
+PARTS = TILES._replace(mlp_out_parts=4)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -26,10 +27,16 @@ def test_built_tables_pass(length, layers, adaptive):
     check(build(SMALL._replace(length=length, layers=layers), TILES, adaptive=adaptive))
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_tables_with_parts_pass(layers, adaptive):
+    check(build(SMALL._replace(layers=layers), PARTS, adaptive=adaptive))
+
+
 @pytest.mark.parametrize("length", [1, 81, 128, 1000])
 def test_tables_of_the_small_model_pass(length):
     rows = 64 if length < 512 else 128
-    tiles = Tiles(rows, 128, 64, 128, 64, heads=128 // rows)
+    tiles = Tiles(rows, 128, 64, 128, 64, heads=128 // rows, mlp_out_parts=4 if length <= 81 else 1)
     check(build(BlockShape(1, length, 768, 12, 3072, 2), tiles, adaptive=length == 81))
 
 
@@ -49,6 +56,7 @@ def first(table, phase, **words):
 
 
 PRODUCTS = (Phase.QKV, Phase.ATTENTION, Phase.ATTN_OUT, Phase.MLP_IN, Phase.MLP_OUT)
+SPLIT = (Phase.QKV, Phase.MLP_OUT, Phase.MLP_SUM)  # what parts of a product change
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -132,6 +140,28 @@ def test_the_wrong_half_of_a_buffer_is_found(phase, word):
     assert not torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("phase", SPLIT)
+def test_faults_between_parts_and_sums_are_found(phase):
+    table = build(SMALL._replace(batch=1), PARTS)
+    number = first(table, phase, layer=1, row=1, part=2 if phase is Phase.MLP_OUT else 0)
+    count = table.loop[number].wait_count
+    for words in ({"wait": -1, "wait_number": 0}, {"wait_count": count - 1}):
+        with pytest.raises(ScheduleError, match="not ordered"):
+            check(change(table, number, **words))
+    for words in ({"wait_count": count + 1}, {"signal": -1}):
+        with pytest.raises(ScheduleError, match="deadlock"):
+            check(change(table, number, **words))
+    with pytest.raises(ScheduleError, match="not ordered"):
+        check(change(table, number, signal_count=2))
+
+
+def test_a_part_computed_twice_is_found():
+    table = build(SMALL._replace(batch=1), PARTS)
+    number = first(table, Phase.MLP_OUT, layer=0, row=0, part=1)
+    with pytest.raises(ScheduleError, match=r"two writes.*partial"):
+        check(change(table, number, part=0))
+
+
 def test_keys_in_one_buffer_would_be_overwritten_while_read():
     """Why q, k and v have two halves: the next layer's come while slow tiles still read this layer's."""
     table = build(SMALL, TILES)
@@ -204,7 +234,7 @@ def test_errors_name_the_instructions():
 def test_every_random_change_of_a_wait_or_signal_is_found_or_harmless():
     """Whatever single word of a wait or signal changes, a table that passes still computes the same."""
     shape = SMALL._replace(batch=1, length=20)
-    table = build(shape, TILES)
+    table = build(shape, PARTS)
     inputs = looped_inputs(1, 20, 32, 2, 2)
     arguments = (inputs.x, inputs.blocks, inputs.modulation, 2)
     expected, _ = interpret(table, *arguments)
@@ -230,8 +260,8 @@ def test_every_random_change_of_a_wait_or_signal_is_found_or_harmless():
     assert found > 30
 
 
-def test_instructions_are_twelve_words():
-    table = build(SMALL, TILES, adaptive=True)
+def test_instructions_are_thirteen_words():
+    table = build(SMALL, PARTS, adaptive=True)
     words = table.encode()
-    assert words.dtype == torch.int32 and words.shape[1] == 12
+    assert words.dtype == torch.int32 and words.shape[1] == 13
     assert [Instruction(*row) for row in words.tolist()] == [*table.enter, *table.loop, *table.leave]

@@ -10,12 +10,12 @@ from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
 ROWS = 64
 
 
-def table_for(inputs, rows=ROWS, *, heads=1, adaptive=False):
+def table_for(inputs, rows=ROWS, *, heads=1, parts=1, adaptive=False):
     batch, length, hidden = inputs.x.shape
     mlp = inputs.blocks[0].mlp_in.shape[0]
     shape = BlockShape(batch, length, hidden, inputs.num_heads, mlp, len(inputs.blocks))
     head_dim = hidden // inputs.num_heads
-    return build(shape, Tiles(rows, 3 * head_dim, 16, 32, 16, heads), adaptive=adaptive)
+    return build(shape, Tiles(rows, 3 * head_dim, 16, 32, 16, heads, parts), adaptive=adaptive)
 
 
 def run(inputs, loops, *, table=None, **options):
@@ -74,6 +74,17 @@ def test_options(blocks, per_sequence, rotary):
     assert_equal_to_oracle(out, oracle(inputs, 3))
 
 
+@pytest.mark.parametrize("num_blocks", [1, 7, 132])
+@pytest.mark.parametrize("length", [1, 81])
+def test_parts_of_a_product(length, num_blocks):
+    inputs = looped_inputs(2, length, 32, num_heads=2, seed=length)
+    table = table_for(inputs, parts=4)
+    expected, _ = run(inputs, 3, table=table)
+    out, _ = run(inputs, 3, table=table, num_blocks=num_blocks, seed=1)
+    assert torch.equal(out, expected), "the order of the sum does not depend on who was first"
+    assert_equal_to_oracle(out, oracle(inputs, 3))
+
+
 def test_each_sequence_has_its_own_loops():
     inputs = looped_inputs(4, 20, 32, num_heads=2)
     loops = torch.tensor([3, 1, 5, 2])
@@ -94,7 +105,7 @@ def test_early_exit(num_blocks):
     inputs = inputs._replace(x=inputs.x * scale)
     expected, expected_used = oracle(inputs, 8, exit_threshold=0.2)
     assert len(set(expected_used.tolist())) > 1, "the test needs sequences that end at different loops"
-    table = table_for(inputs, 16, adaptive=True)
+    table = table_for(inputs, 16, parts=2, adaptive=True)
     out, used = run(inputs, 8, table=table, exit_threshold=0.2, num_blocks=num_blocks, seed=num_blocks)
     assert torch.equal(used, expected_used)
     assert_equal_to_oracle(out, expected)

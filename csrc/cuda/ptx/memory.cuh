@@ -38,18 +38,25 @@ __device__ inline float2 load_shared_pair(uint32_t address) {
   return pair;
 }
 
+// Signals are for all blocks, by global memory; or for those of one cluster, by shared memory of one of them.
+#if defined(LOOPMDM_CLUSTER)
+#  define LOOPMDM_SCOPE "cluster"
+#else
+#  define LOOPMDM_SCOPE "gpu.global"
+#endif
+
 __device__ inline int32_t load_acquire(const int32_t* address) {
   int32_t value;
-  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  asm volatile("ld.acquire." LOOPMDM_SCOPE ".b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
 }
 
 __device__ inline void store_release(int32_t* address, int32_t value) {
-  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+  asm volatile("st.release." LOOPMDM_SCOPE ".b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 __device__ inline void add_release(int32_t* address, int32_t value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+  asm volatile("red.release." LOOPMDM_SCOPE ".add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 __device__ inline void raise_to(int32_t* address, int32_t value) { atomicMax(address, value); }

@@ -32,6 +32,7 @@ struct uint4 {
   uint32_t x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
@@ -110,6 +111,7 @@ struct State {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Load> loads;
+  Meeting cluster;
   ucontext_t start;
   jmp_buf scheduler;
   Fiber* current = nullptr;
@@ -117,6 +119,7 @@ struct State {
   std::mt19937 random;
 };
 inline State* state = nullptr;
+inline int64_t weight_bytes = 0;  // loaded by TMA in this run
 
 inline Fiber& self() { return *state->current; }
 
@@ -139,6 +142,11 @@ inline void wait_until(std::function<bool()> condition) {
 }
 
 inline Barrier& barrier(uint32_t address) { return self().block->barriers.at(address); }
+
+// The swizzle is of addresses: bits 4-6, or as many as rows of 64 or 32 bytes have, by those from bit 7 on.
+inline uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
+  return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4;
+}
 
 inline uint8_t* shared_byte(uint32_t address) { return self().block->shared + (address - kSharedBase); }
 
@@ -166,6 +174,7 @@ inline void enter_fiber() {
 inline bool run(int num_blocks, int threads, unsigned seed, std::function<void()> kernel) {
   State here;
   state = &here;
+  weight_bytes = 0;
   here.threads = threads;
   here.kernel = std::move(kernel);
   here.random.seed(seed);

@@ -11,8 +11,8 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
-inline void load_box(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row, int matrix,
-                     uint64_t = 0) {
+inline void load_box(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
+                     int matrix) {
   emulator::Block* const block = emulator::self().block;
   const auto copy = [=]() -> int64_t {
     const uint64_t* const w = map->words;
@@ -23,8 +23,8 @@ inline void load_box(uint32_t target, const TensorMap* map, uint32_t barrier, in
         const uint8_t* const source =
             reinterpret_cast<const uint8_t*>(w[0]) + matrix * w[6] + (row + r) * w[5] + (column + c) * bytes;
         const uint32_t plain = target + (r * box_columns + c) * bytes;
-        // The swizzle is of addresses: bits 4-6 by bits 7-9.
-        uint8_t* const place = block->shared + ((plain ^ ((plain >> 7 & 7) << 4)) - emulator::kSharedBase);
+        uint8_t* const place =
+            block->shared + emulator::swizzled(plain, box_columns * bytes) - emulator::kSharedBase;
         if (inside) {
           memcpy(place, source, bytes);
         } else {
@@ -35,6 +35,13 @@ inline void load_box(uint32_t target, const TensorMap* map, uint32_t barrier, in
     return box_rows * box_columns * bytes;
   };
   emulator::state->loads.push_back({block, barrier, copy});
+}
+
+// Only weights are loaded to be kept in L2.
+inline void load_box(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row, int matrix,
+                     uint64_t) {
+  emulator::weight_bytes += map->words[1] * map->words[7] * map->words[8];
+  load_box(target, map, barrier, column, row, matrix);
 }
 
 }  // namespace loopmdm

@@ -18,11 +18,12 @@ void pin(float (&)[kNumber]) {}
 inline float operand_element(uint64_t descriptor, bool outer_major, int outer, int inner) {
   const uint32_t start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4,
                  stride = (descriptor >> 32 & 0x3FFF) << 4;
-  const uint32_t plain =
-      outer_major ? start + outer / 64 * leading + inner / 8 * stride + inner % 8 * 128 + outer % 64 * 2
-                  : start + outer / 8 * stride + outer % 8 * 128 + inner * 2;
+  const uint32_t row = 256u >> (descriptor >> 62);  // bytes of a row of an atom, by the swizzle
+  const uint32_t plain = outer_major ? start + outer / (row / 2) * leading + inner / 8 * stride +
+                                           inner % 8 * row + outer % (row / 2) * 2
+                                     : start + outer / 8 * stride + outer % 8 * row + inner * 2;
   uint16_t half;
-  memcpy(&half, emulator::shared_byte(plain ^ ((plain >> 7 & 7) << 4)), 2);
+  memcpy(&half, emulator::shared_byte(emulator::swizzled(plain, row)), 2);
   const uint32_t bits = static_cast<uint32_t>(half) << 16;
   float value;
   memcpy(&value, &bits, 4);
