@@ -14,12 +14,12 @@ from torch import Tensor
 
 from loopmdm_kernels.triton.attention import attention_forward
 from loopmdm_kernels.triton.config import tiles
-from loopmdm_kernels.triton.head import operand
+from loopmdm_kernels.triton.head import matrix, operand
 from loopmdm_kernels.triton.kernels.linear import norm_linear_kernel, residual_linear_kernel
 from loopmdm_kernels.triton.kernels.rows import row_moments_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.triton.linear import persistent_grid
-from loopmdm_kernels.types import BlockWeights
+from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Weight
 
 STATISTICS_GROUP = 64  # as in kernels/common.py
 
@@ -94,6 +94,22 @@ class Record(NamedTuple):
     branch2: Tensor
 
 
+def fp8_weights(
+    blocks: Sequence[BlockWeights | Fp8BlockWeights], dtype: torch.dtype
+) -> list[Fp8BlockWeights]:
+    """Those in fp8: biases in the dtype of the products; norms and matrices as they are."""
+    return [
+        block._replace(
+            norm1=block.norm1.contiguous(),
+            norm2=block.norm2.contiguous(),
+            mlp_in_bias=operand(block.mlp_in_bias, dtype),
+            mlp_out_bias=operand(block.mlp_out_bias, dtype),
+        )
+        for block in blocks
+        if isinstance(block, Fp8BlockWeights)
+    ]
+
+
 def cast_weights(blocks: Sequence[BlockWeights], dtype: torch.dtype) -> list[BlockWeights]:
     """Matrices and biases in the dtype of the products, once a call; norms as they are."""
     norms = {"norm1", "norm2"}
@@ -130,7 +146,7 @@ def residual_columns(rows: int, columns: int, depth: int, dtype: torch.dtype, de
 
 def block_forward(
     stream: Stream,
-    weights: BlockWeights,
+    weights: BlockWeights | Fp8BlockWeights,
     modulation: Tensor,
     options: Options,
     application: int,
@@ -193,7 +209,7 @@ def _norm_linear(
     stream: Stream,
     norm: Tensor,
     modulation: Tensor,
-    weight: Tensor,
+    weight: Tensor | Fp8Weight,
     bias: Tensor | None,
     options: Options,
     active: Tensor | None,
@@ -213,7 +229,7 @@ def _norm_linear(
         *stream,
         norm,
         modulation,
-        weight,
+        *matrix(weight, options.dtype),
         bias,
         active,
         h,
@@ -238,7 +254,7 @@ def _norm_linear(
 
 def _residual_linear(
     a: Tensor,
-    weight: Tensor,
+    weight: Tensor | Fp8Weight,
     bias: Tensor | None,
     gate: Tensor,
     stream: Stream,
@@ -258,7 +274,7 @@ def _residual_linear(
         residual_linear_kernel,
         persistent_grid(tile, rows, columns, a.device),
         a,
-        weight,
+        *matrix(weight, options.dtype),
         bias,
         gate,
         stream.x,

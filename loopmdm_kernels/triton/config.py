@@ -60,14 +60,18 @@ def default_tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, proce
     narrow = dtype != torch.float32
     if kernel == "attention":
         return _attention(shape[1], bool(shape[2]), narrow, processor.arch)
+    # Where rows of a result are no multiple of a vector, each number stored needs an address in registers.
+    uneven = kernel == "linear" and shape[1] % 16 != 0
     if not narrow:  # products of fp32 without tensor cores: accumulators and operands live in registers
-        return Tiles(32, 64, 16, 8, 3) if kernel == "sample" else Tiles(64, 64, 16, 4, 3)
+        return Tiles(32, 64, 16, 8, 3) if kernel == "sample" else Tiles(64, 32 if uneven else 64, 16, 4, 3)
     if kernel == "vocabulary":
         return Tiles(64, 128, 64, 4, 3)
     if kernel == "sample":  # the race and its statistics need registers beside the sums
         return Tiles(64, 64, 64, 8, 4)
     rows, columns, _ = shape
     large, small = _PRODUCTS[kernel]
+    if uneven:
+        large = large._replace(n=64)
     if processor.arch < 90:
         large = large._replace(k=32)
     # Large tiles move least through L2; they are worth it once they fill the multiprocessors.
