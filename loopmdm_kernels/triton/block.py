@@ -160,7 +160,7 @@ def block_forward(
     A record holds numbers, not leftovers of memory, for sequences that are not active too.
     """
     computed = None if keep else active
-    h1, qkv, _ = _norm_linear(
+    h1, qkv, _ = norm_linear(
         stream, weights.norm1, modulation[:, 0], weights.qkv, None, options, computed, gelu=False, keep=keep
     )
     mixed = torch.empty(stream.x.shape, dtype=options.dtype, device=stream.x.device)
@@ -172,10 +172,10 @@ def block_forward(
         one_head_a_column(mixed, options),
         computed,
     )
-    middle, branch1 = _residual_linear(
+    middle, branch1 = residual_linear(
         mixed, weights.attn_out, None, modulation[:, 2], stream, options, application, 0, active, None, keep
     )
-    h2, activated, before = _norm_linear(
+    h2, activated, before = norm_linear(
         middle,
         weights.norm2,
         modulation[:, 3],
@@ -186,7 +186,7 @@ def block_forward(
         gelu=True,
         keep=keep,
     )
-    end, branch2 = _residual_linear(
+    end, branch2 = residual_linear(
         activated,
         weights.mlp_out,
         weights.mlp_out_bias,
@@ -205,7 +205,7 @@ def block_forward(
     return end, record
 
 
-def _norm_linear(
+def norm_linear(
     stream: Stream,
     norm: Tensor,
     modulation: Tensor,
@@ -252,7 +252,7 @@ def _norm_linear(
     return h, out, before
 
 
-def _residual_linear(
+def residual_linear(
     a: Tensor,
     weight: Tensor | Fp8Weight,
     bias: Tensor | None,
