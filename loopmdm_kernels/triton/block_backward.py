@@ -88,7 +88,7 @@ def block_backward(
         batch, parts, size = sums.gates.shape[1:]
         launch(
             branch_backward_kernel,
-            (batch, parts),
+            (batch * parts,),
             grad,
             branch,
             modulation[:, 3 * index + 2],
@@ -113,7 +113,7 @@ def block_backward(
         batch, parts, size = sums.gates.shape[1:]
         launch(
             modulated_rows_backward_kernel,
-            (batch, parts),
+            (batch * parts,),
             x,
             None,
             norm,

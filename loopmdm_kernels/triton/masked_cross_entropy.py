@@ -245,7 +245,7 @@ def _rows_backward(
     sums = hidden.new_zeros(3, sequences, parts, size)
     launch(
         modulated_rows_backward_kernel,
-        (sequences, parts),
+        (sequences * parts,),
         hidden,
         rows,
         norm,

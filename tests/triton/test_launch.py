@@ -8,12 +8,14 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels import reference
-from loopmdm_kernels.testing import head_inputs, row_rng
+from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.triton import launch as launching
 from loopmdm_kernels.triton.config import KERNELS, Tiles, default_tiles, key, tiles
 from loopmdm_kernels.triton.launch import Processor, recording
+from loopmdm_kernels.triton.looped_blocks import looped_blocks
+from loopmdm_kernels.triton.masked_cross_entropy import masked_cross_entropy
 from loopmdm_kernels.triton.sample_rows import sample_rows
-from loopmdm_kernels.types import Head, RowRng
+from loopmdm_kernels.types import BlockWeights, Head, RowRng
 
 H200 = Processor(90, 132)
 BF16 = torch.bfloat16
@@ -139,6 +141,27 @@ def test_on_the_second_device():
         results.append([nll.cpu(), narrow.weight.grad.cpu()])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+def test_grids_of_huge_tensors():
+    """CUDA allows 2^31 - 1 programs in a row and 65535 in a column; x has 2^33 elements here."""
+    batch, length, hidden_size = 2**10, 2**13, 2**10
+    small = looped_inputs(1, 2, hidden_size, 8, 1).to(BF16, requires_grad=True)
+    block = BlockWeights(*(w.detach().to("meta").requires_grad_() for w in small.blocks[0]))
+    x = torch.empty(batch, length, hidden_size, device="meta", requires_grad=True)
+    _, wide = head_inputs(1, 2, hidden_size, 4096)
+    head = Head(*(t.to("meta", BF16).requires_grad_() for t in wide[:4]))
+    rows = torch.empty(batch * length, dtype=torch.int64, device="meta")
+    rng = RowRng(0, *(rows for _ in range(3)))
+    with recording(H200) as launches:
+        modulation = small.modulation.detach().to("meta")
+        looped_blocks(x, [block], modulation, 1, num_heads=8, exit_threshold=0.1)[0].sum().backward()
+        total, _ = masked_cross_entropy(x, head, rows.view(batch, length), rows, rows.float())
+        total.backward()
+        sample_rows(x, head, rows, rng)
+    assert len({launch.kernel.__name__ for launch in launches}) == 17
+    for launch in launches:
+        assert launch.grid[0] < 2**31 and all(n < 2**16 for n in launch.grid[1:]), launch.kernel
 
 
 def test_offsets_beyond_32_bits(device):
