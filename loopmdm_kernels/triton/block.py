@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.triton.attention import attention_forward
+from loopmdm_kernels.triton.attention import attention_forward, rest_of
 from loopmdm_kernels.triton.config import tiles
 from loopmdm_kernels.triton.head import matrix, operand
 from loopmdm_kernels.triton.kernels.linear import norm_linear_kernel, residual_linear_kernel
@@ -85,6 +85,7 @@ class Record(NamedTuple):
     h1: Tensor
     qkv: Tensor
     mixed: Tensor
+    rest: Tensor | None  # what rounding took from mixed
     log_sum_exp: Tensor
     branch1: Tensor
     middle: Tensor  # [T, D] fp32
@@ -164,12 +165,14 @@ def block_forward(
         stream, weights.norm1, modulation[:, 0], weights.qkv, None, options, computed, gelu=False, keep=keep
     )
     mixed = torch.empty(stream.x.shape, dtype=options.dtype, device=stream.x.device)
+    rest = rest_of(mixed) if keep else None
     log_sum_exp = attention_forward(
         *heads_of(qkv, options),
         options.mask,
         options.cos,
         options.sin,
         one_head_a_column(mixed, options),
+        None if rest is None else one_head_a_column(rest, options),
         computed,
     )
     middle, branch1 = residual_linear(
@@ -201,8 +204,8 @@ def block_forward(
     )
     if h1 is None or h2 is None or branch1 is None or branch2 is None or before is None:
         return end, None
-    record = Record(stream.x, h1, qkv, mixed, log_sum_exp, branch1, middle.x, h2, before, activated, branch2)
-    return end, record
+    kept = (stream.x, h1, qkv, mixed, rest, log_sum_exp, branch1, middle.x, h2, before, activated, branch2)
+    return end, Record(*kept)
 
 
 def norm_linear(

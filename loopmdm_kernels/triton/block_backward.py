@@ -150,6 +150,7 @@ def block_backward(
         options.cos,
         options.sin,
         one_head_a_column(record.mixed, options),
+        None if record.rest is None else one_head_a_column(record.rest, options),
         record.log_sum_exp,
         one_head_a_column(of_mixed, options),
         *heads_of(of_qkv, options),

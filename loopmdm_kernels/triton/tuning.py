@@ -174,14 +174,15 @@ def _attention_problems(
     q, k, v, out, grad = tensors.unbind()
     grads = torch.empty_like(tensors[:3]).unbind()
     cos, sin = options.cos, options.sin
-    log_sum_exp = attention_forward(q, k, v, None, cos, sin, out)
+    rest = torch.empty_like(out)
+    log_sum_exp = attention_forward(q, k, v, None, cos, sin, out, rest)
     yield Problem(
-        "attention", (shape[1], shape[3], 0), lambda: attention_forward(q, k, v, None, cos, sin, out)
+        "attention", (shape[1], shape[3], 0), lambda: attention_forward(q, k, v, None, cos, sin, out, rest)
     )
     yield Problem(
         "attention",
         (shape[1], shape[3], 1),
-        lambda: attention_backward(q, k, v, None, cos, sin, out, log_sum_exp, grad, *grads),
+        lambda: attention_backward(q, k, v, None, cos, sin, out, rest, log_sum_exp, grad, *grads),
     )
 
 
