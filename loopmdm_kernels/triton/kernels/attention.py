@@ -41,7 +41,7 @@ def load_halves(
 @triton.jit
 def load_angles(cos_ptr, sin_ptr, position, length, half, HALF: tl.constexpr):
     col = tl.arange(0, HALF)
-    at = position.to(tl.int64)[:, None] * half + col[None, :]
+    at = position[:, None] * half + col[None, :]  # 32 bits: wider offsets are spilled
     exists = (position < length)[:, None] & (col < half)[None, :]
     cos = tl.load(cos_ptr + at, mask=exists, other=0.0).to(tl.float32)
     return cos, tl.load(sin_ptr + at, mask=exists, other=0.0).to(tl.float32)
