@@ -13,7 +13,7 @@ from loopmdm.solve import solve_puzzles
 from loopmdm_kernels.types import Fp8BlockWeights, Fp8Head, Fp8Weight
 
 # The tolerance, on the blanks of 6x6 puzzles all at once, at six loops: nats, and the share of
-# equal most probable digits. 0.003 and 0.995 were seen (docs/measured.md).
+# equal most probable digits. What was seen is in docs/measured.md.
 NATS, SAME = 0.01, 0.98
 
 
