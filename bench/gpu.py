@@ -200,7 +200,7 @@ def measure(device: torch.device, sizes: Sizes, *, dry: bool) -> dict[str, Any]:
             hidden, head = cases.head_on(device, sizes, batch, length, BF16)
             rows = min(64, batch * length)
             for op, calls in cases.fp8_calls(inputs, sizes.loops, hidden, head, rows).items():
-                name = f"{op}, fp8 weights T{batch * length}"
+                name = f"{op} fp8 weights T{batch * length}"
                 figures[name] = timed(name, calls, sizes, graphs=True, dry=dry)
         for num_rows in sizes.sampled_rows:
             hidden, head = cases.head_on(device, sizes, 1, max(num_rows, 2), BF16)
