@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.graphs import Capture, CudaGraphs
 from loopmdm_kernels.testing import head_inputs, interleaved_medians, row_rng
 from loopmdm_kernels.triton.attention import attention_backward, attention_forward
 from loopmdm_kernels.triton.block import Options, Stream, norm_linear, residual_linear
@@ -80,9 +81,10 @@ def tune(
         if name in table:
             continue
         default = default_tiles(problem.kernel, problem.shape, DTYPE, here)
+        capture = CudaGraphs(device) if device.type == "cuda" else None
         calls = {}
         for tile in (default, *candidates[problem.kernel]):
-            call = _ready(problem.call, {name: tile}, device)
+            call = _ready(problem.call, {name: tile}, capture)
             if call is not None:
                 calls[str(tuple(tile))] = (tile, call)
         medians = interleaved_medians(
@@ -187,7 +189,7 @@ def _attention_problems(
 
 
 def _ready(
-    call: Callable[[], Any], table: dict[str, Tiles], device: torch.device
+    call: Callable[[], Any], table: dict[str, Tiles], capture: Capture | None
 ) -> Callable[[], Any] | None:
     """Some calls with these tiles, compiled, as one graph; None if the processor has not enough for them."""
     from triton.runtime.errors import OutOfResources
@@ -200,16 +202,12 @@ def _ready(
 
     def some() -> None:
         with trying(table):
-            for _ in range(_AT_ONCE if device.type == "cuda" else 1):
+            for _ in range(1 if capture is None else _AT_ONCE):
                 call()
 
-    if device.type != "cuda":
+    if capture is None:
         return some
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize(device)
-    with torch.cuda.graph(graph):
-        some()
-    return graph.replay
+    return capture(some)
 
 
 def _write(table: Mapping[str, Tiles], path: Path) -> None:
