@@ -12,7 +12,7 @@ import loopmdm_kernels as lk
 from bench import peers
 from loopmdm_kernels import reference
 from loopmdm_kernels.testing import LoopedInputs, head_inputs, looped_inputs, row_rng
-from loopmdm_kernels.types import BlockWeights, Head, Rotary, RowRng
+from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Head, Rotary, RowRng
 
 Calls = Mapping[str, Callable[[], Any]]
 
@@ -87,6 +87,14 @@ def head_on(
     leaves = [t.to(device, dtype).requires_grad_(grad) for t in head[:4]]
     wide = torch.promote_types(dtype, torch.float32)
     return hidden.to(device, wide).requires_grad_(grad), Head(*leaves, head.excluded_token)
+
+
+def in_fp8(inputs: LoopedInputs, head: Head) -> tuple[list[Fp8BlockWeights], Fp8Head]:
+    """The matrices rounded from bf16 to e4m3."""
+    blocks = [BlockWeights(*(w.to(torch.bfloat16) for w in block)) for block in inputs.blocks]
+    norm, weight, bias, modulation = (t.to(torch.bfloat16) for t in head[:4])
+    narrow = Head(norm, weight, bias, modulation, head.excluded_token)
+    return [Fp8BlockWeights.of(block) for block in blocks], Fp8Head.of(narrow)
 
 
 def rows_on(device: torch.device, sizes: Sizes, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,6 +191,26 @@ def liger_loss(hidden: Tensor, head: Head, targets: Tensor) -> Callable[[], Tens
     loss = LigerFusedLinearCrossEntropyLoss()
     narrow = hidden.flatten(0, 1).to(head.weight.dtype)
     return lambda: loss(head.weight, narrow, targets.flatten(), head.bias)
+
+
+def fp8_calls(
+    inputs: LoopedInputs, num_loops: int, hidden: Tensor, head: Head, num_rows: int
+) -> dict[str, Calls]:
+    """Loops and draws with weights in e4m3, beside the same in bf16."""
+    blocks, narrow = in_fp8(inputs, head)
+    narrow_inputs = inputs._replace(blocks=blocks)  # type: ignore[arg-type]
+    rows, names = torch.arange(num_rows, device=hidden.device), names_on(hidden.device, num_rows)
+    options = {"compute_dtype": torch.bfloat16}
+    return {
+        "looped_blocks": {
+            "ours": lambda: apply_loops(lk.looped_blocks, narrow_inputs, num_loops, **options),
+            "bf16 weights": lambda: apply_loops(lk.looped_blocks, inputs, num_loops),
+        },
+        "sample_rows": {
+            "ours": lambda: lk.sample_rows(hidden, narrow, rows, names, **options),
+            "bf16 weights": lambda: lk.sample_rows(hidden, head, rows, names),
+        },
+    }
 
 
 def sample_calls(hidden: Tensor, head: Head, num_rows: int, compiled: Callable[..., Any]) -> Calls:

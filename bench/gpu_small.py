@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 import loopmdm_kernels as lk
-from bench.gpu_cases import TINY, apply_loops, head_on, looped_on, names_on, rows_on
+from bench.gpu_cases import TINY, apply_loops, head_on, in_fp8, looped_on, names_on, rows_on
 
 
 def main() -> None:
@@ -27,6 +27,9 @@ def main() -> None:
             lk.sample_rows(hidden, head, rows, names_on(device, rows.shape[0]))
             lk.sample_rows(hidden, head, rows, names_on(device, rows.shape[0]), top_k=3)
             lk.head_logits(hidden, head)
+            blocks, narrow = in_fp8(inputs, head)
+            apply_loops(lk.looped_blocks, inputs._replace(blocks=blocks), 2, compute_dtype=torch.bfloat16)
+            lk.head_logits(hidden, narrow, compute_dtype=torch.bfloat16)
         mask = torch.ones(batch, length, dtype=torch.bool, device=device)
         mask[0, 1] = False
         q = torch.randn(batch, 2, length, 24, device=device, requires_grad=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from loopmdm_kernels.triton.launch import Launch, Processor, recording
 from loopmdm_kernels.triton.looped_blocks import looped_blocks
 from loopmdm_kernels.triton.masked_cross_entropy import masked_cross_entropy
 from loopmdm_kernels.triton.sample_rows import sample_rows
-from loopmdm_kernels.types import BlockWeights, Head, Rotary, RowRng
+from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Fp8Weight, Head, Rotary, RowRng
 
 PROCESSORS = {80: Processor(80, 108), 90: Processor(90, 132), 100: Processor(100, 148)}
 # Hidden size, heads, vocabulary, batch, length of the presets; few and many tokens: small, large tiles.
@@ -68,9 +69,37 @@ def preset_launches(shape: str, dtype: torch.dtype, processor: Processor) -> lis
             head_logits(x, head)
         total, _ = masked_cross_entropy(x, head, targets, rows, weights)
         total.backward()
+        if dtype == torch.bfloat16 and hidden_size == SHAPES["small"][0]:
+            fp8_calls(x.detach(), blocks[0], head, targets, rows, names, shared)
         q = torch.empty(batch, heads, length, hidden_size // heads, dtype=dtype, device="meta")
         attention(q.requires_grad_(), q, q, key_mask=mask).sum().backward()
     return launches
+
+
+def fp8_calls(
+    x: Tensor,
+    block: BlockWeights,
+    head: Head,
+    targets: Tensor,
+    rows: Tensor,
+    names: RowRng,
+    shared: Mapping[str, Any],
+) -> None:
+    """The ops that take e4m3 matrices, with those of these shapes."""
+
+    def fp8(weight: Tensor) -> Fp8Weight:
+        scale = torch.empty(weight.shape[0], device="meta")
+        return Fp8Weight(weight.detach().to(torch.float8_e4m3fn), scale)
+
+    narrow = Fp8BlockWeights(*(fp8(w) if w.ndim == 2 else w.detach() for w in block))
+    narrow_head = Fp8Head(*(t.detach() for t in head[:4]), head.excluded_token)
+    narrow_head = narrow_head._replace(weight=fp8(head.weight))
+    modulation = head.modulation.new_empty(1, head.modulation.shape[0], 6, x.shape[2])
+    looped_blocks(x, [narrow], modulation, 1, **shared, compute_dtype=torch.bfloat16)
+    sample_rows(x, narrow_head, rows, names, compute_dtype=torch.bfloat16)
+    head_logits(x, narrow_head, compute_dtype=torch.bfloat16)
+    weights = torch.empty(rows.shape[0], device="meta")
+    masked_cross_entropy(x, narrow_head, targets, rows, weights, compute_dtype=torch.bfloat16)
 
 
 def all_launches(archs: tuple[int, ...], shapes: tuple[str, ...]) -> Iterator[tuple[str, Launch]]:

@@ -23,6 +23,7 @@ from loopmdm_kernels import reference
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = ("cpu",)  # not triton and cuda: their kernels have not run on a device yet
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+_WITH_FP8_WEIGHTS = ("triton",)
 
 # The ops of each backend. A kernel module holds a function named like the op, and
 # supports(**arguments) -> str | None: why it cannot take these arguments, or None.
@@ -83,22 +84,25 @@ def forced() -> str | None:
     return _forced.get() or os.environ.get("LOOPMDM_BACKEND") or None
 
 
-def implementation(op: str, device: torch.device, **arguments: Any) -> Callable[..., Any]:
+def implementation(
+    op: str, device: torch.device, *, fp8_weights: bool = False, **arguments: Any
+) -> Callable[..., Any]:
     """The function that performs `op` on tensors of `device`.
 
-    `arguments` are those of the op on which a kernel's support depends.
+    `fp8_weights`: matrices are e4m3, which the reference and some backends take. `arguments` are those of the
+    op on which a kernel's support depends.
     """
     asked = forced()
     if asked is not None:
         _check_name("LOOPMDM_BACKEND", asked)
         if asked == "reference":
             return _reference(op)
-        reason = _why_unavailable(asked) or _why_not(asked, op, device, arguments)
+        reason = _why_unavailable(asked) or _why_not(asked, op, device, fp8_weights, arguments)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {asked!r} was asked for and cannot do this: {reason}")
         return _kernel(asked, op)
     for name in PREFERENCE:
-        if _why_not(name, op, device, arguments) is None and _why_unavailable(name) is None:
+        if _why_not(name, op, device, fp8_weights, arguments) is None and _why_unavailable(name) is None:
             return _kernel(name, op)
     return _reference(op)
 
@@ -141,9 +145,13 @@ def _why_no_triton() -> str | None:
     return None
 
 
-def _why_not(name: str, op: str, device: torch.device, arguments: dict[str, Any]) -> str | None:
+def _why_not(
+    name: str, op: str, device: torch.device, fp8_weights: bool, arguments: dict[str, Any]
+) -> str | None:
     if op not in _KERNEL_MODULES[name]:
         return f"it has no kernel for {op}"
+    if fp8_weights and name not in _WITH_FP8_WEIGHTS:
+        return "it has no kernels for fp8 weights"
     wanted = "cpu" if name == "triton" and _interpreted() else _DEVICE_OF[name]
     if device.type != wanted:
         return f"its tensors must be on a {wanted} device, got {device}"

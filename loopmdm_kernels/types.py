@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
 
 
 class BlockWeights(NamedTuple):
@@ -20,6 +23,56 @@ class BlockWeights(NamedTuple):
     mlp_out_bias: Tensor  # [D]
 
 
+class Fp8Weight(NamedTuple):
+    """A matrix [out, in] for inference: numbers in e4m3, and the power of two each row is multiplied by.
+
+    So bf16 holds the matrix exactly, and products that are scaled afterwards have the bits of its products.
+    """
+
+    values: Tensor  # [out, in] float8_e4m3fn
+    scale: Tensor  # [out] float32
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Fp8Weight:
+        """weight [out, in] rounded to nearest: by at most 2^-4 of a number, or 2^-17 of the row's largest."""
+        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        _, exponent = torch.frexp(wide.abs().amax(dim=1) / torch.finfo(FP8).max)
+        scale = torch.ldexp(torch.ones_like(wide[:, 0]), exponent.clamp(min=-126))
+        return cls((wide / scale[:, None]).to(FP8).contiguous(), scale.float())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self.values.to(wide) * self.scale.to(wide)[:, None]).to(dtype)
+
+
+class Fp8BlockWeights(NamedTuple):
+    """`BlockWeights` for inference with e4m3 matrices."""
+
+    norm1: Tensor
+    qkv: Fp8Weight
+    attn_out: Fp8Weight
+    norm2: Tensor
+    mlp_in: Fp8Weight
+    mlp_in_bias: Tensor
+    mlp_out: Fp8Weight
+    mlp_out_bias: Tensor
+
+    @classmethod
+    def of(cls, weights: BlockWeights) -> Fp8BlockWeights:
+        return cls(*(Fp8Weight.of(w) if w.ndim == 2 else w.detach() for w in weights))  # type: ignore[arg-type]
+
+    def dequantized(self, dtype: torch.dtype) -> BlockWeights:
+        return BlockWeights(*(w.dequantized(dtype) if isinstance(w, Fp8Weight) else w for w in self))
+
+
 class Head(NamedTuple):
     """Final layer norm, modulation and vocabulary projection."""
 
@@ -28,6 +81,25 @@ class Head(NamedTuple):
     bias: Tensor  # [V]
     modulation: Tensor  # [1 or B, 2, D]: shift, scale
     excluded_token: int = -1  # token of probability 0 (the mask); -1: none
+
+
+class Fp8Head(NamedTuple):
+    """`Head` for inference with an e4m3 projection."""
+
+    norm: Tensor
+    weight: Fp8Weight
+    bias: Tensor
+    modulation: Tensor
+    excluded_token: int = -1
+
+    @classmethod
+    def of(cls, head: Head) -> Fp8Head:
+        norm, weight, bias, modulation, excluded_token = head
+        return cls(norm.detach(), Fp8Weight.of(weight), bias.detach(), modulation.detach(), excluded_token)
+
+    def dequantized(self, dtype: torch.dtype) -> Head:
+        norm, weight, bias, modulation, excluded_token = self
+        return Head(norm, weight.dequantized(dtype), bias, modulation, excluded_token)
 
 
 class Rotary(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.types import Head, Rotary
+from loopmdm_kernels.types import FP8, Fp8Head, Fp8Weight, Head, Rotary
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STREAM_FLOATS = (torch.float32, torch.float64)
@@ -34,6 +34,29 @@ def tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name}: on {value.device}, expected {device} like the first argument")
     return value
+
+
+def matrix(name: str, value: Any, *, shape: Sequence[Any], device: torch.device) -> None:
+    """Check a weight matrix, of floats or in e4m3."""
+    if not isinstance(value, Fp8Weight):
+        tensor(name, value, dtypes=FLOATS, shape=shape, device=device)
+        return
+    tensor(f"{name}.values", value.values, dtypes=(FP8,), shape=shape, device=device)
+    tensor(f"{name}.scale", value.scale, dtypes=(torch.float32,), shape=value.shape[:1], device=device)
+
+
+def for_inference(name: str, compute_dtype: torch.dtype | None, **tensors: Tensor) -> None:
+    """Check what fp8 weights, the argument `name`, ask of the call."""
+    if compute_dtype is None:
+        raise ValueError(
+            f"compute_dtype: got None, expected the dtype of the products; {name} holds fp8 weights"
+        )
+    wanted = [key for key, value in tensors.items() if value.requires_grad]
+    if wanted and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: fp8 weights are for inference, and a gradient is wanted of {', '.join(wanted)}; "
+            "expected a call under torch.no_grad()"
+        )
 
 
 def _fits(got: Sequence[int], wanted: Sequence[Any]) -> bool:
@@ -67,11 +90,14 @@ def key_mask(value: Tensor | None, batch: int, length: int, device: torch.device
         raise ValueError("key_mask: a sequence has no key to attend; expected at least one True in each row")
 
 
-def head(value: Head, hidden_size: int, batch: int, device: torch.device) -> int:
+def head(value: Head | Fp8Head, hidden_size: int, batch: int, device: torch.device) -> int:
     """Check a vocabulary head and return V."""
-    tensor("head.weight", value.weight, dtypes=FLOATS, shape=("V", hidden_size), device=device)
-    not_empty("head.weight", value.weight)
+    matrix("head.weight", value.weight, shape=("V", hidden_size), device=device)
     vocab_size = value.weight.shape[0]
+    if not vocab_size:
+        raise ValueError(
+            f"head.weight: got shape {list(value.weight.shape)}, expected no dimension of size 0"
+        )
     tensor("head.norm", value.norm, dtypes=FLOATS, shape=(hidden_size,), device=device)
     tensor("head.bias", value.bias, dtypes=FLOATS, shape=(vocab_size,), device=device)
     tensor(

@@ -9,27 +9,35 @@ from torch import Tensor
 
 from loopmdm_kernels import backends, reference
 from loopmdm_kernels.ops import checks
-from loopmdm_kernels.types import Head
+from loopmdm_kernels.types import Fp8Head, Head
 
 
-def head_logits(hidden: Tensor, head: Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:
+def head_logits(hidden: Tensor, head: Head | Fp8Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:
     """Logits [B, L, V] in the compute dtype, the excluded token's included.
 
     Args:
         hidden: [B, L, D] float32 or float64, the residual stream before the final norm.
         head: final norm, modulation and vocabulary projection.
-        compute_dtype: dtype of the projection's operands and of the result; None: that of `head.weight`.
+        compute_dtype: dtype of the projection's operands and of the result; None: that of `head.weight`,
+            unless this is fp8.
     """
     checks.tensor("hidden", hidden, dtypes=checks.STREAM_FLOATS, shape=("B", "L", "D"))
     checks.not_empty("hidden", hidden)
     batch, _, hidden_size = hidden.shape
     checks.head(head, hidden_size, batch, hidden.device)
     checks.compute_dtype(compute_dtype)
+    if isinstance(head, Fp8Head):
+        checks.for_inference("head", compute_dtype, hidden=hidden)
     if torch.compiler.is_compiling():
         implementation: Callable[..., Tensor] = reference.head_logits
     else:
         implementation = backends.implementation(
-            "head_logits", hidden.device, hidden=hidden, head=head, compute_dtype=compute_dtype
+            "head_logits",
+            hidden.device,
+            fp8_weights=isinstance(head, Fp8Head),
+            hidden=hidden,
+            head=head,
+            compute_dtype=compute_dtype,
         )
     with torch.autocast(hidden.device.type, enabled=False):
         return implementation(hidden, head, compute_dtype=compute_dtype)

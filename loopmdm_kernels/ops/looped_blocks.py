@@ -11,12 +11,12 @@ from torch import Tensor
 from loopmdm_kernels import backends
 from loopmdm_kernels.ops import checks
 from loopmdm_kernels.ops.library import register, register_autograd
-from loopmdm_kernels.types import BlockWeights, Rotary
+from loopmdm_kernels.types import FP8, BlockWeights, Fp8BlockWeights, Fp8Weight, Rotary
 
 
 def looped_blocks(
     x: Tensor,
-    blocks: Sequence[BlockWeights],
+    blocks: Sequence[BlockWeights | Fp8BlockWeights],
     modulation: Tensor,
     num_loops: int | Tensor,
     *,
@@ -34,14 +34,15 @@ def looped_blocks(
 
     Args:
         x: [B, L, D] float32 or float64, the residual stream H(0); it stays in this dtype.
-        blocks: n >= 1 blocks of equal shapes; linear weights [out, in] in any float dtype.
+        blocks: n >= 1 blocks of equal shapes; linear weights [out, in] in any float dtype. For inference
+            they may be `Fp8BlockWeights`, all of them.
         modulation: [n, 1 or B, 6, D]: shift, scale, gate of attention, then of the MLP, for each block.
         num_loops: S >= 1 for all sequences, or int64 [B] with one S each.
         num_heads: H; D is a multiple of 2H.
         max_loops: with one S each, none is larger; else S must be read from the device, which waits for it.
         rotary: angles applied to q and k; None: no positions here.
         key_mask: [B, L] bool, True at keys that may be attended; None: all.
-        compute_dtype: dtype of the matrix products; None: that of the weights.
+        compute_dtype: dtype of the matrix products; None: that of the weights, unless these are fp8.
         dropout: rate on both branch outputs before the gate; masks are a function of `dropout_seed`.
         exit_threshold: stop a sequence after loop k when ||H(k) - H(k-1)|| / ||H(k)|| (Frobenius norms of the
             sequence) is below it, at the latest after `num_loops`.
@@ -71,7 +72,7 @@ def looped_blocks(
         loops, per_sequence = (1, num_loops) if isinstance(num_loops, Tensor) else (num_loops, None)
         out, used = torch.ops.loopmdm.looped_blocks(
             x,
-            [tensor for weights in blocks for tensor in weights],
+            _flat(blocks),
             modulation,
             loops,
             per_sequence,
@@ -107,7 +108,7 @@ def looped_blocks(
 
 def _implementation(
     x: Tensor,
-    blocks: Sequence[BlockWeights],
+    blocks: Sequence[BlockWeights | Fp8BlockWeights],
     num_loops: int | Tensor,
     compute_dtype: torch.dtype | None,
     dropout: float,
@@ -116,6 +117,7 @@ def _implementation(
     return backends.implementation(
         "looped_blocks",
         x.device,
+        fp8_weights=isinstance(blocks[0], Fp8BlockWeights),
         x=x,
         blocks=blocks,
         num_loops=num_loops,
@@ -127,7 +129,7 @@ def _implementation(
 
 def _check(
     x: Tensor,
-    blocks: Sequence[BlockWeights],
+    blocks: Sequence[BlockWeights | Fp8BlockWeights],
     modulation: Tensor,
     num_loops: int | Tensor,
     max_loops: int | None,
@@ -147,6 +149,8 @@ def _check(
         )
     if not len(blocks):
         raise ValueError("blocks: got none, expected at least one")
+    if len({type(weights) for weights in blocks}) > 1:
+        raise TypeError("blocks: got some with fp8 weights, expected all or none")
     width = blocks[0].mlp_in.shape[0]
     shapes = (
         (hidden,), (3 * hidden, hidden), (hidden, hidden), (hidden,),
@@ -154,9 +158,7 @@ def _check(
     )  # fmt: skip
     for index, weights in enumerate(blocks):
         for name, value, shape in zip(BlockWeights._fields, weights, shapes, strict=True):
-            checks.tensor(
-                f"blocks[{index}].{name}", value, dtypes=checks.FLOATS, shape=shape, device=x.device
-            )
+            checks.matrix(f"blocks[{index}].{name}", value, shape=shape, device=x.device)
     checks.tensor(
         "modulation",
         modulation,
@@ -176,10 +178,32 @@ def _check(
     checks.rotary(rotary, length, hidden // num_heads, x.device)
     checks.key_mask(key_mask, batch, length, x.device)
     checks.compute_dtype(compute_dtype)
+    if isinstance(blocks[0], Fp8BlockWeights):
+        checks.for_inference("blocks", compute_dtype, x=x, modulation=modulation)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
     if exit_threshold is not None and not exit_threshold >= 0.0:
         raise ValueError(f"exit_threshold: got {exit_threshold}, expected None or a number >= 0")
+
+
+def _flat(blocks: Sequence[BlockWeights | Fp8BlockWeights]) -> list[Tensor]:
+    """All tensors; the scale of an fp8 matrix after its values."""
+    tensors: list[Tensor] = []
+    for weights in blocks:
+        for value in weights:
+            tensors += value if isinstance(value, Fp8Weight) else (value,)
+    return tensors
+
+
+def _blocks(tensors: Sequence[Tensor]) -> list[BlockWeights] | list[Fp8BlockWeights]:
+    """What `_flat` flattened."""
+    if not any(tensor.dtype == FP8 for tensor in tensors):
+        width = len(BlockWeights._fields)
+        return [BlockWeights(*tensors[i : i + width]) for i in range(0, len(tensors), width)]
+    rest = iter(tensors)
+    values: list[Any] = [Fp8Weight(t, next(rest)) if t.dtype == FP8 else t for t in rest]
+    width = len(Fp8BlockWeights._fields)
+    return [Fp8BlockWeights(*values[i : i + width]) for i in range(0, len(values), width)]
 
 
 def _run(
@@ -198,9 +222,8 @@ def _run(
     exit_threshold: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The op behind the operator: flat weights in, always the loops used out."""
-    width = len(BlockWeights._fields)
     loops = num_loops if loops_per_sequence is None else loops_per_sequence
-    blocks = [BlockWeights(*weights[i : i + width]) for i in range(0, len(weights), width)]
+    blocks = _blocks(weights)
     result = _implementation(x, blocks, loops, compute_dtype, dropout, exit_threshold)(
         x,
         blocks,

@@ -10,12 +10,12 @@ from torch import Tensor
 from loopmdm_kernels import backends
 from loopmdm_kernels.ops import checks
 from loopmdm_kernels.ops.library import register, register_autograd
-from loopmdm_kernels.types import Head
+from loopmdm_kernels.types import Fp8Head, Head
 
 
 def masked_cross_entropy(
     hidden: Tensor,
-    head: Head,
+    head: Head | Fp8Head,
     targets: Tensor,
     rows: Tensor,
     row_weights: Tensor,
@@ -30,7 +30,7 @@ def masked_cross_entropy(
         targets: [B, L] int64 clean tokens, read at `rows` only.
         rows: [R] int64 flat indices b*L + l of the masked tokens, R may be 0.
         row_weights: [R] float, the NELBO weight of each row (1/t).
-        compute_dtype: dtype of the projection's operands; None: that of `head.weight`.
+        compute_dtype: dtype of the projection's operands; None: that of `head.weight`, unless this is fp8.
 
     Returns:
         The weighted sum (scalar) and -log p of each row [R] in nats, float32 or float64.
@@ -45,38 +45,46 @@ def masked_cross_entropy(
         "row_weights", row_weights, dtypes=checks.FLOATS, shape=(rows.shape[0],), device=hidden.device
     )
     checks.compute_dtype(compute_dtype)
+    if isinstance(head, Fp8Head):
+        checks.for_inference("head", compute_dtype, hidden=hidden, row_weights=row_weights)
     if checks.can_read(targets):
         wanted = targets.flatten()[rows]
         checks.in_range("targets", wanted, 0, vocab_size)
         if bool((wanted == head.excluded_token).any()):
             raise ValueError(f"targets: a row's target is the excluded token {head.excluded_token}")
     if torch.compiler.is_compiling():
+        if isinstance(head, Fp8Head):
+            head = head.dequantized(compute_dtype or hidden.dtype)
         total, nll = torch.ops.loopmdm.masked_cross_entropy(
             hidden, *head, targets, rows, row_weights, compute_dtype or head.weight.dtype
         )
         return total, nll
-    return _run(hidden, *head, targets, rows, row_weights, compute_dtype)
+    return _run(hidden, head, targets, rows, row_weights, compute_dtype)
 
 
 def _run(
     hidden: Tensor,
-    norm: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    modulation: Tensor,
-    excluded_token: int,
+    head: Head | Fp8Head,
     targets: Tensor,
     rows: Tensor,
     row_weights: Tensor,
     compute_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    head = Head(norm, weight, bias, modulation, excluded_token)
     implementation = backends.implementation(
-        "masked_cross_entropy", hidden.device, hidden=hidden, head=head, compute_dtype=compute_dtype
+        "masked_cross_entropy",
+        hidden.device,
+        fp8_weights=isinstance(head, Fp8Head),
+        hidden=hidden,
+        head=head,
+        compute_dtype=compute_dtype,
     )
     with torch.autocast(hidden.device.type, enabled=False):
         total, nll = implementation(hidden, head, targets, rows, row_weights, compute_dtype=compute_dtype)
     return total, nll
+
+
+def _forward_run(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _run(hidden, Head(*args[:5]), *args[5:])
 
 
 def _backward_run(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -85,9 +93,8 @@ def _backward_run(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Ten
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (hidden, norm, weight, bias, modulation, row_weights)]
         hidden, norm, weight, bias, modulation, row_weights = leaves
-        outputs = _run(
-            hidden, norm, weight, bias, modulation, excluded_token, targets, rows, row_weights, compute_dtype
-        )
+        head = Head(norm, weight, bias, modulation, excluded_token)
+        outputs = _run(hidden, head, targets, rows, row_weights, compute_dtype)
         return torch.autograd.grad(outputs, leaves, (grad_total, grad_nll))
 
 
@@ -119,7 +126,7 @@ _ARGUMENTS = (
     "Tensor hidden, Tensor norm, Tensor weight, Tensor bias, Tensor modulation, int excluded_token, "
     "Tensor targets, Tensor rows, Tensor row_weights, ScalarType compute_dtype"
 )
-register(f"masked_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor)", _run, _fake)
+register(f"masked_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor)", _forward_run, _fake)
 register(
     f"masked_cross_entropy_backward(Tensor grad_total, Tensor grad_nll, {_ARGUMENTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

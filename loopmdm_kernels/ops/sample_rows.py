@@ -10,12 +10,12 @@ from torch import Tensor
 from loopmdm_kernels import backends
 from loopmdm_kernels.ops import checks
 from loopmdm_kernels.ops.library import register
-from loopmdm_kernels.types import Head, RowRng, SampledRows
+from loopmdm_kernels.types import Fp8Head, Fp8Weight, Head, RowRng, SampledRows
 
 
 def sample_rows(
     hidden: Tensor,
-    head: Head,
+    head: Head | Fp8Head,
     rows: Tensor,
     rng: RowRng,
     *,
@@ -37,7 +37,7 @@ def sample_rows(
         temperature: >= 0; 0 takes the most probable token, the lowest id on ties.
         top_p: in (0, 1]; below 1, draw from the smallest set of most probable tokens that reaches it.
         top_k: draw from so many most probable tokens, the lowest ids on ties; with top_p, that is of these.
-        compute_dtype: dtype of the projection's operands; None: that of `head.weight`.
+        compute_dtype: dtype of the projection's operands; None: that of `head.weight`, unless this is fp8.
 
     Returns:
         `SampledRows`; its statistics are of the distribution at temperature 1.
@@ -62,18 +62,21 @@ def sample_rows(
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k: got {top_k!r}, expected None or an int >= 1")
     checks.compute_dtype(compute_dtype)
+    if isinstance(head, Fp8Head):
+        checks.for_inference("head", compute_dtype)
     if torch.compiler.is_compiling():
+        norm, weight, *rest = head
+        values, scale = weight if isinstance(weight, Fp8Weight) else (weight, None)
+        options = (temperature, top_p, top_k, compute_dtype or head.weight.dtype)
         return SampledRows(
-            *torch.ops.loopmdm.sample_rows(
-                hidden, *head, rows, *rng, temperature, top_p, top_k, compute_dtype or head.weight.dtype
-            )
+            *torch.ops.loopmdm.sample_rows(hidden, norm, values, scale, *rest, rows, *rng, *options)
         )
     return _run(hidden, head, rows, rng, temperature, top_p, top_k, compute_dtype)
 
 
 def _run(
     hidden: Tensor,
-    head: Head,
+    head: Head | Fp8Head,
     rows: Tensor,
     rng: RowRng,
     temperature: float,
@@ -82,7 +85,12 @@ def _run(
     compute_dtype: torch.dtype | None,
 ) -> SampledRows:
     implementation = backends.implementation(
-        "sample_rows", hidden.device, hidden=hidden, head=head, compute_dtype=compute_dtype
+        "sample_rows",
+        hidden.device,
+        fp8_weights=isinstance(head, Fp8Head),
+        hidden=hidden,
+        head=head,
+        compute_dtype=compute_dtype,
     )
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         sampled: SampledRows = implementation(
@@ -99,12 +107,15 @@ def _run(
 
 
 def _operator(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    head, rows, rng, options = Head(*args[:5]), args[5], RowRng(*args[6:10]), args[10:]
-    return tuple(_run(hidden, head, rows, rng, *options))
+    norm, weight, scale, *rest = args[:6]
+    rows, rng, options = args[6], RowRng(*args[7:11]), args[11:]
+    head = Head(norm, weight, *rest) if scale is None else Fp8Head(norm, Fp8Weight(weight, scale), *rest)
+    # The results of an operator may not share memory.
+    return tuple(field.clone() for field in _run(hidden, head, rows, rng, *options))
 
 
 def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    rows, compute_dtype = args[5], args[13]
+    rows, compute_dtype = args[6], args[14]
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, compute_dtype), torch.float32)
     tokens = [hidden.new_empty(rows.shape[0], dtype=torch.int64) for _ in range(2)]
     numbers = [hidden.new_empty(rows.shape[0], dtype=dtype) for _ in range(4)]
@@ -112,9 +123,9 @@ def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 register(
-    "sample_rows(Tensor hidden, Tensor norm, Tensor weight, Tensor bias, Tensor modulation, "
-    "int excluded_token, Tensor rows, SymInt seed, Tensor sequence, Tensor step, Tensor position, "
-    "float temperature, float top_p, SymInt? top_k, ScalarType compute_dtype)"
+    "sample_rows(Tensor hidden, Tensor norm, Tensor weight, Tensor? weight_scale, Tensor bias, "
+    "Tensor modulation, int excluded_token, Tensor rows, SymInt seed, Tensor sequence, Tensor step, "
+    "Tensor position, float temperature, float top_p, SymInt? top_k, ScalarType compute_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _operator,
     _fake,

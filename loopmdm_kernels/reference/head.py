@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loopmdm_kernels.reference.looped_blocks import norm_modulate
-from loopmdm_kernels.types import Head
+from loopmdm_kernels.types import Fp8Head, Head
 
 
-def row_logits(hidden: Tensor, head: Head, rows: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
+def row_logits(
+    hidden: Tensor, head: Head | Fp8Head, rows: Tensor, compute_dtype: torch.dtype | None = None
+) -> Tensor:
     """Logits [R, V] of the rows (flat indices b*L + l) of hidden [B, L, D], in fp32 or float64.
 
     Operands are rounded to `compute_dtype`; products are summed, and kept, in fp32 or wider. The reference
@@ -20,6 +22,8 @@ def row_logits(hidden: Tensor, head: Head, rows: Tensor, compute_dtype: torch.dt
     """
     dtype = compute_dtype or head.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
+    if isinstance(head, Fp8Head):
+        head = head.dequantized(dtype)
     length = hidden.shape[1]
     modulation = head.modulation.to(dtype).expand(hidden.shape[0], -1, -1)
     shift, scale = modulation[rows // length].unbind(1)
@@ -27,7 +31,7 @@ def row_logits(hidden: Tensor, head: Head, rows: Tensor, compute_dtype: torch.dt
     return F.linear(h.to(wide), head.weight.to(dtype).to(wide), head.bias.to(wide))
 
 
-def head_logits(hidden: Tensor, head: Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:
+def head_logits(hidden: Tensor, head: Head | Fp8Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:
     batch, length, _ = hidden.shape
     rows = torch.arange(batch * length, device=hidden.device)
     logits = row_logits(hidden, head, rows, compute_dtype)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loopmdm_kernels.reference.attention import attention
 from loopmdm_kernels.reference.philox import dropout_keep
-from loopmdm_kernels.types import BlockWeights, Rotary
+from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
 
 NORM_EPS = 1e-5
 
@@ -74,7 +74,7 @@ def relative_change(new: Tensor, old: Tensor) -> Tensor:
 
 def looped_blocks(
     x: Tensor,
-    blocks: Sequence[BlockWeights],
+    blocks: Sequence[BlockWeights | Fp8BlockWeights],
     modulation: Tensor,
     num_loops: int | Tensor,
     *,
@@ -90,9 +90,10 @@ def looped_blocks(
 ) -> Tensor | tuple[Tensor, Tensor]:
     dtype = compute_dtype or blocks[0].qkv.dtype
     # Cast once, not once a loop: the casts are identities where the weights already have the dtype.
+    plain = [b.dequantized(dtype) if isinstance(b, Fp8BlockWeights) else b for b in blocks]
     cast = [
         BlockWeights(*(w if w.ndim == 1 and i in (0, 3) else w.to(dtype) for i, w in enumerate(b)))
-        for b in blocks
+        for b in plain
     ]
     modulation = modulation.to(dtype)
 

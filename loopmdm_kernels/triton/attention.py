@@ -70,16 +70,20 @@ def attention_forward(
     cos: Tensor | None,
     sin: Tensor | None,
     out: Tensor,
+    rest: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """Fills out, returns the log-sum-exp to base 2 [B, H, L]; the last dimension of all is contiguous."""
+    """Fills out, returns the log-sum-exp to base 2 [B, H, L]; the last dimension of all is contiguous.
+
+    rest: laid out like out; what rounding takes from out, for the backward pass.
+    """
     log_sum_exp = torch.empty(q.shape[:3], device=q.device)
     tile = _tiles(q, backward=False)
     sizes, blocks = _sizes(q)
     launch(
         attention_kernel,
         (ceil_div(q.shape[2], tile.m) * q.shape[0] * q.shape[1],),
-        *(q, k, v, mask, active, cos, sin, out, log_sum_exp),
+        *(q, k, v, mask, active, cos, sin, out, rest, log_sum_exp),
         *_strides(q, k, v, out),
         *sizes,
         **blocks,
@@ -91,6 +95,11 @@ def attention_forward(
     return log_sum_exp
 
 
+def rest_of(out: Tensor) -> Tensor | None:
+    """Memory for what rounding takes from out; gradients of scores are small differences to out . grad."""
+    return None if out.dtype == torch.float32 else torch.empty_like(out)
+
+
 def attention_backward(
     q: Tensor,
     k: Tensor,
@@ -99,6 +108,7 @@ def attention_backward(
     cos: Tensor | None,
     sin: Tensor | None,
     out: Tensor,
+    rest: Tensor | None,
     log_sum_exp: Tensor,
     grad: Tensor,
     grad_q: Tensor,
@@ -113,7 +123,7 @@ def attention_backward(
     launch(
         query_gradient_kernel,
         grid,
-        *(q, k, v, mask, cos, sin, out, grad, log_sum_exp, inner, grad_q),
+        *(q, k, v, mask, cos, sin, out, rest, grad, log_sum_exp, inner, grad_q),
         *_strides(q, k, v, out, grad, grad_q),
         *sizes,
         **blocks,
@@ -161,14 +171,15 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
         out = _like(q)
-        log_sum_exp = attention_forward(q, k, v, mask, cos, sin, out)
-        ctx.save_for_backward(q, k, v, mask, cos, sin, out, log_sum_exp)
+        rest = rest_of(out) if any(ctx.needs_input_grad) else None
+        log_sum_exp = attention_forward(q, k, v, mask, cos, sin, out, rest)
+        ctx.save_for_backward(q, k, v, mask, cos, sin, out, rest, log_sum_exp)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, cos, sin, out, log_sum_exp = ctx.saved_tensors
+        q, k, v, mask, cos, sin, out, rest, log_sum_exp = ctx.saved_tensors
         grads = [_like(q) for _ in range(3)]
-        attention_backward(q, k, v, mask, cos, sin, out, log_sum_exp, _rows(grad), *grads)
+        attention_backward(q, k, v, mask, cos, sin, out, rest, log_sum_exp, _rows(grad), *grads)
         return (*grads, None, None, None)

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.triton.attention import attention_forward
+from loopmdm_kernels.triton.attention import attention_forward, rest_of
 from loopmdm_kernels.triton.config import tiles
-from loopmdm_kernels.triton.head import operand
+from loopmdm_kernels.triton.head import matrix, operand
 from loopmdm_kernels.triton.kernels.linear import norm_linear_kernel, residual_linear_kernel
 from loopmdm_kernels.triton.kernels.rows import row_moments_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.triton.linear import persistent_grid
-from loopmdm_kernels.types import BlockWeights
+from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Weight
 
 STATISTICS_GROUP = 64  # as in kernels/common.py
 
@@ -85,6 +85,7 @@ class Record(NamedTuple):
     h1: Tensor
     qkv: Tensor
     mixed: Tensor
+    rest: Tensor | None  # what rounding took from mixed
     log_sum_exp: Tensor
     branch1: Tensor
     middle: Tensor  # [T, D] fp32
@@ -92,6 +93,22 @@ class Record(NamedTuple):
     before: Tensor  # argument of GELU
     activated: Tensor
     branch2: Tensor
+
+
+def fp8_weights(
+    blocks: Sequence[BlockWeights | Fp8BlockWeights], dtype: torch.dtype
+) -> list[Fp8BlockWeights]:
+    """Those in fp8: biases in the dtype of the products; norms and matrices as they are."""
+    return [
+        block._replace(
+            norm1=block.norm1.contiguous(),
+            norm2=block.norm2.contiguous(),
+            mlp_in_bias=operand(block.mlp_in_bias, dtype),
+            mlp_out_bias=operand(block.mlp_out_bias, dtype),
+        )
+        for block in blocks
+        if isinstance(block, Fp8BlockWeights)
+    ]
 
 
 def cast_weights(blocks: Sequence[BlockWeights], dtype: torch.dtype) -> list[BlockWeights]:
@@ -130,7 +147,7 @@ def residual_columns(rows: int, columns: int, depth: int, dtype: torch.dtype, de
 
 def block_forward(
     stream: Stream,
-    weights: BlockWeights,
+    weights: BlockWeights | Fp8BlockWeights,
     modulation: Tensor,
     options: Options,
     application: int,
@@ -144,22 +161,24 @@ def block_forward(
     A record holds numbers, not leftovers of memory, for sequences that are not active too.
     """
     computed = None if keep else active
-    h1, qkv, _ = _norm_linear(
+    h1, qkv, _ = norm_linear(
         stream, weights.norm1, modulation[:, 0], weights.qkv, None, options, computed, gelu=False, keep=keep
     )
     mixed = torch.empty(stream.x.shape, dtype=options.dtype, device=stream.x.device)
+    rest = rest_of(mixed) if keep else None
     log_sum_exp = attention_forward(
         *heads_of(qkv, options),
         options.mask,
         options.cos,
         options.sin,
         one_head_a_column(mixed, options),
+        None if rest is None else one_head_a_column(rest, options),
         computed,
     )
-    middle, branch1 = _residual_linear(
+    middle, branch1 = residual_linear(
         mixed, weights.attn_out, None, modulation[:, 2], stream, options, application, 0, active, None, keep
     )
-    h2, activated, before = _norm_linear(
+    h2, activated, before = norm_linear(
         middle,
         weights.norm2,
         modulation[:, 3],
@@ -170,7 +189,7 @@ def block_forward(
         gelu=True,
         keep=keep,
     )
-    end, branch2 = _residual_linear(
+    end, branch2 = residual_linear(
         activated,
         weights.mlp_out,
         weights.mlp_out_bias,
@@ -185,15 +204,15 @@ def block_forward(
     )
     if h1 is None or h2 is None or branch1 is None or branch2 is None or before is None:
         return end, None
-    record = Record(stream.x, h1, qkv, mixed, log_sum_exp, branch1, middle.x, h2, before, activated, branch2)
-    return end, record
+    kept = (stream.x, h1, qkv, mixed, rest, log_sum_exp, branch1, middle.x, h2, before, activated, branch2)
+    return end, Record(*kept)
 
 
-def _norm_linear(
+def norm_linear(
     stream: Stream,
     norm: Tensor,
     modulation: Tensor,
-    weight: Tensor,
+    weight: Tensor | Fp8Weight,
     bias: Tensor | None,
     options: Options,
     active: Tensor | None,
@@ -213,7 +232,7 @@ def _norm_linear(
         *stream,
         norm,
         modulation,
-        weight,
+        *matrix(weight, options.dtype),
         bias,
         active,
         h,
@@ -236,9 +255,9 @@ def _norm_linear(
     return h, out, before
 
 
-def _residual_linear(
+def residual_linear(
     a: Tensor,
-    weight: Tensor,
+    weight: Tensor | Fp8Weight,
     bias: Tensor | None,
     gate: Tensor,
     stream: Stream,
@@ -258,7 +277,7 @@ def _residual_linear(
         residual_linear_kernel,
         persistent_grid(tile, rows, columns, a.device),
         a,
-        weight,
+        *matrix(weight, options.dtype),
         bias,
         gate,
         stream.x,

@@ -88,7 +88,7 @@ def block_backward(
         batch, parts, size = sums.gates.shape[1:]
         launch(
             branch_backward_kernel,
-            (batch, parts),
+            (batch * parts,),
             grad,
             branch,
             modulation[:, 3 * index + 2],
@@ -113,7 +113,7 @@ def block_backward(
         batch, parts, size = sums.gates.shape[1:]
         launch(
             modulated_rows_backward_kernel,
-            (batch, parts),
+            (batch * parts,),
             x,
             None,
             norm,
@@ -150,6 +150,7 @@ def block_backward(
         options.cos,
         options.sin,
         one_head_a_column(record.mixed, options),
+        None if record.rest is None else one_head_a_column(record.rest, options),
         record.log_sum_exp,
         one_head_a_column(of_mixed, options),
         *heads_of(of_qkv, options),

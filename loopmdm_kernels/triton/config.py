@@ -1,6 +1,6 @@
 """Tile sizes: a pure function of the kernel, its shape, its dtype and the processor; nothing is tuned.
 
-A tuned table takes precedence: a JSON file named by LOOPMDM_TRITON_TILES,
+A tuned table takes precedence: a JSON file named by LOOPMDM_TRITON_TILES, as `tuning` writes it,
 {"linear 90 bfloat16 1024x3072x768": [128, 128, 64, 8, 3], ...}, keys as `key` makes them. The kernels of the
 vocabulary look at V and D only, so that what a row gives does not depend on how many rows there are.
 """
@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +33,7 @@ class Tiles(NamedTuple):
 
 PRODUCTS = ("linear", "norm_linear", "residual_linear", "weight_gradient")
 KERNELS = (*PRODUCTS, "vocabulary", "sample", "attention")
+_trial: ContextVar[dict[str, Tiles] | None] = ContextVar("trial", default=None)
 _INTERPRETED = Tiles(32, 64, 32, 1, 1)
 # Large and small tiles of narrow operands. The rows of a norm_linear are loaded in fp32, a residual_linear
 # holds a tile of the residual beside that of its sums: more of either would be spilled.
@@ -49,7 +53,7 @@ def tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, processor: Pr
     """Shapes: (rows, columns, depth) of products, (V, D) of vocabulary and sample, (L, K, backward)."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel: got {kernel!r}, expected one of {', '.join(KERNELS)}")
-    table = _tuned(os.environ.get("LOOPMDM_TRITON_TILES"))
+    table = _trial.get() or _tuned(os.environ.get("LOOPMDM_TRITON_TILES"))
     tuned = table.get(key(kernel, shape, dtype, processor.arch)) if table else None
     return tuned or default_tiles(kernel, shape, dtype, processor)
 
@@ -60,14 +64,18 @@ def default_tiles(kernel: str, shape: tuple[int, ...], dtype: torch.dtype, proce
     narrow = dtype != torch.float32
     if kernel == "attention":
         return _attention(shape[1], bool(shape[2]), narrow, processor.arch)
+    # Where rows of a result are no multiple of a vector, each number stored needs an address in registers.
+    uneven = kernel == "linear" and shape[1] % 16 != 0
     if not narrow:  # products of fp32 without tensor cores: accumulators and operands live in registers
-        return Tiles(32, 64, 16, 8, 3) if kernel == "sample" else Tiles(64, 64, 16, 4, 3)
+        return Tiles(32, 64, 16, 8, 3) if kernel == "sample" else Tiles(64, 32 if uneven else 64, 16, 4, 3)
     if kernel == "vocabulary":
         return Tiles(64, 128, 64, 4, 3)
     if kernel == "sample":  # the race and its statistics need registers beside the sums
         return Tiles(64, 64, 64, 8, 4)
     rows, columns, _ = shape
     large, small = _PRODUCTS[kernel]
+    if uneven:
+        large = large._replace(n=64)
     if processor.arch < 90:
         large = large._replace(k=32)
     # Large tiles move least through L2; they are worth it once they fill the multiprocessors.
@@ -88,12 +96,29 @@ def _attention(head_dim: int, backward: bool, narrow: bool, arch: int) -> Tiles:
     return Tiles(128, 64, 0, 8, 2)
 
 
+@contextmanager
+def trying(table: dict[str, Tiles]) -> Iterator[None]:
+    """Inside, a table of its own takes precedence."""
+    token = _trial.set(table)
+    try:
+        yield
+    finally:
+        _trial.reset(token)
+
+
+def read_table(path: str | Path) -> dict[str, Tiles]:
+    try:
+        table = json.loads(Path(path).read_text())
+        return {name: Tiles(*map(int, sizes)) for name, sizes in table.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of tiles: {error}") from error
+
+
 @cache
 def _tuned(path: str | None) -> dict[str, Tiles]:
     if not path:
         return {}
     try:
-        table = json.loads(Path(path).read_text())
-        return {name: Tiles(*map(int, sizes)) for name, sizes in table.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"LOOPMDM_TRITON_TILES: {path} is no table of tiles: {error}") from error
+        return read_table(path)
+    except ValueError as error:
+        raise ValueError(f"LOOPMDM_TRITON_TILES: {error}") from error

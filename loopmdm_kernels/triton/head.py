@@ -7,21 +7,22 @@ from torch import Tensor
 
 from loopmdm_kernels.triton.config import Tiles
 from loopmdm_kernels.triton.kernels.rows import modulated_rows_kernel
-from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two
-from loopmdm_kernels.types import Head
+from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
+from loopmdm_kernels.types import Fp8Head, Fp8Weight, Head
 
 OPERANDS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HIDDEN = 8192  # a row is held in registers
 
 
-def why_not(hidden: Tensor, head: Head, compute_dtype: torch.dtype | None) -> str | None:
+def why_not(hidden: Tensor, head: Head | Fp8Head, compute_dtype: torch.dtype | None) -> str | None:
     """Why these arguments need another backend, or None."""
     if hidden.dtype != torch.float32:
         return f"hidden must be float32, got {hidden.dtype}"
     if hidden.shape[-1] > _MAX_HIDDEN:
         return f"hidden may be {_MAX_HIDDEN} wide, got {hidden.shape[-1]}"
-    for name, value in zip(Head._fields[:4], head[:4], strict=True):
-        if value.dtype not in OPERANDS:
+    named: dict[str, Tensor | Fp8Weight] = dict(zip(Head._fields[:4], head[:4], strict=True))
+    for name, value in named.items():
+        if value.dtype not in OPERANDS and not isinstance(value, Fp8Weight):
             return f"head.{name} must be float32, bfloat16 or float16, got {value.dtype}"
     if (compute_dtype or head.weight.dtype) not in OPERANDS:
         return f"compute_dtype must be float32, bfloat16 or float16, got {compute_dtype}"
@@ -67,3 +68,13 @@ def sequence_stride(modulation: Tensor) -> int:
 
 def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype).contiguous()
+
+
+def matrix(weight: Tensor | Fp8Weight, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """What products load, in `dtype` or e4m3, and what they multiply the columns of their results by."""
+    if isinstance(weight, Tensor):
+        return operand(weight, dtype), None
+    values = weight.values.contiguous()
+    # Before compute capability 8.9 there is no conversion of e4m3, and Triton has no such pointers.
+    known = not 0 < processor(values.device).arch < 89
+    return values if known else values.view(torch.uint8), weight.scale.contiguous()

@@ -22,6 +22,7 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    weight_scale: Tensor | None = None,
     transposed: bool = False,
     before: Tensor | None = None,
     scale: Tensor | None = None,
@@ -29,7 +30,8 @@ def linear(
 ) -> Tensor:
     """a [T, K or more] times weight^T ([N, K]) + bias; `transposed`: times weight ([K, N]).
 
-    before: [T, N], the result is multiplied by the slope of GELU there. scale: [1], multiplies the result.
+    weight_scale: [N], of a weight in e4m3. before: [T, N], the result is multiplied by the slope of GELU
+    there. scale: [1], multiplies the result.
     Columns of a beyond K must hold zeros. Rows of a are contiguous, weight is.
     """
     (rows, depth), (real_depth, columns) = a.shape, weight.shape
@@ -44,6 +46,7 @@ def linear(
         persistent_grid(tile, rows, columns, a.device),
         a,
         weight,
+        weight_scale,
         bias,
         before,
         scale,

@@ -21,13 +21,14 @@ from loopmdm_kernels.triton.block import (
     Stream,
     block_forward,
     cast_weights,
+    fp8_weights,
     residual_columns,
 )
 from loopmdm_kernels.triton.block_backward import Gradients, block_backward
 from loopmdm_kernels.triton.head import OPERANDS
 from loopmdm_kernels.triton.kernels.rows import exit_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch
-from loopmdm_kernels.types import BlockWeights, Rotary
+from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Weight, Rotary
 
 _TENSORS = len(BlockWeights._fields)
 _MAX_HIDDEN = 8192  # a row is held in registers where gradients of norms are summed
@@ -36,7 +37,7 @@ _MAX_HIDDEN = 8192  # a row is held in registers where gradients of norms are su
 def supports(
     *,
     x: Tensor,
-    blocks: Sequence[BlockWeights],
+    blocks: Sequence[BlockWeights | Fp8BlockWeights],
     num_loops: int | Tensor,
     compute_dtype: torch.dtype | None = None,
     dropout: float = 0.0,
@@ -50,8 +51,9 @@ def supports(
             f"compute_dtype must be float32, bfloat16 or float16, got {compute_dtype or blocks[0].qkv.dtype}"
         )
     for weights in blocks:
-        for name, weight in zip(BlockWeights._fields, weights, strict=True):
-            if weight.dtype not in OPERANDS:
+        named: dict[str, Tensor | Fp8Weight] = weights._asdict()
+        for name, weight in named.items():
+            if weight.dtype not in OPERANDS and not isinstance(weight, Fp8Weight):
                 return f"{name} must be float32, bfloat16 or float16, got {weight.dtype}"
     if x.shape[-1] > _MAX_HIDDEN:
         return f"x may be {_MAX_HIDDEN} wide, got {x.shape[-1]}"
@@ -64,7 +66,7 @@ def supports(
 
 def looped_blocks(
     x: Tensor,
-    blocks: Sequence[BlockWeights],
+    blocks: Sequence[BlockWeights | Fp8BlockWeights],
     modulation: Tensor,
     num_loops: int | Tensor,
     *,
@@ -93,16 +95,16 @@ def looped_blocks(
         dropout,
         dropout_seed,
     )
-    weights = [weight for block in blocks for weight in block]
+    plain = [block for block in blocks if isinstance(block, BlockWeights)]
+    weights = [weight for block in plain for weight in block]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, modulation, *weights)):
         out, used = _LoopedBlocks.apply(  # type: ignore[no-untyped-call]
             x, modulation, num_loops, max_loops, options, exit_threshold, recompute, *weights
         )
     else:
-        out, used, _, _ = _forward(
-            x, modulation, num_loops, max_loops, options, exit_threshold, cast_weights(blocks, dtype)
-        )
-    return out if exit_threshold is None else (out, used)
+        ready = cast_weights(plain, dtype) or fp8_weights(blocks, dtype)
+        out, used, _, _ = _forward(x, modulation, num_loops, max_loops, options, exit_threshold, ready)
+    return out if exit_threshold is None or used is None else (out, used)
 
 
 def _forward(
@@ -112,7 +114,7 @@ def _forward(
     max_loops: int | None,
     options: Options,
     threshold: float | None,
-    blocks: Sequence[BlockWeights],
+    blocks: Sequence[BlockWeights | Fp8BlockWeights],
     *,
     keep_starts: bool = False,
     keep_records: bool = False,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.triton.config import tiles
-from loopmdm_kernels.triton.head import chunk_of, modulated_rows, operand, sequence_stride, why_not
+from loopmdm_kernels.triton.head import chunk_of, matrix, modulated_rows, operand, sequence_stride, why_not
 from loopmdm_kernels.triton.kernels.rows import modulated_rows_backward_kernel
 from loopmdm_kernels.triton.kernels.vocabulary import (
     combine_cross_entropy_kernel,
@@ -21,21 +21,21 @@ from loopmdm_kernels.triton.kernels.vocabulary import (
 )
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.triton.linear import linear, weight_gradient
-from loopmdm_kernels.types import Head
+from loopmdm_kernels.types import Fp8Head, Head
 
 _GROUP_ELEMENTS = 1 << 27  # of logit gradients in memory at a time
 _PADDING = 64  # tokens: loads of whole vectors in both directions
 _PART = 32  # rows of a program on the way back through the norm
 
 
-def supports(*, hidden: Tensor, head: Head, compute_dtype: torch.dtype | None = None) -> str | None:
+def supports(*, hidden: Tensor, head: Head | Fp8Head, compute_dtype: torch.dtype | None = None) -> str | None:
     """Why these arguments need another backend, or None."""
     return why_not(hidden, head, compute_dtype)
 
 
 def masked_cross_entropy(
     hidden: Tensor,
-    head: Head,
+    head: Head | Fp8Head,
     targets: Tensor,
     rows: Tensor,
     row_weights: Tensor,
@@ -43,10 +43,68 @@ def masked_cross_entropy(
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype or head.weight.dtype
+    targets, rows = targets.contiguous(), rows.contiguous()
+    if isinstance(head, Fp8Head):
+        nll, _ = _forward(hidden, head, targets, rows, dtype)
+        return (nll * row_weights.float()).sum(), nll
     total, nll = _MaskedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, *head, targets.contiguous(), rows.contiguous(), row_weights, dtype
+        hidden, *head, targets, rows, row_weights, dtype
     )
     return total, nll
+
+
+def _forward(
+    hidden: Tensor, head: Head | Fp8Head, targets: Tensor, rows: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """-log p of each row, and [2, R]: the largest logit and the log of the sum relative to it."""
+    num_rows, (vocab_size, size) = rows.shape[0], head.weight.shape
+    h = modulated_rows(
+        hidden.contiguous(), head.norm.contiguous(), operand(head.modulation, dtype), rows, dtype
+    )
+    tile = tiles("vocabulary", (vocab_size, size), dtype, processor(hidden.device))
+    chunks = ceil_div(vocab_size, chunk_of(tile))
+    top, total = hidden.new_empty(2, num_rows, chunks).unbind()
+    target_logit, nll = hidden.new_empty(2, num_rows).unbind()
+    log_sum_exp = hidden.new_empty(2, num_rows)
+    launch(
+        cross_entropy_kernel,
+        (ceil_div(num_rows, tile.m), chunks),
+        h,
+        *matrix(head.weight, dtype),
+        head.bias.contiguous(),
+        targets,
+        rows,
+        top,
+        total,
+        target_logit,
+        num_rows,
+        vocab_size,
+        size,
+        head.excluded_token,
+        CHUNK=chunk_of(tile),
+        BLOCK_M=tile.m,
+        BLOCK_V=tile.n,
+        BLOCK_K=tile.k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    at_once = 4
+    launch(
+        combine_cross_entropy_kernel,
+        (ceil_div(num_rows, at_once),),
+        top,
+        total,
+        target_logit,
+        nll,
+        log_sum_exp,
+        num_rows,
+        chunks,
+        ROWS=at_once,
+        CHUNKS=power_of_two(chunks),
+        num_warps=4,
+        num_stages=1,
+    )
+    return nll, log_sum_exp
 
 
 class _MaskedCrossEntropy(torch.autograd.Function):
@@ -64,52 +122,8 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         row_weights: Tensor,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        num_rows, (vocab_size, size) = rows.shape[0], weight.shape
-        h = modulated_rows(hidden.contiguous(), norm.contiguous(), operand(modulation, dtype), rows, dtype)
-        tile = tiles("vocabulary", (vocab_size, size), dtype, processor(hidden.device))
-        chunks = ceil_div(vocab_size, chunk_of(tile))
-        top, total = hidden.new_empty(2, num_rows, chunks).unbind()
-        target_logit, nll = hidden.new_empty(2, num_rows).unbind()
-        log_sum_exp = hidden.new_empty(2, num_rows)
-        cast = operand(weight, dtype)
-        launch(
-            cross_entropy_kernel,
-            (ceil_div(num_rows, tile.m), chunks),
-            h,
-            cast,
-            bias.contiguous(),
-            targets,
-            rows,
-            top,
-            total,
-            target_logit,
-            num_rows,
-            vocab_size,
-            size,
-            excluded_token,
-            CHUNK=chunk_of(tile),
-            BLOCK_M=tile.m,
-            BLOCK_V=tile.n,
-            BLOCK_K=tile.k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-        at_once = 4
-        launch(
-            combine_cross_entropy_kernel,
-            (ceil_div(num_rows, at_once),),
-            top,
-            total,
-            target_logit,
-            nll,
-            log_sum_exp,
-            num_rows,
-            chunks,
-            ROWS=at_once,
-            CHUNKS=power_of_two(chunks),
-            num_warps=4,
-            num_stages=1,
-        )
+        head = Head(norm, weight, bias, modulation, excluded_token)
+        nll, log_sum_exp = _forward(hidden, head, targets, rows, dtype)
         ctx.save_for_backward(
             hidden, norm, weight, bias, modulation, targets, rows, row_weights, log_sum_exp, nll
         )
@@ -231,7 +245,7 @@ def _rows_backward(
     sums = hidden.new_zeros(3, sequences, parts, size)
     launch(
         modulated_rows_backward_kernel,
-        (sequences, parts),
+        (sequences * parts,),
         hidden,
         rows,
         norm,

@@ -10,23 +10,23 @@ from torch import Tensor
 
 from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.triton.config import tiles
-from loopmdm_kernels.triton.head import chunk_of, modulated_rows, operand, why_not
+from loopmdm_kernels.triton.head import chunk_of, matrix, modulated_rows, operand, why_not
 from loopmdm_kernels.triton.kernels.vocabulary import combine_samples_kernel, sample_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.triton.linear import linear
-from loopmdm_kernels.types import Head, RowRng, SampledRows
+from loopmdm_kernels.types import Fp8Head, Head, RowRng, SampledRows
 
 _ROWS_WITH_LOGITS = 256
 
 
-def supports(*, hidden: Tensor, head: Head, compute_dtype: torch.dtype | None = None) -> str | None:
+def supports(*, hidden: Tensor, head: Head | Fp8Head, compute_dtype: torch.dtype | None = None) -> str | None:
     """Why these arguments need another backend, or None."""
     return why_not(hidden, head, compute_dtype)
 
 
 def sample_rows(
     hidden: Tensor,
-    head: Head,
+    head: Head | Fp8Head,
     rows: Tensor,
     rng: RowRng,
     *,
@@ -36,14 +36,15 @@ def sample_rows(
     compute_dtype: torch.dtype | None = None,
 ) -> SampledRows:
     dtype = compute_dtype or head.weight.dtype
-    weight, bias = operand(head.weight, dtype), head.bias.detach().contiguous()
+    weight, weight_scale = matrix(head.weight, dtype)
+    bias = head.bias.detach().contiguous()
     modulation, norm = operand(head.modulation, dtype), head.norm.detach().contiguous()
     h = modulated_rows(hidden.detach().contiguous(), norm, modulation, rows.contiguous(), dtype)
     if temperature > 0 and (top_p < 1.0 or top_k is not None):
         parts = []
         for first in range(0, max(rows.shape[0], 1), _ROWS_WITH_LOGITS):
             part = slice(first, first + _ROWS_WITH_LOGITS)
-            logits = linear(h[part], weight, bias, out_dtype=torch.float32)
+            logits = linear(h[part], weight, bias, weight_scale=weight_scale, out_dtype=torch.float32)
             names = RowRng(rng.seed, *(name[part] for name in rng[1:]))
             parts.append(
                 sample_logits(
@@ -51,11 +52,17 @@ def sample_rows(
                 )
             )
         return SampledRows(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
-    return _race(h, weight, bias, head.excluded_token, rng, temperature)
+    return _race(h, weight, weight_scale, bias, head.excluded_token, rng, temperature)
 
 
 def _race(
-    h: Tensor, weight: Tensor, bias: Tensor, excluded_token: int, rng: RowRng, temperature: float
+    h: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor,
+    excluded_token: int,
+    rng: RowRng,
+    temperature: float,
 ) -> SampledRows:
     (num_rows, size), vocab_size = h.shape, weight.shape[0]
     tile = tiles("sample", (vocab_size, size), h.dtype, processor(h.device))
@@ -68,6 +75,7 @@ def _race(
         (ceil_div(num_rows, tile.m), chunks),
         h,
         weight,
+        weight_scale,
         bias,
         *(name.contiguous() for name in rng[1:]),
         numbers,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from loopmdm.loop_law import LoopLaw
 from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding
 from loopmdm.stages import Stages
 from loopmdm_kernels.ops import checks
-from loopmdm_kernels.types import Head
+from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Fp8Weight, Head
 
 T = TypeVar("T")
 _NOTHING: dict[int, dict[Any, Any]] = {}
@@ -53,6 +53,7 @@ class LoopMDM(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # save only loop inputs for backward
+        self._fp8_blocks = self._fp8_head = False
         self.vocab_embed = TokenEmbedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
             self.position_embed = TokenEmbedding(config.max_length, config.hidden_size)
@@ -93,6 +94,28 @@ class LoopMDM(nn.Module):
         value: T = kept[key]
         return value
 
+    def use_fp8_weights(self, *, blocks: bool = True, head: bool = True) -> None:
+        """Multiply by matrices rounded to e4m3, without gradients; both False: as before.
+
+        The parameters, and with them `state_dict`, stay what they are: the rounded matrices are made from
+        them, once where weights are `frozen`, as in `sample`. Only the Triton kernels load them as e4m3; the
+        reference computes the same with matrices of the compute dtype.
+
+        Args:
+            blocks: of the blocks.
+            head: of the vocabulary projection.
+        """
+        self._fp8_blocks, self._fp8_head = blocks, head
+
+    def block_weights(self, start: int, end: int) -> list[BlockWeights | Fp8BlockWeights]:
+        """Of blocks start..end - 1, as the ops take them."""
+
+        def made() -> list[BlockWeights | Fp8BlockWeights]:
+            weights = [cast(DDiTBlock, self.blocks[i]).weights() for i in range(start, end)]
+            return [Fp8BlockWeights.of(w) if self._fp8_blocks else w for w in weights]
+
+        return self.once(("weights", start, self._fp8_blocks), made)
+
     def condition(self, sigma: Tensor | None) -> Tensor:
         """silu(sigma_map(sigma)) [1 or B, cond_dim], in the parameters' precision."""
 
@@ -104,17 +127,16 @@ class LoopMDM(nn.Module):
             return embedded(sigma)
         return self.once(("condition",), lambda: embedded(torch.zeros(1, device=self.device)))
 
-    def head(self, sigma: Tensor | None = None) -> Head:
+    def head(self, sigma: Tensor | None = None) -> Head | Fp8Head:
         """The vocabulary head for noise levels sigma [B] (unused without time conditioning)."""
         out = self.output_layer
         modulation: Tensor = out.adaLN_modulation(self.condition(sigma))
-        return Head(
-            out.norm_final.weight,
-            out.linear.weight,
-            out.linear.bias,
-            modulation.view(-1, 2, self.config.hidden_size),
-            self.config.mask_token_id,
-        )
+        modulation = modulation.view(-1, 2, self.config.hidden_size)
+        norm, weight, bias = out.norm_final.weight, out.linear.weight, out.linear.bias
+        if self._fp8_head:
+            rounded = self.once(("fp8 head",), lambda: Fp8Weight.of(weight))
+            return Fp8Head(norm, rounded, bias, modulation, self.config.mask_token_id)
+        return Head(norm, weight, bias, modulation, self.config.mask_token_id)
 
     def stages(
         self,

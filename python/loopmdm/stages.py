@@ -137,10 +137,9 @@ class Stages:
         if start == end:
             return x
         model = self.model
-        weights = model.once(("weights", start), lambda: [b.weights() for b in self._blocks(start, end)])
         return lk.looped_blocks(
             x,
-            weights,
+            model.block_weights(start, end),
             self._modulation(start, end),
             loops,
             num_heads=model.config.num_heads,

@@ -20,13 +20,8 @@ ROOT = Path(__file__).parents[2]
 TABLE = json.loads((ROOT / "tests/gpu_free/triton_resources.json").read_text())
 SHARED_LIMIT = 101_376  # bytes a block may have on every GPU from Ampere on, GeForce too
 SPILLS_ALLOWED = 0
-# Budgets: head_logits at a vocabulary that is no multiple of a vector, fp32 operands, rotated keys.
-MORE_SPILLS_ALLOWED = {
-    "linear_kernel sm_80": 96,
-    "linear_kernel sm_90": 2,
-    "linear_kernel sm_100": 96,
-    "key_gradient_kernel sm_80": 32,
-}
+# Budgets: rotated keys (tiles of 16 queries would need none), e4m3 weights that are widened by shifts.
+MORE_SPILLS_ALLOWED = {"key_gradient_kernel sm_80": 23, "cross_entropy_kernel sm_80": 3}
 NO_PRODUCTS = {
     "branch_backward_kernel",
     "combine_cross_entropy_kernel",
@@ -64,6 +59,7 @@ def test_nothing_takes_more_than_the_table_says(tmp_path):
     names = [
         next(n for n in TABLE if n.split()[2:4] == start.split() and "bfloat16" in n) for start in COMPILED
     ]
+    names.append(next(n for n in TABLE if "norm_linear_kernel sm_90" in n and "fp8e4nv" in n))
     (tmp_path / "names.json").write_text(json.dumps(names))
     command = [sys.executable, "-m", "bench.triton_resources", "--names", tmp_path / "names.json"]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT}/python"}

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 from toy_training import ToyModel, batches
 
@@ -55,24 +52,7 @@ OPTIONS = {
 def launch(folder: Path) -> list[dict[str, object]]:
     (folder / "run.py").write_text(SCRIPT)
     (folder / "options.json").write_text(json.dumps(OPTIONS))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-        }
-        command = [sys.executable, str(folder / "run.py"), str(folder / "run"), str(folder / "options.json")]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    run_ranks(folder / "run.py", folder / "run", folder / "options.json")
     return [torch.load(folder / f"run.{rank}.pt") for rank in range(2)]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 
-class _PatchOnce:
+class PatchOnce:
     """Triton's interpreter patches its language at each call of a device function: half of the time here."""
 
     def __init__(self, patch):
@@ -33,7 +33,7 @@ def interpreter(monkeypatch):
     from triton.runtime import interpreter
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(interpreter, "_patch_lang", _PatchOnce(interpreter._patch_lang))
+    monkeypatch.setattr(interpreter, "_patch_lang", PatchOnce(interpreter._patch_lang))
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of infinities and NaN
         yield

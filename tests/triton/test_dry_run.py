@@ -16,12 +16,6 @@ def dry_run(module, *arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_tuning(tmp_path):
-    dry_run("bench.tune_triton", tmp_path / "tiles.json")
-    for tile in json.loads((tmp_path / "tiles.json").read_text()).values():
-        assert len(tile) == 5
-
-
 def test_every_path_of_the_gpu_script(tmp_path):
     dry_run("bench.gpu", "--out", tmp_path / "gpu.json")
     result = json.loads((tmp_path / "gpu.json").read_text())

@@ -45,6 +45,19 @@ def test_sampling_waits_for_nothing(device):
     assert device.type == "cuda" or (recorded.captures == 1 and recorded.replays >= 1)
 
 
+def test_fp8_weights(device):
+    """They are rounded before the capture, and lie where it reads them."""
+    model, recorded = tiny_model(device), RecordedGraphs()
+    model.use_fp8_weights()
+    run = partial(sample, model, 1, plan=1, order="left_to_right")
+    with lk.use_backend("triton"):
+        plain = run()
+        with captured_by(recorded) if device.type == "cpu" else nullcontext():
+            graphed = run(cuda_graphs=True)
+    assert torch.equal(plain.tokens, graphed.tokens)
+    assert device.type == "cuda" or recorded.replays >= 1
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_padding_ends_where_tiles_change(arch):
     """128 tokens of the small preset; padded or not, a batch is computed in the same tiles."""

@@ -41,7 +41,7 @@ def load_halves(
 @triton.jit
 def load_angles(cos_ptr, sin_ptr, position, length, half, HALF: tl.constexpr):
     col = tl.arange(0, HALF)
-    at = position[:, None] * half + col[None, :]
+    at = position[:, None] * half + col[None, :]  # 32 bits: wider offsets are spilled
     exists = (position < length)[:, None] & (col < half)[None, :]
     cos = tl.load(cos_ptr + at, mask=exists, other=0.0).to(tl.float32)
     return cos, tl.load(sin_ptr + at, mask=exists, other=0.0).to(tl.float32)
@@ -86,6 +86,7 @@ def attention_kernel(
     cos_ptr,
     sin_ptr,
     out_ptr,
+    rest_ptr,  # what rounding took from out, with its strides, or None
     log_sum_exp_ptr,  # [B, H, L] fp32, to base 2
     q_sequence,
     q_head,
@@ -138,7 +139,12 @@ def attention_kernel(
         top = higher
     col = tl.arange(0, BLOCK_K)
     exists = (query < length)[:, None] & (col < head_dim)[None, :]
-    at = out_ptr + query.to(tl.int64)[:, None] * out_row + col[None, :]
-    tl.store(at, rounded(acc / total[:, None], out_ptr.dtype.element_ty), mask=exists)
+    at = query.to(tl.int64)[:, None] * out_row + col[None, :]
+    exact = acc / total[:, None]
+    out = rounded(exact, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, out, mask=exists)
+    if rest_ptr is not None:
+        rest_ptr += head_offset(sequence, head, out_sequence, out_head)
+        tl.store(rest_ptr + at, rounded(exact - out.to(tl.float32), out.dtype), mask=exists)
     at = log_sum_exp_ptr + tl.cast(index, tl.int64) * length + query
     tl.store(at, top + tl.log2(total), mask=query < length)

@@ -52,6 +52,7 @@ def query_gradient_kernel(
     cos_ptr,
     sin_ptr,
     out_ptr,
+    rest_ptr,  # what rounding took from out, with its strides, or None
     grad_ptr,  # gradient of out, with strides of its own
     log_sum_exp_ptr,
     inner_ptr,  # [B, H, L] fp32: out . grad of each row, left for the other kernel
@@ -96,8 +97,11 @@ def query_gradient_kernel(
     grad_q_ptr += head_offset(sequence, head, grad_q_sequence, grad_q_head)
     q1, q2 = load_halves(q_ptr, q_row, query, length, cos_ptr, sin_ptr, half, head_dim, HALF)
     grad = load_rows(grad_ptr, grad_row, query, length, head_dim, BLOCK_K)
-    out = load_rows(out_ptr, out_row, query, length, head_dim, BLOCK_K)
-    inner = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
+    out = load_rows(out_ptr, out_row, query, length, head_dim, BLOCK_K).to(tl.float32)
+    if rest_ptr is not None:
+        rest_ptr += head_offset(sequence, head, out_sequence, out_head)
+        out += load_rows(rest_ptr, out_row, query, length, head_dim, BLOCK_K).to(tl.float32)
+    inner = tl.sum(out * grad.to(tl.float32), axis=1)
     at_row = tl.cast(index, tl.int64) * length + query
     tl.store(inner_ptr + at_row, inner, mask=query < length)
     log_sum_exp = tl.load(log_sum_exp_ptr + at_row, mask=query < length, other=float("inf"))

@@ -32,6 +32,16 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def widened(weight, dtype: tl.constexpr):
+    """Part of a weight as an operand in `dtype`, exactly: e4m3 may come as bytes."""
+    if weight.dtype == tl.uint8:
+        bits = weight.to(tl.uint16)
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        weight = half * 256.0  # 2^(15 - 7), by which the exponents of the two are biased
+    return weight.to(dtype)
+
+
+@triton.jit
 def product(
     a_ptr,
     a_row_stride,
@@ -59,9 +69,19 @@ def product(
     for k0 in range(0, depth, BLOCK_K):
         a = tl.load(a_ptrs, mask=row_exists & (k0 + k < depth)[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=col_exists & (k0 + k < b_depth)[:, None], other=0.0)
-        acc = dot(a, b, acc)
+        acc = dot(a, widened(b, a.dtype), acc)
         a_ptrs += a_depth_stride * BLOCK_K
         b_ptrs += b_depth_stride * BLOCK_K
+    return acc
+
+
+@triton.jit
+def scaled_and_biased(acc, scale_ptr, bias_ptr, col, num_cols):
+    """A product with what belongs to its columns; each may be None."""
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + col, mask=col < num_cols, other=0.0)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + col, mask=col < num_cols, other=0.0).to(tl.float32)[None, :]
     return acc
 
 

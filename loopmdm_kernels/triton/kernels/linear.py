@@ -11,8 +11,10 @@ from loopmdm_kernels.triton.kernels.common import (
     gelu_slope,
     product,
     rounded,
+    scaled_and_biased,
     store_moments,
     tile_origin,
+    widened,
 )
 from loopmdm_kernels.triton.kernels.philox import dropout_keep
 
@@ -21,6 +23,7 @@ from loopmdm_kernels.triton.kernels.philox import dropout_keep
 def linear_kernel(
     a_ptr,  # [T, K]
     b_ptr,  # element (k, n) at k * b_depth_stride + n * b_col_stride
+    weight_scale_ptr,  # [N] fp32, or None: column n of the product is multiplied by it
     bias_ptr,  # [N], or None
     before_ptr,  # [T, N] GELU's argument, or None: the result is multiplied by its slope
     scale_ptr,  # [1] fp32, or None: the result is multiplied by it
@@ -60,8 +63,7 @@ def linear_kernel(
         )
         at = row.to(tl.int64)[:, None] * num_cols + col[None, :]
         mask = (row < num_rows)[:, None] & (col < num_cols)[None, :]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + col, mask=col < num_cols, other=0.0).to(tl.float32)[None, :]
+        acc = scaled_and_biased(acc, weight_scale_ptr, bias_ptr, col, num_cols)
         if scale_ptr is not None:
             acc *= tl.load(scale_ptr)
         if before_ptr is not None:
@@ -79,6 +81,7 @@ def norm_linear_kernel(
     norm_ptr,  # [K]
     modulation_ptr,  # shift of sequence b at b * modulation_stride, scale K further
     weight_ptr,  # [N, K]
+    weight_scale_ptr,  # [N] fp32, or None
     bias_ptr,  # [N], or None
     active_ptr,  # [B] int8, or None: tiles without a row of an active sequence are left alone
     h_ptr,  # [T, K], or None: the modulated rows are kept there
@@ -97,7 +100,7 @@ def norm_linear_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """act(modulate(norm(x)) weight^T + bias), the modulated rows made as they are loaded."""
-    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_cols, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_origin(tile, tiles_m, tiles_n, 8)
@@ -135,12 +138,11 @@ def norm_linear_kernel(
                         at = row.to(tl.int64)[:, None] * depth + (k0 + k)[None, :]
                         tl.store(h_ptr + at, h, mask=exists)
                 w = tl.load(w_ptrs, mask=(col < num_cols)[None, :] & k_exists[:, None], other=0.0)
-                acc = dot(h, w, acc)
+                acc = dot(h, widened(w, dtype), acc)
                 x_ptrs += BLOCK_K
                 w_ptrs += BLOCK_K
                 shift_ptrs += BLOCK_K
-            if bias_ptr is not None:
-                acc += tl.load(bias_ptr + col, mask=col < num_cols, other=0.0).to(tl.float32)[None, :]
+            acc = scaled_and_biased(acc, weight_scale_ptr, bias_ptr, col, num_cols)
             at = row.to(tl.int64)[:, None] * num_cols + col[None, :]
             mask = row_exists[:, None] & (col < num_cols)[None, :]
             out = rounded(acc, dtype)
@@ -155,6 +157,7 @@ def norm_linear_kernel(
 def residual_linear_kernel(
     a_ptr,  # [T, K]
     weight_ptr,  # [N, K]
+    weight_scale_ptr,  # [N] fp32, or None
     bias_ptr,  # [N], or None
     gate_ptr,  # gate of sequence b at b * modulation_stride
     x_ptr,  # [T, N] fp32, the residual
@@ -181,7 +184,7 @@ def residual_linear_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """x + gate * dropout(a weight^T + bias), with the moments that the next norm needs."""
-    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    dtype: tl.constexpr = a_ptr.dtype.element_ty
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_cols, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_origin(tile, tiles_m, tiles_n, 8)
@@ -213,8 +216,7 @@ def residual_linear_kernel(
             BLOCK_N,
             BLOCK_K,
         )
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + col, mask=col_exists, other=0.0).to(tl.float32)[None, :]
+        acc = scaled_and_biased(acc, weight_scale_ptr, bias_ptr, col, num_cols)
         branch = rounded(acc, dtype)
         if DROPOUT:
             keep = dropout_keep(

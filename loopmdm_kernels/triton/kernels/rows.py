@@ -73,11 +73,12 @@ def modulated_rows_backward_kernel(
     modulation_stride,
     PART: tl.constexpr,  # rows a program looks at
     HAS_ROWS: tl.constexpr,
-    OWN_ROWS: tl.constexpr,  # HAS_ROWS: take the rows of sequence program_id(0) only
+    OWN_ROWS: tl.constexpr,  # HAS_ROWS: take the rows of its sequence only
     BLOCK_D: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    parts = tl.maximum(tl.cdiv(num_rows, PART), 1)
+    sequence = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
     col = tl.arange(0, BLOCK_D)
     col_exists = col < size
     norm = tl.load(norm_ptr + col, mask=col_exists, other=0.0).to(tl.float32)
@@ -115,7 +116,7 @@ def modulated_rows_backward_kernel(
             else:
                 into += tl.load(out, mask=col_exists, other=0.0)
                 tl.store(out, into, mask=col_exists)
-    at_sum = (sequence * tl.num_programs(1) + part) * size + col
+    at_sum = (sequence * parts + part) * size + col
     factor = one_plus(scale)
     add_to(grad_norm_ptr + at_sum, sum_product * factor, col_exists)
     add_to(grad_shift_ptr + at_sum, sum_grad, col_exists)
@@ -149,8 +150,9 @@ def branch_backward_kernel(
     PART: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    parts = tl.cdiv(length, PART)
+    sequence = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
     col = tl.arange(0, BLOCK_D)
     col_exists = col < size
     gate = tl.load(gate_ptr + sequence * modulation_stride + col, mask=col_exists, other=0.0)
@@ -173,7 +175,7 @@ def branch_backward_kernel(
             )
             into = tl.where(tl.reshape(keep, (BLOCK_D,)), into * inverse_kept, 0.0)
         tl.store(grad_branch_ptr + at, rounded(into, grad_branch_ptr.dtype.element_ty), mask=col_exists)
-    add_to(grad_gate_ptr + (sequence * tl.num_programs(1) + part) * size + col, of_gate, col_exists)
+    add_to(grad_gate_ptr + (sequence * parts + part) * size + col, of_gate, col_exists)
 
 
 @triton.jit(do_not_specialize=["tiles_n"])
@@ -194,7 +196,7 @@ def exit_kernel(
     used = tl.load(used_ptr + sequence) + active
     going = (active > 0) & (used < tl.load(limit_ptr + sequence))
     if change_ptr is not None:
-        count = length * tiles_n
+        count = tl.cast(length, tl.int64) * tiles_n
         change = tl.zeros((BLOCK,), tl.float32)
         square = tl.zeros((BLOCK,), tl.float32)
         for first in range(0, count, BLOCK):

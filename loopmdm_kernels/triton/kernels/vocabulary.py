@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from loopmdm_kernels.triton.kernels.common import LOWEST, product, rounded
+from loopmdm_kernels.triton.kernels.common import LOWEST, product, rounded, scaled_and_biased
 from loopmdm_kernels.triton.kernels.philox import race_times
 
 
@@ -11,6 +11,7 @@ from loopmdm_kernels.triton.kernels.philox import race_times
 def logits_tile(
     h_ptr,
     weight_ptr,
+    weight_scale_ptr,
     bias_ptr,
     row,
     token,
@@ -40,15 +41,16 @@ def logits_tile(
         BLOCK_V,
         BLOCK_K,
     )
-    bias = tl.load(bias_ptr + token, mask=token < vocab_size, other=0.0).to(tl.float32)
+    acc = scaled_and_biased(acc, weight_scale_ptr, bias_ptr, token, vocab_size)
     possible = ((token < vocab_size) & (token != excluded_token))[None, :]
-    return tl.where(possible, acc + bias[None, :], -float("inf")), possible
+    return tl.where(possible, acc, -float("inf")), possible
 
 
 @triton.jit(do_not_specialize=["seed"])
 def sample_kernel(
     h_ptr,  # [R, D]
     weight_ptr,  # [V, D]
+    weight_scale_ptr,  # [V] fp32, or None
     bias_ptr,  # [V]
     sequence_ptr,  # [R] int64, as step and position
     step_ptr,
@@ -86,6 +88,7 @@ def sample_kernel(
         raw, possible = logits_tile(
             h_ptr,
             weight_ptr,
+            weight_scale_ptr,
             bias_ptr,
             row,
             token,
@@ -202,6 +205,7 @@ def combine_samples_kernel(
 def cross_entropy_kernel(
     h_ptr,  # [R, D]
     weight_ptr,  # [V, D]
+    weight_scale_ptr,  # [V] fp32, or None
     bias_ptr,  # [V]
     targets_ptr,  # [T] int64, read at rows
     rows_ptr,  # [R] int64
@@ -229,6 +233,7 @@ def cross_entropy_kernel(
         logits, _ = logits_tile(
             h_ptr,
             weight_ptr,
+            weight_scale_ptr,
             bias_ptr,
             row,
             token,
@@ -309,6 +314,7 @@ def logit_gradients_kernel(
     logits, possible = logits_tile(
         h_ptr,
         weight_ptr,
+        None,
         bias_ptr,
         row,
         token,

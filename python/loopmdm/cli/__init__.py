@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": "measure held-out likelihood, or the share of puzzles solved, at several loop counts",
     "solve": "solve Sudoku puzzles",
     "study": "run an analysis of the papers on your own models: a table and a figure",
+    "bench": "time the kernels beside plain PyTorch, or tune those for GPUs",
     "convert": "turn a reference (MDLM) checkpoint into config.json and model.safetensors",
     "doctor": "say what works on this machine, and why the rest does not",
 }

@@ -14,7 +14,7 @@ from loopmdm import diffusion
 from loopmdm.exits import ExitCost, ExitRule
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, StepCompute
-from loopmdm_kernels.types import Head, RowRng, SampledRows
+from loopmdm_kernels.types import Fp8Head, Head, RowRng, SampledRows
 
 
 class Denoiser(Protocol):
@@ -35,7 +35,7 @@ class Denoiser(Protocol):
         exit: ExitRule | None = None,
         min_loops: int = 1,
     ) -> Any: ...
-    def head(self, sigma: Tensor | None = None) -> Head: ...
+    def head(self, sigma: Tensor | None = None) -> Head | Fp8Head: ...
 
 
 NEVER = -1e30  # logit of a forbidden token: finite, so that no difference of two is NaN
@@ -72,7 +72,7 @@ class Network:
         self._model = model
         self._draw = draw
         self.needs_times = needs_times
-        self._heads: dict[int, Head] = {}
+        self._heads: dict[int, Head | Fp8Head] = {}
 
     def model_of(self, compute: StepCompute) -> Denoiser:
         chosen: Denoiser = self._model if compute.model is None else compute.model
@@ -144,14 +144,14 @@ class Network:
         limits = num_loops if isinstance(num_loops, Tensor) else torch.full_like(loops, num_loops)
         return hidden, Spent(loops, compute.exit.cost(loops, limits, compute.min_loops)), sigma
 
-    def head(self, model: Denoiser, sigma: Tensor | None) -> Head:
+    def head(self, model: Denoiser, sigma: Tensor | None) -> Head | Fp8Head:
         """The model's head, without the forbidden tokens."""
         if id(model) not in self._heads:
             self._heads[id(model)] = self._without_forbidden(model.head(sigma))
         head = self._heads[id(model)]
         return head if sigma is None else head._replace(modulation=model.head(sigma).modulation)
 
-    def _without_forbidden(self, head: Head) -> Head:
+    def _without_forbidden(self, head: Head | Fp8Head) -> Head | Fp8Head:
         if not self._draw.forbidden.numel():
             return head
         forbidden = self._draw.forbidden.to(head.bias.device)
