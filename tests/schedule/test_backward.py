@@ -1,5 +1,8 @@
 """The table of the backward pass: proved, run on the CPU in any order it allows, equal to autograd."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -145,6 +148,12 @@ def test_every_tile_occurs_once_and_is_waited_for():
     assert waited == dict(enumerate(raised)), "each counter is waited for, with all that a step adds to it"
     words = table.encode()
     assert [Instruction(*row) for row in words.tolist()] == list(table.loop)
+
+
+def test_phases_are_those_of_the_header():
+    header = (Path(__file__).parents[2] / "csrc" / "common" / "backward_phases.h").read_text()
+    named = re.findall(r"^  k(\w+),", header, re.MULTILINE)
+    assert named == [*(phase.name.title().replace("_", "") for phase in PHASES), "Nothing"]
 
 
 def change(table, number, **words):
