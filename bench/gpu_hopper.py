@@ -47,8 +47,8 @@ DRAM_RATIO = 1.1
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
-def inputs_of(tokens: int, device: str, *, hidden: int, heads: int) -> LoopedInputs:
-    inputs = looped_inputs(1, tokens, hidden, heads, SMALL.layers).to(torch.bfloat16)
+def inputs_of(tokens: int, device: str, *, hidden: int, heads: int, batch: int = 1) -> LoopedInputs:
+    inputs = looped_inputs(batch, tokens, hidden, heads, SMALL.layers).to(torch.bfloat16)
     return inputs._replace(
         x=inputs.x.to(device),
         modulation=inputs.modulation.to(device),
@@ -103,6 +103,41 @@ def beside_peers(tokens: int, run: Run) -> Figures:
             except RuntimeError as error:
                 failed[name] = str(error).splitlines()[0]
         return {**failed, **run.seconds(graphs)}
+
+
+def training(run: Run) -> Figures:
+    """Seconds forward and backward through 4 loops of 8 sequences of 1024 tokens, without a graph."""
+    loops, size = 4, {"hidden": 64, "heads": 1} if run.dry else {"hidden": SMALL.hidden, "heads": SMALL.heads}
+    inputs = inputs_of(4 if run.dry else 1024, run.device, batch=2 if run.dry else 8, **size)
+    for tensor in inputs.leaves().values():
+        tensor.requires_grad_()
+    one_loop = compiled(reference.looped_blocks, dry=run.dry)
+
+    def peer() -> torch.Tensor:
+        x = inputs.x
+        for _ in range(loops):
+            x = applying(one_loop, inputs._replace(x=x), 1)()
+        return x
+
+    def step(forward: Callable[[], torch.Tensor]) -> Callable[[], Any]:
+        def both() -> Any:
+            out = forward()
+            return torch.autograd.grad(out, list(inputs.leaves().values()), torch.ones_like(out))
+
+        return both
+
+    def ours(backend: str) -> Callable[[], Any]:
+        def forward() -> torch.Tensor:
+            with lk.use_backend("reference" if run.dry else backend):
+                result: torch.Tensor = lk.looped_blocks(
+                    inputs.x, inputs.blocks, inputs.modulation, loops,
+                    num_heads=inputs.num_heads, rotary=inputs.rotary, recompute=True,
+                )  # fmt: skip
+            return result
+
+        return step(forward)
+
+    return run.seconds({"cuda": ours("cuda"), "triton": ours("triton"), "torch.compile": step(peer)})
 
 
 def dram_bytes(run: Run) -> Figures:
@@ -189,6 +224,7 @@ PHASES: dict[str, Callable[[Run], Figures]] = {
     "sudoku": gpu_sudoku.whole_call,
     "dram_bytes": dram_bytes,
     "sanitizers": sanitizers,
+    "training": training,
     **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (256, 4096)},
 }
 
@@ -199,6 +235,7 @@ EXPECTED = {
     "sudoku": 30.0,
     "dram_bytes": 30.0,
     "sanitizers": 75.0,
+    "training": 45.0,
 }
 SHORT = 5.0  # every other
 

@@ -67,7 +67,10 @@ LOOPMDM_HD int32_t index_of(Place place, TableSize padded, TableSize size, int32
 // What a counter has reached when all tiles of the phase waited for are complete in this loop.
 LOOPMDM_HD int32_t generation(int32_t count, int32_t loop) { return count * (loop + 1); }
 
-LOOPMDM_HD int32_t stream_slot(int32_t slot, int32_t loop) { return (slot + loop) & 1; }
+// `kept`: of a stream that keeps the inputs of all loops, which are then as many slots.
+LOOPMDM_HD int32_t stream_slot(int32_t slot, int32_t loop, int32_t kept) {
+  return kept ? slot + loop : (slot + loop) & 1;
+}
 
 LOOPMDM_HD int32_t qkv_slot(int32_t slot, int32_t loop, int32_t layers) { return (slot + loop * layers) & 1; }
 

@@ -27,12 +27,10 @@ __device__ inline void load_queries(uint32_t (&queries)[kHeadDim / 16][4], uint3
   }
 }
 
-}  // namespace attention_tile
-
-__device__ inline void attention(const Parameters& p, const Instruction& item, const Ring& ring,
-                                 RingPlace& place, const Seat& seat) {
-  using namespace attention_tile;
-  const int head = item.column * Config::kHeadsPerTile + seat.column_group;
+// A tile of queries by all keys; `finish` gets the sums of its output and what they are to be divided by.
+template <class Launch, class Finish>
+__device__ inline void attend(const Launch& p, const Instruction& item, const Ring& ring, RingPlace& place,
+                              const Seat& seat, Finish finish) {
   const uint32_t panel = seat.column_group * kHeadPanels;  // of the heads in a stage
   const uint8_t* const key_mask = p.key_mask ? p.key_mask + p.token(item.sequence, 0) : nullptr;
   const float scale = kLog2E * rsqrtf(static_cast<float>(kHeadDim));
@@ -84,10 +82,20 @@ __device__ inline void attention(const Parameters& p, const Instruction& item, c
     ring.release(place);
     advance(place, Config::kStages);
   }
+  finish(mixed, running);
+}
 
-  divide_by_sums(mixed, running);
-  store_bf16<kHeadDim>(mixed, p.mixed_values, Config::kHidden, head * kHeadDim, p, item,
-                       p.token(item.sequence, 0), seat);
+}  // namespace attention_tile
+
+__device__ inline void attention(const Parameters& p, const Instruction& item, const Ring& ring,
+                                 RingPlace& place, const Seat& seat) {
+  using namespace attention_tile;
+  const int head = item.column * Config::kHeadsPerTile + seat.column_group;
+  attend(p, item, ring, place, seat, [&](float (&mixed)[kHeadDim / 2], const Running& running) {
+    divide_by_sums(mixed, running);
+    store_bf16<kHeadDim>(mixed, p.mixed_values, Config::kHidden, head * kHeadDim, p, item,
+                         p.token(item.sequence, 0), seat);
+  });
 }
 
 }  // namespace loopmdm

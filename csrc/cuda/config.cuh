@@ -42,7 +42,7 @@ struct Config {
 struct Parameters {
   const float* input;
   float* output;
-  float* stream_values;         // [2, B, L, D]
+  float* stream_values;         // [2, B, L, D]; see `keep`
   uint16_t* qkv_values;         // [2, B, L, 3 D]
   uint16_t* mixed_values;       // [B, L, D]
   uint16_t* wide_values;        // [B, L, F]
@@ -63,6 +63,7 @@ struct Parameters {
   const int32_t* max_loops;  // one number, the largest of `stop`
   TableSize size;
   int32_t batch, length, row_tiles, num_counters, modulated_sequences, adaptive;
+  int32_t keep;  // the stream has S + 1 matrices, and keeps the inputs of all loops
   float exit_threshold;
 
   __device__ int32_t number_of_counters() const { return num_counters + batch + 2; }

@@ -6,10 +6,9 @@
 namespace loopmdm {
 
 // Rounds and stores `kColumns` columns of a group, beginning at `column` of rows `width` wide.
-template <int kColumns>
+template <int kColumns, class Launch>
 __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, int64_t width, int column,
-                           const Parameters& p, const Instruction& item, int64_t first_token,
-                           const Seat& seat) {
+                           const Launch& p, const Instruction& item, int64_t first_token, const Seat& seat) {
   static_assert(kColumns == 16 || kColumns % 32 == 0, "a quad stores 32 columns together");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -40,9 +39,9 @@ __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, 
   }
 }
 
-// Rotates pairs (i, i + K/2) of each head, which one thread holds.
-template <int kColumns>
-__device__ void rotate(float (&sums)[kColumns / 2], const Parameters& p, const Instruction& item,
+// Rotates pairs (i, i + K/2) of each head, which one thread holds, or turns them back.
+template <int kColumns, bool kBack = false, class Launch>
+__device__ void rotate(float (&sums)[kColumns / 2], const Launch& p, const Instruction& item,
                        const Seat& seat) {
   constexpr int kHalf = Config::kHeadDim / 2;
 #pragma unroll
@@ -56,7 +55,7 @@ __device__ void rotate(float (&sums)[kColumns / 2], const Parameters& p, const I
       for (int head = 0; head < kColumns / Config::kHeadDim; ++head) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float cosine = i ? c.y : c.x, sine = i ? s.y : s.x;
+          const float cosine = i ? c.y : c.x, sine = kBack ? -(i ? s.y : s.x) : i ? s.y : s.x;
           float& first = sums[(head * Config::kHeadDim + 8 * group) / 2 + 2 * half + i];
           float& second = sums[(head * Config::kHeadDim + 8 * group + kHalf) / 2 + 2 * half + i];
           const float a = first, b = second;
@@ -98,9 +97,9 @@ __device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, 
   // Rows beyond the sequence read its first one and store nothing.
   const int64_t lines[2] = {p.token(item.sequence, inside[0] ? row : 0) * Config::kHidden + first,
                             p.token(item.sequence, inside[1] ? row + 8 : 0) * Config::kHidden + first};
-  const float* const source = p.stream_values + stream_slot(item.read_slot, loop) * matrix;
-  float* const target = p.stream_values + stream_slot(item.write_slot, loop) * matrix;
-  const float* const loop_input = p.stream_values + stream_slot(0, loop) * matrix;
+  const float* const source = p.stream_values + stream_slot(item.read_slot, loop, p.keep) * matrix;
+  float* const target = p.stream_values + stream_slot(item.write_slot, loop, p.keep) * matrix;
+  const float* const loop_input = p.stream_values + stream_slot(0, loop, p.keep) * matrix;
   float changed = 0, size = 0;
 #pragma unroll
   for (int batch = 0; batch < kColumns / 8; batch += kBatch) {

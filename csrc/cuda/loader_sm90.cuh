@@ -35,7 +35,7 @@ class Loader {
     }
     Instruction end{};
     end.phase = kEnd;
-    issue(end, 0);
+    ring_.issue(issue_, end, 0);
   }
 
  private:
@@ -56,7 +56,7 @@ class Loader {
   }
 
   __device__ void load(const Instruction& item, int32_t loop, int32_t resident) {
-    const int slot = stream_slot(item.read_slot, loop) * p_.batch + item.sequence;
+    const int slot = stream_slot(item.read_slot, loop, p_.keep) * p_.batch + item.sequence;
     switch (item.phase) {
       case kQkv:
         return product<4, Config::kHidden, Config::kQkvColumns>(item, loop, resident, p_.stream, slot,
@@ -80,20 +80,7 @@ class Loader {
   __device__ void wait_and_issue(const Instruction& item, int32_t loop, int32_t resident = -1) {
     wait_for_inputs(p_, item, loop);
     proxy_fence();
-    issue(item, loop, resident);
-  }
-
-  __device__ void issue(const Instruction& item, int32_t loop, int32_t resident = -1) {
-    barrier_wait(ring_.read(issue_.slot), issue_.round ^ 1);
-    if (leader_) {
-      Issued& issued = ring_.barriers->instructions[issue_.slot];
-      issued.item = item;
-      issued.loop = loop;
-      issued.resident = resident;
-      barrier_arrive(ring_.issued(issue_.slot));
-    }
-    __syncwarp();
-    advance(issue_, kInstructions);
+    ring_.issue(issue_, item, loop, resident);
   }
 
   // A stage of a product: 64 of the inner dimension, `kLeftBytes` each of kRows rows and two of kColumns. The

@@ -11,7 +11,7 @@ namespace loopmdm {
 __device__ void project_qkv(const KernelParameters& p, Walk& walk, const Seat& seat) {
   const Instruction& item = walk.item();
   const auto operands = walk.operands<4, Config::kHidden, Config::kQkvColumns>(
-      p.stream_values, stream_slot(item.read_slot, walk.loop()), p.qkv_weight, 3 * Config::kHidden);
+      p.stream_values, stream_slot(item.read_slot, walk.loop(), p.keep), p.qkv_weight, 3 * Config::kHidden);
   constexpr int kColumns = decltype(operands)::kColumns;
   const auto rows = RowScales::load(p, item, p.statistics1, seat);
   float sums[kColumns / 2] = {};
@@ -40,7 +40,7 @@ __device__ void project_attention(const KernelParameters& p, Walk& walk, const S
 __device__ void widen(const KernelParameters& p, Walk& walk, const Seat& seat) {
   const Instruction& item = walk.item();
   const auto operands = walk.operands<4, Config::kHidden, Config::kMlpInColumns>(
-      p.stream_values, stream_slot(item.read_slot, walk.loop()), p.mlp_in_weight, Config::kMlp);
+      p.stream_values, stream_slot(item.read_slot, walk.loop(), p.keep), p.mlp_in_weight, Config::kMlp);
   constexpr int kColumns = decltype(operands)::kColumns;
   const auto rows = RowScales::load(p, item, p.statistics2, seat);
   float sums[kColumns / 2] = {};

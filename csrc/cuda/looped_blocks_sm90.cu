@@ -35,7 +35,7 @@ __device__ void project_attention(const Parameters& p, const Instruction& item, 
                                   int32_t resident, const Ring& ring, RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kAttnOutColumns>::kColumns;
   float sums[kColumns / 2];
-  shared_product<kColumns, Config::kHidden>(sums, ring, place, seat, resident);
+  shared_product<kColumns>(sums, ring, place, seat, Config::kHidden / Config::kStep, resident);
   update_stream<kColumns>(sums, p, item, loop, seat, Share<Config::kAttnOutColumns>::part(item, seat),
                           nullptr, p.gate_of(item, 0), p.statistics2, nullptr);
 }
@@ -58,7 +58,8 @@ __device__ void narrow(const Parameters& p, const Instruction& item, int32_t loo
   if (Config::kMlpOutParts > 1 && item.phase == kMlpSum) {
     add_parts<kColumns>(sums, p, item, seat);
   } else {
-    shared_product<kColumns, Config::kMlp / Config::kMlpOutParts>(sums, ring, place, seat, resident);
+    shared_product<kColumns>(sums, ring, place, seat, Config::kMlp / Config::kMlpOutParts / Config::kStep,
+                             resident);
     if (Config::kMlpOutParts > 1) return store_part<kColumns>(sums, p, item, seat);
   }
   const bool last = p.adaptive && item.layer == Config::kLayers - 1;
@@ -103,13 +104,7 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
       default:
         return;
     }
-    proxy_fence();
-    meet<1>(Config::kComputeThreads);
-    if (threadIdx.x == 0) {
-      if (item.signal >= 0) add_release(p.counter(item.signal), item.signal_count);
-      barrier_arrive(ring.read(read.slot));
-    }
-    advance(read, kInstructions);
+    ring.complete(read, [&](int32_t number) { return p.counter(number); });
   }
 }
 

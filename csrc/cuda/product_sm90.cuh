@@ -51,24 +51,29 @@ __device__ void stream_product(float (&sums)[kColumns / 2], const Ring& ring, Ri
   ring.release(before);
 }
 
-// Both operands from shared memory.
-template <int kColumns, int kInner>
+// Both operands from shared memory, in panels of 64 rows, or of 64 columns where these are the outer
+// dimension.
+template <int kColumns, bool kLeftOuter = false, bool kRightOuter = false>
 __device__ void shared_product(float (&sums)[kColumns / 2], const Ring& ring, RingPlace& place,
-                               const Seat& seat, int32_t resident) {
+                               const Seat& seat, int steps, int32_t resident = -1) {
+  constexpr uint32_t kPanel = 64 * 128;
   constexpr uint32_t kLeft = 2 * Config::kRows * Config::kStep,
                      kRight = Config::kColumnGroups * kColumns * 128;
   RingPlace before = place;
 #pragma unroll 1
-  for (int step = 0; step < kInner / Config::kStep; ++step) {
+  for (int step = 0; step < steps; ++step) {
     ring.wait_full(place);
-    const uint32_t left = ring.stage(place.slot) + seat.row_group * 64 * 128;
+    const uint32_t left = ring.stage(place.slot) + seat.row_group * kPanel;
     const uint32_t right =
         ring.right(place.slot, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
     products_begin();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      WarpGroupProduct<kColumns>::shared(sums, inner_major_descriptor(left, k),
-                                         inner_major_descriptor(right, k), step + k > 0);
+      const uint64_t rows =
+          kLeftOuter ? outer_major_descriptor(left, kPanel, k) : inner_major_descriptor(left, k);
+      const uint64_t columns =
+          kRightOuter ? outer_major_descriptor(right, kPanel, k) : inner_major_descriptor(right, k);
+      WarpGroupProduct<kColumns>::template shared<kLeftOuter, kRightOuter>(sums, rows, columns, step + k > 0);
     }
     products_commit();
     products_wait<1>();

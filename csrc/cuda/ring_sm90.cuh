@@ -5,6 +5,7 @@
 #include "common/schedule.h"
 #include "cuda/config_sm90.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/warps.cuh"
 
 namespace loopmdm {
 
@@ -55,7 +56,42 @@ struct Ring {
   __device__ uint32_t read(uint32_t slot) const { return shared_address(&barriers->read[slot]); }
 
   __device__ void wait_full(RingPlace place) const { barrier_wait(full(place.slot), place.round); }
-  __device__ void wait_empty(RingPlace place) const { barrier_wait(empty(place.slot), place.round ^ 1); }
+  __device__ void wait_empty(RingPlace place) const { wait_together(empty(place.slot), place.round ^ 1); }
+
+  // By the warp that loads. What its leader then sends round the ring must not come back before all lanes
+  // have seen this round: a lane that missed it would wait for the same parity for good.
+  __device__ static void wait_together(uint32_t barrier, uint32_t parity) {
+    barrier_wait(barrier, parity);
+    __syncwarp();
+  }
+
+  // By the warp that loads: an instruction whose inputs are ready.
+  __device__ void issue(RingPlace& place, const Instruction& item, int32_t loop,
+                        int32_t resident = -1) const {
+    wait_together(read(place.slot), place.round ^ 1);
+    if (threadIdx.x % 32 == 0) {
+      barriers->instructions[place.slot].item = item;
+      barriers->instructions[place.slot].loop = loop;
+      barriers->instructions[place.slot].resident = resident;
+      barrier_arrive(issued(place.slot));
+    }
+    __syncwarp();
+    advance(place, kInstructions);
+  }
+
+  // By all threads that compute: the instruction is carried out, and its counter, which `counter` finds by
+  // its number, says so.
+  template <class Counter>
+  __device__ void complete(RingPlace& place, Counter counter) const {
+    const Instruction& item = barriers->instructions[place.slot].item;
+    proxy_fence();
+    meet<1>(Config::kComputeThreads);
+    if (threadIdx.x == 0) {
+      if (item.signal >= 0) add_release(counter(item.signal), item.signal_count);
+      barrier_arrive(read(place.slot));
+    }
+    advance(place, kInstructions);
+  }
 
   // The right operand of a stage of a product: `left_bytes` into it, or among the weights that stay.
   __device__ uint32_t right(uint32_t slot, uint32_t left_bytes, int32_t place, int step,

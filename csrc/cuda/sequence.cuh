@@ -9,7 +9,7 @@ namespace loopmdm {
 // One warp a row, one lane a column of a part.
 __device__ inline void enter(const Parameters& p, const Instruction& item, int32_t loop) {
   const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
-  float* const target = p.stream_values + stream_slot(item.write_slot, loop) * matrix;
+  float* const target = p.stream_values + stream_slot(item.write_slot, loop, p.keep) * matrix;
   const int last = min((item.row + 1) * Config::kRows, p.length), lane = threadIdx.x % 32;
   for (int row = item.row * Config::kRows + threadIdx.x / 32; row < last;
        row += Config::kComputeThreads / 32) {
@@ -60,7 +60,7 @@ __device__ inline void leave(const Parameters& p, const Instruction& item, int32
   const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
   const int first = item.row * Config::kRows, rows = min(Config::kRows, p.length - first);
   const int64_t offset = p.token(item.sequence, first) * Config::kHidden;
-  const float* const source = p.stream_values + stream_slot(item.read_slot, loop) * matrix + offset;
+  const float* const source = p.stream_values + stream_slot(item.read_slot, loop, p.keep) * matrix + offset;
   for (int i = 2 * threadIdx.x; i < rows * Config::kHidden; i += 2 * Config::kComputeThreads) {
     store_pair(p.output + offset + i, load_pair(source + i));
   }

@@ -7,6 +7,7 @@ architecture, but no compiler: where all of that is the same, they are what is u
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -59,6 +60,12 @@ def _options(defines: Mapping[str, int]) -> list[str]:
 
 def _packaged_name(name: str, options: list[str], architecture: str) -> str:
     return cache_key(name, options, architecture, "") + ".cubin"
+
+
+def limited(macros: dict[str, int]) -> dict[str, int]:
+    """With LOOPMDM_CUDA_SPIN_LIMIT, if it is set: a kernel that waits in vain ends with an error."""
+    spins = os.environ.get("LOOPMDM_CUDA_SPIN_LIMIT")
+    return {**macros, "LOOPMDM_SPIN_LIMIT": int(spins)} if spins else macros
 
 
 def cache_key(

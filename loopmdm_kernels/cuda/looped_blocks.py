@@ -1,17 +1,17 @@
-"""`looped_blocks` by one cooperative launch: the whole stack, all loops. Forward only."""
+"""`looped_blocks` by one cooperative launch: the whole stack, all loops; its gradients by another."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loopmdm_kernels.cuda import driver, tensor_maps
-from loopmdm_kernels.cuda.compiler import compile_kernel
+from loopmdm_kernels.cuda.compiler import compile_kernel, limited
+from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients
 from loopmdm_kernels.cuda.parameters import (
     MAPS,
     POINTERS,
@@ -46,8 +46,6 @@ def supports(
         return f"compute_dtype must be bfloat16, got {dtype}"
     if dropout:
         return "it has no dropout"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(t for b in blocks for t in b))):
-        return "it has no backward pass: call it under torch.no_grad()"
     return None
 
 
@@ -63,6 +61,75 @@ def looped_blocks(
     exit_threshold: float | None = None,
     **_: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """Backward always runs the loops again: only their inputs are kept, whatever `recompute` says."""
+    call = (num_loops, num_heads, rotary, key_mask, exit_threshold)
+    weights = [tensor for block in blocks for tensor in block]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, modulation, *weights)):
+        if x.shape[-1] // num_heads not in HEAD_DIMS:
+            raise RuntimeError(
+                "looped_blocks: backend 'cuda' was asked for and cannot do this: its backward pass has "
+                f"heads of size {HEAD_DIMS}, got {x.shape[-1] // num_heads}; call it under torch.no_grad()"
+            )
+        if torch.cuda.get_device_capability(x.device) != CAPABILITY:
+            raise RuntimeError(
+                "looped_blocks: backend 'cuda' was asked for and cannot do this: its backward pass needs "
+                "compute capability 9.0 (H100, H200); call it under torch.no_grad()"
+            )
+        out, used = _LoopedBlocks.apply(x, modulation, call, *weights)  # type: ignore[no-untyped-call]
+    else:
+        buffers, _packed = run_forward(x, blocks, modulation, *call)
+        out, used = buffers.output, buffers.stop[: len(x)].long()
+    return out if exit_threshold is None else (out, used)
+
+
+class _LoopedBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, modulation: Tensor, call: _Call, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        buffers, packed_weights = run_forward(x, _blocks(weights), modulation, *call, keep=True)
+        ctx.kept = kept_of(buffers, packed_weights, num_heads=call[1])
+        ctx.save_for_backward(modulation, *weights)
+        used = buffers.stop[: len(x)].long()
+        ctx.mark_non_differentiable(used)
+        return buffers.output, used
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        modulation, *weights = ctx.saved_tensors
+        of_x, of_blocks, of_modulation = gradients(ctx.kept, grad, _blocks(weights), modulation)
+        return of_x, of_modulation, None, *(tensor for block in of_blocks for tensor in block)
+
+
+def _blocks(weights: Sequence[Tensor]) -> list[BlockWeights]:
+    number = len(BlockWeights._fields)
+    return [BlockWeights(*weights[i : i + number]) for i in range(0, len(weights), number)]
+
+
+_Call = tuple[int | Tensor, int, Rotary | None, Tensor | None, float | None]
+
+
+def kept_of(buffers: Buffers, weights: PackedWeights, num_heads: int) -> Kept:
+    return Kept(
+        buffers.stream_values, buffers.stop, buffers.affine, buffers.gate,
+        buffers.cosines, buffers.sines, buffers.key_mask, weights, num_heads,
+    )  # fmt: skip
+
+
+def run_forward(
+    x: Tensor,
+    blocks: Sequence[BlockWeights],
+    modulation: Tensor,
+    num_loops: int | Tensor,
+    num_heads: int,
+    rotary: Rotary | None,
+    key_mask: Tensor | None,
+    exit_threshold: float | None,
+    *,
+    keep: bool = False,
+) -> tuple[Buffers, PackedWeights]:
+    """One call of the kernel; with `keep` its stream holds the inputs of all loops."""
     target = target_of(torch.cuda.get_device_capability(x.device))
     shape = shape_of(x, blocks, num_heads, target)
     adaptive = exit_threshold is not None
@@ -71,7 +138,9 @@ def looped_blocks(
         kernel, plan, limits = _kernel(shape, target, device)
         table, words, counters = _table(shape, plan.tiles, adaptive, x.device)
         weights = packed(blocks)
-        buffers = Buffers.allocate(table, x, weights, modulation, num_loops, rotary, key_mask, counters)
+        buffers = Buffers.allocate(
+            table, x, weights, modulation, num_loops, rotary, key_mask, counters, keep=keep
+        )
         parameters = pack_parameters(target, table, buffers, weights, words, exit_threshold)
         if isinstance(parameters, ParametersWithMaps):
             for name, described in map_layouts(shape, plan, buffers, weights).items():
@@ -81,8 +150,7 @@ def looped_blocks(
         stream = torch.cuda.current_stream(x.device).cuda_stream
         grid = plan.cluster if plan.cluster > 1 else limits.sms * kernel.blocks_per_sm(target.threads)
         kernel.launch(grid, target.threads, stream, parameters, kept, cluster=plan.cluster)
-    used = buffers.stop[: shape.batch].long()
-    return (buffers.output, used) if adaptive else buffers.output
+    return buffers, weights
 
 
 def shape_of(x: Tensor, blocks: Sequence[BlockWeights], num_heads: int, target: Target) -> BlockShape:
@@ -111,10 +179,7 @@ def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kern
 
 
 def _loaded(target: Target, shape: BlockShape, plan: Plan, device: int) -> driver.Kernel:
-    macros = defines(shape, plan)
-    spins = os.environ.get("LOOPMDM_CUDA_SPIN_LIMIT")  # a kernel that waits in vain ends with an error
-    if spins:
-        macros["LOOPMDM_SPIN_LIMIT"] = int(spins)
+    macros = limited(defines(shape, plan))
     return _loaded_once(target, tuple(macros.items()), plan.shared_bytes, plan.cluster, device)
 
 
@@ -146,7 +211,7 @@ class Buffers(NamedTuple):
 
     input: Tensor
     output: Tensor
-    stream_values: Tensor  # fp32 [2, B, L, D]
+    stream_values: Tensor  # fp32 [2, B, L, D], or [S + 1, B, L, D] where the loops' inputs are kept
     qkv_values: Tensor  # bf16 [2, B, L, 3 D]
     mixed_values: Tensor  # bf16 [B, L, D]
     wide_values: Tensor  # bf16 [B, L, F]
@@ -175,6 +240,8 @@ class Buffers(NamedTuple):
         rotary: Rotary | None,
         key_mask: Tensor | None,
         counters: Tensor,
+        *,
+        keep: bool = False,
     ) -> Buffers:
         shape, tiles = table.shape, table.tiles
         batch, length, hidden = shape.batch, shape.length, shape.hidden
@@ -190,10 +257,13 @@ class Buffers(NamedTuple):
             stop = torch.cat((num_loops, num_loops.max()[None])).int()
         else:
             stop = torch.full((batch + 1,), num_loops, dtype=torch.int32, device=x.device)
+        slots = 2
+        if keep:  # a tensor of loop counts is read by the host: memory cannot wait for it
+            slots = 1 + (int(num_loops.max()) if isinstance(num_loops, Tensor) else num_loops)
         return cls(
             input=x.contiguous(),
             output=empty(batch, length, hidden),
-            stream_values=empty(2, batch, length, hidden),
+            stream_values=empty(slots, batch, length, hidden),
             qkv_values=empty(2, batch, length, 3 * hidden, dtype=torch.bfloat16),
             mixed_values=empty(batch, length, hidden, dtype=torch.bfloat16),
             wide_values=empty(batch, length, shape.mlp, dtype=torch.bfloat16),
@@ -265,6 +335,7 @@ def pack_parameters(
         num_counters=table.num_counters,
         modulated_sequences=buffers.gate.shape[1],
         adaptive=int(table.adaptive),
+        keep=int(len(buffers.stream_values) > 2),
         exit_threshold=exit_threshold or 0.0,
     )
     addresses: dict[str, Tensor | None] = {

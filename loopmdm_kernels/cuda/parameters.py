@@ -17,7 +17,7 @@ POINTERS = (
 )  # fmt: skip
 NUMBERS = (
     "enter", "loop", "leave",
-    "batch", "length", "row_tiles", "num_counters", "modulated_sequences", "adaptive",
+    "batch", "length", "row_tiles", "num_counters", "modulated_sequences", "adaptive", "keep",
 )  # fmt: skip
 
 

@@ -13,21 +13,31 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loopmdm_kernels.cuda import disk_cache, refresh
+from loopmdm_kernels.cuda.backward_parameters import backward_defines
 from loopmdm_kernels.cuda.compiler import compile_into, compile_kernel
+from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY
+from loopmdm_kernels.cuda.looped_blocks_backward import SOURCE as BACKWARD_SOURCE
 from loopmdm_kernels.cuda.parameters import defines
 from loopmdm_kernels.cuda.targets import target_of, why_none
 from loopmdm_kernels.schedule import BlockShape, choose, device_of, measured
+from loopmdm_kernels.schedule.backward import choose_backward
 from loopmdm_kernels.schedule.cost import nearest
 
 
 def prebuild(
-    shapes: Sequence[BlockShape], capability: tuple[int, int], *, name: str = "", folder: Path | None = None
+    shapes: Sequence[BlockShape],
+    capability: tuple[int, int],
+    *,
+    name: str = "",
+    folder: Path | None = None,
+    training: bool = False,
 ) -> int:
     """Compiles what these shapes need and returns the number of different kernels.
 
     Args:
         name: of the GPU, if its ceilings were measured: they may make other tiles the best.
         folder: for a package, instead of the cache.
+        training: the backward pass too.
     """
     target, assumed = target_of(capability), nearest(capability)
     device = device_of(capability, assumed.sms, assumed.shared_bytes, name=name, measured=measured.table())
@@ -37,6 +47,11 @@ def prebuild(
         (refresh.SOURCE, {}),
         *((target.source, dict(macros)) for macros in sorted(different)),
     ]
+    if training:
+        backward = {
+            tuple(backward_defines(shape, choose_backward(shape, device)).items()) for shape in shapes
+        }
+        kernels += [(BACKWARD_SOURCE, dict(macros)) for macros in sorted(backward)]
 
     def compile_one(kernel: tuple[str, dict[str, int]]) -> None:
         if folder is None:
@@ -70,7 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--name", choices=sorted(measured.table()), help="of the GPU, if its ceilings were measured"
     )
     parser.add_argument("--folder", type=Path, help="where to, for a package; the cache if not given")
+    parser.add_argument("--training", action="store_true", help="the backward pass too; needs 9.0")
     options = parser.parse_args(arguments)
+    if options.training and options.capability != [CAPABILITY]:
+        parser.error("--training: the backward pass needs compute capability 9.0 (H100, H200)")
     mlp = options.mlp or 4 * options.hidden
     shapes = [
         BlockShape(options.batch, length, options.hidden, options.heads, mlp, layers)
@@ -85,7 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--heads: got {options.heads}, expected heads of size {head_dims} in {options.hidden}"
             )
         try:
-            number += prebuild(shapes, capability, name=options.name or "", folder=options.folder)
+            number += prebuild(
+                shapes, capability, name=options.name or "", folder=options.folder, training=options.training
+            )
         except (ValueError, RuntimeError) as error:
             parser.error(str(error))
     print(f"compiled kernels: {number}, in {options.folder or disk_cache.folder()}")

@@ -32,7 +32,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from enum import IntEnum
 from typing import NamedTuple
 
 from loopmdm_kernels.schedule.accesses import Access, accesses
@@ -45,49 +46,65 @@ class ScheduleError(Exception):
     """An interleaving of the table's instructions exists that races or never ends."""
 
 
-class _Instance(NamedTuple):
-    loop: int
-    item: Instruction
-
-    def __str__(self) -> str:
-        item = self.item
-        place = f"layer {item.layer}, sequence {item.sequence}, row {item.row}, column {item.column}"
-        return f"{Phase(item.phase).name} (loop {self.loop}, {place})"
-
-
-class _Wait(NamedTuple):
+class Wait(NamedTuple):
     counter: int
     target: int
+
+
+Instance = tuple[int, Instruction]  # of a loop
+
+
+class Rules(NamedTuple):
+    """What an instruction of a table means: functions of its loop and itself, and the names of phases."""
+
+    waits: Callable[[int, Instruction], Iterable[Wait]]
+    signals: Callable[[int, Instruction], Iterable[tuple[int, int]]]  # counter, amount
+    accesses: Callable[[int, Instruction], Iterable[Access]]
+    phases: type[IntEnum]
+
+    def name(self, instance: Instance) -> str:
+        loop, item = instance
+        place = f"layer {item.layer}, sequence {item.sequence}, row {item.row}, column {item.column}"
+        return f"{self.phases(item.phase).name} (loop {loop}, {place})"
 
 
 def check(table: Table, loops: int = CHECKED_LOOPS) -> None:
     """Raises ScheduleError, naming the instructions, if the table can race or deadlock."""
     instances = list(_instances(table, loops))
-    _check_sequences_apart(instances, table)
-    _check_buffers(instances, table, _guaranteed_order(instances, table))
+    rules = Rules(
+        lambda loop, item: _waits(table, loop, item),
+        lambda _, item: _signals(table, item),
+        lambda loop, item: accesses(table, item, loop),
+        Phase,
+    )
+    _check_sequences_apart(instances, rules)
+    prove(instances, rules)
 
 
-def _instances(table: Table, loops: int) -> Iterator[_Instance]:
+def prove(instances: list[Instance], rules: Rules) -> None:
+    """The proof for instructions in the order of their positions. Raises ScheduleError."""
+    _check_buffers(instances, rules, _guaranteed_order(instances, rules))
+
+
+def _instances(table: Table, loops: int) -> Iterator[Instance]:
     number = 0
     while True:
         loop, item = table.position(number, loops)
         if item is None:
             return
-        yield _Instance(loop, item)
+        yield loop, item
         number += 1
 
 
-def _waits(instance: _Instance, table: Table) -> Iterator[_Wait]:
-    loop, item = instance
+def _waits(table: Table, loop: int, item: Instruction) -> Iterator[Wait]:
     for counter in range(item.wait, item.wait + item.wait_number):
-        yield _Wait(counter, item.wait_count * (loop + 1))
+        yield Wait(counter, item.wait_count * (loop + 1))
     if table.adaptive and item.phase != Phase.ENTER:
         # EXIT waits for the one before it. LEAVE's loop is the number of loops: the last EXIT settles that.
-        yield _Wait(_progress(table, item), loop if item.phase in (Phase.EXIT, Phase.LEAVE) else loop + 1)
+        yield Wait(_progress(table, item), loop if item.phase in (Phase.EXIT, Phase.LEAVE) else loop + 1)
 
 
-def _signals(instance: _Instance, table: Table) -> Iterator[tuple[int, int]]:
-    item = instance.item
+def _signals(table: Table, item: Instruction) -> Iterator[tuple[int, int]]:
     if item.signal >= 0:
         yield item.signal, item.signal_count
     if item.phase == Phase.EXIT:
@@ -98,21 +115,22 @@ def _progress(table: Table, item: Instruction) -> int:
     return table.num_counters + item.sequence
 
 
-def _guaranteed_order(instances: list[_Instance], table: Table) -> list[int]:
+def _guaranteed_order(instances: list[Instance], rules: Rules) -> list[int]:
     """For each instance the set of those certain to precede it, as the bits of an integer."""
     signals: dict[int, list[tuple[int, int]]] = defaultdict(list)  # counter -> (position, amount)
     for position, instance in enumerate(instances):
-        for counter, amount in _signals(instance, table):
+        for counter, amount in rules.signals(*instance):
             signals[counter].append((position, amount))
-    edges: list[dict[_Wait, list[int]]] = []
+    edges: list[dict[Wait, list[int]]] = []
     for position, instance in enumerate(instances):
         waits = {}
-        for wait in _waits(instance, table):
+        for wait in rules.waits(*instance):
             earlier = [(p, amount) for p, amount in signals[wait.counter] if p < position]
-            if sum(amount for _, amount in earlier) < wait.target:
+            reached = sum(amount for _, amount in earlier)
+            if reached < wait.target:
                 raise ScheduleError(
-                    f"deadlock: {instance} waits for counter {wait.counter} to reach {wait.target}, and the "
-                    f"instructions before it raise it to {sum(amount for _, amount in earlier)}"
+                    f"deadlock: {rules.name(instance)} waits for counter {wait.counter} to reach "
+                    f"{wait.target}, and the instructions before it raise it to {reached}"
                 )
             waits[wait] = [p for p, _ in earlier]
         edges.append(waits)
@@ -147,7 +165,7 @@ def _guaranteed_order(instances: list[_Instance], table: Table) -> list[int]:
             return before
 
 
-def _closure(edges: list[dict[_Wait, list[int]]]) -> list[int]:
+def _closure(edges: list[dict[Wait, list[int]]]) -> list[int]:
     before: list[int] = []
     shared: dict[tuple[int, ...], int] = {}  # the tiles of a phase wait for the same
     for waits in edges:
@@ -163,17 +181,19 @@ def _closure(edges: list[dict[_Wait, list[int]]]) -> list[int]:
     return before
 
 
-def _check_sequences_apart(instances: list[_Instance], table: Table) -> None:
+def _check_sequences_apart(instances: list[Instance], rules: Rules) -> None:
     owner: dict[int, int] = {}
     for instance in instances:
-        used = [wait.counter for wait in _waits(instance, table)]
-        used += [counter for counter, _ in _signals(instance, table)]
+        used = [wait.counter for wait in rules.waits(*instance)]
+        used += [counter for counter, _ in rules.signals(*instance)]
         for counter in used:
-            if owner.setdefault(counter, instance.item.sequence) != instance.item.sequence:
-                raise ScheduleError(f"{instance} uses counter {counter} of sequence {owner[counter]}")
-        for access in accesses(table, instance.item, instance.loop):
-            if access.sequence != instance.item.sequence:
-                raise ScheduleError(f"{instance} touches sequence {access.sequence}")
+            if owner.setdefault(counter, instance[1].sequence) != instance[1].sequence:
+                raise ScheduleError(
+                    f"{rules.name(instance)} uses counter {counter} of sequence {owner[counter]}"
+                )
+        for access in rules.accesses(*instance):
+            if access.sequence != instance[1].sequence:
+                raise ScheduleError(f"{rules.name(instance)} touches sequence {access.sequence}")
 
 
 class _Column:
@@ -186,20 +206,21 @@ class _Column:
         self.readers: list[int] = []
 
 
-def _check_buffers(instances: list[_Instance], table: Table, before: list[int]) -> None:
-    grain = _boundaries(instances, table)
+def _check_buffers(instances: list[Instance], rules: Rules, before: list[int]) -> None:
+    grain = _boundaries(instances, rules)
     state: dict[tuple[str, int, int, int, int], _Column] = defaultdict(_Column)
 
     def ordered(earlier: int, position: int, access: Access, kind: str) -> None:
         if earlier != position and not before[position] >> earlier & 1:
             raise ScheduleError(
-                f"{kind}: {instances[position]} and {instances[earlier]} are not ordered; both use "
-                f"{access.buffer} (half {access.half}) of sequence {access.sequence}, row {access.row}"
+                f"{kind}: {rules.name(instances[position])} and {rules.name(instances[earlier])} are not "
+                f"ordered; both use {access.buffer} (half {access.half}) of sequence {access.sequence}, "
+                f"row {access.row}"
             )
 
     for position, instance in enumerate(instances):
         # What an instruction reads it has read before it writes.
-        touched = sorted(accesses(table, instance.item, instance.loop), key=lambda access: access.writes)
+        touched = sorted(rules.accesses(*instance), key=lambda access: access.writes)
         for access in touched:
             starts = grain[access.buffer]
             for start in starts[bisect_left(starts, access.first) : bisect_left(starts, access.last)]:
@@ -207,8 +228,8 @@ def _check_buffers(instances: list[_Instance], table: Table, before: list[int]) 
                 if not access.writes:
                     if column.writer is None:
                         raise ScheduleError(
-                            f"unwritten: {instance} reads {access.buffer} (half {access.half}) of row "
-                            f"{access.row}, which nothing before it has written"
+                            f"unwritten: {rules.name(instance)} reads {access.buffer} (half {access.half}) "
+                            f"of row {access.row}, which nothing before it has written"
                         )
                     ordered(column.writer, position, access, "read of unfinished data")
                     column.readers.append(position)
@@ -220,10 +241,10 @@ def _check_buffers(instances: list[_Instance], table: Table, before: list[int]) 
                 column.writer, column.readers = position, []
 
 
-def _boundaries(instances: list[_Instance], table: Table) -> dict[str, list[int]]:
+def _boundaries(instances: list[Instance], rules: Rules) -> dict[str, list[int]]:
     """Starts of the elementary intervals of columns of each buffer."""
     starts: dict[str, set[int]] = defaultdict(set)
-    for loop, item in instances:
-        for access in accesses(table, item, loop):
+    for instance in instances:
+        for access in rules.accesses(*instance):
             starts[access.buffer].update((access.first, access.last))
     return {buffer: sorted(values)[:-1] for buffer, values in starts.items()}

@@ -307,7 +307,7 @@ def _mlp_out_costs(
     tiles = shape.batch * math.ceil(shape.length / rows) * number
     return {
         Phase.MLP_OUT: _product_cost(shape, device, rows, columns, number * parts, inner, 2, part),
-        Phase.MLP_SUM: _phase(device, tiles, 0.0, parts * part),
+        Phase.MLP_SUM: phase_cost(device, tiles, 0.0, parts * part),
     }
 
 
@@ -324,7 +324,7 @@ def _product_cost(
     """`number`: tiles beside each other. Rows beyond the sequence cost arithmetic and are not moved."""
     tiles = shape.batch * math.ceil(shape.length / rows) * number
     moved = inner * (left_bytes * min(rows, shape.length) + 2 * columns) + written
-    cost = _phase(device, tiles, 2 * rows * columns * inner / device.product_flops, moved)
+    cost = phase_cost(device, tiles, 2 * rows * columns * inner / device.product_flops, moved)
     return cost._replace(weights=2 * columns * inner)
 
 
@@ -333,7 +333,7 @@ def _attention_cost(shape: BlockShape, device: Device, tiles: Tiles) -> PhaseCos
     block = key_block(shape, tiles)
     keys = block * math.ceil(shape.length / block)
     width = tiles.heads * shape.head_dim
-    return _phase(
+    return phase_cost(
         device,
         count,
         4 * tiles.rows * keys * width / device.attention_flops,
@@ -341,7 +341,7 @@ def _attention_cost(shape: BlockShape, device: Device, tiles: Tiles) -> PhaseCos
     )
 
 
-def _phase(device: Device, tiles: int, device_seconds: float, moved: int) -> PhaseCost:
+def phase_cost(device: Device, tiles: int, device_seconds: float, moved: int) -> PhaseCost:
     """`device_seconds`: a tile's arithmetic, were the whole device at work on it."""
     waves = math.ceil(tiles / device.sms)
     rate = min(device.sm_bytes, device.l2_bytes / min(tiles, device.sms))

@@ -49,7 +49,7 @@ int64_t first_leaving_c(int64_t position, int32_t enter, int32_t loop, int32_t l
 }
 
 int32_t generation_c(int32_t count, int32_t loop) { return generation(count, loop); }
-int32_t stream_slot_c(int32_t slot, int32_t loop) { return stream_slot(slot, loop); }
+int32_t stream_slot_c(int32_t slot, int32_t loop, int32_t kept) { return stream_slot(slot, loop, kept); }
 int32_t qkv_slot_c(int32_t slot, int32_t loop, int32_t layers) { return qkv_slot(slot, loop, layers); }
 
 // A producer and a consumer that share a ring of `slots` stages and two barriers a stage, as mbarriers

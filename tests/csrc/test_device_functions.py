@@ -191,7 +191,8 @@ def test_leaving_early_keeps_to_the_blocks_own_positions(library, num_blocks):
 def test_generations_and_halves_equal_those_of_the_table(library):
     for loop, slot, layers in itertools.product(range(-1, 6), (0, 1), (1, 2, 3)):
         assert library.generation_c(7, loop) == 7 * (loop + 1)
-        assert library.stream_slot_c(slot, loop) == stream_slot(slot, loop)
+        assert library.stream_slot_c(slot, loop, 0) == stream_slot(slot, loop)
+        assert library.stream_slot_c(slot, loop, 1) == slot + loop
         assert library.qkv_slot_c(slot, loop, layers) == qkv_slot(slot, loop, layers)
 
 

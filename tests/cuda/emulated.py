@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,15 +44,14 @@ def plan_of(inputs, tiles, target=SM90, device=Device(), cluster=1):  # noqa: B0
 
 def build(shape, plan, folder, *, target=SM90, optimize=True):
     """The kernel for this shape's widths and these tiles, as a library."""
-    macros = [f"-D{name}={value}" for name, value in defines(shape, plan).items()]
-    return compile_source(target.entry, macros, folder, optimize=optimize)
+    return compile_source(target.entry, defines(shape, plan), folder, optimize=optimize)
 
 
 def compile_source(name, macros, folder, *, optimize=True):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    library = folder / "kernel.so"
+    library = folder / f"{name}.so"
     flags = [
         "-std=gnu++17",
         "-O2" if optimize else "-O1",
@@ -61,7 +61,8 @@ def compile_source(name, macros, folder, *, optimize=True):
         "-Wno-psabi",
     ]
     include = [f"-I{EMULATOR}", f"-I{sources.folder()}"]
-    command = [compiler, *flags, *macros, *include, str(EMULATOR / f"{name}.cpp"), "-o", str(library)]
+    flags += [f"-D{key}={value}" for key, value in macros.items()]
+    command = [compiler, *flags, *include, str(EMULATOR / f"{name}.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))
     if hasattr(loaded, "loaded_weight_bytes"):
@@ -69,13 +70,42 @@ def compile_source(name, macros, folder, *, optimize=True):
     return loaded
 
 
-def run(library, inputs, plan, loops, *, target=SM90, exit_threshold=None, num_blocks=2, seed=0):
+@contextmanager
+def placed(parameters, layouts):
+    """The address of the kernel's parameters, aligned and with the maps as the emulation reads them."""
+    size = ctypes.sizeof(parameters)
+    memory = torch.zeros(size + ALIGNMENT, dtype=torch.uint8)
+    aligned = memory.data_ptr() + -memory.data_ptr() % ALIGNMENT
+    for name, layout in layouts.items():
+        element = torch.empty(0, dtype=layout.dtype).element_size()
+        numbers = (layout.address, element, *layout.sizes, *layout.strides, *layout.box)
+        parameters.set_map(name, bytes((ctypes.c_uint64 * 16)(*numbers)))
+    ctypes.memmove(aligned, ctypes.addressof(parameters), size)
+    yield aligned
+
+
+def run(library, inputs, plan, loops, **options):
     """(H(S), loops used) as the kernel computes them; what nobody has written is NaN."""
+    buffers = run_buffers(library, inputs, plan, loops, **options)
+    return buffers.output, buffers.stop[: len(inputs.x)].long()
+
+
+def run_buffers(
+    library, inputs, plan, loops, *, target=SM90, exit_threshold=None, num_blocks=2, seed=0, keep=False
+):
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, target)
     table, words, counters = op._table(shape, plan.tiles, exit_threshold is not None, torch.device("cpu"))
     packed = weights.packed(inputs.blocks)
     buffers = op.Buffers.allocate(
-        table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask, counters
+        table,
+        inputs.x,
+        packed,
+        inputs.modulation,
+        loops,
+        inputs.rotary,
+        inputs.key_mask,
+        counters,
+        keep=keep,
     )
     written = {
         name: Fenced.like(tensor)
@@ -84,16 +114,10 @@ def run(library, inputs, plan, loops, *, target=SM90, exit_threshold=None, num_b
         and (name.endswith("_values") or name in ("output", "statistics1", "statistics2", "change"))
     }
     buffers = buffers._replace(**{name: fenced.inside for name, fenced in written.items()})
-    memory = torch.zeros(2048, dtype=torch.uint8)
-    aligned = memory.data_ptr() + -memory.data_ptr() % ALIGNMENT
     parameters = op.pack_parameters(target, table, buffers, packed, words, exit_threshold)
     maps = op.map_layouts(shape, plan, buffers, packed) if isinstance(parameters, ParametersWithMaps) else {}
-    for name, layout in maps.items():
-        size = torch.empty(0, dtype=layout.dtype).element_size()
-        numbers = (layout.address, size, *layout.sizes, *layout.strides, *layout.box)
-        parameters.set_map(name, bytes((ctypes.c_uint64 * 16)(*numbers)))
-    ctypes.memmove(aligned, ctypes.addressof(parameters), ctypes.sizeof(parameters))
-    finished = library.run_looped_blocks(ctypes.c_void_p(aligned), num_blocks, seed)
+    with placed(parameters, maps) as address:
+        finished = library.run_looped_blocks(ctypes.c_void_p(address), num_blocks, seed)
     assert finished, "all threads wait"
     assert all(fenced.intact() for fenced in written.values()), "written outside of a buffer"
-    return buffers.output, buffers.stop[: shape.batch].long()
+    return buffers

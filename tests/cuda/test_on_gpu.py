@@ -96,6 +96,32 @@ def test_loops_of_each_sequence_and_early_exit():
     assert torch.equal(used, expected_used)
 
 
+@pytest.mark.parametrize(("batch", "length", "heads"), [(2, 81, 12), (1, 300, 12), (1, 200, 6)])
+def test_gradients(batch, length, heads, target):
+    if target.entry == SM80.entry:
+        pytest.skip("has no backward pass")
+    inputs = inputs_on_gpu(batch, length, 768, heads, key_mask=batch > 1, per_sequence_modulation=batch > 1)
+    grad = torch.randn(inputs.x.shape, generator=torch.Generator().manual_seed(0)).cuda()
+
+    def gradients(op, dtype=torch.bfloat16):
+        given = inputs.to(dtype, requires_grad=True)
+        out = op(
+            given.x, given.blocks, given.modulation, 3,
+            num_heads=heads, rotary=given.rotary, key_mask=given.key_mask,
+        )  # fmt: skip
+        leaves = given.leaves()
+        return dict(
+            zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype)), strict=True)
+        )
+
+    with lk.use_backend("cuda"):
+        found, again = gradients(lk.looped_blocks), gradients(lk.looped_blocks)
+    baseline = gradients(reference.looped_blocks)
+    for name, expected in gradients(reference.looped_blocks, torch.float64).items():
+        assert_matches_oracle(found[name], baseline[name], expected, name=name)
+        assert torch.equal(found[name], again[name]), "the same call gives the same bits"
+
+
 def test_one_graph_serves_all_numbers_of_loops():
     inputs = inputs_on_gpu(1, 64)
     loops = torch.tensor([3], device="cuda")

@@ -2,10 +2,13 @@
 
 import pytest
 
+from loopmdm_kernels.cuda import looped_blocks_backward as backward
 from loopmdm_kernels.cuda import prebuild, refresh
+from loopmdm_kernels.cuda.backward_parameters import backward_defines
 from loopmdm_kernels.cuda.parameters import defines
 from loopmdm_kernels.cuda.targets import SM80, SM90
 from loopmdm_kernels.schedule import BlockShape, choose
+from loopmdm_kernels.schedule.backward import choose_backward
 from loopmdm_kernels.schedule.cost import ASSUMED
 
 SMALL = ["--hidden", "768", "--heads", "12", "--layers", "2", "--lengths"]
@@ -43,6 +46,13 @@ def test_for_other_gpus_stacks_and_places(compiled, capsys, tmp_path):
     assert len(compiled) == 6 and capsys.readouterr().out == f"compiled kernels: 6, in {tmp_path}\n"
 
 
+def test_for_training(compiled):
+    assert prebuild.main([*SMALL, "1024", "--training"]) == 0
+    shape = BlockShape(1, 1024, 768, 12, 3072, 2)
+    assert (backward.SOURCE, backward_defines(shape, choose_backward(shape)), "sm_90a") in compiled
+    assert (SM90.source, defines(shape, choose(shape)), "sm_90a") in compiled and len(compiled) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -50,6 +60,7 @@ def test_for_other_gpus_stacks_and_places(compiled, capsys, tmp_path):
         (["--hidden", "128", "--heads", "16", "--layers", "2", "--lengths", "8"], "--heads: got 16"),
         ([*SMALL, "8", "--mlp", "100"], "no tiles of"),
         ([*SMALL, "8", "--capability", "9"], "got '9', expected two numbers as in 8.0"),
+        ([*SMALL, "8", "--capability", "8.0", "--training"], "--training: the backward pass needs"),
         ([*SMALL, "8", "--capability", "7.5"], "compute capability 8.0 or later"),
     ],
 )

@@ -16,7 +16,7 @@ from loopmdm_kernels.testing import looped_inputs
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return emulated.compile_source("refresh_weights", [], tmp_path_factory.mktemp("refresh"))
+    return emulated.compile_source("refresh_weights", {}, tmp_path_factory.mktemp("refresh"))
 
 
 def run(library, work):

@@ -48,6 +48,10 @@ def nvcc(
     shape: BlockShape, target: Path, source: str = SOURCE, arch: str = "sm_90a", device: Device = HOPPER
 ) -> str:
     """Compiles to a cubin and returns the assembler's messages."""
+    return nvcc_source(source, macros(shape, device), target, arch)
+
+
+def nvcc_source(source: str, options: list[str], target: Path, arch: str = "sm_90a") -> str:
     folder = sources.folder()
     command = [
         str(NVCC),
@@ -57,7 +61,7 @@ def nvcc(
         f"-I{folder}",
         "-Xptxas",
         "-v",
-        *macros(shape, device),
+        *options,
     ]
     result = subprocess.run(
         [*command, str(folder / "cuda" / source), "-o", str(target)],

@@ -11,6 +11,19 @@ __device__ inline float fast_exp2(float x) {
   return result;
 }
 
+__device__ inline float fast_log2(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// NaN if either is.
+__device__ inline float larger_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // Two floats as bf16, the first in the low half.
 __device__ inline uint32_t pack_bf16(float low, float high) {
   uint32_t packed;

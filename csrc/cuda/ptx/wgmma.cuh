@@ -25,8 +25,8 @@ __device__ inline void pin(float (&values)[kNumber]) {
   for (int i = 0; i < kNumber; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-// Left operand from shared memory (descriptor) or from registers; the right one lies with its inner dimension
-// along rows, or with kOuterMajor with its outer one.
+// Left operand from shared memory (descriptor) or from registers. An operand in shared memory lies with its
+// inner dimension along rows, or where it is said to be outer-major with its outer one.
 template <int kColumns>
 struct WarpGroupProduct;
 
@@ -38,6 +38,12 @@ struct WarpGroupProduct;
   LOOPMDM_NUMBERS_32                                                                   \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LOOPMDM_NUMBERS_128                                                                      \
+  LOOPMDM_NUMBERS_64                                                                             \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define LOOPMDM_SUMS_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define LOOPMDM_SUMS_16(i) \
@@ -46,39 +52,44 @@ struct WarpGroupProduct;
 #define LOOPMDM_ALL_SUMS_16 LOOPMDM_SUMS_16(0)
 #define LOOPMDM_ALL_SUMS_32 LOOPMDM_SUMS_16(0), LOOPMDM_SUMS_16(16)
 #define LOOPMDM_ALL_SUMS_64 LOOPMDM_ALL_SUMS_32, LOOPMDM_SUMS_16(32), LOOPMDM_SUMS_16(48)
+#define LOOPMDM_ALL_SUMS_128 \
+  LOOPMDM_ALL_SUMS_64, LOOPMDM_SUMS_16(64), LOOPMDM_SUMS_16(80), LOOPMDM_SUMS_16(96), LOOPMDM_SUMS_16(112)
 
 // n0..n6: numbers of the operands that follow the sums.
-#define LOOPMDM_PRODUCT(columns, number, n0, n1, n2, n3, n4, n5, n6)                                 \
-  template <>                                                                                        \
-  struct WarpGroupProduct<columns> {                                                                 \
-    __device__ static void shared(float (&sums)[number], uint64_t left, uint64_t right, bool add) {  \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #n2                                          \
-                   ", 0;\n"                                                                          \
-                   "wgmma.mma_async.sync.aligned.m64n" #columns                                      \
-                   "k16.f32.bf16.bf16 "                                                              \
-                   "{" LOOPMDM_NUMBERS_##number "}, %" #n0 ", %" #n1 ", p, 1, 1, 0, 0;\n}"           \
-                   : LOOPMDM_ALL_SUMS_##number                                                       \
-                   : "l"(left), "l"(right), "r"(static_cast<int>(add)));                             \
-    }                                                                                                \
-    template <bool kOuterMajor>                                                                      \
-    __device__ static void registers(float (&sums)[number], const uint32_t* left, uint64_t right,    \
-                                     bool add) {                                                     \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #n5                                          \
-                   ", 0;\n"                                                                          \
-                   "wgmma.mma_async.sync.aligned.m64n" #columns                                      \
-                   "k16.f32.bf16.bf16 "                                                              \
-                   "{" LOOPMDM_NUMBERS_##number "}, {%" #n0 ", %" #n1 ", %" #n2 ", %" #n3 "}, %" #n4 \
-                                                ", p, 1, 1, %" #n6 ";\n}"                            \
-                   : LOOPMDM_ALL_SUMS_##number                                                       \
-                   : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),             \
-                     "r"(static_cast<int>(add)), "n"(static_cast<int>(kOuterMajor)));                \
-    }                                                                                                \
+#define LOOPMDM_PRODUCT(columns, number, n0, n1, n2, n3, n4, n5, n6)                                       \
+  template <>                                                                                              \
+  struct WarpGroupProduct<columns> {                                                                       \
+    template <bool kLeftOuter = false, bool kRightOuter = false>                                           \
+    __device__ static void shared(float (&sums)[number], uint64_t left, uint64_t right, bool add) {        \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #n2                                                \
+                   ", 0;\n"                                                                                \
+                   "wgmma.mma_async.sync.aligned.m64n" #columns                                            \
+                   "k16.f32.bf16.bf16 "                                                                    \
+                   "{" LOOPMDM_NUMBERS_##number "}, %" #n0 ", %" #n1 ", p, 1, 1, %" #n3 ", %" #n4 ";\n}"   \
+                   : LOOPMDM_ALL_SUMS_##number                                                             \
+                   : "l"(left), "l"(right), "r"(static_cast<int>(add)), "n"(static_cast<int>(kLeftOuter)), \
+                     "n"(static_cast<int>(kRightOuter)));                                                  \
+    }                                                                                                      \
+    template <bool kOuterMajor>                                                                            \
+    __device__ static void registers(float (&sums)[number], const uint32_t* left, uint64_t right,          \
+                                     bool add) {                                                           \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #n5                                                \
+                   ", 0;\n"                                                                                \
+                   "wgmma.mma_async.sync.aligned.m64n" #columns                                            \
+                   "k16.f32.bf16.bf16 "                                                                    \
+                   "{" LOOPMDM_NUMBERS_##number "}, {%" #n0 ", %" #n1 ", %" #n2 ", %" #n3 "}, %" #n4       \
+                                                ", p, 1, 1, %" #n6 ";\n}"                                  \
+                   : LOOPMDM_ALL_SUMS_##number                                                             \
+                   : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),                   \
+                     "r"(static_cast<int>(add)), "n"(static_cast<int>(kOuterMajor)));                      \
+    }                                                                                                      \
   }
 
 LOOPMDM_PRODUCT(16, 8, 8, 9, 10, 11, 12, 13, 14);
 LOOPMDM_PRODUCT(32, 16, 16, 17, 18, 19, 20, 21, 22);
 LOOPMDM_PRODUCT(64, 32, 32, 33, 34, 35, 36, 37, 38);
 LOOPMDM_PRODUCT(128, 64, 64, 65, 66, 67, 68, 69, 70);
+LOOPMDM_PRODUCT(256, 128, 128, 129, 130, 131, 132, 133, 134);
 
 #undef LOOPMDM_PRODUCT
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #define __device__
+#define __forceinline__ inline
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -43,6 +44,11 @@ T __ldg(const T* address) {
 template <class T>
 T __ldcg(const T* address) {
   return *address;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
 }
 using std::min;
 

@@ -8,6 +8,10 @@ namespace loopmdm {
 
 inline float fast_exp2(float x) { return exp2f(x); }
 
+inline float fast_log2(float x) { return log2f(x); }
+
+inline float larger_or_nan(float a, float b) { return a != a || a > b ? a : b; }
+
 inline uint32_t round_bf16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);

@@ -36,17 +36,18 @@ struct WarpGroupProduct {
     float* sums;
     const uint32_t* left;
     uint64_t left_descriptor, right;
-    bool add, outer_major;
+    bool add, left_outer, right_outer;
   };
 
+  template <bool kLeftOuter = false, bool kRightOuter = false>
   static void shared(float (&sums)[kColumns / 2], uint64_t left, uint64_t right, bool add) {
-    Given given{sums, nullptr, left, right, add, false};
+    Given given{sums, nullptr, left, right, add, kLeftOuter, kRightOuter};
     together(given);
   }
 
   template <bool kOuterMajor>
   static void registers(float (&sums)[kColumns / 2], const uint32_t* left, uint64_t right, bool add) {
-    Given given{sums, left, 0, right, add, kOuterMajor};
+    Given given{sums, left, 0, right, add, false, kOuterMajor};
     together(given);
   }
 
@@ -70,10 +71,10 @@ struct WarpGroupProduct {
     }
     for (int inner = 0; inner < 16; ++inner) {
       for (int row = 0; !first.left && row < 64; ++row) {
-        left[row][inner] = operand_element(first.left_descriptor, false, row, inner);
+        left[row][inner] = operand_element(first.left_descriptor, first.left_outer, row, inner);
       }
       for (int column = 0; column < kColumns; ++column) {
-        right[inner][column] = operand_element(first.right, first.outer_major, column, inner);
+        right[inner][column] = operand_element(first.right, first.right_outer, column, inner);
       }
     }
     for (int row = 0; row < 64; ++row) {

@@ -1,0 +1,71 @@
+"""The backward kernel's source on the CPU, after the forward kernel's: see emulated.py."""
+
+import ctypes
+
+import emulated
+import torch
+
+from loopmdm_kernels.cuda import looped_blocks as op
+from loopmdm_kernels.cuda import looped_blocks_backward as backward
+from loopmdm_kernels.cuda import weights
+from loopmdm_kernels.cuda.backward_parameters import backward_defines
+from loopmdm_kernels.cuda.targets import SM90
+from loopmdm_kernels.schedule import Device
+from loopmdm_kernels.schedule.backward import cost, finish
+
+
+def plan_of(inputs, columns):
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, SM90)
+    return shape, cost._plan(shape, Device(), columns)
+
+
+def build(shape, plan, folder, *, optimize=True):
+    macros = backward_defines(shape, plan)
+    return emulated.compile_source("looped_blocks_backward_sm90", macros, folder, optimize=optimize)
+
+
+def keep(inputs, loops, tape):
+    """What the forward pass keeps; `tape` [S, B, L, D] are inputs of the loops."""
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, SM90)
+    columns = max(64, shape.head_dim)
+    table = op.build(shape, op.Tiles(128, columns, columns, columns, columns))
+    packed = weights.packed(inputs.blocks)
+    counters = torch.zeros(1, dtype=torch.int32)
+    buffers = op.Buffers.allocate(
+        table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask, counters
+    )
+    return op.kept_of(buffers._replace(stream_values=tape), packed, inputs.num_heads)
+
+
+def run(library, plan, kept, grad, inputs, *, num_blocks=2, seed=0):
+    """Gradients as the kernel computes them; what nobody has written is NaN."""
+    table, words, counters = backward._table(kept.shape, plan.tiles, torch.device("cpu"))
+    buffers = backward.BackwardBuffers.allocate(table, kept, grad, counters)
+    inputs_of_kernel = {
+        "tape",
+        "mlp_in_bias",
+        "mlp_out_bias",
+        "affine",
+        "gate",
+        "cosines",
+        "sines",
+        "key_mask",
+    }
+    sums = {"grad", "norms", "gates", "of_branch", "wide_bias", "counters", "stop"}
+    fenced = {}
+    for name, tensor in buffers._asdict().items():
+        if name in inputs_of_kernel | {"counters", "stop"}:
+            continue
+        fenced[name] = emulated.Fenced.like(tensor)
+        if name in sums or name.endswith("_weight"):
+            fenced[name].inside.copy_(tensor)
+    buffers = buffers._replace(**{name: fence.inside for name, fence in fenced.items()})
+    parameters = backward.pack_parameters(table, buffers, words)
+    layouts = backward.map_layouts(buffers, kept.weights)
+    with emulated.placed(parameters, layouts) as address:
+        assert library.run_looped_blocks_backward(ctypes.c_void_p(address), num_blocks, seed), (
+            "all threads wait"
+        )
+    assert all(fence.intact() for fence in fenced.values()), "written outside of a buffer"
+    grads = finish(buffers.row_sums(), buffers.weight_sums(), inputs.blocks, inputs.modulation)
+    return buffers.grad, *grads

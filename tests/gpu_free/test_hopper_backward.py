@@ -1,0 +1,97 @@
+"""The backward kernel compiles without a GPU, and its machine code is what it is meant to be."""
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # tests are imported by path
+import hopper  # noqa: E402
+
+from loopmdm_kernels.cuda.backward_parameters import (  # noqa: E402
+    MAPS,
+    BackwardParameters,
+    backward_defines,
+)
+from loopmdm_kernels.cuda.looped_blocks_backward import SOURCE  # noqa: E402
+from loopmdm_kernels.schedule import BlockShape  # noqa: E402
+from loopmdm_kernels.schedule.backward import choose_backward  # noqa: E402
+
+CONTRACT = json.loads((HERE / "hopper_backward_contract.json").read_text())
+SHAPES = {
+    "small": hopper.SHAPES["small, 1024 tokens"],
+    "1024 wide": BlockShape(1, 1024, 1024, 16, 4096, 2),
+}
+needs_nvcc = pytest.mark.skipif(hopper.NVCC is None, reason="nvcc is not on the path")
+
+
+def macros(shape):
+    return [f"-D{name}={value}" for name, value in backward_defines(shape, choose_backward(shape)).items()]
+
+
+@needs_nvcc
+@pytest.mark.skipif(hopper.tool("cuobjdump") is None, reason="there is no cuobjdump")
+@pytest.mark.parametrize("name", SHAPES)
+def test_contract(name, tmp_path):
+    """Registers and shared memory as declared; WGMMA, TMA, moving registers; nothing in local memory."""
+    shape, expected = SHAPES[name], CONTRACT[name]
+    cubin = tmp_path / "kernel.cubin"
+    messages = hopper.nvcc_source(SOURCE, macros(shape), cubin)
+    assert "0 bytes spill stores, 0 bytes spill loads" in messages
+    assert "wgmma" not in messages, "the assembler says why products wait for each other"
+    assert choose_backward(shape).shared_bytes == expected["shared_bytes"]
+    used = hopper.resources(cubin)
+    assert used["REG"] == expected["registers"] and used["STACK"] == 0 and used["LOCAL"] == 0
+    counts = hopper.instructions(cubin)
+    assert not [name for name in counts if re.match(r"(STL|LDL)\b", name)]
+    products = {name: count for name, count in counts.items() if name.startswith("HGMMA")}
+    assert products == expected["products"]
+    assert counts["UTMALDG.3D"] > 0 and counts["USETMAXREG.TRY_ALLOC.CTAPOOL"] == 1
+    assert counts["REDG.E.ADD.S32.STRONG.GPU"] >= 1
+    assert counts["LDG.E.STRONG.GPU"] > 0 and counts["FENCE.VIEW.ASYNC.G"] > 0
+    assert not [name for name in counts if re.match(r"(RED|ATOM)\w*\.E\.ADD\.F", name)], "sums have an order"
+
+
+@needs_nvcc
+def test_parameters_lie_as_the_kernel_reads_them(tmp_path):
+    checks = [f"static_assert(sizeof(loopmdm::backward::Parameters) == {ctypes.sizeof(BackwardParameters)});"]
+    for name, _ in BackwardParameters._fields_[:-1]:
+        offset = getattr(BackwardParameters, name).offset
+        checks.append(
+            f"static_assert(__builtin_offsetof(loopmdm::backward::Parameters, {name}) == {offset});"
+        )
+    source = tmp_path / "offsets.cu"
+    source.write_text('#include "cuda/backward_config_sm90.cuh"\n' + "\n".join(checks))
+    command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", f"-I{hopper.sources.folder()}"]
+    result = subprocess.run(
+        [*command, *macros(SHAPES["small"]), str(source), "-o", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert all(getattr(BackwardParameters, name).size == 128 for name in MAPS)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_operands_read_across_are_described_as_triton_describes_them(tmp_path):
+    """A weight gradient: both operands lie with the tokens, its inner dimension, in rows."""
+    code = subprocess.run(
+        [sys.executable, str(HERE / "triton_weight_gradient.py")], capture_output=True, text=True, check=True
+    )
+    found = json.loads(code.stdout)
+    assert found["read across"] == [[1, 1]], "both, in the instruction's last two words"
+    library = tmp_path / "descriptors.so"
+    source = HERE.parent / "csrc" / "device_functions.cpp"
+    options = ["-std=c++17", "-shared", "-fPIC", f"-I{hopper.sources.folder()}"]
+    subprocess.run(["g++", *options, str(source), "-o", str(library)], check=True)
+    describe = ctypes.CDLL(str(library)).outer_major_c
+    describe.restype = ctypes.c_uint64
+    high, panel = 0xFFFFFFFF00000000, 64 * 128
+    assert found["fields"] == [describe(0, panel, 0, 128) & high]
+    # 64 tokens of 128 columns: two panels of 64 rows; four steps of 16 rows.
+    assert found["steps"] == [describe(0, panel, step, 128) & ~high for step in range(4)]
