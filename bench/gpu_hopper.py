@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import loopmdm_kernels as lk
-from bench import gpu_sudoku, hopper_facts, hopper_multicast
+from bench import gpu_sudoku, hopper_facts, hopper_head, hopper_multicast
 from bench.gpu import captured, compiled
 from bench.hopper_facts import SMALL, Figure, Figures, Run
 from bench.report import write
@@ -171,7 +171,7 @@ def counted(done: subprocess.CompletedProcess[str]) -> Figure:
 
 
 def sanitizers(run: Run) -> Figures:
-    """Exit status of small cases of both kernels under each tool of compute-sanitizer: 0 is clean."""
+    """Exit status of small cases of all kernels under each tool of compute-sanitizer: 0 is clean."""
     figures: Figures = {}
     if run.dry:  # what the tools would watch
         subprocess.run([*once_command(2), "--small", "--dry-run"], **{**QUIET, "check": True})
@@ -201,7 +201,7 @@ def once_command(loops: int) -> list[str]:
 
 
 def once(loops: int, run: Run, *, small: bool) -> None:
-    """For a profiler, one call at 128 tokens; for a sanitizer, small ones, also of the older kernel."""
+    """For a profiler, one call at 128 tokens; for a sanitizer, small ones of all kernels."""
     sizes = {"hidden": 128, "heads": 2} if small else {"hidden": SMALL.hidden, "heads": SMALL.heads}
     inputs = inputs_of(70 if small else 128, run.device, **sizes)
     with torch.no_grad(), lk.use_backend("reference" if run.dry else "cuda"):
@@ -210,6 +210,8 @@ def once(loops: int, run: Run, *, small: bool) -> None:
             applying(lk.looped_blocks, inputs, loops)()
             if not run.dry:
                 torch.cuda.synchronize()
+    if small:
+        hopper_head.once(run)
 
 
 PHASES: dict[str, Callable[[Run], Figures]] = {
@@ -222,6 +224,7 @@ PHASES: dict[str, Callable[[Run], Figures]] = {
     "gaps": hopper_facts.gaps,
     **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (128, 1024, 32, 512)},
     "sudoku": gpu_sudoku.whole_call,
+    **hopper_head.PHASES,
     "dram_bytes": dram_bytes,
     "sanitizers": sanitizers,
     "training": training,
@@ -236,6 +239,7 @@ EXPECTED = {
     "dram_bytes": 30.0,
     "sanitizers": 75.0,
     "training": 45.0,
+    **hopper_head.EXPECTED,
 }
 SHORT = 5.0  # every other
 
@@ -272,6 +276,10 @@ def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
             return None
         return numerator / denominator >= target
 
+    def fastest(phase: Figures) -> Figure:
+        known = [value for value in phase.values() if isinstance(value, float)]
+        return min(known, default=None)
+
     def seconds(tokens: int, name: str) -> Figure:
         return figures.get(f"T{tokens}", {}).get(name)
 
@@ -291,6 +299,10 @@ def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
     result[f"Sudoku: {1e6 * gpu_sudoku.TARGET_SECONDS:.0f} us"] = at_least(
         gpu_sudoku.TARGET_SECONDS, call, 1.0
     )
+    for name in hopper_head.PHASES:
+        others = {**figures.get(name, {})}
+        ours = others.pop("cuda", None)
+        result[f"{name}: fastest"] = at_least(fastest(others), ours, 1.0)
     dram = figures.get("dram_bytes", {})
     result["DRAM bytes do not grow with S"] = at_least(dram.get("S1"), dram.get("S24"), 1 / DRAM_RATIO)
     for tool in TOOLS:
@@ -351,7 +363,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="prepare everything, time nothing")
     parser.add_argument("--minutes", type=float, default=9.0, help="a phase that would be longer is skipped")
     parser.add_argument("--once", type=int, metavar="S", help="one call with S loops, for a profiler")
-    parser.add_argument("--small", action="store_true", help="with --once: small, and of both kernels")
+    parser.add_argument("--small", action="store_true", help="with --once: small, and of all kernels")
     options = parser.parse_args()
     if options.once:
         once(options.once, Run(options.dry_run), small=options.small)

@@ -42,7 +42,12 @@ _KERNEL_MODULES = {
         "masked_cross_entropy": "loopmdm_kernels.triton.masked_cross_entropy",
         "sample_rows": "loopmdm_kernels.triton.sample_rows",
     },
-    "cuda": {"looped_blocks": "loopmdm_kernels.cuda.looped_blocks"},
+    "cuda": {
+        "head_logits": "loopmdm_kernels.cuda.head_logits",
+        "looped_blocks": "loopmdm_kernels.cuda.looped_blocks",
+        "masked_cross_entropy": "loopmdm_kernels.cuda.masked_cross_entropy",
+        "sample_rows": "loopmdm_kernels.cuda.sample_rows",
+    },
 }
 
 _forced: ContextVar[str | None] = ContextVar("loopmdm_backend", default=None)

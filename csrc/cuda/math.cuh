@@ -26,6 +26,14 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
+__device__ inline float warp_max(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, distance));
+  }
+  return value;
+}
+
 // x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)): one exponential and no cancellation where tanh is near -1.
 __device__ inline float gelu(float x) {
   const float u = 0.7978845608028654f * x * (1.0f + 0.044715f * x * x);

@@ -145,11 +145,18 @@ class Kernel:
         self._launch(blocks, threads, stream, parameters, attributes)
 
     def launch_in_order(
-        self, blocks: int, threads: int, stream: int, parameters: ctypes.Structure, *, early: bool
+        self,
+        blocks: int,
+        threads: int,
+        stream: int,
+        parameters: ctypes.Structure,
+        *,
+        early: bool,
+        cluster: int = 1,
     ) -> None:
         """Not cooperative; `early`: it may begin before the kernel before it has ended."""
         driver = bindings()
-        attributes = []
+        attributes = [_cluster(cluster)] if cluster > 1 else []
         if early:
             programmatic = driver.CUlaunchAttribute()
             programmatic.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

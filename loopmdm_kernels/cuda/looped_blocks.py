@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.cuda import driver, tensor_maps
-from loopmdm_kernels.cuda.compiler import compile_kernel, limited
+from loopmdm_kernels.cuda.compiler import limited
+from loopmdm_kernels.cuda.launch import loaded
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients
 from loopmdm_kernels.cuda.parameters import (
     MAPS,
@@ -179,19 +180,8 @@ def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kern
 
 
 def _loaded(target: Target, shape: BlockShape, plan: Plan, device: int) -> driver.Kernel:
-    macros = limited(defines(shape, plan))
-    return _loaded_once(target, tuple(macros.items()), plan.shared_bytes, plan.cluster, device)
-
-
-@lru_cache(maxsize=64)
-def _loaded_once(
-    target: Target, macros: tuple[tuple[str, int], ...], shared_bytes: int, cluster: int, device: int
-) -> driver.Kernel:
-    cubin = compile_kernel(target.source, dict(macros), target.architecture)
-    kernel = driver.Kernel(cubin, target.entry, shared_bytes)
-    if cluster > 1:
-        kernel.allow_large_clusters()
-    return kernel
+    macros = tuple(limited(defines(shape, plan)).items())
+    return loaded(target.source, macros, target.architecture, plan.shared_bytes, device, plan.cluster)
 
 
 @lru_cache(maxsize=64)

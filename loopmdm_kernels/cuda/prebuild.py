@@ -15,10 +15,11 @@ from pathlib import Path
 from loopmdm_kernels.cuda import disk_cache, refresh
 from loopmdm_kernels.cuda.backward_parameters import backward_defines
 from loopmdm_kernels.cuda.compiler import compile_into, compile_kernel
+from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY
 from loopmdm_kernels.cuda.looped_blocks_backward import SOURCE as BACKWARD_SOURCE
 from loopmdm_kernels.cuda.parameters import defines
-from loopmdm_kernels.cuda.targets import target_of, why_none
+from loopmdm_kernels.cuda.targets import SM90, target_of, why_none
 from loopmdm_kernels.schedule import BlockShape, choose, device_of, measured
 from loopmdm_kernels.schedule.backward import choose_backward
 from loopmdm_kernels.schedule.cost import nearest
@@ -32,7 +33,7 @@ def prebuild(
     folder: Path | None = None,
     training: bool = False,
 ) -> int:
-    """Compiles what these shapes need and returns the number of different kernels.
+    """Compiles what these shapes and any head need and returns the number of different kernels.
 
     Args:
         name: of the GPU, if its ceilings were measured: they may make other tiles the best.
@@ -52,6 +53,8 @@ def prebuild(
             tuple(backward_defines(shape, choose_backward(shape, device)).items()) for shape in shapes
         }
         kernels += [(BACKWARD_SOURCE, dict(macros)) for macros in sorted(backward)]
+    if target is SM90:
+        kernels += [(kernel.source, dict(kernel.macros)) for kernel in HEAD_KERNELS]
 
     def compile_one(kernel: tuple[str, dict[str, int]]) -> None:
         if folder is None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.cuda import driver
-from loopmdm_kernels.cuda.compiler import compile_kernel
+from loopmdm_kernels.cuda.launch import loaded
 from loopmdm_kernels.cuda.targets import target_of
 
-SOURCE, ENTRY = "refresh_weights.cu", "refresh_weights"
+SOURCE = "refresh_weights.cu"
 THREADS = 256
 SHARED_BYTES = 8 * THREADS // 32
 CHUNK = 16384  # elements: 64 KB of fp32, of which a block reads 8 to compare
@@ -39,7 +37,8 @@ class Refresh(NamedTuple):
         with torch.cuda.device(device):
             arguments = Arguments(self.chunks.data_ptr(), self.fingerprints.data_ptr())
             stream = torch.cuda.current_stream(device).cuda_stream
-            kernel = _kernel(target_of(torch.cuda.get_device_capability(device)).architecture, device.index)
+            architecture = target_of(torch.cuda.get_device_capability(device)).architecture
+            kernel = loaded(SOURCE, (), architecture, SHARED_BYTES, device.index)
             kernel.launch_in_order(len(self.chunks), THREADS, stream, arguments, early=False)
 
 
@@ -64,8 +63,3 @@ def refresh_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> Refresh | None:
         torch.tensor(rows, dtype=torch.int64).to(device),
         torch.zeros(len(rows), dtype=torch.int64, device=device),
     )
-
-
-@lru_cache(maxsize=8)
-def _kernel(architecture: str, device: int) -> driver.Kernel:
-    return driver.Kernel(compile_kernel(SOURCE, {}, architecture), ENTRY, SHARED_BYTES)

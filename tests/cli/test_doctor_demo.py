@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,26 @@ def short_demo(with_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(demo, "_TRAINING_STEPS", 4)
     monkeypatch.setattr(demo, "_STEPS_A_LINE", 2)
     monkeypatch.setattr(demo, "_SPEED_SHAPE", {"rows": 5, "hidden_size": 32, "vocab_size": 99})
+
+
+@pytest.mark.parametrize(
+    ("error", "is_problem"),
+    [
+        ("backend 'cuda' was asked for and cannot do this: compute_dtype must be bfloat16", False),
+        ("CUDA error: an illegal memory access was encountered", True),
+    ],
+)
+def test_doctor_leaves_out_what_a_backend_refuses(
+    error: str, is_problem: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(doctor, "_compare", refuse)
+    monkeypatch.setattr(doctor.lk, "use_backend", lambda name: contextlib.nullcontext())
+    finding = doctor._check_backend("cuda", True)
+    assert finding["usable"] and not finding["checked"]
+    assert finding["problem"] == (error if is_problem else None)
 
 
 def test_demo_prints_boards_losses_and_speed(call: Call, short_demo: None) -> None:

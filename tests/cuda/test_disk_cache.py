@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loopmdm_kernels.cuda import compiler, disk_cache, sources
+from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +132,9 @@ def test_the_kernel_consists_of_headers_that_exist():
     assert {"wgmma.cuh", "tma.cuh", "mbarrier.cuh", "schedule.h", "swizzle.h"} <= names
     before = {path.name for path in sources.closure("cuda/looped_blocks_sm80.cu")}
     assert {"mma.cuh", "async_copy.cuh"} <= before and not {"wgmma.cuh", "tma.cuh"} & before
-    names |= before | {path.name for path in sources.closure("cuda/refresh_weights.cu")}
+    others = ("refresh_weights.cu", "looped_blocks_backward_sm90.cu")
+    for source in (*others, *(kernel.source for kernel in HEAD_KERNELS)):
+        names |= before | {path.name for path in sources.closure(f"cuda/{source}")}
     everything = {path.name for path in Path(sources.folder() / "cuda").rglob("*.cu*")}
     assert everything <= names, "a device source that no kernel uses"
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loopmdm_kernels.cuda import driver, tensor_maps, weights
+from loopmdm_kernels.cuda import driver, launch, tensor_maps, weights
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda.parameters import MAPS, POINTERS, WEIGHTS, defines
 from loopmdm_kernels.cuda.targets import SM80, SM90, target_of
@@ -189,12 +189,12 @@ def loaded(monkeypatch):
 
     monkeypatch.setattr(op.driver, "Kernel", Kernel)
     monkeypatch.setattr(op.driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 0, 0))
-    monkeypatch.setattr(op, "compile_kernel", lambda *arguments: seen.append(arguments) or b"cubin")
+    monkeypatch.setattr(launch, "compile_kernel", lambda *arguments: seen.append(arguments) or b"cubin")
     op._kernel.cache_clear()
-    op._loaded_once.cache_clear()
+    launch.loaded.cache_clear()
     yield seen, Kernel
     op._kernel.cache_clear()
-    op._loaded_once.cache_clear()
+    launch.loaded.cache_clear()
 
 
 SUDOKU = BlockShape(1, 81, 128, 4, 512, 2)
@@ -258,13 +258,13 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
     monkeypatch.setattr(driver, "facts", lambda device: facts)
     monkeypatch.setattr(driver, "set_aside_l2", lambda device: None)
     monkeypatch.setattr(driver, "Kernel", Kernel)
-    monkeypatch.setattr(op, "compile_kernel", lambda *given: compiled.append(given) or b"cubin")
+    monkeypatch.setattr(launch, "compile_kernel", lambda *given: compiled.append(given) or b"cubin")
     monkeypatch.setattr(tensor_maps, "encode", lambda described: encoded.append(described) or bytes(128))
     op._kernel.cache_clear()
-    op._loaded_once.cache_clear()
+    launch.loaded.cache_clear()
     out = op.looped_blocks(inputs.x, inputs.blocks, inputs.modulation, 2, num_heads=inputs.num_heads)
     op._kernel.cache_clear()
-    op._loaded_once.cache_clear()
+    launch.loaded.cache_clear()
     target = target_of(capability)
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, target)
     device = target.used_of(device_of(capability, sms, shared_bytes))

@@ -5,6 +5,7 @@ import pytest
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
 from loopmdm_kernels.cuda import prebuild, refresh
 from loopmdm_kernels.cuda.backward_parameters import backward_defines
+from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
 from loopmdm_kernels.cuda.parameters import defines
 from loopmdm_kernels.cuda.targets import SM80, SM90
 from loopmdm_kernels.schedule import BlockShape, choose
@@ -25,12 +26,14 @@ def compiled(monkeypatch):
 def test_what_the_op_will_ask_for_is_compiled_once(compiled, capsys, monkeypatch):
     monkeypatch.setenv("LOOPMDM_CACHE_DIR", "/somewhere")
     assert prebuild.main([*SMALL, "32", "33", "1024"]) == 0
-    assert capsys.readouterr().out == "compiled kernels: 3, in /somewhere\n"
+    number = 3 + len(HEAD_KERNELS)
+    assert capsys.readouterr().out == f"compiled kernels: {number}, in /somewhere\n"
     expected = [
         (SM90.source, defines(shape, choose(shape)), "sm_90a")
         for shape in (BlockShape(1, length, 768, 12, 3072, 2) for length in (32, 1024))
     ]
     expected.append((refresh.SOURCE, {}, "sm_90a"))
+    expected += [(kernel.source, dict(kernel.macros), "sm_90a") for kernel in HEAD_KERNELS]
     assert sorted(compiled, key=str) == sorted(expected, key=str)
 
 
@@ -43,14 +46,19 @@ def test_for_other_gpus_stacks_and_places(compiled, capsys, tmp_path):
         macros = defines(shape, choose(shape, ASSUMED[8, 6]))
         assert (tmp_path, SM80.source, macros, "sm_86") in compiled
         assert (tmp_path, SM90.source, defines(shape, choose(shape)), "sm_90a") in compiled
-    assert len(compiled) == 6 and capsys.readouterr().out == f"compiled kernels: 6, in {tmp_path}\n"
+    for kernel in HEAD_KERNELS:
+        assert (tmp_path, kernel.source, dict(kernel.macros), "sm_90a") in compiled
+    number = 6 + len(HEAD_KERNELS)
+    assert len(compiled) == number
+    assert capsys.readouterr().out == f"compiled kernels: {number}, in {tmp_path}\n"
 
 
 def test_for_training(compiled):
     assert prebuild.main([*SMALL, "1024", "--training"]) == 0
     shape = BlockShape(1, 1024, 768, 12, 3072, 2)
     assert (backward.SOURCE, backward_defines(shape, choose_backward(shape)), "sm_90a") in compiled
-    assert (SM90.source, defines(shape, choose(shape)), "sm_90a") in compiled and len(compiled) == 3
+    assert (SM90.source, defines(shape, choose(shape)), "sm_90a") in compiled
+    assert len(compiled) == 3 + len(HEAD_KERNELS)
 
 
 @pytest.mark.parametrize(

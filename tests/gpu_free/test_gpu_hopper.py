@@ -93,6 +93,11 @@ def test_verdicts():
     assert found["T512: no slower than Triton"] is True and found["T4096: no slower than Triton"] is None
     assert found["T128: 0.6 of the limit"] is True and found["T1024: 0.7 of the limit"] is False
     assert found["DRAM bytes do not grow with S"] is True
+    assert found["sample_rows_R64: fastest"] is None
+    figures["sample_rows_R64"] = {"cuda": 2.0, "triton": 2.1, "compiled": 3.0, "Liger": "not installed"}
+    figures["masked_cross_entropy"] = {"cuda": 2.0, "triton": 1.9}
+    found = gpu_hopper.verdicts(figures)
+    assert found["sample_rows_R64: fastest"] is True and found["masked_cross_entropy: fastest"] is False
     assert found["Sudoku: 150 us"] is True
     figures["T32"]["cuda"], figures["sudoku"]["cuda"] = 2.1, 151e-6
     figures["dram_bytes"] = {"S1": 100.0, "S24": 111.0}

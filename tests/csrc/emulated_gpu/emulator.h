@@ -29,6 +29,9 @@ struct float2 {
 struct float4 {
   float x, y, z, w;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct uint4 {
   uint32_t x, y, z, w;
 };
@@ -50,12 +53,19 @@ inline float __uint_as_float(uint32_t bits) {
   memcpy(&value, &bits, 4);
   return value;
 }
+inline float atomicAdd(float* address, float value) {
+  const float old = *address;
+  *address += value;
+  return old;
+}
 using std::min;
 
 namespace emulator {
 
 constexpr uint32_t kSharedBytes = 232448,
                    kSharedBase = 1024;  // where shared memory begins in its address space
+
+constexpr size_t kStackBytes = 64 * 1024;
 
 struct Barrier {
   int expected = 0, arrivals = 0;  // still to come in this round
@@ -83,7 +93,7 @@ struct Block {
   uint8_t* shared;
   std::unordered_map<uint32_t, Barrier> barriers;
   std::vector<Meeting> warps = std::vector<Meeting>(12), groups = std::vector<Meeting>(3),
-                       named = std::vector<Meeting>(2);
+                       named = std::vector<Meeting>(3);
 
   explicit Block(int number) : index(number) {
     shared = memory.data() + (1024 - reinterpret_cast<uintptr_t>(memory.data()) % 1024) % 1024;
@@ -98,8 +108,8 @@ struct Fiber {
   ucontext_t context;  // where it begins
   jmp_buf place;       // where it goes on: without the system calls of swapcontext
   bool begun = false;
-  std::deque<Copies> copies{1};  // the last group is open
-  std::vector<char> stack;
+  std::deque<Copies> copies{1};                          // the last group is open
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};  // not cleared: most of it is never touched
   Block* block;
   int thread;
   std::function<bool()> waits_for;  // empty: can run
@@ -113,8 +123,9 @@ struct Load {
 };
 
 struct State {
-  int threads;  // of a block
-  std::vector<std::unique_ptr<Block>> blocks;
+  int threads;                                 // of a block
+  int grid;                                    // blocks in all
+  std::vector<std::unique_ptr<Block>> blocks;  // those that run at the same time
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Load> loads;
   Meeting cluster;
@@ -176,24 +187,25 @@ inline void enter_fiber() {
   leave_fiber();
 }
 
-// Returns whether all threads came to their end.
-inline bool run(int num_blocks, int threads, unsigned seed, std::function<void()> kernel) {
+// Blocks `first` to `last` of a grid. Returns whether all threads came to their end.
+inline bool run_together(int first, int last, int grid, int threads, unsigned seed,
+                         const std::function<void()>& kernel) {
   State here;
   state = &here;
   weight_bytes = 0;
   here.threads = threads;
-  here.kernel = std::move(kernel);
+  here.grid = grid;
+  here.kernel = kernel;
   here.random.seed(seed);
-  for (int number = 0; number < num_blocks; ++number) {
+  for (int number = first; number < last; ++number) {
     here.blocks.push_back(std::make_unique<Block>(number));
     for (int thread = 0; thread < threads; ++thread) {
       auto fiber = std::make_unique<Fiber>();
       fiber->block = here.blocks.back().get();
       fiber->thread = thread;
-      fiber->stack.resize(64 * 1024);
       getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack.data();
-      fiber->context.uc_stack.ss_size = fiber->stack.size();
+      fiber->context.uc_stack.ss_sp = fiber->stack.get();
+      fiber->context.uc_stack.ss_size = kStackBytes;
       fiber->context.uc_link = nullptr;
       makecontext(&fiber->context, enter_fiber, 0);
       here.fibers.push_back(std::move(fiber));
@@ -232,10 +244,24 @@ inline bool run(int num_blocks, int threads, unsigned seed, std::function<void()
   return here.loads.empty();
 }
 
+// A cooperative launch.
+inline bool run(int num_blocks, int threads, unsigned seed, const std::function<void()>& kernel) {
+  return run_together(0, num_blocks, num_blocks, threads, seed, kernel);
+}
+
+// A launch whose blocks know nothing of each other: some at a time.
+inline bool run_apart(int num_blocks, int threads, unsigned seed, const std::function<void()>& kernel) {
+  bool finished = true;
+  for (int first = 0; first < num_blocks && finished; first += 4) {
+    finished = run_together(first, min(first + 4, num_blocks), num_blocks, threads, seed, kernel);
+  }
+  return finished;
+}
+
 struct Number {
   int kind;
   operator unsigned() const {
-    return kind == 0 ? self().thread : kind == 1 ? self().block->index : state->blocks.size();
+    return kind == 0 ? self().thread : kind == 1 ? self().block->index : state->grid;
   }
 };
 struct Index {
@@ -278,4 +304,9 @@ T __shfl_xor_sync(uint32_t, T value, int distance) {
 template <class T>
 T __shfl_sync(uint32_t, T value, int from) {
   return exchange_in_warp(value, [from](int) { return from; });
+}
+
+inline bool __any_sync(uint32_t, bool value) {
+  for (int distance = 16; distance > 0; distance /= 2) value |= __shfl_xor_sync(~0u, value, distance);
+  return value;
 }

@@ -14,8 +14,8 @@ struct alignas(64) TensorMap {
 inline void load_box(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
                      int matrix) {
   emulator::Block* const block = emulator::self().block;
-  const auto copy = [=]() -> int64_t {
-    const uint64_t* const w = map->words;
+  const auto copy = [=, described = *map]() -> int64_t {
+    const uint64_t* const w = described.words;
     const int64_t bytes = w[1], box_columns = w[7], box_rows = w[8];
     for (int64_t r = 0; r < box_rows; ++r) {
       for (int64_t c = 0; c < box_columns; ++c) {

@@ -1,0 +1,82 @@
+"""Kernels by name: compiled for their macros, loaded once a device, launched on torch's current stream."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels.cuda import driver, tensor_maps
+from loopmdm_kernels.cuda.compiler import compile_kernel, limited
+
+ARCHITECTURE = "sm_90a"  # of the kernels launched here
+PORTABLE_CLUSTER = 8  # blocks; larger ones must be asked for
+MAP = ctypes.c_uint8 * 128  # a TMA map
+_MAP_ALIGNMENT = 64
+
+
+class Kernel(NamedTuple):
+    """A file of csrc/cuda, whose kernel has its name, and what it is compiled and launched with."""
+
+    source: str
+    threads: int
+    shared_bytes: int = 0
+    macros: tuple[tuple[str, int], ...] = ()
+    cluster: int = 1  # blocks that share memory
+
+
+@lru_cache(maxsize=64)
+def loaded(
+    source: str,
+    macros: tuple[tuple[str, int], ...],
+    architecture: str,
+    shared_bytes: int,
+    device: int,
+    cluster: int = 1,
+) -> driver.Kernel:
+    """For the context of `device`, which must be the current one, and clusters of up to `cluster` blocks."""
+    cubin = compile_kernel(source, dict(macros), architecture)
+    kernel = driver.Kernel(cubin, Path(source).stem, shared_bytes)
+    if cluster > PORTABLE_CLUSTER:
+        kernel.allow_large_clusters()
+    return kernel
+
+
+def launch(kernel: Kernel, parameters: ctypes.Structure, blocks: int, device: torch.device) -> None:
+    """Nothing waits for the kernel but what comes later on the stream."""
+    if blocks == 0:
+        return
+    macros = tuple(limited(dict(kernel.macros)).items())
+    with torch.cuda.device(device):
+        function = loaded(kernel.source, macros, ARCHITECTURE, kernel.shared_bytes, device.index)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        function.launch_in_order(
+            blocks, kernel.threads, stream, parameters, early=False, cluster=kernel.cluster
+        )
+
+
+def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    """Parameters of a kernel, field for field; padded where maps make the kernel's alignment 64."""
+    listed = list(fields.items())
+    result: type[ctypes.Structure] = type(name, (ctypes.Structure,), {"_fields_": listed})
+    if any(kind is MAP or getattr(kind, "has_maps", False) for kind in fields.values()):
+        padding = -ctypes.sizeof(result) % _MAP_ALIGNMENT
+        listed += [("padding", ctypes.c_uint8 * padding)] if padding else []
+        result = type(name, (ctypes.Structure,), {"_fields_": listed, "has_maps": True})
+    return result
+
+
+def set_map(parameters: ctypes.Structure, name: str, layout: tensor_maps.Layout) -> None:
+    getattr(parameters, name)[:] = tensor_maps.encode(layout)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def multiprocessors(device: torch.device) -> int:
+    return driver.facts(device.index).sms

@@ -1,0 +1,257 @@
+"""`masked_cross_entropy` on Hopper: masked rows only, gathered on the device; forward keeps no logits.
+
+The backward pass makes the logits again, and their gradients in bf16, for some rows at a time. Two products
+turn these into the gradients of the rows and, summed in fp32, of weight and bias. Sums have a fixed order;
+only a row that is listed twice adds to the stream's gradient with atomics.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels.cuda.head import (
+    CHUNK,
+    ROW_THREADS,
+    ModulatedRows,
+    Operands,
+    Problem,
+    ceil_div,
+    pointers,
+    why_not,
+    with_logits,
+)
+from loopmdm_kernels.cuda.launch import MAP, Kernel, launch, multiprocessors, set_map, structure
+from loopmdm_kernels.cuda.tensor_maps import layout
+from loopmdm_kernels.types import Head
+
+FORWARD = "cross_entropy_sm90.cu"
+BACKWARD = with_logits("cross_entropy_backward_sm90.cu", 128)  # the kernel of 64 rows spills
+COMBINE = Kernel("cross_entropy_combine_sm90.cu", ROW_THREADS)
+_TILE = (128, 256)  # of a product with the gradients of the logits
+_PAIR = 2  # blocks, with the same columns
+_PAIR_ROWS = _PAIR * _TILE[0]
+_INNER = 64  # of its inner dimension, a stage
+_PRODUCT_BYTES = 4 * 2 * _INNER * sum(_TILE) + 2048
+OF_ROWS, OF_WEIGHT = (
+    Kernel("gradient_product_sm90.cu", 384, _PRODUCT_BYTES, (("LOOPMDM_OF_WEIGHT", of_weight),), _PAIR)
+    for of_weight in (0, 1)
+)
+_PART = 32  # rows of a block on the way back through the norm
+ROWS_BACKWARD = Kernel("modulated_rows_backward_sm90.cu", ROW_THREADS, 16 * _PART)
+_GROUP_ELEMENTS = 1 << 28  # of logit gradients in memory at a time
+
+ForwardParameters = structure(
+    "ForwardParameters",
+    problem=Problem,
+    **dict.fromkeys(("targets", "rows", "records", "target_logit"), ctypes.c_void_p),
+)
+CombineParameters = structure(
+    "CombineParameters",
+    **dict.fromkeys(("records", "target_logit", "nll", "top", "log_total"), ctypes.c_void_p),
+    **dict.fromkeys(("num_rows", "chunks"), ctypes.c_int32),
+)
+BackwardParameters = structure(
+    "BackwardParameters",
+    problem=Problem,
+    **dict.fromkeys(("targets", "rows", "top", "log_total", "upstream", "gradients"), ctypes.c_void_p),
+    pitch=ctypes.c_int64,
+)
+ProductParameters = structure(
+    "ProductParameters",
+    left=MAP,
+    right=MAP,
+    out=ctypes.c_void_p,
+    bias_parts=ctypes.c_void_p,
+    **dict.fromkeys(("tiles", "rows", "columns", "column_tiles", "steps", "accumulate"), ctypes.c_int32),
+)
+RowsBackwardParameters = structure(
+    "RowsBackwardParameters",
+    source=ModulatedRows,
+    **dict.fromkeys(("grad", "grad_hidden", "sums"), ctypes.c_void_p),
+    parts=ctypes.c_int32,
+)
+
+
+def supports(*, hidden: Tensor, head: Head, compute_dtype: torch.dtype | None = None) -> str | None:
+    """Why these arguments need another backend, or None."""
+    return why_not(hidden, head, compute_dtype)
+
+
+def masked_cross_entropy(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    rows: Tensor,
+    row_weights: Tensor,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    total, nll = _MaskedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, *head, targets.contiguous(), rows, row_weights
+    )
+    return total, nll
+
+
+class _MaskedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        norm: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        modulation: Tensor,
+        excluded_token: int,
+        targets: Tensor,
+        rows: Tensor,
+        row_weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        operands = Operands(hidden, Head(norm, weight, bias, modulation, excluded_token), rows)
+        records = hidden.new_empty(operands.chunks, operands.num_rows, 2)
+        target_logit, nll, top, log_total = hidden.new_empty(4, operands.num_rows).unbind()
+        operands.reduce_logits(
+            operands.with_logits(FORWARD),
+            ForwardParameters,
+            targets=targets,
+            rows=operands.rows,
+            records=records,
+            target_logit=target_logit,
+        )
+        combined = {"nll": nll, "top": top, "log_total": log_total}
+        parameters = CombineParameters(
+            **pointers({"records": records, "target_logit": target_logit, **combined}),
+            num_rows=operands.num_rows,
+            chunks=operands.chunks,
+        )
+        launch(COMBINE, parameters, operands.row_blocks, operands.device)
+        ctx.save_for_backward(
+            hidden, norm, weight, bias, modulation, targets, rows, row_weights, nll, top, log_total
+        )
+        ctx.excluded_token = excluded_token
+        return (nll * row_weights.float()).sum(), nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, norm, weight, bias, modulation, targets, rows, row_weights, nll, top, log_total = (
+            ctx.saved_tensors
+        )
+        wanted = ctx.needs_input_grad
+        grad_rows = (grad_total * nll).to(row_weights.dtype) if wanted[8] else None
+        grads: list[Tensor | None] = [None] * 5
+        if any(wanted[:5]):
+            operands = Operands(hidden, Head(norm, weight, bias, modulation, ctx.excluded_token), rows)
+            upstream = grad_total * row_weights.float() + grad_nll
+            of_rows, of_weight, of_bias = _products(
+                operands,
+                targets,
+                top,
+                log_total,
+                upstream,
+                of_rows=wanted[0] or wanted[1] or wanted[4],
+                of_weight=wanted[2] or wanted[3],
+            )
+            if of_weight is not None and of_bias is not None:
+                grads[2:4] = of_weight.to(weight.dtype), of_bias.to(bias.dtype)
+            if of_rows is not None:
+                grads[0], of_norm, of_modulation = _rows_backward(operands, of_rows)
+                grads[1], grads[4] = of_norm.to(norm.dtype), of_modulation.to(modulation.dtype)
+        return (*grads, None, None, None, grad_rows)
+
+
+def _products(
+    operands: Operands,
+    targets: Tensor,
+    top: Tensor,
+    log_total: Tensor,
+    upstream: Tensor,
+    *,
+    of_rows: bool,
+    of_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the modulated rows, of weight and of bias, in fp32."""
+    num_rows, vocab_size, size = operands.num_rows, operands.vocab_size, operands.weight.shape[1]
+    pitch = CHUNK * operands.chunks
+    # Groups of one size, whole tiles.
+    groups = max(1, ceil_div(num_rows, max(1, _GROUP_ELEMENTS // (_PAIR_ROWS * pitch)) * _PAIR_ROWS))
+    group = ceil_div(max(num_rows, 1), groups * _PAIR_ROWS) * _PAIR_ROWS
+    space = operands.weight.new_empty(min(group, num_rows), pitch)
+    of_each_row = top.new_empty(num_rows, size) if of_rows else None
+    # Without rows nothing is launched.
+    new = top.new_empty if num_rows else top.new_zeros
+    of_the_weight = new(vocab_size, size) if of_weight else None
+    bias_parts = new(4, ceil_div(vocab_size, _PAIR_ROWS) * _PAIR_ROWS) if of_weight else None
+    for first in range(0, num_rows, group):
+        part = slice(first, min(first + group, num_rows))
+        count = part.stop - first
+        operands.reduce_logits(
+            BACKWARD,
+            BackwardParameters,
+            part,
+            targets=targets,
+            rows=operands.rows[part],
+            top=top[part],
+            log_total=log_total[part],
+            upstream=upstream[part],
+            gradients=space,
+            pitch=pitch,
+        )
+        gradients = space[:count]
+        if of_each_row is not None:
+            _product(OF_ROWS, gradients, vocab_size, operands.weight, of_each_row[part], vocab_size)
+        if of_the_weight is not None:
+            rows = operands.normalised[part]
+            _product(OF_WEIGHT, gradients, vocab_size, rows, of_the_weight, count, bias_parts, first > 0)
+    of_bias = None if bias_parts is None else bias_parts[:, :vocab_size].sum(0)
+    return of_each_row, of_the_weight, of_bias
+
+
+def _product(
+    kernel: Kernel,
+    gradients: Tensor,
+    vocab_size: int,
+    right: Tensor,
+    out: Tensor,
+    inner: int,
+    bias_parts: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """out = or += gradients, or with OF_WEIGHT their transpose, times `right`; `inner` are summed over."""
+    rows, columns = out.shape
+    column_tiles = ceil_div(columns, _TILE[1])
+    parameters = ProductParameters(
+        **pointers({"out": out, "bias_parts": bias_parts}),
+        tiles=ceil_div(rows, _PAIR_ROWS) * column_tiles,
+        rows=rows,
+        columns=columns,
+        column_tiles=column_tiles,
+        steps=ceil_div(inner, _INNER),
+        accumulate=int(accumulate),
+    )
+    left = layout(gradients[None], _INNER if kernel is OF_WEIGHT else _TILE[0])
+    left = left._replace(sizes=(vocab_size, *left.sizes[1:]))  # what lies beyond is not read
+    set_map(parameters, "left", left)
+    set_map(parameters, "right", layout(right[None], _INNER))
+    blocks = _PAIR * min(parameters.tiles, multiprocessors(out.device) // _PAIR)
+    launch(kernel, parameters, blocks, out.device)
+
+
+def _rows_backward(operands: Operands, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, norm and modulation from those of the modulated rows, in fp32."""
+    sequences, _, size = operands.modulation.shape
+    parts = ceil_div(operands.num_rows, _PART)
+    grad_hidden = torch.zeros_like(operands.hidden)
+    sums = grad.new_empty(sequences, parts, 2, size)
+    parameters = RowsBackwardParameters(
+        source=operands.source_rows(),
+        **pointers({"grad": grad, "grad_hidden": grad_hidden, "sums": sums}),
+        parts=parts,
+    )
+    launch(ROWS_BACKWARD, parameters, sequences * parts, operands.device)
+    product, total = sums.sum(1).unbind(1)
+    factor = (1 + operands.modulation[:, 1]).float()
+    return grad_hidden, (product * factor).sum(0), torch.stack((total, product * operands.norm), dim=1)

@@ -1,0 +1,32 @@
+// The kernels of the vocabulary head on the CPU, for one value of each of their macros.
+#include "cuda/cross_entropy_backward_sm90.cu"
+#include "cuda/cross_entropy_combine_sm90.cu"
+#include "cuda/cross_entropy_sm90.cu"
+#include "cuda/gradient_product_sm90.cu"
+#include "cuda/head_logits_sm90.cu"
+#include "cuda/modulated_rows_backward_sm90.cu"
+#include "cuda/modulated_rows_sm90.cu"
+#include "cuda/sample_rows_combine_sm90.cu"
+#include "cuda/sample_rows_sm90.cu"
+#include "emulator.h"
+
+template <class Parameters>
+int run(void (*kernel)(Parameters), const void* given, int blocks, int threads, unsigned seed) {
+  const auto& parameters = *static_cast<const Parameters*>(given);
+  return emulator::run_apart(blocks, threads, seed, [&] { kernel(parameters); });
+}
+
+#define EXPORT(name)                                                                     \
+  extern "C" int run_##name(const void* given, int blocks, int threads, unsigned seed) { \
+    return run(name, given, blocks, threads, seed);                                      \
+  }
+
+EXPORT(cross_entropy_backward_sm90)
+EXPORT(cross_entropy_combine_sm90)
+EXPORT(cross_entropy_sm90)
+EXPORT(gradient_product_sm90)
+EXPORT(head_logits_sm90)
+EXPORT(modulated_rows_backward_sm90)
+EXPORT(modulated_rows_sm90)
+EXPORT(sample_rows_sm90)
+EXPORT(sample_rows_combine_sm90)

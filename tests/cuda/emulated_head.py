@@ -1,0 +1,66 @@
+"""Ops of the vocabulary head on emulated kernels: the host code as it is, a CPU in place of the driver."""
+
+import contextlib
+import ctypes
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from emulated import ALIGNMENT, compile_source
+
+from loopmdm_kernels.cuda import driver, launch, tensor_maps
+
+MACROS = {"LOOPMDM_ROWS": (64, 128), "LOOPMDM_OF_WEIGHT": (0, 1)}  # of the two variants that are built
+
+
+@cache
+def library(variant, folder):
+    """All kernels, with 64 rows a tile and the product of the rows, or 128 and that of the weight."""
+    target = Path(folder) / str(variant)
+    target.mkdir()
+    macros = {name: values[variant] for name, values in MACROS.items()}
+    return compile_source("head_kernels", macros, target, optimize=False)
+
+
+class Kernel:
+    def __init__(self, function, name, state):
+        self.function, self.name, self.state = function, name, state
+
+    def launch_in_order(self, blocks, threads, stream, parameters, *, early, cluster):
+        assert not early and blocks % cluster == 0
+        self.state.launches.append((self.name, blocks))
+        memory = torch.zeros(2048, dtype=torch.uint8)
+        aligned = memory.data_ptr() + -memory.data_ptr() % ALIGNMENT
+        ctypes.memmove(aligned, ctypes.addressof(parameters), ctypes.sizeof(parameters))
+        finished = self.function(ctypes.c_void_p(aligned), blocks, threads, self.state.seed)
+        assert finished, "all threads wait"
+
+
+def encode(described):
+    size = torch.empty(0, dtype=described.dtype).element_size()
+    numbers = (described.address, size, *described.sizes, *described.strides, *described.box)
+    return bytes((ctypes.c_uint64 * 16)(*numbers))
+
+
+@contextlib.contextmanager
+def emulation(folder, *, multiprocessors=6):
+    """Inside, kernels of `cuda.launch` run on the CPU; yields what tests may look at or set."""
+    state = SimpleNamespace(launches=[], seed=0, multiprocessors=multiprocessors)
+
+    def loaded(source, macros, architecture, shared_bytes, device):
+        name = Path(source).stem
+        variant = next((MACROS[key].index(value) for key, value in macros), 0)
+        return Kernel(getattr(library(variant, str(folder)), f"run_{name}"), name, state)
+
+    def facts(device):
+        return SimpleNamespace(sms=state.multiprocessors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "loaded", loaded)
+        patch.setattr(driver, "facts", facts)
+        patch.setattr(tensor_maps, "encode", encode)
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+        yield state

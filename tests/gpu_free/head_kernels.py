@@ -1,0 +1,43 @@
+"""The kernels of the vocabulary head: what is compiled, and how their parameters must lie."""
+
+from loopmdm_kernels.cuda import head, head_logits, masked_cross_entropy, sample_rows
+from loopmdm_kernels.cuda.head import with_logits
+
+# By the name in head_contract.json.
+KERNELS = {
+    "modulated_rows": head.MODULATED_ROWS,
+    "sample_rows, 64 rows": with_logits(sample_rows.SOURCE, 64),
+    "sample_rows, 128 rows": with_logits(sample_rows.SOURCE, 128),
+    "sample_rows_combine": sample_rows.COMBINE,
+    "head_logits, 64 rows": with_logits(head_logits.SOURCE, 64),
+    "head_logits, 128 rows": with_logits(head_logits.SOURCE, 128),
+    "cross_entropy, 64 rows": with_logits(masked_cross_entropy.FORWARD, 64),
+    "cross_entropy, 128 rows": with_logits(masked_cross_entropy.FORWARD, 128),
+    "cross_entropy_combine": masked_cross_entropy.COMBINE,
+    "cross_entropy_backward": masked_cross_entropy.BACKWARD,
+    "gradient_product, rows": masked_cross_entropy.OF_ROWS,
+    "gradient_product, weight": masked_cross_entropy.OF_WEIGHT,
+    "modulated_rows_backward": masked_cross_entropy.ROWS_BACKWARD,
+}
+BY_NVRTC = (
+    "sample_rows, 64 rows",
+    "gradient_product, rows",
+)  # the others by nvcc
+
+# A kernel's structure and its mirror.
+PARAMETERS = {
+    "modulated_rows": ("ModulatedRowsParameters", head.ModulatedRowsParameters),
+    "sample_rows, 128 rows": ("SampleParameters", sample_rows.Parameters),
+    "sample_rows_combine": ("SampleCombineParameters", sample_rows.CombineParameters),
+    "head_logits, 128 rows": ("HeadLogitsParameters", head_logits.Parameters),
+    "cross_entropy, 128 rows": ("CrossEntropyParameters", masked_cross_entropy.ForwardParameters),
+    "cross_entropy_combine": ("CrossEntropyCombineParameters", masked_cross_entropy.CombineParameters),
+    "cross_entropy_backward": ("CrossEntropyBackwardParameters", masked_cross_entropy.BackwardParameters),
+    "gradient_product, weight": ("GradientProductParameters", masked_cross_entropy.ProductParameters),
+    "modulated_rows_backward": (
+        "ModulatedRowsBackwardParameters",
+        masked_cross_entropy.RowsBackwardParameters,
+    ),
+}
+# Bytes of shared memory as the kernel counts them.
+SHARED = {"LOOPMDM_ROWS": "Vocabulary::Ring::kBytes", "LOOPMDM_OF_WEIGHT": "GradientProduct::Ring::kBytes"}
