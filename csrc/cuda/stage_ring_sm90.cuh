@@ -57,7 +57,13 @@ class StageRing {
   __device__ uint32_t empty(RingPlace place) const { return shared_address(&barriers_->empty[place.slot]); }
 
   __device__ void wait_full(RingPlace place) const { barrier_wait(full(place), place.round); }
-  __device__ void wait_empty(RingPlace place) const { barrier_wait(empty(place), place.round ^ 1); }
+
+  // By the warp that loads. What its leader then loads must not come back round before all lanes have seen
+  // this round: a lane that missed it would wait for the same parity for good.
+  __device__ void wait_empty(RingPlace place) const {
+    barrier_wait(empty(place), place.round ^ 1);
+    __syncwarp();
+  }
 
   // The warp has read a stage.
   __device__ void release(RingPlace place) const {
