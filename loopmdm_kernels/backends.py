@@ -2,12 +2,14 @@
 
 An op goes to the first backend of `PREFERENCE` that has a kernel for it, works on the tensors' device and
 supports the arguments; `reference` has every op. `use_backend` or the environment variable LOOPMDM_BACKEND
-forces one instead: it then does the work or says why it cannot.
+forces one instead, which then does the work or says why it cannot, or several in order ("cuda,triton"): a
+call that goes past one of them says so, once.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,7 +52,8 @@ _KERNEL_MODULES = {
     },
 }
 
-_forced: ContextVar[str | None] = ContextVar("loopmdm_backend", default=None)
+_forced: ContextVar[tuple[str, ...]] = ContextVar("loopmdm_backend", default=())
+_passed_over: set[tuple[str, str, str]] = set()  # op, backend, reason: what has been said
 
 
 def available_backends() -> dict[str, bool | str]:
@@ -66,27 +69,31 @@ def available_backends() -> dict[str, bool | str]:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(*names: str) -> Iterator[None]:
     """Make the ops called inside, in this thread or task, use one backend.
 
+    Of several, such as use_backend("cuda", "triton"), each call uses the first that can do it, and warns once
+    for each reason to go past one.
+
     Raises:
-        ValueError: no backend has this name.
-        RuntimeError: it cannot be used on this machine; inside, an op it cannot do raises this too.
+        ValueError: no backend has such a name, or none is given.
+        RuntimeError: none can be used on this machine; inside, an op that none can do raises this too.
     """
-    _check_name("use_backend", name)
-    reason = _why_unavailable(name)
-    if reason is not None:
-        raise RuntimeError(f"use_backend: backend {name!r} cannot be used here: {reason}")
-    token = _forced.set(name)
+    _check_names("use_backend", names)
+    reasons = {name: _why_unavailable(name) for name in names}
+    if None not in reasons.values():
+        raise RuntimeError("use_backend: " + _refusals("cannot be used here", reasons))
+    token = _forced.set(names)
     try:
         yield
     finally:
         _forced.reset(token)
 
 
-def forced() -> str | None:
-    """The backend that `use_backend` or LOOPMDM_BACKEND asks for."""
-    return _forced.get() or os.environ.get("LOOPMDM_BACKEND") or None
+def forced() -> tuple[str, ...]:
+    """The backends that `use_backend` or LOOPMDM_BACKEND asks for, in order; () if it is left open."""
+    asked = os.environ.get("LOOPMDM_BACKEND")
+    return _forced.get() or (tuple(name.strip() for name in asked.split(",")) if asked else ())
 
 
 def implementation(
@@ -98,23 +105,44 @@ def implementation(
     op on which a kernel's support depends.
     """
     asked = forced()
-    if asked is not None:
-        _check_name("LOOPMDM_BACKEND", asked)
-        if asked == "reference":
-            return _reference(op)
-        reason = _why_unavailable(asked) or _why_not(asked, op, device, fp8_weights, arguments)
-        if reason is not None:
-            raise RuntimeError(f"{op}: backend {asked!r} was asked for and cannot do this: {reason}")
-        return _kernel(asked, op)
+    if asked:
+        _check_names("LOOPMDM_BACKEND", asked)
+        reasons: dict[str, str | None] = {}
+        for name in asked:
+            if name == "reference":
+                reason = None
+            else:
+                reason = _why_unavailable(name) or _why_not(name, op, device, fp8_weights, arguments)
+            if reason is None:
+                for passed, why in reasons.items():
+                    _say_once(op, passed, str(why), name)
+                return _reference(op) if name == "reference" else _kernel(name, op)
+            reasons[name] = reason
+        raise RuntimeError(f"{op}: " + _refusals("was asked for and cannot do this", reasons))
     for name in PREFERENCE:
         if _why_not(name, op, device, fp8_weights, arguments) is None and _why_unavailable(name) is None:
             return _kernel(name, op)
     return _reference(op)
 
 
-def _check_name(source: str, name: str) -> None:
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}")
+def _check_names(source: str, names: tuple[str, ...]) -> None:
+    if not names:
+        raise ValueError(f"{source}: got no backend, expected one of {', '.join(BACKENDS)}")
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def _refusals(what: str, reasons: dict[str, str | None]) -> str:
+    return "; ".join(f"backend {name!r} {what}: {reason}" for name, reason in reasons.items())
+
+
+def _say_once(op: str, passed: str, reason: str, name: str) -> None:
+    if (op, passed, reason) not in _passed_over:
+        _passed_over.add((op, passed, reason))
+        warnings.warn(
+            f"{op}: backend {passed!r} cannot do this ({reason}), {name!r} does; said once", stacklevel=4
+        )
 
 
 def _why_unavailable(name: str) -> str | None:

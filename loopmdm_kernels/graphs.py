@@ -62,7 +62,7 @@ def why_not(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"they need a CUDA device, and the model is on {device}"
-    if backends.forced() != "triton":
+    if backends.forced() != ("triton",):
         return "only the triton backend can be captured (use_backend, LOOPMDM_BACKEND)"
     return None
 
@@ -87,7 +87,7 @@ def padded_batch(
     A bucket ends where the kernels would take other tiles, and so sum in another order.
     """
     largest = min(bucket(batch), most)
-    if backends.forced() != "triton":
+    if backends.forced() != ("triton",):
         return largest
     from loopmdm_kernels.triton.padding import launches
 

@@ -112,7 +112,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with ExitStack() as patches:
             patches.enter_context(patch("loopmdm_kernels.ops.checks.can_read", lambda value: False))
             patches.enter_context(patch("loopmdm_kernels.backends.implementation", implementation))
-            if backends.forced() == "triton":
+            if backends.forced() == ("triton",):
                 patches.enter_context(patch("loopmdm_kernels.triton.launch._on", on))
             yield
 

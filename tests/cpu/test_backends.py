@@ -1,6 +1,7 @@
 """Which backend a call gets, and what happens when one is forced."""
 
 import asyncio
+import contextlib
 import sys
 import threading
 
@@ -174,3 +175,49 @@ def test_cuda_tensors_draw_the_same_tokens():
     rng = rng._replace(sequence=rng.sequence.cuda(), step=rng.step.cuda(), position=rng.position.cuda())
     out = lk.sample_rows(call["hidden"].cuda(), head, rows.cuda(), rng)
     assert out.token.tolist() == expected.token.tolist()
+
+
+@pytest.fixture
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(backends, "_passed_over", set())
+
+
+@pytest.mark.parametrize("by_environment", [True, False])
+def test_the_first_of_several_that_can_do_a_call_does_it_and_says_so_once(
+    monkeypatch, nothing_said, by_environment
+):
+    monkeypatch.setattr(
+        backends, "_why_unavailable", lambda name: "too old a driver" if name == "cuda" else None
+    )
+    if by_environment:
+        monkeypatch.setenv("LOOPMDM_BACKEND", "cuda, cpu,reference")
+        forced = contextlib.nullcontext()
+    else:
+        forced = lk.use_backend("cuda", "cpu", "reference")
+    with forced:
+        said = r"sample_rows: backend 'cuda' cannot do this \(too old a driver\), 'cpu' does"
+        with pytest.warns(UserWarning, match=said) as record:
+            assert chosen() is cpu_sample_rows
+        assert len(record) == 1
+        assert chosen() is cpu_sample_rows  # warnings are errors
+        with pytest.warns(UserWarning, match="backend 'cpu' cannot do this"):
+            assert chosen(dtype=torch.float64) is reference.sample_rows
+
+
+def test_several_of_which_none_can(monkeypatch, nothing_said):
+    monkeypatch.setattr(backends, "_why_unavailable", lambda name: None if name == "cpu" else "no GPU")
+    with (
+        lk.use_backend("cuda", "cpu"),
+        pytest.raises(RuntimeError, match=r"'cuda'.*no GPU; backend 'cpu' was"),
+    ):
+        chosen(dtype=torch.float64)
+    with (
+        pytest.raises(RuntimeError, match="'cuda' cannot be used here: no GPU; backend 'triton'"),
+        lk.use_backend("cuda", "triton"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="got no backend"), lk.use_backend():
+        pass
+    monkeypatch.setenv("LOOPMDM_BACKEND", "cpu,gpu")
+    with pytest.raises(ValueError, match="LOOPMDM_BACKEND: got 'gpu'"):
+        chosen()
