@@ -23,6 +23,7 @@ def supports(
     x: Tensor,
     blocks: Sequence[BlockWeights],
     num_loops: int | Tensor,
+    num_heads: int | None = None,
     compute_dtype: torch.dtype | None = None,
     dropout: float = 0.0,
     exit_threshold: float | None = None,

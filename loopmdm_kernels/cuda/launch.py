@@ -17,6 +17,7 @@ ARCHITECTURE = "sm_90a"  # of the kernels launched here
 PORTABLE_CLUSTER = 8  # blocks; larger ones must be asked for
 MAP = ctypes.c_uint8 * 128  # a TMA map
 _MAP_ALIGNMENT = 64
+_captured: list[Any] = []
 
 
 class Kernel(NamedTuple):
@@ -57,6 +58,12 @@ def launch(kernel: Kernel, parameters: ctypes.Structure, blocks: int, device: to
         function.launch_in_order(
             blocks, kernel.threads, stream, parameters, early=False, cluster=kernel.cluster
         )
+
+
+def keep_for_graphs(*read: Any) -> None:
+    """A graph that is being captured on the current stream reads this again at every replay: it stays."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _captured.append(read)
 
 
 def structure(name: str, **fields: Any) -> type[ctypes.Structure]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopmdm_kernels.cuda import driver, tensor_maps
 from loopmdm_kernels.cuda.compiler import limited
-from loopmdm_kernels.cuda.launch import loaded
+from loopmdm_kernels.cuda.launch import keep_for_graphs, loaded
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients
 from loopmdm_kernels.cuda.parameters import (
     MAPS,
@@ -35,6 +35,7 @@ def supports(
     x: Tensor,
     blocks: Sequence[BlockWeights],
     num_loops: int | Tensor,
+    num_heads: int | None = None,
     compute_dtype: torch.dtype | None = None,
     dropout: float = 0.0,
     exit_threshold: float | None = None,
@@ -47,6 +48,26 @@ def supports(
         return f"compute_dtype must be bfloat16, got {dtype}"
     if dropout:
         return "it has no dropout"
+    if num_heads is None:
+        return None
+    capability = torch.cuda.get_device_capability(x.device)
+    return _why_not(x.shape[-1] // num_heads, capability, _trains(x, *(t for block in blocks for t in block)))
+
+
+def _trains(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _why_not(head_dim: int, capability: tuple[int, int], trains: bool) -> str | None:
+    """Why the kernels of a GPU cannot do heads of this size, or their backward pass."""
+    target = target_of(capability)
+    if head_dim not in target.head_dims:
+        return f"the head size must be one of {target.head_dims}, got {head_dim}"
+    if trains and head_dim not in HEAD_DIMS:
+        without = "call it under torch.no_grad()"
+        return f"its backward pass has heads of size {HEAD_DIMS}, got {head_dim}; {without}"
+    if trains and capability != CAPABILITY:
+        return "its backward pass needs compute capability 9.0 (H100, H200); call it under torch.no_grad()"
     return None
 
 
@@ -65,17 +86,11 @@ def looped_blocks(
     """Backward always runs the loops again: only their inputs are kept, whatever `recompute` says."""
     call = (num_loops, num_heads, rotary, key_mask, exit_threshold)
     weights = [tensor for block in blocks for tensor in block]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, modulation, *weights)):
-        if x.shape[-1] // num_heads not in HEAD_DIMS:
-            raise RuntimeError(
-                "looped_blocks: backend 'cuda' was asked for and cannot do this: its backward pass has "
-                f"heads of size {HEAD_DIMS}, got {x.shape[-1] // num_heads}; call it under torch.no_grad()"
-            )
-        if torch.cuda.get_device_capability(x.device) != CAPABILITY:
-            raise RuntimeError(
-                "looped_blocks: backend 'cuda' was asked for and cannot do this: its backward pass needs "
-                "compute capability 9.0 (H100, H200); call it under torch.no_grad()"
-            )
+    trains = _trains(x, modulation, *weights)
+    reason = _why_not(x.shape[-1] // num_heads, torch.cuda.get_device_capability(x.device), trains)
+    if reason is not None:
+        raise RuntimeError(f"looped_blocks: backend 'cuda' was asked for and cannot do this: {reason}")
+    if trains:
         out, used = _LoopedBlocks.apply(x, modulation, call, *weights)  # type: ignore[no-untyped-call]
     else:
         buffers, _packed = run_forward(x, blocks, modulation, *call)
@@ -132,12 +147,13 @@ def run_forward(
 ) -> tuple[Buffers, PackedWeights]:
     """One call of the kernel; with `keep` its stream holds the inputs of all loops."""
     target = target_of(torch.cuda.get_device_capability(x.device))
-    shape = shape_of(x, blocks, num_heads, target)
+    shape = shape_of(x, blocks, num_heads)
     adaptive = exit_threshold is not None
     device = x.device.index
     with torch.cuda.device(x.device):
         kernel, plan, limits = _kernel(shape, target, device)
         table, words, counters = _table(shape, plan.tiles, adaptive, x.device)
+        keep_for_graphs(words, counters)
         weights = packed(blocks)
         buffers = Buffers.allocate(
             table, x, weights, modulation, num_loops, rotary, key_mask, counters, keep=keep
@@ -154,13 +170,8 @@ def run_forward(
     return buffers, weights
 
 
-def shape_of(x: Tensor, blocks: Sequence[BlockWeights], num_heads: int, target: Target) -> BlockShape:
+def shape_of(x: Tensor, blocks: Sequence[BlockWeights], num_heads: int) -> BlockShape:
     batch, length, hidden = x.shape
-    if hidden // num_heads not in target.head_dims:
-        raise RuntimeError(
-            f"looped_blocks: backend 'cuda' was asked for and cannot do this: the head size must be one of "
-            f"{target.head_dims}, got {hidden // num_heads}"
-        )
     return BlockShape(batch, length, hidden, num_heads, blocks[0].mlp_in.shape[0], len(blocks))
 
 

@@ -19,6 +19,7 @@ from loopmdm_kernels.cuda.backward_parameters import (
     backward_defines,
 )
 from loopmdm_kernels.cuda.compiler import compile_kernel, limited
+from loopmdm_kernels.cuda.launch import keep_for_graphs
 from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.cuda.weights import PackedWeights
 from loopmdm_kernels.schedule import BlockShape, device_of, measured
@@ -69,6 +70,7 @@ def gradients(
     with torch.cuda.device(grad.device):
         kernel, plan = _kernel(kept.shape, device)
         table, words, counters = _table(kept.shape, plan.tiles, grad.device)
+        keep_for_graphs(words, counters)
         buffers = BackwardBuffers.allocate(table, kept, grad, counters)
         parameters = pack_parameters(table, buffers, words)
         for name, described in map_layouts(buffers, kept.weights).items():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from loopmdm_kernels.cuda.launch import keep_for_graphs
 from loopmdm_kernels.cuda.refresh import Refresh, refresh_of
 from loopmdm_kernels.types import BlockWeights
 
@@ -42,7 +43,6 @@ class _Entry(NamedTuple):
 
 _MOST_ENTRIES = 8
 _known: dict[tuple[int, ...], _Entry] = {}
-_captured: list[_Entry] = []  # graphs read their buffers for as long as they are replayed
 
 
 def clear() -> None:
@@ -61,8 +61,7 @@ def packed(blocks: Sequence[BlockWeights]) -> PackedWeights:
     # An id may be that of a tensor that has taken the place of a dead one.
     capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if entry and entry.state == state and all(r() is t for r, t in zip(entry.tensors, tensors, strict=True)):
-        if capturing:
-            _captured.append(entry)
+        keep_for_graphs(entry)
         if tensors[0].is_cuda:
             entry.refresh.launch()
         return entry.packed

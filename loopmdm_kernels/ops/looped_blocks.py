@@ -86,7 +86,7 @@ def looped_blocks(
             exit_threshold,
         )
         return out if exit_threshold is None else (out, used)
-    implementation = _implementation(x, blocks, num_loops, compute_dtype, dropout, exit_threshold)
+    implementation = _implementation(x, blocks, num_loops, num_heads, compute_dtype, dropout, exit_threshold)
     with torch.autocast(x.device.type, enabled=False):
         result: Tensor | tuple[Tensor, Tensor] = implementation(
             x,
@@ -110,6 +110,7 @@ def _implementation(
     x: Tensor,
     blocks: Sequence[BlockWeights | Fp8BlockWeights],
     num_loops: int | Tensor,
+    num_heads: int,
     compute_dtype: torch.dtype | None,
     dropout: float,
     exit_threshold: float | None,
@@ -121,6 +122,7 @@ def _implementation(
         x=x,
         blocks=blocks,
         num_loops=num_loops,
+        num_heads=num_heads,
         compute_dtype=compute_dtype,
         dropout=dropout,
         exit_threshold=exit_threshold,
@@ -224,7 +226,7 @@ def _run(
     """The op behind the operator: flat weights in, always the loops used out."""
     loops = num_loops if loops_per_sequence is None else loops_per_sequence
     blocks = _blocks(weights)
-    result = _implementation(x, blocks, loops, compute_dtype, dropout, exit_threshold)(
+    result = _implementation(x, blocks, loops, num_heads, compute_dtype, dropout, exit_threshold)(
         x,
         blocks,
         modulation,

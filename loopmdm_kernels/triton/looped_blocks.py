@@ -39,6 +39,7 @@ def supports(
     x: Tensor,
     blocks: Sequence[BlockWeights | Fp8BlockWeights],
     num_loops: int | Tensor,
+    num_heads: int | None = None,
     compute_dtype: torch.dtype | None = None,
     dropout: float = 0.0,
     exit_threshold: float | None = None,

@@ -38,7 +38,7 @@ class Fenced(NamedTuple):
 
 
 def plan_of(inputs, tiles, target=SM90, device=Device(), cluster=1):  # noqa: B008 - immutable
-    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, target)
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
     return shape, cost._plan(shape, device, tiles)._replace(cluster=cluster)
 
 
@@ -93,7 +93,7 @@ def run(library, inputs, plan, loops, **options):
 def run_buffers(
     library, inputs, plan, loops, *, target=SM90, exit_threshold=None, num_blocks=2, seed=0, keep=False
 ):
-    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, target)
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
     table, words, counters = op._table(shape, plan.tiles, exit_threshold is not None, torch.device("cpu"))
     packed = weights.packed(inputs.blocks)
     buffers = op.Buffers.allocate(

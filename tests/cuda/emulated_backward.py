@@ -9,13 +9,12 @@ from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
 from loopmdm_kernels.cuda import weights
 from loopmdm_kernels.cuda.backward_parameters import backward_defines
-from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.schedule import Device
 from loopmdm_kernels.schedule.backward import cost, finish
 
 
 def plan_of(inputs, columns):
-    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, SM90)
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
     return shape, cost._plan(shape, Device(), columns)
 
 
@@ -26,7 +25,7 @@ def build(shape, plan, folder, *, optimize=True):
 
 def keep(inputs, loops, tape):
     """What the forward pass keeps; `tape` [S, B, L, D] are inputs of the loops."""
-    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, SM90)
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
     columns = max(64, shape.head_dim)
     table = op.build(shape, op.Tiles(128, columns, columns, columns, columns))
     packed = weights.packed(inputs.blocks)

@@ -26,7 +26,7 @@ def inputs():
 
 
 def prepared(inputs, loops, *, adaptive=False):
-    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, SM90)
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
     plan = choose(shape)
     table, words, counters = op._table(shape, plan.tiles, adaptive, torch.device("cpu"))
     packed = weights.packed(inputs.blocks)
@@ -148,18 +148,39 @@ def test_maps_cover_what_the_loader_loads(inputs):
     assert layouts["mlp_out_weight"].box == (64, plan.tiles.mlp_out)
 
 
-def test_what_it_does_not_do(inputs):
+def test_what_it_does_not_do(inputs, monkeypatch):
     arguments = {"x": inputs.x, "blocks": inputs.blocks, "num_loops": 2}
     with torch.no_grad():
         assert op.supports(**arguments) is None
         assert "x must be float32" in op.supports(**{**arguments, "x": inputs.x.double()})
         assert "must be bfloat16, got torch.float32" in op.supports(**arguments, compute_dtype=torch.float32)
         assert "dropout" in op.supports(**arguments, dropout=0.1)
-    with pytest.raises(RuntimeError, match=r"head size must be one of \(16, 32, 64, 128\), got 8"):
-        op.shape_of(inputs.x, inputs.blocks, 16, SM90)
-    with pytest.raises(RuntimeError, match=r"head size must be one of \(32, 64, 128\), got 16"):
-        op.shape_of(inputs.x, inputs.blocks, 8, SM80)
-    assert op.shape_of(inputs.x, inputs.blocks, 4, SM80).head_dim == 32
+    for capability, heads, reason in (
+        ((9, 0), 16, "the head size must be one of (16, 32, 64, 128), got 8"),
+        ((9, 0), 8, None),
+        ((8, 0), 8, "the head size must be one of (32, 64, 128), got 16"),
+        ((8, 0), 4, None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, known=capability: known)
+        with torch.no_grad():
+            assert op.supports(**arguments, num_heads=heads) == reason
+    inputs.x.requires_grad_()
+    assert "needs compute capability 9.0" in op.supports(**arguments, num_heads=2)
+    with pytest.raises(
+        RuntimeError, match=r"cannot do this: the head size must be one of \(32, 64, 128\), got 16"
+    ):
+        op.looped_blocks(inputs.x, inputs.blocks, inputs.modulation, 2, num_heads=8)
+
+
+def test_what_a_graph_reads_outlives_the_cache(inputs, monkeypatch):
+    monkeypatch.setattr(launch, "_captured", [])
+    words = object()
+    launch.keep_for_graphs(words)
+    assert not launch._captured
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    launch.keep_for_graphs(words)
+    assert launch._captured == [(words,)]
 
 
 def test_the_architecture_picks_the_kernel():
@@ -266,7 +287,7 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
     op._kernel.cache_clear()
     launch.loaded.cache_clear()
     target = target_of(capability)
-    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads, target)
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
     device = target.used_of(device_of(capability, sms, shared_bytes))
     plan = choose(shape, device)
     assert compiled == [(target.source, defines(shape, plan), architecture)]

@@ -85,7 +85,7 @@ def test_all_maps_have_boxes_of_64_by_64(inputs):
 
 
 def test_the_stream_keeps_a_matrix_for_each_loop(inputs):
-    shape = op.shape_of(inputs.x, inputs.blocks, 2, op.target_of((9, 0)))
+    shape = op.shape_of(inputs.x, inputs.blocks, 2)
     table = op.build(shape, op.Tiles(128, 64, 64, 64, 64))
     packed, counters = op.packed(inputs.blocks), torch.zeros(1, dtype=torch.int32)
     for loops, matrices in ((5, 6), (torch.tensor([2, 4, 1]), 5)):

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path
 import emulated
 
-from loopmdm_kernels.cuda import refresh, weights
+from loopmdm_kernels.cuda import launch, refresh, weights
 from loopmdm_kernels.testing import looped_inputs
 
 
@@ -86,8 +86,9 @@ def test_a_call_that_finds_packed_weights_refreshes_them(monkeypatch):
     launched, capturing = [], [False]
     monkeypatch.setattr(refresh.Refresh, "launch", lambda self: launched.append(self))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(weights, "_captured", [])
+    monkeypatch.setattr(launch, "_captured", [])
     blocks = looped_inputs(1, 4, 128, 2).to(torch.bfloat16).blocks
     capturing[0] = True
     assert weights.packed(blocks) is not weights.packed(blocks)
@@ -98,7 +99,7 @@ def test_a_call_that_finds_packed_weights_refreshes_them(monkeypatch):
     capturing[0] = True
     assert weights.packed(blocks) is first and len(launched) == 3
     weights.clear()
-    assert [entry.packed for entry in weights._captured] == [first]
+    assert [entry.packed for (entry,) in launch._captured] == [first]
 
 
 def test_the_kernel_compiles(tmp_path):
