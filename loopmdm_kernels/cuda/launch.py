@@ -62,7 +62,7 @@ def launch(kernel: Kernel, parameters: ctypes.Structure, blocks: int, device: to
 
 def keep_for_graphs(*read: Any) -> None:
     """A graph that is being captured on the current stream reads this again at every replay: it stays."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         _captured.append(read)
 
 

@@ -177,7 +177,7 @@ def test_what_a_graph_reads_outlives_the_cache(inputs, monkeypatch):
     words = object()
     launch.keep_for_graphs(words)
     assert not launch._captured
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     launch.keep_for_graphs(words)
     assert launch._captured == [(words,)]

@@ -86,7 +86,7 @@ def test_a_call_that_finds_packed_weights_refreshes_them(monkeypatch):
     launched, capturing = [], [False]
     monkeypatch.setattr(refresh.Refresh, "launch", lambda self: launched.append(self))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(launch, "_captured", [])
     blocks = looped_inputs(1, 4, 128, 2).to(torch.bfloat16).blocks
