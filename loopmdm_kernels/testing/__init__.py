@@ -1,5 +1,12 @@
 """What the tests and benchmarks share, shipped so that users can check a backend on their own machine."""
 
+from loopmdm_kernels.testing.cross_entropy import (
+    LEAVES,
+    CrossEntropyInputs,
+    assert_cross_entropy,
+    cross_entropy_inputs,
+    cross_entropy_results,
+)
 from loopmdm_kernels.testing.generators import (
     LoopedInputs,
     head_inputs,
@@ -13,10 +20,15 @@ from loopmdm_kernels.testing.timers import interleaved_medians, interleaved_time
 from loopmdm_kernels.testing.tolerance import assert_matches_oracle, rounding_step
 
 __all__ = [
+    "LEAVES",
+    "CrossEntropyInputs",
     "LoopedInputs",
     "RecordedGraphs",
+    "assert_cross_entropy",
     "assert_matches_oracle",
     "chi_square_p",
+    "cross_entropy_inputs",
+    "cross_entropy_results",
     "error_over_loops",
     "head_inputs",
     "interleaved_medians",

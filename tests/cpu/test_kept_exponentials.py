@@ -9,8 +9,10 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm_kernels import _C
 from loopmdm_kernels.cpu import masked_cross_entropy as cpu
+from loopmdm_kernels.testing import LEAVES
+from loopmdm_kernels.testing import cross_entropy_results as run
 from loopmdm_kernels.types import Head
-from tests.cpu.cross_entropy_cases import BF16, FLOAT, LEAVES, assert_case, assert_same, case, run
+from tests.cpu.cross_entropy_cases import BF16, FLOAT, assert_case, assert_same, case
 
 
 @pytest.fixture

@@ -5,57 +5,26 @@ import math
 import pytest
 import torch
 
-from loopmdm_kernels import reference
 from loopmdm_kernels.cuda import masked_cross_entropy as module
 from loopmdm_kernels.cuda.masked_cross_entropy import masked_cross_entropy
-from loopmdm_kernels.testing import assert_matches_oracle, head_inputs
+from loopmdm_kernels.testing import LEAVES, assert_cross_entropy, cross_entropy_inputs
+from loopmdm_kernels.testing import cross_entropy_results as run
 from loopmdm_kernels.types import Head
 
-LEAVES = ("hidden", "norm", "weight", "bias", "modulation", "row_weights")
 BF16 = torch.bfloat16
-reference_op = reference.masked_cross_entropy
 
 
 pytestmark = pytest.mark.usefixtures("gpu")
 
 
-def case(width=72, vocab_size=301, num_rows=33, excluded=True, sequences=True, dtype=BF16, **options):
-    """(leaves, targets, rows, excluded token); rows repeat, no tile is full."""
-    hidden, head = head_inputs(3, 50, width, vocab_size, per_sequence_modulation=sequences, **options)
-    generator = torch.Generator().manual_seed(width + vocab_size)
-    excluded_token = vocab_size // 2 if excluded else -1
-    targets = torch.randint(0, vocab_size - excluded, (3, 50), generator=generator)
-    if excluded:
-        targets += targets >= excluded_token
-    rows = torch.randint(0, 150, (num_rows,), generator=generator)
-    weights = torch.rand(num_rows, generator=generator) + 0.5
-    leaves = (3 * hidden.float(), *(t.to(dtype) for t in head[:4]), weights)
-    return dict(zip(LEAVES, leaves, strict=True)), targets, rows, excluded_token
-
-
-def run(op, leaves, targets, rows, excluded_token, kind=None, wanted=LEAVES, **options):
-    """nll and the gradients of `wanted` of 0.7 total + random . nll."""
-    leaves = {k: (t if kind is None else t.to(kind)).detach() for k, t in leaves.items()}
-    for name in wanted:
-        leaves[name].requires_grad_()
-    hidden, norm, weight, bias, modulation, row_weights = leaves.values()
-    head = Head(norm, weight, bias, modulation, excluded_token)
-    total, nll = op(hidden, head, targets, rows, row_weights, **options)
-    mix = torch.randn(rows.shape[0], generator=torch.Generator().manual_seed(5)).to(nll)
-    grads = torch.autograd.grad(0.7 * total + (mix * nll).sum(), [leaves[name] for name in wanted])
-    return {"total": total.detach()[None], "nll": nll.detach(), **dict(zip(wanted, grads, strict=True))}
+def case(width=72, vocab_size=301, num_rows=33, dtype=BF16, **options):
+    """No tile is full."""
+    return cross_entropy_inputs(width, vocab_size, num_rows, dtype, length=50, **options)
 
 
 def assert_case(inputs, **options):
-    out, baseline = (run(op, *inputs, **options) for op in (masked_cross_entropy, reference_op))
-    oracle = run(reference_op, *inputs, kind=torch.float64)
-    total = (out["nll"].double() * inputs[0]["row_weights"].double()).sum()
-    torch.testing.assert_close(out["total"][0], total.float(), rtol=1e-6, atol=0)
-    for name in ("nll", *LEAVES):
-        assert out[name].dtype == baseline[name].dtype, name
-        # The reference keeps the gradients of the logits in fp32; as operands of WGMMA they are bf16.
-        factor = 2.0 if name == "nll" else 3.0
-        assert_matches_oracle(out[name], baseline[name], oracle[name], name=name, factor=factor)
+    # The reference keeps the gradients of the logits in fp32; as operands of WGMMA they are bf16.
+    assert_cross_entropy(masked_cross_entropy, inputs, total_rtol=1e-6, gradient_factor=3.0, **options)
 
 
 @pytest.mark.parametrize(

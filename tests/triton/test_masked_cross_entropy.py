@@ -6,12 +6,10 @@ import pytest
 import torch
 
 import loopmdm_kernels as lk
-from loopmdm_kernels import reference
-from loopmdm_kernels.testing import assert_matches_oracle, head_inputs
+from loopmdm_kernels.testing import LEAVES, assert_cross_entropy, cross_entropy_inputs
+from loopmdm_kernels.testing import cross_entropy_results as run
 from loopmdm_kernels.triton import masked_cross_entropy as module
-from loopmdm_kernels.types import Head
 
-LEAVES = ("hidden", "norm", "weight", "bias", "modulation", "row_weights")
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -20,45 +18,13 @@ def triton(*args, **options):
         return lk.masked_cross_entropy(*args, **options)
 
 
-def case(
-    device, dtype=FLOAT, width=36, vocab_size=301, num_rows=33, excluded=True, sequences=True, **options
-):
-    """(leaves, targets, rows, excluded token); rows repeat, no tile is full."""
-    hidden, head = head_inputs(3, 11, width, vocab_size, per_sequence_modulation=sequences, **options)
-    generator = torch.Generator().manual_seed(width + vocab_size)
-    excluded_token = vocab_size // 2 if excluded else -1
-    targets = torch.randint(0, vocab_size - excluded, (3, 11), generator=generator)
-    if excluded:
-        targets += targets >= excluded_token
-    rows = torch.randint(0, 33, (num_rows,), generator=generator)
-    weights = torch.rand(num_rows, generator=generator) + 0.5
-    leaves = (3 * hidden.float(), *(t.to(dtype) for t in head[:4]), weights)
-    named = dict(zip(LEAVES, (t.to(device) for t in leaves), strict=True))
-    return named, targets.to(device), rows.to(device), excluded_token
-
-
-def run(op, leaves, targets, rows, excluded_token, kind=None, wanted=LEAVES, upstream=1.0, **options):
-    """nll and the gradients of `wanted` of upstream * (0.7 total + random . nll)."""
-    leaves = {k: (t if kind is None else t.to(kind)).detach() for k, t in leaves.items()}
-    for name in wanted:
-        leaves[name].requires_grad_()
-    hidden, norm, weight, bias, modulation, row_weights = leaves.values()
-    head = Head(norm, weight, bias, modulation, excluded_token)
-    total, nll = op(hidden, head, targets, rows, row_weights, **options)
-    mix = torch.randn(rows.shape[0], generator=torch.Generator().manual_seed(5)).to(nll)
-    loss = upstream * (0.7 * total + (mix * nll).sum())
-    grads = torch.autograd.grad(loss, [leaves[name] for name in wanted])
-    return {"total": total.detach()[None], "nll": nll.detach(), **dict(zip(wanted, grads, strict=True))}
+def case(device, dtype=FLOAT, width=36, vocab_size=301, num_rows=33, **options):
+    """No tile is full."""
+    return cross_entropy_inputs(width, vocab_size, num_rows, dtype, device=device, **options)
 
 
 def assert_case(inputs, **options):
-    out, baseline = (run(op, *inputs, **options) for op in (triton, reference.masked_cross_entropy))
-    oracle = run(reference.masked_cross_entropy, *inputs, kind=torch.float64)
-    total = (out["nll"].double() * inputs[0]["row_weights"].double()).sum()
-    torch.testing.assert_close(out["total"][0], total.float(), rtol=1e-6, atol=0)
-    for name in ("nll", *LEAVES):
-        assert out[name].dtype == baseline[name].dtype, name
-        assert_matches_oracle(out[name], baseline[name], oracle[name], name=name)
+    assert_cross_entropy(triton, inputs, total_rtol=1e-6, **options)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
