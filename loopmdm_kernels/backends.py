@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from loopmdm_kernels import reference
+from loopmdm_kernels.tracing import transformed
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = ("cpu",)  # not triton and cuda: their kernels have not run on a device yet
@@ -183,6 +184,8 @@ def _why_not(
 ) -> str | None:
     if op not in _KERNEL_MODULES[name]:
         return f"it has no kernel for {op}"
+    if transformed():
+        return "transforms of torch.func and forward-mode derivatives see plain PyTorch only"
     if fp8_weights and name not in _WITH_FP8_WEIGHTS:
         return "it has no kernels for fp8 weights"
     wanted = "cpu" if name == "triton" and _interpreted() else _DEVICE_OF[name]

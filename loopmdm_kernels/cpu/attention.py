@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.types import Rotary
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -64,7 +65,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from loopmdm_kernels import _C
 

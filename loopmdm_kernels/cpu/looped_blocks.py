@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.cpu.packing import packed_linear
+from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.types import BlockWeights, Rotary
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -246,7 +247,7 @@ class _LoopedBlocks(torch.autograd.Function):
         return out, used
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, modulation, used, *weights = ctx.saved_tensors
         options: _Options = ctx.options

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.types import Head
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -125,7 +126,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         return total, nll
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         from loopmdm_kernels import _C
 

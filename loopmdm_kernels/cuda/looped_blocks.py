@@ -25,6 +25,7 @@ from loopmdm_kernels.cuda.targets import Target, target_of
 from loopmdm_kernels.cuda.weights import PackedWeights, packed
 from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose, device_of, measured
 from loopmdm_kernels.schedule.table import FINAL
+from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.types import BlockWeights, Rotary
 
 STATISTICS_COLUMNS = 32  # of a row, whatever the tiles
@@ -111,7 +112,7 @@ class _LoopedBlocks(torch.autograd.Function):
         return buffers.output, used
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         modulation, *weights = ctx.saved_tensors
         of_x, of_blocks, of_modulation = gradients(ctx.kept, grad, _blocks(weights), modulation)

@@ -26,6 +26,7 @@ from loopmdm_kernels.cuda.head import (
 )
 from loopmdm_kernels.cuda.launch import MAP, Kernel, launch, multiprocessors, set_map, structure
 from loopmdm_kernels.cuda.tensor_maps import layout
+from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.types import Head
 
 FORWARD = "cross_entropy_sm90.cu"
@@ -135,7 +136,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         return (nll * row_weights.float()).sum(), nll
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         hidden, norm, weight, bias, modulation, targets, rows, row_weights, nll, top, log_total = (
             ctx.saved_tensors

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from loopmdm_kernels import backends
 from loopmdm_kernels.ops import checks
-from loopmdm_kernels.ops.library import register, register_autograd
+from loopmdm_kernels.ops.library import differentiable, register, register_autograd, register_flops
+from loopmdm_kernels.tracing import traced
 from loopmdm_kernels.types import Rotary
 
 
@@ -36,7 +37,7 @@ def attention(
         raise ValueError(f"rotary: needs an even head size, got K = {head_dim}")
     checks.rotary(rotary, length, head_dim, q.device)
     cos, sin = rotary or (None, None)
-    if torch.compiler.is_compiling():
+    if traced(q):
         out: Tensor = torch.ops.loopmdm.attention(q, k, v, key_mask, cos, sin)
         return out
     return _run(q, k, v, key_mask, cos, sin)
@@ -61,7 +62,7 @@ def _backward_run(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
+    with differentiable():
         q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
         out = _run(q, k, v, key_mask, cos, sin)
         grad_q, grad_k, grad_v = torch.autograd.grad(out, (q, k, v), grad)
@@ -88,3 +89,4 @@ register(
     lambda grad, q, *_: tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3)),
 )
 register_autograd("attention", _backward, _setup_context)
+register_flops("attention", lambda q, *_, out_val=None: 4 * q.numel() * q.shape[-2])

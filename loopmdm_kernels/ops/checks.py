@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.tracing import can_read
 from loopmdm_kernels.types import FP8, Fp8Head, Fp8Weight, Head, Rotary
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -124,7 +125,3 @@ def in_range(name: str, value: Tensor, low: int, high: int) -> None:
     smallest, largest = int(value.min()), int(value.max())
     if smallest < low or largest >= high:
         raise ValueError(f"{name}: got values in {smallest}..{largest}, expected {low}..{high - 1}")
-
-
-def can_read(value: Tensor) -> bool:
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()

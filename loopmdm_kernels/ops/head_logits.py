@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loopmdm_kernels import backends, reference
 from loopmdm_kernels.ops import checks
+from loopmdm_kernels.tracing import traced, without_autocast
 from loopmdm_kernels.types import Fp8Head, Head
 
 
@@ -28,7 +29,7 @@ def head_logits(hidden: Tensor, head: Head | Fp8Head, *, compute_dtype: torch.dt
     checks.compute_dtype(compute_dtype)
     if isinstance(head, Fp8Head):
         checks.for_inference("head", compute_dtype, hidden=hidden)
-    if torch.compiler.is_compiling():
+    if traced(hidden):
         implementation: Callable[..., Tensor] = reference.head_logits
     else:
         implementation = backends.implementation(
@@ -39,5 +40,5 @@ def head_logits(hidden: Tensor, head: Head | Fp8Head, *, compute_dtype: torch.dt
             head=head,
             compute_dtype=compute_dtype,
         )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         return implementation(hidden, head, compute_dtype=compute_dtype)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loopmdm_kernels import backends
 from loopmdm_kernels.ops import checks
-from loopmdm_kernels.ops.library import register, register_autograd
+from loopmdm_kernels.ops.library import differentiable, register, register_autograd, register_flops
+from loopmdm_kernels.tracing import traced
 from loopmdm_kernels.types import FP8, BlockWeights, Fp8BlockWeights, Fp8Weight, Rotary
 
 
@@ -68,7 +69,7 @@ def looped_blocks(
         exit_threshold,
     )
     cos, sin = rotary or (None, None)
-    if torch.compiler.is_compiling():
+    if traced(x):
         loops, per_sequence = (1, num_loops) if isinstance(num_loops, Tensor) else (num_loops, None)
         out, used = torch.ops.loopmdm.looped_blocks(
             x,
@@ -257,7 +258,7 @@ def _backward_run(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], modulation: Tensor, *rest: Any
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Run the loops again, keeping their inputs, and differentiate."""
-    with torch.enable_grad():
+    with differentiable():
         leaves = [tensor.detach().requires_grad_() for tensor in (x, *weights, modulation)]
         out, _ = _run(leaves[0], leaves[1:-1], leaves[-1], *rest)
         grad_x, *grad_weights, grad_modulation = torch.autograd.grad(out, leaves, grad)
@@ -300,3 +301,23 @@ register(
     _backward_fake,
 )
 register_autograd("looped_blocks", _backward, _setup_context)
+
+
+def _flops(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    modulation: Tensor,
+    num_loops: int,
+    loops_per_sequence: Tensor | None,
+    *_: Any,
+    out_val: Any = None,
+) -> int:
+    """Of the loops that the sequences took, where an exit ended them early too."""
+    batch, length, hidden = x.shape
+    used: Tensor | None = loops_per_sequence if out_val is None else out_val[1]
+    loops = batch * num_loops if used is None or traced(used) else int(used.sum())
+    matrices = sum(weight.numel() for weight in weights if weight.ndim == 2)
+    return loops * (2 * length * matrices + modulation.shape[0] * 4 * length * length * hidden)
+
+
+register_flops("looped_blocks", _flops)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from loopmdm_kernels import backends
 from loopmdm_kernels.ops import checks
-from loopmdm_kernels.ops.library import register, register_autograd
+from loopmdm_kernels.ops.library import differentiable, register, register_autograd, register_flops
+from loopmdm_kernels.tracing import can_read, traced
 from loopmdm_kernels.types import Fp8Head, Head
 
 
@@ -47,12 +48,12 @@ def masked_cross_entropy(
     checks.compute_dtype(compute_dtype)
     if isinstance(head, Fp8Head):
         checks.for_inference("head", compute_dtype, hidden=hidden, row_weights=row_weights)
-    if checks.can_read(targets):
+    if can_read(targets):
         wanted = targets.flatten()[rows]
         checks.in_range("targets", wanted, 0, vocab_size)
         if bool((wanted == head.excluded_token).any()):
             raise ValueError(f"targets: a row's target is the excluded token {head.excluded_token}")
-    if torch.compiler.is_compiling():
+    if traced(hidden):
         if isinstance(head, Fp8Head):
             head = head.dequantized(compute_dtype or hidden.dtype)
         total, nll = torch.ops.loopmdm.masked_cross_entropy(
@@ -90,7 +91,7 @@ def _forward_run(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _backward_run(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of hidden, norm, weight, bias, modulation and row_weights."""
     hidden, norm, weight, bias, modulation, excluded_token, targets, rows, row_weights, compute_dtype = args
-    with torch.enable_grad():
+    with differentiable():
         leaves = [t.detach().requires_grad_() for t in (hidden, norm, weight, bias, modulation, row_weights)]
         hidden, norm, weight, bias, modulation, row_weights = leaves
         head = Head(norm, weight, bias, modulation, excluded_token)
@@ -134,3 +135,7 @@ register(
     _backward_fake,
 )
 register_autograd("masked_cross_entropy", _backward, _setup_context)
+register_flops(
+    "masked_cross_entropy",
+    lambda hidden, norm, weight, *rest, out_val=None: 2 * rest[4].shape[0] * weight.numel(),
+)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from loopmdm_kernels import backends
 from loopmdm_kernels.ops import checks
-from loopmdm_kernels.ops.library import register
+from loopmdm_kernels.ops.library import register, register_flops
+from loopmdm_kernels.tracing import traced
 from loopmdm_kernels.types import Fp8Head, Fp8Weight, Head, RowRng, SampledRows
 
 
@@ -64,7 +65,7 @@ def sample_rows(
     checks.compute_dtype(compute_dtype)
     if isinstance(head, Fp8Head):
         checks.for_inference("head", compute_dtype)
-    if torch.compiler.is_compiling():
+    if traced(hidden):
         norm, weight, *rest = head
         values, scale = weight if isinstance(weight, Fp8Weight) else (weight, None)
         options = (temperature, top_p, top_k, compute_dtype or head.weight.dtype)
@@ -129,4 +130,8 @@ register(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _operator,
     _fake,
+)
+register_flops(
+    "sample_rows",
+    lambda hidden, norm, weight, *rest, out_val=None: 2 * rest[4].shape[0] * weight.numel(),
 )

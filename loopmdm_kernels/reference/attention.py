@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loopmdm_kernels.tracing import transformed
 from loopmdm_kernels.types import Rotary
 
 SHORT = 256  # tokens
@@ -26,11 +27,12 @@ def attention(
 ) -> Tensor:
     if rotary is not None:
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-    if q.dtype == torch.float64:
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if q.dtype == torch.float64 or transformed():  # PyTorch's fused attention has no rules for transforms
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(wide) @ k.to(wide).transpose(-1, -2) / math.sqrt(q.shape[-1])
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
-        return torch.softmax(scores, dim=-1) @ v
+        return (torch.softmax(scores, dim=-1) @ v.to(wide)).to(q.dtype)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     # On short sequences the CPU kernel's backward pass is several times slower in bf16 (docs/measured.md).
     wide = torch.float32 if q.device.type == "cpu" and q.shape[-2] < SHORT else q.dtype

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.triton.config import Tiles, tiles
 from loopmdm_kernels.triton.head import OPERANDS
 from loopmdm_kernels.triton.kernels.attention import attention_kernel
@@ -177,7 +178,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, cos, sin, out, rest, log_sum_exp = ctx.saved_tensors
         grads = [_like(q) for _ in range(3)]

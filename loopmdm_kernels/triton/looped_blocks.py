@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.triton.attention import MAX_HEAD_DIM, angles, mask_bytes
 from loopmdm_kernels.triton.block import (
     Exit,
@@ -210,7 +211,7 @@ class _LoopedBlocks(torch.autograd.Function):
         return out, used
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         _, modulation, used, *weights = ctx.saved_tensors
         options: Options = ctx.options

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.triton.config import tiles
 from loopmdm_kernels.triton.head import chunk_of, matrix, modulated_rows, operand, sequence_stride, why_not
 from loopmdm_kernels.triton.kernels.rows import modulated_rows_backward_kernel
@@ -131,7 +132,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         return (nll * row_weights.float()).sum(), nll
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         hidden, norm, weight, bias, modulation, targets, rows, row_weights, log_sum_exp, nll = (
             ctx.saved_tensors

@@ -22,7 +22,7 @@ from loopmdm.exits import ExitRule, run_with_exit
 from loopmdm.loop_law import LoopLaw
 from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding
 from loopmdm.stages import Stages
-from loopmdm_kernels.ops import checks
+from loopmdm_kernels.tracing import can_read, traced, transformed, without_autocast
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Fp8Weight, Head
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class LoopMDM(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the matrix products: autocast's if it is on, else the parameters'."""
-        if torch.is_autocast_enabled(self.device.type):
+        if self.device.type != "meta" and torch.is_autocast_enabled(self.device.type):
             return torch.get_autocast_dtype(self.device.type)
         return self.vocab_embed.embedding.dtype
 
@@ -84,7 +84,7 @@ class LoopMDM(nn.Module):
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """make(), or what it returned before for this key where weights are `frozen`."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if traced() or transformed() or torch.is_grad_enabled():
             return make()
         kept = _FROZEN.get(_NOTHING).get(id(self))
         if kept is None:
@@ -120,7 +120,7 @@ class LoopMDM(nn.Module):
         """silu(sigma_map(sigma)) [1 or B, cond_dim], in the parameters' precision."""
 
         def embedded(noise: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, enabled=False):
+            with without_autocast(self.device):
                 return F.silu(self.sigma_map(noise))
 
         if sigma is not None and self.config.time_conditioning:
@@ -282,7 +282,7 @@ class LoopMDM(nn.Module):
             )
         if sigma is not None and sigma.shape != input_ids.shape[:1]:
             raise ValueError(f"timesteps: got shape {tuple(sigma.shape)}, expected [{input_ids.shape[0]}]")
-        if not checks.can_read(input_ids):
+        if not can_read(input_ids):
             return
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= cfg.vocab_size:
