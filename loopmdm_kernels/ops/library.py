@@ -15,10 +15,16 @@ LIBRARY = torch.library.Library("loopmdm", "DEF")  # type: ignore[no-untyped-cal
 DEVICES = ("CPU", "CUDA")
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an operator by its schema, with one implementation for all devices and one for fake tensors."""
+def register(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], *, random: bool = False
+) -> None:
+    """Define an operator by its schema, with one implementation for all devices and one for fake tensors.
+
+    `random`: it draws from a generator, so that a compiler may neither repeat nor merge its calls.
+    """
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    tags = (torch.Tag.nondeterministic_seeded,) if random else ()
+    LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
     for device in DEVICES:
         LIBRARY.impl(name, implementation, device)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"loopmdm::{name}", fake, lib=LIBRARY)

@@ -27,7 +27,7 @@ def looped_blocks(
     key_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     dropout: float = 0.0,
-    dropout_seed: int = 0,
+    dropout_seed: int | Tensor = 0,
     exit_threshold: float | None = None,
     recompute: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -38,13 +38,15 @@ def looped_blocks(
         blocks: n >= 1 blocks of equal shapes; linear weights [out, in] in any float dtype. For inference
             they may be `Fp8BlockWeights`, all of them.
         modulation: [n, 1 or B, 6, D]: shift, scale, gate of attention, then of the MLP, for each block.
-        num_loops: S >= 1 for all sequences, or int64 [B] with one S each.
+        num_loops: S >= 1 for all sequences, an int or int64 [1] on the CPU (what a compiled graph draws); or
+            int64 [B] with one S each.
         num_heads: H; D is a multiple of 2H.
         max_loops: with one S each, none is larger; else S must be read from the device, which waits for it.
         rotary: angles applied to q and k; None: no positions here.
         key_mask: [B, L] bool, True at keys that may be attended; None: all.
         compute_dtype: dtype of the matrix products; None: that of the weights, unless these are fp8.
-        dropout: rate on both branch outputs before the gate; masks are a function of `dropout_seed`.
+        dropout: rate on both branch outputs before the gate; masks are a function of `dropout_seed`,
+            a number or an int64 tensor [1] on the CPU.
         exit_threshold: stop a sequence after loop k when ||H(k) - H(k-1)|| / ||H(k)|| (Frobenius norms of the
             sequence) is below it, at the latest after `num_loops`.
         recompute: keep only the loop inputs for backward and compute the rest again.
@@ -71,6 +73,7 @@ def looped_blocks(
     cos, sin = rotary or (None, None)
     if traced(x):
         loops, per_sequence = (1, num_loops) if isinstance(num_loops, Tensor) else (num_loops, None)
+        seed, drawn_seed = (0, dropout_seed) if isinstance(dropout_seed, Tensor) else (dropout_seed, None)
         out, used = torch.ops.loopmdm.looped_blocks(
             x,
             _flat(blocks),
@@ -83,10 +86,12 @@ def looped_blocks(
             key_mask,
             compute_dtype or blocks[0].qkv.dtype,
             dropout,
-            dropout_seed,
+            seed,
             exit_threshold,
+            drawn_seed,
         )
         return out if exit_threshold is None else (out, used)
+    num_loops, dropout_seed = _number(num_loops), int(dropout_seed)
     implementation = _implementation(x, blocks, num_loops, num_heads, compute_dtype, dropout, exit_threshold)
     with torch.autocast(x.device.type, enabled=False):
         result: Tensor | tuple[Tensor, Tensor] = implementation(
@@ -105,6 +110,13 @@ def looped_blocks(
             recompute=recompute,
         )
     return result
+
+
+def _number(num_loops: int | Tensor) -> int | Tensor:
+    """One S for all as a number, where a tensor on the CPU holds it."""
+    if isinstance(num_loops, Tensor) and num_loops.shape == (1,) and num_loops.device.type == "cpu":
+        return int(num_loops)
+    return num_loops
 
 
 def _implementation(
@@ -170,7 +182,9 @@ def _check(
         device=x.device,
     )
     if isinstance(num_loops, Tensor):
-        checks.tensor("num_loops", num_loops, dtypes=(torch.int64,), shape=(batch,), device=x.device)
+        one_for_all = num_loops.shape == (1,) and num_loops.device.type == "cpu"
+        device = None if one_for_all else x.device
+        checks.tensor("num_loops", num_loops, dtypes=(torch.int64,), shape=((1, batch),), device=device)
         checks.in_range("num_loops", num_loops, 1, 2**30 if max_loops is None else max_loops + 1)
     elif isinstance(num_loops, bool) or not isinstance(num_loops, int | torch.SymInt):
         raise TypeError(f"num_loops: got {num_loops!r}, expected an int or an int64 tensor [B]")
@@ -223,9 +237,10 @@ def _run(
     dropout: float,
     dropout_seed: int,
     exit_threshold: float | None,
+    drawn_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The op behind the operator: flat weights in, always the loops used out."""
-    loops = num_loops if loops_per_sequence is None else loops_per_sequence
+    loops = _number(num_loops if loops_per_sequence is None else loops_per_sequence)
     blocks = _blocks(weights)
     result = _implementation(x, blocks, loops, num_heads, compute_dtype, dropout, exit_threshold)(
         x,
@@ -237,16 +252,16 @@ def _run(
         key_mask=key_mask,
         compute_dtype=compute_dtype,
         dropout=dropout,
-        dropout_seed=dropout_seed,
+        dropout_seed=dropout_seed if drawn_seed is None else int(drawn_seed),
         exit_threshold=exit_threshold,
         recompute=True,
     )
     if exit_threshold is not None:
         out, used = result
         return out, used
-    if loops_per_sequence is not None:
-        return result, loops_per_sequence.clone()
-    return result, torch.full((x.shape[0],), num_loops, dtype=torch.int64, device=x.device)
+    if isinstance(loops, Tensor):
+        return result, loops.clone()
+    return result, torch.full((x.shape[0],), loops, dtype=torch.int64, device=x.device)
 
 
 def _forward_run(*args: Any) -> tuple[Tensor, Tensor]:
@@ -276,23 +291,24 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weights, modulation, num_loops, loops, num_heads, cos, sin, key_mask, *options = inputs
-    ctx.save_for_backward(x, *weights, modulation, loops, cos, sin, key_mask)
+    x, weights, modulation, num_loops, loops, num_heads, cos, sin, key_mask, *options, drawn_seed = inputs
+    ctx.save_for_backward(x, *weights, modulation, loops, cos, sin, key_mask, drawn_seed)
     ctx.num_loops, ctx.num_heads, ctx.options = num_loops, num_heads, options
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    x, *weights, modulation, loops, cos, sin, key_mask = ctx.saved_tensors
+    x, *weights, modulation, loops, cos, sin, key_mask, drawn_seed = ctx.saved_tensors
+    options = (*ctx.options, drawn_seed)
     grads = torch.ops.loopmdm.looped_blocks_backward(
-        grad, x, weights, modulation, ctx.num_loops, loops, ctx.num_heads, cos, sin, key_mask, *ctx.options
+        grad, x, weights, modulation, ctx.num_loops, loops, ctx.num_heads, cos, sin, key_mask, *options
     )
-    return (*grads, *(None for _ in range(10)))
+    return (*grads, *(None for _ in range(11)))
 
 
 _ARGUMENTS = (
     "Tensor x, Tensor[] weights, Tensor modulation, SymInt num_loops, Tensor? loops_per_sequence, "
     "int num_heads, Tensor? cos, Tensor? sin, Tensor? key_mask, ScalarType compute_dtype, float dropout, "
-    "SymInt dropout_seed, float? exit_threshold"
+    "SymInt dropout_seed, float? exit_threshold, Tensor? drawn_seed"
 )
 register(f"looped_blocks({_ARGUMENTS}) -> (Tensor, Tensor)", _forward_run, _fake)
 register(
@@ -315,7 +331,7 @@ def _flops(
     """Of the loops that the sequences took, where an exit ended them early too."""
     batch, length, hidden = x.shape
     used: Tensor | None = loops_per_sequence if out_val is None else out_val[1]
-    loops = batch * num_loops if used is None or traced(used) else int(used.sum())
+    loops = batch * num_loops if used is None or traced(used) else int(used.sum()) * batch // len(used)
     matrices = sum(weight.numel() for weight in weights if weight.ndim == 2)
     return loops * (2 * length * matrices + modulation.shape[0] * 4 * length * length * hidden)
 

@@ -29,27 +29,31 @@ def masked_cross_entropy(
         hidden: [B, L, D] float32 or float64, the residual stream before the final norm.
         head: final norm, modulation and vocabulary projection; `excluded_token` gets probability 0.
         targets: [B, L] int64 clean tokens, read at `rows` only.
-        rows: [R] int64 flat indices b*L + l of the masked tokens, R may be 0.
-        row_weights: [R] float, the NELBO weight of each row (1/t).
+        rows: [R] int64 flat indices b*L + l of the masked tokens, R may be 0; or [B, L] bool, True at them.
+        row_weights: [R] float, the NELBO weight of each row (1/t); [B, L] where `rows` is.
         compute_dtype: dtype of the projection's operands; None: that of `head.weight`, unless this is fp8.
 
     Returns:
-        The weighted sum (scalar) and -log p of each row [R] in nats, float32 or float64.
+        The weighted sum (scalar) and -log p of each row [R] in nats, float32 or float64; [B, L] where `rows`
+        is, 0 at tokens that are not masked.
     """
     checks.tensor("hidden", hidden, dtypes=checks.STREAM_FLOATS, shape=("B", "L", "D"))
     checks.not_empty("hidden", hidden)
     batch, length, hidden_size = hidden.shape
     vocab_size = checks.head(head, hidden_size, batch, hidden.device)
     checks.tensor("targets", targets, dtypes=(torch.int64,), shape=(batch, length), device=hidden.device)
-    checks.rows(rows, batch * length, hidden.device)
+    if isinstance(rows, Tensor) and rows.dtype == torch.bool:
+        checks.tensor("rows", rows, dtypes=(torch.bool,), shape=(batch, length), device=hidden.device)
+    else:
+        checks.rows(rows, batch * length, hidden.device)
     checks.tensor(
-        "row_weights", row_weights, dtypes=checks.FLOATS, shape=(rows.shape[0],), device=hidden.device
+        "row_weights", row_weights, dtypes=checks.FLOATS, shape=tuple(rows.shape), device=hidden.device
     )
     checks.compute_dtype(compute_dtype)
     if isinstance(head, Fp8Head):
         checks.for_inference("head", compute_dtype, hidden=hidden, row_weights=row_weights)
     if can_read(targets):
-        wanted = targets.flatten()[rows]
+        wanted = targets[rows] if rows.dtype == torch.bool else targets.flatten()[rows]
         checks.in_range("targets", wanted, 0, vocab_size)
         if bool((wanted == head.excluded_token).any()):
             raise ValueError(f"targets: a row's target is the excluded token {head.excluded_token}")
@@ -71,6 +75,10 @@ def _run(
     row_weights: Tensor,
     compute_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
+    if rows.dtype == torch.bool:
+        chosen = rows.flatten().nonzero().squeeze(1)
+        total, nll = _run(hidden, head, targets, chosen, row_weights.flatten()[chosen], compute_dtype)
+        return total, nll.new_zeros(rows.numel()).index_copy(0, chosen, nll).view(rows.shape)
     implementation = backends.implementation(
         "masked_cross_entropy",
         hidden.device,
@@ -102,7 +110,7 @@ def _backward_run(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Ten
 def _fake(hidden: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rows, compute_dtype = rest[3], rest[5]
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, compute_dtype), torch.float32)
-    return hidden.new_empty((), dtype=dtype), hidden.new_empty(rows.shape[0], dtype=dtype)
+    return hidden.new_empty((), dtype=dtype), hidden.new_empty(rows.shape, dtype=dtype)
 
 
 def _backward_fake(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -135,7 +143,12 @@ register(
     _backward_fake,
 )
 register_autograd("masked_cross_entropy", _backward, _setup_context)
-register_flops(
-    "masked_cross_entropy",
-    lambda hidden, norm, weight, *rest, out_val=None: 2 * rest[4].shape[0] * weight.numel(),
-)
+
+
+def _flops(hidden: Tensor, norm: Tensor, weight: Tensor, *rest: Any, out_val: Any = None) -> int:
+    rows = rest[4]
+    known = rows.dtype == torch.bool and not traced(rows)
+    return 2 * weight.numel() * (int(rows.sum()) if known else rows.numel())
+
+
+register_flops("masked_cross_entropy", _flops)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
-from loopmdm import checkpoint, mdlm_weights
+from loopmdm import checkpoint, draws, mdlm_weights
 from loopmdm.config import LoopMDMConfig
 from loopmdm.mdlm_weights import MDLMWeights
 from loopmdm.model import LoopMDM
@@ -57,7 +57,7 @@ class DIT(LoopMDM):
         super().__init__(config)
         self.num_loops = config.max_loops
 
-    def default_loops(self) -> int:
+    def default_loops(self, seed: int | None = None) -> int:
         loops: int = self.num_loops
         check_num_loops(loops)
         return loops
@@ -65,11 +65,11 @@ class DIT(LoopMDM):
     def forward(self, indices: Tensor, sigma: Tensor) -> Tensor:  # type: ignore[override]
         """Logits [B, L, V] of tokens `indices` [B, L] int64 at noise levels `sigma` [B]."""
         with _reference_autocast(indices.device):
-            hidden = self.hidden(indices, sigma, dropout_seed=self._draw_dropout_seed())
+            hidden = self.hidden(indices, sigma, dropout_seed=self._draw_dropout_seed(indices))
             return lk.head_logits(hidden, self.head(sigma), compute_dtype=self.compute_dtype)
 
-    def _draw_dropout_seed(self) -> int:
-        return int(torch.randint(2**62, ())) if self.training and self.config.dropout else 0
+    def _draw_dropout_seed(self, like: Tensor) -> int | Tensor:
+        return draws.dropout_seed(like, 2**62) if self.training and self.config.dropout else 0
 
     def forward_with_states(self, indices: Tensor, sigma: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the residual stream [B, L, D] after the embedding and after each block.
@@ -99,7 +99,7 @@ class DIT(LoopMDM):
                     rotary=rotary,
                     compute_dtype=self.compute_dtype,
                     dropout=dropout,
-                    dropout_seed=self._draw_dropout_seed(),
+                    dropout_seed=self._draw_dropout_seed(indices),
                 )
                 x = states[i + 1] = cast(Tensor, out)
             return lk.head_logits(x, self.head(sigma), compute_dtype=self.compute_dtype), states

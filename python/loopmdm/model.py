@@ -9,18 +9,18 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loopmdm_kernels as lk
-from loopmdm import diffusion
+from loopmdm import diffusion, draws
 from loopmdm.config import LoopMDMConfig
 from loopmdm.exits import ExitRule, run_with_exit
-from loopmdm.loop_law import LoopLaw
 from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding
+from loopmdm.parallel import check_averaged
 from loopmdm.stages import Stages
 from loopmdm_kernels.tracing import can_read, traced, transformed, without_autocast
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Fp8Weight, Head
@@ -31,12 +31,15 @@ _NOTHING: dict[int, dict[Any, Any]] = {}
 _FROZEN: ContextVar[dict[int, dict[Any, Any]]] = ContextVar("frozen")
 
 
+IGNORED_LABEL = -100  # transformers' and PyTorch's mark of a label that does not count
+
+
 class LossOutput(NamedTuple):
     loss: Tensor  # scalar, nats per counted token: nll_sum / num_tokens
     nll_sum: Tensor  # scalar, NELBO summed over the counted tokens
     num_tokens: Tensor  # scalar int64: real tokens that are not prompt, masked or not
     t: Tensor  # [B]
-    num_loops: int
+    num_loops: int | Tensor  # a tensor [1] in a compiled graph that drew it
 
 
 class LoopMDM(nn.Module):
@@ -144,7 +147,7 @@ class LoopMDM(nn.Module):
         sigma: Tensor | None = None,
         *,
         attention_mask: Tensor | None = None,
-        dropout_seed: int | None = None,
+        dropout_seed: int | Tensor | None = None,
     ) -> Stages:
         """One forward pass of input_ids [B, L] cut at the loop, to be run and looked at stage by stage."""
         self._check_input(input_ids, sigma, attention_mask)
@@ -159,7 +162,7 @@ class LoopMDM(nn.Module):
         attention_mask: Tensor | None = None,
         exit: ExitRule | None = None,
         min_loops: int = 1,
-        dropout_seed: int | None = None,
+        dropout_seed: int | Tensor | None = None,
     ) -> Any:
         """Residual stream [B, L, D] before the final layer; with `exit`, (it, loops used [B]).
 
@@ -171,6 +174,7 @@ class LoopMDM(nn.Module):
             return run_with_exit(stages, loops, exit, min_loops)
         return stages.tail(stages.loop(stages.head(), loops))
 
+    @overload
     def forward(
         self,
         input_ids: Tensor,
@@ -178,23 +182,84 @@ class LoopMDM(nn.Module):
         *,
         num_loops: int | Tensor | None = None,
         attention_mask: Tensor | None = None,
-    ) -> Tensor:
+        labels: None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        timesteps: None = None,
+        *,
+        num_loops: int | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor,
+    ) -> LossOutput: ...
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        timesteps: Tensor | None = None,
+        *,
+        num_loops: int | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor | LossOutput:
         """Logits [B, L, V] in the compute dtype, without SUBS: the mask has a logit too, as in the reference.
+
+        With `labels` the loss in their place, as `loss` computes it: what trainers and parallel wrappers
+        (DistributedDataParallel, fully_shard, accelerate, Trainer), which know `forward` only, train with.
 
         Args:
             input_ids: [B, L] int64.
             timesteps: noise level sigma [B]; used with time conditioning only.
             num_loops: S >= 1, or one S per sequence [B]; None: `max_loops` in eval mode, drawn in training.
             attention_mask: [B, L], True or 1 at the keys that may be attended; None: all.
+            labels: [B, L] int64, the clean tokens, equal to `input_ids`; -100 at tokens that are given: they
+                are never masked and not counted. Times, masks and S are drawn here.
+
+        Returns:
+            Logits, or a `LossOutput`, whose first field is the loss.
         """
+        if labels is not None:
+            return self._labelled_loss(input_ids, timesteps, num_loops, attention_mask, labels)
         hidden = self.hidden(input_ids, timesteps, num_loops=num_loops, attention_mask=attention_mask)
         return lk.head_logits(hidden, self.head(timesteps), compute_dtype=self.compute_dtype)
 
-    def default_loops(self) -> int:
-        """`max_loops` in eval mode; in training one draw from U{1..max_loops} (LoopMDM, Eq. 5)."""
+    def _labelled_loss(
+        self,
+        input_ids: Tensor,
+        timesteps: Tensor | None,
+        num_loops: Any,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+    ) -> LossOutput:
+        if timesteps is not None:
+            raise ValueError(
+                "timesteps: given with labels; expected None, since the loss draws its own times"
+            )
+        self._check_input(input_ids, None, attention_mask)
+        if labels.shape != input_ids.shape or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, "
+                f"expected int64 of shape {tuple(input_ids.shape)}"
+            )
+        given = labels == IGNORED_LABEL
+        if can_read(labels) and not bool((given | (labels == input_ids)).all()):
+            raise ValueError(
+                f"labels: differ from input_ids where they are not {IGNORED_LABEL}; expected the same clean "
+                "tokens in both: the loss masks them itself (DataCollatorForLanguageModeling: mlm=False)"
+            )
+        return self.loss(input_ids, attention_mask, num_loops, prompt_mask=given)
+
+    def default_loops(self, seed: int | None = None) -> int | Tensor:
+        """`max_loops` in eval mode; in training one draw from U{1..max_loops} (LoopMDM, Eq. 5).
+
+        The draw is a function of `seed`, or of torch's global generator. In a compiled graph it is a tensor.
+        """
         if not self.training:
             return self.config.max_loops
-        return int(torch.randint(1, self.config.max_loops + 1, ()))
+        return draws.loops(self.vocab_embed.embedding, self.config.max_loops, seed)
 
     def loss(
         self,
@@ -219,23 +284,20 @@ class LoopMDM(nn.Module):
         Raises:
             ValueError: on ids out of range, the mask token in `input_ids`, or no token to count.
         """
+        check_averaged(self)
         self._check_input(input_ids, None, attention_mask)
-        if bool((input_ids == self.config.mask_token_id).any()):
+        readable = not (traced(input_ids) or transformed())
+        if readable and bool((input_ids == self.config.mask_token_id).any()):
             raise ValueError(
                 f"input_ids: contains the mask token {self.config.mask_token_id}; expected clean data"
             )
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        batch, _ = input_ids.shape
-        if num_loops is None:
-            num_loops = (
-                self.default_loops()
-                if seed is None or not self.training
-                else LoopLaw.uniform(self.config.max_loops).sample(seed, 0)
-            )
-        if t is None:
-            t = diffusion.sample_t(batch, generator)
-        elif t.shape != (batch,) or not bool(((t > 0) & (t <= 1)).all()):
-            raise ValueError(f"t: got shape {tuple(t.shape)}, values {t}, expected [{batch}] in (0, 1]")
+        loops = self.default_loops(seed) if num_loops is None else num_loops
+        if t is not None:
+            fits = t.shape == input_ids.shape[:1]
+            if not fits or (readable and not bool(((t > 0) & (t <= 1)).all())):
+                raise ValueError(
+                    f"t: got shape {tuple(t.shape)}, values {t}, expected [{len(input_ids)}] in (0, 1]"
+                )
         counted = (
             torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         )
@@ -246,24 +308,23 @@ class LoopMDM(nn.Module):
                 )
             counted = counted & ~prompt_mask.bool()
         num_tokens = counted.sum()
-        if not int(num_tokens):
+        if readable and not int(num_tokens):
             raise ValueError("attention_mask, prompt_mask: no token is left to count")
-        masked = diffusion.draw_mask(t, ~counted, generator)
+        t, masked, dropout_seed = draws.corruption(~counted, t, bool(self.config.dropout), seed)
         noisy = torch.where(masked, self.config.mask_token_id, input_ids)
-        dropout_seed = int(torch.randint(2**31, (), generator=generator)) if self.config.dropout else None
-
         t = t.to(input_ids.device)
         sigma = diffusion.sigma(t) if self.config.time_conditioning else None
         keys = attention_mask if self.config.key_padding_mask else None
-        hidden = self.hidden(
-            noisy, sigma, num_loops=num_loops, attention_mask=keys, dropout_seed=dropout_seed
-        )
-        rows = masked.flatten().nonzero().squeeze(1)
-        weights = diffusion.loss_weight(t)[rows // input_ids.shape[1]]
+        hidden = self.hidden(noisy, sigma, num_loops=loops, attention_mask=keys, dropout_seed=dropout_seed)
         nll_sum, _ = lk.masked_cross_entropy(
-            hidden, self.head(sigma), input_ids, rows, weights, compute_dtype=self.compute_dtype
+            hidden,
+            self.head(sigma),
+            input_ids,
+            masked,
+            diffusion.loss_weight(t)[:, None].expand(masked.shape),
+            compute_dtype=self.compute_dtype,
         )
-        return LossOutput(nll_sum / num_tokens, nll_sum.detach(), num_tokens, t, num_loops)
+        return LossOutput(nll_sum / num_tokens, nll_sum.detach(), num_tokens, t, loops)
 
     def _check_input(self, input_ids: Tensor, sigma: Tensor | None, attention_mask: Tensor | None) -> None:
         cfg = self.config

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +107,10 @@ class DDiTBlock(nn.Module):
             down.weight,
             down.bias,
         )
+
+    def around(self, run: Callable[[Tensor], Any], inputs: deque[Tensor]) -> Any:
+        """run(x) for the one tensor of `inputs`: what `loopmdm.parallel` makes a forward of FSDP2."""
+        return run(inputs[0])
 
 
 class OutputLayer(nn.Module):

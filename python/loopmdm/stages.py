@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
+from loopmdm import draws
 from loopmdm.modules import DDiTBlock
+from loopmdm.parallel import with_whole_weights
 from loopmdm_kernels.types import Rotary
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class Stages:
         tokens: Tensor,
         sigma: Tensor | None,
         attention_mask: Tensor | None,
-        dropout_seed: int | None,
+        dropout_seed: int | Tensor | None,
     ) -> None:
         self.model = model
         self.tokens = tokens  # [B, L] int64
@@ -39,8 +41,8 @@ class Stages:
         self._key_mask = None if attention_mask is None else attention_mask.bool()
         self._dropout = model.config.dropout if model.training else 0.0
         if self._dropout and dropout_seed is None:
-            dropout_seed = int(torch.randint(2**31, ()))
-        self._dropout_seed = dropout_seed or 0
+            dropout_seed = draws.dropout_seed(tokens)
+        self._dropout_seed: int | Tensor = 0 if dropout_seed is None else dropout_seed
         self._condition = model.condition(sigma)
         self._compute_dtype = model.compute_dtype
         self._rotary: Rotary | None = None
@@ -137,18 +139,22 @@ class Stages:
         if start == end:
             return x
         model = self.model
-        return lk.looped_blocks(
-            x,
-            model.block_weights(start, end),
-            self._modulation(start, end),
-            loops,
-            num_heads=model.config.num_heads,
-            max_loops=max_loops,
-            rotary=self._rotary,
-            key_mask=self._key_mask,
-            compute_dtype=self._compute_dtype,
-            dropout=self._dropout,
-            dropout_seed=(self._dropout_seed * model.config.num_layers + start) & _SEED_BITS,
-            exit_threshold=exit_threshold,
-            recompute=model.recompute,
-        )
+
+        def run(x: Tensor) -> Any:
+            return lk.looped_blocks(
+                x,
+                model.block_weights(start, end),
+                self._modulation(start, end),
+                loops,
+                num_heads=model.config.num_heads,
+                max_loops=max_loops,
+                rotary=self._rotary,
+                key_mask=self._key_mask,
+                compute_dtype=self._compute_dtype,
+                dropout=self._dropout,
+                dropout_seed=(self._dropout_seed * model.config.num_layers + start) & _SEED_BITS,
+                exit_threshold=exit_threshold,
+                recompute=model.recompute,
+            )
+
+        return with_whole_weights(self._blocks(start, end), x, run)

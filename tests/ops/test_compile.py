@@ -122,5 +122,5 @@ def test_opcheck():
     rotary = inputs.rotary
     torch.library.opcheck(
         torch.ops.loopmdm.looped_blocks,
-        (inputs.x, weights, inputs.modulation, 2, None, 4, *rotary, None, torch.float32, 0.0, 0, None),
+        (inputs.x, weights, inputs.modulation, 2, None, 4, *rotary, None, torch.float32, 0.0, 0, None, None),
     )
