@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,16 +46,23 @@ def save_pretrained(model: LoopMDM | CausalLM, path: str | os.PathLike[str]) -> 
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"path: got the file {folder}, expected a folder")
-    config = {"model_type": model.model_type, **model.config.to_dict()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_files(
         {
             folder / WEIGHTS_FILE: lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}),
-            folder / CONFIG_FILE: lambda temporary: _write_text(
-                temporary, json.dumps(config, indent=2) + "\n"
-            ),
+            folder / CONFIG_FILE: partial(_write_config, model),
         }
     )
+
+
+def write_config(model: LoopMDM | CausalLM, path: str | os.PathLike[str]) -> None:
+    """Write config.json alone into the folder `path`, beside weights that another trainer has written."""
+    write_files({Path(path) / CONFIG_FILE: partial(_write_config, model)})
+
+
+def _write_config(model: LoopMDM | CausalLM, temporary: Path) -> None:
+    config = {"model_type": model.model_type, **model.config.to_dict()}
+    _write_text(temporary, json.dumps(config, indent=2) + "\n")
 
 
 def load_pretrained(
@@ -62,6 +70,7 @@ def load_pretrained(
     path_or_hub_id: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    config: Any = None,
     **config_overrides: Any,
 ) -> Model:
     """Load what `save_pretrained` wrote, on the CPU, in eval mode.
@@ -72,12 +81,32 @@ def load_pretrained(
         cls: the model class, called with its `config_class`.
         path_or_hub_id: a local folder, or "owner/name" on the Hugging Face hub.
         revision: branch, tag or commit on the hub.
+        config: of the `config_class`, in place of config.json; None: that file is read.
         config_overrides: replace fields of the stored configuration (such as `max_loops`, `dropout`).
 
     Raises:
         FileNotFoundError: no such folder or file.
         ValueError: damaged or foreign files, unknown fields, tensors that do not fit, NaN or infinity.
     """
+    if config is None:
+        config = _read_config(cls, path_or_hub_id, revision, config_overrides)
+    else:
+        config = cls.config_class.from_dict({**config.to_dict(), **config_overrides})
+    weights_path = locate(path_or_hub_id, WEIGHTS_FILE, revision)
+    tensors = read_safetensors(weights_path)
+    if config.num_layers > len(tensors):
+        raise ValueError(
+            f"{weights_path}: num_layers is {config.num_layers}, but the weights are {len(tensors)} tensors"
+        )
+    with torch.device("meta"):
+        model = cls(config)
+    fill(model, tensors, str(weights_path))
+    return model.eval()
+
+
+def _read_config(
+    cls: type[Model], path_or_hub_id: str | os.PathLike[str], revision: str | None, overrides: dict[str, Any]
+) -> Any:
     config_path = locate(path_or_hub_id, CONFIG_FILE, revision)
     fields = read_json(config_path)
     model_type = fields.pop("model_type", next(iter(MODEL_TYPES)))
@@ -88,19 +117,9 @@ def load_pretrained(
             + (f"this is {known}" if known else "MDLM checkpoints are read by LoopMDM.from_mdlm")
         )
     try:
-        config = cls.config_class.from_dict({**fields, **config_overrides})
+        return cls.config_class.from_dict({**fields, **overrides})
     except (ValueError, TypeError) as error:
         raise type(error)(f"{config_path}: {error}") from error
-    weights_path = locate(path_or_hub_id, WEIGHTS_FILE, revision)
-    tensors = read_safetensors(weights_path)
-    if config.num_layers > len(tensors):
-        raise ValueError(
-            f"{config_path}: num_layers is {config.num_layers}, but the weights are {len(tensors)} tensors"
-        )
-    with torch.device("meta"):
-        model = cls(config)
-    fill(model, tensors, str(weights_path))
-    return model.eval()
 
 
 def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+NOTES = ("use_cache",)  # transformers.Trainer
 POSITIONS = ("rotary", "learned")
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class LoopMDMConfig:
     """Configuration of a looped masked diffusion model.
 
@@ -53,6 +55,16 @@ class LoopMDMConfig:
     positions: str = "rotary"
     key_padding_mask: bool = False
     gate_init: float = 0.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Fields are set once; a trainer's notes on a model's configuration mean nothing here."""
+        if name in NOTES or (name in self.__dataclass_fields__ and name not in self.__dict__):
+            object.__setattr__(self, name, value)
+        else:
+            raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -113,6 +125,9 @@ class LoopMDMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
 
 
 def from_fields(cls: type[Config], values: dict[str, Any]) -> Config:

@@ -76,6 +76,13 @@ class LoopMDM(nn.Module):
             return torch.get_autocast_dtype(self.device.type)
         return self.vocab_embed.embedding.dtype
 
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Keep only loop inputs for backward (`recompute`); of transformers' name, for its Trainer."""
+        self.recompute = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.recompute = False
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, no weight may change: without gradients, what depends on them alone is computed once."""
@@ -357,15 +364,21 @@ class LoopMDM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
+        cls,
+        path_or_hub_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        config: LoopMDMConfig | None = None,
+        **overrides: Any,
     ) -> LoopMDM:
         """Load what `save_pretrained` wrote, from a folder or a Hugging Face hub id, on the CPU in eval mode.
 
-        `revision` names a hub commit, `overrides` replace fields of the stored configuration.
+        `revision` names a hub commit, `overrides` replace fields of the stored configuration. `config` takes
+        the place of a config.json, which checkpoints of other trainers may lack.
         """
         from loopmdm.checkpoint import load_pretrained
 
-        return load_pretrained(cls, path_or_hub_id, revision=revision, **overrides)
+        return load_pretrained(cls, path_or_hub_id, revision=revision, config=config, **overrides)
 
     @classmethod
     def from_mdlm(cls, path_or_module: Any, **options: Any) -> LoopMDM:

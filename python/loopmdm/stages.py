@@ -11,7 +11,7 @@ from torch import Tensor
 import loopmdm_kernels as lk
 from loopmdm import draws
 from loopmdm.modules import DDiTBlock
-from loopmdm.parallel import with_whole_weights
+from loopmdm.parallel import refuse_split, with_whole_weights
 from loopmdm_kernels.types import Rotary
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Stages:
         attention_mask: Tensor | None,
         dropout_seed: int | Tensor | None,
     ) -> None:
+        refuse_split(model.vocab_embed.embedding)
         self.model = model
         self.tokens = tokens  # [B, L] int64
         self.sigma = sigma  # [B] or None

@@ -6,31 +6,35 @@ Trains a small LoopMDM on its share of a batch, and with the CPU kernels the sam
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import loopmdm_kernels as lk
 from loopmdm import LoopMDM, LoopMDMConfig
+from loopmdm.modules import DDiTBlock
 
 LOOPS, WORLD = 2, 2
 
 
-class Loss(nn.Module):
-    """`LoopMDM.loss` as a forward pass."""
-
-    def __init__(self, model: LoopMDM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, seed: int) -> Tensor:
-        return self.model.loss(ids, num_loops=LOOPS, seed=seed).loss
+def loss_of(module: nn.Module, ids: Tensor, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    return module(ids, labels=ids, num_loops=LOOPS).loss
 
 
 def new_model(recompute: bool = False) -> LoopMDM:
@@ -75,7 +79,7 @@ def alone(steps: int) -> dict[str, Tensor]:
     model = new_model()
 
     def loss(step: int) -> Tensor:
-        return torch.stack([Loss(model)(*share(step, rank)) for rank in range(WORLD)]).mean()
+        return torch.stack([loss_of(model, *share(step, rank)) for rank in range(WORLD)]).mean()
 
     with lk.use_backend("cpu"):
         train(loss, model, steps)
@@ -89,7 +93,7 @@ def whole(value: Tensor) -> Tensor:
 def together(case: str, module: nn.Module, model: LoopMDM, steps: int) -> None:
     """Trains on the share of this process and compares."""
     rank, start = dist.get_rank(), dict(new_model().named_parameters())
-    train(lambda step: module(*share(step, rank)), module, steps)
+    train(lambda step: loss_of(module, *share(step, rank)), module, steps)
     moved = 0
     for name, expected in alone(steps).items():
         got = whole(model.get_parameter(name).detach())
@@ -101,7 +105,7 @@ def together(case: str, module: nn.Module, model: LoopMDM, steps: int) -> None:
 
 def ddp(steps: int, *, recompute: bool, static_graph: bool) -> None:
     model = new_model(recompute)
-    module = DistributedDataParallel(Loss(model), static_graph=static_graph)
+    module = DistributedDataParallel(model, static_graph=static_graph)
     together(f"ddp recompute={recompute} static_graph={static_graph}", module, model, steps)
 
 
@@ -109,27 +113,28 @@ def fsdp(steps: int, *, each_block: bool) -> None:
     model = new_model(recompute=True)
     if each_block:
         for block in model.blocks:
-            # `looped_blocks` reads the weights of a block; its own forward is never called.
-            fully_shard(block, reshard_after_forward=False)
-            register_fsdp_forward_method(block, "weights")
-    module = fully_shard(Loss(model))
+            fully_shard(block)
+    module = fully_shard(model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     together(f"fsdp each_block={each_block}", module, model, steps)
 
 
-def fsdp_mixed() -> None:
+def fsdp_mixed(*, each_block: bool) -> None:
     """bf16 parameters in the passes; gradients are summed over the ranks, and kept, in fp32."""
     model, rank = new_model(), dist.get_rank()
     plain = new_model()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    module = fully_shard(Loss(model), mp_policy=policy)
-    module(*share(0, rank)).backward()
+    if each_block:
+        for block in model.blocks:
+            fully_shard(block, mp_policy=policy)
+    module = fully_shard(model, mp_policy=policy)
+    loss_of(module, *share(0, rank)).backward()
     expected = {}
     for other in range(WORLD):
         narrow = copy.deepcopy(plain)
         for parameter in narrow.parameters():
             parameter.data = parameter.data.bfloat16()
-        Loss(narrow)(*share(0, other)).backward()
+        loss_of(narrow, *share(0, other)).backward()
         for name, parameter in narrow.named_parameters():
             if parameter.grad is not None:
                 expected[name] = expected.get(name, 0.0) + parameter.grad.float() / WORLD
@@ -138,7 +143,52 @@ def fsdp_mixed() -> None:
             assert parameter.grad is not None and parameter.grad.dtype == torch.float32
             torch.testing.assert_close(whole(parameter.grad), expected[name], rtol=1e-5, atol=1e-6, msg=name)
     assert len(expected) > 20
-    print("fsdp in bf16", flush=True)
+    print(f"fsdp in bf16 each_block={each_block}", flush=True)
+
+
+def fsdp1(steps: int) -> None:
+    module = FullyShardedDataParallel(new_model(), device_id=torch.device("cpu"), use_orig_params=True)
+    rank = dist.get_rank()
+    train(lambda step: loss_of(module, *share(step, rank)), module, steps)
+    with FullyShardedDataParallel.summon_full_params(module):
+        for name, expected in alone(steps).items():
+            got = module.module.get_parameter(name).detach()
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=name)
+    print("fsdp1 of the whole model", flush=True)
+
+
+def refused() -> None:
+    """What would give wrong gradients or read a part of a weight ends in one line."""
+    ids, _ = share(0, dist.get_rank())
+
+    def message(error: type[Exception], call: Callable[[], object]) -> str:
+        try:
+            call()
+        except error as raised:
+            return str(raised).split(";")[0]
+        raise AssertionError(f"expected {error.__name__}")
+
+    averaged = DistributedDataParallel(new_model())
+    with averaged.no_sync():
+        averaged.module.loss(ids, num_loops=1).loss.backward()
+    with torch.no_grad():
+        averaged.module.loss(ids)
+    averaged(ids, labels=ids).loss.backward()
+    assert "would not be averaged" in message(RuntimeError, lambda: averaged.module.loss(ids))
+    by_blocks = FullyShardedDataParallel(
+        new_model(), auto_wrap_policy=ModuleWrapPolicy({DDiTBlock}), device_id=torch.device("cpu")
+    )
+    assert "FSDP1" in message(ValueError, lambda: by_blocks(ids, labels=ids))
+    sharded = fully_shard(new_model())
+    assert "split over the ranks" in message(ValueError, lambda: sharded.loss(ids))
+    register_fsdp_forward_method(sharded, "loss")
+    sharded.loss(ids).loss.backward()
+    split = new_model()
+    for block in split.blocks:
+        styles = {"mlp.0": ColwiseParallel(), "mlp.2": RowwiseParallel()}
+        parallelize_module(block, init_device_mesh("cpu", (WORLD,)), styles)
+    assert "split over the ranks" in message(ValueError, lambda: split(ids, labels=ids))
+    print("refused", flush=True)
 
 
 def main(backend: str) -> None:
@@ -156,8 +206,12 @@ def main(backend: str) -> None:
             for recompute in (False, True):
                 ddp(2, recompute=recompute, static_graph=recompute)
                 fsdp(2, each_block=recompute)
-            fsdp_mixed()
-    dist.destroy_process_group()
+                fsdp_mixed(each_block=recompute)
+            fsdp1(2)
+            refused()
+    dist.barrier()
+    # Not by the interpreter's shutdown: a thread of gloo may then be freeing the tensors of its last work.
+    os._exit(0)
 
 
 if __name__ == "__main__":

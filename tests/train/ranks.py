@@ -37,8 +37,14 @@ def run_ranks(*command: str | Path, **variables: str) -> list[str]:
             )
         )
     printed = []
-    for process in processes:
-        output, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
-        printed.append(output)
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors
+            printed.append(output)
+    finally:  # a rank that waits for one that failed would wait long
+        for process in processes:
+            if process.returncode is None:
+                process.kill()
+                process.communicate()
     return printed

@@ -19,7 +19,10 @@ def test_cpu_kernels() -> None:
         "ddp recompute=True static_graph=True",
         "fsdp each_block=False",
         "fsdp each_block=True",
-        "fsdp in bf16",
+        "fsdp in bf16 each_block=False",
+        "fsdp in bf16 each_block=True",
+        "fsdp1 of the whole model",
+        "refused",
     }
     for printed in run_ranks(WORKER, "cpu"):
         assert set(printed.splitlines()) == cases

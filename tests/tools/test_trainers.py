@@ -1,0 +1,159 @@
+"""In transformers' Trainer, Lightning and accelerate S is drawn, autocast holds, and weights come back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from loopmdm import LoopMDM
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+STEPS = 8
+
+
+class Texts(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        tokens = torch.randint(39, (16,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """(S, dtype of the products) of each loss with gradients."""
+    calls = []
+    loss = LoopMDM.loss
+
+    def recorded(self, *args, **options):
+        out = loss(self, *args, **options)
+        if torch.is_grad_enabled():
+            calls.append((out.num_loops, self.compute_dtype))
+        return out
+
+    monkeypatch.setattr(LoopMDM, "loss", recorded)
+    return calls
+
+
+def check(seen, dtype, before, after):
+    assert len(seen) == STEPS and {d for _, d in seen} == {dtype}
+    assert len({loops for loops, _ in seen}) > 1  # S is drawn anew
+    moved = sum(not torch.equal(before[name], value) for name, value in after.items())
+    assert moved > 20
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_transformers_trainer(model, tmp_path, seen, bf16):
+    transformers = pytest.importorskip("transformers")
+    from loopmdm.hf import WriteConfig
+
+    before = copy.deepcopy(model.state_dict())
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_steps=4,
+        report_to=[],
+        use_cpu=True,
+        bf16=bf16,
+        gradient_checkpointing=True,
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=Texts(), eval_dataset=Texts(), callbacks=[WriteConfig()]
+    )
+    trainer.train()
+    assert model.recompute
+    check(seen, torch.bfloat16 if bf16 else torch.float32, before, model.state_dict())
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+    same_weights(LoopMDM.from_pretrained(tmp_path / "run" / f"checkpoint-{STEPS}"), model)
+    trainer.save_model(str(tmp_path / "weights"))
+    same_weights(LoopMDM.from_pretrained(tmp_path / "weights", config=model.config), model)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        LoopMDM.from_pretrained(tmp_path / "weights")
+
+
+def same_weights(loaded, model):
+    assert loaded.config == model.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning(model, tmp_path, seen, precision):
+    lightning = pytest.importorskip("lightning")
+
+    class Training(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = model.train()
+
+        def training_step(self, batch, index):
+            return self.model(**batch).loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    before = copy.deepcopy(model.state_dict())
+    trainer = lightning.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(Training(), DataLoader(Texts(), batch_size=4))
+    check(seen, torch.bfloat16 if precision == "bf16-mixed" else torch.float32, before, model.state_dict())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    model.save_pretrained(tmp_path / "model")
+    same_weights(LoopMDM.from_pretrained(tmp_path / "model"), model)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_accelerate(model, tmp_path, seen, mixed_precision):
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.train()
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Texts(), batch_size=8))
+    for batch in loader:
+        accelerator.backward(prepared(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    check(seen, torch.bfloat16 if mixed_precision == "bf16" else torch.float32, before, model.state_dict())
+    accelerator.save_model(prepared, str(tmp_path / "weights"))
+    same_weights(LoopMDM.from_pretrained(tmp_path / "weights", config=model.config), model)
+    AcceleratorState._reset_state(True)
+
+
+def test_a_configuration_is_frozen_but_for_notes(model):
+    config = model.config
+    config.use_cache = False
+    assert config == copy.deepcopy(config) and "use_cache" not in config.to_dict()
+    assert hash(config) == hash(copy.copy(config))
+    for name in ("max_loops", "max_loop"):
+        with pytest.raises(AttributeError, match=f"cannot assign to field '{name}'"):
+            setattr(config, name, 3)
+    with pytest.raises(AttributeError, match="cannot delete"):
+        del config.max_loops
