@@ -21,6 +21,7 @@ import loopmdm_kernels as lk
 from loopmdm import diffusion
 from loopmdm.causal import CausalLM
 from loopmdm.model import LoopMDM
+from loopmdm.modes import evaluating
 from loopmdm.train.batches import Batch
 from loopmdm.train.seeds import derive_seed
 
@@ -100,12 +101,13 @@ def evaluate_autoregressive(
     _check_bytes(bytes_per_token)
     device = next(model.parameters()).device
     sums, tokens = [], []
-    for item in batches:
-        batch = item if isinstance(item, Batch) else Batch(item)
-        counted = counted_tokens(batch)
-        nll = model.token_nll(batch.input_ids.to(device), counted.to(device))
-        sums.append(nll.double().sum(1).cpu())
-        tokens.append(counted.sum(1).double())
+    with evaluating([model]):
+        for item in batches:
+            batch = item if isinstance(item, Batch) else Batch(item)
+            counted = counted_tokens(batch)
+            nll = model.token_nll(batch.input_ids.to(device), counted.to(device))
+            sums.append(nll.double().sum(1).cpu())
+            tokens.append(counted.sum(1).double())
     if not sums or not sum(float(part.sum()) for part in tokens):
         raise ValueError("batches: there is no token to evaluate")
     return _nll_result(torch.cat(sums), torch.cat(tokens), 1, 1, bytes_per_token)
@@ -194,9 +196,7 @@ def _measure(
     parts: dict[int, list[_Sums]] = {loops: [] for loops in loop_counts}
     device = next(model.parameters()).device
     done = 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating([model]):
         for item in batches:
             batch = item if isinstance(item, Batch) else Batch(item)
             t, masked, tokens = corruption(batch, num_t, seed, done)
@@ -208,8 +208,6 @@ def _measure(
                 ]
                 plain = torch.stack(columns, dim=1)
                 sums.append(_Sums(plain / t.double(), plain, masked.sum(-1).double(), tokens))
-    finally:
-        model.train(was_training)
     if not done:
         raise ValueError("batches is empty: there is nothing to evaluate")
     merged = {

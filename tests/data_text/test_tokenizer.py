@@ -273,3 +273,29 @@ def test_hf_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"huggingface_hub: pip install 'loopmdm-kernels\[hf\]'"):
         load_tokenizer("someone/words")
+
+
+def test_added_tokens_of_a_byte_level_tokenizer_are_plain_text(tmp_path: Path) -> None:
+    """Also where all their characters stand for bytes in the learned tokens ("éé", "Ġé")."""
+    tokenizers = pytest.importorskip("tokenizers")
+    added = ["é☃", "éé", "Ġé", "日本", "word"]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<extra>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_tokens(added)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in (*added, *TEXTS, *CORPUS, "é☃ cat Ġéword日本é 語éé"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.text_bytes(ids) == len(text.encode()), text
+        assert tokenizer.decode(ids) == text
+        assert b"".join(tokenizer.token_bytes(int(i)) or b"" for i in ids) == text.encode()
+    extra = backend.token_to_id("<extra>")
+    assert tokenizer.text_bytes([extra]) == 0 and tokenizer.decode([extra]) == ""

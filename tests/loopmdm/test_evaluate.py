@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from loopmdm import LoopMDM, LoopMDMConfig
-from loopmdm.evaluate import evaluate_nll, nll_by_time_bin
+from loopmdm.causal import CausalConfig, CausalLM
+from loopmdm.evaluate import evaluate_autoregressive, evaluate_nll, nll_by_time_bin
+from loopmdm.quality.scorer import CausalScorer
 from loopmdm.train import Batch
 
 LENGTH, TOKENS, MASK = 4, 3, 3
@@ -191,3 +193,25 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"batches": [model.draw(2, 0)], "num_loops": [2]}
     with pytest.raises(ValueError, match=message):
         evaluate_nll(model, **(arguments | changes))
+
+
+def test_every_submodule_keeps_its_mode() -> None:
+    """A part frozen in eval mode comes back so, also after an error."""
+    model = LoopMDM(LoopMDMConfig(8, 7, hidden_size=16, num_heads=2, num_layers=4, cond_dim=8))
+    model.train()
+    model.blocks[2].eval()
+    modes = [module.training for module in model.modules()]
+    ids = torch.arange(6)[None]
+    evaluate_nll(model, [ids], num_loops=[1], num_t=2)
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ValueError, match="ids in"):
+        evaluate_nll(model, [ids + 5], num_loops=[1], num_t=2)
+    assert [module.training for module in model.modules()] == modes
+
+    scorer = CausalLM(CausalConfig(8, 7, hidden_size=16, num_heads=2, num_layers=2)).train()
+    scorer.blocks[1].eval()
+    modes = [module.training for module in scorer.modules()]
+    first = evaluate_autoregressive(scorer, [ids])
+    assert first == evaluate_autoregressive(scorer, [ids])
+    CausalScorer(scorer).nll(ids)
+    assert [module.training for module in scorer.modules()] == modes

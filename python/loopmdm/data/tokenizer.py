@@ -198,20 +198,35 @@ class _BackedTokenizer(Tokenizer):
 
     @cached_property
     def _byte_lengths(self) -> NDArray[np.int64]:
-        """Bytes behind each id of a byte-level tokenizer, whose tokens hold one character a byte."""
+        """Bytes behind each id of a byte-level tokenizer."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, i in self._backend.get_vocab(with_added_tokens=True).items():
-            lengths[i] = len(token)
+        for i in self._backend.get_vocab(with_added_tokens=True).values():
+            lengths[i] = len(self.token_bytes(i) or b"")
         lengths[[self.mask_token_id, self.bos_token_id, self.eos_token_id]] = 0
         return lengths
+
+    @cached_property
+    def _added(self) -> dict[int, Any]:
+        """Tokens that are not of the learned vocabulary, and special ones: plain text, unlike the others.
+
+        One that is in both (a character that stands for a byte, added again) is what text encodes to: a byte.
+        """
+        learned = set(self._backend.get_vocab(with_added_tokens=False).values())
+        added = self._backend.get_added_tokens_decoder()
+        return {i: token for i, token in added.items() if token.special or i not in learned}
 
     def token_bytes(self, token: int) -> bytes | None:
         if not self._byte_level:
             return None
+        if token in self._added:
+            added = self._added[token]
+            return b"" if added.special else _utf8(added.content)
         text: str = self._backend.id_to_token(token) or ""
         return b"".join(_BYTE_OF.get(character) or character.encode() for character in text)
 
     def _decode_text(self, ids: list[int]) -> str:
+        if self._byte_level:
+            return b"".join(self.token_bytes(i) or b"" for i in ids).decode("utf-8", "replace")
         text: str = self._backend.decode(ids, skip_special_tokens=True)
         return text
 

@@ -14,6 +14,7 @@ from loopmdm.causal import CausalLM
 from loopmdm.checkpoint import CONFIG_FILE, MODEL_TYPES, locate, read_json
 from loopmdm.data import tokenizer as tokenizers
 from loopmdm.data.tokenizer import Tokenizer
+from loopmdm.modes import evaluating
 from loopmdm.quality.samples import check_samples, lengths
 
 BATCH = 16
@@ -44,7 +45,7 @@ class CausalScorer:
     """A `CausalLM` as a scorer; every token of a sample is counted, the first one too."""
 
     def __init__(self, model: CausalLM, tokenizer: Tokenizer | None = None, name: str = "CausalLM") -> None:
-        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.model, self.tokenizer, self.name = model, tokenizer, name
 
     def nll(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """As `Scorer.nll`; samples longer than the model's max_length are read in overlapping windows."""
@@ -59,7 +60,8 @@ class CausalScorer:
         filler = int(config.mask_token_id == 0)
 
         def token_nll(ids: Tensor, counted: Tensor) -> Tensor:
-            return self.model.token_nll(ids.to(self.model.device), counted.to(self.model.device))
+            with evaluating([self.model]):
+                return self.model.token_nll(ids.to(self.model.device), counted.to(self.model.device))
 
         return score_rows(token_nll, rows, context=config.max_length, unscored=0, filler=filler)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.data.tokenizer import Tokenizer
+from loopmdm.modes import evaluating
 from loopmdm.quality.samples import check_samples, lengths
 from loopmdm.quality.scorer import score_rows
 
@@ -25,7 +26,7 @@ class TransformersScorer:
 
     def __init__(self, model: Any, encoder: Any, tokenizer: Tokenizer, name: str) -> None:
         """Take what `AutoModelForCausalLM` and `AutoTokenizer` give, and the tokenizer of the samples."""
-        self.model, self.encoder, self.tokenizer, self.name = model.eval(), encoder, tokenizer, name
+        self.model, self.encoder, self.tokenizer, self.name = model, encoder, tokenizer, name
 
     @classmethod
     def load(
@@ -66,7 +67,8 @@ class TransformersScorer:
     def _token_nll(self, ids: Tensor, counted: Tensor) -> Tensor:
         ids = ids.to(self.model.device)
         # Attention is causal and the filler is at the end, so no mask is needed.
-        logits = self.model(ids).logits[:, :-1]
+        with evaluating([self.model]):
+            logits = self.model(ids).logits[:, :-1]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll = -wide.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         return torch.cat([torch.zeros_like(nll[:, :1]), nll], dim=1)

@@ -13,6 +13,7 @@ import loopmdm_kernels as lk
 from loopmdm import diffusion
 from loopmdm.exits import ExitCost, ExitRule
 from loopmdm.model import LoopMDM
+from loopmdm.modes import evaluating
 from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm_kernels.types import Fp8Head, Head, RowRng, SampledRows
 
@@ -183,18 +184,11 @@ def check_models(model: Any, plan: ComputePlan, context: int) -> list[Any]:
 
 
 @contextmanager
-def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Eval mode and frozen weights inside; every submodule's own mode is restored, also after an error."""
+def sampled(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Eval mode and frozen weights inside; see `evaluating`."""
     models = list(models)
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with ExitStack() as stack:
-            for model in models:
-                if isinstance(model, LoopMDM):
-                    stack.enter_context(model.frozen())
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(models), ExitStack() as stack:
+        for model in models:
+            if isinstance(model, LoopMDM):
+                stack.enter_context(model.frozen())
+        yield

@@ -14,7 +14,7 @@ from torch import Tensor
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.sampling.canvas import make_canvas, make_sequence_ids
 from loopmdm.sampling.graphs import GraphNetwork, check_graphs
-from loopmdm.sampling.network import Draw, Network, check_models, evaluating
+from loopmdm.sampling.network import Draw, Network, check_models, sampled
 from loopmdm.sampling.options import check_options, make_forbidden, make_pace
 from loopmdm.sampling.orders import Order, Pace, Slots, make_order
 from loopmdm.sampling.progress import progress_bar
@@ -166,7 +166,7 @@ def sample(
     taken = 0
     start = time.perf_counter()
     cast = torch.autocast(model.device.type, dtype) if dtype is not None else nullcontext()
-    with evaluating(models), cast, progress_bar(progress, run.num_steps) as advance:
+    with sampled(models), cast, progress_bar(progress, run.num_steps) as advance:
         while taken < run.num_steps and not (skip_unchanged and run.finished):
             event = run.step(taken)
             taken += 1

@@ -19,6 +19,7 @@ from loopmdm import flops
 from loopmdm.causal import CausalLM
 from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
+from loopmdm.modes import evaluating
 from loopmdm.train.batches import Batch, Prefetcher, batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
@@ -331,12 +332,8 @@ class Trainer:
     def _run_evaluation(self) -> None:
         if self._log is None or self._evaluate is None:
             return
-        self.model.eval()
-        try:
-            with self.ema.applied(), torch.no_grad():
-                results = self._evaluate(self.model)
-        finally:
-            self.model.train()
+        with evaluating([self.model]), self.ema.applied(), torch.no_grad():
+            results = self._evaluate(self.model)
         self._update_clocks()
         counters = self.counters
         self._write(
