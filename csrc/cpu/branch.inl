@@ -1,4 +1,11 @@
-// Rotary positions and dropout masks, for both directions of a block.
+// Rotary positions, dropout masks and the rows of several sequences, for both directions of a block.
+
+// job(span, first of its rows among all)
+template <class Spans, class Job>
+inline void for_spans(const Spans& spans, Job&& job) {
+  int64_t row = 0;
+  for (int64_t i = 0; i < spans.size; row += spans.at[i++].count) job(spans.at[i], row);
+}
 
 // Pairs (i, i + K/2) turned by the angles of one position.
 inline void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {

@@ -68,6 +68,7 @@ struct BlockShape {
   int64_t head_words() const { return head_dim / per_word; }
   int64_t tape_bytes() const;  // of one application to one sequence
   BlockTape tape_at(char* memory) const;
+  int64_t sequences_together() const;  // how many fill a block of rows, at least 1
   int64_t key_size() const { return heads * keys * head_words(); }
   int64_t value_size() const { return heads * head_width * keys / per_word; }
 };
@@ -87,26 +88,39 @@ struct Dropout {
 struct SequenceState {
   float* x;           // [L, padded D], the residual stream
   uint32_t* queries;  // [L, hidden words]
-  uint32_t* keys[2];
+  uint32_t* keys[2];  // panels of every head, or null: rows
   uint32_t* values[2];
+  uint32_t *key_rows, *value_rows;  // [L, hidden words]
   const float* key_bias;  // [padded L] 0 or very negative; null: every key counts and L is whole panels
   const float *cos, *sin;
   int64_t first_element;  // of this sequence in [B, L, D], names the random numbers
 };
 
-// What a thread needs for `kBlockRows` rows at a time.
+// Rows [first, first + count) of a sequence in one application of a block; first is even.
+struct RowSpan {
+  const SequenceState* state;
+  BlockVectors vectors;
+  BlockTape tape;
+  Dropout dropout;
+  int64_t first, count;
+};
+
+// Spans whose rows go through each product together: at most `kBlockRows` of them.
+struct RowSpans {
+  const RowSpan* at;
+  int64_t size, rows;
+};
+
+// What a thread needs memory for.
 constexpr int kBlockRows = 96;
 
 struct LoopedBlocksKernel {
   int64_t (*scratch_bytes)(const BlockShape&);
   void (*clear_scratch)(const BlockShape&, void* scratch);
-  // Rows [first, first + count); first is even, count at most kBlockRows.
-  void (*project)(const BlockShape&, bool narrow, const BlockPointers&, const BlockVectors&,
-                  const SequenceState&, const BlockTape&, int parity, int64_t first, int64_t count,
+  void (*project)(const BlockShape&, bool narrow, const BlockPointers&, const RowSpans&, int parity,
                   void* scratch);
-  void (*finish)(const BlockShape&, bool narrow, const BlockPointers&, const BlockVectors&,
-                 const SequenceState&, const BlockTape&, int parity, const Dropout&, int64_t first,
-                 int64_t count, void* scratch);
+  void (*finish)(const BlockShape&, bool narrow, const BlockPointers&, const RowSpans&, int parity,
+                 void* scratch);
   // Sums of squares over a row: of x - old, and of x.
   void (*row_change)(const float* x, const float* old, int64_t hidden_padded, float* change, float* size);
 };

@@ -1,10 +1,13 @@
-// The two halves of a block application, on some rows of a sequence.
+// The two halves of a block application, on some rows of one sequence or of several.
 
 struct BlockScratch {
   uint32_t* act;     // [kBlockRows, hidden words]: operand of the next product
   uint32_t* hidden;  // [kBlockRows, width words]: inside the MLP
   float* sums;       // [kBlockRows, sums_row]: a panel or a group of heads
   float* row;        // one head, padded
+  uint32_t* words;   // of it
+  uint32_t* keys;    // one head of a sequence that is kept in rows; zero beyond its length
+  uint32_t* values;
   AttentionScratch* attention;
   int64_t sums_row;
 };
@@ -16,7 +19,7 @@ inline int64_t sums_columns(const BlockShape& s) {
 }
 
 struct ScratchPlan {
-  int64_t act, hidden, sums, row, attention, total;  // byte offsets
+  int64_t act, hidden, sums, row, words, keys, values, attention, total;  // byte offsets
 };
 
 inline ScratchPlan scratch_plan(const BlockShape& s) {
@@ -31,6 +34,10 @@ inline ScratchPlan scratch_plan(const BlockShape& s) {
   p.hidden = take(4 * kBlockRows * s.width_words());
   p.sums = take(4 * (kBlockRows * sums_columns(s) + 2 * kLanes));
   p.row = take(4 * round_up(s.head_width, 2 * kLanes));
+  p.words = take(4 * s.head_words());
+  const bool rows = s.sequences_together() > 1;
+  p.keys = take(rows ? 4 * s.keys * s.head_words() : 0);
+  p.values = take(rows ? 4 * s.head_width * s.keys / s.per_word : 0);
   p.attention = take(sizeof(AttentionScratch));
   p.total = at;
   return p;
@@ -49,6 +56,9 @@ inline BlockScratch block_scratch(const BlockShape& s, void* memory) {
           reinterpret_cast<uint32_t*>(base + p.hidden),
           reinterpret_cast<float*>(base + p.sums),
           reinterpret_cast<float*>(base + p.row),
+          reinterpret_cast<uint32_t*>(base + p.words),
+          reinterpret_cast<uint32_t*>(base + p.keys),
+          reinterpret_cast<uint32_t*>(base + p.values),
           reinterpret_cast<AttentionScratch*>(base + p.attention),
           sums_columns(s)};
 }
@@ -73,79 +83,61 @@ inline void norm_modulate_row(const float* x, int64_t width, int64_t padded, con
   for (int64_t k = width / Operand::kPerWord; k < padded / Operand::kPerWord; ++k) normed[k] = 0;
 }
 
+// Words [hidden words] of a position's head.
+inline uint32_t* head_of(const BlockShape& s, uint32_t* rows, int64_t position, int64_t head) {
+  return rows + position * s.hidden_words() + head * s.head_words();
+}
+
+// One head's columns of the values of a span.
 template <class Operand>
-void project_rows(const BlockShape& s, const BlockPointers& weights, const BlockVectors& v,
-                  const SequenceState& seq, const BlockTape& tape, int parity, int64_t first, int64_t count,
-                  BlockScratch& t) {
+void put_values(const BlockShape& s, const RowSpan& span, int parity, int64_t head, const float* sums,
+                int64_t sums_row) {
   constexpr int kPer = Operand::kPerWord;
-  const bool record = tape.normed1 != nullptr;
-  for (int64_t r = 0; r < count; ++r)
-    norm_modulate_row<Operand>(seq.x + (first + r) * s.hidden_padded, s.hidden, s.hidden_padded, v.gain1,
-                               v.shift1, t.act + r * s.hidden_words(),
-                               record ? tape.normed1 + (first + r) * s.hidden_words() : nullptr,
-                               tape.scale1 + first + r);
-  const Left act = {t.act, s.hidden_words(), 1};
-  const int64_t words = (s.hidden + kPer - 1) / kPer, head_words = s.head_words(), half = s.head_dim / 2;
-  const int64_t fit = kPanel / s.head_width, group_heads = fit > 1 ? fit : 1;
-  const int64_t part_size = s.heads * s.head_width * words;
-  for (int part = 0; part < 3; ++part) {
-    for (int64_t head = 0; head < s.heads; head += group_heads) {
-      const int64_t heads = s.heads - head < group_heads ? s.heads - head : group_heads;
-      const int64_t columns = heads * s.head_width;
-      const uint32_t* packed = weights.query_key_value + part * part_size + head * s.head_width * words;
-      for (int64_t column = 0; column < columns; column += kPanel)
-        multiply<Operand>(act, count, packed + column * words, panel_width(columns, column), words,
-                          t.sums + column, t.sums_row, false, true);
-      for (int64_t h = 0; h < heads; ++h) {
-        const float* sums = t.sums + h * s.head_width;
-        if (part == 2) {
-          for (int64_t r = 0; record && r < count; ++r)
-            store_row<Operand>(sums + r * t.sums_row, s.head_dim,
-                               tape.value + (first + r) * s.hidden_words() + (head + h) * head_words);
-          uint32_t* values = seq.values[parity] + (head + h) * s.head_width * (s.keys / kPer);
-          for (int64_t column = 0; column < s.head_width; column += kPanel) {
-            const int width = panel_width(s.head_width, column);
-            uint32_t* panel = values + column * (s.keys / kPer);
-            for (int64_t r = 0; r < count; r += kPer)
-              for (int j = 0; j < width; j += kLanes) {
-                const float* even = sums + r * t.sums_row + column + j;
-                const Floats odd = r + 1 < count ? load(even + t.sums_row) : Floats{};
-                store_words(panel + (first + r) / kPer * width + j, Operand::zip(load(even), odd));
-              }
-          }
-          continue;
-        }
-        for (int64_t r = 0; r < count; ++r) {
-          const int64_t position = first + r;
-          const float* source = sums + r * t.sums_row;
-          if (seq.cos)
-            rotate(source, seq.cos + position * half, seq.sin + position * half, half, t.row);
-          else
-            __builtin_memcpy(t.row, source, static_cast<size_t>(s.head_dim) * sizeof(float));
-          uint32_t packed_row[2 * kLanes];
-          uint32_t* query = seq.queries + position * s.hidden_words() + (head + h) * head_words;
-          uint32_t* key = seq.keys[parity] + ((head + h) * s.keys + position / kPanel * kPanel) * head_words +
-                          position % kPanel;
-          for (int64_t i = 0; i < s.head_dim; i += 2 * kLanes) {
-            Operand::store(packed_row, load(t.row + i), load(t.row + i + kLanes));
-            const int64_t at = i / kPer;
-            const int64_t filled = head_words - at < 2 * kLanes / kPer ? head_words - at : 2 * kLanes / kPer;
-            for (int64_t k = 0; k < filled; ++k)
-              if (part == 0)
-                query[at + k] = packed_row[k];
-              else
-                key[(at + k) * kPanel] = packed_row[k];
-            if (record)
-              __builtin_memcpy((part == 0 ? tape.query : tape.key) + position * s.hidden_words() +
-                                   (head + h) * head_words + at,
-                               packed_row, static_cast<size_t>(filled) * sizeof *packed_row);
-          }
-        }
+  for (uint32_t* rows : {span.tape.value, span.state->value_rows})
+    for (int64_t r = 0; rows && r < span.count; ++r)
+      store_row<Operand>(sums + r * sums_row, s.head_dim, head_of(s, rows, span.first + r, head));
+  if (span.state->values[parity] == nullptr) return;
+  uint32_t* values = span.state->values[parity] + head * s.head_width * (s.keys / kPer);
+  for (int64_t column = 0; column < s.head_width; column += kPanel) {
+    const int width = panel_width(s.head_width, column);
+    uint32_t* panel = values + column * (s.keys / kPer);
+    for (int64_t r = 0; r < span.count; r += kPer)
+      for (int j = 0; j < width; j += kLanes) {
+        const float* even = sums + r * sums_row + column + j;
+        const Floats odd = r + 1 < span.count ? load(even + sums_row) : Floats{};
+        store_words(panel + (span.first + r) / kPer * width + j, Operand::zip(load(even), odd));
       }
-    }
   }
 }
 
+// A key's words into the panels of its head.
+inline void put_key(const BlockShape& s, const uint32_t* words, int64_t position, uint32_t* keys) {
+  const int64_t head_words = s.head_words();
+  uint32_t* key = keys + position / kPanel * kPanel * head_words + position % kPanel;
+  for (int64_t k = 0; k < head_words; ++k) key[k * kPanel] = words[k];
+}
+
+// One head's columns of the queries or keys of a span, turned by the angles of their positions.
+template <class Operand>
+void put_turned(const BlockShape& s, const RowSpan& span, int parity, bool keys, int64_t head,
+                const float* sums, int64_t sums_row, BlockScratch& t) {
+  const SequenceState& seq = *span.state;
+  const int64_t half = s.head_dim / 2;
+  const size_t bytes = static_cast<size_t>(s.head_words()) * sizeof(uint32_t);
+  for (int64_t r = 0; r < span.count; ++r) {
+    const int64_t position = span.first + r;
+    const float* source = sums + r * sums_row;
+    if (seq.cos)
+      rotate(source, seq.cos + position * half, seq.sin + position * half, half, t.row);
+    else
+      __builtin_memcpy(t.row, source, static_cast<size_t>(s.head_dim) * sizeof(float));
+    store_row<Operand>(t.row, s.head_dim, t.words);
+    if (keys && seq.keys[parity])
+      put_key(s, t.words, position, seq.keys[parity] + head * s.keys * s.head_words());
+    for (uint32_t* rows : {keys ? seq.key_rows : seq.queries, keys ? span.tape.key : span.tape.query})
+      if (rows) __builtin_memcpy(head_of(s, rows, position, head), t.words, bytes);
+  }
+}
 // x += gate * dropout(sums + bias), a panel of columns of some rows.
 template <class Operand>
 inline void add_branch(const BlockShape& s, const float* bias, const float* gate, const Dropout& dropout,
@@ -176,60 +168,148 @@ inline void add_branch(const BlockShape& s, const float* bias, const float* gate
 }
 
 template <class Operand>
-void finish_rows(const BlockShape& s, const BlockPointers& weights, const BlockVectors& v,
-                 const SequenceState& seq, const BlockTape& tape, int parity, const Dropout& dropout,
-                 int64_t first, int64_t count, BlockScratch& t) {
+void project_rows(const BlockShape& s, const BlockPointers& weights, const RowSpans& spans, int parity,
+                  BlockScratch& t) {
   constexpr int kPer = Operand::kPerWord;
-  constexpr bool kCoarse = kPer == 2;
-  const int64_t hidden_words = s.hidden_words(), width_words = s.width_words(), head_words = s.head_words();
-  const int64_t first_element = seq.first_element + first * s.hidden;
-  float* x = seq.x + first * s.hidden_padded;
-  const bool record = tape.normed1 != nullptr;
-  const auto recorded = [&](uint32_t* rows, int64_t row_words) {
-    return record ? rows + first * row_words : nullptr;
-  };
+  for_spans(spans, [&](const RowSpan& span, int64_t row) {
+    uint32_t* normed = span.tape.normed1;
+    for (int64_t r = span.first; r < span.first + span.count; ++r, ++row)
+      norm_modulate_row<Operand>(span.state->x + r * s.hidden_padded, s.hidden, s.hidden_padded,
+                                 span.vectors.gain1, span.vectors.shift1, t.act + row * s.hidden_words(),
+                                 normed ? normed + r * s.hidden_words() : nullptr, span.tape.scale1 + r);
+  });
+  const Left act = {t.act, s.hidden_words(), 1};
+  const int64_t words = (s.hidden + kPer - 1) / kPer;
+  const int64_t fit = kPanel / s.head_width, group_heads = fit > 1 ? fit : 1;
+  const int64_t part_size = s.heads * s.head_width * words;
+  for (int part = 0; part < 3; ++part) {
+    for (int64_t head = 0; head < s.heads; head += group_heads) {
+      const int64_t heads = s.heads - head < group_heads ? s.heads - head : group_heads;
+      const int64_t columns = heads * s.head_width;
+      const uint32_t* packed = weights.query_key_value + part * part_size + head * s.head_width * words;
+      for (int64_t column = 0; column < columns; column += kPanel)
+        multiply<Operand>(act, spans.rows, packed + column * words, panel_width(columns, column), words,
+                          t.sums + column, t.sums_row, false, true);
+      for_spans(spans, [&](const RowSpan& span, int64_t row) {
+        for (int64_t h = 0; h < heads; ++h) {
+          const float* sums = t.sums + row * t.sums_row + h * s.head_width;
+          if (part == 2)
+            put_values<Operand>(s, span, parity, head + h, sums, t.sums_row);
+          else
+            put_turned<Operand>(s, span, parity, part == 1, head + h, sums, t.sums_row, t);
+        }
+      });
+    }
+  }
+}
 
-  const HeadShape head_shape = {s.length, s.keys, s.head_dim, s.head_width};
+// Keys and values of one head of a sequence that is kept in rows, into panels.
+template <class Operand>
+void pack_head_rows(const BlockShape& s, const SequenceState& seq, int64_t head, BlockScratch& t) {
+  constexpr int kPer = Operand::kPerWord;
+  for (int64_t r = 0; r < s.length; ++r) put_key(s, head_of(s, seq.key_rows, r, head), r, t.keys);
+  for (int64_t r = 0; r < s.length; r += kPer)
+    for (int64_t i = 0; i < s.head_dim; i += 2 * kLanes) {
+      const int64_t left = s.head_words() - i / kPer;
+      Floats even[2], odd[2] = {};
+      load_some_words<Operand>(head_of(s, seq.value_rows, r, head) + i / kPer, left, even[0], even[1]);
+      if (kPer == 2 && r + 1 < s.length)
+        load_some_words<Operand>(head_of(s, seq.value_rows, r + 1, head) + i / kPer, left, odd[0], odd[1]);
+      for (int half = 0; half < 2 && i + half * kLanes < s.head_width; ++half) {
+        const int64_t column = i + half * kLanes, panel = column / kPanel * kPanel;
+        store_words(
+            t.values + panel * (s.keys / kPer) + r / kPer * panel_width(s.head_width, panel) + column - panel,
+            Operand::zip(even[half], odd[half]));
+      }
+    }
+}
+
+// Attention of the rows of a span: words [count][hidden words].
+template <class Operand>
+void attend_span(const BlockShape& s, const RowSpan& span, int parity, uint32_t* mixed, BlockScratch& t) {
+  const SequenceState& seq = *span.state;
+  const int64_t key_size = s.keys * s.head_words(), value_size = s.head_width * (s.keys / Operand::kPerWord);
+  const bool in_rows = seq.keys[parity] == nullptr, record = span.tape.mixed != nullptr;
+  const HeadShape shape = {s.length, s.keys, s.head_dim, s.head_width};
   for (int64_t head = 0; head < s.heads; ++head) {
-    attend<Operand>(head_shape, seq.queries + first * hidden_words + head * head_words, hidden_words, count,
-                    seq.keys[parity] + head * s.keys * head_words,
-                    seq.values[parity] + head * s.head_width * (s.keys / kPer), seq.key_bias, *t.attention,
-                    t.sums, record ? tape.log_sum_exp + head * s.length + first : nullptr);
-    for (int64_t r = 0; r < count; ++r)
-      store_row<Operand>(t.sums + r * s.head_width, s.head_dim, t.act + r * hidden_words + head * head_words);
+    if (in_rows) pack_head_rows<Operand>(s, seq, head, t);
+    attend<Operand>(shape, head_of(s, seq.queries, span.first, head), s.hidden_words(), span.count,
+                    in_rows ? t.keys : seq.keys[parity] + head * key_size,
+                    in_rows ? t.values : seq.values[parity] + head * value_size, seq.key_bias, *t.attention,
+                    t.sums, record ? span.tape.log_sum_exp + head * s.length + span.first : nullptr);
+    for (int64_t r = 0; r < span.count; ++r)
+      store_row<Operand>(t.sums + r * s.head_width, s.head_dim, head_of(s, mixed, r, head));
   }
   if (record)
-    __builtin_memcpy(tape.mixed + first * hidden_words, t.act,
-                     static_cast<size_t>(count * hidden_words) * sizeof *t.act);
+    __builtin_memcpy(head_of(s, span.tape.mixed, span.first, 0), mixed,
+                     static_cast<size_t>(span.count * s.hidden_words()) * sizeof *mixed);
+}
+
+// A panel of columns of x += gate * dropout(sums + bias), with the branch recorded.
+template <class Operand>
+void add_branches(const BlockShape& s, const RowSpans& spans, uint32_t branch, int64_t column, int width,
+                  const BlockScratch& t) {
+  for_spans(spans, [&](const RowSpan& span, int64_t row) {
+    const BlockVectors& v = span.vectors;
+    uint32_t* record = branch == 0 ? span.tape.branch1 : span.tape.branch2;
+    add_branch<Operand>(s, branch == 0 ? nullptr : v.mlp_out_bias, branch == 0 ? v.gate1 : v.gate2,
+                        span.dropout, branch, span.state->first_element + span.first * s.hidden, span.count,
+                        column, width, t.sums + row * t.sums_row, t.sums_row,
+                        span.state->x + span.first * s.hidden_padded,
+                        record ? record + span.first * s.hidden_words() : nullptr);
+  });
+}
+
+// A panel of columns of the hidden layer: gelu(sums + bias), recorded before it.
+template <class Operand>
+void activate(const BlockShape& s, const RowSpan& span, int64_t row, int64_t column, int width,
+              BlockScratch& t) {
+  constexpr int kPer = Operand::kPerWord;
+  const int64_t width_words = s.width_words();
+  for (int64_t r = 0; r < span.count; ++r)
+    for (int j = 0; j < width; j += 2 * kLanes) {
+      Floats u[2];
+      for (int half = 0; half < 2; ++half) {
+        const int at = j + half * kLanes;
+        u[half] = load(t.sums + (row + r) * t.sums_row + at) + load(span.vectors.mlp_in_bias + column + at);
+      }
+      if (span.tape.inner)
+        Operand::store(span.tape.inner + (span.first + r) * width_words + (column + j) / kPer, u[0], u[1]);
+      for (int half = 0; half < 2; ++half) u[half] = gelu(u[half], kPer == 2);
+      Operand::store(t.hidden + (row + r) * width_words + (column + j) / kPer, u[0], u[1]);
+    }
+}
+
+template <class Operand>
+void finish_rows(const BlockShape& s, const BlockPointers& weights, const RowSpans& spans, int parity,
+                 BlockScratch& t) {
+  constexpr int kPer = Operand::kPerWord;
+  const int64_t hidden_words = s.hidden_words(), width_words = s.width_words();
+  for_spans(spans, [&](const RowSpan& span, int64_t row) {
+    attend_span<Operand>(s, span, parity, t.act + row * hidden_words, t);
+  });
   const Left act = {t.act, hidden_words, 1};
   const int64_t words = (s.hidden + kPer - 1) / kPer;
   for (int64_t column = 0; column < s.hidden_padded; column += kPanel) {
     const int width = panel_width(s.hidden_padded, column);
-    multiply<Operand>(act, count, weights.attn_out + column * words, width, words, t.sums, t.sums_row, false,
-                      true);
-    add_branch<Operand>(s, nullptr, v.gate1, dropout, 0, first_element, count, column, width, t.sums,
-                        t.sums_row, x, recorded(tape.branch1, hidden_words));
+    multiply<Operand>(act, spans.rows, weights.attn_out + column * words, width, words, t.sums, t.sums_row,
+                      false, true);
+    add_branches<Operand>(s, spans, 0, column, width, t);
   }
 
-  for (int64_t r = 0; r < count; ++r)
-    norm_modulate_row<Operand>(
-        x + r * s.hidden_padded, s.hidden, s.hidden_padded, v.gain2, v.shift2, t.act + r * hidden_words,
-        record ? tape.normed2 + (first + r) * hidden_words : nullptr, tape.scale2 + first + r);
+  for_spans(spans, [&](const RowSpan& span, int64_t row) {
+    uint32_t* normed = span.tape.normed2;
+    for (int64_t r = span.first; r < span.first + span.count; ++r, ++row)
+      norm_modulate_row<Operand>(span.state->x + r * s.hidden_padded, s.hidden, s.hidden_padded,
+                                 span.vectors.gain2, span.vectors.shift2, t.act + row * hidden_words,
+                                 normed ? normed + r * hidden_words : nullptr, span.tape.scale2 + r);
+  });
   for (int64_t column = 0; column < s.width_padded; column += kPanel) {
     const int width = panel_width(s.width_padded, column);
-    multiply<Operand>(act, count, weights.mlp_in + column * words, width, words, t.sums, t.sums_row, false,
-                      true);
-    for (int64_t r = 0; r < count; ++r)
-      for (int j = 0; j < width; j += 2 * kLanes) {
-        Floats u[2];
-        for (int half = 0; half < 2; ++half) {
-          const int at = j + half * kLanes;
-          u[half] = load(t.sums + r * t.sums_row + at) + load(v.mlp_in_bias + column + at);
-        }
-        if (record) Operand::store(tape.inner + (first + r) * width_words + (column + j) / kPer, u[0], u[1]);
-        for (int half = 0; half < 2; ++half) u[half] = gelu(u[half], kCoarse);
-        Operand::store(t.hidden + r * width_words + (column + j) / kPer, u[0], u[1]);
-      }
+    multiply<Operand>(act, spans.rows, weights.mlp_in + column * words, width, words, t.sums, t.sums_row,
+                      false, true);
+    for_spans(spans,
+              [&](const RowSpan& span, int64_t row) { activate<Operand>(s, span, row, column, width, t); });
   }
   // A slice of a panel and the rows' slice of the hidden layer stay in the second-level cache together.
   constexpr int64_t kSlice = 768 / kPer;
@@ -238,29 +318,26 @@ void finish_rows(const BlockShape& s, const BlockPointers& weights, const BlockV
     const int width = panel_width(s.hidden_padded, column);
     const uint32_t* panel = weights.mlp_out + column * depth;
     for (int64_t k = 0; k < depth; k += kSlice)
-      multiply<Operand>({t.hidden + k, width_words, 1}, count, panel + k * width, width,
+      multiply<Operand>({t.hidden + k, width_words, 1}, spans.rows, panel + k * width, width,
                         depth - k < kSlice ? depth - k : kSlice, t.sums, t.sums_row, k > 0, true);
-    add_branch<Operand>(s, v.mlp_out_bias, v.gate2, dropout, 1, first_element, count, column, width, t.sums,
-                        t.sums_row, x, recorded(tape.branch2, hidden_words));
+    add_branches<Operand>(s, spans, 1, column, width, t);
   }
 }
 
-void project(const BlockShape& s, bool narrow, const BlockPointers& weights, const BlockVectors& v,
-             const SequenceState& seq, const BlockTape& tape, int parity, int64_t first, int64_t count,
-             void* memory) {
+void project(const BlockShape& s, bool narrow, const BlockPointers& weights, const RowSpans& spans,
+             int parity, void* memory) {
   const TileScope scope;
   BlockScratch t = block_scratch(s, memory);
-  narrow ? project_rows<Narrow>(s, weights, v, seq, tape, parity, first, count, t)
-         : project_rows<Wide>(s, weights, v, seq, tape, parity, first, count, t);
+  narrow ? project_rows<Narrow>(s, weights, spans, parity, t)
+         : project_rows<Wide>(s, weights, spans, parity, t);
 }
 
-void finish(const BlockShape& s, bool narrow, const BlockPointers& weights, const BlockVectors& v,
-            const SequenceState& seq, const BlockTape& tape, int parity, const Dropout& dropout,
-            int64_t first, int64_t count, void* memory) {
+void finish(const BlockShape& s, bool narrow, const BlockPointers& weights, const RowSpans& spans, int parity,
+            void* memory) {
   const TileScope scope;
   BlockScratch t = block_scratch(s, memory);
-  narrow ? finish_rows<Narrow>(s, weights, v, seq, tape, parity, dropout, first, count, t)
-         : finish_rows<Wide>(s, weights, v, seq, tape, parity, dropout, first, count, t);
+  narrow ? finish_rows<Narrow>(s, weights, spans, parity, t)
+         : finish_rows<Wide>(s, weights, spans, parity, t);
 }
 
 void row_change(const float* x, const float* old, int64_t hidden_padded, float* change, float* size) {

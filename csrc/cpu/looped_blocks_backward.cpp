@@ -97,17 +97,32 @@ class Backward {
     const auto tape_of = [&](int64_t index) {
       return shape_.tape_at(p_.tape + (application * f_.batch + sequence_of(index)) * tape_bytes_);
     };
-    const int64_t row_tasks = count * tasks_per_sequence_;
+    // The rows of a task: a part of one sequence, or some short ones.
+    const int64_t together = std::min(shape_.sequences_together(), ceil_divide(count, worker.count));
+    const int64_t tasks = ceil_divide(count * tasks_per_sequence_, together);
+    const auto for_rows = [&](auto&& job) {
+      worker.share(tasks, [&](int64_t task) {
+        std::vector<GradientSpan> spans;
+        int64_t rows = 0;
+        for (int64_t part = task * together;
+             part < std::min(count * tasks_per_sequence_, (task + 1) * together); ++part) {
+          const int64_t index = part / tasks_per_sequence_;
+          const GradientRows at = rows_of(part, active);
+          float* sums = partial_.get() + part * sums_.size();
+          if (at.count <= 0)
+            std::fill_n(sums, sums_.size(), 0.0f);
+          else
+            spans.push_back({at, vectors_.of(block, sequence_of(index)), tape_of(index),
+                             sequence_of(index) * f_.length * f_.hidden, sums_.at(sums)});
+          rows += at.count;
+        }
+        if (!spans.empty()) job(GradientSpans{spans.data(), static_cast<int64_t>(spans.size()), rows});
+      });
+    };
 
-    worker.share(row_tasks, [&](int64_t task) {
-      const int64_t index = task / tasks_per_sequence_;
-      float* sums = partial_.get() + task * sums_.size();
-      std::fill_n(sums, sums_.size(), 0.0f);
-      const GradientRows rows = rows_of(task, active);
-      if (rows.count <= 0) return;
-      kernel_.finish(shape_, f_.narrow, p_.transposed[block], vectors_.of(block, sequence_of(index)),
-                     tape_of(index), dropout, sequence_of(index) * f_.length * f_.hidden, rows, panels,
-                     sums_.at(sums), scratch);
+    for_rows([&](const GradientSpans& spans) {
+      for (int64_t i = 0; i < spans.size; ++i) std::fill_n(spans.at[i].sums.modulation, sums_.size(), 0.0f);
+      kernel_.finish(shape_, f_.narrow, p_.transposed[block], dropout, spans, panels, scratch);
     });
     worker.share(count * f_.heads, [&](int64_t task) {
       const int64_t index = task / f_.heads;
@@ -118,12 +133,8 @@ class Backward {
       kernel_.head(shape_, f_.narrow, tape_of(index), state, task % f_.heads,
                    rows_at(active[static_cast<size_t>(index)], index, 0, f_.length), scratch);
     });
-    worker.share(row_tasks, [&](int64_t task) {
-      const int64_t index = task / tasks_per_sequence_;
-      const GradientRows rows = rows_of(task, active);
-      if (rows.count <= 0) return;
-      kernel_.project(shape_, f_.narrow, p_.transposed[block], vectors_.of(block, sequence_of(index)),
-                      tape_of(index), rows, panels, sums_.at(partial_.get() + task * sums_.size()), scratch);
+    for_rows([&](const GradientSpans& spans) {
+      kernel_.project(shape_, f_.narrow, p_.transposed[block], spans, panels, scratch);
     });
 
     const BlockGradients& out = p_.gradients[block];
@@ -184,11 +195,11 @@ class Backward {
   }
 
   GradientRows rows_at(int64_t slot, int64_t index, int64_t first, int64_t count) const {
-    const int64_t row = slot * f_.length + first;
+    const int64_t row = index * f_.length + first;
     return {.first = first,
             .count = count,
             .panel_row = index * panel_rows_ + first,
-            .gradient = gradient_.get() + row * shape_.hidden_padded,
+            .gradient = gradient_.get() + (slot * f_.length + first) * shape_.hidden_padded,
             .mixed = mixed_.get() + row * shape_.hidden_padded,
             .query_key_value = projections_.get() + row * projections_padded_ / shape_.per_word};
   }

@@ -62,19 +62,31 @@ struct GradientRows {
   uint32_t* query_key_value;  // [count, words of 3D] gradient of q, k, v
 };
 
+struct GradientSpan : GradientRows {
+  BlockVectors vectors;
+  BlockTape tape;
+  int64_t first_element;  // of the sequence in [B, L, D], names the random numbers
+  VectorSums sums;
+};
+
+// Spans whose rows go through each product together. Their rows of `mixed` and of `query_key_value` lie one
+// after the other.
+struct GradientSpans {
+  const GradientSpan* at;
+  int64_t size, rows;
+};
+
 struct LoopedBlocksBackwardKernel {
   int64_t (*scratch_bytes)(const BlockShape&);
   // The MLP, then the output projection of attention.
-  void (*finish)(const BlockShape&, bool narrow, const TransposedPointers&, const BlockVectors&,
-                 const BlockTape&, const Dropout&, int64_t first_element, const GradientRows&,
-                 const ApplicationPanels&, const VectorSums&, void* scratch);
+  void (*finish)(const BlockShape&, bool narrow, const TransposedPointers&, const Dropout&,
+                 const GradientSpans&, const ApplicationPanels&, void* scratch);
   // One head of one sequence; rows are all of the sequence's.
   void (*head)(const BlockShape&, bool narrow, const BlockTape&, const SequenceState&, int64_t head,
                const GradientRows&, void* scratch);
   // The projections of q, k, v and the norm before them.
-  void (*project)(const BlockShape&, bool narrow, const TransposedPointers&, const BlockVectors&,
-                  const BlockTape&, const GradientRows&, const ApplicationPanels&, const VectorSums&,
-                  void* scratch);
+  void (*project)(const BlockShape&, bool narrow, const TransposedPointers&, const GradientSpans&,
+                  const ApplicationPanels&, void* scratch);
   // gradient[out, padded in] += left^T right for some panels of both.
   void (*weight)(bool narrow, const RowPanels& left, int64_t out, const PanelRange& left_range,
                  const RowPanels& right, const PanelRange& right_range, float* gradient);

@@ -172,66 +172,96 @@ void multiply_panels(const uint32_t* a, int64_t row_words, int64_t count, const 
   }
 }
 
+// The gradient of a branch of a span, as rows of t.act and as panels `out`.
 template <class Operand>
-void finish_gradient_rows(const BlockShape& s, const TransposedPointers& weights, const BlockVectors& v,
-                          const BlockTape& tape, const Dropout& dropout, int64_t first_element,
-                          const GradientRows& rows, const ApplicationPanels& panels, const VectorSums& sums,
-                          BlockGradientScratch& t) {
+void branch_span(const BlockShape& s, const GradientSpan& span, int64_t row, const Dropout& dropout,
+                 uint32_t which, const RowPanels& out, BlockGradientScratch& t) {
+  const int64_t hidden_words = s.hidden_words();
+  const uint32_t* branch = (which == 0 ? span.tape.branch1 : span.tape.branch2) + span.first * hidden_words;
+  uint32_t* act = t.act + row * hidden_words;
+  branch_gradient<Operand>(s, span.gradient, branch, which == 0 ? span.vectors.gate1 : span.vectors.gate2,
+                           dropout, which, span.first_element + span.first * s.hidden, span.count, act,
+                           span.sums.modulation + (which == 0 ? 2 : 5) * s.hidden_padded,
+                           which == 0 ? nullptr : span.sums.mlp_out_bias, t.dropout);
+  put_words<Operand>(out, span.panel_row, act, hidden_words, span.count);
+}
+
+// A panel of columns of the hidden layer: through gelu, as rows of t.hidden and as panels.
+template <class Operand>
+void activate_back(const BlockShape& s, const GradientSpan& span, int64_t row, int64_t column, int width,
+                   const ApplicationPanels& panels, BlockGradientScratch& t) {
   constexpr int kPer = Operand::kPerWord;
-  constexpr bool kCoarse = kPer == 2;
-  const int64_t hidden_words = s.hidden_words(), width_words = s.width_words(), count = rows.count;
-  const int64_t first_word = rows.first * hidden_words;
-  first_element += rows.first * s.hidden;
-  const auto modulation_sum = [&](int vector) { return sums.modulation + vector * s.hidden_padded; };
+  const int64_t width_words = s.width_words();
+  const float* sums = t.sums + row * kPanel;
+  uint32_t* out = t.hidden + row * width_words;
+  for (int64_t r = 0; r < span.count; r += kPer)
+    for (int j = 0; j < width; j += 2 * kLanes) {
+      Floats hidden[2][2] = {}, inner[2][2] = {};  // [row][half]
+      for (int odd = 0; odd < kPer && r + odd < span.count; ++odd) {
+        Floats u[2];
+        const int64_t at = (column + j) / kPer;
+        Operand::load(span.tape.inner + (span.first + r + odd) * width_words + at, u[0], u[1]);
+        for (int half = 0; half < 2; ++half) {
+          Floats slope;
+          hidden[odd][half] = gelu_with_slope(u[half], kPer == 2, slope);
+          inner[odd][half] = load(sums + (r + odd) * kPanel + j + half * kLanes) * slope;
+          add_to(span.sums.mlp_in_bias + column + j + half * kLanes, inner[odd][half]);
+        }
+        Operand::store(out + (r + odd) * width_words + at, inner[odd][0], inner[odd][1]);
+      }
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = column + j + half * kLanes;
+        put_rows<Operand>(panels.hidden, span.panel_row + r, at, hidden[0][half], hidden[1][half]);
+        put_rows<Operand>(panels.inner, span.panel_row + r, at, inner[0][half], inner[1][half]);
+      }
+    }
+}
 
-  branch_gradient<Operand>(s, rows.gradient, tape.branch2 + first_word, v.gate2, dropout, 1, first_element,
-                           count, t.act, modulation_sum(5), sums.mlp_out_bias, t.dropout);
-  put_words<Operand>(panels.out2, rows.panel_row, t.act, hidden_words, count);
+// Through a norm and its modulation, the attention's or the MLP's: from t.grad_act into the residual stream,
+// with the layer's input as panels.
+template <class Operand>
+void norm_span(const BlockShape& s, const GradientSpan& span, int64_t row, bool mlp, const RowPanels& input,
+               const BlockGradientScratch& t) {
+  const BlockVectors& v = span.vectors;
+  const int64_t hidden_words = s.hidden_words();
+  const uint32_t* normed = (mlp ? span.tape.normed2 : span.tape.normed1) + span.first * hidden_words;
+  const float* scale = (mlp ? span.tape.scale2 : span.tape.scale1) + span.first;
+  const float *gain = mlp ? v.gain2 : v.gain1, *shift = mlp ? v.shift2 : v.shift1;
+  float* shift_sum = span.sums.modulation + (mlp ? 3 : 0) * s.hidden_padded;
+  for (int64_t r = 0; r < span.count; ++r)
+    norm_gradient_row<Operand>(s, t.grad_act + (row + r) * s.hidden_padded, normed + r * hidden_words, gain,
+                               scale[r], shift_sum, shift_sum + s.hidden_padded,
+                               span.gradient + r * s.hidden_padded);
+  put_modulated<Operand>(input, span.panel_row, normed, hidden_words, span.count, gain, shift);
+}
 
-  const int64_t depth = (s.hidden + kPer - 1) / kPer;
+template <class Operand>
+void finish_gradient_rows(const BlockShape& s, const TransposedPointers& weights, const Dropout& dropout,
+                          const GradientSpans& spans, const ApplicationPanels& panels,
+                          BlockGradientScratch& t) {
+  const int64_t hidden_words = s.hidden_words(), width_words = s.width_words();
+  for_spans(spans, [&](const GradientSpan& span, int64_t row) {
+    branch_span<Operand>(s, span, row, dropout, 1, panels.out2, t);
+  });
+  const int64_t depth = (s.hidden + Operand::kPerWord - 1) / Operand::kPerWord;
   for (int64_t column = 0; column < s.width_padded; column += kPanel) {
     const int width = panel_width(s.width_padded, column);
-    multiply<Operand>({t.act, hidden_words, 1}, count, weights.mlp_out + column * depth, width, depth, t.sums,
-                      kPanel);
-    for (int64_t r = 0; r < count; r += kPer)
-      for (int j = 0; j < width; j += 2 * kLanes) {
-        Floats hidden[2][2] = {}, inner[2][2] = {};  // [row][half]
-        for (int odd = 0; odd < kPer && r + odd < count; ++odd) {
-          Floats u[2];
-          const int64_t at = (column + j) / kPer;
-          Operand::load(tape.inner + (rows.first + r + odd) * width_words + at, u[0], u[1]);
-          for (int half = 0; half < 2; ++half) {
-            Floats slope;
-            hidden[odd][half] = gelu_with_slope(u[half], kCoarse, slope);
-            inner[odd][half] = load(t.sums + (r + odd) * kPanel + j + half * kLanes) * slope;
-            add_to(sums.mlp_in_bias + column + j + half * kLanes, inner[odd][half]);
-          }
-          Operand::store(t.hidden + (r + odd) * width_words + at, inner[odd][0], inner[odd][1]);
-        }
-        for (int half = 0; half < 2; ++half) {
-          const int64_t at = column + j + half * kLanes;
-          put_rows<Operand>(panels.hidden, rows.panel_row + r, at, hidden[0][half], hidden[1][half]);
-          put_rows<Operand>(panels.inner, rows.panel_row + r, at, inner[0][half], inner[1][half]);
-        }
-      }
+    multiply<Operand>({t.act, hidden_words, 1}, spans.rows, weights.mlp_out + column * depth, width, depth,
+                      t.sums, kPanel);
+    for_spans(spans, [&](const GradientSpan& span, int64_t row) {
+      activate_back<Operand>(s, span, row, column, width, panels, t);
+    });
   }
-
-  multiply_panels<Operand>(t.hidden, width_words, count, weights.mlp_in, s.width, s.hidden_padded,
+  multiply_panels<Operand>(t.hidden, width_words, spans.rows, weights.mlp_in, s.width, s.hidden_padded,
                            t.grad_act);
-  for (int64_t r = 0; r < count; ++r)
-    norm_gradient_row<Operand>(s, t.grad_act + r * s.hidden_padded,
-                               tape.normed2 + first_word + r * hidden_words, v.gain2,
-                               tape.scale2[rows.first + r], modulation_sum(3), modulation_sum(4),
-                               rows.gradient + r * s.hidden_padded);
-  put_modulated<Operand>(panels.act2, rows.panel_row, tape.normed2 + first_word, hidden_words, count, v.gain2,
-                         v.shift2);
-
-  branch_gradient<Operand>(s, rows.gradient, tape.branch1 + first_word, v.gate1, dropout, 0, first_element,
-                           count, t.act, modulation_sum(2), nullptr, t.dropout);
-  put_words<Operand>(panels.out1, rows.panel_row, t.act, hidden_words, count);
-  put_words<Operand>(panels.mixed, rows.panel_row, tape.mixed + first_word, hidden_words, count);
-  multiply_panels<Operand>(t.act, hidden_words, count, weights.attn_out, s.hidden, s.hidden_padded,
-                           rows.mixed);
+  for_spans(spans, [&](const GradientSpan& span, int64_t row) {
+    norm_span<Operand>(s, span, row, true, panels.act2, t);
+    branch_span<Operand>(s, span, row, dropout, 0, panels.out1, t);
+    put_words<Operand>(panels.mixed, span.panel_row, span.tape.mixed + span.first * hidden_words,
+                       hidden_words, span.count);
+  });
+  multiply_panels<Operand>(t.act, hidden_words, spans.rows, weights.attn_out, s.hidden, s.hidden_padded,
+                           spans.at->mixed);
 }
 
 template <class Operand>
@@ -240,11 +270,8 @@ void load_head(const BlockShape& s, const uint32_t* words, int64_t head, float* 
   for (int64_t r = 0; r < s.length; ++r) {
     const uint32_t* row = words + r * s.hidden_words() + head * s.head_words();
     for (int64_t i = 0; i < s.head_dim; i += 2 * kLanes) {
-      const int64_t left = s.head_words() - i / kPer;
-      uint32_t some[2 * kLanes / kPer] = {};
-      if (left < 2 * kLanes / kPer) __builtin_memcpy(some, row + i / kPer, static_cast<size_t>(left) * 4);
       Floats first, second;
-      Operand::load(left < 2 * kLanes / kPer ? some : row + i / kPer, first, second);
+      load_some_words<Operand>(row + i / kPer, s.head_words() - i / kPer, first, second);
       store(out + r * s.head_width + i, first);
       if (i + kLanes < s.head_width) store(out + r * s.head_width + i + kLanes, second);
     }
@@ -286,21 +313,15 @@ void head_gradient(const BlockShape& s, const BlockTape& tape, const SequenceSta
 }
 
 template <class Operand>
-void project_gradient_rows(const BlockShape& s, const TransposedPointers& weights, const BlockVectors& v,
-                           const BlockTape& tape, const GradientRows& rows, const ApplicationPanels& panels,
-                           const VectorSums& sums, BlockGradientScratch& t) {
-  const int64_t hidden_words = s.hidden_words(), first_word = rows.first * hidden_words;
+void project_gradient_rows(const BlockShape& s, const TransposedPointers& weights, const GradientSpans& spans,
+                           const ApplicationPanels& panels, BlockGradientScratch& t) {
   const int64_t row_words = round_up(3 * s.hidden, 2 * kLanes) / Operand::kPerWord;
-  put_words<Operand>(panels.query_key_value, rows.panel_row, rows.query_key_value, row_words, rows.count);
-  multiply_panels<Operand>(rows.query_key_value, row_words, rows.count, weights.query_key_value, 3 * s.hidden,
-                           s.hidden_padded, t.grad_act);
-  for (int64_t r = 0; r < rows.count; ++r)
-    norm_gradient_row<Operand>(s, t.grad_act + r * s.hidden_padded,
-                               tape.normed1 + first_word + r * hidden_words, v.gain1,
-                               tape.scale1[rows.first + r], sums.modulation,
-                               sums.modulation + s.hidden_padded, rows.gradient + r * s.hidden_padded);
-  put_modulated<Operand>(panels.act1, rows.panel_row, tape.normed1 + first_word, hidden_words, rows.count,
-                         v.gain1, v.shift1);
+  multiply_panels<Operand>(spans.at->query_key_value, row_words, spans.rows, weights.query_key_value,
+                           3 * s.hidden, s.hidden_padded, t.grad_act);
+  for_spans(spans, [&](const GradientSpan& span, int64_t row) {
+    put_words<Operand>(panels.query_key_value, span.panel_row, span.query_key_value, row_words, span.count);
+    norm_span<Operand>(s, span, row, false, panels.act1, t);
+  });
 }
 
 // A slice of the left panels stays in the second-level cache while the slices of the right ones pass by. The
@@ -329,13 +350,12 @@ void weight_gradient(const RowPanels& left, int64_t out, const PanelRange& left_
 }
 
 void finish_gradient(const BlockShape& s, bool narrow, const TransposedPointers& weights,
-                     const BlockVectors& v, const BlockTape& tape, const Dropout& dropout,
-                     int64_t first_element, const GradientRows& rows, const ApplicationPanels& panels,
-                     const VectorSums& sums, void* memory) {
+                     const Dropout& dropout, const GradientSpans& spans, const ApplicationPanels& panels,
+                     void* memory) {
   const TileScope scope;
   BlockGradientScratch t = gradient_scratch(s, memory);
-  narrow ? finish_gradient_rows<Narrow>(s, weights, v, tape, dropout, first_element, rows, panels, sums, t)
-         : finish_gradient_rows<Wide>(s, weights, v, tape, dropout, first_element, rows, panels, sums, t);
+  narrow ? finish_gradient_rows<Narrow>(s, weights, dropout, spans, panels, t)
+         : finish_gradient_rows<Wide>(s, weights, dropout, spans, panels, t);
 }
 
 void head_gradient_of(const BlockShape& s, bool narrow, const BlockTape& tape, const SequenceState& seq,
@@ -347,12 +367,11 @@ void head_gradient_of(const BlockShape& s, bool narrow, const BlockTape& tape, c
 }
 
 void project_gradient(const BlockShape& s, bool narrow, const TransposedPointers& weights,
-                      const BlockVectors& v, const BlockTape& tape, const GradientRows& rows,
-                      const ApplicationPanels& panels, const VectorSums& sums, void* memory) {
+                      const GradientSpans& spans, const ApplicationPanels& panels, void* memory) {
   const TileScope scope;
   BlockGradientScratch t = gradient_scratch(s, memory);
-  narrow ? project_gradient_rows<Narrow>(s, weights, v, tape, rows, panels, sums, t)
-         : project_gradient_rows<Wide>(s, weights, v, tape, rows, panels, sums, t);
+  narrow ? project_gradient_rows<Narrow>(s, weights, spans, panels, t)
+         : project_gradient_rows<Wide>(s, weights, spans, panels, t);
 }
 
 void weight_gradient_of(bool narrow, const RowPanels& left, int64_t out, const PanelRange& left_range,

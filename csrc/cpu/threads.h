@@ -40,9 +40,11 @@ class Worker {
     barrier();
   }
 
- private:
-  int64_t take_task();  // 0, 1, 2, ... since the last barrier
+  // For a phase whose workers hold several tasks at a time: 0, 1, 2, ... since the last barrier, which ends
+  // it.
+  int64_t take_task();
 
+ private:
   Region& region_;
 };
 

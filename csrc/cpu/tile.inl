@@ -205,6 +205,16 @@ inline void store_row(const float* x, int64_t count, uint32_t* out) {
   __builtin_memcpy(out, words, static_cast<size_t>(left) * sizeof *words);
 }
 
+// 2 * kLanes values from words of which `left` are there, zero beyond them.
+template <class Operand>
+inline void load_some_words(const uint32_t* words, int64_t left, Floats& first, Floats& second) {
+  constexpr int64_t kWords = 2 * kLanes / Operand::kPerWord;
+  if (left >= kWords) return Operand::load(words, first, second);
+  uint32_t some[kWords] = {};
+  __builtin_memcpy(some, words, static_cast<size_t>(left) * sizeof *some);
+  Operand::load(some, first, second);
+}
+
 inline int panel_width(int64_t columns, int64_t first) {
   return static_cast<int>(columns - first < kPanel ? columns - first : kPanel);
 }

@@ -122,6 +122,8 @@ def test_lengths(isa, dtype):
 def test_many_short_sequences(isa, dtype):
     check(looped_inputs(65, 1, 16, 2, per_sequence_modulation=True), 3, dtype)
     check(looped_inputs(65, 3, 16, 2, key_mask=True), 2, dtype)
+    check(looped_inputs(7, 31, 36, 6, per_sequence_modulation=True), 2, dtype)
+    check(looped_inputs(130, 1, 24, 2), 2, dtype, dropout=0.3, dropout_seed=4)
 
 
 @pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16], ids=["in fp32", "in bf16"])
@@ -253,6 +255,38 @@ def test_a_sequence_is_its_own(isa, dtype, threads, num_loops, options):
             limit = num_loops if isinstance(num_loops, int) else num_loops[index : index + 1]
             for got, want in zip(outputs(one, limit), expected, strict=True):
                 assert torch.equal(got[0], want[index]), (number, index)
+
+
+@DTYPES
+@pytest.mark.parametrize("length", [1, 3, 48])
+@pytest.mark.parametrize("exits", [False, True], ids=["own loops", "exit"])
+def test_short_sequences_are_their_own(isa, dtype, threads, length, exits):
+    """Those that go through the products together, leave at different loops and make room for others."""
+    batch = 100 if length == 1 else 37
+    inputs = looped_inputs(batch, length, 32, 2, per_sequence_modulation=True, key_mask=True).to(dtype)
+    size = 0.5 + torch.arange(batch) % 4  # a larger stream changes less
+    inputs = inputs._replace(x=inputs.x * size[:, None, None])
+    loops = 1 + torch.arange(batch) * 7 % 5
+    options = {"exit_threshold": 0.4} if exits else {}
+
+    def outputs(inputs, loops):
+        result = run(inputs, loops, **options)
+        return result if exits else (result, loops)
+
+    threads(1)
+    expected, used = outputs(inputs, loops)
+    assert len(used.unique()) > 2
+    for number in (2, 3):
+        threads(number)
+        again, used_again = outputs(inputs, loops)
+        assert torch.equal(again, expected) and torch.equal(used_again, used)
+    for index in range(0, batch, 9):
+        one = slice(index, index + 1)
+        part = inputs._replace(
+            x=inputs.x[one], modulation=inputs.modulation[:, one], key_mask=inputs.key_mask[one]
+        )
+        alone, _ = outputs(part, loops[one])
+        assert torch.equal(alone[0], expected[index])
 
 
 @DTYPES

@@ -140,6 +140,33 @@ def test_gradient_of_x_does_not_depend_on_the_batch():
         assert torch.equal(alone[0], together[i])
 
 
+@pytest.mark.parametrize(("batch", "length"), [(67, 1), (21, 5)])
+@DTYPES
+def test_short_sequences_in_one_product(isa, dtype, batch, length):
+    """Gradients over rows of many sequences that stop at different loops, and of x as each has it alone."""
+    inputs = looped_inputs(batch, length, 32, 2, 2, per_sequence_modulation=True, key_mask=True)
+    loops = 1 + torch.arange(batch) % 3
+    for recompute in (False, True):
+        check(inputs, loops, dtype, recompute=recompute)
+    inputs = inputs.to(dtype, requires_grad=True)
+
+    def of_x(part):
+        out = cpu(
+            inputs.x[part],
+            inputs.blocks,
+            inputs.modulation[:, part],
+            loops[part],
+            num_heads=2,
+            rotary=inputs.rotary,
+            key_mask=inputs.key_mask[part],
+        )
+        return torch.autograd.grad(out.square().sum(), inputs.x)[0][part]
+
+    together = of_x(slice(None))
+    for index in range(0, batch, 5):
+        assert torch.equal(of_x(slice(index, index + 1))[0], together[index])
+
+
 def test_only_inputs_that_need_gradients():
     inputs = looped_inputs(1, 9, 32, 2, 1).to(torch.float32)
     x = inputs.x.clone().requires_grad_()
