@@ -340,6 +340,11 @@ class LoopMDM(nn.Module):
             raise TypeError(f"input_ids: got {got}, expected an int64 tensor")
         if input_ids.ndim != 2 or not input_ids.numel():
             raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, L], not empty")
+        if self.device.type == "meta" and not input_ids.is_meta:
+            raise ValueError(
+                "model: its weights are on the meta device: not loaded yet, or offloaded by accelerate, "
+                "which brings a layer's weights when its forward is called; load the model whole (from_pretrained)"
+            )
         if input_ids.device != self.device:
             raise ValueError(f"input_ids: on {input_ids.device}, but the model is on {self.device}")
         if input_ids.shape[1] > cfg.max_length:

@@ -147,6 +147,22 @@ def test_accelerate(model, tmp_path, seen, mixed_precision):
     AcceleratorState._reset_state(True)
 
 
+def test_offloaded_weights_are_refused(model, tokens, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    whole = model(tokens)
+    model.save_pretrained(tmp_path)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="weights are on the meta device"):
+        model(tokens)
+    with accelerate.init_empty_weights():
+        empty = LoopMDM(model.config)
+    with pytest.raises(ValueError, match="weights are on the meta device"):
+        empty(tokens)
+    weights = str(tmp_path / "model.safetensors")
+    loaded = accelerate.load_checkpoint_and_dispatch(empty, weights, device_map={"": "cpu"}).eval()
+    assert torch.equal(loaded(tokens), whole)
+
+
 def test_a_configuration_is_frozen_but_for_notes(model):
     config = model.config
     config.use_cache = False
