@@ -343,7 +343,7 @@ class LoopMDM(nn.Module):
         if self.device.type == "meta" and not input_ids.is_meta:
             raise ValueError(
                 "model: its weights are on the meta device: not loaded yet, or offloaded by accelerate, "
-                "which brings a layer's weights when its forward is called; load the model whole (from_pretrained)"
+                "which brings a layer's weights when its forward is called; load the model whole"
             )
         if input_ids.device != self.device:
             raise ValueError(f"input_ids: on {input_ids.device}, but the model is on {self.device}")
