@@ -8,21 +8,32 @@ fixed table and nothing is ever imported:
 * objects of libraries that training checkpoints are known to carry (configuration nodes, tokenizers) become
   `Opaque` records, which remember what the file said about them and can do nothing,
 * every other name is refused, and the error says which.
+
+`pickle_machine` carries out the instructions, within limits.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import pickletools
 from collections.abc import Callable
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple
 
 import torch
 
+from loopmdm.pickle_machine import (
+    MAX_DIGITS,
+    Buffer,
+    Global,
+    Machine,
+    Opaque,
+    UnsafePickleError,
+    check_key,
+)
+from loopmdm_kernels.printable import printable
 
-class UnsafePickleError(ValueError):
-    """The pickle names something outside the allow-list."""
+__all__ = ["Opaque", "Storage", "StoredTensor", "UnsafePickleError", "load", "lookup", "parse"]
+
+_MAX_DIMENSIONS = 64
+_SCALARS = (bool, int, float, str)
 
 
 class Storage(NamedTuple):
@@ -42,85 +53,88 @@ class StoredTensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-class Opaque:
-    """Stands for an object of an allow-listed library; holds the arguments, state and items of the file."""
-
-    global_name = ""
-    args: tuple[Any, ...]
-    state: Any
-    entries: dict[Any, Any]
-    elements: list[Any]
-
-    def __new__(cls, *args: Any, **_: Any) -> Any:
-        self = super().__new__(cls)
-        self.args, self.state, self.entries, self.elements = args, None, {}, []
-        return self
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.entries[key] = value
-
-    def append(self, value: Any) -> None:
-        self.elements.append(value)
-
-    def extend(self, values: list[Any]) -> None:
-        self.elements.extend(values)
+# What a pickle may call: inert stand-ins that take the machine and the arguments of the call.
 
 
-class Mapping(dict[Any, Any]):
-    """A dict that ignores attributes: what OrderedDict, defaultdict and Counter become."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _StorageType(NamedTuple):
-    dtype: torch.dtype
-
-
-class _Function:
-    """A callable the pickle may call but not alter: BUILD could set attributes of a plain function."""
-
-    __slots__ = ("_run",)
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self._run = run
-
-    def __call__(self, *args: Any) -> Any:
-        return self._run(*args)
-
-    def __setstate__(self, state: Any) -> NoReturn:
-        raise UnsafePickleError("the pickle tries to alter a function of the reader")
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
-    if not isinstance(storage, Storage):
+def _rebuild_tensor(machine: Machine, args: tuple[Any, ...]) -> StoredTensor:
+    storage, offset, shape, stride = args[:4]
+    if type(storage) is not Storage:
         raise UnsafePickleError(f"a tensor is built on {type(storage).__name__}, not on a storage")
-    return StoredTensor(storage, offset, tuple(shape), tuple(stride))
+    for sizes in (shape, stride):
+        if type(sizes) is not tuple or len(sizes) > _MAX_DIMENSIONS:
+            raise UnsafePickleError(f"a tensor has a shape or stride that is no tuple of {_MAX_DIMENSIONS}")
+    return StoredTensor(storage, offset, shape, stride)
 
 
-def _rebuild_parameter(data: Any, *_: Any) -> StoredTensor:
-    if not isinstance(data, StoredTensor):
-        raise UnsafePickleError(f"a parameter is built on {type(data).__name__}, not on a tensor")
-    return data
+def _rebuild_parameter(machine: Machine, args: tuple[Any, ...]) -> StoredTensor:
+    if not args or type(args[0]) is not StoredTensor:
+        raise UnsafePickleError("a parameter is built on something that is no tensor")
+    return args[0]
 
 
-def _default_mapping(_factory: Any = None, *items: Any) -> Mapping:
-    return Mapping(*items)
+def _elements(machine: Machine, args: tuple[Any, ...]) -> Any:
+    """The one container that a container is made of, paid for."""
+    if not args:
+        return ()
+    if len(args) > 1 or type(args[0]) not in (list, tuple, set, frozenset, dict):
+        raise UnsafePickleError("a container is made of something that is no container, which is refused")
+    machine.pay(len(args[0]))
+    return args[0]
 
 
-def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+def _list(machine: Machine, args: tuple[Any, ...]) -> list[Any]:
+    return list(_elements(machine, args))
+
+
+def _tuple(machine: Machine, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_elements(machine, args))
+
+
+def _set(machine: Machine, args: tuple[Any, ...]) -> set[Any]:
+    return set(map(check_key, _elements(machine, args)))
+
+
+def _frozenset(machine: Machine, args: tuple[Any, ...]) -> frozenset[Any]:
+    return frozenset(map(check_key, _elements(machine, args)))
+
+
+def _dict(machine: Machine, args: tuple[Any, ...]) -> dict[Any, Any]:
+    items = _elements(machine, args)
+    if type(items) is dict:
+        return dict(items)
+    pairs = {}
+    for item in items:
+        if type(item) not in (list, tuple) or len(item) != 2:
+            raise UnsafePickleError("a dict is made of something that is no pair")
+        pairs[check_key(item[0])] = item[1]
+    return pairs
+
+
+def _default_dict(machine: Machine, args: tuple[Any, ...]) -> dict[Any, Any]:
+    return _dict(machine, args[1:])
+
+
+def _number(kind: Callable[..., Any]) -> Callable[..., Any]:
+    def call(machine: Machine, args: tuple[Any, ...]) -> Any:
+        if len(args) > 2 or any(type(arg) not in _SCALARS for arg in args):
+            raise UnsafePickleError("a number or text is made of something that is no scalar")
+        if any(type(arg) is str and len(arg) > MAX_DIGITS for arg in args):
+            raise UnsafePickleError(f"a number is made of a text of more than {MAX_DIGITS} characters")
+        return kind(*args)
+
+    return call
+
+
+def _encode(machine: Machine, args: tuple[Any, ...]) -> bytes:
     """Protocol 2 writes bytes as text and a call of codecs.encode."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise UnsafePickleError(f"_codecs.encode is accepted for latin1 text only, got encoding {encoding!r}")
+    text, encoding = (*args, "latin1")[:2] if args else (None, None)
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise UnsafePickleError("_codecs.encode is accepted for latin1 text only")
+    machine.pay(len(text))
     return text.encode("latin1")
 
 
-def _empty_bytes(*args: Any) -> bytes:
+def _empty_bytes(machine: Machine, args: tuple[Any, ...]) -> bytes:
     if args:
         raise UnsafePickleError("bytes(...) with arguments is refused")
     return b""
@@ -141,27 +155,41 @@ _STORAGE_DTYPES = {
 }
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
-_GLOBALS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): Mapping,
-    ("collections", "Counter"): Mapping,
-    ("collections", "defaultdict"): _Function(_default_mapping),
-    ("torch._utils", "_rebuild_tensor"): _Function(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
-    ("torch", "Size"): tuple,
-    ("torch.storage", "UntypedStorage"): _StorageType(torch.uint8),
-    ("_codecs", "encode"): _Function(_encode),
-    **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGE_DTYPES.items()},
-    **{("torch", name): getattr(torch, name) for name in _DTYPES},
+_CALLS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): _dict,
+    ("collections", "Counter"): _dict,
+    ("collections", "defaultdict"): _default_dict,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch", "Size"): _tuple,
+    ("_codecs", "encode"): _encode,
     **{
-        (module, kind.__name__): kind
+        (module, name): call
         for module in ("builtins", "__builtin__")
-        for kind in (dict, list, tuple, set, frozenset, str, int, float, bool, complex)
+        for name, call in {
+            "dict": _dict,
+            "list": _list,
+            "tuple": _tuple,
+            "set": _set,
+            "frozenset": _frozenset,
+            "str": _number(str),
+            "int": _number(int),
+            "float": _number(float),
+            "bool": _number(bool),
+            "complex": _number(complex),
+            "bytes": _empty_bytes,
+        }.items()
     },
     # What protocol 2 calls int and str.
-    ("__builtin__", "long"): int,
-    ("__builtin__", "unicode"): str,
-    **{(module, "bytes"): _Function(_empty_bytes) for module in ("builtins", "__builtin__")},
+    ("__builtin__", "long"): _number(int),
+    ("__builtin__", "unicode"): _number(str),
+}
+_GLOBALS: dict[tuple[str, str], Any] = {
+    **{names: Global(".".join(names), call) for names, call in _CALLS.items()},
+    **{("torch", name): Global(f"torch.{name}", value=dtype) for name, dtype in _STORAGE_DTYPES.items()},
+    ("torch.storage", "UntypedStorage"): Global("torch.storage.UntypedStorage", value=torch.uint8),
+    **{("torch", name): getattr(torch, name) for name in _DTYPES},
 }
 
 # Libraries and names whose objects are kept as inert records. Nothing of them is imported.
@@ -196,70 +224,71 @@ _ACCEPTED = (
 )
 
 
-class _InertUnpickler(pickle.Unpickler):
-    def __init__(self, file: IO[bytes], storages: dict[str, Storage]) -> None:
-        super().__init__(file)
-        self._storages = storages
-        self._opaque: dict[str, type[Opaque]] = {}
+def _opaque(name: str) -> Global:
+    return Global(name, lambda machine, args: Opaque(name, args))
 
-    def find_class(self, module: str, name: str) -> Any:
+
+class _Names:
+    """The names and storages of one pickle."""
+
+    def __init__(self, storages: dict[str, Storage]) -> None:
+        self._storages = storages
+        self._opaque: dict[str, Global] = {}
+
+    def find_global(self, module: str, name: str) -> Any:
         known = _GLOBALS.get((module, name))
         if known is not None:
             return known
         if module.partition(".")[0] in _OPAQUE_PACKAGES or (module, name) in _OPAQUE_NAMES:
             full_name = f"{module}.{name}"
             if full_name not in self._opaque:
-                self._opaque[full_name] = type("Opaque", (Opaque,), {"global_name": full_name})
+                self._opaque[full_name] = _opaque(full_name)
             return self._opaque[full_name]
-        raise UnsafePickleError(f"the pickle asks for {module}.{name}, which is refused; {_ACCEPTED}")
+        raise UnsafePickleError(
+            f"the pickle asks for {printable(module)}.{printable(name)}, which is refused; {_ACCEPTED}"
+        )
 
-    def persistent_load(self, pid: Any) -> Storage:
+    def find_storage(self, pid: Any) -> Storage:
         match pid:
-            case ("storage", _StorageType(dtype), str(key), _, int(numel)):
+            case ("storage", Global(value=torch.dtype() as dtype), str(key), _, int(numel)):
                 pass
-            case ("storage", _StorageType(dtype), str(key), _, int(numel), None):
+            case ("storage", Global(value=torch.dtype() as dtype), str(key), _, int(numel), None):
                 pass
             case _:
                 raise UnsafePickleError(
                     f"the pickle refers to an outside object of an unknown kind; {_ACCEPTED}"
                 )
-        storage = self._storages[key] = Storage(dtype, key, numel)
+        storage = Storage(dtype, check_key(key), numel)
+        if self._storages.setdefault(key, storage) != storage:
+            raise UnsafePickleError(f"the pickle describes storage {printable(key)} in two ways")
         return storage
 
 
-def _check_opcodes(file: IO[bytes]) -> None:
-    """Walk over one pickle without executing it; leaves `file` just behind it.
+def parse(data: Buffer, start: int, end: int, storages: dict[str, Storage] | None = None) -> tuple[Any, int]:
+    """Read the pickle at `data[start:end]`; returns its object and the position behind it.
 
-    Refuses what `find_class` does not see: registered extension codes (their cache is shared by the whole
-    process), and memo indices that would make the unpickler allocate memory far beyond the file's size.
+    Built-in containers and numbers with `StoredTensor` and `Opaque` leaves; the storages that its tensors
+    name are added to `storages`.
+    Raises `UnsafePickleError` for a name outside the allow-list or work beyond the limits, and `ValueError`
+    for a damaged pickle.
     """
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in ("EXT1", "EXT2", "EXT4"):
-            raise UnsafePickleError(
-                f"the pickle uses extension code {argument}, which is refused; {_ACCEPTED}"
-            )
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument not in range(count + 1):
-            raise UnsafePickleError(f"the pickle uses memo index {argument} at instruction {count}")
+    names = _Names({} if storages is None else storages)
+    machine = Machine(data, start, end, names.find_global, names.find_storage)
+    try:
+        return machine.run(), machine.position
+    except UnsafePickleError:
+        raise
+    except Exception as error:  # a damaged stream can fail inside any instruction
+        raise ValueError(f"damaged pickle: {type(error).__name__}: {printable(error)}") from error
 
 
 def load(file: IO[bytes], storages: dict[str, Storage] | None = None) -> Any:
-    """Read one pickle from a seekable `file` and leave the file just behind it.
-
-    Returns built-in containers and numbers with `StoredTensor` and `Opaque` leaves; the storages that its
-    tensors name are added to `storages`.
-    Raises `UnsafePickleError` for a name outside the allow-list and `ValueError` for a damaged pickle.
-    """
+    """As `parse`, of a seekable `file`, which is left just behind the pickle."""
     start = file.tell()
-    try:
-        _check_opcodes(file)
-        end = file.tell()
-        file.seek(start)
-        data = io.BytesIO(file.read(end - start))
-        return _InertUnpickler(data, {} if storages is None else storages).load()
-    except UnsafePickleError:
-        raise
-    except Exception as error:  # a damaged stream can fail inside any opcode
-        raise ValueError(f"damaged pickle: {type(error).__name__}: {error}") from error
+    data = file.read()
+    value, end = parse(data, 0, len(data), storages)
+    file.seek(start + end)
+    return value
 
 
 def lookup(value: Any, *keys: str) -> Any:

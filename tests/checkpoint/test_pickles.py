@@ -292,3 +292,158 @@ def test_other_files(tmp_path: Path, data: bytes) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         TorchFile(tmp_path / "none.pt")
+
+
+def _text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+def _deep(depth: int, opening: bytes, closing: bytes) -> bytes:
+    return b"\x80\x02" + opening * depth + closing * depth + b"."
+
+
+def _doubled(depth: int, ending: bytes) -> bytes:
+    """Tuples of three references to the one before, `depth` times."""
+    steps = b"".join(b"0" + (b"h" + bytes([i])) * 3 + b"\x87q" + bytes([i + 1]) for i in range(depth))
+    return b"\x80\x02N0)q\x00" + steps + b"0" + ending.replace(b"@", b"h" + bytes([depth])) + b"."
+
+
+def _copies(function: str, items: bytes = b"N" * 20_000) -> bytes:
+    name = b"cbuiltins\n" + function.encode() + b"\n"
+    return b"\x80\x02]q\x00(" + items + b"e" + name + b"q\x01" + b"h\x01h\x00\x85R" * 1000 + b"."
+
+
+BOMBS = {
+    "tuple as a key": b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.",
+    "deep list": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    "deep dict": _deep(5000, b"}N", b"s"),
+    "hash of shared tuples": _doubled(60, b"}@Ns"),
+    "set of shared tuples": _doubled(60, b"\x8f(@\x90"),
+    "frozenset of shared tuples": _doubled(60, b"(@\x91"),
+    "str of shared tuples": _doubled(60, b"cbuiltins\nstr\n@\x85R"),
+    "int of a tuple": _doubled(60, b"cbuiltins\nint\n@\x85R"),
+    "complex of a tuple": _doubled(60, b"cbuiltins\ncomplex\n@\x85R"),
+    "copied lists": _copies("list"),
+    "copied tuples": _copies("tuple"),
+    "copied sets": _copies("set"),
+    "copied dicts": b"\x80\x02}q\x00("
+    + b"".join(b"J" + i.to_bytes(4, "little") + b"N" for i in range(20_000))
+    + b"uccollections\nOrderedDict\nq\x01"
+    + b"h\x01h\x00\x85R" * 1000
+    + b".",
+    "encoded again and again": b"\x80\x02"
+    + _text("x" * 10_000)
+    + b"q\x00c_codecs\nencode\nq\x01"
+    + b"h\x01h\x00\x85R" * 1000
+    + b".",
+    "huge integer": b"\x80\x02\x8b" + (100_000).to_bytes(4, "little") + b"\xff" * 100_000 + b".",
+    "negative size of an integer": b"\x80\x02\x8b\xff\xff\xff\xff.",
+    "many digits": b"I" + b"9" * 5000 + b"\n.",
+    "many digits, long": b"L" + b"9" * 400_000 + b"L\n.",
+    "many digits through int": b"cbuiltins\nint\n" + _text("9" * 4000) + b"\x85R.",
+    "colliding keys": b"\x80\x02}("
+    + b"".join(b"\x8a\x0e" + (i * (2**61 - 1)).to_bytes(14, "little") + b"N" for i in range(50_000))
+    + b"u.",
+    "long key": b"\x80\x02}" + _text("k" * 10_000) + b"Ns.",
+    "declared length": b"\x80\x02\x8e" + (2**62).to_bytes(8, "little") + b"x.",
+    "frame beyond the end": b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b"N.",
+    "groups without end": b"\x80\x02" + b"(" * 1_000_001 + b".",
+    "empty sets": b"\x80\x04" + b"\x8f0" * 1_000_001 + b"N.",
+    "call of a call": b"\x80\x02ctorch\nSize\n)R)R.",
+    "state of a list": b"\x80\x02]}b.",
+    "buffer outside": b"\x80\x05\x97.",
+    "newer protocol": b"\x80\x06N.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_pickles_cannot_ask_for_much_work(name: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        pickles.load(io.BytesIO(BOMBS[name]))
+    assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
+
+
+def test_names_in_messages_are_printable() -> None:
+    with pytest.raises(UnsafePickleError) as caught:
+        pickles.load(io.BytesIO(b"\x80\x02c\x1b[2Jos\n" + b"s" * 100_000 + b"\n."))
+    assert str(caught.value).isprintable() and r"\x1b[2Jos" in str(caught.value)
+    assert len(str(caught.value)) < 2000
+
+
+def test_the_reader_stays_behind_the_pickle() -> None:
+    file = io.BytesIO(b"ab" + pickle.dumps({1: [2]}, 4) + b"tail")
+    file.seek(2)
+    assert pickles.load(file) == {1: [2]} and file.read() == b"tail"
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_all_protocols_read_as_python_does(protocol: int) -> None:
+    shared = [
+        "x",
+        -1,
+        255,
+        65_000,
+        -(2**31),
+        2**40,
+        -(2**100),
+        1.5,
+        None,
+        True,
+        False,
+        b"\x00\xff",
+        "é\u2028",
+    ]
+    value = {"a": shared, "b": (shared, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)), "c": {"d": {1, 2}, 3: []}}
+    value |= {"e": frozenset((1, 2)), "f": collections.OrderedDict(x=1), "g": 2j, "h": list(range(3000))}
+    got = pickles.load(io.BytesIO(pickle.dumps(value, protocol)))
+    assert got == value and got["a"] is got["b"][0]
+
+
+def test_tensors_of_one_storage_share_memory(tmp_path: Path) -> None:
+    """As after vector_to_parameters: the file is mapped once, not read once for each view."""
+    flat = torch.arange(1000, dtype=torch.float32)
+    torch.save({f"w{i}": flat[10 * i : 10 * i + 10] for i in range(100)}, tmp_path / "flat.pt")
+    loaded = read_all(tmp_path / "flat.pt")
+    assert torch.equal(torch.cat(list(loaded.values())), flat)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in loaded.values()}) == 1
+
+
+def test_few_bytes_cannot_pose_as_many_tensors(tmp_path: Path) -> None:
+    flat = torch.zeros(1000)
+    torch.save({f"w{i}": flat[i : i + 900] for i in range(20)}, tmp_path / "repeated.pt")
+    with pytest.raises(ValueError, match="repeat the 1000 elements of storage"):
+        read_all(tmp_path / "repeated.pt")
+    torch.save({f"w{i}": flat for i in range(20)}, tmp_path / "tied.pt")
+    assert len({tensor.data_ptr() for tensor in read_all(tmp_path / "tied.pt").values()}) == 1
+
+
+def test_files_without_checksums(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(example(), tmp_path / "t.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    loaded = read_all(tmp_path / "t.pt")
+    assert all(torch.equal(loaded[name], tensor.data) for name, tensor in example().items() if "1" in name)
+    assert loaded["double"].dtype == torch.float64 and loaded["ids"].tolist() == [1, -2, 3]
+
+
+def test_a_changed_byte_is_seen(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(64.0)}, tmp_path / "t.pt")
+    data = bytearray((tmp_path / "t.pt").read_bytes())
+    place = bytes(data).index(torch.arange(64.0).numpy().tobytes())
+    data[place + 100] ^= 1
+    with pytest.raises(ValueError, match="CRC-32"):
+        read_all(write(tmp_path / "changed.pt", bytes(data)))
+
+
+def test_overlapping_members_are_refused(tmp_path: Path) -> None:
+    """Two entries of the directory on the same bytes would let a small file hold any number of tensors."""
+    data = torch_zip(b"\x80\x02}.", **{"0": b"a" * 64, "1": b"b" * 64})
+    offsets = [info.header_offset for info in zipfile.ZipFile(io.BytesIO(data)).infolist()]
+    directory = data.index(b"PK\x01\x02")
+    shifted = data[:directory] + data[directory:].replace(
+        offsets[2].to_bytes(4, "little"), offsets[1].to_bytes(4, "little")
+    )
+    with pytest.raises(ValueError, match=r"overlap"):
+        TorchFile(write(tmp_path / "overlap.pt", shifted))
