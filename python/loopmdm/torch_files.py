@@ -83,8 +83,8 @@ class TorchFile:
         self._repeated[key] = self._repeated.get(key, 0) + count
         if self._repeated[key] > _MAX_REPEATS * stored.storage.numel:
             raise ValueError(
-                f"{self.name}: tensors repeat the {stored.storage.numel} elements of storage {printable(key)} "
-                f"more than {_MAX_REPEATS} times"
+                f"{self.name}: tensors repeat the {stored.storage.numel} elements of storage "
+                f"{printable(key)} more than {_MAX_REPEATS} times"
             )
 
     def _open_zip(self, file: Any) -> Any:

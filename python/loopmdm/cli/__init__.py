@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TextIO
 
 from loopmdm.cli.parser import FAILED, INTERRUPTED, USAGE, Parser, UsageError
+from loopmdm_kernels.printable import printable_lines
 
 COMMANDS = {
     "demo": "solve Sudoku with the shipped models, train a little, compare speed with plain PyTorch",
@@ -116,7 +117,7 @@ def _describe(error: Exception) -> str:
 
 
 def _complain(program: str, message: str) -> None:
-    print(f"{program}: {message}", file=sys.stderr, flush=True)
+    print(f"{program}: {printable_lines(message)}", file=sys.stderr, flush=True)
 
 
 def _show_warning(
@@ -127,4 +128,4 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"loopmdm: warning: {message}", file=sys.stderr, flush=True)
+    print(f"loopmdm: warning: {printable_lines(str(message))}", file=sys.stderr, flush=True)
