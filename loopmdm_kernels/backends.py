@@ -3,25 +3,28 @@
 An op goes to the first backend of `PREFERENCE` that has a kernel for it, works on the tensors' device and
 supports the arguments; `reference` has every op. `use_backend` or the environment variable LOOPMDM_BACKEND
 forces one instead, which then does the work or says why it cannot, or several in order ("cuda,triton"): a
-call that goes past one of them says so, once.
+call that goes past one of them says so, once. A LOOPMDM_CPU_ISA that this machine has not is an error of
+every op that might have run on the CPU kernels.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from loopmdm_kernels import reference
 from loopmdm_kernels.tracing import transformed
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = ("cpu",)  # not triton and cuda: their kernels have not run on a device yet
@@ -69,26 +72,52 @@ def available_backends() -> dict[str, bool | str]:
     return status
 
 
-@contextmanager
-def use_backend(*names: str) -> Iterator[None]:
+class use_backend:
     """Make the ops called inside, in this thread or task, use one backend.
 
     Of several, such as use_backend("cuda", "triton"), each call uses the first that can do it, and warns once
-    for each reason to go past one.
+    for each reason to go past one. Names are checked by the call; the choice holds inside `with`, or as a
+    decorator inside the function. Without either it does nothing, and says so in a RuntimeWarning.
 
     Raises:
         ValueError: no backend has such a name, or none is given.
         RuntimeError: none can be used on this machine; inside, an op that none can do raises this too.
     """
-    _check_names("use_backend", names)
-    reasons = {name: _why_unavailable(name) for name in names}
-    if None not in reasons.values():
-        raise RuntimeError("use_backend: " + _refusals("cannot be used here", reasons))
-    token = _forced.set(names)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+
+    def __init__(self, *names: str) -> None:
+        self._used = True  # nothing to say of names that are refused
+        _check_names("use_backend", names)
+        reasons = {name: _why_unavailable(name) for name in names}
+        if None not in reasons.values():
+            raise RuntimeError("use_backend: " + _refusals("cannot be used here", reasons))
+        self._names, self._tokens = names, list[Token[tuple[str, ...]]]()
+        self._used = False
+
+    def __enter__(self) -> None:
+        self._used = True
+        self._tokens.append(_forced.set(self._names))
+
+    def __exit__(self, *error: object) -> None:
+        _forced.reset(self._tokens.pop())
+
+    def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
+        self._used = True
+
+        @wraps(function)
+        def inside(*args: _P.args, **options: _P.kwargs) -> _R:
+            with use_backend(*self._names):
+                return function(*args, **options)
+
+        return inside
+
+    def __del__(self) -> None:
+        if not self._used:
+            asked = ", ".join(map(repr, self._names))
+            warnings.warn(
+                f"use_backend({asked}): does nothing by itself, use `with use_backend({asked}): ...`",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def forced() -> tuple[str, ...]:
@@ -106,8 +135,10 @@ def implementation(
     op on which a kernel's support depends.
     """
     asked = forced()
+    _check_names("LOOPMDM_BACKEND", asked or PREFERENCE)
+    if "cpu" in (asked or PREFERENCE):
+        _check_instruction_set()
     if asked:
-        _check_names("LOOPMDM_BACKEND", asked)
         reasons: dict[str, str | None] = {}
         for name in asked:
             if name == "reference":
@@ -124,6 +155,19 @@ def implementation(
         if _why_not(name, op, device, fp8_weights, arguments) is None and _why_unavailable(name) is None:
             return _kernel(name, op)
     return _reference(op)
+
+
+def _check_instruction_set() -> None:
+    """Raises for a LOOPMDM_CPU_ISA that this machine has not: it was set to force something."""
+    if os.environ.get("LOOPMDM_CPU_ISA"):
+        try:
+            extension = _extension()
+        except ImportError:
+            return
+        try:
+            extension.cpu_isa()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
 
 
 def _check_names(source: str, names: tuple[str, ...]) -> None:

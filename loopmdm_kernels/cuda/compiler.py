@@ -65,7 +65,11 @@ def _packaged_name(name: str, options: list[str], architecture: str) -> str:
 def limited(macros: dict[str, int]) -> dict[str, int]:
     """With LOOPMDM_CUDA_SPIN_LIMIT, if it is set: a kernel that waits in vain ends with an error."""
     spins = os.environ.get("LOOPMDM_CUDA_SPIN_LIMIT")
-    return {**macros, "LOOPMDM_SPIN_LIMIT": int(spins)} if spins else macros
+    if not spins:
+        return macros
+    if not spins.isdecimal() or int(spins) == 0:
+        raise ValueError(f"LOOPMDM_CUDA_SPIN_LIMIT: got {spins!r}, expected a number of polls, 1 or more")
+    return {**macros, "LOOPMDM_SPIN_LIMIT": int(spins)}
 
 
 def cache_key(

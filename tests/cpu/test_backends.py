@@ -2,6 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
+import json
+import re
 import sys
 import threading
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 import loopmdm_kernels as lk
+from loopmdm.cli import main
 from loopmdm_kernels import _C, backends, reference
 from loopmdm_kernels.cpu.attention import attention as cpu_attention
 from loopmdm_kernels.cpu.sample_rows import sample_rows as cpu_sample_rows
@@ -150,9 +154,65 @@ def test_without_the_extension(monkeypatch):
         pass
 
 
-def test_wrong_instruction_set_is_a_reason(monkeypatch):
+@pytest.mark.parametrize("name", ["sse9", "AVX2", "avx2 ", "avx512,avx2"])
+def test_wrong_instruction_set_is_an_error_of_every_op(monkeypatch, name):
+    monkeypatch.setenv("LOOPMDM_CPU_ISA", name)
+    accepted = f"LOOPMDM_CPU_ISA: got '{name}'; this machine accepts: {_C.usable_cpu_isas()}"
+    assert lk.available_backends()["cpu"] == accepted
+    for op, options in {"sample_rows": arguments(), "attention": {"q": torch.zeros(1)}}.items():
+        with pytest.raises(ValueError, match=re.escape(accepted)):
+            backends.implementation(op, CPU, **options)
+    with pytest.raises(ValueError, match="LOOPMDM_CPU_ISA"):
+        chosen(dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=re.escape(accepted)):
+        lk.use_backend("cpu")
+    with lk.use_backend("reference"):
+        assert chosen() is reference.sample_rows
+    monkeypatch.setenv("LOOPMDM_BACKEND", "cpu,reference")
+    with pytest.raises(ValueError, match="LOOPMDM_CPU_ISA"):
+        chosen()
+    monkeypatch.delenv("LOOPMDM_BACKEND")
+    monkeypatch.setenv("LOOPMDM_CPU_ISA", "")
+    assert chosen() is cpu_sample_rows
+
+
+def test_wrong_instruction_set_on_the_command_line(monkeypatch, capsys):
     monkeypatch.setenv("LOOPMDM_CPU_ISA", "sse9")
-    assert "LOOPMDM_CPU_ISA: got 'sse9'" in str(lk.available_backends()["cpu"])
+    assert main(["solve", "1" + 80 * ".", "--loops", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "error: LOOPMDM_CPU_ISA: got 'sse9'; this machine accepts: generic" in said
+    assert main(["doctor", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert "got 'sse9'" in json.dumps(told)
+
+
+def test_use_backend_checks_its_names_when_called():
+    with pytest.raises(ValueError, match="use_backend: got 'foo'"):
+        lk.use_backend("foo")
+    with pytest.raises(ValueError, match="use_backend: got no backend"):
+        lk.use_backend()
+
+
+def test_use_backend_that_is_not_entered_says_so():
+    with pytest.warns(RuntimeWarning, match=r"use_backend\('reference'\): does nothing by itself"):
+        lk.use_backend("reference")
+        gc.collect()
+    assert chosen() is cpu_sample_rows
+
+
+def test_use_backend_as_a_decorator_and_again():
+    @lk.use_backend("reference")
+    def inside(dtype):
+        return chosen(dtype=dtype)
+
+    assert inside(torch.float32) is inside(dtype=torch.float32) is reference.sample_rows
+    assert chosen() is cpu_sample_rows
+    again = lk.use_backend("reference")
+    with again, again:
+        assert chosen() is reference.sample_rows
+    with again:
+        assert chosen() is reference.sample_rows
+    assert chosen() is cpu_sample_rows
 
 
 def test_public_op_goes_through_the_dispatch():

@@ -91,7 +91,7 @@ def test_loops_of_each_sequence(isa, dtype, recompute):
 
 @pytest.mark.parametrize("length", [300, 700])
 @DTYPES
-def test_more_rows_than_one_task(dtype, length):
+def test_more_rows_than_one_task(isa, dtype, length):
     check(looped_inputs(2, length, 64, 1, 1), 1, dtype)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loopmdm_kernels.cuda import driver, head, launch, sample_rows, tensor_maps
+from loopmdm_kernels.cuda import compiler, driver, head, launch, sample_rows, tensor_maps
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
 
@@ -109,3 +109,12 @@ def test_nothing_is_launched_for_no_rows(notes):
     head_ = Head(*(t.to(torch.bfloat16) for t in weights[:4]))
     sample_rows.sample_rows(hidden.float(), head_, torch.arange(0), row_rng(0))
     assert not notes.launches and not notes.compiled
+
+
+@pytest.mark.parametrize("spins", ["many", "0", "-1", "1.5"])
+def test_a_spin_limit_that_is_no_number_is_refused(monkeypatch, spins):
+    monkeypatch.setenv("LOOPMDM_CUDA_SPIN_LIMIT", spins)
+    with pytest.raises(
+        ValueError, match=f"LOOPMDM_CUDA_SPIN_LIMIT: got '{spins}', expected a number of polls"
+    ):
+        compiler.limited({})

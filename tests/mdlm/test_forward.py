@@ -89,12 +89,10 @@ def test_float32_error_is_that_of_plain_pytorch(kind: str, num_loops: int) -> No
     assert ours <= 2 * theirs + torch.finfo(torch.float32).eps * exact.abs().max()
 
 
-@pytest.mark.parametrize("num_loops", [1, 3, 12])
-@pytest.mark.parametrize("kind", ["DIT", "LoopMDM", "patch"])
-def test_bfloat16_error_is_that_of_the_reference_s_rounding_points(kind: str, num_loops: int) -> None:
-    """Blocks and head in bf16, everything else in fp32, as on a GPU; the residual stream stays fp32."""
+def bfloat16_squared_errors(kind: str, num_loops: int, seed: int) -> Tensor:
+    """Mean squared errors of our logits and of the reference's, for the weights of `seed`."""
     reference = ReferenceDIT(reference_config(), VOCAB).eval()
-    randomise(reference)
+    randomise(reference, seed)
     reference.order = [0, *[1, 2] * num_loops, 3, 4]
     reference.trunk_dtype = torch.bfloat16
     ids, sigma = inputs()
@@ -111,8 +109,20 @@ def test_bfloat16_error_is_that_of_the_reference_s_rounding_points(kind: str, nu
         with torch.autocast("cpu", torch.bfloat16):
             ours = model.eval()(ids, sigma)
     assert ours.dtype == theirs.dtype == torch.bfloat16
-    error, allowed = ((logits.double() - exact).square().mean().sqrt() for logits in (ours, theirs))
-    assert 0 < error <= 1.5 * allowed
+    return torch.stack([(logits.double() - exact).square().mean().detach() for logits in (ours, theirs)])
+
+
+@pytest.mark.parametrize("num_loops", [1, 3, 12])
+@pytest.mark.parametrize("kind", ["DIT", "LoopMDM", "patch"])
+def test_bfloat16_error_is_that_of_the_reference_s_rounding_points(kind: str, num_loops: int) -> None:
+    """Blocks and head in bf16, everything else in fp32, as on a GPU; the residual stream stays fp32.
+
+    Loops carry one rounding error through all logits, so those of one model are far fewer than independent
+    draws, and which way they fall differs with the order of sums of the machine. Of many models it averages out.
+    """
+    errors = torch.stack([bfloat16_squared_errors(kind, num_loops, seed) for seed in range(16)])
+    error, allowed = errors.mean(0).sqrt()
+    assert 0 < error <= 1.2 * allowed
 
 
 def test_the_stand_in_is_the_specified_forward() -> None:
