@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | sanitize | gpu: each sets up what it needs; gpu is gpu-tests gpu-triton gpu-hopper.
+# make demo | test | test-isas | bench | lint | sanitize | gpu: each sets up what it needs; gpu is gpu-tests gpu-triton gpu-hopper.
 #   VENV=path    use this virtual environment instead of .venv
 #   PYTHON=...   interpreter that creates the environment (3.10 or later)
 #   TORCH=...    requirement for torch, installed first
@@ -17,7 +17,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench lint sanitize gpu gpu-ready gpu-tests gpu-triton gpu-hopper clean
+.PHONY: help demo test test-isas bench lint sanitize gpu gpu-ready gpu-tests gpu-triton gpu-hopper clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +32,10 @@ demo: $(VENV)/.installed-test
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# The tests as on other processors: AVX2 emulated, other kernels of OpenBLAS, each instruction set of this machine.
+test-isas: $(VENV)/.installed-test
+	$(BIN)/python tests/isas.py --jobs $(JOBS) --write build/test-isas.txt
 
 bench: $(VENV)/.installed-test
 	@mkdir -p $(dir $(BENCH_RESULT))

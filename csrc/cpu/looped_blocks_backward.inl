@@ -325,8 +325,9 @@ void project_gradient_rows(const BlockShape& s, const TransposedPointers& weight
 }
 
 // A slice of the left panels stays in the second-level cache while the slices of the right ones pass by. The
-// sums come from afar, and each slice more fetches them once more. Sums of floats are cut shorter: the rounding
-// of a running sum grows with its length, and of 256 rows it exceeded all other errors of the gradient.
+// sums come from afar, and each slice more fetches them once more. Sums of floats are cut shorter: the
+// rounding of a running sum grows with its length, and of 256 rows it exceeded all other errors of the
+// gradient.
 template <class Operand>
 void weight_gradient(const RowPanels& left, int64_t out, const PanelRange& left_range, const RowPanels& right,
                      const PanelRange& right_range, float* gradient) {

@@ -1,0 +1,100 @@
+"""Runs the tests once for each kind of processor that this machine can play.
+
+    python tests/isas.py [--write FILE] [--only MODE ...] [tests ...]
+
+The modes: AVX2 in all libraries at once; OpenBLAS (numpy's products) as on other processors; each instruction
+set of the CPU kernels. It prints one line a mode and fails if one fails. By default it runs the folders whose
+verdicts can depend on floating-point arithmetic of the processor. Left out are those that cannot: sudoku,
+data_text and schedule compute with integers or in Python, gpu_free and cuda compile or emulate device code,
+csrc and build test sources with flags of their own, view, bench, checkpoint and cli have text, files and
+processes as results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from loopmdm_kernels import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ["cpu", "ops", "triton", "mdlm", "loopmdm", "sampling", "study", "train", "quality"]
+VARIABLES = (
+    "LOOPMDM_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "OPENBLAS_CORETYPE",
+)
+AVX2 = dict(zip(VARIABLES, ("avx2", "avx2", "AVX2", "AVX2"), strict=False))
+
+
+def modes() -> dict[str, dict[str, str]]:
+    """The environment of each mode, beside which none of VARIABLES is set."""
+    isas = _C.usable_cpu_isas().split(", ")
+    emulated = {"avx2 everywhere": AVX2} if "avx2" in isas else {}
+    blas = {
+        f"OPENBLAS_CORETYPE={name}": {"OPENBLAS_CORETYPE": name} for name in ("Haswell", "Zen", "SkylakeX")
+    }
+    if "avx512" not in isas:
+        del blas["OPENBLAS_CORETYPE=SkylakeX"]
+    return emulated | blas | {f"LOOPMDM_CPU_ISA={isa}": {"LOOPMDM_CPU_ISA": isa} for isa in isas}
+
+
+def run(mode: str, variables: dict[str, str], tests: list[str], jobs: int) -> tuple[bool, str]:
+    """Whether all passed, and the line that says so."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {"OMP_NUM_THREADS": "1"} | variables
+    parallel = ["-n", str(jobs)] if jobs > 1 else []
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--no-header", *parallel, *tests],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    counts = {word: 0 for word in ("passed", "failed", "skipped", "error")}
+    summary = (done.stdout.strip().splitlines() or [""])[-1]
+    for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", summary):
+        counts[word] = int(number)
+    failed = counts["failed"] + counts["error"]
+    said = f"{counts['passed']} passed, {failed} failed, {counts['skipped']} skipped"
+    names = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    status = f"{mode:<29} {said}, {time.monotonic() - start:.0f} s"
+    if done.returncode != 0 and not failed:
+        status += f"; pytest ended with {done.returncode}: {summary}"
+    return done.returncode == 0, "\n".join([status, *names])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tests", nargs="*", default=[f"tests/{name}" for name in FOLDERS])
+    parser.add_argument("--only", nargs="+", choices=modes(), metavar="MODE", help=", ".join(modes()))
+    parser.add_argument("--jobs", type=int, default=1, help="test processes of a mode")
+    parser.add_argument("--write", type=Path, help="also write what is printed to this file")
+    arguments = parser.parse_args()
+    lines, good = [], True
+    for mode, variables in modes().items():
+        if arguments.only and mode not in arguments.only:
+            continue
+        passed, line = run(mode, variables, arguments.tests, arguments.jobs)
+        print(line, flush=True)
+        good &= passed
+        lines.append(line)
+        if arguments.write:
+            arguments.write.parent.mkdir(parents=True, exist_ok=True)
+            arguments.write.write_text("\n".join(lines) + "\n")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
