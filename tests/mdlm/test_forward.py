@@ -117,8 +117,8 @@ def bfloat16_squared_errors(kind: str, num_loops: int, seed: int) -> Tensor:
 def test_bfloat16_error_is_that_of_the_reference_s_rounding_points(kind: str, num_loops: int) -> None:
     """Blocks and head in bf16, everything else in fp32, as on a GPU; the residual stream stays fp32.
 
-    Loops carry one rounding error through all logits, so those of one model are far fewer than independent
-    draws, and which way they fall differs with the order of sums of the machine. Of many models it averages out.
+    Loops carry one rounding error through all logits, so those of one model are few independent draws, and
+    which way they fall differs with the order of sums of the machine. Of many models it averages out.
     """
     errors = torch.stack([bfloat16_squared_errors(kind, num_loops, seed) for seed in range(16)])
     error, allowed = errors.mean(0).sqrt()
