@@ -37,6 +37,7 @@ _KERNEL_MODULES = {
     "cpu": {
         "attention": "loopmdm_kernels.cpu.attention",
         "head_logits": "loopmdm_kernels.cpu.head_logits",
+        "head_logits_backward": "loopmdm_kernels.cpu.head_logits",
         "looped_blocks": "loopmdm_kernels.cpu.looped_blocks",
         "masked_cross_entropy": "loopmdm_kernels.cpu.masked_cross_entropy",
         "sample_rows": "loopmdm_kernels.cpu.sample_rows",
@@ -44,6 +45,7 @@ _KERNEL_MODULES = {
     "triton": {
         "attention": "loopmdm_kernels.triton.attention",
         "head_logits": "loopmdm_kernels.triton.head_logits",
+        "head_logits_backward": "loopmdm_kernels.triton.head_logits",
         "looped_blocks": "loopmdm_kernels.triton.looped_blocks",
         "masked_cross_entropy": "loopmdm_kernels.triton.masked_cross_entropy",
         "sample_rows": "loopmdm_kernels.triton.sample_rows",

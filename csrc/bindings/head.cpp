@@ -22,7 +22,7 @@ void check_num_threads(int num_threads) {
 
 cpu::HeadProblem head_problem(py::handle hidden_arg, py::handle rows_arg, py::handle norm_arg,
                               py::handle shift_arg, py::handle gain_arg, py::handle weight_arg,
-                              py::handle bias_arg, bool narrow, cpu::Isa isa) {
+                              py::handle bias_arg, bool normalized, bool narrow, cpu::Isa isa) {
   const TensorView hidden(hidden_arg, "hidden", {DType::float32}, {kAny, kAny, kAny});
   const int64_t groups = hidden.size(0), length = hidden.size(1), width = hidden.size(2);
   const TensorView bias(bias_arg, "head.bias", {DType::float32}, {kAny});
@@ -56,6 +56,7 @@ cpu::HeadProblem head_problem(py::handle hidden_arg, py::handle rows_arg, py::ha
       .width = width,
       .vocab_size = vocab_size,
       .narrow = narrow,
+      .normalized = normalized,
   };
 }
 

@@ -10,7 +10,7 @@ namespace loopmdm {
 // `weight`: [vocab_size, D], packed for `isa`. Throws like TensorView.
 cpu::HeadProblem head_problem(pybind11::handle hidden, pybind11::handle rows, pybind11::handle norm,
                               pybind11::handle shift, pybind11::handle gain, pybind11::handle weight,
-                              pybind11::handle bias, bool narrow, cpu::Isa isa);
+                              pybind11::handle bias, bool normalized, bool narrow, cpu::Isa isa);
 
 void check_num_threads(int num_threads);
 

@@ -4,6 +4,7 @@
 
 #include "bindings/ops.h"
 #include "bindings/tensor_view.h"
+#include "cpu/head_logits_backward.h"
 
 namespace py = pybind11;
 
@@ -26,13 +27,16 @@ struct Arguments {
 
   Arguments(py::handle hidden_arg, py::handle rows_arg, py::handle targets_arg, py::handle norm_arg,
             py::handle shift_arg, py::handle gain_arg, py::handle weight_arg, py::handle bias_arg,
-            int64_t excluded_token, bool narrow, int num_threads) {
+            bool normalized, int64_t excluded_token, bool narrow, int num_threads) {
     const TensorView hidden(hidden_arg, "hidden", {DType::float32}, {kAny, kAny, kAny});
     batch = hidden.size(0);
     length = hidden.size(1);
     const int64_t width = hidden.size(2);
     const TensorView rows(rows_arg, "rows", {DType::int64}, {kAny});
-    const TensorView targets(targets_arg, "targets", {DType::int64}, {rows.size(0)});
+    std::optional<TensorView> targets;
+    if (!targets_arg.is_none())
+      targets.emplace(targets_arg, "targets", std::initializer_list<DType>{DType::int64},
+                      std::initializer_list<int64_t>{rows.size(0)});
     const TensorView norm(norm_arg, "head.norm", {DType::float32}, {width});
     const TensorView shift(shift_arg, "shift", {DType::float32}, {kAny, width});
     const TensorView gain(gain_arg, "gain", {DType::float32}, {shift.size(0), width});
@@ -54,11 +58,11 @@ struct Arguments {
     if (num_threads < 1)
       throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
     check_range(rows, "rows", batch * length);
-    check_range(targets, "targets", vocab_size);
+    if (targets) check_range(*targets, "targets", vocab_size);
     problem = {
         .hidden = hidden.as<const float>(),
         .rows = rows.as<const int64_t>(),
-        .targets = targets.as<const int64_t>(),
+        .targets = targets ? targets->as<const int64_t>() : nullptr,
         .norm = norm.as<const float>(),
         .shift = shift.as<const float>(),
         .gain = gain.as<const float>(),
@@ -72,6 +76,7 @@ struct Arguments {
         .excluded_token = excluded_token,
         .weight_is_bf16 = weight.dtype() == DType::bfloat16,
         .narrow = narrow,
+        .normalized = normalized,
     };
   }
 };
@@ -92,13 +97,44 @@ cpu::KeptTiles kept_tiles(const cpu::MaskedCrossEntropyProblem& p, py::handle to
   return kept;
 }
 
+// Where gradients go; a None is not wanted.
+cpu::MaskedCrossEntropyGradients wanted_gradients(const Arguments& arguments, const float* nll,
+                                                  py::handle hidden, py::handle norm, py::handle shift,
+                                                  py::handle scale, py::handle weight_arg, py::handle bias) {
+  const cpu::MaskedCrossEntropyProblem& p = arguments.problem;
+  const auto wanted = [](py::handle tensor, const char* name, std::initializer_list<int64_t> shape) {
+    return tensor.is_none() ? nullptr : TensorView(tensor, name, {DType::float32}, shape).as<float>();
+  };
+  std::optional<TensorView> weight;
+  if (!weight_arg.is_none())
+    weight.emplace(weight_arg, "weight_grad", std::initializer_list<DType>{DType::float32, DType::bfloat16},
+                   std::initializer_list<int64_t>{p.vocab_size, p.width});
+  const bool weight_is_bf16 = weight && weight->dtype() == DType::bfloat16;
+  if (weight_is_bf16 && p.num_rows > cpu::kGroupRows)
+    throw py::value_error("weight_grad: expected float32 for more than " + std::to_string(cpu::kGroupRows) +
+                          " rows");
+  if (shift.is_none() != scale.is_none())
+    throw py::value_error("shift_grad, scale_grad: expected both or none");
+  return {
+      .nll = nll,
+      .hidden = wanted(hidden, "hidden_grad", {arguments.batch, arguments.length, p.width}),
+      .norm = wanted(norm, "norm_grad", {p.width}),
+      .shift = wanted(shift, "shift_grad", {p.num_modulations, p.width}),
+      .scale = wanted(scale, "scale_grad", {p.num_modulations, p.width}),
+      .weight = weight ? weight->as<void>() : nullptr,
+      .bias = wanted(bias, "bias_grad", {p.vocab_size}),
+      .weight_is_bf16 = weight_is_bf16,
+  };
+}
+
 void masked_cross_entropy(py::handle hidden, py::handle rows, py::handle targets, py::handle norm,
                           py::handle shift, py::handle gain, py::handle weight, py::handle bias,
-                          int64_t excluded_token, bool narrow, int num_threads, py::handle row_weights_arg,
-                          py::handle total_arg, py::handle top_arg, py::handle sum_arg, py::handle nll_arg,
-                          py::handle tile_top, py::handle exponentials) {
-  const Arguments arguments(hidden, rows, targets, norm, shift, gain, weight, bias, excluded_token, narrow,
-                            num_threads);
+                          bool normalized, int64_t excluded_token, bool narrow, int num_threads,
+                          py::handle row_weights_arg, py::handle total_arg, py::handle top_arg,
+                          py::handle sum_arg, py::handle nll_arg, py::handle tile_top,
+                          py::handle exponentials) {
+  const Arguments arguments(hidden, rows, targets, norm, shift, gain, weight, bias, normalized,
+                            excluded_token, narrow, num_threads);
   const int64_t num_rows = arguments.problem.num_rows;
   const TensorView row_weights(row_weights_arg, "row_weights", {DType::float32}, {num_rows});
   const TensorView total(total_arg, "total", {DType::float32}, {});
@@ -114,49 +150,44 @@ void masked_cross_entropy(py::handle hidden, py::handle rows, py::handle targets
 
 void masked_cross_entropy_backward(py::handle hidden, py::handle rows, py::handle targets, py::handle norm,
                                    py::handle shift, py::handle gain, py::handle weight, py::handle bias,
-                                   int64_t excluded_token, bool narrow, int num_threads, py::handle top_arg,
-                                   py::handle sum_arg, py::handle nll_arg, py::handle tile_top,
-                                   py::handle exponentials, py::handle nll_grad_arg,
-                                   py::handle hidden_grad_arg, py::handle norm_grad_arg,
-                                   py::handle shift_grad_arg, py::handle scale_grad_arg,
-                                   py::handle weight_grad_arg, py::handle bias_grad_arg) {
-  const Arguments arguments(hidden, rows, targets, norm, shift, gain, weight, bias, excluded_token, narrow,
-                            num_threads);
+                                   bool normalized, int64_t excluded_token, bool narrow, int num_threads,
+                                   py::handle top_arg, py::handle sum_arg, py::handle nll_arg,
+                                   py::handle tile_top, py::handle exponentials, py::handle nll_grad_arg,
+                                   py::handle hidden_grad, py::handle norm_grad, py::handle shift_grad,
+                                   py::handle scale_grad, py::handle weight_grad, py::handle bias_grad) {
+  const Arguments arguments(hidden, rows, targets, norm, shift, gain, weight, bias, normalized,
+                            excluded_token, narrow, num_threads);
   const cpu::MaskedCrossEntropyProblem& p = arguments.problem;
   const TensorView top(top_arg, "top", {DType::float32}, {p.num_rows});
   const TensorView sum(sum_arg, "sum", {DType::float32}, {p.num_rows});
   const TensorView nll(nll_arg, "nll", {DType::float32}, {p.num_rows});
   const TensorView nll_grad(nll_grad_arg, "nll_grad", {DType::float32}, {p.num_rows});
-  const auto wanted = [](py::handle tensor, const char* name, std::initializer_list<int64_t> shape) {
-    return tensor.is_none() ? nullptr : TensorView(tensor, name, {DType::float32}, shape).as<float>();
-  };
-  std::optional<TensorView> weight_grad;
-  if (!weight_grad_arg.is_none())
-    weight_grad.emplace(weight_grad_arg, "weight_grad",
-                        std::initializer_list<DType>{DType::float32, DType::bfloat16},
-                        std::initializer_list<int64_t>{p.vocab_size, p.width});
-  const bool weight_grad_is_bf16 = weight_grad && weight_grad->dtype() == DType::bfloat16;
-  if (weight_grad_is_bf16 && p.num_rows > cpu::kGroupRows)
-    throw py::value_error("weight_grad: expected float32 for more than " + std::to_string(cpu::kGroupRows) +
-                          " rows");
-  if (shift_grad_arg.is_none() != scale_grad_arg.is_none())
-    throw py::value_error("shift_grad, scale_grad: expected both or none");
-  const cpu::MaskedCrossEntropyGradients gradients = {
-      .nll = nll_grad.as<const float>(),
-      .hidden = wanted(hidden_grad_arg, "hidden_grad", {arguments.batch, arguments.length, p.width}),
-      .norm = wanted(norm_grad_arg, "norm_grad", {p.width}),
-      .shift = wanted(shift_grad_arg, "shift_grad", {p.num_modulations, p.width}),
-      .scale = wanted(scale_grad_arg, "scale_grad", {p.num_modulations, p.width}),
-      .weight = weight_grad ? weight_grad->as<void>() : nullptr,
-      .bias = wanted(bias_grad_arg, "bias_grad", {p.vocab_size}),
-      .weight_is_bf16 = weight_grad_is_bf16,
-  };
+  const cpu::MaskedCrossEntropyGradients gradients =
+      wanted_gradients(arguments, nll_grad.as<const float>(), hidden_grad, norm_grad, shift_grad, scale_grad,
+                       weight_grad, bias_grad);
   const cpu::KeptTiles kept = kept_tiles(p, tile_top, exponentials);
   if (tile_top.is_none()) throw py::value_error("tile_top: expected a tensor, got None");
   const cpu::Isa isa = cpu::current_isa();
   const py::gil_scoped_release release;
   cpu::masked_cross_entropy_backward(p, {top.as<float>(), sum.as<float>(), nll.as<float>()}, kept, gradients,
                                      isa, num_threads);
+}
+
+void head_logits_backward(py::handle hidden, py::handle rows, py::handle norm, py::handle shift,
+                          py::handle gain, py::handle weight, py::handle bias, bool normalized, bool narrow,
+                          int num_threads, py::handle logits_grad_arg, py::handle hidden_grad,
+                          py::handle norm_grad, py::handle shift_grad, py::handle scale_grad,
+                          py::handle weight_grad, py::handle bias_grad) {
+  const Arguments arguments(hidden, rows, py::none(), norm, shift, gain, weight, bias, normalized,
+                            /*excluded_token=*/-1, narrow, num_threads);
+  const cpu::MaskedCrossEntropyProblem& p = arguments.problem;
+  const TensorView logits_grad(logits_grad_arg, "logits_grad", {narrow ? DType::bfloat16 : DType::float32},
+                               {p.num_rows, p.vocab_size});
+  const cpu::MaskedCrossEntropyGradients gradients = wanted_gradients(
+      arguments, nullptr, hidden_grad, norm_grad, shift_grad, scale_grad, weight_grad, bias_grad);
+  const cpu::Isa isa = cpu::current_isa();
+  const py::gil_scoped_release release;
+  cpu::head_logits_backward(p, {logits_grad.data()}, gradients, isa, num_threads);
 }
 
 }  // namespace
@@ -166,15 +197,20 @@ void bind_masked_cross_entropy(py::module_& m) {
   m.def("cross_entropy_tiles", &cpu::cross_entropy_tiles, py::arg("vocab_size"));
   m.def("masked_cross_entropy", &masked_cross_entropy, py::arg("hidden"), py::arg("rows"), py::arg("targets"),
         py::arg("norm"), py::arg("shift"), py::arg("gain"), py::arg("weight"), py::arg("bias"),
-        py::arg("excluded_token"), py::arg("narrow"), py::arg("num_threads"), py::arg("row_weights"),
-        py::arg("total"), py::arg("top"), py::arg("sum"), py::arg("nll"), py::arg("tile_top"),
-        py::arg("exponentials"));
+        py::arg("normalized"), py::arg("excluded_token"), py::arg("narrow"), py::arg("num_threads"),
+        py::arg("row_weights"), py::arg("total"), py::arg("top"), py::arg("sum"), py::arg("nll"),
+        py::arg("tile_top"), py::arg("exponentials"));
   m.def("masked_cross_entropy_backward", &masked_cross_entropy_backward, py::arg("hidden"), py::arg("rows"),
         py::arg("targets"), py::arg("norm"), py::arg("shift"), py::arg("gain"), py::arg("weight"),
-        py::arg("bias"), py::arg("excluded_token"), py::arg("narrow"), py::arg("num_threads"), py::arg("top"),
-        py::arg("sum"), py::arg("nll"), py::arg("tile_top"), py::arg("exponentials"), py::arg("nll_grad"),
-        py::arg("hidden_grad"), py::arg("norm_grad"), py::arg("shift_grad"), py::arg("scale_grad"),
-        py::arg("weight_grad"), py::arg("bias_grad"));
+        py::arg("bias"), py::arg("normalized"), py::arg("excluded_token"), py::arg("narrow"),
+        py::arg("num_threads"), py::arg("top"), py::arg("sum"), py::arg("nll"), py::arg("tile_top"),
+        py::arg("exponentials"), py::arg("nll_grad"), py::arg("hidden_grad"), py::arg("norm_grad"),
+        py::arg("shift_grad"), py::arg("scale_grad"), py::arg("weight_grad"), py::arg("bias_grad"));
+  m.def("head_logits_backward", &head_logits_backward, py::arg("hidden"), py::arg("rows"), py::arg("norm"),
+        py::arg("shift"), py::arg("gain"), py::arg("weight"), py::arg("bias"), py::arg("normalized"),
+        py::arg("narrow"), py::arg("num_threads"), py::arg("logits_grad"), py::arg("hidden_grad"),
+        py::arg("norm_grad"), py::arg("shift_grad"), py::arg("scale_grad"), py::arg("weight_grad"),
+        py::arg("bias_grad"));
 }
 
 }  // namespace loopmdm

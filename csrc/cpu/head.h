@@ -24,6 +24,7 @@ struct HeadProblem {
   int64_t width;           // D
   int64_t vocab_size;      // V
   bool narrow;             // operands are bf16
+  bool normalized;         // rows go through the layer norm; else they are taken as they are, and norm is 1
 };
 
 // Rows and tokens cut into tasks. Consecutive tasks share a chunk of the weights.

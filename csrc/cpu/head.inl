@@ -17,7 +17,7 @@ void prepare_rows(const HeadProblem& p, int64_t begin, int64_t end, float* row, 
     const float* gain = p.gain + group * width;
     __builtin_memcpy(row, x, static_cast<size_t>(width) * sizeof *x);
     for (int64_t i = width; i < padded; ++i) row[i] = 0.0f;
-    const RowMoments m = row_moments(row, width, padded);
+    const RowMoments m = p.normalized ? row_moments(row, width, padded) : RowMoments{0.0f, 1.0f};
     for (int64_t i = 0; i < width; ++i) row[i] = (row[i] - m.mean) * m.scale * p.norm[i] * gain[i] + shift[i];
     if (!p.narrow) {
       store_row<Wide>(row, width, operands);

@@ -25,7 +25,7 @@ constexpr int64_t kGroupRows = 512;  // rows that share one passage of the weigh
 struct MaskedCrossEntropyProblem {
   const float* hidden;      // [B*L, D]
   const int64_t* rows;      // [R] indices into hidden
-  const int64_t* targets;   // [R]
+  const int64_t* targets;   // [R], null: none
   const float* norm;        // [D]
   const float* shift;       // [M, D]
   const float* gain;        // [M, D], 1 + scale
@@ -38,7 +38,8 @@ struct MaskedCrossEntropyProblem {
   int64_t vocab_size;       // V
   int64_t excluded_token;   // -1: none
   bool weight_is_bf16;
-  bool narrow;  // bf16 operands
+  bool narrow;      // bf16 operands
+  bool normalized;  // rows go through the layer norm; else they are taken as they are, and norm is 1
 };
 
 // Of each row: the largest logit, the sum of exp(logit - top), and the loss.
@@ -57,7 +58,7 @@ struct KeptTiles {
 };
 
 struct MaskedCrossEntropyGradients {
-  const float* nll;  // [R] gradient of each row's loss
+  const float* nll;  // [R] gradient of each row's loss, null: the logits' gradients are given
   float* hidden;     // [B*L, D] zero at first, or null: not wanted; so are all the others
   float* norm;       // [D]
   float* shift;      // [M, D]
@@ -65,6 +66,10 @@ struct MaskedCrossEntropyGradients {
   void* weight;      // [V, D] float or bf16; float only where R > kGroupRows
   float* bias;       // [V]
   bool weight_is_bf16;
+};
+
+struct LogitGradients {
+  const void* values;  // [R, V] bf16 for bf16 operands, else float
 };
 
 // At most kGroupRows rows, normalised, as operands; padded with zero rows to whole pairs of vectors.
@@ -114,6 +119,10 @@ struct MaskedCrossEntropyKernel {
   void (*gradients)(const MaskedCrossEntropyProblem&, const RowGroup&, const TokenRange&,
                     const KeptTiles& kept, void* scratch, const MaskedCrossEntropyGradients& out,
                     float* rows_grad);
+  // The same from given gradients of the logits.
+  void (*products)(const MaskedCrossEntropyProblem&, const RowGroup&, const TokenRange&,
+                   const LogitGradients& given, void* scratch, const MaskedCrossEntropyGradients& out,
+                   float* rows_grad);
   // The sums over D that the gradient of a row's layer norm needs, of block `block`.
   void (*norm_sums)(const MaskedCrossEntropyProblem&, const RowGroup&, int64_t block, const float* rows_grad);
   // Gradients of hidden, norm and modulation in columns [first, last) of all rows of the group, added.

@@ -23,3 +23,11 @@ void gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const Toke
   p.narrow ? chunk_gradients<Narrow, uint16_t>(p, g, range, kept, scratch, out, rows_grad)
            : chunk_gradients<Wide, float>(p, g, range, kept, scratch, out, rows_grad);
 }
+
+void products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
+              const LogitGradients& given, void* scratch, const MaskedCrossEntropyGradients& out,
+              float* rows_grad) {
+  const TileScope scope;
+  p.narrow ? chunk_of_given<Narrow, uint16_t>(p, g, range, given, scratch, out, rows_grad)
+           : chunk_of_given<Wide, float>(p, g, range, given, scratch, out, rows_grad);
+}

@@ -104,10 +104,11 @@ void tile_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const
   }
 }
 
-template <class Operand, class Kept>
-void chunk_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
-                     const KeptTiles& kept, void* memory, const MaskedCrossEntropyGradients& out,
-                     float* rows_grad) {
+// Multiplies the gradients of the logits of a chunk, which `fill(layout, scratch, tile, token, count)` makes
+// tile by tile.
+template <class Operand, class Fill>
+void chunk_products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
+                    void* memory, const MaskedCrossEntropyGradients& out, float* rows_grad, Fill&& fill) {
   const HeadLayout<Operand> l(p, g.padded);
   TileScratch scratch;
   tile_scratch(l, true, memory, scratch);
@@ -115,7 +116,7 @@ void chunk_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, cons
   int64_t tile = range.first_tile;
   for (int64_t token = range.first; token < range.last; token += range.tile, ++tile) {
     const int64_t count = range.last - token < range.tile ? range.last - token : range.tile;
-    tile_gradients<Operand, Kept>(p, g, l, scratch, kept, tile, token, count);
+    fill(l, scratch, tile, token, count);
     if (out.bias != nullptr)
       for (int64_t t = 0; t < count; ++t) {
         const float total = sum_lanes(load(scratch.bias_sums + t * kLanes));
@@ -147,4 +148,61 @@ void chunk_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, cons
       }
     }
   }
+}
+
+template <class Operand, class Kept>
+void chunk_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
+                     const KeptTiles& kept, void* memory, const MaskedCrossEntropyGradients& out,
+                     float* rows_grad) {
+  chunk_products<Operand>(
+      p, g, range, memory, out, rows_grad,
+      [&](const HeadLayout<Operand>& l, const TileScratch& scratch, int64_t tile, int64_t token,
+          int64_t count) { tile_gradients<Operand, Kept>(p, g, l, scratch, kept, tile, token, count); });
+}
+
+// The `index`-th of the values that a word holds, of each word.
+template <int Per>
+Floats value_in_word(Words words, int index) {
+  if (Per == 1) return reinterpret_cast<Floats>(words);
+  return reinterpret_cast<Floats>(index == 0 ? words << 16 : words & 0xffff0000u);
+}
+
+// The given gradients of the logits of a tile and all rows of the group, as operands.
+template <class Operand, class Source>
+void given_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const HeadLayout<Operand>& l,
+                     const TileScratch& scratch, const Source* given, int64_t token, int64_t count) {
+  constexpr int kPer = Operand::kPerWord;
+  const int64_t token_words = (count + kPer - 1) / kPer;
+  for (int64_t row = 0; row < g.padded; row += kLanes) {
+    const Source* rows[kLanes];
+    for (int j = 0; j < kLanes; ++j)
+      rows[j] = row + j < g.count ? given + (g.first + row + j) * p.vocab_size + token : nullptr;
+    pack_columns<Operand>(rows, count, token_words, static_cast<int>(l.rows_stride), scratch.row_pairs + row);
+  }
+  for (int64_t k = 0; k < token_words; ++k) {
+    Floats total[kPer] = {};
+    for (int64_t row = 0; row < g.padded; row += 2 * kLanes) {
+      const uint32_t* words = scratch.row_pairs + k * l.rows_stride + row;
+      const Words first = load_words(words), second = load_words(words + kLanes);
+      for (int i = 0; i < kPer; ++i) {
+        const Floats a = value_in_word<kPer>(first, i), b = value_in_word<kPer>(second, i);
+        total[i] += a + b;
+        if (kPer == 2 && k * kPer + i < count)
+          Operand::store(scratch.token_rows + (k * kPer + i) * l.tokens_row + row / kPer, a, b);
+      }
+    }
+    for (int i = 0; i < kPer; ++i)
+      if (k * kPer + i < count) store(scratch.bias_sums + (k * kPer + i) * kLanes, total[i]);
+  }
+}
+
+template <class Operand, class Source>
+void chunk_of_given(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
+                    const LogitGradients& given, void* memory, const MaskedCrossEntropyGradients& out,
+                    float* rows_grad) {
+  chunk_products<Operand>(
+      p, g, range, memory, out, rows_grad,
+      [&](const HeadLayout<Operand>& l, const TileScratch& scratch, int64_t, int64_t token, int64_t count) {
+        given_gradients<Operand>(p, g, l, scratch, static_cast<const Source*>(given.values), token, count);
+      });
 }

@@ -29,8 +29,8 @@ namespace {
 
 namespace LOOPMDM_ISA {
 extern const MaskedCrossEntropyKernel masked_cross_entropy_kernel;
-const MaskedCrossEntropyKernel masked_cross_entropy_kernel = {sizes,     prepare,   statistics,
-                                                              gradients, norm_sums, norm_gradients};
+const MaskedCrossEntropyKernel masked_cross_entropy_kernel = {sizes,    prepare,   statistics,    gradients,
+                                                              products, norm_sums, norm_gradients};
 }  // namespace LOOPMDM_ISA
 
 }  // namespace loopmdm::cpu

@@ -21,7 +21,7 @@ void prepare_block(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_
     const float* gain = p.gain + row / p.rows_per_group * p.width;
     for (int64_t i = 0; i < l.padded_width; i += kLanes)
       store(out + i, load_some(p.hidden + row * p.width + i, p.width - i));
-    const RowMoments m = row_moments(out, p.width, l.padded_width);
+    const RowMoments m = p.normalized ? row_moments(out, p.width, l.padded_width) : RowMoments{0.0f, 1.0f};
     g.mean[first + r] = m.mean;
     g.scale[first + r] = m.scale;
     for (int64_t i = 0; i < l.padded_width; i += kLanes) {
@@ -64,8 +64,9 @@ void norm_sums(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_t bl
       sum += slope;
       dot = fused_multiply_add(slope, normalized, dot);
     }
-    g.slope_mean[r] = sum_lanes(sum) / static_cast<float>(p.width);
-    g.slope_row[r] = sum_lanes(dot) / static_cast<float>(p.width);
+    // Without a norm nothing flows back through its moments.
+    g.slope_mean[r] = p.normalized ? sum_lanes(sum) / static_cast<float>(p.width) : 0.0f;
+    g.slope_row[r] = p.normalized ? sum_lanes(dot) / static_cast<float>(p.width) : 0.0f;
   }
 }
 

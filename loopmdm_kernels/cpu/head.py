@@ -24,7 +24,7 @@ def why_not(hidden: Tensor, head: Head, compute_dtype: torch.dtype | None) -> st
 
 def head_arguments(
     hidden: Tensor, head: Head, rows: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool]:
     """The first arguments of `_C.sample_rows` and `_C.head_logits`, the weight packed for this processor."""
     narrow = dtype == torch.bfloat16
     shift, scale = head.modulation.to(dtype).unbind(1)
@@ -36,5 +36,6 @@ def head_arguments(
         (1 + scale).float().contiguous(),
         packed_linear(head.weight, narrow=narrow),
         head.bias.float().contiguous(),
+        True,
         narrow,
     )

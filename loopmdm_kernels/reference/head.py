@@ -38,6 +38,24 @@ def head_logits(hidden: Tensor, head: Head | Fp8Head, *, compute_dtype: torch.dt
     return logits.to(compute_dtype or head.weight.dtype).view(batch, length, -1)
 
 
+def head_logits_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    head: Head,
+    wanted: tuple[bool, ...],
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, norm, weight, bias and modulation, where wanted, from those of the logits."""
+    with torch.enable_grad():
+        pairs = zip((hidden, *head[:4]), wanted, strict=True)
+        leaves = [t.detach().requires_grad_(want) for t, want in pairs]
+        leaf, norm, weight, bias, modulation = leaves
+        logits = head_logits(leaf, Head(norm, weight, bias, modulation), compute_dtype=compute_dtype)
+        grads = iter(torch.autograd.grad(logits, [t for t in leaves if t.requires_grad], grad))
+    return tuple(next(grads) if want else None for want in wanted)
+
+
 def subs_log_probs(logits: Tensor, excluded_token: int) -> Tensor:
     """log p(x0 | xt) of masked rows (MDLM, SUBS): the excluded token gets probability 0. [R, V]."""
     if excluded_token >= 0:

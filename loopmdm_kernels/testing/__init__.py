@@ -14,6 +14,7 @@ from loopmdm_kernels.testing.generators import (
     row_rng,
 )
 from loopmdm_kernels.testing.graphs import RecordedGraphs
+from loopmdm_kernels.testing.head_gradients import assert_head_gradients, head_gradients
 from loopmdm_kernels.testing.law import chi_square_p
 from loopmdm_kernels.testing.loops import error_over_loops
 from loopmdm_kernels.testing.timers import interleaved_medians, interleaved_times
@@ -25,11 +26,13 @@ __all__ = [
     "LoopedInputs",
     "RecordedGraphs",
     "assert_cross_entropy",
+    "assert_head_gradients",
     "assert_matches_oracle",
     "chi_square_p",
     "cross_entropy_inputs",
     "cross_entropy_results",
     "error_over_loops",
+    "head_gradients",
     "head_inputs",
     "interleaved_medians",
     "interleaved_times",

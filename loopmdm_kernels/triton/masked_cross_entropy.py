@@ -13,20 +13,20 @@ from torch import Tensor
 
 from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.triton.config import tiles
-from loopmdm_kernels.triton.head import chunk_of, matrix, modulated_rows, operand, sequence_stride, why_not
-from loopmdm_kernels.triton.kernels.rows import modulated_rows_backward_kernel
+from loopmdm_kernels.triton.head import chunk_of, matrix, modulated_rows, operand, why_not
+from loopmdm_kernels.triton.head_gradients import (
+    LogitGradients,
+    head_gradients,
+    padded_vocabulary,
+    rows_at_once,
+)
 from loopmdm_kernels.triton.kernels.vocabulary import (
     combine_cross_entropy_kernel,
     cross_entropy_kernel,
     logit_gradients_kernel,
 )
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
-from loopmdm_kernels.triton.linear import linear, weight_gradient
 from loopmdm_kernels.types import Fp8Head, Head
-
-_GROUP_ELEMENTS = 1 << 27  # of logit gradients in memory at a time
-_PADDING = 64  # tokens: loads of whole vectors in both directions
-_PART = 32  # rows of a program on the way back through the norm
 
 
 def supports(*, hidden: Tensor, head: Head | Fp8Head, compute_dtype: torch.dtype | None = None) -> str | None:
@@ -139,67 +139,53 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         )
         wanted = ctx.needs_input_grad
         grad_rows = (grad_total * nll).to(row_weights.dtype) if wanted[8] else None
-        grads: list[Tensor | None] = [None] * 5
+        grads: tuple[Tensor | None, ...] = (None,) * 5
         if any(wanted[:5]):
             upstream = grad_total * row_weights.float() + grad_nll
-            grads = list(
-                _gradients(
-                    hidden.contiguous(),
-                    norm.contiguous(),
-                    weight,
-                    bias.contiguous(),
-                    modulation,
-                    ctx.excluded_token,
-                    targets,
-                    rows,
-                    log_sum_exp,
-                    upstream,
-                    ctx.dtype,
-                    of_rows=wanted[0] or wanted[1] or wanted[4],
-                    of_weight=wanted[2] or wanted[3],
-                )
+            # Gradients of the logits relative to the largest upstream gradient, so that fp16 can hold them.
+            largest = upstream.abs().amax().clamp_min(2.0**-100) if rows.shape[0] else upstream.new_ones(())
+            scale = torch.exp2(largest.log2().floor()).reshape(1)
+            cast = operand(weight, ctx.dtype)
+            logit_gradients = _logit_gradients(
+                cast,
+                bias.contiguous(),
+                ctx.excluded_token,
+                targets,
+                rows,
+                log_sum_exp,
+                upstream,
+                scale,
+                ctx.dtype,
             )
+            leaves = (hidden, norm, weight, bias, modulation)
+            grads = head_gradients(leaves, cast, rows, logit_gradients, scale=scale, wanted=wanted[:5])
         return (*grads, None, None, None, grad_rows, None)
 
 
-def _gradients(
-    hidden: Tensor,
-    norm: Tensor,
+def _logit_gradients(
     weight: Tensor,
     bias: Tensor,
-    modulation: Tensor,
     excluded_token: int,
     targets: Tensor,
     rows: Tensor,
     log_sum_exp: Tensor,
     upstream: Tensor,
+    scale: Tensor,
     dtype: torch.dtype,
-    *,
-    of_rows: bool,
-    of_weight: bool,
-) -> tuple[Tensor | None, ...]:
-    """Of hidden, norm, weight, bias and modulation."""
-    num_rows, (vocab_size, size) = rows.shape[0], weight.shape
-    cast, cast_modulation = operand(weight, dtype), operand(modulation, dtype)
-    h = modulated_rows(hidden, norm, cast_modulation, rows, dtype)
-    padded = _PADDING * ceil_div(vocab_size, _PADDING)
-    group = min(max(1, _GROUP_ELEMENTS // (128 * padded)) * 128, max(num_rows, 1))
-    space = torch.empty(group, padded, dtype=dtype, device=hidden.device)
-    tile = tiles("vocabulary", (vocab_size, size), dtype, processor(hidden.device))
-    # Gradients of the logits relative to the largest upstream gradient, so that fp16 can hold them.
-    largest = upstream.abs().amax().clamp_min(2.0**-100) if num_rows else upstream.new_ones(())
-    scale = torch.exp2(largest.log2().floor()).reshape(1)
-    grad_h = torch.empty(num_rows, size, device=hidden.device) if of_rows else None
-    grad_weight = hidden.new_zeros(vocab_size, size) if of_weight else None
-    grad_bias = hidden.new_zeros(vocab_size) if of_weight else None
-    for first in range(0, num_rows, group):
-        part = slice(first, min(first + group, num_rows))
-        count = part.stop - first
+) -> LogitGradients:
+    """Makes the gradients of the logits of some rows, relative to scale, in the same memory each time."""
+    vocab_size, size = weight.shape
+    padded = padded_vocabulary(vocab_size)
+    space = upstream.new_empty(rows_at_once(vocab_size, rows.shape[0]), padded, dtype=dtype)
+    tile = tiles("vocabulary", (vocab_size, size), dtype, processor(upstream.device))
+
+    def make(part: slice, h: Tensor) -> Tensor:
+        count = h.shape[0]
         launch(
             logit_gradients_kernel,
             (ceil_div(count, tile.m), ceil_div(padded, tile.n)),
-            h[part],
-            cast,
+            h,
+            weight,
             bias,
             targets,
             rows[part],
@@ -219,51 +205,6 @@ def _gradients(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        if grad_h is not None:
-            grad_h[part] = linear(space[:count], cast, transposed=True, scale=scale, out_dtype=torch.float32)
-        if grad_weight is not None:
-            weight_gradient(space[:count], h[part], grad_weight, grad_bias, scale=scale, accumulate=first > 0)
-    grad_hidden = grad_norm = grad_modulation = None
-    if grad_h is not None:
-        grad_hidden, grad_norm, grad_modulation = _rows_backward(hidden, rows, norm, cast_modulation, grad_h)
-        grad_norm, grad_modulation = grad_norm.to(norm.dtype), grad_modulation.to(modulation.dtype)
-    return (
-        grad_hidden,
-        grad_norm,
-        None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None else grad_bias.to(bias.dtype),
-        grad_modulation,
-    )
+        return space[:count]
 
-
-def _rows_backward(
-    hidden: Tensor, rows: Tensor, norm: Tensor, modulation: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, norm and modulation [M, 2, D] (fp32) from those of the modulated rows."""
-    _, length, size = hidden.shape
-    sequences, parts = modulation.shape[0], ceil_div(max(rows.shape[0], 1), _PART)
-    grad_hidden = torch.zeros_like(hidden)
-    sums = hidden.new_zeros(3, sequences, parts, size)
-    launch(
-        modulated_rows_backward_kernel,
-        (sequences * parts,),
-        hidden,
-        rows,
-        norm,
-        modulation,
-        grad,
-        grad_hidden,
-        *sums,
-        rows.shape[0],
-        size,
-        length,
-        sequence_stride(modulation),
-        PART=_PART,
-        HAS_ROWS=True,
-        OWN_ROWS=sequences > 1,
-        BLOCK_D=power_of_two(size),
-        num_warps=4,
-        num_stages=1,
-    )
-    of_norm, of_shift, of_scale = sums.sum(dim=2)
-    return grad_hidden, of_norm.sum(dim=0), torch.stack((of_shift, of_scale), dim=1)
+    return make

@@ -13,8 +13,8 @@ from loopmdm_kernels.cpu import sample_rows as cpu
 from loopmdm_kernels.cpu.packing import packed_linear
 from loopmdm_kernels.types import Head, RowRng, SampledRows
 
-INPUTS = ("hidden", "rows", "norm", "shift", "gain", "weight", "bias", "narrow", "excluded_token", "seed")
-OPTIONS = ("sequence", "step", "position", "temperature", "num_threads")
+INPUTS = ("hidden", "rows", "norm", "shift", "gain", "weight", "bias", "normalized")
+OPTIONS = ("narrow", "excluded_token", "seed", "sequence", "step", "position", "temperature", "num_threads")
 ARGUMENTS = (*INPUTS, *OPTIONS, *SampledRows._fields)
 
 
@@ -35,6 +35,7 @@ def call(**changes):
         "excluded_token": -1,
         "seed": 0,
         "temperature": 1.0,
+        "normalized": True,
         "narrow": False,
         "num_threads": 1,
     }

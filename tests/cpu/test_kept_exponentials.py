@@ -8,6 +8,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels import _C
+from loopmdm_kernels.cpu import head_gradients
 from loopmdm_kernels.cpu import masked_cross_entropy as cpu
 from loopmdm_kernels.testing import LEAVES
 from loopmdm_kernels.testing import cross_entropy_results as run
@@ -19,7 +20,7 @@ from tests.cpu.cross_entropy_cases import BF16, FLOAT, assert_case, assert_same,
 def memories(monkeypatch):
     """The tensors that weight gradients are written to, filled with NaN when they are made."""
     made = []
-    make = cpu._weight_gradient_memory
+    make = cpu.weight_gradient_memory
 
     def spy(*args):
         memory = make(*args)
@@ -27,7 +28,8 @@ def memories(monkeypatch):
         made.append(memory)
         return memory
 
-    monkeypatch.setattr(cpu, "_weight_gradient_memory", spy)
+    for module in (cpu, head_gradients):
+        monkeypatch.setattr(module, "weight_gradient_memory", spy)
     return made
 
 

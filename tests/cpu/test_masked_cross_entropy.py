@@ -227,7 +227,8 @@ def test_what_the_module_refuses(change, error, message):
     leaves, _, rows, _ = case(sequences=False)
     vectors = torch.zeros(1, 48), torch.ones(1, 48)
     values = (leaves["hidden"], rows, rows, leaves["norm"], *vectors, leaves["weight"], leaves["bias"])
-    arguments = dict(zip(names, values, strict=True), excluded_token=-1, narrow=False, num_threads=1)
+    arguments = dict(zip(names, values, strict=True), normalized=True, excluded_token=-1)
+    arguments.update(narrow=False, num_threads=1)
     out = {name: torch.zeros(40) for name in ("row_weights", "nll", "top", "sum")}
     out.update(total=torch.zeros(()), tile_top=None, exponentials=None)
     with pytest.raises(error, match=message):

@@ -8,7 +8,7 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm_kernels.testing import LEAVES, assert_cross_entropy, cross_entropy_inputs
 from loopmdm_kernels.testing import cross_entropy_results as run
-from loopmdm_kernels.triton import masked_cross_entropy as module
+from loopmdm_kernels.triton import head_gradients as module
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 
