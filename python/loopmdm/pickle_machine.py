@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from loopmdm_kernels.printable import printable
+from loopmdm.printable import printable
 
 Buffer: TypeAlias = bytes | mmap.mmap
 

@@ -28,7 +28,7 @@ from loopmdm.pickle_machine import (
     UnsafePickleError,
     check_key,
 )
-from loopmdm_kernels.printable import printable
+from loopmdm.printable import printable
 
 __all__ = ["Opaque", "Storage", "StoredTensor", "UnsafePickleError", "load", "lookup", "parse"]
 

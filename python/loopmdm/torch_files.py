@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loopmdm import pickles
 from loopmdm.pickles import Storage, StoredTensor
-from loopmdm_kernels.printable import printable
+from loopmdm.printable import printable
 
 # First object of the format that torch.save wrote before version 1.6.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loopmdm.cli import main
-from loopmdm_kernels.printable import printable, printable_lines
+from loopmdm.printable import printable, printable_lines
 
 
 def test_what_a_terminal_acts_on_is_made_visible() -> None:

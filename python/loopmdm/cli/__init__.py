@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TextIO
 
 from loopmdm.cli.parser import FAILED, INTERRUPTED, USAGE, Parser, UsageError
-from loopmdm_kernels.printable import printable_lines
+from loopmdm.printable import printable_lines
 
 COMMANDS = {
     "demo": "solve Sudoku with the shipped models, train a little, compare speed with plain PyTorch",
