@@ -76,17 +76,41 @@ class Fp8BlockWeights(NamedTuple):
 class Head(NamedTuple):
     """Final layer norm, modulation and vocabulary projection."""
 
-    norm: Tensor  # [D]
+    norm: Tensor | None  # [D] scale of the layer norm; None: no norm, rows are taken as they are
     weight: Tensor  # [V, D]
     bias: Tensor  # [V]
     modulation: Tensor  # [1 or B, 2, D]: shift, scale
     excluded_token: int = -1  # token of probability 0 (the mask); -1: none
 
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        norm: Tensor | None = None,
+        modulation: Tensor | None = None,
+        excluded_token: int = -1,
+    ) -> Head:
+        """A head of a weight [V, D] alone, logits = hidden weight^T, and of what else is given."""
+        vocab_size, hidden_size = weight.shape
+        if bias is None:
+            bias = weight.new_zeros(vocab_size)
+        if modulation is None:
+            modulation = weight.new_zeros(1, 2, hidden_size)
+        return cls(norm, weight, bias, modulation, excluded_token)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """norm, weight, bias and modulation, of a head with a norm."""
+        assert self.norm is not None
+        return self.norm, self.weight, self.bias, self.modulation
+
 
 class Fp8Head(NamedTuple):
     """`Head` for inference with an e4m3 projection."""
 
-    norm: Tensor
+    norm: Tensor | None
     weight: Fp8Weight
     bias: Tensor
     modulation: Tensor
@@ -95,7 +119,8 @@ class Fp8Head(NamedTuple):
     @classmethod
     def of(cls, head: Head) -> Fp8Head:
         norm, weight, bias, modulation, excluded_token = head
-        return cls(norm.detach(), Fp8Weight.of(weight), bias.detach(), modulation.detach(), excluded_token)
+        norm = None if norm is None else norm.detach()
+        return cls(norm, Fp8Weight.of(weight), bias.detach(), modulation.detach(), excluded_token)
 
     def dequantized(self, dtype: torch.dtype) -> Head:
         norm, weight, bias, modulation, excluded_token = self

@@ -22,6 +22,11 @@ def why_not(hidden: Tensor, head: Head, compute_dtype: torch.dtype | None) -> st
     return None
 
 
+def norm_or_ones(norm: Tensor | None, hidden: Tensor) -> Tensor:
+    """The scale of the norm as kernels read it; they also read it where there is no norm."""
+    return torch.ones(hidden.shape[-1]) if norm is None else norm.float().contiguous()
+
+
 def head_arguments(
     hidden: Tensor, head: Head, rows: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool]:
@@ -31,11 +36,11 @@ def head_arguments(
     return (
         hidden.contiguous(),
         rows.contiguous(),
-        head.norm.float().contiguous(),
+        norm_or_ones(head.norm, hidden),
         shift.float().contiguous(),
         (1 + scale).float().contiguous(),
         packed_linear(head.weight, narrow=narrow),
         head.bias.float().contiguous(),
-        True,
+        head.norm is not None,
         narrow,
     )

@@ -8,20 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.cpu.head import norm_or_ones
 
-def head_problem(leaves: Sequence[Tensor], rows: Tensor, narrow: bool) -> dict[str, Any]:
+
+def head_problem(leaves: Sequence[Any], rows: Tensor, narrow: bool) -> dict[str, Any]:
     """The arguments that their kernels have in common."""
-    hidden, norm, weight, bias, modulation = leaves
+    hidden, norm, weight, bias, modulation = leaves  # norm may be None
     shift, scale = modulation.float().unbind(1)
     return {
         "hidden": hidden.contiguous(),
         "rows": rows.contiguous(),
-        "norm": norm.float().contiguous(),
+        "norm": norm_or_ones(norm, hidden),
         "shift": shift.contiguous(),
         "gain": 1 + scale,
         "weight": weight.contiguous(),
         "bias": bias.float().contiguous(),
-        "normalized": True,
+        "normalized": norm is not None,
         "narrow": narrow,
         "num_threads": torch.get_num_threads(),
     }
@@ -42,12 +44,12 @@ class HeadGradients:
 
     def __init__(
         self,
-        leaves: Sequence[Tensor],
+        leaves: Sequence[Any],
         wanted: Sequence[bool],
         num_rows: int,
         weight_memory: Tensor | None = None,
     ) -> None:
-        hidden, norm, weight, bias, modulation = self._leaves = leaves
+        hidden, _, weight, bias, modulation = self._leaves = leaves
         want_hidden, want_norm, want_weight, want_bias, want_modulation = wanted
 
         def zeros(wanted: bool, shape: torch.Size) -> Tensor | None:
@@ -61,7 +63,7 @@ class HeadGradients:
             for grad in (self._weight, self._bias):
                 if grad is not None:
                     grad.zero_()
-        self._hidden, self._norm = zeros(want_hidden, hidden.shape), zeros(want_norm, norm.shape)
+        self._hidden, self._norm = zeros(want_hidden, hidden.shape), zeros(want_norm, hidden.shape[-1:])
         self._shift, self._scale = (zeros(want_modulation, modulation[:, 0].shape) for _ in range(2))
 
     def arguments(self) -> dict[str, Any]:

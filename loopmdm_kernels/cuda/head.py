@@ -46,6 +46,8 @@ def why_not(hidden: Tensor, head: Head, compute_dtype: torch.dtype | None) -> st
     reason = why_not_on(hidden.device)
     if reason is not None:
         return reason
+    if head.norm is None:
+        return "it has no kernel for a head without a norm"
     if hidden.dtype != torch.float32:
         return f"hidden must be float32, got {hidden.dtype}"
     dtype = compute_dtype or head.weight.dtype
@@ -77,6 +79,7 @@ class Operands:
 
     def __init__(self, hidden: Tensor, head: Head, rows: Tensor) -> None:
         self.hidden, self.rows = _aligned(hidden.detach()), rows.contiguous()
+        assert head.norm is not None  # or this backend is not asked, see why_not
         self.norm, self.bias = (_aligned(t.detach().float()) for t in (head.norm, head.bias))
         self.modulation = _aligned(head.modulation.detach().to(OPERAND))
         self.weight = _aligned(head.weight.detach().to(OPERAND))

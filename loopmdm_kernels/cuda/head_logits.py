@@ -19,7 +19,7 @@ _ROWS = 1024  # whose logits are in fp32 at a time
 def supports(*, hidden: Tensor, head: Head, compute_dtype: torch.dtype | None = None) -> str | None:
     """Why these arguments need another backend, or None."""
     tensors = (hidden, head.norm, head.weight, head.bias, head.modulation)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return "it has no gradients"
     return why_not(hidden, head, compute_dtype)
 

@@ -99,7 +99,8 @@ def head(value: Head | Fp8Head, hidden_size: int, batch: int, device: torch.devi
         raise ValueError(
             f"head.weight: got shape {list(value.weight.shape)}, expected no dimension of size 0"
         )
-    tensor("head.norm", value.norm, dtypes=FLOATS, shape=(hidden_size,), device=device)
+    if value.norm is not None:
+        tensor("head.norm", value.norm, dtypes=FLOATS, shape=(hidden_size,), device=device)
     tensor("head.bias", value.bias, dtypes=FLOATS, shape=(vocab_size,), device=device)
     tensor(
         "head.modulation", value.modulation, dtypes=FLOATS, shape=((1, batch), 2, hidden_size), device=device
@@ -111,6 +112,16 @@ def head(value: Head | Fp8Head, hidden_size: int, batch: int, device: torch.devi
     if value.excluded_token >= 0 and vocab_size == 1:
         raise ValueError("head.excluded_token: the vocabulary has no other token")
     return vocab_size
+
+
+def given_head(value: Head | Fp8Head | Tensor) -> Head | Fp8Head:
+    """A weight [V, D] stands for the head that has nothing else."""
+    if isinstance(value, Tensor):
+        tensor("head", value, dtypes=FLOATS, shape=("V", "D"))
+        return Head.of(value)
+    if not isinstance(value, Head | Fp8Head):
+        raise TypeError(f"head: got {type(value).__name__}, expected a Head or a weight [V, D]")
+    return value
 
 
 def rows(value: Tensor, num_tokens: int, device: torch.device) -> None:

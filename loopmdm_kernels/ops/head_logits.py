@@ -15,18 +15,21 @@ from loopmdm_kernels.tracing import traced, without_autocast
 from loopmdm_kernels.types import Fp8Head, Fp8Weight, Head
 
 
-def head_logits(hidden: Tensor, head: Head | Fp8Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:
+def head_logits(
+    hidden: Tensor, head: Head | Fp8Head | Tensor, *, compute_dtype: torch.dtype | None = None
+) -> Tensor:
     """Logits [B, L, V] in the compute dtype, the excluded token's included.
 
     Args:
         hidden: [B, L, D] float32 or float64, the residual stream before the final norm.
-        head: final norm, modulation and vocabulary projection.
+        head: final norm, modulation and vocabulary projection, or a weight [V, D] alone, see `Head.of`.
         compute_dtype: dtype of the projection's operands and of the result; None: that of `head.weight`,
             unless this is fp8.
     """
     checks.tensor("hidden", hidden, dtypes=checks.STREAM_FLOATS, shape=("B", "L", "D"))
     checks.not_empty("hidden", hidden)
     batch, _, hidden_size = hidden.shape
+    head = checks.given_head(head)
     checks.head(head, hidden_size, batch, hidden.device)
     checks.compute_dtype(compute_dtype)
     if isinstance(head, Fp8Head):
@@ -83,7 +86,10 @@ def _fake(hidden: Tensor, norm: Tensor, weight: Tensor, *args: Any) -> Tensor:
 
 def _backward_fake(grad: Tensor, wanted: Sequence[bool], *args: Any) -> tuple[Tensor, ...]:
     leaves = [args[i] for i in (0, 1, 2, 4, 5)]
-    return tuple(leaf.new_empty(leaf.shape if want else 0) for leaf, want in zip(leaves, wanted, strict=True))
+    return tuple(
+        leaf.new_empty(leaf.shape) if want else args[0].new_empty(0)
+        for leaf, want in zip(leaves, wanted, strict=True)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -101,7 +107,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _ARGUMENTS = (
-    "Tensor hidden, Tensor norm, Tensor weight, Tensor? weight_scale, Tensor bias, Tensor modulation, "
+    "Tensor hidden, Tensor? norm, Tensor weight, Tensor? weight_scale, Tensor bias, Tensor modulation, "
     "ScalarType compute_dtype"
 )
 register(f"head_logits({_ARGUMENTS}) -> Tensor", _forward_run, _fake)

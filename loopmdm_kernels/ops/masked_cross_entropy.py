@@ -16,10 +16,10 @@ from loopmdm_kernels.types import Fp8Head, Head
 
 def masked_cross_entropy(
     hidden: Tensor,
-    head: Head | Fp8Head,
+    head: Head | Fp8Head | Tensor,
     targets: Tensor,
-    rows: Tensor,
-    row_weights: Tensor,
+    rows: Tensor | None = None,
+    row_weights: Tensor | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -27,10 +27,12 @@ def masked_cross_entropy(
 
     Args:
         hidden: [B, L, D] float32 or float64, the residual stream before the final norm.
-        head: final norm, modulation and vocabulary projection; `excluded_token` gets probability 0.
+        head: final norm, modulation and vocabulary projection; `excluded_token` gets probability 0. A weight
+            [V, D] alone is the plain loss of hidden weight^T; `Head.of(weight, bias=...)` adds to it.
         targets: [B, L] int64 clean tokens, read at `rows` only.
-        rows: [R] int64 flat indices b*L + l of the masked tokens, R may be 0; or [B, L] bool, True at them.
-        row_weights: [R] float, the NELBO weight of each row (1/t); [B, L] where `rows` is.
+        rows: [R] int64 flat indices b*L + l of the masked tokens, R may be 0; or [B, L] bool, True at them;
+            None: all tokens.
+        row_weights: [R] float, the NELBO weight of each row (1/t); [B, L] where `rows` is; None: 1.
         compute_dtype: dtype of the projection's operands; None: that of `head.weight`, unless this is fp8.
 
     Returns:
@@ -40,12 +42,17 @@ def masked_cross_entropy(
     checks.tensor("hidden", hidden, dtypes=checks.STREAM_FLOATS, shape=("B", "L", "D"))
     checks.not_empty("hidden", hidden)
     batch, length, hidden_size = hidden.shape
+    head = checks.given_head(head)
     vocab_size = checks.head(head, hidden_size, batch, hidden.device)
     checks.tensor("targets", targets, dtypes=(torch.int64,), shape=(batch, length), device=hidden.device)
     if isinstance(rows, Tensor) and rows.dtype == torch.bool:
         checks.tensor("rows", rows, dtypes=(torch.bool,), shape=(batch, length), device=hidden.device)
     else:
+        if rows is None:
+            rows = torch.arange(batch * length, device=hidden.device)
         checks.rows(rows, batch * length, hidden.device)
+    if row_weights is None:
+        row_weights = hidden.new_ones(rows.shape)
     checks.tensor(
         "row_weights", row_weights, dtypes=checks.FLOATS, shape=tuple(rows.shape), device=hidden.device
     )
@@ -100,11 +107,14 @@ def _backward_run(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Ten
     """Gradients of hidden, norm, weight, bias, modulation and row_weights."""
     hidden, norm, weight, bias, modulation, excluded_token, targets, rows, row_weights, compute_dtype = args
     with differentiable():
-        leaves = [t.detach().requires_grad_() for t in (hidden, norm, weight, bias, modulation, row_weights)]
+        given = (hidden, norm, weight, bias, modulation, row_weights)
+        leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in given]
         hidden, norm, weight, bias, modulation, row_weights = leaves
         head = Head(norm, weight, bias, modulation, excluded_token)
         outputs = _run(hidden, head, targets, rows, row_weights, compute_dtype)
-        return torch.autograd.grad(outputs, leaves, (grad_total, grad_nll))
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        grads = iter(torch.autograd.grad(outputs, wanted, (grad_total, grad_nll)))
+    return tuple(given[0].new_empty(0) if leaf is None else next(grads) for leaf in leaves)
 
 
 def _fake(hidden: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -114,7 +124,8 @@ def _fake(hidden: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, *rest: Any
 
 
 def _backward_fake(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(args[i]) for i in (0, 1, 2, 3, 4, 8))
+    leaves = [args[i] for i in (0, 1, 2, 3, 4, 8)]
+    return tuple(args[0].new_empty(0) if leaf is None else torch.empty_like(leaf) for leaf in leaves)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -128,11 +139,13 @@ def _backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Any, ...]
     grads = torch.ops.loopmdm.masked_cross_entropy_backward(
         grad_total, grad_nll, *tensors, ctx.excluded_token, targets, rows, row_weights, ctx.compute_dtype
     )
-    return (*grads[:5], None, None, None, grads[5], None)
+    of_hidden, of_norm, *others, of_row_weights = grads
+    of_norm = None if tensors[1] is None else of_norm
+    return (of_hidden, of_norm, *others, None, None, None, of_row_weights, None)
 
 
 _ARGUMENTS = (
-    "Tensor hidden, Tensor norm, Tensor weight, Tensor bias, Tensor modulation, int excluded_token, "
+    "Tensor hidden, Tensor? norm, Tensor weight, Tensor bias, Tensor modulation, int excluded_token, "
     "Tensor targets, Tensor rows, Tensor row_weights, ScalarType compute_dtype"
 )
 register(f"masked_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor)", _forward_run, _fake)

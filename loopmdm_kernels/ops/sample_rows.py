@@ -16,7 +16,7 @@ from loopmdm_kernels.types import Fp8Head, Fp8Weight, Head, RowRng, SampledRows
 
 def sample_rows(
     hidden: Tensor,
-    head: Head | Fp8Head,
+    head: Head | Fp8Head | Tensor,
     rows: Tensor,
     rng: RowRng,
     *,
@@ -32,7 +32,8 @@ def sample_rows(
 
     Args:
         hidden: [B, L, D] float32 or float64, the residual stream before the final norm.
-        head: final norm, modulation and vocabulary projection; `excluded_token` is never drawn.
+        head: final norm, modulation and vocabulary projection; `excluded_token` is never drawn. A weight
+            [V, D] alone stands for `Head.of(weight)`.
         rows: [R] int64 flat indices b*L + l; R may be 0.
         rng: names of the random numbers, see `RowRng`.
         temperature: >= 0; 0 takes the most probable token, the lowest id on ties.
@@ -46,6 +47,7 @@ def sample_rows(
     checks.tensor("hidden", hidden, dtypes=checks.STREAM_FLOATS, shape=("B", "L", "D"))
     checks.not_empty("hidden", hidden)
     batch, length, hidden_size = hidden.shape
+    head = checks.given_head(head)
     checks.head(head, hidden_size, batch, hidden.device)
     checks.rows(rows, batch * length, hidden.device)
     if not 0 <= rng.seed < 2**63:
@@ -124,7 +126,7 @@ def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 register(
-    "sample_rows(Tensor hidden, Tensor norm, Tensor weight, Tensor? weight_scale, Tensor bias, "
+    "sample_rows(Tensor hidden, Tensor? norm, Tensor weight, Tensor? weight_scale, Tensor bias, "
     "Tensor modulation, int excluded_token, Tensor rows, SymInt seed, Tensor sequence, Tensor step, "
     "Tensor position, float temperature, float top_p, SymInt? top_k, ScalarType compute_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

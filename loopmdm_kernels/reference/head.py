@@ -49,10 +49,13 @@ def head_logits_backward(
     """Gradients of hidden, norm, weight, bias and modulation, where wanted, from those of the logits."""
     with torch.enable_grad():
         pairs = zip((hidden, *head[:4]), wanted, strict=True)
-        leaves = [t.detach().requires_grad_(want) for t, want in pairs]
+        leaves = [None if t is None else t.detach().requires_grad_(want) for t, want in pairs]
         leaf, norm, weight, bias, modulation = leaves
+        assert leaf is not None and weight is not None and bias is not None and modulation is not None
         logits = head_logits(leaf, Head(norm, weight, bias, modulation), compute_dtype=compute_dtype)
-        grads = iter(torch.autograd.grad(logits, [t for t in leaves if t.requires_grad], grad))
+        grads = iter(
+            torch.autograd.grad(logits, [t for t in leaves if t is not None and t.requires_grad], grad)
+        )
     return tuple(next(grads) if want else None for want in wanted)
 
 

@@ -21,8 +21,13 @@ from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
 NORM_EPS = 1e-5
 
 
-def norm_modulate(x: Tensor, norm: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """layer_norm(x) * norm * (1 + scale) + shift in x's dtype; `1 + scale` is rounded in scale's dtype."""
+def norm_modulate(x: Tensor, norm: Tensor | None, shift: Tensor, scale: Tensor) -> Tensor:
+    """layer_norm(x) * norm * (1 + scale) + shift in x's dtype; `1 + scale` is rounded in scale's dtype.
+
+    Without norm: x * (1 + scale) + shift.
+    """
+    if norm is None:
+        return x * (1 + scale).to(x.dtype) + shift.to(x.dtype)
     normalized = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * norm.to(x.dtype)
     return normalized * (1 + scale).to(x.dtype) + shift.to(x.dtype)
 

@@ -51,7 +51,7 @@ def cross_entropy_inputs(
         targets += targets >= excluded_token
     rows = torch.randint(0, 3 * length, (num_rows,), generator=generator)
     weights = torch.rand(num_rows, generator=generator) + 0.5
-    leaves = (scale * hidden.float(), *(t.to(dtype) for t in head[:4]), weights)
+    leaves = (scale * hidden.float(), *(t.to(dtype) for t in head.tensors), weights)
     named = dict(zip(LEAVES, (leaf.to(device) for leaf in leaves), strict=True))
     return CrossEntropyInputs(named, targets.to(device), rows.to(device), excluded_token)
 

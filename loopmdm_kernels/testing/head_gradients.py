@@ -30,7 +30,7 @@ def head_gradients(
     kind: dtype to compute in; None: that of each tensor. upstream: whose values the random gradient of the
     logits takes; None: that of the logits.
     """
-    leaves = [(t if kind is None else t.to(kind)).detach() for t in (hidden, *head[:4])]
+    leaves = [(t if kind is None else t.to(kind)).detach() for t in (hidden, *head.tensors)]
     for index in wanted:
         leaves[index].requires_grad_()
     leaf, norm, weight, bias, modulation = leaves

@@ -20,7 +20,9 @@ def why_not(hidden: Tensor, head: Head | Fp8Head, compute_dtype: torch.dtype | N
         return f"hidden must be float32, got {hidden.dtype}"
     if hidden.shape[-1] > _MAX_HIDDEN:
         return f"hidden may be {_MAX_HIDDEN} wide, got {hidden.shape[-1]}"
-    named: dict[str, Tensor | Fp8Weight] = dict(zip(Head._fields[:4], head[:4], strict=True))
+    if head.norm is None:
+        return "it has no kernel for a head without a norm"
+    named: dict[str, Tensor | Fp8Weight] = dict(zip(Head._fields[:4], head[:4], strict=True))  # type: ignore[arg-type]
     for name, value in named.items():
         if value.dtype not in OPERANDS and not isinstance(value, Fp8Weight):
             return f"head.{name} must be float32, bfloat16 or float16, got {value.dtype}"
@@ -54,6 +56,11 @@ def modulated_rows(
         num_stages=1,
     )
     return out
+
+
+def norm_of(head: Head | Fp8Head) -> Tensor:
+    assert head.norm is not None  # or this backend is not asked, see why_not
+    return head.norm.detach().contiguous()
 
 
 def chunk_of(tile: Tiles) -> int:

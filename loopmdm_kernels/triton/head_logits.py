@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loopmdm_kernels.tracing import once_differentiable
-from loopmdm_kernels.triton.head import matrix, modulated_rows, operand, why_not
+from loopmdm_kernels.triton.head import matrix, modulated_rows, norm_of, operand, why_not
 from loopmdm_kernels.triton.head_gradients import head_gradients, padded_vocabulary
 from loopmdm_kernels.triton.linear import linear
 from loopmdm_kernels.types import Fp8Head, Head
@@ -49,14 +49,15 @@ def head_logits_backward(
 
     with torch.no_grad():
         cast = operand(head.weight, dtype)
-        grads = head_gradients((hidden, *head[:4]), cast, rows, logit_gradients, wanted=wanted)
+        leaves = (hidden, norm_of(head), head.weight, head.bias, head.modulation)
+        grads = head_gradients(leaves, cast, rows, logit_gradients, wanted=wanted)
     return tuple(value if want else None for value, want in zip(grads, wanted, strict=True))
 
 
 def _forward(hidden: Tensor, head: Head | Fp8Head, dtype: torch.dtype) -> Tensor:
     batch, length, _ = hidden.shape
     rows = torch.arange(batch * length, device=hidden.device)
-    norm, modulation = head.norm.contiguous(), operand(head.modulation, dtype)
+    norm, modulation = norm_of(head), operand(head.modulation, dtype)
     h = modulated_rows(hidden.detach().contiguous(), norm, modulation, rows, dtype)
     weight, weight_scale = matrix(head.weight, dtype)
     return linear(h, weight, head.bias.contiguous(), weight_scale=weight_scale).view(batch, length, -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.triton.config import tiles
-from loopmdm_kernels.triton.head import chunk_of, matrix, modulated_rows, operand, why_not
+from loopmdm_kernels.triton.head import chunk_of, matrix, modulated_rows, norm_of, operand, why_not
 from loopmdm_kernels.triton.head_gradients import (
     LogitGradients,
     head_gradients,
@@ -59,9 +59,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """-log p of each row, and [2, R]: the largest logit and the log of the sum relative to it."""
     num_rows, (vocab_size, size) = rows.shape[0], head.weight.shape
-    h = modulated_rows(
-        hidden.contiguous(), head.norm.contiguous(), operand(head.modulation, dtype), rows, dtype
-    )
+    h = modulated_rows(hidden.contiguous(), norm_of(head), operand(head.modulation, dtype), rows, dtype)
     tile = tiles("vocabulary", (vocab_size, size), dtype, processor(hidden.device))
     chunks = ceil_div(vocab_size, chunk_of(tile))
     top, total = hidden.new_empty(2, num_rows, chunks).unbind()

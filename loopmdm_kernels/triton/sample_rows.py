@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.triton.config import tiles
-from loopmdm_kernels.triton.head import chunk_of, matrix, modulated_rows, operand, why_not
+from loopmdm_kernels.triton.head import chunk_of, matrix, modulated_rows, norm_of, operand, why_not
 from loopmdm_kernels.triton.kernels.vocabulary import combine_samples_kernel, sample_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.triton.linear import linear
@@ -38,7 +38,7 @@ def sample_rows(
     dtype = compute_dtype or head.weight.dtype
     weight, weight_scale = matrix(head.weight, dtype)
     bias = head.bias.detach().contiguous()
-    modulation, norm = operand(head.modulation, dtype), head.norm.detach().contiguous()
+    modulation, norm = operand(head.modulation, dtype), norm_of(head)
     h = modulated_rows(hidden.detach().contiguous(), norm, modulation, rows.contiguous(), dtype)
     if temperature > 0 and (top_p < 1.0 or top_k is not None):
         parts = []

@@ -105,7 +105,7 @@ def problems(workload: Workload, device: torch.device) -> Iterator[Problem]:
         yield from _block_problems(batch, length, hidden, heads, device)
     batch, length = batches[0]
     x, wide = head_inputs(batch, length, hidden, vocab_size, excluded_token=vocab_size - 1)
-    norm, weight, bias, modulation = (t.to(device, DTYPE) for t in wide[:4])
+    norm, weight, bias, modulation = (t.to(device, DTYPE) for t in wide.tensors)
     x, head = x.float().to(device), Head(norm, weight, bias, modulation, wide.excluded_token)
     rows = torch.arange(min(num_rows, batch * length), device=device)
     names = RowRng(0, *(name.to(device) for name in row_rng(rows.shape[0])[1:]))

@@ -115,7 +115,7 @@ def _calls(args: argparse.Namespace, device: torch.device) -> dict[str, Callable
     rotary = Rotary(*(angle.to(device) for angle in inputs.rotary))
     hidden, wide = head_inputs(batch, length, hidden_size, VOCABULARY, excluded_token=VOCABULARY - 1)
     hidden = hidden.float().to(device)
-    norm, weight, bias, head_modulation = (t.to(device, dtype) for t in wide[:4])
+    norm, weight, bias, head_modulation = (t.to(device, dtype) for t in wide.tensors)
     head = Head(norm, weight, bias, head_modulation, wide.excluded_token)
     masked = torch.arange(0, batch * length, 2, device=device)
     targets = torch.zeros(batch, length, dtype=torch.int64, device=device)
@@ -147,6 +147,6 @@ def _calls(args: argparse.Namespace, device: torch.device) -> dict[str, Callable
     return {
         "looped_blocks": loops,
         "looped_blocks, gradients": gradients(loops, block_leaves),
-        "masked_cross_entropy, gradients": gradients(loss, [hidden, *head[:4]]),
+        "masked_cross_entropy, gradients": gradients(loss, [hidden, *head.tensors]),
         "sample_rows": lambda: lk.sample_rows(hidden, head, drawn, names),
     }

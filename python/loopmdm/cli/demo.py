@@ -241,8 +241,9 @@ def _race(say: _Speech) -> dict[str, Any]:
 
 def _plain_draw(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """Tokens [R] for hidden [R, D] as the reference draws them: all logits, softmax, an fp64 race."""
-    shift, scale = head.modulation[0]
-    normed = F.layer_norm(hidden, hidden.shape[-1:]) * head.norm * (1 + scale) + shift
+    norm, _, _, modulation = head.tensors
+    shift, scale = modulation[0]
+    normed = F.layer_norm(hidden, hidden.shape[-1:]) * norm * (1 + scale) + shift
     logits = F.linear(normed, head.weight, head.bias)
     logits[:, head.excluded_token] = -torch.inf
     probs = logits.softmax(-1).double()
