@@ -16,6 +16,16 @@ constexpr float kLayerNormEps = 1e-5f;
 constexpr float kLowestFloat = -3.402823466e+38f;
 constexpr double kExpUnderflow = -745.2;  // exp() of less is 0 in double precision
 
+// Whether the deviations of a row may be no more than what its mean was rounded by, so that the mean wants to
+// be corrected by their mean.
+LOOPMDM_HD bool is_nearly_constant(float variance, float mean) { return variance < 1e-8f * mean * mean; }
+
+// 1 / sqrt(variance + eps); NaN where the variance is beyond fp32, where it would be 0 and the row look fine.
+LOOPMDM_HD float inverse_deviation(float variance) {
+  const float deviation = sqrtf(variance + kLayerNormEps);
+  return deviation < LOOPMDM_INFINITY ? 1.0f / deviation : LOOPMDM_INFINITY - LOOPMDM_INFINITY;
+}
+
 struct RowStatistics {
   double sum = 0;       // sum of exp(logit - top1_logit)
   double weighted = 0;  // sum of exp(logit - top1_logit) * (logit - top1_logit)

@@ -6,8 +6,10 @@
 
 constexpr int kKeyBlock = 512;
 constexpr int kGroupRows = 16 * kRowsAtOnce;
-constexpr float kMaskedScore =
-    -1e30f;  // in units of log2; finite, so that a block of masked keys is harmless
+constexpr float kMaskedScore = -1e30f;  // its exponential is 0; the bias of a key that is not attended
+// Exponents of a row beyond this are taken as differences of scores: the product of its largest score with the
+// scale is then rounded by more than an exponential forgives.
+constexpr float kLargeExponent = 1048576.0f;
 static_assert(kKeyBlock % kPanel == 0 && kPanel % (2 * kLanes) == 0);
 
 struct HeadShape {
@@ -32,7 +34,14 @@ inline Floats probability(Floats x, bool coarse) {
   return x < lowest ? Floats{} : p;
 }
 
-// exp2(scores - top) as operands; returns their sum.
+// score * factor + shift, whatever a masked key's score is.
+template <bool Masked>
+inline Floats exponent(const float* score, const float* bias, Floats factor, Floats shift) {
+  const Floats x = fused_multiply_add(load(score), factor, shift);
+  return Masked ? (load(bias) < Floats{} ? broadcast(kMaskedScore) : x) : x;
+}
+
+// exp2(scores * scale - top) as operands; returns their sum.
 template <class Operand, bool Masked>
 inline float soften_row(const float* scores, const float* bias, int64_t count, float scale, float top,
                         uint32_t* probs) {
@@ -42,9 +51,8 @@ inline float soften_row(const float* scores, const float* bias, int64_t count, f
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
     Floats p[2];
     for (int half = 0; half < 2; ++half) {
-      Floats x = fused_multiply_add(load(scores + i + half * kLanes), factor, shift);
-      if (Masked) x += load(bias + i + half * kLanes);
-      p[half] = probability(x, kCoarse);
+      const int64_t at = i + half * kLanes;
+      p[half] = probability(exponent<Masked>(scores + at, bias + at, factor, shift), kCoarse);
       sum[half] += p[half];
     }
     Operand::store(probs + i / Operand::kPerWord, p[0], p[1]);
@@ -52,17 +60,26 @@ inline float soften_row(const float* scores, const float* bias, int64_t count, f
   return sum_lanes(sum[0] + sum[1]);
 }
 
+// The largest score of the keys that are attended; minus infinity: none.
 template <bool Masked>
-inline float largest_score(const float* scores, const float* bias, int64_t count, float scale) {
-  Floats top[2] = {broadcast(kMaskedScore), broadcast(kMaskedScore)};
+inline float largest_score(const float* scores, const float* bias, int64_t count) {
+  const Floats lowest = broadcast(-LOOPMDM_INFINITY);
+  Floats top[2] = {lowest, lowest};
   for (int64_t i = 0; i < count; i += 2 * kLanes)
     for (int half = 0; half < 2; ++half) {
       Floats x = load(scores + i + half * kLanes);
-      if (Masked) x = fused_multiply_add(x, broadcast(scale), load(bias + i + half * kLanes));
+      if (Masked) x = load(bias + i + half * kLanes) < Floats{} ? lowest : x;
       top[half] = larger(x, top[half]);
     }
-  const float largest = largest_lane(larger(top[0], top[1]));
-  return Masked ? largest : largest * scale;
+  return largest_lane(larger(top[0], top[1]));
+}
+
+inline float largest_attended(const float* scores, const float* bias, int64_t count) {
+  return bias ? largest_score<true>(scores, bias, count) : largest_score<false>(scores, nullptr, count);
+}
+
+inline void subtract_from(float* scores, int64_t count, float offset) {
+  for (int64_t i = 0; i < count; i += kLanes) store(scores + i, load(scores + i) - offset);
 }
 
 // out: [rows][head_width] floats. log_sum_exp: [rows] in base 2, or null.
@@ -79,7 +96,7 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
   // All rows meet a block of keys before the next one: long sequences are read from the cache.
   for (int64_t group = 0; group < rows; group += kGroupRows) {
     const int64_t last = rows - group < kGroupRows ? rows : group + kGroupRows;
-    float top[kGroupRows], total[kGroupRows];
+    float top[kGroupRows], total[kGroupRows];  // top: of the scores as they are
     for (int64_t begin = 0; begin < shape.keys; begin += kKeyBlock) {
       const int64_t count = shape.keys - begin < kKeyBlock ? shape.keys - begin : kKeyBlock;
       for (int64_t first = group; first < last; first += kRowsAtOnce) {
@@ -90,27 +107,33 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
           multiply<Operand>(q, n, keys + (begin + key) * head_words, kPanel, head_words, scratch.scores + key,
                             kKeyBlock);
         for (int r = 0; r < n; ++r) {
-          const float* scores = scratch.scores + r * kKeyBlock;
+          float* scores = scratch.scores + r * kKeyBlock;
           uint32_t* probs = scratch.probs + r * kKeyBlock;
           float& row_top = top[first - group + r];
           float& row_total = total[first - group + r];
-          const float block_top = bias ? largest_score<true>(scores, bias + begin, count, scale)
-                                       : largest_score<false>(scores, nullptr, count, scale);
+          const float* block_bias = bias ? bias + begin : nullptr;
+          const float block_top = largest_attended(scores, block_bias, count);
           float before = 0;
           if (begin == 0) {
             row_top = block_top;
           } else {
             before = row_total;
             if (block_top > row_top) {
-              const float factor = probability(broadcast(row_top - block_top), false)[0];
+              const float factor = probability(broadcast(row_top * scale - block_top * scale), false)[0];
               before *= factor;
               multiply_row(sums + r * width, factor);
               row_top = block_top;
             }
           }
+          // Of a row without keys so far, all differences would be infinity minus infinity.
+          float shift = row_top == -LOOPMDM_INFINITY ? 0.0f : row_top * scale;
+          if (__builtin_fabsf(shift) > kLargeExponent) {
+            subtract_from(scores, count, row_top);
+            shift = 0;
+          }
           row_total =
-              before + (bias ? soften_row<Operand, true>(scores, bias + begin, count, scale, row_top, probs)
-                             : soften_row<Operand, false>(scores, nullptr, count, scale, row_top, probs));
+              before + (bias ? soften_row<Operand, true>(scores, block_bias, count, scale, shift, probs)
+                             : soften_row<Operand, false>(scores, nullptr, count, scale, shift, probs));
         }
         const Left p = {scratch.probs, kKeyBlock, 1};
         for (int64_t column = 0; column < width; column += kPanel) {
@@ -122,7 +145,7 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
     }
     for (int64_t r = group; r < last; ++r) {
       multiply_row(out + r * width, 1.0f / total[r - group]);
-      if (log_sum_exp) log_sum_exp[r] = top[r - group] + __builtin_log2f(total[r - group]);
+      if (log_sum_exp) log_sum_exp[r] = top[r - group] * scale + __builtin_log2f(total[r - group]);
     }
   }
 }

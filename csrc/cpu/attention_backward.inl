@@ -104,9 +104,24 @@ struct QueryScale {
 template <bool Masked>
 inline Floats score_probability(const float* scores, const float* bias, float base2_scale, float log_sum_exp,
                                 bool coarse) {
-  Floats x = fused_multiply_add(load(scores), broadcast(base2_scale), broadcast(-log_sum_exp));
-  if (Masked) x += load(bias);
-  return probability(x, coarse);
+  return probability(exponent<Masked>(scores, bias, broadcast(base2_scale), broadcast(-log_sum_exp)), coarse);
+}
+
+// Restates the scores of a query so that their exponents are exact where log_sum_exp is too large to tell
+// keys apart, and returns the log_sum_exp to go with them. Of a part of a row, what log_sum_exp was rounded
+// by is lost, as it is in plain PyTorch: no exponent is above 0.
+inline float bounded_scores(float* scores, const float* bias, int64_t count, float base2_scale,
+                            float log_sum_exp, bool whole_row) {
+  if (!(__builtin_fabsf(log_sum_exp) > kLargeExponent)) return log_sum_exp;
+  if (whole_row) {
+    subtract_from(scores, count, largest_attended(scores, bias, count));
+    return 0;
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats x = load(scores + i) * base2_scale - log_sum_exp;
+    store(scores + i, (x > 0.0f ? Floats{} : x) / base2_scale);
+  }
+  return 0;
 }
 
 // Replaces the scores of a query with all keys by probabilities, up to a common factor.
@@ -213,7 +228,9 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
           float *scores = t.scores + r * kGradKeys, *prob_grads = t.prob_grads + r * kGradKeys;
           QueryScale query[2];
           for (int64_t i = 0; i < queries; ++i) {
-            const float log_sum_exp = in.log_sum_exp[first + row + r + i];
+            const float log_sum_exp =
+                bounded_scores(scores + i * kGradKeys, block_bias, count, base2_scale,
+                               in.log_sum_exp[first + row + r + i], whole_rows);
             query[i] = whole_rows ? soften(scores + i * kGradKeys, prob_grads + i * kGradKeys, block_bias,
                                            count, base2_scale, scale, log_sum_exp, kPer == 2)
                                   : QueryScale{log_sum_exp, 1.0f, t.offset[first + row + r + i]};

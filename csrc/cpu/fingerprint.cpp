@@ -9,11 +9,11 @@
 namespace loopmdm::cpu {
 namespace {
 
-constexpr int64_t kLine = 64, kBlock = 1024, kWhole = 4096, kAhead = 24;  // bytes, and blocks to prefetch
+constexpr int64_t kLine = 64, kBlock = 1024, kWhole = 1 << 20, kAhead = 24;  // bytes, and blocks to prefetch
 // A vocabulary: a line of each 4 KB would take a quarter of the time of sampling one row, as every line is on
 // a page of its own, of which none is in the cache.
 constexpr int64_t kLarge = 16 << 20, kLargeBlock = 16384;
-constexpr int64_t kPartBlocks = 2048;  // of a thread's task
+constexpr int64_t kPartBlocks = 2048, kPartBytes = 256 << 10;  // of a thread's task
 constexpr int kWords = kLine / 8;
 constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;  // 2^64 / golden ratio
 
@@ -55,26 +55,42 @@ uint64_t hash_blocks(const char* at, int64_t size, int64_t first, int64_t last) 
   return hash.finish(last - first);
 }
 
+uint64_t hash_whole(const char* at, int64_t bytes) {
+  Hash hash;
+  int64_t i = 0;
+  for (; i + kLine <= bytes; i += kLine) hash.add(at + i);
+  if (i < bytes) hash.add(at + i, bytes - i);
+  return hash.finish(bytes);
+}
+
+// The hashes of all parts in order, each by whichever thread is free.
+template <class HashPart>
+uint64_t hash_parts(int64_t parts, int num_threads, uint64_t all, const HashPart& hash_part) {
+  std::vector<uint64_t> hashes(static_cast<size_t>(parts));
+  for_each_task(parts, static_cast<int>(std::min<int64_t>(num_threads, parts)),
+                [&](int64_t part, int) { hashes[static_cast<size_t>(part)] = hash_part(part); });
+  for (const uint64_t hash : hashes) all = mix(all, hash);
+  return all;
+}
+
 }  // namespace
 
 uint64_t fingerprint(const void* data, int64_t bytes, int num_threads) {
   const char* at = static_cast<const char*>(data);
-  Hash hash;
-  if (bytes < kWhole) {
-    for (int64_t i = 0; i < bytes; i += kLine) hash.add(at + i, std::min(kLine, bytes - i));
-    return hash.finish(bytes);
+  if (bytes <= kPartBytes) return hash_whole(at, bytes);
+  if (bytes <= kWhole) {
+    const int64_t parts = (bytes + kPartBytes - 1) / kPartBytes;
+    return hash_parts(parts, num_threads, static_cast<uint64_t>(bytes), [&](int64_t part) {
+      return hash_whole(at + part * kPartBytes, std::min(kPartBytes, bytes - part * kPartBytes));
+    });
   }
   const int64_t size = bytes < kLarge ? kBlock : kLargeBlock;
   const int64_t blocks = bytes / size, parts = (blocks + kPartBlocks - 1) / kPartBlocks;
-  std::vector<uint64_t> hashes(static_cast<size_t>(parts));
-  for_each_task(parts, static_cast<int>(std::min<int64_t>(num_threads, parts)), [&](int64_t part, int) {
-    hashes[static_cast<size_t>(part)] =
-        hash_blocks(at, size, part * kPartBlocks, std::min(blocks, (part + 1) * kPartBlocks));
+  Hash last;
+  last.add(at + bytes - kLine);
+  return hash_parts(parts, num_threads, last.finish(bytes), [&](int64_t part) {
+    return hash_blocks(at, size, part * kPartBlocks, std::min(blocks, (part + 1) * kPartBlocks));
   });
-  hash.add(at + bytes - kLine);
-  uint64_t all = hash.finish(bytes);
-  for (const uint64_t part : hashes) all = mix(all, part);
-  return all;
 }
 
 }  // namespace loopmdm::cpu

@@ -79,14 +79,28 @@ struct RowMoments {
 inline RowMoments row_moments(const float* x, int64_t width, int64_t padded) {
   Floats sum = {};
   for (int64_t i = 0; i < padded; i += kLanes) sum += load(x + i);
-  const float mean = sum_lanes(sum) / static_cast<float>(width);
-  Floats squares = {};
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    const Floats d = load(x + i) - mean;
-    squares = fused_multiply_add(d, d, squares);
+  const float size = static_cast<float>(width);
+  float mean = sum_lanes(sum) / size;
+  const auto deviations = [&](float& total, float& left) {
+    Floats squares = {}, differences = {};
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) {
+      const Floats d = load(x + i) - mean;
+      squares = fused_multiply_add(d, d, squares);
+      differences += d;
+    }
+    total = sum_lanes(squares);
+    left = sum_lanes(differences);
+    for (; i < width; ++i) {
+      total += (x[i] - mean) * (x[i] - mean);
+      left += x[i] - mean;
+    }
+  };
+  float total, left;
+  deviations(total, left);
+  if (is_nearly_constant(total / size, mean)) {
+    mean += left / size;
+    deviations(total, left);
   }
-  float total = sum_lanes(squares);
-  for (; i < width; ++i) total += (x[i] - mean) * (x[i] - mean);
-  return {mean, 1.0f / __builtin_sqrtf(total / static_cast<float>(width) + kLayerNormEps)};
+  return {mean, inverse_deviation(total / size)};
 }

@@ -34,7 +34,7 @@ def attention(
 
 def _rows(x: Tensor) -> Tensor:
     """x, or a copy if its rows are not contiguous; any other strides are read where they are."""
-    x = x.detach().resolve_neg()
+    x = x.detach().resolve_neg()  # an incoming gradient may have the lazy negative bit
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

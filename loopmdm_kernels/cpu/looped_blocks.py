@@ -254,7 +254,7 @@ class _LoopedBlocks(torch.autograd.Function):
         blocks = [BlockWeights(*weights[i : i + _TENSORS]) for i in range(0, len(weights), _TENSORS)]
         gradients = [_Gradients.zeros(block, modulation.shape[1]) for block in blocks]
         packed = _packed(weights, options)
-        grad = grad.float().clone(memory_format=torch.contiguous_format)
+        grad = grad.resolve_neg().float().clone(memory_format=torch.contiguous_format)
         transposed = [
             packed_linear(weight, narrow=options.narrow, transposed=True)
             for block in blocks

@@ -36,6 +36,7 @@ def attention(
     if rotary is not None and head_dim % 2:
         raise ValueError(f"rotary: needs an even head size, got K = {head_dim}")
     checks.rotary(rotary, length, head_dim, q.device)
+    q, k, v, rotary = checks.plain((q, k, v, rotary))
     cos, sin = rotary or (None, None)
     if traced(q):
         out: Tensor = torch.ops.loopmdm.attention(q, k, v, key_mask, cos, sin)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,11 @@ from loopmdm_kernels.types import FP8, Fp8Head, Fp8Weight, Head, Rotary
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STREAM_FLOATS = (torch.float32, torch.float64)
+# Beyond these, logits over the temperature leave fp32, and what may not be drawn could be.
+LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-20, 1e20
+LARGEST_DROPOUT = 1 - 2.0**-24  # the number before 1 in fp32, in which the kernels scale by 1 / (1 - rate)
+
+Value = TypeVar("Value")
 
 
 def tensor(
@@ -26,6 +33,9 @@ def tensor(
     """Check one tensor; a dimension of `shape` is an int, a tuple of ints (any of them) or a free letter."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
     if value.dtype not in dtypes:
         accepted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: got {str(value.dtype).removeprefix('torch.')}, expected {accepted}")
@@ -34,6 +44,83 @@ def tensor(
         raise ValueError(f"{name}: got shape {list(value.shape)}, expected [{wanted}]")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: on {value.device}, expected {device} like the first argument")
+    return value
+
+
+def plain(value: Value) -> Value:
+    """The same tensors, in tuples or lists of any depth, without torch's lazy negative bit.
+
+    Kernels read memory, which for such a tensor (`torch.imag` of a conjugate makes one) holds the opposite sign.
+    """
+    if isinstance(value, Tensor):
+        return value.resolve_neg() if not torch.compiler.is_compiling() and value.is_neg() else value
+    if not isinstance(value, tuple | list):
+        return value
+    items = [plain(item) for item in value]
+    if all(new is old for new, old in zip(items, value, strict=True)):
+        return value
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # type: ignore[return-value, call-arg]
+
+
+def number(name: str, value: Any, accepted: str) -> Any:
+    """A real number of any type as one of Python's, or an error."""
+    if isinstance(value, float | int | torch.SymFloat | torch.SymInt) and not isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{name}: got {value!r}, expected {accepted}")
+
+
+def integer(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None,
+    accepted: str,
+    wrong_type: type[Exception] = TypeError,
+) -> Any:
+    """A whole number of any type, low <= value < high, as one of Python's, or an error."""
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
+            raise wrong_type(f"{name}: got {value!r}, expected {accepted}")
+        value = operator.index(value)
+    if value < low or (high is not None and value >= high):
+        raise ValueError(f"{name}: got {value}, expected {accepted}")
+    return value
+
+
+def temperature(value: Any) -> Any:
+    accepted = f"0 or a number from {LEAST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g}"
+    value = number("temperature", value, accepted)
+    if not (value == 0 or LEAST_TEMPERATURE <= value <= LARGEST_TEMPERATURE):
+        raise ValueError(f"temperature: got {value}, expected {accepted}")
+    return value
+
+
+def top_p(value: Any) -> Any:
+    value = number("top_p", value, "0 < top_p <= 1")
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"top_p: got {value}, expected 0 < top_p <= 1")
+    return value
+
+
+def seed(name: str, value: Any) -> Any:
+    return integer(name, value, 0, 2**63, f"an int, 0 <= {name.rpartition('.')[2]} < 2^63")
+
+
+def dropout(value: Any) -> Any:
+    value = number("dropout", value, "0 <= dropout < 1")
+    if not 0.0 <= value <= LARGEST_DROPOUT:
+        raise ValueError(f"dropout: got {value}, expected 0 <= dropout < 1 (1 - 2^-24 at most)")
+    return value
+
+
+def exit_threshold(value: Any) -> Any:
+    if value is None:
+        return None
+    value = number("exit_threshold", value, "None or a number >= 0")
+    if not value >= 0.0:
+        raise ValueError(f"exit_threshold: got {value}, expected None or a number >= 0")
     return value
 
 

@@ -34,6 +34,7 @@ def head_logits(
     checks.compute_dtype(compute_dtype)
     if isinstance(head, Fp8Head):
         checks.for_inference("head", compute_dtype, hidden=hidden)
+    hidden, head = checks.plain((hidden, head))
     if traced(hidden):
         norm, weight, bias, modulation, _ = head
         values, scale = weight if isinstance(weight, Fp8Weight) else (weight, None)

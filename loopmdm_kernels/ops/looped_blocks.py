@@ -57,19 +57,16 @@ def looped_blocks(
     Raises:
         TypeError, ValueError: naming the argument, what was got and what is accepted.
     """
-    _check(
-        x,
-        blocks,
-        modulation,
-        num_loops,
-        max_loops,
-        num_heads,
-        rotary,
-        key_mask,
-        compute_dtype,
-        dropout,
-        exit_threshold,
-    )
+    num_heads = checks.integer("num_heads", num_heads, 1, None, "an int >= 1")
+    if not isinstance(num_loops, Tensor):
+        num_loops = checks.integer("num_loops", num_loops, 1, None, "at least 1, an int or an int64 tensor [B]")
+    if max_loops is not None:
+        max_loops = checks.integer("max_loops", max_loops, 1, None, "None or an int >= 1")
+    if not isinstance(dropout_seed, Tensor):
+        dropout_seed = checks.seed("dropout_seed", dropout_seed)
+    dropout, exit_threshold = checks.dropout(dropout), checks.exit_threshold(exit_threshold)
+    _check(x, blocks, modulation, num_loops, max_loops, num_heads, rotary, key_mask, compute_dtype)
+    x, blocks, modulation, num_loops, rotary = checks.plain((x, blocks, modulation, num_loops, rotary))
     cos, sin = rotary or (None, None)
     if traced(x):
         loops, per_sequence = (1, num_loops) if isinstance(num_loops, Tensor) else (num_loops, None)
@@ -152,13 +149,11 @@ def _check(
     rotary: Rotary | None,
     key_mask: Tensor | None,
     compute_dtype: torch.dtype | None,
-    dropout: float,
-    exit_threshold: float | None,
 ) -> None:
     checks.tensor("x", x, dtypes=checks.STREAM_FLOATS, shape=("B", "L", "D"))
     checks.not_empty("x", x)
     batch, length, hidden = x.shape
-    if num_heads < 1 or hidden % (2 * num_heads):
+    if hidden % (2 * num_heads):
         raise ValueError(
             f"num_heads: got {num_heads}, expected a divisor of D = {hidden} with an even head size"
         )
@@ -186,10 +181,6 @@ def _check(
         device = None if one_for_all else x.device
         checks.tensor("num_loops", num_loops, dtypes=(torch.int64,), shape=((1, batch),), device=device)
         checks.in_range("num_loops", num_loops, 1, 2**30 if max_loops is None else max_loops + 1)
-    elif isinstance(num_loops, bool) or not isinstance(num_loops, int | torch.SymInt):
-        raise TypeError(f"num_loops: got {num_loops!r}, expected an int or an int64 tensor [B]")
-    elif num_loops < 1:
-        raise ValueError(f"num_loops: got {num_loops}, expected at least 1")
     if max_loops is not None and not isinstance(num_loops, Tensor):
         raise ValueError(f"max_loops: got {max_loops}, expected None where all sequences have one num_loops")
     checks.rotary(rotary, length, hidden // num_heads, x.device)
@@ -197,10 +188,6 @@ def _check(
     checks.compute_dtype(compute_dtype)
     if isinstance(blocks[0], Fp8BlockWeights):
         checks.for_inference("blocks", compute_dtype, x=x, modulation=modulation)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
-    if exit_threshold is not None and not exit_threshold >= 0.0:
-        raise ValueError(f"exit_threshold: got {exit_threshold}, expected None or a number >= 0")
 
 
 def _flat(blocks: Sequence[BlockWeights | Fp8BlockWeights]) -> list[Tensor]:

@@ -64,6 +64,7 @@ def masked_cross_entropy(
         checks.in_range("targets", wanted, 0, vocab_size)
         if bool((wanted == head.excluded_token).any()):
             raise ValueError(f"targets: a row's target is the excluded token {head.excluded_token}")
+    hidden, head, targets, rows, row_weights = checks.plain((hidden, head, targets, rows, row_weights))
     if traced(hidden):
         if isinstance(head, Fp8Head):
             head = head.dequantized(compute_dtype or hidden.dtype)

@@ -36,7 +36,7 @@ def sample_rows(
             [V, D] alone stands for `Head.of(weight)`.
         rows: [R] int64 flat indices b*L + l; R may be 0.
         rng: names of the random numbers, see `RowRng`.
-        temperature: >= 0; 0 takes the most probable token, the lowest id on ties.
+        temperature: 0, or from 1e-20 to 1e20; 0 takes the most probable token, the lowest id on ties.
         top_p: in (0, 1]; below 1, draw from the smallest set of most probable tokens that reaches it.
         top_k: draw from so many most probable tokens, the lowest ids on ties; with top_p, that is of these.
         compute_dtype: dtype of the projection's operands; None: that of `head.weight`, unless this is fp8.
@@ -48,25 +48,23 @@ def sample_rows(
     checks.not_empty("hidden", hidden)
     batch, length, hidden_size = hidden.shape
     head = checks.given_head(head)
-    checks.head(head, hidden_size, batch, hidden.device)
+    vocab_size = checks.head(head, hidden_size, batch, hidden.device)
     checks.rows(rows, batch * length, hidden.device)
-    if not 0 <= rng.seed < 2**63:
-        raise ValueError(f"rng.seed: got {rng.seed}, expected 0 <= seed < 2^63")
+    rng = rng._replace(seed=checks.seed("rng.seed", rng.seed))
     for name, limit in (("sequence", 2**32), ("step", 2**30), ("position", 2**31)):
         value = getattr(rng, name)
         checks.tensor(
             f"rng.{name}", value, dtypes=(torch.int64,), shape=(rows.shape[0],), device=hidden.device
         )
         checks.in_range(f"rng.{name}", value, 0, limit)
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: got {temperature}, expected a finite number >= 0")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p: got {top_p}, expected 0 < top_p <= 1")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k: got {top_k!r}, expected None or an int >= 1")
+    temperature, top_p = checks.temperature(temperature), checks.top_p(top_p)
+    if top_k is not None:
+        top_k = checks.integer("top_k", top_k, 1, None, "None or an int >= 1", ValueError)
+        top_k = top_k if top_k < vocab_size else vocab_size
     checks.compute_dtype(compute_dtype)
     if isinstance(head, Fp8Head):
         checks.for_inference("head", compute_dtype)
+    hidden, head, rows, rng = checks.plain((hidden, head, rows, rng))
     if traced(hidden):
         norm, weight, *rest = head
         values, scale = weight if isinstance(weight, Fp8Weight) else (weight, None)

@@ -109,15 +109,22 @@ def gain(norm, scale):
 
 @triton.jit
 def row_moments(x, exists, size):
-    """Mean and 1 / standard deviation of the rows of x, which hold `size` existing numbers; two passes."""
+    """Mean and 1 / standard deviation of the rows of x, which hold `size` existing numbers.
+
+    The mean is corrected by that of the deviations from it, which is 0 but for rounding: of a constant row,
+    nothing but that would be left.
+    """
     mean = tl.sum(tl.where(exists, x, 0.0), axis=1) / size
+    mean += tl.sum(tl.where(exists, x - mean[:, None], 0.0), axis=1) / size
     centred = tl.where(exists, x - mean[:, None], 0.0)
     return mean, inverse_deviation(tl.sum(centred * centred, axis=1) / size)
 
 
 @triton.jit
 def inverse_deviation(variance):
-    return tl.div_rn(1.0, tl.sqrt_rn(variance + NORM_EPS))
+    """NaN where the variance is beyond fp32, where it would be 0 and the row look fine."""
+    deviation = tl.sqrt_rn(variance + NORM_EPS)
+    return tl.where(deviation < float("inf"), tl.div_rn(1.0, deviation), float("nan"))
 
 
 @triton.jit
@@ -132,6 +139,7 @@ def combined_moments(mean_ptr, square_ptr, rows, num_rows, size, GROUPS: tl.cons
     means = tl.load(mean_ptr + at, mask=exists, other=0.0)
     squares = tl.load(square_ptr + at, mask=exists, other=0.0)
     mean = tl.sum(means * count, axis=1) / size
+    mean += tl.sum((means - mean[:, None]) * count, axis=1) / size  # see row_moments
     between = means - mean[:, None]
     variance = tl.sum(squares + count * between * between, axis=1) / size
     return mean, inverse_deviation(variance)
@@ -151,6 +159,7 @@ def store_moments(
     exists = tl.reshape((col < size), (1, PARTS, STATISTICS_GROUP))
     x = tl.reshape(x, (BLOCK_M, PARTS, STATISTICS_GROUP))
     mean = tl.sum(tl.where(exists, x, 0.0), axis=2) / count
+    mean += tl.sum(tl.where(exists, x - mean[:, :, None], 0.0), axis=2) / count  # see row_moments
     centred = tl.where(exists, x - mean[:, :, None], 0.0)
     square = tl.sum(centred * centred, axis=2)
     group = first_col // STATISTICS_GROUP + part

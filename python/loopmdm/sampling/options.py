@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loopmdm.sampling.orders import ORDERS, Pace
 from loopmdm.sampling.remasking import Remasking
+from loopmdm_kernels.ops import checks
 
 MAX_STEPS = 2**30 - 1  # the step is one word of the random number's name
 
@@ -75,10 +76,8 @@ def check_options(
                 raise ValueError(f"{name} does not go with remasking, which may take back any token")
         if order != "ancestral":
             raise ValueError(f"remasking goes with the order ancestral, got {order}")
-    if not math.isfinite(temperature) or temperature < 0:
-        raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    checks.temperature(temperature)
+    checks.top_p(top_p)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an int with 0 <= seed < 2^63, got {seed!r}")
     if dtype not in (None, torch.bfloat16):
