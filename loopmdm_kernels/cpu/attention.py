@@ -59,7 +59,7 @@ class _Attention(torch.autograd.Function):
 
         q, k, v = _rows(q), _rows(k), _rows(v)
         out = _like(q)
-        log_sum_exp = torch.empty(q.shape[:3])
+        log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32)
         _C.attention(q, k, v, key_mask, cos, sin, torch.get_num_threads(), out, log_sum_exp)
         ctx.save_for_backward(q, k, v, key_mask, cos, sin, out, log_sum_exp)
         return out

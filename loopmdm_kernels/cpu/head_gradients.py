@@ -53,12 +53,12 @@ class HeadGradients:
         want_hidden, want_norm, want_weight, want_bias, want_modulation = wanted
 
         def zeros(wanted: bool, shape: torch.Size) -> Tensor | None:
-            return torch.zeros(shape) if wanted else None
+            return torch.zeros(shape, dtype=torch.float32) if wanted else None
 
         if want_weight and weight_memory is None:
             weight_memory = weight_gradient_memory(weight, num_rows)
         self._weight = weight_memory if want_weight else None
-        self._bias = torch.empty(bias.shape) if want_bias else None
+        self._bias = torch.empty(bias.shape, dtype=torch.float32) if want_bias else None
         if not num_rows:  # otherwise the kernel writes them in full
             for grad in (self._weight, self._bias):
                 if grad is not None:

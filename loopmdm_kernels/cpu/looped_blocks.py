@@ -179,7 +179,7 @@ class _Gradients(NamedTuple):
         from loopmdm_kernels import _C
 
         def like(weight: Tensor) -> Tensor:
-            return torch.zeros(weight.shape[0], _C.padded_columns(weight.shape[1]))
+            return torch.zeros(weight.shape[0], _C.padded_columns(weight.shape[1]), dtype=torch.float32)
 
         hidden = block.norm1.shape[0]
         return cls(
@@ -187,9 +187,9 @@ class _Gradients(NamedTuple):
             like(block.attn_out),
             like(block.mlp_in),
             like(block.mlp_out),
-            torch.zeros(block.mlp_in_bias.shape[0]),
-            torch.zeros(hidden),
-            torch.zeros(modulation_rows, 6, hidden),
+            torch.zeros(block.mlp_in_bias.shape[0], dtype=torch.float32),
+            torch.zeros(hidden, dtype=torch.float32),
+            torch.zeros(modulation_rows, 6, hidden, dtype=torch.float32),
         )
 
     def finish(self, block: BlockWeights, modulation: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -229,7 +229,7 @@ class _LoopedBlocks(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         most, num_blocks = int(loops.max()), len(weights) // _TENSORS
-        loop_inputs = torch.empty(most, *x.shape) if recompute else None
+        loop_inputs = torch.empty(most, *x.shape, dtype=torch.float32) if recompute else None
         tape = None if recompute else _Tape(_tape_shape(x, weights, options, most * num_blocks))
         out, used = _forward(
             x,

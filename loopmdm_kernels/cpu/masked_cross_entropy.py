@@ -69,12 +69,12 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         num_rows = rows.shape[0]
         tile_top = exponentials = None
         if grad_enabled and any(ctx.needs_input_grad[:5]):
-            tile_top = torch.empty(_C.cross_entropy_tiles(weight.shape[0]), num_rows)
+            tile_top = torch.empty(_C.cross_entropy_tiles(weight.shape[0]), num_rows, dtype=torch.float32)
         if grad_enabled and ctx.needs_input_grad[2] and num_rows:
             exponentials = weight_gradient_memory(weight, num_rows)
         problem = head_problem((hidden, norm, weight, bias, modulation), rows, narrow)
-        top, row_sum, nll = (torch.empty(num_rows) for _ in range(3))
-        total = torch.empty(())
+        top, row_sum, nll = (torch.empty(num_rows, dtype=torch.float32) for _ in range(3))
+        total = torch.empty((), dtype=torch.float32)
         _C.masked_cross_entropy(
             **problem,
             targets=targets,

@@ -3,11 +3,11 @@
 A weight counts as changed when it is another tensor, or its version counter, address, shape, dtype or
 fingerprint has changed, or an optimizer has stepped over it. The fingerprint is there for what leaves the
 version counter alone: writes through `.data` or numpy, fused optimizers on a CPU, inference tensors. It is of
-every byte of a weight of up to 1 MB: any write to one is seen. Of a larger one it reads one cache line of every
-KB (of every 16 KB beyond 16 MB), a different one from KB to KB. There, a write through `.data` or numpy that
-touches less than 2 KB in a row (32 KB beyond 16 MB), such as a single row of a matrix, can pass unseen: after
-it, call `clear()` or `torch.autograd.graph.increment_version(weight)`. In-place operations on the weight itself
-are always seen.
+every byte of a weight of up to 1 MB: any write to one is seen. Of a larger one it reads one cache line of
+every KB (of every 16 KB beyond 16 MB), a different one from KB to KB. There, a write through `.data` or numpy
+that touches less than 2 KB in a row (32 KB beyond 16 MB), such as a single row of a matrix, can pass unseen:
+after it, call `clear()` or `torch.autograd.graph.increment_version(weight)`. In-place operations on the
+weight itself are always seen.
 """
 
 from __future__ import annotations

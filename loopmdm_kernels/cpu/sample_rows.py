@@ -73,7 +73,7 @@ def _sample_restricted(
 ) -> SampledRows:
     from loopmdm_kernels import _C
 
-    logits = torch.empty(rows.shape[0], head.weight.shape[0])
+    logits = torch.empty(rows.shape[0], head.weight.shape[0], dtype=torch.float32)
     _C.head_logits(*head_arguments(hidden, head, rows, dtype), torch.get_num_threads(), logits)
     return sample_logits(logits, head.excluded_token, rng, temperature=temperature, top_p=top_p, top_k=top_k)
 

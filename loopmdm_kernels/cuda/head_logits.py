@@ -37,6 +37,6 @@ def head_logits(hidden: Tensor, head: Head, *, compute_dtype: torch.dtype | None
 def row_logits(operands: Operands, part: slice) -> Tensor:
     """Logits [., V] of some of the rows, in fp32."""
     num_rows = operands.normalised[part].shape[0]
-    out = torch.empty(num_rows, operands.vocab_size, device=operands.device)
+    out = torch.empty(num_rows, operands.vocab_size, device=operands.device, dtype=torch.float32)
     operands.reduce_logits(operands.with_logits(SOURCE), Parameters, part, out=out)
     return out

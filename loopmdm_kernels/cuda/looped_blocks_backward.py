@@ -164,7 +164,7 @@ class BackwardBuffers(NamedTuple):
             return torch.empty(sizes, dtype=dtype, device=grad.device)
 
         def zeros(*sizes: int) -> Tensor:
-            return torch.zeros(sizes, device=grad.device)
+            return torch.zeros(sizes, device=grad.device, dtype=torch.float32)
 
         def record(width: int) -> Tensor:
             return empty(layers, batch, length, width, dtype=torch.bfloat16)

@@ -50,7 +50,7 @@ def tensor(
 def plain(value: Value) -> Value:
     """The same tensors, in tuples or lists of any depth, without torch's lazy negative bit.
 
-    Kernels read memory, which for such a tensor (`torch.imag` of a conjugate makes one) holds the opposite sign.
+    Kernels read memory, which for such a tensor (the `imag` of a conjugate is one) holds the opposite sign.
     """
     if isinstance(value, Tensor):
         return value.resolve_neg() if not torch.compiler.is_compiling() and value.is_neg() else value

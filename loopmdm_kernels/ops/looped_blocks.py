@@ -59,7 +59,9 @@ def looped_blocks(
     """
     num_heads = checks.integer("num_heads", num_heads, 1, None, "an int >= 1")
     if not isinstance(num_loops, Tensor):
-        num_loops = checks.integer("num_loops", num_loops, 1, None, "at least 1, an int or an int64 tensor [B]")
+        num_loops = checks.integer(
+            "num_loops", num_loops, 1, None, "at least 1, an int or an int64 tensor [B]"
+        )
     if max_loops is not None:
         max_loops = checks.integer("max_loops", max_loops, 1, None, "None or an int >= 1")
     if not isinstance(dropout_seed, Tensor):

@@ -78,7 +78,7 @@ def attention_forward(
 
     rest: laid out like out; what rounding takes from out, for the backward pass.
     """
-    log_sum_exp = torch.empty(q.shape[:3], device=q.device)
+    log_sum_exp = torch.empty(q.shape[:3], device=q.device, dtype=torch.float32)
     tile = _tiles(q, backward=False)
     sizes, blocks = _sizes(q)
     launch(

@@ -32,7 +32,7 @@ class Gradients(NamedTuple):
     @classmethod
     def zeros(cls, block: BlockWeights, batch: int, length: int) -> Gradients:
         def like(weight: Tensor) -> Tensor:
-            return torch.zeros(weight.shape, device=weight.device)
+            return torch.zeros(weight.shape, device=weight.device, dtype=torch.float32)
 
         partial = (batch, ceil_div(length, _PART), block.norm1.shape[0])
         return cls(
@@ -42,8 +42,8 @@ class Gradients(NamedTuple):
             like(block.mlp_in_bias),
             like(block.mlp_out),
             like(block.mlp_out_bias),
-            torch.zeros(2, 3, *partial, device=block.norm1.device),
-            torch.zeros(2, *partial, device=block.norm1.device),
+            torch.zeros(2, 3, *partial, device=block.norm1.device, dtype=torch.float32),
+            torch.zeros(2, *partial, device=block.norm1.device, dtype=torch.float32),
         )
 
     def finish(self, block: BlockWeights, modulation_rows: int) -> tuple[list[Tensor], Tensor]:

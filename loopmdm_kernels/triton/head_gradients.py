@@ -52,7 +52,7 @@ def head_gradients(
     cast_modulation = operand(modulation, cast.dtype)
     h = modulated_rows(hidden, norm, cast_modulation, rows, cast.dtype)
     group = rows_at_once(vocab_size, num_rows)
-    grad_h = torch.empty(num_rows, size, device=hidden.device) if of_rows else None
+    grad_h = torch.empty(num_rows, size, device=hidden.device, dtype=torch.float32) if of_rows else None
     grad_weight = hidden.new_zeros(vocab_size, size) if of_weight else None
     grad_bias = hidden.new_zeros(vocab_size) if of_weight else None
     for first in range(0, num_rows, group):

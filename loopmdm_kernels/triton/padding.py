@@ -26,9 +26,9 @@ def launches(
     hidden = weights.norm1.shape[0]
     with torch.no_grad(), recording(processor(device)) as recorded:
         looped_blocks(
-            torch.empty(batch, length, hidden, device="meta"),
+            torch.empty(batch, length, hidden, device="meta", dtype=torch.float32),
             [BlockWeights(*map(meta, weights))],
-            torch.empty(1, 1, 6, hidden, device="meta"),
+            torch.empty(1, 1, 6, hidden, device="meta", dtype=torch.float32),
             1,
             num_heads=num_heads,
             compute_dtype=dtype,

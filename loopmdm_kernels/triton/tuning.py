@@ -111,7 +111,7 @@ def problems(workload: Workload, device: torch.device) -> Iterator[Problem]:
     names = RowRng(0, *(name.to(device) for name in row_rng(rows.shape[0])[1:]))
     targets = torch.zeros(batch, length, dtype=torch.int64, device=device)
     every = torch.arange(0, batch * length, 2, device=device)
-    weights = torch.ones(every.shape[0], device=device)
+    weights = torch.ones(every.shape[0], device=device, dtype=torch.float32)
     shape = (vocab_size, hidden)
     yield Problem("vocabulary", shape, lambda: masked_cross_entropy(x, head, targets, every, weights))
     yield Problem("sample", shape, lambda: sample_rows(x, head, rows, names))
@@ -123,18 +123,18 @@ def _block_problems(
     rows, wide = batch * length, 4 * hidden
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device).to(DTYPE)
+        return torch.randn(*shape, device=device, dtype=torch.float32).to(DTYPE)
 
-    angle = torch.rand(length, hidden // heads // 2, device=device).to(DTYPE)
+    angle = torch.rand(length, hidden // heads // 2, device=device, dtype=torch.float32).to(DTYPE)
     options = Options(heads, length, 0, angle.cos(), angle.sin(), None, DTYPE, 0.0, 0)
-    stream = Stream.of(torch.randn(rows, hidden, device=device))
-    modulation, norm = normal(1, 2, hidden), torch.ones(hidden, device=device)
+    stream = Stream.of(torch.randn(rows, hidden, device=device, dtype=torch.float32))
+    modulation, norm = normal(1, 2, hidden), torch.ones(hidden, device=device, dtype=torch.float32)
     narrow, broad = normal(rows, hidden), normal(rows, wide)
     for columns in (3 * hidden, wide):
         weight, gradient, out = (
             normal(columns, hidden),
             normal(rows, columns),
-            torch.zeros(columns, hidden, device=device),
+            torch.zeros(columns, hidden, device=device, dtype=torch.float32),
         )
         is_mlp = columns == wide
 
@@ -154,7 +154,9 @@ def _block_problems(
             )
 
         yield Problem("residual_linear", (rows, hidden, a.shape[1]), back)
-        yield from _gradients(narrow, weight, a, torch.zeros(hidden, a.shape[1], device=device))
+        yield from _gradients(
+            narrow, weight, a, torch.zeros(hidden, a.shape[1], device=device, dtype=torch.float32)
+        )
     yield from _attention_problems((batch, length, heads, hidden // heads), options, device)
 
 
@@ -172,7 +174,7 @@ def _gradients(grad: Tensor, weight: Tensor, operand: Tensor, out: Tensor) -> It
 def _attention_problems(
     shape: tuple[int, int, int, int], options: Options, device: torch.device
 ) -> Iterator[Problem]:
-    tensors = torch.randn(5, *shape, device=device).to(DTYPE).transpose(2, 3)
+    tensors = torch.randn(5, *shape, device=device, dtype=torch.float32).to(DTYPE).transpose(2, 3)
     q, k, v, out, grad = tensors.unbind()
     grads = torch.empty_like(tensors[:3]).unbind()
     cos, sin = options.cos, options.sin

@@ -166,7 +166,7 @@ class CausalLM(nn.Module):
             self.head(),
             input_ids,
             rows,
-            torch.ones(len(rows), device=rows.device),
+            torch.ones(len(rows), device=rows.device, dtype=torch.float32),
             compute_dtype=dtype,
         )
         return nll.new_zeros(input_ids.numel()).index_put((rows,), nll).view(input_ids.shape)

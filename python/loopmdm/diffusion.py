@@ -30,14 +30,14 @@ def loss_weight(t: Tensor) -> Tensor:
 
 def sample_t(num: int, generator: torch.Generator | None = None) -> Tensor:
     """Stratified times [num] in [MIN_TIME, 1): one independent uniform in each of `num` strata."""
-    jitter = torch.rand(num, generator=generator)
-    u = (jitter / num + torch.arange(num) / num) % 1
+    jitter = torch.rand(num, generator=generator, dtype=torch.float32)
+    u = (jitter / num + torch.arange(num, dtype=torch.float32) / num) % 1
     return (1.0 - MIN_TIME) * u + MIN_TIME
 
 
 def draw_mask(t: Tensor, frozen: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Which tokens are masked at times t [B]: boolean [B, L], never where `frozen` [B, L]."""
-    uniform = torch.rand(frozen.shape, generator=generator).to(frozen.device)
+    uniform = torch.rand(frozen.shape, generator=generator, dtype=torch.float32).to(frozen.device)
     return (uniform < mask_probability(t).to(frozen.device)[:, None]) & ~frozen
 
 

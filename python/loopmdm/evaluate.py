@@ -231,12 +231,15 @@ def corruption(batch: Batch, num_t: int, seed: int, first: int) -> tuple[Tensor,
     """
     size, length = batch.input_ids.shape
     counted = counted_tokens(batch)
-    jitter, uniform = torch.empty(size, num_t), torch.empty(size, num_t, length)
+    jitter, uniform = (
+        torch.empty(size, num_t, dtype=torch.float32),
+        torch.empty(size, num_t, length, dtype=torch.float32),
+    )
     generator = torch.Generator()
     for index in range(size):
         generator.manual_seed(derive_seed(seed, _STREAM, first + index))
-        jitter[index] = torch.rand(num_t, generator=generator)
-        uniform[index] = torch.rand(num_t, length, generator=generator)
+        jitter[index] = torch.rand(num_t, generator=generator, dtype=torch.float32)
+        uniform[index] = torch.rand(num_t, length, generator=generator, dtype=torch.float32)
     t = diffusion.MIN_TIME + (1 - diffusion.MIN_TIME) * (torch.arange(num_t) + jitter) / num_t
     masked = (uniform < diffusion.mask_probability(t)[..., None]) & counted[:, None]
     return t, masked, counted.sum(1).double()
@@ -266,7 +269,7 @@ def _row_sums(model: Any, batch: Batch, t: Tensor, masked: Tensor, num_loops: in
             model.head(sigma),
             batch.input_ids,
             rows,
-            torch.ones(len(rows), device=rows.device),
+            torch.ones(len(rows), device=rows.device, dtype=torch.float32),
             compute_dtype=model.compute_dtype,
         )
     else:

@@ -137,7 +137,7 @@ class MDLM(torch.nn.Module):
     ) -> Tensor | tuple[Tensor, list[Tensor]] | MaskedLMOutput:
         """Logits; (logits, hidden states) if those are asked for; `MaskedLMOutput` if `return_dict`."""
         if timesteps is None or not self.time_conditioning:
-            timesteps = torch.zeros(input_ids.shape[0], device=input_ids.device)
+            timesteps = torch.zeros(input_ids.shape[0], device=input_ids.device, dtype=torch.float32)
         states: list[Tensor] | None = None
         if output_hidden_states:
             logits, states = self.backbone.forward_with_states(input_ids, timesteps)

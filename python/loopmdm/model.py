@@ -47,6 +47,11 @@ class LoopMDM(nn.Module):
 
     `state_dict()` has the names and shapes of the reference model (MDLM's DIT); the loop is configuration
     only, so the parameters do not depend on the number of loops.
+
+    The CPU kernels read copies of the weights in a layout of their own. In-place operations on a parameter and
+    optimizer steps are always seen, writes through `.data` or numpy in matrices of up to 1 MB too. In larger
+    ones such a write of less than 2 KB in a row (32 KB beyond 16 MB), for example of a single row, can pass
+    unseen: call `torch.autograd.graph.increment_version(parameter)` after it.
     """
 
     model_type: ClassVar[str] = "loopmdm"
@@ -135,7 +140,9 @@ class LoopMDM(nn.Module):
 
         if sigma is not None and self.config.time_conditioning:
             return embedded(sigma)
-        return self.once(("condition",), lambda: embedded(torch.zeros(1, device=self.device)))
+        return self.once(
+            ("condition",), lambda: embedded(torch.zeros(1, device=self.device, dtype=torch.float32))
+        )
 
     def head(self, sigma: Tensor | None = None) -> Head | Fp8Head:
         """The vocabulary head for noise levels sigma [B] (unused without time conditioning)."""

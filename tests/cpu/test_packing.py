@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+import loopmdm_kernels as lk
 from loopmdm_kernels import _C
 from loopmdm_kernels.cpu import packing
 from loopmdm_kernels.cpu.packing import packed_linear
-from loopmdm_kernels.types import BlockWeights
+from loopmdm_kernels.types import BlockWeights, Head
 
 LANES = {"generic": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "amx_bf16": 16}
 PANEL = {"generic": 8, "avx2": 16, "avx512": 64, "avx512_bf16": 64, "amx_bf16": 64}

@@ -124,7 +124,8 @@ def test_a_constant_stream_goes_through_the_blocks_as_in_float64(backend, hidden
     narrow = inputs.to(torch.float32)
     wide = narrow._replace(
         x=narrow.x.double(), blocks=[type(b)(*(w.double() for w in b)) for b in narrow.blocks],
-        modulation=narrow.modulation.double(), rotary=type(narrow.rotary)(*(a.double() for a in narrow.rotary)),
+        modulation=narrow.modulation.double(),
+        rotary=type(narrow.rotary)(*(a.double() for a in narrow.rotary)),
     )  # fmt: skip
 
     def run(i):

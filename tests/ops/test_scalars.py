@@ -43,10 +43,23 @@ def test_the_excluded_token_is_never_drawn(backend, temperature, spread, kept):
 
 @pytest.mark.parametrize(
     "temperature",
-    [1e-39, 1e-300, 5e-324, 9e-21, 1.1e20, 1e39, 10**400, -1e-30, -1, float("inf"), float("nan"), np.float32("nan")],
+    [
+        1e-39,
+        1e-300,
+        5e-324,
+        9e-21,
+        1.1e20,
+        1e39,
+        10**400,
+        -1e-30,
+        -1,
+        float("inf"),
+        float("nan"),
+        np.float32("nan"),
+    ],
 )
 def test_temperatures_beyond_the_range_are_refused(temperature):
-    with pytest.raises(ValueError, match="temperature: got .*expected 0 or a number from 1e-20 to 1e\\+20"):
+    with pytest.raises(ValueError, match=r"temperature: got .*expected 0 or a number from 1e-20 to 1e\+20"):
         draw(temperature=temperature)
 
 
@@ -71,9 +84,9 @@ def test_a_top_k_beyond_64_bits_keeps_all(backend):
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64, 10**30])
 def test_seeds_beyond_the_range_are_refused(seed):
     hidden, head = head_case()
-    with pytest.raises(ValueError, match="rng.seed: got .*0 <= seed < 2\\^63"):
+    with pytest.raises(ValueError, match=r"rng\.seed: got .*0 <= seed < 2\^63"):
         lk.sample_rows(hidden, head, torch.arange(16), row_rng(16)._replace(seed=seed))
-    with pytest.raises(ValueError, match="dropout_seed: got .*0 <= dropout_seed < 2\\^63"):
+    with pytest.raises(ValueError, match=r"dropout_seed: got .*0 <= dropout_seed < 2\^63"):
         blocks(dropout=0.5, dropout_seed=seed)
 
 
@@ -85,13 +98,13 @@ def blocks(**options):
 
 @pytest.mark.parametrize("dropout", [-1e-9, 1, 1 - 1e-12, 2, float("nan"), float("inf")])
 def test_rates_of_dropout_beyond_the_range_are_refused(dropout):
-    with pytest.raises(ValueError, match="dropout: got .*expected 0 <= dropout < 1"):
+    with pytest.raises(ValueError, match=r"dropout: got .*expected 0 <= dropout < 1"):
         blocks(dropout=dropout)
 
 
 @pytest.mark.parametrize("threshold", [-1, -1e-300, float("nan")])
 def test_exit_thresholds_beyond_the_range_are_refused(threshold):
-    with pytest.raises(ValueError, match="exit_threshold: got"):
+    with pytest.raises(ValueError, match=r"exit_threshold: got"):
         blocks(exit_threshold=threshold)
 
 
@@ -100,7 +113,9 @@ def test_any_rate_in_the_range_is_finite(backend, dropout):
     assert torch.isfinite(blocks(dropout=dropout, dropout_seed=2**63 - 1)).all()
 
 
-@pytest.mark.parametrize(("threshold", "loops"), [(0, 3), (1e-300, 3), (1e-39, 3), (1e39, 1), (float("inf"), 1)])
+@pytest.mark.parametrize(
+    ("threshold", "loops"), [(0, 3), (1e-300, 3), (1e-39, 3), (1e39, 1), (float("inf"), 1)]
+)
 def test_extreme_exit_thresholds(backend, threshold, loops):
     _, used = blocks(num_loops=3, exit_threshold=threshold)
     assert used.tolist() == [loops, loops]

@@ -1,4 +1,4 @@
-"""Tensors whose memory is not what they show: lazy signs, strides, offsets, subclasses; over every backend here."""
+"""Tensors whose memory is not what they show: lazy signs, strides, offsets, subclasses; on every backend."""
 
 import pytest
 import torch
@@ -79,7 +79,9 @@ def outputs(op, disguise=None):
         generator = torch.Generator().manual_seed(0)
         q, k, v = (of(torch.randn(2, 3, 5, 8, generator=generator).requires_grad_()) for _ in range(3))
         angle = torch.randn(5, 4, generator=generator)
-        out = lk.attention(q, k, v, key_mask=of(torch.ones(2, 5) > 0), rotary=of(Rotary(angle.cos(), angle.sin())))
+        out = lk.attention(
+            q, k, v, key_mask=of(torch.ones(2, 5) > 0), rotary=of(Rotary(angle.cos(), angle.sin()))
+        )
         return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
     if op == "looped_blocks":
         inputs = looped_inputs(key_mask=True).to(torch.float32, requires_grad=True)
@@ -88,7 +90,10 @@ def outputs(op, disguise=None):
             x, blocks, modulation, of(torch.tensor([1, 3])), num_heads=inputs.num_heads,
             rotary=of(inputs.rotary), key_mask=of(inputs.key_mask),
         )  # fmt: skip
-        return [out, *torch.autograd.grad(out.square().sum(), (x, modulation, *(w for b in blocks for w in b)))]
+        return [
+            out,
+            *torch.autograd.grad(out.square().sum(), (x, modulation, *(w for b in blocks for w in b))),
+        ]
     if op == "masked_cross_entropy":
         hidden, head = (of(value) for value in head_case(gradients=True))
         targets, rows = of(torch.arange(12).view(2, 6)), of(torch.tensor([1, 5, 7, 11]))
@@ -99,7 +104,10 @@ def outputs(op, disguise=None):
         return [lk.head_logits(hidden, head)]
     rng = row_rng(4, step=3)
     rows = of(torch.tensor([1, 5, 7, 11]))
-    return [*lk.sample_rows(hidden, head, rows, of(rng)), *lk.sample_rows(hidden, head, rows, of(rng), top_k=3)]
+    return [
+        *lk.sample_rows(hidden, head, rows, of(rng)),
+        *lk.sample_rows(hidden, head, rows, of(rng), top_k=3),
+    ]
 
 
 OPS = ["attention", "looped_blocks", "masked_cross_entropy", "head_logits", "sample_rows"]
@@ -121,7 +129,9 @@ def test_expanded_tensors(backend):
     norm, bias = head.norm[:1].expand(16), head.bias[:1].expand(20)
     weight = head.weight[:1].expand(20, 16)
     lazy = head._replace(modulation=modulation, norm=norm, bias=bias, weight=weight)
-    dense = head._replace(**{k: getattr(lazy, k).contiguous() for k in ("modulation", "norm", "bias", "weight")})
+    dense = head._replace(
+        **{k: getattr(lazy, k).contiguous() for k in ("modulation", "norm", "bias", "weight")}
+    )
     want = lk.masked_cross_entropy(
         hidden.contiguous(), dense, targets.contiguous(), rows.contiguous(), ones.contiguous()
     )
@@ -156,11 +166,15 @@ def test_gradients_with_the_negative_bit(backend):
             hidden, head = head_case()
             leaf = hidden.requires_grad_()
             rows = torch.arange(4)
-            _, out = lk.masked_cross_entropy(leaf, head, torch.zeros(2, 6, dtype=torch.int64), rows, torch.ones(4))
+            _, out = lk.masked_cross_entropy(
+                leaf, head, torch.zeros(2, 6, dtype=torch.int64), rows, torch.ones(4)
+            )
         upstream = torch.randn_like(out)
         (want,) = torch.autograd.grad(out, leaf, upstream, retain_graph=op != "masked_cross_entropy")
         if op == "masked_cross_entropy":
-            _, out = lk.masked_cross_entropy(leaf, head, torch.zeros(2, 6, dtype=torch.int64), rows, torch.ones(4))
+            _, out = lk.masked_cross_entropy(
+                leaf, head, torch.zeros(2, 6, dtype=torch.int64), rows, torch.ones(4)
+            )
         (got,) = torch.autograd.grad(out, leaf, negative(upstream))
         assert torch.equal(got, want), op
 

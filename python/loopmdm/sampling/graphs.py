@@ -86,7 +86,7 @@ class GraphNetwork(Network):
         self._stream: Tensor | None = None
         if draw.top_p < 1 or draw.top_k is not None:
             hidden = max(model.config.hidden_size for model in models)
-            self._stream = torch.zeros(max_batch * context * hidden, device=device)
+            self._stream = torch.zeros(max_batch * context * hidden, device=device, dtype=torch.float32)
 
     @torch.inference_mode()
     def predict(

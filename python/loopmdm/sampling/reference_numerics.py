@@ -125,7 +125,7 @@ class ReferenceRun(Run):
             if step == self._steps:
                 token = probs.argmax(dim=-1)
             else:
-                uniform = torch.rand(probs.shape, generator=generator).to(probs.device)
+                uniform = torch.rand(probs.shape, generator=generator, dtype=torch.float32).to(probs.device)
                 token = race(probs, self._mask_token_id, t, s, uniform)
             tokens.append(token.cpu())
             confidence.append(probs.gather(1, token[:, None]).squeeze(1).cpu())

@@ -85,15 +85,19 @@ class Remasked(Order):
         self.num_steps = slots.length if steps is None else steps
         self._seed = seed
         self._rule = remasking
-        self._surprise = torch.full(slots.masked.shape, -math.inf)  # -p of the token at each revealed slot
-        self._flips: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._surprise = torch.full(
+            slots.masked.shape, -math.inf, dtype=torch.float32
+        )  # -p of the token at each revealed slot
+        self._flips: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.float32))
 
     @property
     def finished(self) -> bool:
         return False  # what is revealed now may be masked again
 
     def times(self, step: int) -> Tensor:
-        return torch.full((self.slots.num_sequences,), 1.0 - self._rule.alpha(self._time(step))).double()
+        return torch.full(
+            (self.slots.num_sequences,), 1.0 - self._rule.alpha(self._time(step)), dtype=torch.float32
+        ).double()
 
     def candidates(self, step: int) -> Tensor:
         t, s = self._time(step), self._time(step + 1)

@@ -83,7 +83,7 @@ class Run:
         self.loops += loops_now
         if sampled is None:
             revealed, tokens = candidates[:0], candidates[:0]
-            confidence = torch.empty(0)
+            confidence = torch.empty(0, dtype=torch.float32)
         else:
             chosen = order.choose(step, candidates, sampled)
             revealed, tokens = candidates[chosen], sampled.token[chosen]

@@ -57,13 +57,18 @@ def at_times(batch: Batch, times: Sequence[float], seed: int, first: int) -> lis
     At t = 1 everything that may be masked is.
     """
     counted = counted_tokens(batch)
-    uniform = torch.empty(counted.shape)
+    uniform = torch.empty(counted.shape, dtype=torch.float32)
     generator = torch.Generator()
     for index, row in enumerate(uniform):
         generator.manual_seed(derive_seed(seed, _STREAM, first + index))
-        row.copy_(torch.rand(row.shape, generator=generator))
+        row.copy_(torch.rand(row.shape, generator=generator, dtype=torch.float32))
     return [
-        Noisy(batch.input_ids, (uniform < t) & counted, torch.full((len(uniform),), t), batch.attention_mask)
+        Noisy(
+            batch.input_ids,
+            (uniform < t) & counted,
+            torch.full((len(uniform),), t, dtype=torch.float32),
+            batch.attention_mask,
+        )
         for t in times
     ]
 

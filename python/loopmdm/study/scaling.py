@@ -94,7 +94,7 @@ def over_loops(model: LoopMDM, noisy: Noisy, loops: Iterable[int]) -> tuple[Tens
     wanted = sorted(loops)
     stages = noisy.stages(model)
     rows = noisy.masked.flatten().nonzero().squeeze(1).to(model.device)
-    ones = torch.ones(len(rows), device=model.device)
+    ones = torch.ones(len(rows), device=model.device, dtype=torch.float32)
     size, length = noisy.clean.shape
     state = stages.head()
     sums, changes = [], []

@@ -116,6 +116,6 @@ def read_state(path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Op
         if adam_steps > 0:
             for index, name in enumerate(ema.names):
                 states[index] = {moment: file.get_tensor(f"{moment}.{name}") for moment in _MOMENTS}
-                states[index]["step"] = torch.tensor(float(adam_steps))
+                states[index]["step"] = torch.tensor(float(adam_steps), dtype=torch.float32)
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     ema.updates = int(metadata["ema_updates"])

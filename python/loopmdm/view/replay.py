@@ -22,7 +22,9 @@ class Replay:
         self.mask_token_id = mask_token_id
         self.tokens = canvas.detach().to("cpu", torch.int64, copy=True)
         self.given = self.tokens != mask_token_id
-        self.confidence = torch.zeros(canvas.shape)  # of the token held, 0 where masked or given
+        self.confidence = torch.zeros(
+            canvas.shape, dtype=torch.float32
+        )  # of the token held, 0 where masked or given
         self.revealed_at = torch.full_like(self.tokens, -1)  # step, -1 where masked or given
         self.fresh = torch.zeros_like(self.given)  # changed by the last event
         self.step = -1  # of the last event

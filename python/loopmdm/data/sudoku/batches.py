@@ -84,6 +84,8 @@ def grid_positions(spec: SudokuSpec, hidden_size: int, seed: int, *, scale: floa
     close.
     """
     generator = torch.Generator().manual_seed(as_seed(seed))
-    vectors = torch.randn(3, spec.size, hidden_size, generator=generator) * (scale / 3**0.5)
+    vectors = torch.randn(3, spec.size, hidden_size, generator=generator, dtype=torch.float32) * (
+        scale / 3**0.5
+    )
     rows, cols, boxes = (torch.from_numpy(of) for of in spec.units_of_cells())
     return vectors[0, rows] + vectors[1, cols] + vectors[2, boxes]
