@@ -48,10 +48,10 @@ class LoopMDM(nn.Module):
     `state_dict()` has the names and shapes of the reference model (MDLM's DIT); the loop is configuration
     only, so the parameters do not depend on the number of loops.
 
-    The CPU kernels read copies of the weights in a layout of their own. In-place operations on a parameter and
-    optimizer steps are always seen, writes through `.data` or numpy in matrices of up to 1 MB too. In larger
-    ones such a write of less than 2 KB in a row (32 KB beyond 16 MB), for example of a single row, can pass
-    unseen: call `torch.autograd.graph.increment_version(parameter)` after it.
+    The CPU kernels read copies of the weights in a layout of their own. In-place operations on a parameter
+    and optimizer steps are always seen, writes through `.data` or numpy in matrices of up to 1 MB too. In
+    larger ones such a write of less than 2 KB in a row (32 KB beyond 16 MB), for example of a single row, can
+    pass unseen: call `torch.autograd.graph.increment_version(parameter)` after it.
     """
 
     model_type: ClassVar[str] = "loopmdm"
