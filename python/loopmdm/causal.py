@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loopmdm_kernels as lk
 from loopmdm.config import from_fields
+from loopmdm.masks import boolean
 from loopmdm.modules import RotaryEmbedding, TokenEmbedding
 from loopmdm_kernels.types import Head, Rotary
 
@@ -190,9 +191,9 @@ class CausalLM(nn.Module):
         """
         counted = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
-            counted &= attention_mask.bool()
+            counted &= boolean("attention_mask", attention_mask)
         if prompt_mask is not None:
-            counted &= ~prompt_mask.bool()
+            counted &= ~boolean("prompt_mask", prompt_mask)
         num_tokens = counted.sum()
         if not int(num_tokens):
             raise ValueError("attention_mask, prompt_mask: no token is left to count")

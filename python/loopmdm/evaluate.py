@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import loopmdm_kernels as lk
 from loopmdm import diffusion
 from loopmdm.causal import CausalLM
+from loopmdm.masks import boolean
 from loopmdm.model import LoopMDM
 from loopmdm.modes import evaluating
 from loopmdm.train.batches import Batch
@@ -249,9 +250,9 @@ def counted_tokens(batch: Batch) -> Tensor:
     """Which tokens may be masked and count: neither padding nor prompt, bool [B, L] on the CPU."""
     counted = torch.ones(batch.input_ids.shape, dtype=torch.bool)
     if batch.attention_mask is not None:
-        counted &= batch.attention_mask.bool().cpu()
+        counted &= boolean("attention_mask", batch.attention_mask).cpu()
     if batch.prompt_mask is not None:
-        counted &= ~batch.prompt_mask.bool().cpu()
+        counted &= ~boolean("prompt_mask", batch.prompt_mask).cpu()
     return counted
 
 

@@ -19,6 +19,7 @@ import loopmdm_kernels as lk
 from loopmdm import diffusion, draws
 from loopmdm.config import LoopMDMConfig
 from loopmdm.exits import ExitRule, run_with_exit
+from loopmdm.masks import boolean
 from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding
 from loopmdm.parallel import check_averaged
 from loopmdm.stages import Stages
@@ -313,14 +314,16 @@ class LoopMDM(nn.Module):
                     f"t: got shape {tuple(t.shape)}, values {t}, expected [{len(input_ids)}] in (0, 1]"
                 )
         counted = (
-            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else boolean("attention_mask", attention_mask)
         )
         if prompt_mask is not None:
             if prompt_mask.shape != input_ids.shape:
                 raise ValueError(
                     f"prompt_mask: got shape {tuple(prompt_mask.shape)}, expected {tuple(input_ids.shape)}"
                 )
-            counted = counted & ~prompt_mask.bool()
+            counted = counted & ~boolean("prompt_mask", prompt_mask)
         num_tokens = counted.sum()
         if readable and not int(num_tokens):
             raise ValueError("attention_mask, prompt_mask: no token is left to count")

@@ -52,14 +52,28 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         # Computed on the CPU: a division on the meta device takes seconds to import its decomposition.
-        exponent = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
-        self.register_buffer("inv_freq", (1.0 / ROTARY_BASE**exponent).to(torch.get_default_device()))
+        self.register_buffer("inv_freq", _frequencies(head_dim // 2, "cpu").to(torch.get_default_device()))
 
     def forward(self, length: int) -> Rotary:
-        angle = torch.outer(
-            torch.arange(length, device=self.inv_freq.device).to(self.inv_freq), self.inv_freq
-        )
-        return Rotary(angle.cos(), angle.sin())
+        return rotary_angles(self.inv_freq, length, self.inv_freq.device)
+
+
+def _frequencies(count: int, device: torch.device | str) -> Tensor:
+    exponent = torch.arange(0, 2 * count, 2, dtype=torch.float32, device=device) / (2 * count)
+    return 1.0 / ROTARY_BASE**exponent
+
+
+def rotary_angles(inv_freq: Tensor, length: int, device: torch.device) -> Rotary:
+    """Angles [L, K/2] of positions 0..L - 1, in fp32 or wider whatever the parameters' dtype.
+
+    Frequencies that were cast to half precision with the model are computed anew: rounded ones, and positions
+    counted in bf16, give neighbours the same angle.
+    """
+    if torch.finfo(inv_freq.dtype).bits < 32:
+        inv_freq = _frequencies(len(inv_freq), device)
+    positions = torch.arange(length, device=device, dtype=inv_freq.dtype)
+    angle = torch.outer(positions, inv_freq.to(device))
+    return Rotary(angle.cos(), angle.sin())
 
 
 class ScaleNorm(nn.Module):

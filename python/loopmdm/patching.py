@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import loopmdm_kernels as lk
-from loopmdm_kernels.types import BlockWeights, Rotary
+from loopmdm.modules import rotary_angles
+from loopmdm_kernels.types import BlockWeights
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -139,9 +140,6 @@ class _LoopedBlocks:
     def _apply(self, x: Tensor, c: Tensor, start: int, end: int, num_loops: int) -> Tensor:
         blocks: list[Any] = [self.network.blocks[i] for i in range(start, end)]
         inv_freq = self.network.rotary_emb.inv_freq
-        precision = torch.promote_types(inv_freq.dtype, torch.float32)
-        inv_freq = inv_freq.to(x.device, precision)
-        angle = torch.outer(torch.arange(x.shape[1], device=x.device, dtype=precision), inv_freq)
         kind = x.device.type
         dropout = getattr(blocks[0], "dropout", 0.0) if blocks[0].training else 0.0
         out = lk.looped_blocks(
@@ -150,7 +148,7 @@ class _LoopedBlocks:
             torch.stack([block.adaLN_modulation(c).unflatten(-1, (6, x.shape[-1])) for block in blocks]),
             num_loops,
             num_heads=x.shape[-1] // (2 * len(inv_freq)),
-            rotary=Rotary(angle.cos(), angle.sin()),
+            rotary=rotary_angles(inv_freq, x.shape[1], x.device),
             compute_dtype=(
                 torch.get_autocast_dtype(kind)
                 if torch.is_autocast_enabled(kind)

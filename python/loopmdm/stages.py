@@ -10,6 +10,7 @@ from torch import Tensor
 
 import loopmdm_kernels as lk
 from loopmdm import draws
+from loopmdm.masks import boolean
 from loopmdm.modules import DDiTBlock
 from loopmdm.parallel import refuse_split, with_whole_weights
 from loopmdm_kernels.types import Rotary
@@ -39,7 +40,7 @@ class Stages:
         self.model = model
         self.tokens = tokens  # [B, L] int64
         self.sigma = sigma  # [B] or None
-        self._key_mask = None if attention_mask is None else attention_mask.bool()
+        self._key_mask = None if attention_mask is None else boolean("attention_mask", attention_mask)
         self._dropout = model.config.dropout if model.training else 0.0
         if self._dropout and dropout_seed is None:
             dropout_seed = draws.dropout_seed(tokens)

@@ -183,3 +183,12 @@ def test_bad_arguments() -> None:
     del module.blocks[0].adaLN_modulation
     with pytest.raises(TypeError, match=r"blocks\.0\.adaLN_modulation"):
         patch(module)
+
+
+def test_frequencies_rounded_to_bf16_are_not_used() -> None:
+    """They would turn far positions by whole radians."""
+    module, oracle = module_and_oracle()
+    ids, sigma = inputs()
+    patch(module, num_loops=1)
+    module.rotary_emb.inv_freq = module.rotary_emb.inv_freq.bfloat16()
+    torch.testing.assert_close(module(ids, sigma), oracle(ids, sigma), rtol=1e-5, atol=1e-5)
