@@ -7,8 +7,8 @@
 constexpr int kKeyBlock = 512;
 constexpr int kGroupRows = 16 * kRowsAtOnce;
 constexpr float kMaskedScore = -1e30f;  // its exponential is 0; the bias of a key that is not attended
-// Exponents of a row beyond this are taken as differences of scores: the product of its largest score with the
-// scale is then rounded by more than an exponential forgives.
+// Exponents of a row beyond this are taken as differences of scores: the product of its largest score with
+// the scale is then rounded by more than an exponential forgives.
 constexpr float kLargeExponent = 1048576.0f;
 static_assert(kKeyBlock % kPanel == 0 && kPanel % (2 * kLanes) == 0);
 

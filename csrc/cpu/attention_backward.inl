@@ -228,9 +228,8 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
           float *scores = t.scores + r * kGradKeys, *prob_grads = t.prob_grads + r * kGradKeys;
           QueryScale query[2];
           for (int64_t i = 0; i < queries; ++i) {
-            const float log_sum_exp =
-                bounded_scores(scores + i * kGradKeys, block_bias, count, base2_scale,
-                               in.log_sum_exp[first + row + r + i], whole_rows);
+            const float log_sum_exp = bounded_scores(scores + i * kGradKeys, block_bias, count, base2_scale,
+                                                     in.log_sum_exp[first + row + r + i], whole_rows);
             query[i] = whole_rows ? soften(scores + i * kGradKeys, prob_grads + i * kGradKeys, block_bias,
                                            count, base2_scale, scale, log_sum_exp, kPer == 2)
                                   : QueryScale{log_sum_exp, 1.0f, t.offset[first + row + r + i]};

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ STREAM_FLOATS = (torch.float32, torch.float64)
 # Beyond these, logits over the temperature leave fp32, and what may not be drawn could be.
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-20, 1e20
 LARGEST_DROPOUT = 1 - 2.0**-24  # the number before 1 in fp32, in which the kernels scale by 1 / (1 - rate)
+
+Value = TypeVar("Value")
 
 
 def tensor(
@@ -45,19 +47,20 @@ def tensor(
     return value
 
 
-def plain(value: Any) -> Any:
+def plain(value: Value) -> Value:
     """The same tensors, in tuples or lists of any depth, without torch's lazy negative bit.
 
     Kernels read memory, which for such a tensor (the `imag` of a conjugate is one) holds the opposite sign.
     """
+    result: Any = value
     if isinstance(value, Tensor):
-        return value.resolve_neg() if not torch.compiler.is_compiling() and value.is_neg() else value
-    if not isinstance(value, tuple | list):
-        return value
-    items = [plain(item) for item in value]
-    if all(new is old for new, old in zip(items, value, strict=True)):
-        return value
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if not torch.compiler.is_compiling() and value.is_neg():
+            result = value.resolve_neg()
+    elif isinstance(value, tuple | list):
+        items = [plain(item) for item in value]
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            result = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return cast("Value", result)
 
 
 def number(name: str, value: Any, accepted: str) -> Any:
