@@ -120,8 +120,8 @@ def _check_sizes(config: Any, tensors: Mapping[str, Tensor], source: str) -> Non
             raise ValueError(f"{source}: {name} is {size}, but the weights have {elements} elements together")
     if config.vocab_size * config.hidden_size > 2**16 * elements:
         raise ValueError(
-            f"{source}: an embedding of {config.vocab_size} x {config.hidden_size} is stated, but the weights "
-            f"have {elements} elements together"
+            f"{source}: an embedding of {config.vocab_size} x {config.hidden_size} is stated, but the "
+            f"weights have {elements} elements together"
         )
 
 

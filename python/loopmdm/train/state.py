@@ -109,8 +109,8 @@ def _check_ranges(path: Path, metadata: dict[str, Any]) -> None:
     if not isinstance(metadata, dict) or set(metadata) != fields:
         raise ValueError(f"{path} is damaged: its metadata are not those of a training state")
     counters, config = metadata["counters"], metadata["config"]
-    step = counters.get("step") if isinstance(counters, dict) else None
-    last = config.get("steps") if isinstance(config, dict) else None
+    step: Any = counters.get("step") if isinstance(counters, dict) else None
+    last: Any = config.get("steps") if isinstance(config, dict) else None
     whole = all(type(value) is int for value in (step, last, metadata["ema_updates"], metadata["adam_steps"]))
     numbers = counters.values() if whole else ()
     if not (
