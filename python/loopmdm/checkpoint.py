@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from loopmdm import safetensors_files
 
 if TYPE_CHECKING:
     from loopmdm.causal import CausalLM
@@ -46,10 +47,12 @@ def save_pretrained(model: LoopMDM | CausalLM, path: str | os.PathLike[str]) -> 
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"path: got the file {folder}, expected a folder")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict()
     write_files(
         {
-            folder / WEIGHTS_FILE: lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}),
+            folder / WEIGHTS_FILE: lambda temporary: safetensors_files.write(
+                temporary, tensors, {"format": "pt"}
+            ),
             folder / CONFIG_FILE: partial(_write_config, model),
         }
     )
@@ -98,10 +101,28 @@ def load_pretrained(
         raise ValueError(
             f"{weights_path}: num_layers is {config.num_layers}, but the weights are {len(tensors)} tensors"
         )
+    _check_sizes(config, tensors, str(weights_path))
     with torch.device("meta"):
         model = cls(config)
     fill(model, tensors, str(weights_path))
+    first: dict[int, str] = {}
+    kept = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    safetensors_files.tie(model, {alias: name for alias, name in kept.items() if alias != name})
     return model.eval()
+
+
+def _check_sizes(config: Any, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Before anything of the configuration's size is made: no size may exceed the elements of the file."""
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    for name in ("hidden_size", "vocab_size", "cond_dim", "mlp_ratio", "num_layers"):
+        size = getattr(config, name)
+        if size > elements:
+            raise ValueError(f"{source}: {name} is {size}, but the weights have {elements} elements together")
+    if config.vocab_size * config.hidden_size > 2**16 * elements:
+        raise ValueError(
+            f"{source}: an embedding of {config.vocab_size} x {config.hidden_size} is stated, but the "
+            f"weights have {elements} elements together"
+        )
 
 
 def _read_config(
@@ -181,10 +202,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, mapped from the file: read only when used."""
+    """All tensors of a safetensors file whose digest, if stated, is right; tied ones under each name."""
+    safetensors_files.check(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tied = safetensors_files.aliases(file.metadata(), set(tensors))
+            return {**tensors, **{alias: tensors[kept] for alias, kept in tied.items()}}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 

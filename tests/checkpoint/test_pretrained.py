@@ -262,3 +262,11 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"loopmdm-kernels\[hf\]"):
         LoopMDM.from_pretrained("someone/some-model")
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "cond_dim", "mlp_ratio"])
+def test_sizes_are_compared_before_anything_of_them_is_made(tmp_path: Path, name: str) -> None:
+    small().save_pretrained(tmp_path)
+    for size in (10**8, 10**30):
+        with pytest.raises(ValueError, match=f"{name} is {size}, but the weights have"):
+            LoopMDM.from_pretrained(tmp_path, **{name: size})

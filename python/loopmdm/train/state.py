@@ -7,6 +7,7 @@ counters and the configuration are JSON in the header. There is nothing to unpic
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from loopmdm import safetensors_files
 from loopmdm.checkpoint import check_same
+from loopmdm.safetensors_files import write as save_file
 from loopmdm.train.ema import EMA
 
 STATE_FILE = "training_state.safetensors"
@@ -78,26 +80,56 @@ def write_state(
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     adam_steps = {int(s["step"]) for s in optimizer.state.values() if "step" in s} or {0}
     metadata = metadata | {"ema_updates": ema.updates, "adam_steps": max(adam_steps)}
-    tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
-    save_file(tensors, path, metadata={_HEADER_KEY: json.dumps(metadata)})
+    save_file(path, tensors, {_HEADER_KEY: json.dumps(metadata)})
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The counters and the configuration in a state file."""
+    """The counters and the configuration in a state file, whose digest is compared first."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER_KEY)
-    except SafetensorError as error:
+        safetensors_files.check(path)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged or is no safetensors file: {error}") from error
+    metadata = _metadata(path)
+    _check_ranges(path, metadata)
+    return metadata
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        header = (file.metadata() or {}).get(_HEADER_KEY)
     if header is None:
         raise ValueError(f"{path} is no training state of loopmdm (its header lacks {_HEADER_KEY!r})")
     metadata: dict[str, Any] = json.loads(header)
     return metadata
 
 
+def _check_ranges(path: Path, metadata: dict[str, Any]) -> None:
+    """Refuse counters that no run has, of a file without a digest (an earlier version wrote none)."""
+    fields = {"config", "counters", "world_size", "torch", "ema_updates", "adam_steps"}
+    if not isinstance(metadata, dict) or set(metadata) != fields:
+        raise ValueError(f"{path} is damaged: its metadata are not those of a training state")
+    counters, config = metadata["counters"], metadata["config"]
+    step: Any = counters.get("step") if isinstance(counters, dict) else None
+    last: Any = config.get("steps") if isinstance(config, dict) else None
+    whole = all(type(value) is int for value in (step, last, metadata["ema_updates"], metadata["adam_steps"]))
+    numbers = counters.values() if whole else ()
+    if not (
+        whole
+        and all(type(value) in (int, float) and 0 <= value < math.inf for value in numbers)
+        and 0 <= step <= last
+        and metadata["ema_updates"] == step
+        and metadata["adam_steps"] <= step
+        and (metadata["adam_steps"] > 0) == (step > 0)
+    ):
+        raise ValueError(f"{path} is damaged: its counters contradict each other or its configuration")
+
+
 def read_state(path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
-    """Put the state of a run into a model, its average and its optimizer, strictly by name and shape."""
-    metadata = read_metadata(path)
+    """Put the state of a run into a model, its average and its optimizer, strictly by name and shape.
+
+    `read_metadata` has found the file whole before.
+    """
+    metadata = _metadata(path)
     adam_steps = int(metadata["adam_steps"])
     current = {f"model.{name}": value for name, value in model.state_dict().items()}
     current |= {f"ema.{name}": value for name, value in zip(ema.names, ema.shadow, strict=True)}
@@ -108,10 +140,12 @@ def read_state(path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Op
     with safe_open(path, framework="pt") as file:
         names = file.keys()
         found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        tied = safetensors_files.aliases(file.metadata(), set(found))
+        found |= {alias: found[kept] for alias, kept in tied.items()}
         check_same(expected, found, str(path))
         with torch.no_grad():
             for name, value in current.items():
-                value.copy_(file.get_tensor(name))
+                value.copy_(file.get_tensor(tied.get(name, name)))
         states: dict[int, dict[str, Tensor]] = {}
         if adam_steps > 0:
             for index, name in enumerate(ema.names):
