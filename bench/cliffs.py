@@ -76,7 +76,7 @@ def looped_cases(dtype: torch.dtype) -> Iterator[tuple[str, Variants]]:
 
         yield f"looped_blocks D{hidden} B{batch} L{length}", on_backends(forward)
         yield f"looped_blocks step D{hidden} B{batch} L{length}", on_backends(step, grad=True)
-        q, k, v = torch.randn(3, batch, length, heads, hidden // heads).to(dtype).unbind()
+        q, k, v = torch.randn(3, batch, heads, length, hidden // heads).to(dtype).unbind()
         yield (
             f"attention D{hidden} B{batch} L{length}",
             on_backends(lambda q=q, k=k, v=v: lk.attention(q, k, v)),
