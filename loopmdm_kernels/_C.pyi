@@ -71,6 +71,21 @@ def head_logits(
     num_threads: int,
     logits: Tensor,
 ) -> None: ...
+def draw_restricted(
+    log_probs: Tensor,
+    tempered: Tensor,
+    probs: Tensor | None,
+    most: int,
+    top_p: float,
+    seed: int,
+    sequence: Tensor,
+    step: Tensor,
+    position: Tensor,
+    temperature: float,
+    num_threads: int,
+    token: Tensor,
+) -> None: ...
+def largest_values(values: Tensor, num_threads: int, out: Tensor) -> None: ...
 def sample_rows(
     hidden: Tensor,
     rows: Tensor,

@@ -8,6 +8,20 @@ namespace py = pybind11;
 namespace loopmdm {
 namespace {
 
+// What names the random numbers of each row.
+struct RowNames {
+  RowNames(py::handle sequence_arg, py::handle step_arg, py::handle position_arg, int64_t num_rows)
+      : sequence(sequence_arg, "rng.sequence", {DType::int64}, {num_rows}),
+        step(step_arg, "rng.step", {DType::int64}, {num_rows}),
+        position(position_arg, "rng.position", {DType::int64}, {num_rows}) {
+    check_range(sequence, "rng.sequence", int64_t{1} << 32);
+    check_range(step, "rng.step", int64_t{1} << 30);
+    check_range(position, "rng.position", int64_t{1} << 31);
+  }
+
+  const TensorView sequence, step, position;
+};
+
 void sample_rows(py::handle hidden_arg, py::handle rows_arg, py::handle norm_arg, py::handle shift_arg,
                  py::handle gain_arg, py::handle weight_arg, py::handle bias_arg, bool normalized,
                  bool narrow, int64_t excluded_token, uint64_t seed, py::handle sequence_arg,
@@ -18,9 +32,7 @@ void sample_rows(py::handle hidden_arg, py::handle rows_arg, py::handle norm_arg
   const cpu::HeadProblem head = head_problem(hidden_arg, rows_arg, norm_arg, shift_arg, gain_arg, weight_arg,
                                              bias_arg, normalized, narrow, isa);
   const int64_t num_rows = head.num_rows, vocab_size = head.vocab_size;
-  const TensorView sequence(sequence_arg, "rng.sequence", {DType::int64}, {num_rows});
-  const TensorView step(step_arg, "rng.step", {DType::int64}, {num_rows});
-  const TensorView position(position_arg, "rng.position", {DType::int64}, {num_rows});
+  const RowNames names(sequence_arg, step_arg, position_arg, num_rows);
   const TensorView token(token_arg, "token", {DType::int64}, {num_rows});
   const TensorView log_prob(log_prob_arg, "log_prob", {DType::float32}, {num_rows});
   const TensorView top1_token(top1_token_arg, "top1_token", {DType::int64}, {num_rows});
@@ -35,15 +47,12 @@ void sample_rows(py::handle hidden_arg, py::handle rows_arg, py::handle norm_arg
   if (!(temperature >= 0) || temperature > 3e38)
     throw py::value_error("temperature: expected a finite number >= 0, got " + std::to_string(temperature));
   check_num_threads(num_threads);
-  check_range(sequence, "rng.sequence", int64_t{1} << 32);
-  check_range(step, "rng.step", int64_t{1} << 30);
-  check_range(position, "rng.position", int64_t{1} << 31);
 
   const cpu::SampleRowsProblem problem = {
       .head = head,
-      .sequence = sequence.as<const int64_t>(),
-      .step = step.as<const int64_t>(),
-      .position = position.as<const int64_t>(),
+      .sequence = names.sequence.as<const int64_t>(),
+      .step = names.step.as<const int64_t>(),
+      .position = names.position.as<const int64_t>(),
       .excluded_token = excluded_token,
       .seed = seed,
       .temperature = static_cast<float>(temperature),
@@ -56,9 +65,62 @@ void sample_rows(py::handle hidden_arg, py::handle rows_arg, py::handle norm_arg
   cpu::sample_rows(problem, out, isa, num_threads);
 }
 
+void draw_restricted(py::handle log_probs_arg, py::handle tempered_arg, py::handle probs_arg, int64_t most,
+                     double top_p, uint64_t seed, py::handle sequence_arg, py::handle step_arg,
+                     py::handle position_arg, double temperature, int num_threads, py::handle token_arg) {
+  const cpu::Isa isa = cpu::current_isa();
+  const TensorView log_probs(log_probs_arg, "log_probs", {DType::float32}, {kAny, kAny});
+  const int64_t num_rows = log_probs.size(0), vocab_size = log_probs.size(1);
+  const TensorView tempered(tempered_arg, "tempered", {DType::float32}, {num_rows, vocab_size});
+  const RowNames names(sequence_arg, step_arg, position_arg, num_rows);
+  const TensorView token(token_arg, "token", {DType::int64}, {num_rows});
+  const float* probs = nullptr;
+  if (!probs_arg.is_none())
+    probs = TensorView(probs_arg, "probs", {DType::float32}, {num_rows, vocab_size}).as<const float>();
+  if (most < 1 || most > vocab_size)
+    throw py::value_error("most: expected 1.." + std::to_string(vocab_size) + ", got " +
+                          std::to_string(most));
+  if (!(temperature > 0))
+    throw py::value_error("temperature: expected a number > 0, got " + std::to_string(temperature));
+  check_num_threads(num_threads);
+  const cpu::RestrictedDrawProblem problem = {
+      .log_probs = log_probs.as<const float>(),
+      .tempered = tempered.as<const float>(),
+      .probs = probs,
+      .sequence = names.sequence.as<const int64_t>(),
+      .step = names.step.as<const int64_t>(),
+      .position = names.position.as<const int64_t>(),
+      .num_rows = num_rows,
+      .vocab_size = vocab_size,
+      .most = most,
+      .seed = seed,
+      .temperature = temperature,
+      .top_p = static_cast<float>(top_p),
+  };
+  const py::gil_scoped_release release;
+  cpu::draw_restricted(problem, token.as<int64_t>(), isa, num_threads);
+}
+
+void largest_values(py::handle values_arg, int num_threads, py::handle out_arg) {
+  const TensorView values(values_arg, "values", {DType::float32}, {kAny, kAny});
+  const TensorView out(out_arg, "out", {DType::float32}, {values.size(0), kAny});
+  if (out.size(1) > values.size(1))
+    throw py::value_error("out: expected at most " + std::to_string(values.size(1)) + " columns, got " +
+                          std::to_string(out.size(1)));
+  check_num_threads(num_threads);
+  const py::gil_scoped_release release;
+  cpu::largest_values(values.as<const float>(), values.size(0), values.size(1), out.size(1), out.as<float>(),
+                      num_threads);
+}
+
 }  // namespace
 
 void bind_sample_rows(py::module_& m) {
+  m.def("draw_restricted", &draw_restricted, py::arg("log_probs"), py::arg("tempered"),
+        py::arg("probs").none(true), py::arg("most"), py::arg("top_p"), py::arg("seed"), py::arg("sequence"),
+        py::arg("step"), py::arg("position"), py::arg("temperature"), py::arg("num_threads"),
+        py::arg("token"));
+  m.def("largest_values", &largest_values, py::arg("values"), py::arg("num_threads"), py::arg("out"));
   m.def("sample_rows", &sample_rows, py::arg("hidden"), py::arg("rows"), py::arg("norm"), py::arg("shift"),
         py::arg("gain"), py::arg("weight"), py::arg("bias"), py::arg("normalized"), py::arg("narrow"),
         py::arg("excluded_token"), py::arg("seed"), py::arg("sequence"), py::arg("step"), py::arg("position"),

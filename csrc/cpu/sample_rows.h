@@ -11,6 +11,7 @@
 #include "common/row_math.h"
 #include "cpu/head.h"
 #include "cpu/isa.h"
+#include "cpu/restricted_draw.h"
 
 namespace loopmdm::cpu {
 
@@ -40,6 +41,9 @@ struct SampleRowsKernel {
   // [rows, kTileTokens]. `floors`: of each row, a score it is known to reach.
   void (*scan)(const SampleRowsProblem&, int64_t begin, int64_t end, const uint32_t* operands, int64_t chunk,
                float* logits, float* floors, RowStatistics* out);
+  // Winner of a row's race in double precision, -1 if there is none. `kept`: [V, up to whole tiles], -inf for
+  // tokens that may not be drawn.
+  int64_t (*race_among)(const RestrictedDrawProblem&, int64_t row, const float* kept);
 };
 
 void sample_rows(const SampleRowsProblem& problem, const SampleRowsOutput& out, Isa isa, int num_threads);

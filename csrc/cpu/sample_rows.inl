@@ -55,28 +55,32 @@ float race_score(const RowCounter& row, uint32_t token, uint32_t high, float log
   return logit / temperature - __builtin_logf(-__builtin_log1pf(-u));
 }
 
+// Bit i: token i may reach `floor`, or has a refined uniform. Most tokens cannot win and need no logarithm:
+// E >= u, and log2(u) >= bits(u) * 2^-23 - 127 for the bit pattern of a float, so
+// score <= logit / temperature + ln 2 * (127 + 32 - bits(word) * 2^-23). The margin covers the rounding of
+// both sides.
+inline uint32_t may_win(const float* logits, const uint32_t* words, float inverse_temperature, float floor) {
+  constexpr float kLn2 = 0.693147181f;
+  Words word;
+  __builtin_memcpy(&word, words, sizeof word);
+  const Floats pattern =
+      __builtin_convertvector(reinterpret_cast<Ints>(__builtin_convertvector(word, Floats)), Floats);
+  const Floats scaled =
+      fused_multiply_add(load(logits), broadcast(inverse_temperature), broadcast((127 + 32) * kLn2));
+  const Floats bound = fused_multiply_add(pattern, broadcast(-kLn2 * 0x1p-23f), scaled);
+  const float margin = 1e-3f + 1e-5f * __builtin_fabsf(floor);
+  return lanes_not_at_most(bound, broadcast(floor - margin)) | lanes_below(word, kRefineBelow);
+}
+
 // `floor`: a score that one of the row's tokens reaches, here or in another chunk. It only saves work.
 void run_race(const float* logits, int64_t count, const RowCounter& row, float temperature,
               int32_t first_token, float& floor, RowStatistics& stats) {
-  // Most tokens cannot win and need no logarithm. E >= u, and log2(u) >= bits(u) * 2^-23 - 127 for the bit
-  // pattern of a float, so score <= logit / temperature + ln 2 * (127 + 32 - bits(word) * 2^-23). The margin
-  // covers the rounding of both sides.
-  constexpr float kLn2 = 0.693147181f;
   const float inverse = 1.0f / temperature;
   uint32_t words[2 * kLanes];
   for (int base = 0; base < count; base += 2 * kLanes) {
     race_words(row, static_cast<uint32_t>(first_token + base), words);
     for (int half = 0; half < 2 * kLanes; half += kLanes) {
-      Words word;
-      __builtin_memcpy(&word, words + half, sizeof word);
-      const Floats pattern =
-          __builtin_convertvector(reinterpret_cast<Ints>(__builtin_convertvector(word, Floats)), Floats);
-      const Floats scaled =
-          fused_multiply_add(load(logits + base + half), broadcast(inverse), broadcast((127 + 32) * kLn2));
-      const Floats bound = fused_multiply_add(pattern, broadcast(-kLn2 * 0x1p-23f), scaled);
-      const float margin = 1e-3f + 1e-5f * __builtin_fabsf(floor);
-      uint32_t candidates =
-          lanes_not_at_most(bound, broadcast(floor - margin)) | lanes_below(word, kRefineBelow);
+      uint32_t candidates = may_win(logits + base + half, words + half, inverse, floor);
       for (; candidates != 0; candidates &= candidates - 1) {
         const int i = base + half + __builtin_ctz(candidates);
         const uint32_t token = static_cast<uint32_t>(first_token + i);
@@ -90,6 +94,48 @@ void run_race(const float* logits, int64_t count, const RowCounter& row, float t
       }
     }
   }
+}
+
+// race_times_of of one token.
+double race_time(const RowCounter& row, uint32_t token, uint32_t high) {
+  double fraction = 0.5;
+  if (high < kRefineBelow) {
+    const PhiloxWords low =
+        philox4x32(row.key, (token / 4) | kRefineBit, row.position, row.step, row.sequence);
+    fraction = (static_cast<double>(low.word[token % 4]) + 0.5) * 0x1p-32;
+  }
+  return -__builtin_log1p(-(static_cast<double>(high) + fraction) * 0x1p-32);
+}
+
+int64_t race_among(const RestrictedDrawProblem& p, int64_t r, const float* kept) {
+  constexpr double kColdest = 1e-30;  // below it the bound is out of the range of a float
+  const RowCounter row = {philox_key(p.seed), static_cast<uint32_t>(p.position[r]),
+                          static_cast<uint32_t>(p.step[r]), static_cast<uint32_t>(p.sequence[r])};
+  const float inverse = static_cast<float>(1.0 / p.temperature);
+  const bool bounded = p.temperature >= kColdest;
+  double best = -__builtin_inf();
+  float floor = -__builtin_inff();
+  int64_t winner = -1;
+  uint32_t words[2 * kLanes];
+  for (int64_t base = 0; base < p.vocab_size; base += 2 * kLanes) {
+    race_words(row, static_cast<uint32_t>(base), words);
+    for (int half = 0; half < 2 * kLanes; half += kLanes) {
+      uint32_t candidates =
+          bounded ? may_win(kept + base + half, words + half, inverse, floor) : (1u << kLanes) - 1;
+      for (; candidates != 0; candidates &= candidates - 1) {
+        const int64_t token = base + half + __builtin_ctz(candidates);
+        if (kept[token] == -__builtin_inff()) continue;
+        const double time = race_time(row, static_cast<uint32_t>(token), words[token - base]);
+        const double score = static_cast<double>(kept[token]) / p.temperature - __builtin_log(time);
+        if (score > best) {
+          best = score;
+          floor = static_cast<float>(score);
+          winner = token;
+        }
+      }
+    }
+  }
+  return winner;
 }
 
 void scan(const SampleRowsProblem& p, int64_t begin, int64_t end, const uint32_t* operands, int64_t chunk,

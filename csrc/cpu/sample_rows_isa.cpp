@@ -26,7 +26,7 @@ namespace {
 
 namespace LOOPMDM_ISA {
 extern const SampleRowsKernel sample_rows_kernel;
-const SampleRowsKernel sample_rows_kernel = {prepare_rows, scan};
+const SampleRowsKernel sample_rows_kernel = {prepare_rows, scan, race_among};
 }  // namespace LOOPMDM_ISA
 
 }  // namespace loopmdm::cpu

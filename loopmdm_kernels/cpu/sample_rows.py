@@ -75,7 +75,47 @@ def _sample_restricted(
 
     logits = torch.empty(rows.shape[0], head.weight.shape[0], dtype=torch.float32)
     _C.head_logits(*head_arguments(hidden, head, rows, dtype), torch.get_num_threads(), logits)
-    return sample_logits(logits, head.excluded_token, rng, temperature=temperature, top_p=top_p, top_k=top_k)
+    return sample_logits(
+        logits,
+        head.excluded_token,
+        rng,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        draw=draw_restricted,
+    )
+
+
+def draw_restricted(
+    log_probs: Tensor, temperature: float, top_p: float, top_k: int | None, rng: RowRng
+) -> Tensor:
+    """The tokens of `reference.nucleus.draw_restricted`, which sorts whole rows."""
+    from loopmdm_kernels import _C
+
+    num_rows, vocab_size = log_probs.shape
+    threads = torch.get_num_threads()
+    most = vocab_size if top_k is None else min(top_k, vocab_size)
+    tempered = torch.log_softmax(log_probs / temperature, dim=-1)
+    if top_k is not None and top_p < 1.0:
+        best = torch.empty(num_rows, most)
+        _C.largest_values(tempered, threads, best)
+        tempered = tempered - best.logsumexp(dim=-1, keepdim=True)
+    token = torch.empty(num_rows, dtype=torch.int64)
+    _C.draw_restricted(
+        log_probs,
+        tempered,
+        tempered.exp() if top_p < 1.0 else None,
+        most,
+        top_p,
+        rng.seed,
+        rng.sequence.contiguous(),
+        rng.step.contiguous(),
+        rng.position.contiguous(),
+        temperature,
+        threads,
+        token,
+    )
+    return token
 
 
 def _named(rng: RowRng, part: Tensor) -> RowRng:

@@ -45,6 +45,13 @@ def _most_probable(values: Tensor, best: Tensor, count: Tensor) -> Tensor:
     return above | (level & (level.cumsum(dim=-1) <= left))
 
 
+def draw_restricted(
+    log_probs: Tensor, temperature: float, top_p: float, top_k: int | None, rng: RowRng
+) -> Tensor:
+    """Tokens [R] drawn from softmax(log_probs / temperature), restricted to the most probable."""
+    return draw_from(restriction(log_probs, temperature, top_p, top_k), log_probs, temperature, rng)
+
+
 def draw_from(allowed: Tensor, log_probs: Tensor, temperature: float, rng: RowRng) -> Tensor:
     """Winner [R] of the exponential race among the allowed tokens [R, V], with the times of the full race."""
     row, token = allowed.nonzero(as_tuple=True)

@@ -7,12 +7,13 @@ logit_v / temperature - log E_v is the same token, so nothing has to be normalis
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from loopmdm_kernels.reference.head import row_logits, subs_log_probs
-from loopmdm_kernels.reference.nucleus import draw_from, restriction
+from loopmdm_kernels.reference.nucleus import draw_restricted
 from loopmdm_kernels.reference.philox import race_times
 from loopmdm_kernels.types import Head, RowRng, SampledRows
 
@@ -47,16 +48,19 @@ def sample_logits(
     temperature: float,
     top_p: float,
     top_k: int | None,
+    draw: Callable[[Tensor, float, float, int | None, RowRng], Tensor] = draw_restricted,
 ) -> SampledRows:
-    """One draw for each row of logits [R, V], and the statistics of the row."""
+    """One draw for each row of logits [R, V], and the statistics of the row.
+
+    draw: how a backend draws where top_p or top_k restrict; the tokens are those of `draw_restricted`.
+    """
     log_probs = subs_log_probs(logits, excluded_token)
     vocab_size = logits.shape[-1]
     top1_token = _first_argmax(log_probs).clamp_max(vocab_size - 1)
     if temperature == 0:
         token = top1_token
     elif top_p < 1.0 or top_k is not None:
-        allowed = restriction(log_probs, temperature, top_p, top_k)
-        token = draw_from(allowed, log_probs, temperature, rng)
+        token = draw(log_probs, temperature, top_p, top_k, rng)
     else:
         times = race_times(rng.seed, rng.sequence, rng.step, rng.position, vocab_size, logits.dtype)
         scores = logits / temperature - times.log()
