@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
-from loopmdm import checkpoint, draws, mdlm_weights
+from loopmdm import checkpoint, draws, mdlm_stated, mdlm_weights
 from loopmdm.config import LoopMDMConfig
 from loopmdm.mdlm_weights import MDLMWeights
 from loopmdm.model import LoopMDM
@@ -24,7 +24,6 @@ Model = TypeVar("Model", bound=LoopMDM)
 
 # Mask ids of the published vocabularies (GPT-2 + mask, BERT uncased, text8); elsewhere it is the last id.
 _MASK_IDS = {50258: 50257, 30522: 103, 35: 4}
-_UNLIMITED = 2**31 - 1
 _MISSING = object()
 
 
@@ -44,9 +43,12 @@ class DIT(LoopMDM):
     """
 
     def __init__(self, config: Any, vocab_size: int | None = None) -> None:
+        called_with_time: Any = None
         if not isinstance(config, LoopMDMConfig):
             if vocab_size is None:
                 raise TypeError("vocab_size: missing; expected the number of tokens, mask included")
+            mdlm_stated.refuse_foreign([config], "config")
+            called_with_time = bool(mdlm_stated.fields_of([config]).get("time_conditioning", False))
             config = _config_of_reference(config, vocab_size)
         elif vocab_size not in (None, config.vocab_size):
             raise ValueError(f"vocab_size: got {vocab_size}, but the configuration has {config.vocab_size}")
@@ -56,6 +58,7 @@ class DIT(LoopMDM):
             )
         super().__init__(config)
         self.num_loops = config.max_loops
+        self.called_with_time: bool | None = called_with_time  # for `from_mdlm`; None: as `config` says
 
     def default_loops(self, seed: int | None = None) -> int:
         loops: int = self.num_loops
@@ -152,9 +155,9 @@ def from_mdlm(
     cls: type[Model],
     path_or_module: Any,
     *,
-    loop: tuple[int, int] = (1, 3),
+    loop: tuple[int, int] | None = None,
     ema: bool = True,
-    max_loops: int = 12,
+    max_loops: int | None = None,
     mask_token_id: int | None = None,
     num_heads: int | None = None,
     **overrides: Any,
@@ -166,27 +169,28 @@ def from_mdlm(
         path_or_module: a Lightning .ckpt; a state dict in a torch file (.pt, .pth, .bin), a safetensors file
             or a folder of one; a hub id "owner/name"; a dict; or a module (the DIT or a wrapper of it).
             Keys may have any of the prefixes `backbone.`, `module.`, `_orig_mod.`.
-        loop: half-open range of the blocks to loop, zero-based.
+        loop: half-open range of the blocks to loop, zero-based; None: as stated, else (1, 3).
         ema: take the averaged weights where the source keeps them. A Lightning checkpoint without them is an
             error, since published figures use them; other sources hold one set of weights only.
-        max_loops: default S of evaluation, largest S of training.
-        mask_token_id: None: 50257 (V = 50258), 103 (V = 30522, BERT), 4 (V = 35, text8), else V - 1.
+        max_loops: default S of evaluation, largest S of training; None: as stated, else 12.
+        mask_token_id: None: as stated, else 50257 (V = 50258), 103 (V = 30522, BERT), 4 (V = 35, text8)
+            or V - 1.
         num_heads: None: from the length of `rotary_emb.inv_freq`.
         overrides: other fields of `LoopMDMConfig`, such as `max_length`, `dropout`, `time_conditioning`.
-            Where not given they come from the configuration stored beside the weights, else the defaults.
+            Where not given they come from what the source states (config.json, the hyper-parameters of a
+            Lightning file, the module's `config` and attributes), else the defaults.
 
     Raises:
         FileNotFoundError: no such file, folder or hub id.
         UnsafePickleError: the file is a pickle that names something outside the allow-list.
-        ValueError: damaged or foreign files, tensors that do not fit (listed), NaN or infinity.
+        ValueError: damaged or foreign files, tensors that do not fit (listed), NaN or infinity; sizes stated
+            that the weights do not have; a stated kind of model that is not computed here (causal, block
+            diffusion, uniform-state, another parameterization than SUBS).
     """
     weights = mdlm_weights.read_weights(path_or_module, ema=ema)
-    config = _config_of_weights(
-        weights,
-        num_heads,
-        mask_token_id,
-        {"loop_start": loop[0], "loop_end": loop[1], "max_loops": max_loops, **overrides},
-    )
+    explicit = {} if loop is None else {"loop_start": loop[0], "loop_end": loop[1]}
+    explicit |= {} if max_loops is None else {"max_loops": max_loops}
+    config = _config_of_weights(weights, num_heads, mask_token_id, explicit | overrides)
     with torch.device("meta"):
         model = cls(config)
     checkpoint.fill(model, weights.tensors, weights.source)
@@ -220,7 +224,7 @@ def _get(node: Any, name: str, default: Any = _MISSING) -> Any:
 def _config_of_reference(config: Any, vocab_size: int) -> LoopMDMConfig:
     model = _get(config, "model")
     num_layers = int(_get(model, "n_blocks"))
-    start, end = (1, 3) if num_layers >= 3 else (0, num_layers)
+    start, end = _default_loop(num_layers)
     return LoopMDMConfig(
         vocab_size=vocab_size,
         mask_token_id=_MASK_IDS.get(vocab_size, vocab_size - 1),
@@ -228,7 +232,7 @@ def _config_of_reference(config: Any, vocab_size: int) -> LoopMDMConfig:
         num_heads=int(_get(model, "n_heads")),
         num_layers=num_layers,
         cond_dim=int(_get(model, "cond_dim")),
-        max_length=int(_get(model, "length", _UNLIMITED)),
+        max_length=int(_get(model, "length", mdlm_stated.UNLIMITED)),
         dropout=float(_get(model, "dropout")),
         time_conditioning=True,
         loop_start=int(_get(model, "loop_start", start)),
@@ -257,22 +261,47 @@ def _config_of_weights(
             f"num_heads: got {heads}, but {weights.source} has {head_dim // 2} rotary frequencies: "
             f"head size {head_dim}, so {hidden_size / max(head_dim, 1):g} heads of hidden size {hidden_size}"
         )
-    stated.pop("num_heads", None)
-    return LoopMDMConfig.from_dict(
-        {
-            "vocab_size": vocab_size,
-            "mask_token_id": _MASK_IDS.get(vocab_size, vocab_size - 1)
-            if mask_token_id is None
-            else mask_token_id,
-            "hidden_size": hidden_size,
-            "num_heads": inferred,
-            "num_layers": mdlm_weights.count_blocks(weights.tensors),
-            "cond_dim": cond_dim,
-            "mlp_ratio": mlp_size // hidden_size,
-            **stated,
-            **overrides,
-        }
+    num_layers = mdlm_weights.count_blocks(weights.tensors)
+    held = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_heads": inferred,
+        "num_layers": num_layers,
+        "cond_dim": cond_dim,
+        "mlp_ratio": mlp_size // hidden_size,
+    }
+    _check_stated(stated, held, weights)
+    loop_start, loop_end = _default_loop(num_layers)
+    fields = {
+        "mask_token_id": _MASK_IDS.get(vocab_size, vocab_size - 1),
+        "loop_start": loop_start,
+        "loop_end": loop_end,
+        **stated,
+        **held,
+    }
+    fields |= {} if mask_token_id is None else {"mask_token_id": mask_token_id}
+    return LoopMDMConfig.from_dict({**fields, **overrides})
+
+
+def _default_loop(num_layers: int) -> tuple[int, int]:
+    return (1, 3) if num_layers >= 3 else (0, num_layers)
+
+
+def _check_stated(stated: dict[str, Any], held: dict[str, int], weights: MDLMWeights) -> None:
+    """Refuse sizes that are stated and not those of the tensors; of missing blocks, name the tensors."""
+    differing = [name for name, value in held.items() if stated.get(name, value) != value]
+    if not differing:
+        return
+    message = f"{weights.source}: what is stated and what the weights hold differ: " + "; ".join(
+        f"{name} is {stated[name]!r}, the weights hold {held[name]}" for name in differing
     )
+    count = stated.get("num_layers", 0)
+    if isinstance(count, int) and count > held["num_layers"]:
+        # Of many missing blocks, the names of the first two.
+        names = mdlm_weights.parameter_names(min(count, held["num_layers"] + 2))
+        missing = [name for name in names if name not in weights.tensors]
+        message += "\n  missing: " + "\n  missing: ".join(missing)
+    raise ValueError(message)
 
 
 def _shape(weights: MDLMWeights, name: str, ndim: int) -> tuple[int, ...]:

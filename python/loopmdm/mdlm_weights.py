@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loopmdm import checkpoint
-from loopmdm.pickles import StoredTensor, lookup
+from loopmdm import checkpoint, mdlm_stated
+from loopmdm.pickles import Opaque, StoredTensor
 from loopmdm.torch_files import TorchFile
 
-_PREFIXES = ("backbone.", "module.", "_orig_mod.")
+_PREFIXES = ("backbone.", "module.", "model.", "_orig_mod.")
 _TORCH_WEIGHTS = "pytorch_model.bin"
+NETWORK_ATTRIBUTES = ("vocab_embed", "sigma_map", "rotary_emb", "blocks", "output_layer")
 _BLOCK_PARAMETERS = (
     "norm1.weight",
     "attn_qkv.weight",
@@ -32,19 +33,6 @@ _BLOCK_PARAMETERS = (
     "adaLN_modulation.weight",
     "adaLN_modulation.bias",
 )
-# Configuration fields, and where a Lightning checkpoint and a hub folder keep them.
-_LIGHTNING_FIELDS = {
-    "max_length": ("model", "length"),
-    "num_heads": ("model", "n_heads"),
-    "dropout": ("model", "dropout"),
-    "time_conditioning": ("time_conditioning",),
-}
-_HUB_FIELDS = {
-    "max_length": "model_length",
-    "num_heads": "n_heads",
-    "dropout": "dropout",
-    "time_conditioning": "time_conditioning",
-}
 
 
 class MDLMWeights(NamedTuple):
@@ -98,8 +86,7 @@ def read_weights(source: Any, *, ema: bool = True) -> MDLMWeights:
     if path.is_dir() and not (path / checkpoint.CONFIG_FILE).is_file():
         return weights
     config = checkpoint.read_json(checkpoint.locate(source, checkpoint.CONFIG_FILE))
-    fields = {field: config[key] for field, key in _HUB_FIELDS.items() if config.get(key) is not None}
-    return weights._replace(fields=fields)
+    return weights._replace(fields=_stated([config], str(source)))
 
 
 def _from_file(path: Path, ema: bool) -> MDLMWeights:
@@ -121,10 +108,8 @@ def _from_tree(root: Any, read: Callable[[Any], Tensor], ema: bool, source: str)
     leaves = _bare_names(root["state_dict"] if is_lightning else root, source)
     if not is_lightning:
         return MDLMWeights({name: read(leaf) for name, leaf in leaves.items()}, {}, source)
-    values = {
-        field: lookup(root, "hyper_parameters", "config", *path) for field, path in _LIGHTNING_FIELDS.items()
-    }
-    fields = {field: value for field, value in values.items() if value is not None}
+    parameters = root.get("hyper_parameters")
+    fields = _stated([_entry(parameters, "config"), parameters], source)
     if ema:
         state = root.get("ema")
         if not isinstance(state, Mapping) or not isinstance(state.get("shadow_params"), (list, tuple)):
@@ -133,13 +118,49 @@ def _from_tree(root: Any, read: Callable[[Any], Tensor], ema: bool, source: str)
     return MDLMWeights({name: read(leaf) for name, leaf in leaves.items()}, fields, source)
 
 
+def _stated(nodes: Sequence[Any], source: str) -> dict[str, Any]:
+    mdlm_stated.refuse_foreign(nodes, source)
+    return mdlm_stated.fields_of(nodes)
+
+
+def _entry(node: Any, name: str) -> Any:
+    if isinstance(node, Opaque):
+        content = node.state.get("_content") if isinstance(node.state, dict) else None
+        node = content if isinstance(content, dict) else node.entries
+    return node.get(name) if isinstance(node, Mapping) else None
+
+
+def find_chain(module: nn.Module) -> list[nn.Module]:
+    """`module`, what it wraps, and so on down to the network with MDLM's attributes; [] if there is none."""
+    networks = [
+        name for name, inner in module.named_modules() if all(hasattr(inner, a) for a in NETWORK_ATTRIBUTES)
+    ]
+    if not networks:
+        return []
+    parts = networks[0].split(".") if networks[0] else []
+    return [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+
+
 def _from_module(module: nn.Module, ema: bool) -> MDLMWeights:
     source = f"the given {type(module).__name__}"
-    leaves = _bare_names(module.state_dict(), source)
-    shadow = getattr(getattr(module, "ema", None), "shadow_params", None)
+    chain = find_chain(module) or [module]
+    leaves = _bare_names(chain[-1].state_dict(), source)
+    shadows = [getattr(getattr(each, "ema", None), "shadow_params", None) for each in chain]
+    shadow = next((each for each in shadows if each is not None), None)
     if ema and shadow is not None:
         leaves = _averaged(leaves, shadow, source)
-    return MDLMWeights(dict(leaves), {}, source)
+    nodes: list[Any] = []
+    for each in chain:
+        looped = getattr(each, "_loopmdm_patch", None)
+        if looped is not None:
+            nodes.append({"loop_start": looped.loop[0], "loop_end": looped.loop[1]})
+        config = getattr(each, "config", None)
+        if config is not None:
+            # A `DIT` always uses what its caller feeds it, which is zeros where it is not conditioned.
+            called = getattr(each, "called_with_time", None)
+            nodes += [{"time_conditioning": called}] if called is not None else []
+        nodes += [each, config, getattr(each, "hparams", None)]
+    return MDLMWeights(dict(leaves), _stated([node for node in nodes if node is not None], source), source)
 
 
 def _bare_names(state: Any, source: str) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import loopmdm_kernels as lk
+from loopmdm.mdlm_weights import NETWORK_ATTRIBUTES
 from loopmdm.modules import rotary_angles
 from loopmdm_kernels.types import BlockWeights
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_NETWORK_ATTRIBUTES = ("vocab_embed", "sigma_map", "rotary_emb", "blocks", "output_layer")
 _BLOCK_ATTRIBUTES = ("norm1", "attn_qkv", "attn_out", "norm2", "mlp", "adaLN_modulation")
 _WRAPPERS = ("backbone", "module", "_orig_mod")
 _STATE = "_loopmdm_patch"
@@ -72,7 +72,7 @@ def _find_network(module: nn.Module) -> Any:
         if not inner:
             break
         found = inner[0]
-    missing = [name for name in _NETWORK_ATTRIBUTES if not hasattr(found, name)]
+    missing = [name for name in NETWORK_ATTRIBUTES if not hasattr(found, name)]
     if not missing:
         missing = [f"blocks.0.{name}" for name in _BLOCK_ATTRIBUTES if not hasattr(found.blocks[0], name)]
     if missing:

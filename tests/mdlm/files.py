@@ -66,12 +66,19 @@ def averaged(module: Diffusion, seed: int = 9) -> list[Tensor]:
     ]
 
 
-def write_lightning(path: Path, module: Diffusion, shadow: list[Tensor] | None, **extra: Any) -> Path:
+def write_lightning(
+    path: Path,
+    module: Diffusion,
+    shadow: list[Tensor] | None,
+    stated: dict[str, Any] | None = None,
+    **extra: Any,
+) -> Path:
     """A file as Lightning's trainer writes it of the reference, pickled configuration and tokenizer in it."""
     packages = FakePackages()
     try:
-        model = {"length": 48, "n_heads": 2, "dropout": 0.25}
-        config = _config_node(packages, {"model": model, "time_conditioning": True})
+        if stated is None:
+            stated = {"model": {"length": 48, "n_heads": 2, "dropout": 0.25}, "time_conditioning": True}
+        config = _config_node(packages, stated)
         tokenizer = packages.make("transformers.models.gpt2.tokenization_gpt2_fast", "GPT2TokenizerFast")
         tokenizer.__dict__ = {
             "_tokenizer": packages.make("tokenizers", "Tokenizer"),

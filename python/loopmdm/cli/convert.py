@@ -27,14 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-ema", action="store_true", help="take the raw weights of a Lightning checkpoint"
     )
     parser.add_argument(
-        "--loop", type=loop_range, default=(1, 3), metavar="START:END", help="blocks to loop (default: 1:3)"
+        "--loop", type=loop_range, metavar="START:END", help="blocks to loop (default: as stored, else 1:3)"
     )
     parser.add_argument(
         "--max-loops",
         type=positive_int,
-        default=12,
         metavar="S",
-        help="loops if not told otherwise (default: 12)",
+        help="loops if not told otherwise (default: as stored, else 12)",
     )
     parser.add_argument(
         "--max-length", type=positive_int, metavar="L", help="(default: as stored, else 1024)"
