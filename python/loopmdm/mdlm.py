@@ -93,7 +93,7 @@ class DIT(LoopMDM):
                 out = lk.looped_blocks(
                     x,
                     [block.weights()],
-                    by_row(block.adaLN_modulation, condition).unflatten(-1, (6, cfg.hidden_size))[None],
+                    by_row(block.adaLN_modulation, condition).view(1, -1, 6, cfg.hidden_size),
                     1,
                     num_heads=cfg.num_heads,
                     rotary=rotary,

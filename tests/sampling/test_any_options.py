@@ -20,12 +20,11 @@ KINDS = {
     "conditioned": {"time_conditioning": True},
     "wide": {"time_conditioning": True, "hidden_size": 32, "cond_dim": 32, "positions": "learned"},
 }
+ANY_PACE = ("steps", "tokens_per_step", "threshold", "entropy_bound")
 PACES = {
     "ancestral": ("steps",),
     "first_hitting": ("tokens_per_step",),
-    **{order: ("steps", "tokens_per_step", "threshold", "entropy_bound") for order in ("confidence", "margin")},
-    **{order: ("steps", "tokens_per_step", "threshold", "entropy_bound") for order in ("entropy", "random")},
-    "left_to_right": ("steps", "tokens_per_step", "threshold", "entropy_bound"),
+    **dict.fromkeys(("confidence", "margin", "entropy", "random", "left_to_right"), ANY_PACE),
 }
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "steps": st.integers(1, 24),
@@ -148,3 +147,9 @@ def check(model: Any, rows: list[dict[str, Any]], options: dict[str, Any], max_b
 @given(rows=canvases(), options=option_sets(), max_batch=st.integers(1, 3))
 def test_a_sequence_is_the_same_in_any_batch(make_model, kind, rows, options, max_batch):
     check(model_of(make_model, kind), rows, options, max_batch)
+
+
+def test_a_window_bounds_the_sequence_that_needs_most(make_model):
+    """The sequence with most to reveal a step decides, not the one with least."""
+    with pytest.raises(ValueError, match="window is 1, but with steps=1 a step reveals up to 10 positions"):
+        sample(model_of(make_model, "rotary"), length=[10, 1], order="confidence", steps=1, window=1)

@@ -51,7 +51,7 @@ class ReferenceRun(Run):
     def __init__(self, seed: int, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._seed = seed
-        self._steps = self._order.steps.tolist()  # [B]
+        self._steps: list[int] = self._order.steps.tolist()  # [B]
         self._hidden: dict[int, tuple[StepCompute, Tensor, Tensor | None]] = {}
 
     @property

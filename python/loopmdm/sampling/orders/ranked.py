@@ -66,7 +66,7 @@ class Ranked(Order):
         self.steps = spread.each
         self._schedule = Schedule(reveal_step, self.num_steps)  # of numbers: which slots is decided later
         if window is not None and pace.steps is not None:
-            most = int(-(-slots.counts // pace.steps).max())
+            most = int((-(-slots.counts // pace.steps)).max())
             if most > window:
                 raise ValueError(
                     f"window is {window}, but with steps={pace.steps} a step reveals up to {most} positions"
