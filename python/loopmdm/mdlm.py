@@ -15,7 +15,7 @@ from loopmdm import checkpoint, draws, mdlm_stated, mdlm_weights
 from loopmdm.config import LoopMDMConfig
 from loopmdm.mdlm_weights import MDLMWeights
 from loopmdm.model import LoopMDM
-from loopmdm.modules import ROTARY_BASE
+from loopmdm.modules import ROTARY_BASE, by_row
 from loopmdm.patching import check_num_loops, patch, unpatch
 
 __all__ = ["DIT", "MDLM", "MaskedLMOutput", "convert_checkpoint", "from_mdlm", "patch", "unpatch"]
@@ -96,7 +96,7 @@ class DIT(LoopMDM):
                 out = lk.looped_blocks(
                     x,
                     [block.weights()],
-                    block.adaLN_modulation(condition).unflatten(-1, (6, cfg.hidden_size))[None],
+                    by_row(block.adaLN_modulation, condition).view(1, -1, 6, cfg.hidden_size),
                     1,
                     num_heads=cfg.num_heads,
                     rotary=rotary,

@@ -20,7 +20,7 @@ from loopmdm import diffusion, draws
 from loopmdm.config import LoopMDMConfig
 from loopmdm.exits import ExitRule, run_with_exit
 from loopmdm.masks import boolean
-from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding
+from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding, by_row
 from loopmdm.parallel import check_averaged
 from loopmdm.stages import Stages
 from loopmdm_kernels.tracing import can_read, traced, transformed, without_autocast
@@ -133,14 +133,20 @@ class LoopMDM(nn.Module):
         return self.once(("weights", start, self._fp8_blocks), made)
 
     def condition(self, sigma: Tensor | None) -> Tensor:
-        """silu(sigma_map(sigma)) [1 or B, cond_dim], in the parameters' precision."""
+        """silu(sigma_map(sigma)) [1 or B, cond_dim], in the parameters' precision.
+
+        Without gradients a row's bits do not depend on the others (see `by_row`); equal noise levels are one
+        row.
+        """
 
         def embedded(noise: Tensor) -> Tensor:
             with without_autocast(self.device):
                 return F.silu(self.sigma_map(noise))
 
         if sigma is not None and self.config.time_conditioning:
-            return embedded(sigma)
+            if not torch.is_grad_enabled() and can_read(sigma) and bool((sigma == sigma[0]).all()):
+                sigma = sigma[:1]
+            return by_row(embedded, sigma)
         return self.once(
             ("condition",), lambda: embedded(torch.zeros(1, device=self.device, dtype=torch.float32))
         )
@@ -148,7 +154,7 @@ class LoopMDM(nn.Module):
     def head(self, sigma: Tensor | None = None) -> Head | Fp8Head:
         """The vocabulary head for noise levels sigma [B] (unused without time conditioning)."""
         out = self.output_layer
-        modulation: Tensor = out.adaLN_modulation(self.condition(sigma))
+        modulation = by_row(out.adaLN_modulation, self.condition(sigma))
         modulation = modulation.view(-1, 2, self.config.hidden_size)
         norm, weight, bias = out.norm_final.weight, out.linear.weight, out.linear.bias
         if self._fp8_head:

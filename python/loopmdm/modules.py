@@ -12,9 +12,22 @@ from torch import Tensor, nn
 
 from loopmdm.config import LoopMDMConfig
 from loopmdm.flops import SIGMA_FEATURES
+from loopmdm_kernels.tracing import transformed
 from loopmdm_kernels.types import BlockWeights, Rotary
 
 ROTARY_BASE = 10_000.0
+
+
+def by_row(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """function(rows [B, ...]) where each row's bits are those it has alone, in any batch.
+
+    PyTorch's products and some of its elementwise functions (silu, sigmoid) round by the number of rows. So
+    each row is a call of its own, but with gradients or compiled, where speed counts and no sample is drawn.
+    """
+    if rows.shape[0] <= 1 or torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+        return function(rows)
+    # Copies: memory of its own is aligned alike for every row.
+    return torch.cat([function(row.clone()) for row in torch.split(rows, 1)])
 
 
 class TokenEmbedding(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 import loopmdm_kernels as lk
 from loopmdm import draws
 from loopmdm.masks import boolean
-from loopmdm.modules import DDiTBlock
+from loopmdm.modules import DDiTBlock, by_row
 from loopmdm.parallel import refuse_split, with_whole_weights
 from loopmdm_kernels.types import Rotary
 
@@ -104,7 +104,6 @@ class Stages:
         if self._condition.shape[0] > 1:
             config = self.model.config
             bounds = (0, config.loop_start, config.loop_end, config.num_layers)
-            # Rows of one product: a product of fewer rows may round otherwise.
             part._modulations = {
                 start: self._modulation(start, end)[:, active]
                 for start, end in pairwise(bounds)
@@ -117,7 +116,7 @@ class Stages:
         if start not in self._modulations:
 
             def made() -> Tensor:
-                rows = [block.adaLN_modulation(self._condition) for block in self._blocks(start, end)]
+                rows = [by_row(block.adaLN_modulation, self._condition) for block in self._blocks(start, end)]
                 return torch.stack(rows).view(end - start, -1, 6, self.model.config.hidden_size)
 
             alike = self._condition.shape[0] == 1 and not self.model.config.time_conditioning

@@ -50,7 +50,7 @@ class OutputJudge(Judge):
 
     def __call__(self, stages: Stages, old: Tensor, new: Tensor, loop: int) -> Tensor:
         before, self._log_probs = self._log_probs, self._predict(stages, new)
-        divergence = (self._log_probs.exp() * (self._log_probs - before)).sum(dim=1)
+        divergence = _row_sums(self._log_probs.exp() * (self._log_probs - before))
         per_position = torch.zeros(stages.tokens.shape, dtype=torch.float64, device=new.device)
         per_position[stages.masked] = divergence.double()
         # Rounding can leave a divergence of nothing a little below zero.
@@ -114,3 +114,11 @@ class ArgmaxJudge(Judge):
             )
             tokens.view(-1)[rows] = sampled.top1_token
         return tokens
+
+
+def _row_sums(table: Tensor) -> Tensor:
+    """Sums [R] of the rows of a table [R, V].
+
+    PyTorch sums a single row in parts, one a thread, and so to other bits than a row among others.
+    """
+    return torch.cat((table, table)).sum(dim=1)[:1] if len(table) == 1 else table.sum(dim=1)

@@ -231,7 +231,8 @@ class ExitGate(ExitRule):
     def stop_probability(self, features: Tensor) -> Tensor:
         """Of features [b, 3], float64 [b]."""
         score = (features.double() * features.new_tensor(self.weights, dtype=torch.float64)).sum(dim=1)
-        return torch.sigmoid(score + self.bias)
+        # Not torch.sigmoid, whose last bit depends on the number of sequences.
+        return 1.0 / (1.0 + (-score - self.bias).exp())
 
 
 RULES: dict[str, Any] = {rule.kind: rule for rule in (HiddenChange, OutputChange, ArgmaxStable, ExitGate)}

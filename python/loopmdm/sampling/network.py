@@ -131,7 +131,7 @@ class Network:
         sigma = None
         if model.config.time_conditioning:
             assert times is not None
-            sigma = diffusion.sigma(times).float().to(model.device)
+            sigma = diffusion.sigma(times).float().to(model.device)  # log1p: the same bits in any batch
         tokens = tokens.to(model.device)
         most = num_loops.to(model.device) if isinstance(num_loops, Tensor) else num_loops
         if compute.exit is None:

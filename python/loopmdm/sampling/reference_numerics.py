@@ -45,18 +45,18 @@ def race(probs: Tensor, mask_token_id: int, t: float, s: float, uniform: Tensor)
 class ReferenceRun(Run):
     """T steps from 1 to 1e-5, and one that gives whatever is left its most probable token.
 
-    A sequence is computed again only after one of its tokens has changed.
+    Each sequence has a T of its own. It is computed again only after one of its tokens has changed.
     """
 
     def __init__(self, seed: int, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._seed = seed
-        self._steps = self._order.num_steps
+        self._steps: list[int] = self._order.steps.tolist()  # [B]
         self._hidden: dict[int, tuple[StepCompute, Tensor, Tensor | None]] = {}
 
     @property
     def num_steps(self) -> int:
-        return self._steps + 1
+        return self._order.num_steps + 1
 
     @torch.inference_mode()
     def step(self, step: int) -> StepEvent | None:
@@ -77,14 +77,16 @@ class ReferenceRun(Run):
         revealed, tokens, confidence = (torch.cat(parts) for parts in zip(*events, strict=True))
         return self._write(step, revealed, tokens, confidence, loops_now)
 
-    def _time(self, step: int) -> float:
-        return 1.0 - step * (1.0 - LAST_TIME) / self._steps
+    def _time(self, step: int, row: int) -> float:
+        return 1.0 - step * (1.0 - LAST_TIME) / self._steps[row]
 
     def _update_hidden(self, step: int, active: Tensor) -> Tensor:
         """Run the network on the active sequences that have changed; returns the loops spent, [B]."""
         loops_now = torch.zeros_like(self.loops)
-        planned = min(step, self._steps - 1)
-        times = torch.full(self.loops.shape, self._time(step), dtype=torch.float64)
+        planned = min(step, self._order.num_steps - 1)  # a plan with steps has those of every sequence
+        # A sequence with fewer steps has nothing open behind them.
+        own = [self._time(min(step, steps), row) for row, steps in enumerate(self._steps)]
+        times = torch.tensor(own, dtype=torch.float64)
         stale = torch.zeros_like(active, dtype=torch.bool)
         for compute, numbers, loops in self._computes(planned, active, times):
             for number, most in zip(numbers.tolist(), _each(loops, numbers), strict=True):
@@ -112,7 +114,7 @@ class ReferenceRun(Run):
         compute, hidden, sigma = self._hidden[row]
         model = self._network.model_of(compute)
         head = self._network.head(model, sigma)
-        t, s = self._time(step), self._time(step + 1)
+        t, s = self._time(step, row), self._time(step + 1, row)
         generator = self._generator(step, row)
         tokens, confidence = [], []
         for part in torch.split(position, _ROWS):
@@ -122,7 +124,7 @@ class ReferenceRun(Run):
             logits = logits[0].float()
             logits[:, self._mask_token_id] = -math.inf
             probs = torch.softmax(logits, dim=-1)
-            if step == self._steps:
+            if step == self._steps[row]:
                 token = probs.argmax(dim=-1)
             else:
                 uniform = torch.rand(probs.shape, generator=generator, dtype=torch.float32).to(probs.device)

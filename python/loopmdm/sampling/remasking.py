@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,7 @@ class Remasked(Order):
 
     def __init__(self, slots: Slots, steps: int | None, seed: int, remasking: Remasking) -> None:
         super().__init__(slots)
-        self.num_steps = slots.length if steps is None else steps
+        self.steps = slots.lengths if steps is None else torch.full_like(slots.lengths, steps)
         self._seed = seed
         self._rule = remasking
         self._surprise = torch.full(
@@ -95,24 +96,18 @@ class Remasked(Order):
         return False  # what is revealed now may be masked again
 
     def times(self, step: int) -> Tensor:
-        return torch.full(
-            (self.slots.num_sequences,), 1.0 - self._rule.alpha(self._time(step)), dtype=torch.float32
-        ).double()
+        return self._each(lambda t, s: 1.0 - self._rule.alpha(t), step)
 
     def candidates(self, step: int) -> Tensor:
-        t, s = self._time(step), self._time(step + 1)
-        before, after = self._rule.alpha(t), self._rule.alpha(s)
-        sigma = 0.0 if self._rule.kind == "conf" else self._rule.sigma(t, s)
-        reveal = 1.0 if s == 0 else (after - (1.0 - sigma) * before) / (1.0 - before)
+        reveal = self._each(self._reveal, step)[self.slots.sequence]
         return (self.slots.masked & (self._coins(step) < reveal)).nonzero().squeeze(1)
 
     def remasked(self, step: int) -> Tensor | None:
-        sigma = self._rule.sigma(self._time(step), self._time(step + 1))
-        if sigma == 0:
+        likely = self._each(self._rule.sigma, step)[self.slots.sequence]
+        if not bool(likely.any()):
             return None
-        likely: float | Tensor = sigma
         if self._rule.kind == "conf":
-            likely = sigma * self._softmax_by_sequence()
+            likely = likely * self._softmax_by_sequence()
         again = (~self.slots.masked & (self._coins(step) < likely)).nonzero().squeeze(1)
         self._surprise[again] = -math.inf
         return again if again.numel() else None
@@ -121,8 +116,23 @@ class Remasked(Order):
         self._surprise[candidates] = -sampled.log_prob.float().exp()
         return super().choose(step, candidates, sampled)
 
-    def _time(self, step: int) -> float:
-        return 1.0 - step / self.num_steps if step < self.num_steps else 0.0
+    def _reveal(self, t: float, s: float) -> float:
+        """Probability that the step from t to s reveals a mask."""
+        if s == 0:
+            return 1.0
+        before, after = self._rule.alpha(t), self._rule.alpha(s)
+        sigma = 0.0 if self._rule.kind == "conf" else self._rule.sigma(t, s)
+        return (after - (1.0 - sigma) * before) / (1.0 - before)
+
+    def _each(self, value: Callable[[float, float], float], step: int) -> Tensor:
+        """value(t, s) of each sequence's step from t to s, float64 [B]; 0 where all its steps are taken."""
+        of = {
+            steps: value(1.0 - step / steps, 1.0 - (step + 1) / steps if step + 1 < steps else 0.0)
+            if step < steps
+            else 0.0
+            for steps in set(self.steps.tolist())
+        }
+        return torch.tensor([of[steps] for steps in self.steps.tolist()], dtype=torch.float64)
 
     def _coins(self, step: int) -> Tensor:
         if self._flips[0] != step:

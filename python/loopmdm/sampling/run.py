@@ -124,7 +124,7 @@ class Run:
         if self._limits.skip_unchanged:
             active = (sequence.bincount(minlength=batch) > 0).nonzero().squeeze(1)
         else:
-            active = torch.arange(batch)
+            active = (self._order.steps > step).nonzero().squeeze(1)
         if not active.numel():
             return None
         times = self._times(step)

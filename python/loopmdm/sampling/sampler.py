@@ -63,7 +63,8 @@ def sample(
     context of the caller applies.
 
     Of steps, tokens_per_step, threshold and entropy_bound at most one is given: they say how many positions a
-    step reveals. The default is one, and the reverse process with T = L for "ancestral".
+    step reveals. The default is one, and for "ancestral" the reverse process with T = its length for each
+    sequence.
 
     Args:
         model: a `LoopMDM`.
@@ -145,7 +146,7 @@ def sample(
     draw = Draw(float(temperature), float(top_p), top_k, make_forbidden(forbidden, config), seed)
     canvas = make_canvas(config, num_samples, length, prompt, infill, block_length)
     ids = make_sequence_ids(sequence_ids, canvas.lengths.numel())
-    slots = Slots.of(canvas.tokens, config.mask_token_id, ids, block_length)
+    slots = Slots.of(canvas.tokens, config.mask_token_id, ids, block_length, canvas.lengths)
     ordered = _make_order(order, slots, pace, window, rule, plan, seed)
     context = min(canvas.tokens.shape[1], config.max_length)
     models = check_models(model, plan, context)
@@ -211,7 +212,8 @@ def _make_order(
         make_order(name, slots, pace, window, seed)  # for its checks
         order = Remasked(slots, pace.steps, seed, remask)
     if not order.timed:
-        plan.check_steps(order.num_steps)
+        for number in sorted(set(order.steps[slots.counts > 0].tolist())):
+            plan.check_steps(number)
     return order
 
 

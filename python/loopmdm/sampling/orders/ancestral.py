@@ -11,7 +11,7 @@ from loopmdm.sampling.orders.slots import Slots
 
 
 class Ancestral(Scheduled):
-    """Exact ancestral sampling on t_i = 1 - i/T, i = 0..T, with T = L by default.
+    """Exact ancestral sampling on t_i = 1 - i/T, i = 0..T, with T = its length for each sequence by default.
 
     A step from t to s reveals each masked position with probability (t - s)/t, independently of the tokens,
     and draws revealed tokens from the prediction. On the uniform grid (t_i - t_{i+1})/t_i = 1/(T - i): step 0
@@ -30,19 +30,20 @@ class Ancestral(Scheduled):
     exact = True
 
     def __init__(self, slots: Slots, steps: int | None, seed: int) -> None:
-        num_steps = slots.length if steps is None else steps
-        self._spread = Spread(slots.blocks, Pace(steps=num_steps))
+        each = slots.lengths if steps is None else torch.full_like(slots.lengths, steps)
+        self._spread = Spread(slots.blocks, Pace(steps=steps), each)
         block = slots.blocks.of_slot
         inside = (slots.uniforms(seed) * self._spread.steps[block]).long()
-        super().__init__(slots, self._spread.start[block] + inside, num_steps)
+        super().__init__(slots, self._spread.start[block] + inside, each)
 
     def times(self, step: int) -> Tensor:
         blocks = self.slots.blocks
         if not blocks.sizes.numel():
             return torch.zeros(self.slots.num_sequences, dtype=torch.float64)
-        current = ((step + 1) * blocks.count - 1) // self.num_steps  # [B] block within the sequence
+        own = (self.steps - 1).clamp_max(step)  # of sequences that are done, their last
+        current = ((own + 1) * blocks.count - 1) // self.steps  # [B] block within the sequence
         block = (blocks.first + current.clamp_min(0)).clamp_max(blocks.sizes.numel() - 1)
-        done = (step - self._spread.start[block]).double() / self._spread.steps[block]
+        done = (own - self._spread.start[block]).double() / self._spread.steps[block]
         revealed = blocks.before[block] + blocks.sizes[block] * done
         return 1.0 - revealed / self.slots.counts.clamp_min(1)
 
@@ -65,7 +66,7 @@ class FirstHitting(Scheduled):
         blocks = slots.blocks
         spread = Spread(blocks, Pace(tokens_per_step=tokens_per_step))
         uniforms, block = slots.uniforms(seed), blocks.of_slot
-        super().__init__(slots, spread.step_of(blocks.rank(uniforms), block), spread.num_steps)
+        super().__init__(slots, spread.step_of(blocks.rank(uniforms), block), spread.each)
         counts = slots.counts[slots.sequence]
         self._times = (counts - blocks.before[block] - blocks.sizes[block] * uniforms) / counts
 

@@ -18,7 +18,7 @@ class Order(ABC):
     The caller marks in `slots` what was revealed, masked again or closed.
     """
 
-    num_steps: int  # at most, where the number of steps depends on predictions
+    steps: Tensor  # [B] of each sequence; at most, where they depend on predictions
     exact = False  # samples follow the model's reverse process: of T steps, or in continuous time
     timed = False  # a step has no fixed place in the denoising: plans go by `times`
 
@@ -38,6 +38,11 @@ class Order(ABC):
         return None
 
     @property
+    def num_steps(self) -> int:
+        """Steps of the sequence that takes most."""
+        return int(self.steps.max()) if self.steps.numel() else 0
+
+    @property
     def finished(self) -> bool:
         """Whether no later step can change anything: nothing is left to reveal."""
         return not bool((self.slots.masked & ~self.slots.closed).any())
@@ -53,10 +58,10 @@ class Order(ABC):
 class Scheduled(Order):
     """An order that knows every slot's step beforehand: only rows about to be revealed are ever predicted."""
 
-    def __init__(self, slots: Slots, reveal_step: Tensor, num_steps: int) -> None:
+    def __init__(self, slots: Slots, reveal_step: Tensor, steps: Tensor) -> None:
         super().__init__(slots)
-        self.num_steps = num_steps
-        self.schedule = Schedule(reveal_step, num_steps)
+        self.steps = steps
+        self.schedule = Schedule(reveal_step, self.num_steps)
 
     def candidates(self, step: int) -> Tensor:
         due = self.schedule.at(step)

@@ -26,29 +26,36 @@ class Pace(NamedTuple):
 class Spread:
     """When each block of slots has its turn, and which step reveals the r-th slot of a block.
 
-    steps = T: a sequence's blocks share T as evenly as whole numbers allow; step i of the T_b steps of a
-    block with n_b slots reveals floor((i + 1) n_b / T_b) - floor(i n_b / T_b) of them.
-    tokens_per_step = k: every step reveals k slots, the last one of a block what is left.
+    steps = T, of all sequences or of each [B]: a sequence's blocks share T as evenly as whole numbers allow;
+    step i of the T_b steps of a block with n_b slots reveals floor((i + 1) n_b / T_b) - floor(i n_b / T_b) of
+    them. tokens_per_step = k: every step reveals k slots, the last one of a block what is left.
     """
 
-    def __init__(self, blocks: Blocks, pace: Pace) -> None:
+    def __init__(self, blocks: Blocks, pace: Pace, steps: Tensor | None = None) -> None:
+        """steps: of each sequence [B], in place of those of the pace."""
         self._sizes = blocks.sizes
         self._per_step = None
-        if pace.steps is None:
+        if pace.steps is None and steps is None:
             self._per_step = pace.tokens_per_step or 1
             self.steps = (blocks.sizes + self._per_step - 1) // self._per_step  # [G]
             before = self.steps.cumsum(0) - self.steps
             first = blocks.first[blocks.sequence]
             self.start = before - before[first]  # [G]
-            self.num_steps = int((self.start + self.steps).max()) if self.steps.numel() else 0
+            self.each = torch.zeros_like(blocks.count).index_add_(0, blocks.sequence, self.steps)
             return
-        most = int(blocks.count.max()) if blocks.count.numel() else 0
-        if most > pace.steps:
-            raise ValueError(f"steps is {pace.steps}, but there are {most} blocks, and each takes a step")
-        count = blocks.count[blocks.sequence]
-        self.start = pace.steps * blocks.index // count
-        self.steps = pace.steps * (blocks.index + 1) // count - self.start
-        self.num_steps = pace.steps
+        if steps is None:
+            steps = torch.full_like(blocks.count, pace.steps or 0)
+        self.each = steps  # [B] steps of each sequence
+        short = (blocks.count > steps).nonzero()
+        if short.numel():
+            first = short[0]
+            raise ValueError(
+                f"steps is {int(steps[first])}, but there are {int(blocks.count[first])} blocks, and each"
+                " takes a step"
+            )
+        count, total = blocks.count[blocks.sequence], steps[blocks.sequence]
+        self.start = total * blocks.index // count
+        self.steps = total * (blocks.index + 1) // count - self.start
 
     def step_of(self, rank: Tensor, block: Tensor) -> Tensor:
         """The step that reveals the rank-th slot of its block."""

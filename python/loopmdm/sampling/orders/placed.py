@@ -15,7 +15,7 @@ class Placed(Scheduled):
     def __init__(self, slots: Slots, pace: Pace, key: Tensor) -> None:
         spread = Spread(slots.blocks, pace)
         block = slots.blocks.of_slot
-        super().__init__(slots, spread.step_of(slots.blocks.rank(key), block), spread.num_steps)
+        super().__init__(slots, spread.step_of(slots.blocks.rank(key), block), spread.each)
 
 
 def place_from_the_left(slots: Slots, seed: int) -> Tensor:

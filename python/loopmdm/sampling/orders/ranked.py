@@ -57,16 +57,16 @@ class Ranked(Order):
         self._schedule: Schedule | None = None
         self.timed = pace.adaptive
         if pace.adaptive:
-            self.num_steps = int(slots.counts.max()) if slots.counts.numel() else 0
+            self.steps = slots.counts
             return
         if window is not None and pace.tokens_per_step is not None:
             pace = Pace(tokens_per_step=min(window, pace.tokens_per_step))
         spread = Spread(slots.blocks, pace)
         reveal_step = spread.step_of(slots.blocks.rank(), slots.blocks.of_slot)
-        self._schedule = Schedule(reveal_step, spread.num_steps)  # of numbers: which slots is decided later
-        self.num_steps = spread.num_steps
+        self.steps = spread.each
+        self._schedule = Schedule(reveal_step, self.num_steps)  # of numbers: which slots is decided later
         if window is not None and pace.steps is not None:
-            most = int(-(-slots.counts // pace.steps).max())
+            most = int((-(-slots.counts // pace.steps)).max())
             if most > window:
                 raise ValueError(
                     f"window is {window}, but with steps={pace.steps} a step reveals up to {most} positions"

@@ -15,12 +15,19 @@ class Slots:
     ended before it: the network still sees a mask there, but nothing will be revealed.
     """
 
-    def __init__(self, masked: Tensor, sequence_ids: Tensor, block_length: int | None = None) -> None:
-        """masked: [B, L] bool, the positions to fill; sequence_ids: [B] int64."""
+    def __init__(
+        self,
+        masked: Tensor,
+        sequence_ids: Tensor,
+        block_length: int | None = None,
+        lengths: Tensor | None = None,
+    ) -> None:
+        """masked: [B, L] bool, the positions to fill; sequence_ids: [B] int64; lengths: [B], None: all L."""
         self.sequence, self.position = masked.nonzero(as_tuple=True)  # [N] row of the batch, position
         self.sequence_id = sequence_ids[self.sequence]  # [N] names the random numbers
         self.counts = masked.sum(dim=1)  # [B] slots of each sequence
-        self.length = masked.shape[1]
+        width = masked.shape[1]
+        self.lengths = torch.full_like(self.counts, width) if lengths is None else lengths  # [B]
         self.masked = torch.ones_like(self.sequence, dtype=torch.bool)
         self.closed = torch.zeros_like(self.masked)
         self.first = (
@@ -30,10 +37,15 @@ class Slots:
 
     @classmethod
     def of(
-        cls, canvas: Tensor, mask_token_id: int, sequence_ids: Tensor, block_length: int | None = None
+        cls,
+        canvas: Tensor,
+        mask_token_id: int,
+        sequence_ids: Tensor,
+        block_length: int | None = None,
+        lengths: Tensor | None = None,
     ) -> Slots:
         """The slots of canvas [B, L]: every position that holds the mask token."""
-        return cls(canvas == mask_token_id, sequence_ids, block_length)
+        return cls(canvas == mask_token_id, sequence_ids, block_length, lengths)
 
     @property
     def num_sequences(self) -> int:
@@ -50,7 +62,7 @@ class Slots:
 
     def close_after(self, sequence: Tensor, position: Tensor) -> None:
         """End sequences [R] at positions [R]: what lies behind is closed."""
-        end = torch.full((self.num_sequences,), self.length)
+        end = self.lengths.clone()
         end.scatter_reduce_(0, sequence, position, "amin")
         self.closed |= self.position > end[self.sequence]
 
@@ -83,11 +95,10 @@ class Blocks:
         self.first = self.count.cumsum(0) - self.count  # [B] each sequence's first block
         self.index = torch.arange(heads.numel()) - self.first[self.sequence]  # [G] within the sequence
         self.before = heads - slots.first[self.sequence]  # [G] slots of the sequence in earlier blocks
-        if length is None:
-            self.end = torch.full_like(heads, slots.length)
-        else:  # [G] first position behind the block
+        self.end = slots.lengths[self.sequence]  # [G] first position behind the block
+        if length is not None:
             start = position[slots.first[self.sequence]]
-            self.end = (start + (raw[heads] + 1) * length).clamp_max(slots.length)
+            self.end = torch.minimum(start + (raw[heads] + 1) * length, self.end)
         self._heads = heads
 
     def rank(self, key: Tensor | None = None) -> Tensor:
