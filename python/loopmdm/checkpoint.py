@@ -95,8 +95,7 @@ def load_pretrained(
         config = _read_config(cls, path_or_hub_id, revision, config_overrides)
     else:
         config = cls.config_class.from_dict({**config.to_dict(), **config_overrides})
-    weights_path = locate(path_or_hub_id, WEIGHTS_FILE, revision)
-    tensors = read_safetensors(weights_path)
+    weights_path, tensors = _read_weights(path_or_hub_id, revision)
     if config.num_layers > len(tensors):
         raise ValueError(
             f"{weights_path}: num_layers is {config.num_layers}, but the weights are {len(tensors)} tensors"
@@ -109,6 +108,19 @@ def load_pretrained(
     kept = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
     safetensors_files.tie(model, {alias: name for alias, name in kept.items() if alias != name})
     return model.eval()
+
+
+def _read_weights(
+    path_or_hub_id: str | os.PathLike[str], revision: str | None
+) -> tuple[Path, dict[str, Tensor]]:
+    """The tensors of a folder, in one file or in shards, and the path to name in errors."""
+    from loopmdm import shards
+
+    index = shards.find_index(Path(path_or_hub_id))
+    if index is None:
+        path = locate(path_or_hub_id, WEIGHTS_FILE, revision)
+        return path, read_safetensors(path)
+    return Path(path_or_hub_id) / index, shards.read_shards(path_or_hub_id, index, revision)
 
 
 def _check_sizes(config: Any, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -104,7 +104,7 @@ def evaluate_autoregressive(
     sums, tokens = [], []
     with evaluating([model]):
         for item in batches:
-            batch = item if isinstance(item, Batch) else Batch(item)
+            batch = _batch(item)
             counted = counted_tokens(batch)
             nll = model.token_nll(batch.input_ids.to(device), counted.to(device))
             sums.append(nll.double().sum(1).cpu())
@@ -175,6 +175,16 @@ def nll_by_time_bin(
     return results
 
 
+def _batch(item: Any) -> Batch:
+    batch = item if isinstance(item, Batch) else Batch(item)
+    if not isinstance(batch.input_ids, Tensor) or batch.input_ids.ndim != 2:
+        what = tuple(batch.input_ids.shape) if isinstance(batch.input_ids, Tensor) else type(item).__name__
+        raise ValueError(
+            f"batches: an item is {what}, expected token ids [B, L] or a Batch; give one tensor as [tensor]"
+        )
+    return batch
+
+
 @dataclass
 class _Sums:
     """Sums over the tokens of each sequence and time, float64 on the CPU."""
@@ -199,7 +209,7 @@ def _measure(
     done = 0
     with evaluating([model]):
         for item in batches:
-            batch = item if isinstance(item, Batch) else Batch(item)
+            batch = _batch(item)
             t, masked, tokens = corruption(batch, num_t, seed, done)
             done += len(tokens)
             batch, on_device = batch.to(device), masked.to(device)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loopmdm import checkpoint, mdlm_stated
+from loopmdm import checkpoint, mdlm_stated, shards
 from loopmdm.pickles import Opaque, StoredTensor
 from loopmdm.torch_files import TorchFile
 
@@ -77,9 +77,16 @@ def read_weights(source: Any, *, ema: bool = True) -> MDLMWeights:
             f"path_or_module: got {type(source).__name__}, expected a path, hub id, state dict or module"
         )
     path = Path(source)
+    if path.is_file() and path.name in shards.INDEX_FILES:
+        path, source = path.parent, path.parent
     if path.is_file():
         return _from_file(path, ema)
-    if path.is_dir() and not (path / checkpoint.WEIGHTS_FILE).is_file() and (path / _TORCH_WEIGHTS).is_file():
+    index = shards.find_index(path) if path.is_dir() else None
+    if index is not None:
+        weights = _from_tree(shards.read_shards(path, index), _tensor_itself, ema, str(path / index))
+    elif (
+        path.is_dir() and not (path / checkpoint.WEIGHTS_FILE).is_file() and (path / _TORCH_WEIGHTS).is_file()
+    ):
         weights = _from_file(path / _TORCH_WEIGHTS, ema)
     else:
         weights = _from_file(checkpoint.locate(source, checkpoint.WEIGHTS_FILE), ema)

@@ -369,6 +369,10 @@ class LoopMDM(nn.Module):
             raise ValueError(
                 f"attention_mask: got shape {tuple(attention_mask.shape)}, expected {tuple(input_ids.shape)}"
             )
+        if sigma is not None and not isinstance(sigma, Tensor):
+            raise TypeError(
+                f"timesteps: got {type(sigma).__name__}, expected a tensor of noise levels [{len(input_ids)}]"
+            )
         if sigma is not None and sigma.shape != input_ids.shape[:1]:
             raise ValueError(f"timesteps: got shape {tuple(sigma.shape)}, expected [{input_ids.shape[0]}]")
         if not can_read(input_ids):

@@ -1,0 +1,67 @@
+"""Checkpoints in several files: an index names the shard of each tensor, as transformers writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from loopmdm import checkpoint
+from loopmdm.pickles import StoredTensor
+from loopmdm.torch_files import TorchFile
+
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def find_index(folder: Path) -> str | None:
+    """The name of a local folder's index; None where its weights are in one file, or there are none."""
+    if (folder / checkpoint.WEIGHTS_FILE).is_file():
+        return None
+    return next((name for name in INDEX_FILES if (folder / name).is_file()), None)
+
+
+def read_shards(folder: str | os.PathLike[str], index: str, revision: str | None = None) -> dict[str, Tensor]:
+    """All tensors that the index `index` of a folder or hub id names, from their shards.
+
+    Raises:
+        FileNotFoundError: shards are missing; all of them are named.
+        ValueError: a damaged index, a tensor that its shard lacks, or one that the index does not know.
+    """
+    path = checkpoint.locate(folder, index, revision)
+    shard_of = checkpoint.read_json(path).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise ValueError(f"{path}: has no weight_map, which names the shard of each tensor")
+    for name, shard in shard_of.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(
+                f"{path}: the shard of {name} is {shard!r}, expected a file name beside the index"
+            )
+    shards = sorted(set(shard_of.values()))
+    if Path(folder).is_dir():
+        missing = [shard for shard in shards if not (Path(folder) / shard).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{path}: of {len(shards)} shards these are missing: {', '.join(missing)}"
+            )
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        held = _read_shard(checkpoint.locate(folder, shard, revision))
+        stated = {name for name, file in shard_of.items() if file == shard}
+        if set(held) != stated:
+            differing = ", ".join(sorted(set(held) ^ stated)[:5])
+            raise ValueError(f"{path}: {shard} and the index differ about the tensors {differing}")
+        tensors.update(held)
+    return tensors
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return checkpoint.read_safetensors(path)
+    with contextlib.closing(TorchFile(path)) as file:
+        if not isinstance(file.root, dict) or not all(
+            isinstance(v, StoredTensor) for v in file.root.values()
+        ):
+            raise ValueError(f"{path}: expected a state dict of tensors")
+        return {str(name): file.tensor(leaf) for name, leaf in file.root.items()}
