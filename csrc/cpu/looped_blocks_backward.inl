@@ -326,8 +326,8 @@ void project_gradient_rows(const BlockShape& s, const TransposedPointers& weight
 
 // A slice of the left panels stays in the second-level cache while the slices of the right ones pass by. The
 // sums come from afar, and each slice more fetches them once more. Sums of floats are cut shorter: the
-// rounding of a running sum grows with its length, and of 256 rows it exceeded all other errors of the
-// gradient.
+// rounding of a running sum grows with its length, and of 256 rows it was about half of the error of the
+// worst element.
 template <class Operand>
 void weight_gradient(const RowPanels& left, int64_t out, const PanelRange& left_range, const RowPanels& right,
                      const PanelRange& right_range, float* gradient) {

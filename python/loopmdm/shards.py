@@ -35,16 +35,12 @@ def read_shards(folder: str | os.PathLike[str], index: str, revision: str | None
         raise ValueError(f"{path}: has no weight_map, which names the shard of each tensor")
     for name, shard in shard_of.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(
-                f"{path}: the shard of {name} is {shard!r}, expected a file name beside the index"
-            )
+            raise ValueError(f"{path}: the shard of {name} is {shard!r}, expected a file beside the index")
     shards = sorted(set(shard_of.values()))
     if Path(folder).is_dir():
         missing = [shard for shard in shards if not (Path(folder) / shard).is_file()]
         if missing:
-            raise FileNotFoundError(
-                f"{path}: of {len(shards)} shards these are missing: {', '.join(missing)}"
-            )
+            raise FileNotFoundError(f"{path}: of {len(shards)} shards, missing are {', '.join(missing)}")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         held = _read_shard(checkpoint.locate(folder, shard, revision))
@@ -60,8 +56,7 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return checkpoint.read_safetensors(path)
     with contextlib.closing(TorchFile(path)) as file:
-        if not isinstance(file.root, dict) or not all(
-            isinstance(v, StoredTensor) for v in file.root.values()
-        ):
+        root = file.root
+        if not isinstance(root, dict) or not all(isinstance(leaf, StoredTensor) for leaf in root.values()):
             raise ValueError(f"{path}: expected a state dict of tensors")
-        return {str(name): file.tensor(leaf) for name, leaf in file.root.items()}
+        return {str(name): file.tensor(leaf) for name, leaf in root.items()}

@@ -62,11 +62,11 @@ def test_all_forms_load(sharded):
 
 
 def test_missing_shards_are_named(sharded):
-    folder, index, _ = sharded
+    folder = sharded[0]
     missing = [file for file in folder.iterdir() if "-of-" in file.name]
     for file in missing:
         file.unlink()
-    with pytest.raises(FileNotFoundError, match="of 2 shards these are missing") as error:
+    with pytest.raises(FileNotFoundError, match="of 2 shards, missing are") as error:
         LoopMDM.from_mdlm(folder)
     assert all(file.name in str(error.value) for file in missing)
 
@@ -85,7 +85,7 @@ def test_an_index_that_does_not_fit(sharded):
     for path in ("../model.safetensors", "/etc/passwd", 3):
         index.write_text(whole)
         rewrite(index, lambda content, path=path: content["weight_map"].update(extra=path))
-        with pytest.raises(ValueError, match="the shard of extra is .* expected a file name"):
+        with pytest.raises(ValueError, match=r"the shard of extra is .* expected a file"):
             LoopMDM.from_mdlm(folder)
     index.write_text("{}")
     with pytest.raises(ValueError, match="has no weight_map"):
