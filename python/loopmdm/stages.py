@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,9 +12,10 @@ from torch import Tensor
 import loopmdm_kernels as lk
 from loopmdm import draws
 from loopmdm.masks import boolean
+from loopmdm.cut import why_global
 from loopmdm.modules import DDiTBlock
 from loopmdm.parallel import refuse_split, with_whole_weights
-from loopmdm_kernels.types import Rotary
+from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
 
 if TYPE_CHECKING:
     from loopmdm.model import LoopMDM
@@ -47,11 +49,8 @@ class Stages:
         self._dropout_seed: int | Tensor = 0 if dropout_seed is None else dropout_seed
         self._condition = model.condition(sigma)
         self._compute_dtype = model.compute_dtype
-        self._rotary: Rotary | None = None
-        if model.config.positions == "rotary":
-            length = tokens.shape[1]
-            self._rotary = model.once(("rotary", length), lambda: model.rotary_emb(length))
-        self._modulations: dict[int, Tensor] = {}
+        self._rotary = model.rotary(tokens.shape[1])
+        self._modulations: dict[tuple[int, int], Tensor] = {}
 
     @property
     def masked(self) -> Tensor:
@@ -61,9 +60,9 @@ class Stages:
     def head(self) -> Tensor:
         """H(0) [B, L, D], float32 or wider: the embedding and the blocks before the loop."""
         model = self.model
-        x = model.vocab_embed.embedding[self.tokens]
+        x = model.vocab_embed(self.tokens)
         if model.config.positions == "learned":
-            x = x + model.position_embed.embedding[: self.tokens.shape[1]]
+            x = x + model.position_embed(torch.arange(self.tokens.shape[1], device=x.device))
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         out: Tensor = self._run(x, 0, model.config.loop_start, 1)
         return out
@@ -106,24 +105,31 @@ class Stages:
             bounds = (0, config.loop_start, config.loop_end, config.num_layers)
             # Rows of one product: a product of fewer rows may round otherwise.
             part._modulations = {
-                start: self._modulation(start, end)[:, active]
+                (start, end): self._modulation(start, end)[:, active]
                 for start, end in pairwise(bounds)
-                if start < end
+                if start < end and not any(self._called(start, end))
             }
+            part._condition = self._condition[active]
         return part
 
     def _modulation(self, start: int, end: int) -> Tensor:
         """Of blocks start..end - 1, [end - start, 1 or B, 6, D]."""
-        if start not in self._modulations:
+        if (start, end) not in self._modulations:
 
             def made() -> Tensor:
                 rows = [block.adaLN_modulation(self._condition) for block in self._blocks(start, end)]
                 return torch.stack(rows).view(end - start, -1, 6, self.model.config.hidden_size)
 
             alike = self._condition.shape[0] == 1 and not self.model.config.time_conditioning
-            key = ("modulation", start, self._compute_dtype)
-            self._modulations[start] = self.model.once(key, made) if alike else made()
-        return self._modulations[start]
+            key = ("modulation", start, end, self._compute_dtype)
+            self._modulations[start, end] = self.model.once(key, made) if alike else made()
+        return self._modulations[start, end]
+
+    def _called(self, start: int, end: int) -> list[bool]:
+        """Of blocks start..end - 1, which the op does not compute."""
+        if why_global() is not None:
+            return [True] * (end - start)
+        return [DDiTBlock.why_called(block) is not None for block in self._blocks(start, end)]
 
     def _blocks(self, start: int, end: int) -> list[DDiTBlock]:
         return [cast(DDiTBlock, self.model.blocks[i]) for i in range(start, end)]
@@ -140,6 +146,9 @@ class Stages:
         """Blocks start..end - 1, `loops` times."""
         if start == end:
             return x
+        called = self._called(start, end)
+        if any(called):
+            return self._run_modules(x, start, called, loops, exit_threshold)
         model = self.model
 
         def run(x: Tensor) -> Any:
@@ -160,3 +169,45 @@ class Stages:
             )
 
         return with_whole_weights(self._blocks(start, end), x, run)
+
+    @torch.compiler.disable
+    def _run_modules(
+        self,
+        x: Tensor,
+        start: int,
+        called: Sequence[bool],
+        loops: int | Tensor,
+        exit_threshold: float | None,
+    ) -> Any:
+        """Blocks from `start` on, `loops` times: those of `called` module by module, the others by the op."""
+        model = self.model
+        model.say_cuts()
+        if model._fp8_blocks:
+            raise ValueError(f"use_fp8_weights: not of blocks that have to be called ({model.cuts()[0]})")
+        blocks = self._blocks(start, start + len(called))
+        seed = int(self._dropout_seed * model.config.num_layers + start) & _SEED_BITS
+        count = len(blocks)
+
+        def one_loop(state: Tensor, active: Tensor | None, loop: int) -> Tensor:
+            part = self if active is None or len(active) == len(self.tokens) else self.subset(active)
+            options: dict[str, Any] = {} if part._key_mask is None else {"key_mask": part._key_mask}
+            for index, block in enumerate(blocks):
+                # The op counts its applications from 0, so where masks are drawn every block is called.
+                if not called[index] and not self._dropout:
+                    state = part._run(state, start + index, start + index + 1, 1)
+                    continue
+                if self._dropout:
+                    options["dropout"] = Dropout(self._dropout, seed, application=loop * count + index)
+                state = block(state, part._rotary, part._condition, **options)
+            return state
+
+        if isinstance(loops, Tensor) and loops.shape == (1,) and loops.device.type == "cpu":
+            loops = int(loops)  # drawn in a compiled graph: one for all
+        return run_loops(
+            one_loop,
+            x,
+            loops,
+            exit_threshold=exit_threshold,
+            recompute=model.recompute,
+            preserve_rng_state=True,
+        )
