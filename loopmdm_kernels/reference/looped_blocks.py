@@ -24,7 +24,7 @@ NORM_EPS = 1e-5
 
 
 class BlockParts(NamedTuple):
-    """What a block calls on its way, by the reference model's names: its modules, or functions of its weights."""
+    """What a block calls, by the reference model's names: its modules, or functions of its weights."""
 
     norm1: Callable[[Tensor], Tensor]  # layer norm with its scale, in the dtype of the residual stream
     attn_qkv: Callable[[Tensor], Tensor]

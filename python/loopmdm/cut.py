@@ -25,9 +25,9 @@ _said: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionar
 
 def why_watched(module: nn.Module) -> str | None:
     """What looks at the calls of this very module; None: nothing does."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        if _matters(module._forward_hooks) or _matters(module._forward_pre_hooks):
-            return "has forward hooks"
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    if (before or after) and (_matters(before) or _matters(after)):
+        return "has forward hooks"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has backward hooks"
     if "forward" in module.__dict__:
@@ -42,11 +42,6 @@ def why_global() -> str | None:
         if hooks and _matters(hooks):
             return "every module has global hooks (torch.nn.modules.module)"
     return None
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether anything looks at the calls of a module or of those inside."""
-    return why_global() is not None or any(why_watched(part) is not None for part in module.modules())
 
 
 def why_linear(linear: Any, *, bias: bool) -> str | None:
@@ -122,9 +117,7 @@ def _why_mlp(mlp: Any) -> str | None:
     return why_watched(mlp)
 
 
-def why_head(
-    layer: nn.Module, forward: Callable[..., Any], norm_forward: Callable[..., Any]
-) -> str | None:
+def why_head(layer: nn.Module, forward: Callable[..., Any], norm_forward: Callable[..., Any]) -> str | None:
     """As `why_block`, of the output layer."""
     if type(layer).forward is not forward:
         return _is_a(layer)

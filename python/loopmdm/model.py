@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from loopmdm import diffusion, draws, vocabulary
 from loopmdm.config import LoopMDMConfig
-from loopmdm.cut import named, say, watched, why_global
+from loopmdm.cut import named, say, why_global
 from loopmdm.exits import ExitRule, run_with_exit
 from loopmdm.masks import boolean
 from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding
@@ -25,7 +25,7 @@ from loopmdm.parallel import check_averaged
 from loopmdm.stages import Stages
 from loopmdm.vocabulary import AnyHead, CalledHead
 from loopmdm_kernels.tracing import can_read, traced, transformed, without_autocast
-from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Fp8Weight, Head, Rotary
+from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Fp8Weight, Head
 
 T = TypeVar("T")
 _NOTHING: dict[int, dict[Any, Any]] = {}
@@ -142,21 +142,9 @@ class LoopMDM(nn.Module):
 
         if sigma is not None and self.config.time_conditioning:
             return embedded(sigma)
-        zero = torch.zeros(1, device=self.device, dtype=torch.float32)
-        if watched(self.sigma_map):
-            return embedded(zero)
-        return self.once(("condition",), lambda: embedded(zero))
-
-    def rotary(self, length: int) -> Rotary | None:
-        """The angles of `length` positions, where positions are rotary."""
-        if self.config.positions != "rotary":
-            return None
-
-        def made() -> Rotary:
-            angles: Rotary = self.rotary_emb(length)
-            return angles
-
-        return made() if watched(self.rotary_emb) else self.once(("rotary", length), made)
+        return self.once(
+            ("condition",), lambda: embedded(torch.zeros(1, device=self.device, dtype=torch.float32))
+        )
 
     def cuts(self) -> list[str]:
         """Why parts of the model run module by module instead of in the fused ops; empty: none does.
@@ -174,7 +162,7 @@ class LoopMDM(nn.Module):
         """Whether `head` is one of modules that are called."""
         return why_global() is not None or OutputLayer.why_called(self.output_layer) is not None
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def say_cuts(self) -> None:
         """Warn once of each reason in `cuts`."""
         say(self, self.cuts())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +17,7 @@ from loopmdm.cut import why_global
 from loopmdm.modules import DDiTBlock
 from loopmdm.parallel import refuse_split, with_whole_weights
 from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
+from loopmdm_kernels.types import Rotary
 
 if TYPE_CHECKING:
     from loopmdm.model import LoopMDM
@@ -49,7 +51,10 @@ class Stages:
         self._dropout_seed: int | Tensor = 0 if dropout_seed is None else dropout_seed
         self._condition = model.condition(sigma)
         self._compute_dtype = model.compute_dtype
-        self._rotary = model.rotary(tokens.shape[1])
+        self._rotary: Rotary | None = None
+        if model.config.positions == "rotary":
+            length = tokens.shape[1]
+            self._rotary = model.once(("rotary", length), lambda: model.rotary_emb(length))
         self._modulations: dict[tuple[int, int], Tensor] = {}
 
     @property
@@ -59,12 +64,23 @@ class Stages:
 
     def head(self) -> Tensor:
         """H(0) [B, L, D], float32 or wider: the embedding and the blocks before the loop."""
+        out: Tensor = self._run(self.embedded(), 0, self.model.config.loop_start, 1)
+        return out
+
+    def embedded(self) -> Tensor:
+        """The residual stream before the first block."""
         model = self.model
         x = model.vocab_embed(self.tokens)
         if model.config.positions == "learned":
             x = x + model.position_embed(torch.arange(self.tokens.shape[1], device=x.device))
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        out: Tensor = self._run(x, 0, model.config.loop_start, 1)
+        wide: Tensor = x.to(torch.promote_types(x.dtype, torch.float32))
+        return wide
+
+    def block(self, hidden: Tensor, index: int, application: int = 0) -> Tensor:
+        """Block `index` applied once to hidden [B, L, D]; `application` names its dropout masks."""
+        part = copy.copy(self)
+        part._dropout_seed = self._dropout_seed + application
+        out: Tensor = part._run(hidden, index, index + 1, 1)
         return out
 
     def loop(
@@ -170,7 +186,7 @@ class Stages:
 
         return with_whole_weights(self._blocks(start, end), x, run)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run_modules(
         self,
         x: Tensor,

@@ -28,11 +28,18 @@ class CalledHead(NamedTuple):
 AnyHead: TypeAlias = Head | Fp8Head | CalledHead
 
 
+def is_shared(head: AnyHead) -> bool:
+    """Whether one condition serves all sequences."""
+    return len(head.condition if isinstance(head, CalledHead) else head.modulation) == 1
+
+
 def of_sequences(head: AnyHead, index: Tensor | slice) -> AnyHead:
     """The head of the sequences `index` of the batch it was made for."""
+    if is_shared(head):
+        return head
     if isinstance(head, CalledHead):
-        return head if len(head.condition) == 1 else head._replace(condition=head.condition[index])
-    return head if len(head.modulation) == 1 else head._replace(modulation=head.modulation[index])
+        return head._replace(condition=head.condition[index])
+    return head._replace(modulation=head.modulation[index])
 
 
 def at_noise(head: AnyHead, other: AnyHead) -> AnyHead:
@@ -55,7 +62,8 @@ def head_logits(hidden: Tensor, head: AnyHead, *, compute_dtype: torch.dtype | N
     """`lk.head_logits`."""
     if not isinstance(head, CalledHead):
         return lk.head_logits(hidden, head, compute_dtype=compute_dtype)
-    return _called(hidden, head).to(compute_dtype or head.condition.dtype)
+    logits: Tensor = _called(hidden, head).to(compute_dtype or head.condition.dtype)
+    return logits
 
 
 def masked_cross_entropy(
@@ -70,7 +78,8 @@ def masked_cross_entropy(
     """`lk.masked_cross_entropy`; of a called head there are logits of the masked rows."""
     if not isinstance(head, CalledHead):
         return lk.masked_cross_entropy(hidden, head, targets, rows, row_weights, compute_dtype=compute_dtype)
-    return _called_cross_entropy(hidden, head, targets, rows, row_weights)
+    result: tuple[Tensor, Tensor] = _called_cross_entropy(hidden, head, targets, rows, row_weights)
+    return result
 
 
 def sample_rows(
@@ -103,7 +112,7 @@ def sample_rows(
         )
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _called(hidden: Tensor, head: CalledHead) -> Tensor:
     logits = head.layer(hidden, head.condition)
     return logits if head.forbidden is None else logits.index_fill(-1, head.forbidden, NEVER)
@@ -112,14 +121,14 @@ def _called(hidden: Tensor, head: CalledHead) -> Tensor:
 def _row_logits(hidden: Tensor, head: CalledHead, rows: Tensor) -> Tensor:
     """Logits [R, V] of the rows (flat indices b*L + l) of hidden [B, L, D], in fp32 or wider."""
     chosen = hidden.flatten(0, 1)[rows]
-    if len(head.condition) == 1:
-        logits = _called(chosen[None], head)[0]
+    if is_shared(head):
+        logits: Tensor = _called(chosen[None], head)[0]
     else:  # each row is a sequence of its own
         logits = _called(chosen[:, None], of_sequences(head, rows // hidden.shape[1]))[:, 0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _called_cross_entropy(
     hidden: Tensor, head: CalledHead, targets: Tensor, rows: Tensor, row_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
