@@ -125,7 +125,7 @@ class CausalLM(nn.Module):
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Residual stream [B, L, D]; position i has read the tokens before i of input_ids [B, L] int64."""
         opened = torch.full_like(input_ids[:, :1], self.config.mask_token_id)
-        x = self.vocab_embed(torch.cat([opened, input_ids[:, :-1]], dim=1))
+        x: Tensor = self.vocab_embed(torch.cat([opened, input_ids[:, :-1]], dim=1))
         rotary: Rotary = self.rotary_emb(input_ids.shape[1])
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():

@@ -18,19 +18,22 @@ from torch.nn.modules import module as nn_module
 # Hooks that gather weights or note which module runs: the ops do without, or `loopmdm.parallel` calls them.
 _WITHOUT_EFFECT = ("torch.distributed.", "torch.nn.parallel.", "torch.utils.module_tracker")
 _LINEAR, _GELU, _SEQUENTIAL = nn.Linear.forward, nn.GELU.forward, nn.Sequential.forward
-_WHOLE_BLOCK = ("norm1", "attn_qkv", "attn_out", "norm2", "mlp", "adaLN_modulation")
+_PARTS = ("norm1", "attn_qkv", "attn_out", "norm2", "mlp", "adaLN_modulation")
 # What was said of each model: a warning once is enough.
 _said: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
-def why_watched(module: nn.Module) -> str | None:
-    """What looks at the calls of this very module; None: nothing does."""
+def why_watched(module: nn.Module, *, own_forward: bool = True) -> str | None:
+    """What looks at the calls of this very module; None: nothing does.
+
+    own_forward: whether `module.forward` has to be that of its class (`patch` sets another).
+    """
     before, after = module._forward_pre_hooks, module._forward_hooks
     if (before or after) and (_matters(before) or _matters(after)):
         return "has forward hooks"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has backward hooks"
-    if "forward" in module.__dict__:
+    if own_forward and "forward" in module.__dict__:
         return "has a forward set on the instance"
     return None
 
@@ -73,13 +76,12 @@ def why_block(
     """
     if type(block).forward is not forward:
         return _is_a(block)
-    modules = block._modules
-    if not own or (why := why_watched(block)) is None:
-        for name in _WHOLE_BLOCK:
-            if (why := _why_part(name, modules.get(name), norm_forward)) is not None:
-                return named(f".{name}", why)
-        return None
-    return why
+    if (why := why_watched(block, own_forward=own)) is not None:
+        return why
+    for name in _PARTS:
+        if (why := _why_part(name, block._modules.get(name), norm_forward)) is not None:
+            return named(f".{name}", why)
+    return None
 
 
 def named(name: str, why: str) -> str:
