@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from loopmdm import vocabulary
 from loopmdm.config import from_fields
-from loopmdm.masks import boolean
 from loopmdm.cut import named, say, why_global, why_linear, why_norm
+from loopmdm.masks import boolean
 from loopmdm.modules import RotaryEmbedding, TokenEmbedding
 from loopmdm.vocabulary import CalledHead
 from loopmdm_kernels.types import Head, Rotary

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import loopmdm_kernels as lk
+from loopmdm import cut
 from loopmdm.modules import rotary_angles
 from loopmdm_kernels.types import BlockWeights
-from loopmdm import cut
-from loopmdm_kernels.types import BlockWeights, Rotary
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import loopmdm_kernels as lk
 from loopmdm import draws
-from loopmdm.masks import boolean
 from loopmdm.cut import why_global
+from loopmdm.masks import boolean
 from loopmdm.modules import DDiTBlock
 from loopmdm.parallel import refuse_split, with_whole_weights
 from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
