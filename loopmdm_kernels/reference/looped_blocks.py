@@ -7,7 +7,9 @@ linear, the rotated q and k, the gated branch before it is added.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +23,85 @@ from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
 NORM_EPS = 1e-5
 
 
+class BlockParts(NamedTuple):
+    """What a block calls, by the reference model's names: its modules, or functions of its weights."""
+
+    norm1: Callable[[Tensor], Tensor]  # layer norm with its scale, in the dtype of the residual stream
+    attn_qkv: Callable[[Tensor], Tensor]
+    attn_out: Callable[[Tensor], Tensor]
+    norm2: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
+
+
+class Dropout(NamedTuple):
+    """The masks of one application of a block."""
+
+    rate: float = 0.0
+    seed: int = 0
+    application: int = 0
+
+    def __call__(self, branch: Tensor, index: int) -> Tensor:
+        """branch [B, L, D]: the block's first (attention) or second (MLP)."""
+        if self.rate == 0.0:
+            return branch
+        keep = dropout_keep(self.seed, self.application, index, branch.shape, self.rate, branch.device)
+        return torch.where(keep, branch / (1.0 - self.rate), torch.zeros_like(branch))
+
+
+def layer_norm(x: Tensor, norm: Tensor) -> Tensor:
+    """Over the last dimension, without bias, times the scale `norm` [D], in x's dtype."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * norm.to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift in x's dtype; `1 + scale` is rounded in scale's dtype."""
+    return x * (1 + scale).to(x.dtype) + shift.to(x.dtype)
+
+
 def norm_modulate(x: Tensor, norm: Tensor | None, shift: Tensor, scale: Tensor) -> Tensor:
-    """layer_norm(x) * norm * (1 + scale) + shift in x's dtype; `1 + scale` is rounded in scale's dtype.
+    """`modulate` of the layer norm, or of x itself without `norm`."""
+    return modulate(x if norm is None else layer_norm(x, norm), shift, scale)
 
-    Without norm: x * (1 + scale) + shift.
+
+def apply_block(
+    x: Tensor,
+    parts: BlockParts,
+    modulation: Tensor,
+    num_heads: int,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    dropout: Dropout,
+) -> Tensor:
+    """One block. x [B, L, D]; modulation [1 or B, 6, D] = shift, scale, gate of attention, then MLP.
+
+    Operands of products are rounded to the dtype of `modulation`.
     """
-    if norm is None:
-        return x * (1 + scale).to(x.dtype) + shift.to(x.dtype)
-    normalized = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * norm.to(x.dtype)
-    return normalized * (1 + scale).to(x.dtype) + shift.to(x.dtype)
+    dtype = modulation.dtype
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, :, None, :].unbind(1)
+    batch, length, hidden = x.shape
+
+    qkv = parts.attn_qkv(modulate(parts.norm1(x), shift1, scale1).to(dtype)).to(dtype)
+    q, k, v = qkv.view(batch, length, 3, num_heads, hidden // num_heads).permute(2, 0, 3, 1, 4)
+    mixed = attend(q, k, v).transpose(1, 2).reshape(batch, length, hidden)
+    x = x + gate1 * dropout(parts.attn_out(mixed).to(dtype), 0)
+
+    branch = parts.mlp(modulate(parts.norm2(x), shift2, scale2).to(dtype)).to(dtype)
+    return x + gate2 * dropout(branch, 1)
 
 
-def _dropout(branch: Tensor, rate: float, seed: int, application: int, index: int) -> Tensor:
-    if rate == 0.0:
-        return branch
-    keep = dropout_keep(seed, application, index, branch.shape, rate, branch.device)
-    return torch.where(keep, branch / (1.0 - rate), torch.zeros_like(branch))
+def _parts(weights: BlockWeights, dtype: torch.dtype) -> BlockParts:
+    def mlp(h: Tensor) -> Tensor:
+        h = F.linear(h, weights.mlp_in.to(dtype), weights.mlp_in_bias.to(dtype))
+        return F.linear(
+            F.gelu(h, approximate="tanh"), weights.mlp_out.to(dtype), weights.mlp_out_bias.to(dtype)
+        )
+
+    return BlockParts(
+        norm1=lambda x: layer_norm(x, weights.norm1),
+        attn_qkv=lambda h: F.linear(h, weights.qkv.to(dtype)),
+        attn_out=lambda h: F.linear(h, weights.attn_out.to(dtype)),
+        norm2=lambda x: layer_norm(x, weights.norm2),
+        mlp=mlp,
+    )
 
 
 def block(
@@ -52,23 +117,10 @@ def block(
     dropout_seed: int = 0,
     application: int = 0,
 ) -> Tensor:
-    """One block. x [B, L, D]; modulation [1 or B, 6, D] = shift, scale, gate of attention, then MLP."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.to(dtype)[:, :, None, :].unbind(1)
-    batch, length, hidden = x.shape
-
-    h = norm_modulate(x, weights.norm1, shift1, scale1).to(dtype)
-    qkv = F.linear(h, weights.qkv.to(dtype))
-    q, k, v = qkv.view(batch, length, 3, num_heads, hidden // num_heads).permute(2, 0, 3, 1, 4)
-    mixed = attention(q, k, v, key_mask=key_mask, rotary=rotary)
-    mixed = mixed.transpose(1, 2).reshape(batch, length, hidden)
-    branch = F.linear(mixed, weights.attn_out.to(dtype))
-    x = x + gate1 * _dropout(branch, dropout, dropout_seed, application, index=0)
-
-    h = norm_modulate(x, weights.norm2, shift2, scale2).to(dtype)
-    h = F.gelu(F.linear(h, weights.mlp_in.to(dtype), weights.mlp_in_bias.to(dtype)), approximate="tanh")
-    branch = F.linear(h, weights.mlp_out.to(dtype), weights.mlp_out_bias.to(dtype))
-    x = x + gate2 * _dropout(branch, dropout, dropout_seed, application, index=1)
-    return x
+    """One block of plain weights. x [B, L, D]; modulation [1 or B, 6, D]."""
+    attend = partial(attention, key_mask=key_mask, rotary=rotary)
+    drawn = Dropout(dropout, dropout_seed, application)
+    return apply_block(x, _parts(weights, dtype), modulation.to(dtype), num_heads, attend, drawn)
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
@@ -102,7 +154,9 @@ def looped_blocks(
     ]
     modulation = modulation.to(dtype)
 
-    def one_loop(state: Tensor, mod: Tensor, mask: Tensor | None, loop: int) -> Tensor:
+    def one_loop(state: Tensor, active: Tensor | None, loop: int) -> Tensor:
+        mod = modulation if active is None or modulation.shape[1] == 1 else modulation[:, active]
+        mask = key_mask if active is None or key_mask is None else key_mask[active]
         for index, weights in enumerate(cast):
             state = block(
                 state,
@@ -118,17 +172,35 @@ def looped_blocks(
             )
         return state
 
-    def apply(state: Tensor, mod: Tensor, mask: Tensor | None, loop: int) -> Tensor:
+    return run_loops(one_loop, x, num_loops, exit_threshold=exit_threshold, recompute=recompute)
+
+
+def run_loops(
+    one_loop: Callable[[Tensor, Tensor | None, int], Tensor],
+    x: Tensor,
+    num_loops: int | Tensor,
+    *,
+    exit_threshold: float | None,
+    recompute: bool,
+    preserve_rng_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """H(S) from H(0) = x [B, L, D], as `looped_blocks` returns it.
+
+    one_loop(state, active, loop) is H(loop + 1) from H(loop) of the sequences `active`, int64 [b]; None: of
+    all. With `recompute` its inputs are kept for the backward pass, and torch's random state if asked for.
+    """
+
+    def apply(state: Tensor, active: Tensor | None, loop: int) -> Tensor:
         if recompute and torch.is_grad_enabled():
             result: Tensor = checkpoint(
-                one_loop, state, mod, mask, loop, use_reentrant=False, preserve_rng_state=False
+                one_loop, state, active, loop, use_reentrant=False, preserve_rng_state=preserve_rng_state
             )
             return result
-        return one_loop(state, mod, mask, loop)
+        return one_loop(state, active, loop)
 
     if isinstance(num_loops, int) and exit_threshold is None:
         for loop in range(num_loops):
-            x = apply(x, modulation, key_mask, loop)
+            x = apply(x, None, loop)
         return x
 
     # Sequences end at different loops: those that are done leave the batch.
@@ -138,9 +210,8 @@ def looped_blocks(
     loop = 0
     active = torch.arange(batch, device=x.device)
     while active.numel():
-        mod = modulation if modulation.shape[1] == 1 else modulation[:, active]
         old = x[active]
-        new = apply(old, mod, None if key_mask is None else key_mask[active], loop)
+        new = apply(old, active, loop)
         x = x.index_copy(0, active, new)
         loop += 1
         used[active] = loop

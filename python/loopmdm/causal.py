@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import loopmdm_kernels as lk
+from loopmdm import vocabulary
 from loopmdm.config import from_fields
+from loopmdm.cut import named, say, why_global, why_linear, why_norm
 from loopmdm.masks import boolean
 from loopmdm.modules import RotaryEmbedding, TokenEmbedding
+from loopmdm.vocabulary import CalledHead
 from loopmdm_kernels.types import Head, Rotary
 
 
@@ -123,7 +125,7 @@ class CausalLM(nn.Module):
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Residual stream [B, L, D]; position i has read the tokens before i of input_ids [B, L] int64."""
         opened = torch.full_like(input_ids[:, :1], self.config.mask_token_id)
-        x = self.vocab_embed.embedding[torch.cat([opened, input_ids[:, :-1]], dim=1)]
+        x: Tensor = self.vocab_embed(torch.cat([opened, input_ids[:, :-1]], dim=1))
         rotary: Rotary = self.rotary_emb(input_ids.shape[1])
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -132,8 +134,22 @@ class CausalLM(nn.Module):
                 x = block(x, *rotary)
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def head(self) -> Head:
+    def head(self) -> Head | CalledHead:
         """The vocabulary head; the mask has probability 0."""
+        whys = {
+            "norm_final": why_norm(self.norm_final, nn.LayerNorm.forward),
+            "linear": why_linear(self.linear, bias=True),
+        }
+        reasons = [named(name, why) for name, why in whys.items() if why is not None]
+        if (why := why_global()) is not None or reasons:
+            say(self, reasons if why is None else [why])
+            condition = self.vocab_embed.embedding.new_zeros(1, 1)  # there is none
+
+            def logits(x: Tensor, _: Tensor) -> Tensor:
+                out: Tensor = self.linear(self.norm_final(x.to(condition.dtype)))
+                return out
+
+            return CalledHead(logits, condition, self.config.mask_token_id)
         weight = self.linear.weight
         modulation = weight.new_zeros(1, 2, self.config.hidden_size)
         return Head(self.norm_final.weight, weight, self.linear.bias, modulation, self.config.mask_token_id)
@@ -162,7 +178,7 @@ class CausalLM(nn.Module):
             rows = counted.flatten().nonzero().squeeze(1)
         device = self.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        _, nll = lk.masked_cross_entropy(
+        _, nll = vocabulary.masked_cross_entropy(
             self.hidden(input_ids),
             self.head(),
             input_ids,

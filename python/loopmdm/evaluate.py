@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import loopmdm_kernels as lk
-from loopmdm import diffusion
+from loopmdm import diffusion, vocabulary
 from loopmdm.causal import CausalLM
 from loopmdm.masks import boolean
 from loopmdm.model import LoopMDM
@@ -275,7 +274,7 @@ def _row_sums(model: Any, batch: Batch, t: Tensor, masked: Tensor, num_loops: in
     rows = masked.flatten().nonzero().squeeze(1)
     if isinstance(model, LoopMDM):
         hidden = model.hidden(noisy, sigma, num_loops=num_loops, attention_mask=keys)
-        _, nll = lk.masked_cross_entropy(
+        _, nll = vocabulary.masked_cross_entropy(
             hidden,
             model.head(sigma),
             batch.input_ids,

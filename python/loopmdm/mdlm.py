@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-import loopmdm_kernels as lk
-from loopmdm import checkpoint, draws, mdlm_stated, mdlm_weights
+from loopmdm import checkpoint, draws, mdlm_stated, mdlm_weights, vocabulary
 from loopmdm.config import LoopMDMConfig
 from loopmdm.mdlm_weights import MDLMWeights
 from loopmdm.model import LoopMDM
-from loopmdm.modules import ROTARY_BASE, by_row
+from loopmdm.modules import ROTARY_BASE
 from loopmdm.patching import check_num_loops, patch, unpatch
 
 __all__ = ["DIT", "MDLM", "MaskedLMOutput", "convert_checkpoint", "from_mdlm", "patch", "unpatch"]
@@ -69,7 +68,7 @@ class DIT(LoopMDM):
         """Logits [B, L, V] of tokens `indices` [B, L] int64 at noise levels `sigma` [B]."""
         with _reference_autocast(indices.device):
             hidden = self.hidden(indices, sigma, dropout_seed=self._draw_dropout_seed(indices))
-            return lk.head_logits(hidden, self.head(sigma), compute_dtype=self.compute_dtype)
+            return vocabulary.head_logits(hidden, self.head(sigma), compute_dtype=self.compute_dtype)
 
     def _draw_dropout_seed(self, like: Tensor) -> int | Tensor:
         return draws.dropout_seed(like, 2**62) if self.training and self.config.dropout else 0
@@ -79,33 +78,17 @@ class DIT(LoopMDM):
 
         A looped block reports the state after its last application.
         """
-        self._check_input(indices, sigma, None)
         cfg = self.config
         loop = range(cfg.loop_start, cfg.loop_end)
         order = [*range(cfg.loop_start), *[i for _ in range(self.default_loops()) for i in loop]]
         order += range(cfg.loop_end, cfg.num_layers)
-        dropout = cfg.dropout if self.training else 0.0
         with _reference_autocast(indices.device):
-            condition = self.condition(sigma)
-            rotary = self.rotary_emb(indices.shape[1])
-            x = self.vocab_embed.embedding[indices]
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            stages = self.stages(indices, sigma, dropout_seed=self._draw_dropout_seed(indices))
+            x = stages.embedded()
             states = [x] * (cfg.num_layers + 1)
-            for i in order:
-                block: Any = self.blocks[i]
-                out = lk.looped_blocks(
-                    x,
-                    [block.weights()],
-                    by_row(block.adaLN_modulation, condition).view(1, -1, 6, cfg.hidden_size),
-                    1,
-                    num_heads=cfg.num_heads,
-                    rotary=rotary,
-                    compute_dtype=self.compute_dtype,
-                    dropout=dropout,
-                    dropout_seed=self._draw_dropout_seed(indices),
-                )
-                x = states[i + 1] = cast(Tensor, out)
-            return lk.head_logits(x, self.head(sigma), compute_dtype=self.compute_dtype), states
+            for application, i in enumerate(order):
+                x = states[i + 1] = stages.block(x, i, application)
+            return vocabulary.head_logits(x, self.head(sigma), compute_dtype=self.compute_dtype), states
 
 
 class MaskedLMOutput(NamedTuple):

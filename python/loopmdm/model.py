@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import loopmdm_kernels as lk
-from loopmdm import diffusion, draws
+from loopmdm import diffusion, draws, vocabulary
 from loopmdm.config import LoopMDMConfig
+from loopmdm.cut import named, say, why_global
 from loopmdm.exits import ExitRule, run_with_exit
 from loopmdm.masks import boolean
 from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding, by_row
 from loopmdm.parallel import check_averaged
 from loopmdm.stages import Stages
+from loopmdm.vocabulary import AnyHead, CalledHead
 from loopmdm_kernels.tracing import can_read, traced, transformed, without_autocast
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Fp8Weight, Head
 
@@ -151,9 +152,35 @@ class LoopMDM(nn.Module):
             ("condition",), lambda: embedded(torch.zeros(1, device=self.device, dtype=torch.float32))
         )
 
-    def head(self, sigma: Tensor | None = None) -> Head | Fp8Head:
+    def cuts(self) -> list[str]:
+        """Why parts of the model run module by module instead of in the fused ops; empty: none does.
+
+        It is so where modules are watched (hooks), wrapped (adapters) or replaced.
+        """
+        why = why_global()
+        if why is not None:
+            return [why]
+        reasons = {f"blocks.{i}": DDiTBlock.why_called(cast(DDiTBlock, b)) for i, b in enumerate(self.blocks)}
+        reasons["output_layer"] = OutputLayer.why_called(self.output_layer)
+        return [named(name, why) for name, why in reasons.items() if why is not None]
+
+    def head_is_called(self) -> bool:
+        """Whether `head` is one of modules that are called."""
+        return why_global() is not None or OutputLayer.why_called(self.output_layer) is not None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def say_cuts(self) -> None:
+        """Warn once of each reason in `cuts`."""
+        say(self, self.cuts())
+
+    def head(self, sigma: Tensor | None = None) -> AnyHead:
         """The vocabulary head for noise levels sigma [B] (unused without time conditioning)."""
         out = self.output_layer
+        if self.head_is_called():
+            self.say_cuts()
+            if self._fp8_head:
+                raise ValueError(f"use_fp8_weights: not of a head that has to be called ({self.cuts()[-1]})")
+            return CalledHead(out, self.condition(sigma), self.config.mask_token_id)
         modulation = by_row(out.adaLN_modulation, self.condition(sigma))
         modulation = modulation.view(-1, 2, self.config.hidden_size)
         norm, weight, bias = out.norm_final.weight, out.linear.weight, out.linear.bias
@@ -245,7 +272,7 @@ class LoopMDM(nn.Module):
         if labels is not None:
             return self._labelled_loss(input_ids, timesteps, num_loops, attention_mask, labels)
         hidden = self.hidden(input_ids, timesteps, num_loops=num_loops, attention_mask=attention_mask)
-        return lk.head_logits(hidden, self.head(timesteps), compute_dtype=self.compute_dtype)
+        return vocabulary.head_logits(hidden, self.head(timesteps), compute_dtype=self.compute_dtype)
 
     def _labelled_loss(
         self,
@@ -339,7 +366,7 @@ class LoopMDM(nn.Module):
         sigma = diffusion.sigma(t) if self.config.time_conditioning else None
         keys = attention_mask if self.config.key_padding_mask else None
         hidden = self.hidden(noisy, sigma, num_loops=loops, attention_mask=keys, dropout_seed=dropout_seed)
-        nll_sum, _ = lk.masked_cross_entropy(
+        nll_sum, _ = vocabulary.masked_cross_entropy(
             hidden,
             self.head(sigma),
             input_ids,

@@ -1,17 +1,25 @@
-"""The parameters of LoopMDM under the reference's names (MDLM's DIT); the blocks compute inside the ops."""
+"""The modules of LoopMDM under the reference's names (MDLM's DIT).
+
+The ops compute blocks and head from the weights in here. The forwards are for where an op is cut (see `cut`):
+what is watched, wrapped or replaced is called as the reference model calls it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+import loopmdm_kernels as lk
 from loopmdm.config import LoopMDMConfig
+from loopmdm.cut import named, why_block, why_head
 from loopmdm.flops import SIGMA_FEATURES
+from loopmdm_kernels.reference.looped_blocks import BlockParts, Dropout, apply_block, layer_norm, modulate
 from loopmdm_kernels.tracing import transformed
 from loopmdm_kernels.types import BlockWeights, Rotary
 
@@ -35,6 +43,9 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(num, hidden_size))
         nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.embedding[indices]
 
 
 class SigmaEmbedding(nn.Module):
@@ -90,11 +101,14 @@ def rotary_angles(inv_freq: Tensor, length: int, device: torch.device) -> Rotary
 
 
 class ScaleNorm(nn.Module):
-    """Weight of a layer norm without bias; the norm itself is computed inside the ops."""
+    """Layer norm without bias."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight)
 
 
 def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -108,6 +122,7 @@ class DDiTBlock(nn.Module):
     def __init__(self, cfg: LoopMDMConfig) -> None:
         super().__init__()
         hidden = cfg.hidden_size
+        self.num_heads = cfg.num_heads
         self.norm1 = ScaleNorm(hidden)
         self.attn_qkv = nn.Linear(hidden, 3 * hidden, bias=False)
         self.attn_out = nn.Linear(hidden, hidden, bias=False)
@@ -122,7 +137,40 @@ class DDiTBlock(nn.Module):
             with torch.no_grad():
                 self.adaLN_modulation.bias.view(6, hidden)[[2, 5]] = cfg.gate_init
 
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        c: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """The block module by module, for the residual stream x [B, L, D] and c [1 or B, cond_dim].
+
+        rotary: angles [L, K/2], or None. key_mask: [B, L] bool, True at keys that may be attended; None: all.
+        dropout: None: none.
+        """
+        parts = BlockParts(self.norm1, self.attn_qkv, self.attn_out, self.norm2, self.mlp)
+        modulation = self.adaLN_modulation(c).unflatten(-1, (6, x.shape[-1]))
+        attend = partial(lk.attention, key_mask=key_mask, rotary=rotary)
+        return apply_block(x, parts, modulation, self.num_heads, attend, dropout or Dropout())
+
+    def why_called(self) -> str | None:
+        """Why the block is not what `weights` alone make it; None: it is."""
+        return why_block(self, DDiTBlock.forward, ScaleNorm.forward)
+
     def weights(self) -> BlockWeights:
+        """For `looped_blocks`.
+
+        Raises:
+            ValueError: a module of the block is watched, wrapped or replaced.
+        """
+        why = self.why_called()
+        if why is not None:
+            raise ValueError(
+                f"{named('block', why)}, so its weights alone are not what it computes; call the block"
+            )
         up, down = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
         return BlockWeights(
             self.norm1.weight,
@@ -146,3 +194,13 @@ class OutputLayer(nn.Module):
         self.norm_final = ScaleNorm(cfg.hidden_size)
         self.linear = _zero_linear(cfg.hidden_size, cfg.vocab_size)
         self.adaLN_modulation = _zero_linear(cfg.cond_dim, 2 * cfg.hidden_size)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Logits [B, L, V] of the residual stream x [B, L, D] for c [1 or B, cond_dim], module by module."""
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)
+        logits: Tensor = self.linear(modulate(self.norm_final(x), shift, scale).to(shift.dtype))
+        return logits
+
+    def why_called(self) -> str | None:
+        """As `DDiTBlock.why_called`."""
+        return why_head(self, OutputLayer.forward, ScaleNorm.forward)

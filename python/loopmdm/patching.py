@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import loopmdm_kernels as lk
+from loopmdm import cut
 from loopmdm.mdlm_weights import NETWORK_ATTRIBUTES
 from loopmdm.modules import rotary_angles
 from loopmdm_kernels.types import BlockWeights
@@ -27,7 +28,8 @@ def patch(reference_module: Module, num_loops: int = 12, loop: tuple[int, int] =
 
     Blocks loop[0]..loop[1]-1 are applied `num_loops` times. The module stays itself: class, parameters (an
     optimizer keeps working), state_dict, embedding, head, autocast regions and dropout in training. Only the
-    forward of its blocks is replaced. With `num_loops=1` it computes what it computed before.
+    forward of its blocks is replaced. With `num_loops=1` it computes what it computed before. A block whose
+    modules are watched (hooks), wrapped (adapters) or replaced, now or later, runs its own forward.
     Change the loop count later by `module.num_loops = S` on the module that was passed in.
 
     Args:
@@ -99,6 +101,8 @@ class _LoopedBlocks:
         self.loop = loop
         self.every_state = False
         self.handle: RemovableHandle = network.register_forward_pre_hook(self._before, with_kwargs=True)
+        # Of each block and its norms as they are now: `patch` takes these for the reference's.
+        self._forwards = [(type(b).forward, _norm_forward(b.norm1)) for b in network.blocks]
         for index, block in enumerate(network.blocks):
             block.forward = partial(self.run, index)
 
@@ -123,7 +127,12 @@ class _LoopedBlocks:
             yield index, index + 1, 1
             return
         whole = ((0, start, 1), (start, end, num_loops), (end, count, 1))
-        yield from (stage for stage in whole if stage[0] == index and stage[0] < stage[1])
+        for start, end, loops in whole:
+            by_block = loops == 1 and any(self._why_watched(i) for i in range(start, end))
+            if by_block and start <= index < end:
+                yield index, index + 1, 1
+            elif not by_block and start == index and start < end:
+                yield start, end, loops
 
     def run(
         self, index: int, x: Tensor, rotary_cos_sin: Any, c: Tensor, *extra: Any, **options: Any
@@ -134,7 +143,43 @@ class _LoopedBlocks:
             raise ValueError(f"a patched block takes (x, rotary, c) only, got also {unknown}")
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         for start, end, num_loops in self.stages(index):
-            x = self._apply(x, c, start, end, num_loops)
+            called = [self._why_called(i) for i in range(start, end)]
+            if any(called):
+                x = self._call(x, rotary_cos_sin, c, start, called, num_loops)
+            else:
+                x = self._apply(x, c, start, end, num_loops)
+        return x
+
+    def _why_watched(self, index: int) -> str | None:
+        return cut.why_global() or cut.why_watched(self.network.blocks[index], own_forward=False)
+
+    def _why_called(self, index: int) -> str | None:
+        """Why block `index` has to run its own forward; None: it has not.
+
+        Raises:
+            ValueError: something watches the block itself, which PyTorch calls once for all its loops.
+        """
+        why = self._why_watched(index)
+        if why is not None and self.owner.num_loops > 1 and self.loop[0] <= index < self.loop[1]:
+            raise ValueError(
+                f"blocks.{index} {why}, but PyTorch calls a patched block once for all its loops; put hooks"
+                " on the modules inside it, or use LoopMDM.from_mdlm, where each loop calls its blocks"
+            )
+        why = why or cut.why_block(self.network.blocks[index], *self._forwards[index], own=False)
+        return None if why is None else cut.named(f"blocks.{index}", why)
+
+    def _call(
+        self, x: Tensor, rotary_cos_sin: Any, c: Tensor, start: int, called: list[str | None], num_loops: int
+    ) -> Tensor:
+        """Blocks from `start` on, `num_loops` times: those with a reason in `called` by their own forward."""
+        cut.say(self.network, [why for why in called if why is not None])
+        for _ in range(num_loops):
+            for index, why in enumerate(called, start):
+                if why is None:
+                    x = self._apply(x, c, index, index + 1, 1)
+                else:
+                    block = self.network.blocks[index]
+                    x = type(block).forward(block, x, rotary_cos_sin, c)
         return x
 
     def _apply(self, x: Tensor, c: Tensor, start: int, end: int, num_loops: int) -> Tensor:
@@ -158,6 +203,11 @@ class _LoopedBlocks:
             dropout_seed=int(torch.randint(2**62, ())) if dropout else 0,
         )
         return cast(Tensor, out)
+
+
+def _norm_forward(norm: Any) -> Any:
+    """Of its class; None, which is no norm's, where something is wrapped around the norm."""
+    return type(norm).forward if isinstance(getattr(norm, "weight", None), Tensor) else None
 
 
 def _weights(block: Any) -> BlockWeights:

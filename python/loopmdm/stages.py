@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,9 +12,11 @@ from torch import Tensor
 
 import loopmdm_kernels as lk
 from loopmdm import draws
+from loopmdm.cut import why_global
 from loopmdm.masks import boolean
 from loopmdm.modules import DDiTBlock, by_row
 from loopmdm.parallel import refuse_split, with_whole_weights
+from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
 from loopmdm_kernels.types import Rotary
 
 if TYPE_CHECKING:
@@ -51,7 +55,7 @@ class Stages:
         if model.config.positions == "rotary":
             length = tokens.shape[1]
             self._rotary = model.once(("rotary", length), lambda: model.rotary_emb(length))
-        self._modulations: dict[int, Tensor] = {}
+        self._modulations: dict[tuple[int, int], Tensor] = {}
 
     @property
     def masked(self) -> Tensor:
@@ -60,12 +64,23 @@ class Stages:
 
     def head(self) -> Tensor:
         """H(0) [B, L, D], float32 or wider: the embedding and the blocks before the loop."""
+        out: Tensor = self._run(self.embedded(), 0, self.model.config.loop_start, 1)
+        return out
+
+    def embedded(self) -> Tensor:
+        """The residual stream before the first block."""
         model = self.model
-        x = model.vocab_embed.embedding[self.tokens]
+        x = model.vocab_embed(self.tokens)
         if model.config.positions == "learned":
-            x = x + model.position_embed.embedding[: self.tokens.shape[1]]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        out: Tensor = self._run(x, 0, model.config.loop_start, 1)
+            x = x + model.position_embed(torch.arange(self.tokens.shape[1], device=x.device))
+        wide: Tensor = x.to(torch.promote_types(x.dtype, torch.float32))
+        return wide
+
+    def block(self, hidden: Tensor, index: int, application: int = 0) -> Tensor:
+        """Block `index` applied once to hidden [B, L, D]; `application` names its dropout masks."""
+        part = copy.copy(self)
+        part._dropout_seed = self._dropout_seed + application
+        out: Tensor = part._run(hidden, index, index + 1, 1)
         return out
 
     def loop(
@@ -105,24 +120,31 @@ class Stages:
             config = self.model.config
             bounds = (0, config.loop_start, config.loop_end, config.num_layers)
             part._modulations = {
-                start: self._modulation(start, end)[:, active]
+                (start, end): self._modulation(start, end)[:, active]
                 for start, end in pairwise(bounds)
-                if start < end
+                if start < end and not any(self._called(start, end))
             }
+            part._condition = self._condition[active]
         return part
 
     def _modulation(self, start: int, end: int) -> Tensor:
         """Of blocks start..end - 1, [end - start, 1 or B, 6, D]."""
-        if start not in self._modulations:
+        if (start, end) not in self._modulations:
 
             def made() -> Tensor:
                 rows = [by_row(block.adaLN_modulation, self._condition) for block in self._blocks(start, end)]
                 return torch.stack(rows).view(end - start, -1, 6, self.model.config.hidden_size)
 
             alike = self._condition.shape[0] == 1 and not self.model.config.time_conditioning
-            key = ("modulation", start, self._compute_dtype)
-            self._modulations[start] = self.model.once(key, made) if alike else made()
-        return self._modulations[start]
+            key = ("modulation", start, end, self._compute_dtype)
+            self._modulations[start, end] = self.model.once(key, made) if alike else made()
+        return self._modulations[start, end]
+
+    def _called(self, start: int, end: int) -> list[bool]:
+        """Of blocks start..end - 1, which the op does not compute."""
+        if why_global() is not None:
+            return [True] * (end - start)
+        return [DDiTBlock.why_called(block) is not None for block in self._blocks(start, end)]
 
     def _blocks(self, start: int, end: int) -> list[DDiTBlock]:
         return [cast(DDiTBlock, self.model.blocks[i]) for i in range(start, end)]
@@ -139,18 +161,35 @@ class Stages:
         """Blocks start..end - 1, `loops` times."""
         if start == end:
             return x
+        called = self._called(start, end)
+        if any(called):
+            return self._run_modules(x, start, called, loops, exit_threshold)
+        modulation = self._modulation(start, end)
+        return self._op(x, start, end, loops, modulation, self._key_mask, exit_threshold, max_loops)
+
+    def _op(
+        self,
+        x: Tensor,
+        start: int,
+        end: int,
+        loops: int | Tensor,
+        modulation: Tensor,
+        key_mask: Tensor | None,
+        exit_threshold: float | None = None,
+        max_loops: int | None = None,
+    ) -> Any:
         model = self.model
 
         def run(x: Tensor) -> Any:
             return lk.looped_blocks(
                 x,
                 model.block_weights(start, end),
-                self._modulation(start, end),
+                modulation,
                 loops,
                 num_heads=model.config.num_heads,
                 max_loops=max_loops,
                 rotary=self._rotary,
-                key_mask=self._key_mask,
+                key_mask=key_mask,
                 compute_dtype=self._compute_dtype,
                 dropout=self._dropout,
                 dropout_seed=(self._dropout_seed * model.config.num_layers + start) & _SEED_BITS,
@@ -159,3 +198,55 @@ class Stages:
             )
 
         return with_whole_weights(self._blocks(start, end), x, run)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run_modules(
+        self,
+        x: Tensor,
+        start: int,
+        called: Sequence[bool],
+        loops: int | Tensor,
+        exit_threshold: float | None,
+    ) -> Any:
+        """Blocks from `start` on, `loops` times: those of `called` module by module, the others by the op."""
+        model = self.model
+        model.say_cuts()
+        if model._fp8_blocks:
+            raise ValueError(f"use_fp8_weights: not of blocks that have to be called ({model.cuts()[0]})")
+        blocks = self._blocks(start, start + len(called))
+        seed = int(self._dropout_seed * model.config.num_layers + start) & _SEED_BITS
+        count = len(blocks)
+
+        # The op counts its applications from 0, so where masks are drawn every block is called.
+        fused = [not why and not self._dropout for why in called]
+        modulations = [
+            self._modulation(i, i + 1) if by_op else self._condition for i, by_op in enumerate(fused, start)
+        ]
+
+        def one_loop(state: Tensor, active: Tensor | None, loop: int) -> Tensor:
+            condition, key_mask = self._condition, self._key_mask
+            if active is not None:
+                condition = condition if len(condition) == 1 else condition[active]
+                key_mask = None if key_mask is None else key_mask[active]
+            options: dict[str, Any] = {} if key_mask is None else {"key_mask": key_mask}
+            for index, block in enumerate(blocks):
+                if fused[index]:
+                    shared = active is None or modulations[index].shape[1] == 1
+                    modulation = modulations[index] if shared else modulations[index][:, active]
+                    state = self._op(state, start + index, start + index + 1, 1, modulation, key_mask)
+                    continue
+                if self._dropout:
+                    options["dropout"] = Dropout(self._dropout, seed, application=loop * count + index)
+                state = block(state, self._rotary, condition, **options)
+            return state
+
+        if isinstance(loops, Tensor) and loops.shape == (1,) and loops.device.type == "cpu":
+            loops = int(loops)  # drawn in a compiled graph: one for all
+        return run_loops(
+            one_loop,
+            x,
+            loops,
+            exit_threshold=exit_threshold,
+            recompute=model.recompute,
+            preserve_rng_state=True,
+        )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import loopmdm_kernels as lk
+from loopmdm import vocabulary
 from loopmdm.stages import Stages
 from loopmdm_kernels.types import RowRng
 
@@ -68,13 +68,13 @@ class OutputJudge(Judge):
         model = stages.model
         head = model.head(stages.sigma)
         rows = tails[stages.masked]
-        if head.modulation.shape[0] == 1:
+        if vocabulary.is_shared(head):
             rows = rows[None]
         else:
-            head, rows = head._replace(modulation=head.modulation[self._sequence]), rows[:, None]
+            head, rows = vocabulary.of_sequences(head, self._sequence), rows[:, None]
         if not rows.numel():
             return rows.new_empty(0, model.config.vocab_size)
-        logits = lk.head_logits(rows, head, compute_dtype=model.compute_dtype).flatten(0, 1).float()
+        logits = vocabulary.head_logits(rows, head, compute_dtype=model.compute_dtype).flatten(0, 1).float()
         logits[:, model.config.mask_token_id] = _NO_TOKEN
         return torch.log_softmax(logits, dim=1)
 
@@ -104,7 +104,7 @@ class ArgmaxJudge(Judge):
         tokens = torch.full_like(stages.tokens, -1)
         if rows.numel():
             unnamed = torch.zeros_like(rows)  # nothing is drawn at temperature 0
-            sampled = lk.sample_rows(
+            sampled = vocabulary.sample_rows(
                 tails,
                 model.head(stages.sigma),
                 rows,

@@ -36,6 +36,8 @@ def check_graphs(models: Iterable[Any], plan: ComputePlan) -> None:
             raise ValueError(f"cuda_graphs: {reason}")
         if not isinstance(model, LoopMDM):
             raise ValueError(f"cuda_graphs: it takes a LoopMDM, got {type(model).__name__}")
+        if cuts := model.cuts():
+            raise ValueError(f"cuda_graphs: a graph would not call modules at a replay ({cuts[0]})")
     for compute in plan.computes:
         if compute.exit is not None and compute.exit.threshold is None:
             raise ValueError(f"cuda_graphs: the exit rule {compute.exit} decides on the host after each loop")

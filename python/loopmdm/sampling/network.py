@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-import loopmdm_kernels as lk
-from loopmdm import diffusion
+from loopmdm import diffusion, vocabulary
 from loopmdm.exits import ExitCost, ExitRule
 from loopmdm.model import LoopMDM
 from loopmdm.modes import evaluating
 from loopmdm.plan import ComputePlan, StepCompute
-from loopmdm_kernels.types import Fp8Head, Head, RowRng, SampledRows
+from loopmdm.vocabulary import AnyHead
+from loopmdm_kernels.types import RowRng, SampledRows
 
 
 class Denoiser(Protocol):
@@ -36,10 +36,7 @@ class Denoiser(Protocol):
         exit: ExitRule | None = None,
         min_loops: int = 1,
     ) -> Any: ...
-    def head(self, sigma: Tensor | None = None) -> Head | Fp8Head: ...
-
-
-NEVER = -1e30  # logit of a forbidden token: finite, so that no difference of two is NaN
+    def head(self, sigma: Tensor | None = None) -> AnyHead: ...
 
 
 class Draw(NamedTuple):
@@ -73,7 +70,7 @@ class Network:
         self._model = model
         self._draw = draw
         self.needs_times = needs_times
-        self._heads: dict[int, Head | Fp8Head] = {}
+        self._heads: dict[tuple[int, bool], AnyHead] = {}
 
     def model_of(self, compute: StepCompute) -> Denoiser:
         chosen: Denoiser = self._model if compute.model is None else compute.model
@@ -112,7 +109,7 @@ class Network:
         self, model: Denoiser, hidden: Tensor, sigma: Tensor | None, rows: Tensor, names: Sequence[Tensor]
     ) -> SampledRows:
         """A token for each row [R] of the residual stream [b, L, D]; all is on the model's device."""
-        return lk.sample_rows(
+        return vocabulary.sample_rows(
             hidden,
             self.head(model, sigma),
             rows,
@@ -145,18 +142,16 @@ class Network:
         limits = num_loops if isinstance(num_loops, Tensor) else torch.full_like(loops, num_loops)
         return hidden, Spent(loops, compute.exit.cost(loops, limits, compute.min_loops)), sigma
 
-    def head(self, model: Denoiser, sigma: Tensor | None) -> Head | Fp8Head:
+    def head(self, model: Denoiser, sigma: Tensor | None) -> AnyHead:
         """The model's head, without the forbidden tokens."""
-        if id(model) not in self._heads:
-            self._heads[id(model)] = self._without_forbidden(model.head(sigma))
-        head = self._heads[id(model)]
-        return head if sigma is None else head._replace(modulation=model.head(sigma).modulation)
-
-    def _without_forbidden(self, head: Head | Fp8Head) -> Head | Fp8Head:
-        if not self._draw.forbidden.numel():
-            return head
-        forbidden = self._draw.forbidden.to(head.bias.device)
-        return head._replace(bias=head.bias.detach().index_fill(0, forbidden, NEVER))
+        # Hooks may come and go between two steps.
+        key = (id(model), isinstance(model, LoopMDM) and model.head_is_called())
+        if key not in self._heads:
+            made = model.head(sigma)
+            forbidden = self._draw.forbidden
+            self._heads[key] = vocabulary.without_tokens(made, forbidden) if forbidden.numel() else made
+        head = self._heads[key]
+        return head if sigma is None else vocabulary.at_noise(head, model.head(sigma))
 
 
 def check_models(model: Any, plan: ComputePlan, context: int) -> list[Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import loopmdm_kernels as lk
+from loopmdm import vocabulary
 from loopmdm.plan import StepCompute
 from loopmdm.sampling.result import StepEvent
 from loopmdm.sampling.run import Run, check_finite
@@ -118,7 +118,7 @@ class ReferenceRun(Run):
         generator = self._generator(step, row)
         tokens, confidence = [], []
         for part in torch.split(position, _ROWS):
-            logits = lk.head_logits(
+            logits = vocabulary.head_logits(
                 hidden[None, part.to(hidden.device)], head, compute_dtype=model.compute_dtype
             )
             logits = logits[0].float()

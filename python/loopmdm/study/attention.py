@@ -21,10 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import loopmdm_kernels as lk
 from loopmdm.cli.parser import UsageError, loop_counts
 from loopmdm.model import LoopMDM
 from loopmdm.modules import DDiTBlock
@@ -40,6 +38,7 @@ from loopmdm.study.sources import (
     held_out,
     load_denoisers,
 )
+from loopmdm_kernels.reference.looped_blocks import modulate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +48,6 @@ EPILOG = """examples:
   loopmdm study attention run --naive plain --out attention
   loopmdm study attention sudoku6 --times 1 --loops 1,2,3,6,12,24 --out attention-sudoku
 """
-NORM_EPS = 1e-5
 RISE = 1.05  # L8: the least rise over S = 1 that counts
 
 
@@ -92,8 +90,7 @@ def attention_probabilities(model: LoopMDM, index: int, x: Tensor, noisy: Noisy)
     block = cast(DDiTBlock, model.blocks[index])
     modulation = block.adaLN_modulation(model.condition(noisy.sigma(model)))
     shift, scale = modulation.view(-1, 1, 6, config.hidden_size).unbind(2)[:2]
-    normalized = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * block.norm1.weight
-    qkv = F.linear(normalized * (1 + scale) + shift, block.attn_qkv.weight)
+    qkv = block.attn_qkv(modulate(block.norm1(x), shift, scale).to(scale.dtype))
     q, k, _ = qkv.view(*x.shape[:2], 3, config.num_heads, -1).permute(2, 0, 3, 1, 4)
     if config.positions == "rotary":
         cos, sin = model.rotary_emb(x.shape[1])
@@ -111,22 +108,7 @@ def attention_probabilities(model: LoopMDM, index: int, x: Tensor, noisy: Noisy)
 
 def apply_block(model: LoopMDM, index: int, x: Tensor, noisy: Noisy) -> Tensor:
     """The residual stream behind block `index`."""
-    config = model.config
-    block = cast(DDiTBlock, model.blocks[index])
-    keys = noisy.keys(model)
-    return cast(
-        Tensor,
-        lk.looped_blocks(
-            x,
-            [block.weights()],
-            block.adaLN_modulation(model.condition(noisy.sigma(model))).view(1, -1, 6, config.hidden_size),
-            1,
-            num_heads=config.num_heads,
-            rotary=model.rotary_emb(x.shape[1]) if config.positions == "rotary" else None,
-            key_mask=None if keys is None else keys.bool(),
-            compute_dtype=model.compute_dtype,
-        ),
-    )
+    return noisy.stages(model).block(x, index)
 
 
 def mask_to_mask(model: LoopMDM, noisy: Noisy, loops: Sequence[int]) -> Tensor:
@@ -144,7 +126,7 @@ def mask_to_mask(model: LoopMDM, noisy: Noisy, loops: Sequence[int]) -> Tensor:
                 probabilities = attention_probabilities(model, index, x, noisy).mean(1).double()
                 to_masked = (probabilities * masked[:, None]).sum(-1)
                 layers.append((to_masked * masked).sum(-1))
-                x = apply_block(model, index, x, noisy)
+                x = stages.block(x, index)
             results.append(torch.stack(layers))
         state = stages.loop(state, 1)
     return torch.stack(results).cpu()

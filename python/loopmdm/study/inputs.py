@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import loopmdm_kernels as lk
-from loopmdm import diffusion
+from loopmdm import diffusion, vocabulary
 from loopmdm.evaluate import corruption, counted_tokens
 from loopmdm.model import LoopMDM
 from loopmdm.stages import Stages
@@ -85,12 +84,12 @@ def masked_log_probs(model: LoopMDM, hidden: Tensor, noisy: Noisy) -> Iterator[T
     """
     head = model.head(noisy.sigma(model))
     for index, masked in enumerate(noisy.masked.to(hidden.device)):
-        modulation = head.modulation if len(head.modulation) == 1 else head.modulation[index : index + 1]
         rows = hidden[index, masked][None]
         if not rows.shape[1]:
             yield rows.new_empty(0, model.config.vocab_size, dtype=torch.float64)
             continue
-        logits = lk.head_logits(rows, head._replace(modulation=modulation), compute_dtype=model.compute_dtype)
+        own = vocabulary.of_sequences(head, slice(index, index + 1))
+        logits = vocabulary.head_logits(rows, own, compute_dtype=model.compute_dtype)
         logits = logits[0].double()
         logits[:, model.config.mask_token_id] = -torch.inf
         yield logits.log_softmax(-1)

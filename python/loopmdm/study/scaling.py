@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import loopmdm_kernels as lk
+from loopmdm import vocabulary
 from loopmdm.cli.parser import UsageError, loop_counts, positive_int
 from loopmdm.evaluate import counted_tokens
 from loopmdm.model import LoopMDM
@@ -103,7 +103,7 @@ def over_loops(model: LoopMDM, noisy: Noisy, loops: Iterable[int]) -> tuple[Tens
         norms = [(x.flatten(1).double()).norm(dim=1) for x in (state - previous, state)]
         changes.append(norms[0] / norms[1])
         if loop in wanted:
-            _, nll = lk.masked_cross_entropy(
+            _, nll = vocabulary.masked_cross_entropy(
                 stages.tail(state),
                 model.head(stages.sigma),
                 noisy.clean.to(model.device),

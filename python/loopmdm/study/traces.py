@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import loopmdm_kernels as lk
+from loopmdm import vocabulary
 from loopmdm.cli.parser import positive_int
 from loopmdm.evaluate import counted_tokens
 from loopmdm.exits import HiddenChange
@@ -113,7 +113,9 @@ def loop_states(stages: Stages, max_loops: int) -> Iterator[LoopStates]:
 def _log_probs(stages: Stages, hidden: Tensor) -> Tensor:
     """log p at the masked positions of all sequences, [R, V] float32."""
     model = stages.model
-    logits = lk.head_logits(stages.tail(hidden), model.head(stages.sigma), compute_dtype=model.compute_dtype)
+    logits = vocabulary.head_logits(
+        stages.tail(hidden), model.head(stages.sigma), compute_dtype=model.compute_dtype
+    )
     rows = logits[stages.masked].float()
     rows[:, model.config.mask_token_id] = _NEVER
     return rows.log_softmax(1)

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import loopmdm_kernels as lk
-from loopmdm import diffusion
+from loopmdm import diffusion, vocabulary
 from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm.sampling import StepEvent
 from loopmdm.view.replay import Replay
@@ -100,7 +99,7 @@ def _predict(model: Any, row: Tensor, loops: int, mask: int, to_fill: int) -> tu
     )
     rows = (torch.arange(loops)[:, None] * row.numel() + positions).flatten().to(device)
     unnamed = torch.zeros_like(rows)  # nothing is drawn at temperature 0
-    sampled = lk.sample_rows(
+    sampled = vocabulary.sample_rows(
         hidden,
         model.head(sigma),
         rows,
