@@ -13,7 +13,7 @@ COMMANDS = re.findall(r"^loopmdm (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
 
 
 def test_python_example(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.startswith("torch.Size([4, 81]) tensor([72, 72, 72, 72])")
 

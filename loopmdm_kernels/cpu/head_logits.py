@@ -64,12 +64,14 @@ class _HeadLogits(torch.autograd.Function):
 
         batch, length, _ = hidden.shape
         rows = torch.arange(batch * length)
-        logits = torch.empty(batch * length, weight.shape[0], dtype=dtype)
+        logits = torch.empty(batch, length, weight.shape[0], dtype=dtype)  # no view: callers write into it
         head = Head(norm, weight, bias, modulation)
-        _C.head_logits(*head_arguments(hidden, head, rows, dtype), torch.get_num_threads(), logits)
+        _C.head_logits(
+            *head_arguments(hidden, head, rows, dtype), torch.get_num_threads(), logits.flatten(0, 1)
+        )
         ctx.save_for_backward(hidden, norm, weight, bias, modulation)
         ctx.dtype = dtype
-        return logits.view(batch, length, -1)
+        return logits
 
     @staticmethod
     @once_differentiable

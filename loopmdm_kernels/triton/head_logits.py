@@ -24,9 +24,9 @@ def supports(*, hidden: Tensor, head: Head | Fp8Head, compute_dtype: torch.dtype
 def head_logits(hidden: Tensor, head: Head | Fp8Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:
     dtype = compute_dtype or head.weight.dtype
     if isinstance(head, Fp8Head):
-        return _forward(hidden, head, dtype)
+        return _forward(hidden, head, dtype).view(*hidden.shape[:2], -1)
     logits: Tensor = _HeadLogits.apply(hidden, *head[:4], dtype)  # type: ignore[no-untyped-call]
-    return logits
+    return logits.view(*hidden.shape[:2], -1)  # outside: callers write into it
 
 
 def head_logits_backward(
@@ -60,7 +60,7 @@ def _forward(hidden: Tensor, head: Head | Fp8Head, dtype: torch.dtype) -> Tensor
     norm, modulation = norm_of(head), operand(head.modulation, dtype)
     h = modulated_rows(hidden.detach().contiguous(), norm, modulation, rows, dtype)
     weight, weight_scale = matrix(head.weight, dtype)
-    return linear(h, weight, head.bias.contiguous(), weight_scale=weight_scale).view(batch, length, -1)
+    return linear(h, weight, head.bias.contiguous(), weight_scale=weight_scale)
 
 
 class _HeadLogits(torch.autograd.Function):

@@ -162,7 +162,7 @@ def test_control_characters_do_not_reach_the_terminal(call: Call, text_run: Path
         (["sample", "TEXT", "--prompt", "x" * 40], 2, "prompt 0 is 41 tokens long"),
         (["sample", "TEXT", "--infill", "no gap"], 2, "--infill: no gap in 'no gap'"),
         (["sample", "TEXT", "--prompt", "a", "--infill", "b"], 2, "not allowed with argument"),
-        (["sample", "TEXT", "--top-p", "0"], 2, "top_p must be in (0, 1], got 0.0"),
+        (["sample", "TEXT", "--top-p", "0"], 2, "top_p: got 0.0, expected 0 < top_p <= 1"),
         (["sample", "TEXT", "--temperature", "-1"], 2, "--temperature: got '-1'"),
         (["sample", "TEXT", "--order", "odd"], 2, "invalid choice: 'odd'"),
         (["sample", "TEXT", "--num", "0"], 2, "--num: got '0'"),

@@ -320,3 +320,24 @@ def test_backend_can_be_forced_for_the_whole_model():
             plain = model(tokens)
     assert not torch.equal(plain, default)  # other sums, the same model
     torch.testing.assert_close(plain, default, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_logits_may_be_written_into(backend: str) -> None:
+    """As the reference's training step does, which hides the mask token in place."""
+    torch.manual_seed(0)
+    model = LoopMDM(LoopMDMConfig(20, 19, hidden_size=16, num_heads=2, num_layers=3, cond_dim=8, dropout=0.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tokens = torch.randint(19, (2, 8))
+    with lk.use_backend(backend):
+        logits = model(tokens, num_loops=2)
+        hidden = torch.zeros(20).index_fill(0, torch.tensor([19]), -1e6)
+        expected = torch.autograd.grad(
+            (logits + hidden).log_softmax(-1)[..., 3].sum(), [*model.parameters()][0]
+        )
+        logits = model(tokens, num_loops=2)
+        logits[:, :, 19] += -1e6
+        got = torch.autograd.grad(logits.log_softmax(-1)[..., 3].sum(), [*model.parameters()][0])
+    torch.testing.assert_close(got[0], expected[0])
