@@ -17,10 +17,11 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 import loopmdm_kernels as lk
-from loopmdm import LoopMDM, LoopMDMConfig, patch, sample
+from loopmdm import ComputePlan, LoopMDM, LoopMDMConfig, patch, sample
 from loopmdm.causal import CausalConfig, CausalLM
 from loopmdm.exits import HiddenChange
 from loopmdm.mdlm import DIT
+from loopmdm.sampling.graphs import check_graphs
 from tests.mdlm.reference_dit import HubBackbone, ReferenceDIT, randomise, reference_config
 
 VOCAB, LOOPS = 13, 3
@@ -476,6 +477,7 @@ def is_quantized(module: nn.Module, name: str) -> bool:
 
 
 def test_torchao_quantization() -> None:
+    pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model, dequantized = new_model(), new_model()
@@ -491,6 +493,7 @@ def test_torchao_quantization() -> None:
 
 
 def test_torchao_quantization_aware_training() -> None:
+    pytest.importorskip("torchao")
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
@@ -503,27 +506,34 @@ def test_torchao_quantization_aware_training() -> None:
     assert all(block.attn_qkv.weight.grad.abs().sum() > 0 for block in model.blocks)
 
 
+def in_4_bits(bnb: Any, linear: nn.Linear) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    kind = bnb.nn.Linear4bit(32, 128, compute_dtype=torch.float32, quant_type="nf4")
+    return kind, lambda done: bnb.functional.dequantize_4bit(done.weight.data, done.weight.quant_state)
+
+
+def in_8_bits(bnb: Any, linear: nn.Linear) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    kind = bnb.nn.Linear8bitLt(32, 128, has_fp16_weights=False)
+    scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+    return kind, lambda _: (linear.weight.detach() / scale).round() * scale
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes.*")
-def test_bitsandbytes() -> None:
+@pytest.mark.parametrize("bits, tolerance", [(in_4_bits, 1e-4), (in_8_bits, 0.05)])
+def test_bitsandbytes(bits: Any, tolerance: float) -> None:
+    """int8 rounds what is multiplied too, hence its tolerance."""
     bnb = pytest.importorskip("bitsandbytes")
     model, dequantized = new_model(), new_model()
-    for net in (model, dequantized):
-        for block in net.blocks:
-            old = block.mlp[0]
-            new = bnb.nn.Linear4bit(32, 128, compute_dtype=torch.float32, quant_type="nf4")
-            new.load_state_dict(old.state_dict())
-            new.to("cpu")
-            block.mlp[0] = new
     with torch.no_grad():
-        for block in dequantized.blocks:
-            weight = block.mlp[0].weight
-            plain = nn.Linear(32, 128)
-            plain.bias.copy_(block.mlp[0].bias)
-            plain.weight.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state).view(128, 32))
-            block.mlp[0] = plain
-        torch.testing.assert_close(
-            model(TOKENS, num_loops=2), dequantized(TOKENS, num_loops=2), rtol=1e-4, atol=1e-4
-        )
+        plain = model(TOKENS, num_loops=2)
+        for block, exact in zip(model.blocks, dequantized.blocks, strict=True):
+            kind, weight_of = bits(bnb, block.mlp[0])
+            kind.load_state_dict(block.mlp[0].state_dict())
+            block.mlp[0] = kind.to("cpu")
+            exact.mlp[0].weight.copy_(weight_of(kind).view(128, 32))
+        expected = dequantized(TOKENS, num_loops=2)
+        quantized = model(TOKENS, num_loops=2)
+    assert (quantized - expected).abs().max() < tolerance * expected.abs().max()
+    assert not torch.equal(quantized, plain)
 
 
 def test_it_is_said_once() -> None:
@@ -557,7 +567,16 @@ def test_what_reads_weights_alone_stays_with_the_ops() -> None:
         assert model.cuts() == []
 
 
-def test_what_needs_the_weights_refuses() -> None:
+def test_a_called_head_computes_masked_rows_only() -> None:
+    model = new_model()
+    rows: list[int] = []
+    model.output_layer.linear.register_forward_hook(lambda *args: rows.append(args[1][0][..., 0].numel()))
+    t = torch.full((4,), 0.3)
+    model.loss(TOKENS, seed=1, t=t)
+    assert len(rows) == 1 and 0 < rows[0] < TOKENS.numel() / 2
+
+
+def test_what_needs_the_weights_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     model = new_model()
     relu(model)
     with pytest.raises(ValueError, match=r"block\.mlp\.1 is a .*ReLU.*call the block"):
@@ -570,6 +589,22 @@ def test_what_needs_the_weights_refuses() -> None:
     model.use_fp8_weights(blocks=False)
     with torch.no_grad(), pytest.raises(ValueError, match=r"use_fp8_weights: .*output_layer\.linear"):
         model(TOKENS)
+    monkeypatch.setattr("loopmdm_kernels.graphs.why_not", lambda device: None)
+    with pytest.raises(ValueError, match=r"cuda_graphs: .*output_layer\.linear has forward hooks"):
+        check_graphs([model], ComputePlan.constant(2))
+
+
+def test_hooks_that_come_during_a_run() -> None:
+    """As from the start, as far as they are there."""
+    fired: list[int] = []
+
+    def on_step(_: Any) -> None:
+        if not fired:
+            model.output_layer.linear.register_forward_hook(lambda *_: fired.append(1))
+
+    model = new_model(time_conditioning=True)
+    sample(model, num_samples=2, length=8, steps=8, seed=1, progress=False, on_step=on_step)
+    assert len(fired) > 1
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
