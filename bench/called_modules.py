@@ -60,7 +60,8 @@ def compare(hidden: int, layers: int, vocab: int, batch: int, length: int) -> No
         took = medians({"ops": lambda call=call: call(plain), "modules": lambda call=call: call(hooked)})
         ratio = took["modules"] / took["ops"]
         print(
-            f"D {hidden}, B {batch} x L {length}, V {vocab}, {name}: {took['ops']:.4f} s, called {ratio:.2f} times"
+            f"D {hidden}, B {batch} x L {length}, V {vocab}, {name}:"
+            f" {took['ops']:.4f} s, called {ratio:.2f} times"
         )
 
 

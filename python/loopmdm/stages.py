@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -164,7 +164,10 @@ class Stages:
         called = self._called(start, end)
         if any(called):
             return self._run_modules(x, start, called, loops, exit_threshold)
-        modulation = self._modulation(start, end)
+
+        def modulation() -> Tensor:  # with the weights of blocks, which may have to be gathered first
+            return self._modulation(start, end)
+
         return self._op(x, start, end, loops, modulation, self._key_mask, exit_threshold, max_loops)
 
     def _op(
@@ -173,7 +176,7 @@ class Stages:
         start: int,
         end: int,
         loops: int | Tensor,
-        modulation: Tensor,
+        modulation: Tensor | Callable[[], Tensor],
         key_mask: Tensor | None,
         exit_threshold: float | None = None,
         max_loops: int | None = None,
@@ -184,7 +187,7 @@ class Stages:
             return lk.looped_blocks(
                 x,
                 model.block_weights(start, end),
-                modulation,
+                modulation if isinstance(modulation, Tensor) else modulation(),
                 loops,
                 num_heads=model.config.num_heads,
                 max_loops=max_loops,
