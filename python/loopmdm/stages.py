@@ -15,7 +15,7 @@ from loopmdm import draws
 from loopmdm.cut import why_global
 from loopmdm.masks import boolean
 from loopmdm.modules import DDiTBlock, by_row
-from loopmdm.parallel import refuse_split, with_whole_weights
+from loopmdm.parallel import refuse_fsdp1, refuse_split, with_whole_weights
 from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
 from loopmdm_kernels.types import Rotary
 
@@ -161,6 +161,7 @@ class Stages:
         """Blocks start..end - 1, `loops` times."""
         if start == end:
             return x
+        refuse_fsdp1(self._blocks(start, end))
         called = self._called(start, end)
         if any(called):
             return self._run_modules(x, start, called, loops, exit_threshold)
