@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -130,21 +131,29 @@ class Stages:
     def _modulation(self, start: int, end: int) -> Tensor:
         """Of blocks start..end - 1, [end - start, 1 or B, 6, D]."""
         if (start, end) not in self._modulations:
-
-            def made() -> Tensor:
-                rows = [by_row(block.adaLN_modulation, self._condition) for block in self._blocks(start, end)]
-                return torch.stack(rows).view(end - start, -1, 6, self.model.config.hidden_size)
-
-            alike = self._condition.shape[0] == 1 and not self.model.config.time_conditioning
-            key = ("modulation", start, end, self._compute_dtype)
-            self._modulations[start, end] = self.model.once(key, made) if alike else made()
+            self._modulations[start, end] = self._made_modulation(start, end)
         return self._modulations[start, end]
+
+    def _made_modulation(self, start: int, end: int) -> Tensor:
+        def made() -> Tensor:
+            rows = [by_row(block.adaLN_modulation, self._condition) for block in self._blocks(start, end)]
+            return torch.stack(rows).view(end - start, -1, 6, self.model.config.hidden_size)
+
+        alike = self._condition.shape[0] == 1 and not self.model.config.time_conditioning
+        return self.model.once(("modulation", start, end, self._compute_dtype), made) if alike else made()
+
+    def _modulation_of(self, index: int, active: Tensor | None) -> Tensor:
+        """Of one block and some sequences; made anew: both passes of a checkpoint must make it."""
+        modulation = self._made_modulation(index, index + 1)
+        return modulation if active is None or modulation.shape[1] == 1 else modulation[:, active]
 
     def _called(self, start: int, end: int) -> list[bool]:
         """Of blocks start..end - 1, which the op does not compute."""
+        blocks = self._blocks(start, end)
+        refuse_fsdp1(blocks)
         if why_global() is not None:
             return [True] * (end - start)
-        return [DDiTBlock.why_called(block) is not None for block in self._blocks(start, end)]
+        return [DDiTBlock.why_called(block) is not None for block in blocks]
 
     def _blocks(self, start: int, end: int) -> list[DDiTBlock]:
         return [cast(DDiTBlock, self.model.blocks[i]) for i in range(start, end)]
@@ -161,14 +170,10 @@ class Stages:
         """Blocks start..end - 1, `loops` times."""
         if start == end:
             return x
-        refuse_fsdp1(self._blocks(start, end))
         called = self._called(start, end)
         if any(called):
             return self._run_modules(x, start, called, loops, exit_threshold)
-
-        def modulation() -> Tensor:  # with the weights of blocks, which may have to be gathered first
-            return self._modulation(start, end)
-
+        modulation = partial(self._modulation, start, end)
         return self._op(x, start, end, loops, modulation, self._key_mask, exit_threshold, max_loops)
 
     def _op(
@@ -177,18 +182,19 @@ class Stages:
         start: int,
         end: int,
         loops: int | Tensor,
-        modulation: Tensor | Callable[[], Tensor],
+        modulation: Callable[[], Tensor],
         key_mask: Tensor | None,
         exit_threshold: float | None = None,
         max_loops: int | None = None,
     ) -> Any:
+        """modulation() is of the blocks; made where their weights are whole."""
         model = self.model
 
         def run(x: Tensor) -> Any:
             return lk.looped_blocks(
                 x,
                 model.block_weights(start, end),
-                modulation if isinstance(modulation, Tensor) else modulation(),
+                modulation(),
                 loops,
                 num_heads=model.config.num_heads,
                 max_loops=max_loops,
@@ -223,9 +229,6 @@ class Stages:
 
         # The op counts its applications from 0, so where masks are drawn every block is called.
         fused = [not why and not self._dropout for why in called]
-        modulations = [
-            self._modulation(i, i + 1) if by_op else self._condition for i, by_op in enumerate(fused, start)
-        ]
 
         def one_loop(state: Tensor, active: Tensor | None, loop: int) -> Tensor:
             condition, key_mask = self._condition, self._key_mask
@@ -235,8 +238,7 @@ class Stages:
             options: dict[str, Any] = {} if key_mask is None else {"key_mask": key_mask}
             for index, block in enumerate(blocks):
                 if fused[index]:
-                    shared = active is None or modulations[index].shape[1] == 1
-                    modulation = modulations[index] if shared else modulations[index][:, active]
+                    modulation = partial(self._modulation_of, start + index, active)
                     state = self._op(state, start + index, start + index + 1, 1, modulation, key_mask)
                     continue
                 if self._dropout:

@@ -43,11 +43,11 @@ def new_model(recompute: bool = False) -> LoopMDM:
         mask_token_id=19,
         hidden_size=16,
         num_heads=2,
-        num_layers=2,
+        num_layers=3,
         cond_dim=8,
         max_length=5,
         loop_start=1,
-        loop_end=2,
+        loop_end=3,
         mlp_ratio=2,
         dropout=0.0,
     )
@@ -109,14 +109,16 @@ def ddp(steps: int, *, recompute: bool, static_graph: bool) -> None:
     together(f"ddp recompute={recompute} static_graph={static_graph}", module, model, steps)
 
 
-def fsdp(steps: int, *, each_block: bool) -> None:
+def fsdp(steps: int, *, each_block: bool, hooked: bool = False) -> None:
     model = new_model(recompute=True)
+    if hooked:  # this block is called, the others of its stage stay with the op
+        model.blocks[1].attn_qkv.register_forward_hook(lambda *_: None)
     if each_block:
         for block in model.blocks:
             fully_shard(block)
     module = fully_shard(model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    together(f"fsdp each_block={each_block}", module, model, steps)
+    together(f"fsdp each_block={each_block}" + (" hooked" if hooked else ""), module, model, steps)
 
 
 def fsdp_mixed(*, each_block: bool) -> None:
@@ -206,6 +208,7 @@ def main(backend: str) -> None:
             for recompute in (False, True):
                 ddp(2, recompute=recompute, static_graph=recompute)
                 fsdp(2, each_block=recompute)
+                fsdp(2, each_block=recompute, hooked=True)
                 fsdp_mixed(each_block=recompute)
             fsdp1(2)
             refused()

@@ -19,6 +19,8 @@ def test_cpu_kernels() -> None:
         "ddp recompute=True static_graph=True",
         "fsdp each_block=False",
         "fsdp each_block=True",
+        "fsdp each_block=False hooked",
+        "fsdp each_block=True hooked",
         "fsdp in bf16 each_block=False",
         "fsdp in bf16 each_block=True",
         "fsdp1 of the whole model",
