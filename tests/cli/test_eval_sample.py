@@ -76,6 +76,23 @@ def test_eval_of_sudoku(call: Call, sudoku_run: Path, tmp_path: Path) -> None:
     assert plain["held_out"][0]["num_tokens"] == blanks
 
 
+def test_puzzles_without_one_solution_are_left_out(call: Call, tmp_path: Path, sudoku_run: Path) -> None:
+    puzzles = generate(SIX, 2, seed=5, clues=None)
+    several, none = "." * 36, "12345." + "." * 17 + "6" + "." * 12
+    boards = encode_boards(SIX, puzzles.clues)
+    (tmp_path / "plain.txt").write_text("\n".join(boards))
+    (tmp_path / "mixed.txt").write_text("\n".join([boards[0], several, none, boards[1]]))
+    words = ["--loops", 1, "--order", "confidence", "--num-t", 2]
+    plain = call("eval", sudoku_run, "--puzzles", tmp_path / "plain.txt", *words, "--json").json
+    done = call("eval", sudoku_run, "--puzzles", tmp_path / "mixed.txt", *words, "--json")
+    assert done.json["puzzles"] == 2 and done.json["held_out"] == plain["held_out"]
+    assert "1 puzzle has no solution, not counted below: line 3" in done.err
+    assert "1 puzzle has several solutions, not counted below: line 2" in done.err
+    (tmp_path / "none.txt").write_text(none)
+    refused = call("eval", sudoku_run, "--puzzles", tmp_path / "none.txt", *words)
+    assert refused.status == 1 and "none.txt: no puzzle with exactly one solution" in refused.err
+
+
 def test_sample_writes_what_the_library_samples(call: Call, text_run: Path) -> None:
     words = [
         "--num",

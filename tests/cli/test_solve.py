@@ -11,7 +11,16 @@ import pytest
 
 from loopmdm import LoopMDM
 from loopmdm.cli import models
-from loopmdm.data.sudoku import NINE, SIX, Puzzles, encode_boards, generate, is_valid_solution, write_puzzles
+from loopmdm.data.sudoku import (
+    NINE,
+    SIX,
+    Puzzles,
+    encode_boards,
+    format_board,
+    generate,
+    is_valid_solution,
+    write_puzzles,
+)
 from loopmdm.solve import solve_puzzles
 
 from .conftest import Call
@@ -81,19 +90,60 @@ def test_one_board_and_standard_input(
     assert (given["model"], given["size"], given["puzzles"]) == ("sudoku9", "9x9", 1)
     assert given["results"][0]["stderr"] is None
     assert len(given["results"][0]["answers"][0]["answer"]) == 81
+    row = encode_boards(NINE, nine)[0]
+    for form in (" ".join(row[i : i + 9] for i in range(0, 81, 9)), format_board(NINE, nine[0])):
+        again = call("solve", form, *words).json
+        answers = [again["results"][0]["answers"][0], given["results"][0]["answers"][0]]
+        assert answers[0] == answers[1] | {"line": answers[0]["line"]}
     monkeypatch.setattr("sys.stdin", io.StringIO("# two\n" + "\n".join(encode_boards(SIX, six.clues[:2]))))
     piped = call("solve", "-", *words).json
     assert (piped["model"], piped["size"], piped["puzzles"]) == ("sudoku6", "6x6", 2)
     assert [a["line"] for a in piped["results"][0]["answers"]] == [2, 3]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_standard_input_with_a_byte_order_mark(
+    call: Call, six: Puzzles, sudoku_run: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    boards = encode_boards(SIX, six.clues)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(boards).encode(encoding))))
+    piped = call("solve", "-", "--model", sudoku_run, "--loops", 1, "--json").json
+    assert [a["puzzle"] for a in piped["results"][0]["answers"]] == boards
+
+
+def test_puzzles_without_one_solution_are_named_and_not_counted(
+    call: Call, tmp_path: Path, six: Puzzles, sudoku_run: Path
+) -> None:
+    full = six.solutions[0].copy()
+    wrong = np.zeros_like(full)
+    wrong[:5], wrong[23] = range(1, 6), 6  # the last cell of row 1 must be 6, and its column has one
+    free = np.zeros_like(full)
+    several = full.copy()
+    several[np.isin(full, (1, 2))] = 0  # 1 and 2 may change places everywhere
+    write_puzzles(tmp_path / "p.txt", SIX, np.stack([full, wrong, free, several]))
+    words = ["solve", tmp_path / "p.txt", "--model", sudoku_run, "--loops", 1, "--order", "confidence"]
+    document = call(*words, "--json").json
+    assert (document["puzzles"], document["no_solution"], document["several_solutions"]) == (4, 1, 2)
+    (result,) = document["results"]
+    assert [a["solutions"] for a in result["answers"]] == [1, 0, 2, 2]
+    assert (result["puzzles"], result["share_solved"]) == (1, 1.0)
+    text = call(*words, "--boards", 4).out
+    assert "line 1: solved" in text and "line 2: this puzzle has no solution\n" in text
+    assert "line 3: this puzzle has several solutions, and this is " in text and "wrong" not in text
+    assert "1 puzzle has no solution, not counted below: line 2\n" in text
+    assert "2 puzzles have several solutions, not counted below: lines 3, 4\n" in text
+    none = call(*words[:1], "." * 36, *words[2:])
+    assert none.status == 0 and none.out.splitlines()[-1].split()[2] == "-"
+    assert call(*words[:1], "." * 36, *words[2:], "--json").json["results"][0]["share_solved"] is None
+
+
 @pytest.mark.parametrize(
     "lines, message",
     [
         ([], "no puzzles in this file"),
-        (["1234"], "line 1: 4 characters; a board has 81 (9x9), 36 (6x6) or 16 (4x4)"),
+        (["12345"], "line 1: 5 characters; a board has 81 (9x9), 36 (6x6) or 16 (4x4)"),
         (["." * 36, "." * 35], "line 2: the puzzle has 35 characters, 6x6 needs 36"),
-        (["." * 35 + "7"], "line 1: '7' at character 36 of the puzzle; accepted are 1..6 and . 0 _ *"),
+        (["." * 35 + "7"], "line 1: '7' at character 36 of the puzzle; accepted are 1..6 and . 0 _ * - x"),
         (["11" + "." * 34], "line 1: the clues contradict each other: 1 twice in row 1"),
         (["." * 16], "no model for 4x4 boards comes with this package"),
     ],
@@ -109,7 +159,7 @@ def test_bad_files(call: Call, tmp_path: Path, lines: list[str], message: str) -
     [
         (["nothere.txt"], 1, "nothere.txt: No such file or directory"),
         (["." * 80], 1, "the board given, line 1: 80 characters"),
-        (["x" * 81], 1, "the board given, line 1: 'x' at character 1"),
+        (["1q." * 27], 1, "the board given, line 1: 'q' at character 2"),
         (["FILE", "--loops", "0"], 2, "--loops: got '0'"),
         (["FILE", "--loops", "-1"], 2, "--loops: got '-1'"),
         (["FILE", "--order", "alphabetical"], 2, "invalid choice: 'alphabetical'"),

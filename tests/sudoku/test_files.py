@@ -85,8 +85,8 @@ def test_csv_without_solutions(tmp_path: Path) -> None:
         ("12345\n", r"line 1: 5 characters; a board has 81 \(9x9\), 36 \(6x6\) or 16 \(4x4\)"),
         (f"{PUZZLE}\n\n{PUZZLE[:-1]}\n", "line 3: the puzzle has 80 characters, 9x9 needs 81"),
         (
-            f"{PUZZLE}\n{PUZZLE[:40]}x{PUZZLE[41:]}\n",
-            "line 2: 'x' at character 41 of the puzzle; accepted are 1..9",
+            f"{PUZZLE}\n{PUZZLE[:40]}q{PUZZLE[41:]}\n",
+            "line 2: 'q' at character 41 of the puzzle; accepted are 1..9",
         ),
         (f"{PUZZLE[:40]}é{PUZZLE[41:]}\n", "line 1: 'é' at character 41"),
         (f"{PUZZLE[:40]}中{PUZZLE[41:]}\n", "line 1: '中' at character 41"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from loopmdm.data.sudoku import NINE, Puzzles, SudokuSpec, generate
+from loopmdm.data.sudoku import NINE, PuzzleFile, Puzzles, SudokuSpec, generate
 from loopmdm.data.sudoku.boards import Cells
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
@@ -17,7 +19,9 @@ from loopmdm.train import Batch
 
 ORDERS = ("left_to_right", "confidence")
 HELD_OUT_SEED = 20_000
+SEVERAL = 2  # solutions of a puzzle are counted up to here
 _BATCH = 64
+_LINES_NAMED = 10
 SHARE_COLUMNS = ("order", "loops S", "solved", "± s.e.", "network calls", "loops run", "seconds")
 
 
@@ -44,6 +48,7 @@ class Solved(NamedTuple):
     order: str
     plan: ComputePlan
     result: SolveResult
+    counted: NDArray[np.bool_] | None = None  # [N] puzzles that the share is of; None: all
 
     def to_dict(self) -> dict[str, Any]:
         result = self.result
@@ -51,8 +56,8 @@ class Solved(NamedTuple):
             "order": self.order,
             "num_loops": self.num_loops,
             "plan": str(self.plan),
-            "puzzles": len(result.boards),
-            "share_solved": result.accuracy,
+            "puzzles": len(self._solved),
+            "share_solved": None if math.isnan(self.share) else self.share,
             "stderr": None if math.isnan(self.stderr) else self.stderr,
             "network_calls": int(result.network_calls.sum()),
             "loops": int(result.loops.sum()),
@@ -66,19 +71,28 @@ class Solved(NamedTuple):
         return first.compute.num_loops if first.steps is None and first.compute.exit is None else None
 
     @property
+    def share(self) -> float:
+        """Share of the counted puzzles that are solved, NaN without any."""
+        return float(self._solved.mean()) if len(self._solved) else math.nan
+
+    @property
+    def _solved(self) -> NDArray[np.bool_]:
+        return self.result.solved if self.counted is None else self.result.solved[self.counted]
+
+    @property
     def stderr(self) -> float:
-        """Standard error of the share solved over puzzles, NaN for one puzzle."""
-        count, share = len(self.result.boards), self.result.accuracy
+        """Standard error of the share solved over puzzles, NaN for fewer than two."""
+        count, share = len(self._solved), self.share
         return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
 
 
 def share_row(solved: dict[str, Any]) -> tuple[str, ...]:
     """A row of `SHARE_COLUMNS` from what `Solved.to_dict` returned."""
-    error = solved["stderr"]
+    share, error = solved["share_solved"], solved["stderr"]
     return (
         solved["order"].replace("_", " "),
         str(solved["num_loops"] or solved["plan"]),
-        f"{100 * solved['share_solved']:.1f} %",
+        "-" if share is None else f"{100 * share:.1f} %",
         "-" if error is None or math.isnan(error) else f"{100 * error:.1f}",
         f"{solved['network_calls']:,}",
         f"{solved['loops']:,}",
@@ -90,6 +104,17 @@ def held_out_puzzles(spec: SudokuSpec, num: int, threads: int = 1) -> Puzzles:
     """Puzzles of the test split: 9x9 with 30 to 40 clues, 6x6 with as few as they can have (about 10)."""
     clues = (30, 40) if spec == NINE else None
     return generate(spec, num, seed=HELD_OUT_SEED, clues=clues, split="test", threads=threads)
+
+
+def not_counted(puzzles: PuzzleFile, solutions: NDArray[np.int32]) -> Iterator[str]:
+    """What a reader of the shares must know: the lines of puzzles that are not in them."""
+    for count, what in ((0, "no solution"), (SEVERAL, "several solutions")):
+        lines = puzzles.lines[: len(solutions)][solutions == count]
+        if len(lines):
+            more = ", ..." if len(lines) > _LINES_NAMED else ""
+            named = ", ".join(map(str, lines[:_LINES_NAMED])) + more
+            has, line = ("puzzle has", "line") if len(lines) == 1 else ("puzzles have", "lines")
+            yield f"{len(lines)} {has} {what}, not counted below: {line} {named}"
 
 
 def blanks(clues: Cells, solutions: Cells) -> list[Batch]:
@@ -112,9 +137,13 @@ def solve_all(
     *,
     batch_size: int = 64,
     progress: bool = False,
+    counted: NDArray[np.bool_] | None = None,
     **pace: Any,
 ) -> list[Solved]:
-    """Solve the puzzles [N, cells] once for every order and plan; pace: options of `solve_puzzles`."""
+    """Solve the puzzles [N, cells] once for every order and plan.
+
+    counted: [N] puzzles that the shares are of, None for all; pace: options of `solve_puzzles`.
+    """
     return [
         Solved(
             order,
@@ -129,6 +158,7 @@ def solve_all(
                 progress=progress,
                 **pace,
             ),
+            counted,
         )
         for order in orders
         for plan in map(as_plan, loops)

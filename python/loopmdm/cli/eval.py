@@ -14,12 +14,20 @@ import argparse
 from typing import Any
 
 from loopmdm.cli import eval_samples, likelihood, text_data
-from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, blanks, held_out_puzzles, share_row, solve_all
+from loopmdm.cli.boards import (
+    ORDERS,
+    SHARE_COLUMNS,
+    blanks,
+    held_out_puzzles,
+    not_counted,
+    share_row,
+    solve_all,
+)
 from loopmdm.cli.held_out import add_text_options, held_out_text
 from loopmdm.cli.models import default_loops, load_model, sudoku_spec
 from loopmdm.cli.output import note, print_json, print_table
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, count, loop_counts, positive_int, set_up
-from loopmdm.data.sudoku import SudokuSpec, read_puzzles, solve
+from loopmdm.data.sudoku import SudokuSpec, count_solutions, read_puzzles, solve
 from loopmdm.evaluate import evaluate_nll
 from loopmdm.model import LoopMDM
 
@@ -121,14 +129,13 @@ def _sudoku(args: argparse.Namespace, model: LoopMDM, spec: SudokuSpec, loops: l
         source = f"{args.num} held-out {spec} puzzles made here"
     else:
         file = read_puzzles(args.puzzles, spec)
-        clues = file.clues[: args.num]
-        solutions = (
-            solve(spec, clues, threads=threads) if file.solutions is None else file.solutions[: args.num]
-        )
-        if not solutions.all():
-            raise ValueError(
-                f"{args.puzzles}, line {file.lines[int((solutions == 0).any(1).argmax())]}: no solution"
-            )
+        counts = count_solutions(spec, file.clues[: args.num], threads=threads)
+        for line in not_counted(file, counts):
+            note(line)
+        clues = file.clues[: args.num][counts == 1]
+        if not len(clues):
+            raise ValueError(f"{args.puzzles}: no puzzle with exactly one solution")
+        solutions = solve(spec, clues, threads=threads)
         source = f"{len(clues)} {spec} puzzles of {args.puzzles}"
     orders = ORDERS if args.order == "both" else (args.order,)
     solved = solve_all(model, spec, clues, orders, loops, progress=True)

@@ -2,28 +2,40 @@
 
 Every puzzle is solved at several loop counts S and in one or two decoding orders; the table compares the
 shares solved. Clues are fixed tokens, the digits are the model's most probable ones, one cell a step.
+A puzzle without a solution, or with several, is named and not counted in the shares.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
+from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, Solved, share_row, solve_all
+from loopmdm.cli.boards import ORDERS, SEVERAL, SHARE_COLUMNS, Solved, not_counted, share_row, solve_all
 from loopmdm.cli.decoding import add_pace, pace_options
 from loopmdm.cli.models import SHIPPED, default_loops, load_model
 from loopmdm.cli.output import has_color, note, print_json, print_table
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, loop_counts, positive_int, set_up
 from loopmdm.cli.plans import adaptive, adapts, add_plan, plan_option
 from loopmdm.cli.views import Views, add_views
-from loopmdm.data.sudoku import PuzzleFile, encode_boards, format_board, parse_puzzles, read_puzzles
-from loopmdm.data.sudoku.files import BLANKS
+from loopmdm.data.raw import decode
+from loopmdm.data.sudoku import (
+    PuzzleFile,
+    count_solutions,
+    encode_boards,
+    format_board,
+    parse_puzzles,
+    read_puzzles,
+)
+from loopmdm.data.sudoku.layouts import looks_like_board
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
 from loopmdm.sampling import ORDERS as SAMPLING_ORDERS
@@ -38,15 +50,15 @@ EPILOG = """examples:
   loopmdm solve puzzles.csv --model run --json > answers.json
   loopmdm solve puzzles.txt --watch --watch-delay 0.1 --html boards.html
 """
-_LITERAL_LENGTHS = (16, 36, 81)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "puzzles",
         metavar="FILE",
-        help="one board of 81 (9x9) or 36 (6x6) characters a line, a blank being any of . 0 _ *; or CSV with"
-        " columns puzzle,solution; - for standard input; or one board itself",
+        help="puzzles of 9x9, 6x6 or 4x4, a blank being any of . 0 _ * - x: one board a line, a table with a"
+        " column of puzzles (CSV, TSV), or boards over several lines (.sdk, .ss, as printed here); - for"
+        " standard input; or one board itself, in quotes",
     )
     parser.add_argument(
         "--model", help=f"{', '.join(SHIPPED)} or a folder (default: the shipped model of the board's size)"
@@ -101,21 +113,36 @@ def run(args: argparse.Namespace) -> int:
     )
     if views.wanted and fits:  # else solving says what is wrong
         _show(args, views, model, name, puzzles, orders[-1], plans[-1], pace)
+    solutions = count_solutions(puzzles.spec, clues, limit=SEVERAL, threads=args.threads or 1)
     solved = solve_all(
-        model, puzzles.spec, clues, orders, plans, batch_size=args.batch_size, progress=True, **pace
+        model,
+        puzzles.spec,
+        clues,
+        orders,
+        plans,
+        batch_size=args.batch_size,
+        progress=True,
+        counted=solutions == 1,
+        **pace,
     )
     if args.json:
+        results = [{**one.to_dict(), "answers": _answers(puzzles, one, solutions)} for one in solved]
         print_json(
             {
                 "model": name,
                 "size": str(puzzles.spec),
                 "puzzles": len(clues),
-                "results": [{**one.to_dict(), "answers": _answers(puzzles, one)} for one in solved],
+                "no_solution": int((solutions == 0).sum()),
+                "several_solutions": int((solutions == SEVERAL).sum()),
+                "results": results,
             }
         )
         return 0
-    _print_boards(puzzles, solved[-1], args.boards)
-    print(f"{len(clues)} puzzles of {puzzles.spec}, model {name}\n")
+    _print_boards(puzzles, solved[-1], args.boards, solutions)
+    print(f"{len(clues)} puzzles of {puzzles.spec}, model {name}")
+    for line in not_counted(puzzles, solutions):
+        print(line)
+    print()
     print_table(SHARE_COLUMNS, [share_row(one.to_dict()) for one in solved])
     return 0
 
@@ -171,12 +198,18 @@ def _num_steps(blanks: int, pace: dict[str, Any]) -> int | None:
 
 def _read(source: str) -> PuzzleFile:
     if source == "-":
-        return parse_puzzles(sys.stdin, "standard input")
-    alphabet = set(BLANKS) | set("123456789")
-    looks_like_board = len(source) in _LITERAL_LENGTHS or (len(source) > 9 and set(source) <= alphabet)
-    if looks_like_board and not Path(source).exists():
-        return parse_puzzles([source], "the board given")
+        return parse_puzzles(_standard_input(), "standard input")
+    # os.path.exists: a board may be longer than a name can be
+    if looks_like_board(source) and not os.path.exists(source):
+        return parse_puzzles(source.splitlines(), "the board given")
     return read_puzzles(source)
+
+
+def _standard_input() -> Iterable[str]:
+    data = getattr(sys.stdin, "buffer", None)  # a replacement of standard input may have text alone
+    if data is None:
+        return sys.stdin
+    return io.StringIO(decode(data.read(), "standard input", "replace"), newline=None)
 
 
 def _default_model(puzzles: PuzzleFile) -> str:
@@ -189,7 +222,7 @@ def _default_model(puzzles: PuzzleFile) -> str:
     )
 
 
-def _answers(puzzles: PuzzleFile, solved: Solved) -> list[dict[str, Any]]:
+def _answers(puzzles: PuzzleFile, solved: Solved, solutions: NDArray[np.int32]) -> list[dict[str, Any]]:
     result = solved.result
     clues = encode_boards(puzzles.spec, puzzles.clues[: len(result.boards)])
     answers = encode_boards(puzzles.spec, result.boards)
@@ -201,6 +234,7 @@ def _answers(puzzles: PuzzleFile, solved: Solved) -> list[dict[str, Any]]:
             "valid": bool(result.valid[i]),
             "fits_clues": bool(result.fits_clues[i]),
             "solved": bool(result.solved[i]),
+            "solutions": int(solutions[i]),  # 2: two or more
             "loops": int(result.loops[i]),
             "network_calls": int(result.network_calls[i]),
         }
@@ -208,7 +242,15 @@ def _answers(puzzles: PuzzleFile, solved: Solved) -> list[dict[str, Any]]:
     ]
 
 
-def _print_boards(puzzles: PuzzleFile, solved: Solved, most: int) -> None:
+def _verdict(solved: bool, solutions: int) -> str:
+    if solutions == 0:
+        return "this puzzle has no solution"
+    if solutions == 1:
+        return "solved" if solved else "wrong"
+    return "this puzzle has several solutions, and this is " + ("one of them" if solved else "none of them")
+
+
+def _print_boards(puzzles: PuzzleFile, solved: Solved, most: int, solutions: NDArray[np.int32]) -> None:
     """Each puzzle beside its answer; what the order and loop count were is said once."""
     shown = min(most, len(solved.result.boards))
     color = has_color()
@@ -219,7 +261,7 @@ def _print_boards(puzzles: PuzzleFile, solved: Solved, most: int) -> None:
         right = format_board(
             puzzles.spec, solved.result.boards[i], clues=puzzles.clues[i], color=color
         ).splitlines()
-        verdict = "solved" if solved.result.solved[i] else "wrong"
+        verdict = _verdict(bool(solved.result.solved[i]), int(solutions[i]))
         print(f"line {puzzles.lines[i]}: {verdict}")
         print("\n".join(f"{a}   {b}" for a, b in zip(left, right, strict=True)), end="\n\n")
     if shown < len(solved.result.boards):

@@ -1,7 +1,8 @@
-"""Puzzle files: one board of 81 (36, 16) characters a line, or the CSV form `puzzle,solution`."""
+"""Puzzle files of every layout of `layouts`, read and checked; and written, one board a line."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from loopmdm.data.raw import read_text
 from loopmdm.data.sudoku.boards import (
     FOUR,
     NINE,
@@ -21,10 +23,7 @@ from loopmdm.data.sudoku.boards import (
     is_valid_solution,
     units,
 )
-
-BLANKS = ".0_*"
-_PUZZLE_COLUMNS = ("puzzle", "puzzles", "quiz", "quizzes", "clues", "sudoku")
-_SOLUTION_COLUMNS = ("solution", "solutions", "answer")
+from loopmdm.data.sudoku.layouts import BLANKS, Written, accepted, find_boards
 
 
 class PuzzleFile(NamedTuple):
@@ -37,46 +36,43 @@ class PuzzleFile(NamedTuple):
 
 
 def read_puzzles(path: str | os.PathLike[str], spec: SudokuSpec | None = None) -> PuzzleFile:
-    """Reads a puzzle file; see `parse_puzzles`."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        return parse_puzzles(file, str(path), spec)
+    """Reads a puzzle file: UTF-8, UTF-16 or UTF-32 with a byte order mark, compressed or not.
+
+    See `parse_puzzles` for what it may hold and `loopmdm.data.raw.open_raw` for the compression.
+    """
+    text = read_text(Path(path), "replace")
+    return parse_puzzles(io.StringIO(text, newline=None), str(path), spec)
 
 
 def parse_puzzles(text_lines: Iterable[str], path: str, spec: SudokuSpec | None = None) -> PuzzleFile:
-    """Puzzles of the lines of a file; blank lines and lines that start with "#" are skipped.
+    """Puzzles of the lines of a file; blank lines and those that start with "#" or ";" are skipped.
 
-    A line is a board, row-major, with digits and any of `. 0 _ *` for a blank; or comma-separated fields, of
-    which a header may name the columns (puzzle or quizzes, solution or solutions), else puzzle then solution.
-    path: what messages call the file. spec: the size expected; None takes it from the first board. Raises
-    ValueError with the line number on a wrong length, a character outside the alphabet, clues that contradict
-    each other, and solutions that are not complete or do not fit.
+    A cell is a digit, or one of `. 0 _ * - x` for a blank. Layouts:
+
+    - a board a line, row-major; spaces and bars may stand between cells, and a comment after "#";
+    - columns between tabs, commas, semicolons or spaces. A header may name them: puzzle (quiz, question,
+      clues, sudoku, board, grid) and solution (answer, solved). Without such names a column of boards is the
+      puzzle, a second one the solution, and others are passed over;
+    - a board over as many lines as it has rows (.sdk, .ss, `format_board`), cells side by side or between
+      spaces, commas and bars; headings may stand between boards, rules between boxes. Of two boards side by
+      side, as `loopmdm solve` prints them, the left one is taken.
+
+    Args:
+        text_lines: the lines.
+        path: what messages call the file.
+        spec: the size expected; None takes it from the first board.
+
+    Raises:
+        ValueError: with the line number: a wrong length, a character outside the alphabet, clues that
+            contradict each other, columns without a board, boards without all of their rows, and solutions
+            that are not complete or do not fit.
     """
-    puzzles: list[str] = []
-    solutions: list[str] = []
-    numbers: list[int] = []
-    columns: tuple[int, int | None] | None = None
-    for number, line in enumerate(text_lines, 1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        fields = [field.strip().strip('"') for field in text.split(",")]
-        if columns is None:
-            columns = _header(fields)
-            if columns is not None:
-                continue
-            columns = (0, 1 if len(fields) > 1 else None)
-        needed = 1 + max(columns[0], columns[1] or 0)
-        if len(fields) < needed:
-            raise ValueError(f"{path}, line {number}: {len(fields)} fields, expected at least {needed}")
-        puzzles.append(fields[columns[0]])
-        numbers.append(number)
-        if columns[1] is not None:
-            solutions.append(fields[columns[1]])
-    if not puzzles:
-        raise ValueError(f"{path}: no puzzles in this file")
+    boards = find_boards(text_lines, path)
     if spec is None:
-        spec = _spec_of_length(path, numbers[0], puzzles[0])
-    lines = np.array(numbers, dtype=np.int64)
+        spec = _spec_of_length(path, boards[0])
+    lines = np.array([board.line for board in boards], dtype=np.int64)
+    puzzles = [board.puzzle for board in boards]
+    solutions = [board.solution for board in boards if board.solution is not None]
     clues = _parse(path, spec, lines, puzzles, "puzzle")
     for index in np.flatnonzero(has_contradiction(spec, clues))[:1]:
         raise ValueError(f"{path}, line {lines[index]}: {_describe_clash(spec, clues[index])}")
@@ -125,25 +121,17 @@ def encode_boards(spec: SudokuSpec, cells: ArrayLike, name: str = "cells") -> li
     return [text[start : start + spec.cells] for start in range(0, len(text), spec.cells)]
 
 
-def _header(fields: list[str]) -> tuple[int, int | None] | None:
-    names = [field.lower() for field in fields]
-    puzzle = [i for i, name in enumerate(names) if name in _PUZZLE_COLUMNS]
-    solution = [i for i, name in enumerate(names) if name in _SOLUTION_COLUMNS]
-    return (puzzle[0], solution[0] if solution else None) if puzzle else None
-
-
-def _spec_of_length(path: str | os.PathLike[str], line: int, text: str) -> SudokuSpec:
-    for board in (NINE, SIX, FOUR):
-        if len(text) == board.cells:
-            return board
+def _spec_of_length(path: str, board: Written) -> SudokuSpec:
+    for known in (NINE, SIX, FOUR):
+        if len(board.puzzle) == known.cells:
+            return known
     raise ValueError(
-        f"{path}, line {line}: {len(text)} characters; a board has 81 (9x9), 36 (6x6) or 16 (4x4)"
+        f"{path}, line {board.line}: {len(board.puzzle)} characters; a board has 81 (9x9), 36 (6x6) or"
+        " 16 (4x4) in one line, or 9, 6 or 4 in each of as many lines"
     )
 
 
-def _parse(
-    path: str | os.PathLike[str], spec: SudokuSpec, lines: NDArray[np.int64], boards: list[str], what: str
-) -> Cells:
+def _parse(path: str, spec: SudokuSpec, lines: NDArray[np.int64], boards: list[str], what: str) -> Cells:
     for number, text in zip(lines, boards, strict=True):
         if len(text) != spec.cells:
             raise ValueError(
@@ -157,7 +145,7 @@ def _parse(
     for index, position in np.argwhere(cells == 255)[:1]:
         raise ValueError(
             f"{path}, line {lines[index]}: {boards[index][position]!r} at character {position + 1} of the "
-            f"{what}; accepted are 1..{spec.size} and {' '.join(BLANKS)} for a blank"
+            f"{what}; {accepted(spec.size)}"
         )
     return cells
 

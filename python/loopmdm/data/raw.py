@@ -1,0 +1,136 @@
+"""Bytes and text of files as they come: compressed or not, with a byte order mark or without."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, Literal, TypeAlias, cast
+
+Errors: TypeAlias = Literal["strict", "replace"]
+
+# Formats by their first bytes: a name may say less than the file, or something else.
+_COMPRESSED = (
+    (re.compile(rb"\x1f\x8b\x08"), "gzip"),
+    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2"),
+    (re.compile(rb"\xfd7zXZ\x00"), "xz"),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), "zstd"),
+)
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+# The mark of UTF-32 begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_CHUNK = 1 << 16
+_PROBE = 16
+
+
+def open_raw(path: Path) -> BinaryIO:
+    """The bytes of a file, of a compressed one (gzip, bzip2, xz, zstd) those inside.
+
+    Raises:
+        ImportError: zstd data, and neither zstandard nor pyarrow is installed.
+        ValueError: while reading: the compressed data are damaged or cut short.
+    """
+    file = open(path, "rb")  # noqa: SIM115
+    try:
+        start = file.peek(_PROBE)
+        for magic, name in _COMPRESSED:
+            if magic.match(start):
+                inner = _DECODERS[name](file)
+                return cast(BinaryIO, io.BufferedReader(_Checked(inner, file, path, name), _CHUNK))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_text(path: Path, errors: Errors = "strict") -> str:
+    """A file as text; see `open_raw` and `decode`."""
+    with open_raw(path) as file:
+        return decode(file.read(), path, errors)
+
+
+def decode(data: bytes, name: object, errors: Errors = "strict") -> str:
+    """`data` as text: UTF-8, or what a byte order mark says (UTF-16, UTF-32); the mark is dropped.
+
+    Raises:
+        ValueError: bytes that are not of this encoding, and errors is "strict"; it has the line and `name`.
+    """
+    encoding = encoding_of(data)
+    try:
+        return data.decode(encoding, errors).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].decode(encoding, "replace").count("\n") + 1
+        raise ValueError(bad_bytes(f"{name}, line {line}", error, encoding)) from None
+
+
+def bad_bytes(where: str, error: UnicodeDecodeError, encoding: str = "utf-8", offset: int = 0) -> str:
+    """What a message says about bytes that do not decode; offset: of the bytes in the file."""
+    return (
+        f"{where}: byte {error.object[error.start]:#04x} at offset {offset + error.start} is not"
+        f" {encoding.upper()}; convert the file, or read it with errors='replace'"
+    )
+
+
+def encoding_of(start: bytes) -> str:
+    """The encoding that the byte order mark at the start names; UTF-8 without one."""
+    return next((encoding for mark, encoding in _MARKS if start.startswith(mark)), "utf-8")
+
+
+class _Checked(io.RawIOBase):
+    """Decompressed bytes; damage is one kind of error, with the name of the file."""
+
+    def __init__(self, inner: BinaryIO, file: BinaryIO, path: Path, kind: str) -> None:
+        self._inner, self._file, self._path, self._kind = inner, file, path, kind
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        try:
+            data = self._inner.read(len(buffer))
+        except Exception as error:  # each decompressor has exceptions of its own
+            raise ValueError(f"{self._path}: damaged {self._kind} data ({error})") from error
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._inner.close()
+        self._file.close()
+        super().close()
+
+
+def _open_zstd(file: BinaryIO) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError:
+        return _open_zstd_with_pyarrow(file)
+    return cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+
+
+def _open_zstd_with_pyarrow(file: BinaryIO) -> BinaryIO:
+    try:
+        import pyarrow
+    except ImportError:
+        name = os.fspath(file.name)
+        raise ImportError(f"reading {name} (zstd) needs zstandard: pip install zstandard") from None
+    return cast(BinaryIO, pyarrow.CompressedInputStream(file, "zstd"))
+
+
+_DECODERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    "gzip": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
+    "bzip2": lambda file: cast(BinaryIO, bz2.BZ2File(file)),
+    "xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),  # noqa: SIM115
+    "zstd": _open_zstd,
+}
