@@ -93,7 +93,8 @@ struct ScoreGradient {
           const bool counts = kOfKeys ? own_seen[half] : column_seen[i];
           const float largest = kOfKeys ? (i ? of_top.y : of_top.x) : own_top[half];
           const float taken = kOfKeys ? (i ? of_inner.y : of_inner.x) : own_inner[half];
-          weight[i] = counts ? fast_exp2(scores[index] * scale - largest) : 0.0f;
+          // Of large scores the difference is rounding and may be above 0, which no weight's logarithm is.
+          weight[i] = counts ? fast_exp2(fminf(scores[index] * scale - largest, 0.0f)) : 0.0f;
           gradient[i] = weight[i] * (products[index] - taken);
         }
         weights[group / 2][2 * (group & 1) + half] = pack_bf16(weight[0], weight[1]);

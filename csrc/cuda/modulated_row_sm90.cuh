@@ -50,13 +50,25 @@ struct RowMoments {
       total += x.x + x.y + (x.z + x.w);
     }
     mean = warp_sum(total) / size;
-    float squares = 0;
-    for (int column = 4 * lane; column < size; column += 128) {
+    float left, variance = deviations(left, row, size);
+    if (is_nearly_constant(variance, mean)) {
+      mean += left;
+      variance = deviations(left, row, size);
+    }
+    inverse_deviation = loopmdm::inverse_deviation(variance);
+  }
+
+  // The mean of the squared deviations from the mean; `left` is that of the deviations, 0 but for rounding.
+  __device__ float deviations(float& left, const float* row, int size) const {
+    float squares = 0, differences = 0;
+    for (int column = 4 * (threadIdx.x % 32); column < size; column += 128) {
       const float4 x = load_row(row, column);
       const float a = x.x - mean, b = x.y - mean, c = x.z - mean, d = x.w - mean;
       squares += a * a + b * b + (c * c + d * d);
+      differences += a + b + (c + d);
     }
-    inverse_deviation = rsqrtf(warp_sum(squares) / size + kLayerNormEps);
+    left = warp_sum(differences) / size;
+    return warp_sum(squares) / size;
   }
 
   __device__ float normalised(float x) const { return (x - mean) * inverse_deviation; }

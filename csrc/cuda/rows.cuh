@@ -59,7 +59,7 @@ struct RowScales {
         sums = merge_sums(later ? other : sums, later ? sums : other, Config::kPart);
       }
       if (row >= p.length) continue;
-      result.scale[half] = rsqrtf(variance(sums, Config::kPart) + kLayerNormEps);
+      result.scale[half] = inverse_deviation(variance(sums, Config::kPart));
       result.offset[half] = -sums.mean * result.scale[half];
     }
     return result;

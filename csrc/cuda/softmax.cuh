@@ -39,9 +39,10 @@ __device__ inline void exponentials(float (&scores)[kKeys / 2], uint32_t (&weigh
       top = fmaxf(top, fmaxf(scores[4 * group + 2 * half], scores[4 * group + 2 * half + 1]));
     }
     top = quad_max(top);
-    // Of a row without keys so far, all differences would be infinity minus infinity.
-    const float base = top == -LOOPMDM_INFINITY ? 0.0f : top * scale;
-    const float shrink = fast_exp2(running.top[half] * scale - base);
+    // Of a row without keys so far, all differences would be infinity minus infinity. The difference is taken
+    // first: scaled scores are off by their rounding, and of large ones the largest would not come out as 0.
+    const float base = top == -LOOPMDM_INFINITY ? 0.0f : top;
+    const float shrink = fast_exp2((running.top[half] - base) * scale);
     running.top[half] = top;
     running.sum[half] *= shrink;
 #pragma unroll
@@ -51,8 +52,8 @@ __device__ inline void exponentials(float (&scores)[kKeys / 2], uint32_t (&weigh
     }
 #pragma unroll
     for (int group = 0; group < kKeys / 8; ++group) {
-      const float a = fast_exp2(scores[4 * group + 2 * half] * scale - base);
-      const float b = fast_exp2(scores[4 * group + 2 * half + 1] * scale - base);
+      const float a = fast_exp2((scores[4 * group + 2 * half] - base) * scale);
+      const float b = fast_exp2((scores[4 * group + 2 * half + 1] - base) * scale);
       running.sum[half] += a + b;
       weights[group / 2][2 * (group & 1) + half] = pack_bf16(a, b);
     }
