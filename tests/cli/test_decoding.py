@@ -20,6 +20,10 @@ WAYS: list[tuple[list[str], dict[str, Any]]] = [
     (["--order", "entropy", "--entropy-bound", "9"], {"order": "entropy", "entropy_bound": 9.0}),
     (["--order", "random", "--window", "3"], {"order": "random", "window": 3}),
     (["--block-length", "4", "--steps", "9"], {"block_length": 4, "steps": 9}),
+    (
+        ["--order", "margin", "--steps", "5", "--counts", "llada"],
+        {"order": "margin", "steps": 5, "counts": "llada"},
+    ),
     (["--remask", "rescale", "--eta", "0.3"], {"remask": Remasking("rescale", 0.3)}),
     (["--remask", "loop"], {"remask": "loop"}),
     (
@@ -55,6 +59,12 @@ def test_options_reach_the_library(call, text_run: Path, words: list[str], optio
         (["--threshold", "0.5", "--steps", "4", "--order", "margin"], "steps and threshold are given"),
         (["--threshold", "0.5"], "threshold does not go with the order ancestral"),
         (["--order", "first_hitting", "--steps", "4"], "steps does not go with the order first_hitting"),
+        (["--counts", "llada"], "counts does not go with the order ancestral"),
+        (["--counts", "dream"], "invalid choice: 'dream'"),
+        (
+            ["--order", "margin", "--counts", "llada", "--threshold", "1"],
+            "counts='llada' says how steps share positions, but threshold is given",
+        ),
         (["--forbid", "a,b"], "expected token ids such as 5,17"),
         (["--forbid", "999"], "999 is no token id"),
         (["--window", "4", "--block-length", "4", "--order", "margin"], "blocks follow each other"),

@@ -84,6 +84,8 @@ def option_sets(draw: st.DrawFn) -> dict[str, Any]:
     pace = draw(st.sampled_from([None, *PACES[order]]))
     if pace is not None:
         options[pace] = draw(VALUES[pace])
+    if pace in (None, "steps") and order not in ("ancestral", "first_hitting"):
+        options["counts"] = draw(st.sampled_from(["even", "llada"]))
     extra = draw(st.sampled_from(["", "block_length", "window", "remask", "reference_numerics"]))
     if extra == "block_length":
         options[extra] = draw(st.integers(1, 20))

@@ -9,6 +9,7 @@ from loopmdm.cli.parser import UsageError, count, number, positive_int, usage_er
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.sampling import ORDERS, Remasking
 from loopmdm.sampling.options import make_pace
+from loopmdm.sampling.orders import COUNTS
 from loopmdm.sampling.remasking import DEFAULT_ETA
 
 PACE = ("tokens_per_step", "threshold", "entropy_bound")
@@ -51,6 +52,13 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         default="ancestral",
         help="which masks are filled next (default: %(default)s)",
     )
+    parser.add_argument(
+        "--counts",
+        choices=COUNTS,
+        default="even",
+        help="which steps fill one more where T does not divide the tokens: spread evenly, or the first of a"
+        " block, as in LLaDA's sampler (default: %(default)s)",
+    )
     add_pace(parser)
     group = parser.add_argument_group("where, and again")
     group.add_argument(
@@ -91,6 +99,7 @@ def decoding_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> d
     return {
         **pace_options(args),
         "steps": args.steps,
+        "counts": args.counts,
         "order": args.order,
         "block_length": args.block_length,
         "window": args.window,

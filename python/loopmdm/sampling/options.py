@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopmdm.sampling.orders import ORDERS, Pace
+from loopmdm.sampling.orders import COUNTS, ORDERS, Pace
 from loopmdm.sampling.remasking import Remasking
 from loopmdm_kernels.ops import checks
 
@@ -16,9 +16,13 @@ MAX_STEPS = 2**30 - 1  # the step is one word of the random number's name
 
 
 def make_pace(
-    steps: int | None, tokens_per_step: int | None, threshold: float | None, entropy_bound: float | None
+    steps: int | None,
+    tokens_per_step: int | None,
+    threshold: float | None,
+    entropy_bound: float | None,
+    counts: str = "even",
 ) -> Pace:
-    """The pace meant by the arguments, of which at most one may be given."""
+    """The pace meant by the arguments, of which at most one of the first four may be given."""
     for name, count in (("steps", steps), ("tokens_per_step", tokens_per_step)):
         check_count(name, count)
     for name, value in (("threshold", threshold), ("entropy_bound", entropy_bound)):
@@ -28,10 +32,17 @@ def make_pace(
             raise TypeError(f"{name} must be a number or None, got {value!r}")
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"{name} must be a finite number >= 0, got {value}")
-    pace = Pace(steps, tokens_per_step, threshold, entropy_bound)
-    given = [name for name, value in pace._asdict().items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} are given, but each alone says how much a step reveals")
+    if not isinstance(counts, str):
+        raise TypeError(f"counts must be a name, {' or '.join(COUNTS)}, got {counts!r}")
+    if counts not in COUNTS:
+        raise ValueError(f"unknown counts {counts!r}, accepted are {', '.join(COUNTS)}")
+    pace = Pace(steps, tokens_per_step, threshold, entropy_bound, counts)
+    if len(pace.given) > 1:
+        raise ValueError(f"{' and '.join(pace.given)} are given, but each alone says how much a step reveals")
+    if counts != "even" and pace.given and steps is None:
+        raise ValueError(
+            f"counts={counts!r} says how steps share positions, but {next(iter(pace.given))} is given"
+        )
     return pace
 
 

@@ -42,6 +42,7 @@ def sample(
     tokens_per_step: int | None = None,
     threshold: float | None = None,
     entropy_bound: float | None = None,
+    counts: str = "even",
     block_length: int | None = None,
     window: int | None = None,
     remask: str | Remasking | None = None,
@@ -98,6 +99,9 @@ def sample(
             nats ("entropy"). At least one position.
         entropy_bound: reveal the best rated positions while the sum of their entropies, less the largest,
             stays within so many nats. At least one.
+        counts: how many positions each of the steps reveals where they do not divide evenly. "even": the
+            larger counts are spread over the steps; "llada": the first steps have them, and every block takes
+            the same number of steps, as in LLaDA's sampler (docs/laws.md). Not for ancestral, first_hitting.
         block_length: fill blocks of so many positions one after the other (semi-autoregressive), counted from
             a sequence's first mask. steps are shared among the blocks.
         window: reveal among the so many leftmost masks only.
@@ -123,7 +127,7 @@ def sample(
             are not finite (NaN in weights).
     """
     config = model.config
-    pace = make_pace(steps, tokens_per_step, threshold, entropy_bound)
+    pace = make_pace(steps, tokens_per_step, threshold, entropy_bound, counts)
     rule = as_remasking(remask)
     check_options(
         order,
@@ -203,8 +207,8 @@ def _make_order(
     seed: int,
 ) -> Order:
     """The order, with the plan's number of steps if nothing else gives one; checks the plan against it."""
-    if name != "first_hitting" and plan.num_steps is not None and not any(v is not None for v in pace):
-        pace = Pace(steps=plan.num_steps)
+    if name != "first_hitting" and plan.num_steps is not None and not pace.given:
+        pace = pace._replace(steps=plan.num_steps)
     order: Order
     if remask is None:
         order = make_order(name, slots, pace, window, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loopmdm.sampling.orders.ancestral import Ancestral, FirstHitting
 from loopmdm.sampling.orders.base import Order
-from loopmdm.sampling.orders.pace import Pace
+from loopmdm.sampling.orders.pace import COUNTS, Pace
 from loopmdm.sampling.orders.placed import Placed, place_at_random, place_from_the_left
 from loopmdm.sampling.orders.ranked import Ranked, confidence, margin, negative_entropy
 from loopmdm.sampling.orders.slots import Slots
@@ -18,7 +18,8 @@ def make_order(name: str, slots: Slots, pace: Pace, window: int | None, seed: in
     """The order `name` of `ORDERS`; raises ValueError where it cannot go at this pace or with a window."""
     if name in ("ancestral", "first_hitting"):
         accepted = "steps" if name == "ancestral" else "tokens_per_step"
-        for option, value in (*pace._asdict().items(), ("window", window)):
+        given = {**pace.given, "window": window, "counts": None if pace.counts == "even" else pace.counts}
+        for option, value in given.items():
             if value is not None and option != accepted:
                 raise ValueError(f"{option} does not go with the order {name}, which draws its reveal times")
         if name == "ancestral":
@@ -34,4 +35,4 @@ def make_order(name: str, slots: Slots, pace: Pace, window: int | None, seed: in
     return Placed(slots, pace, key)
 
 
-__all__ = ["ORDERS", "Order", "Pace", "Slots", "make_order"]
+__all__ = ["COUNTS", "ORDERS", "Order", "Pace", "Slots", "make_order"]
