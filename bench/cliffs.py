@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import loopmdm_kernels as lk
+from loopmdm_kernels.files import write_file
 from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.types import Head
 
@@ -172,7 +173,7 @@ def main() -> None:
             "slower": slower,
             "figures": figures,
         }
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_file(options.output, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

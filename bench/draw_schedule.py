@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import NamedTuple
 
+from loopmdm_kernels.files import write_file
 from loopmdm_kernels.schedule import BlockShape, Device, Instruction, Phase, Plan, Table, build, choose
 
 SHAPE = BlockShape(batch=1, length=128, hidden=768, heads=12, mlp=3072, layers=2)
@@ -91,4 +91,4 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(draw())
+    write_file(sys.argv[1], draw())

@@ -17,6 +17,7 @@ import torch
 
 import loopmdm_kernels as lk
 from bench.targets import TARGETS, Target
+from loopmdm_kernels.files import write_file
 
 Figures = Mapping[str, Any]
 LIMIT_UNITS = ("peak_bf16", "peak_fp32", "matmul_bf16", "matmul_fp32", "read_bandwidth")
@@ -113,10 +114,7 @@ def table(result: Mapping[str, Any], targets: Mapping[str, Target] = TARGETS) ->
 
 
 def write(result: Mapping[str, Any], target: Path) -> None:
-    """The whole file or none: under another name first, then renamed."""
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(target)
+    write_file(target, json.dumps(result, indent=1) + "\n")
 
 
 def _percent(share: float) -> str:

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.triton_launches import SHAPES, all_launches
+from loopmdm_kernels.files import write_file
 from loopmdm_kernels.triton.launch import Launch
 
 TABLE = Path(__file__).parents[1] / "tests/gpu_free/triton_resources.json"
@@ -183,9 +184,7 @@ def main() -> None:
     if part:
         print(text)
         return
-    temporary = TABLE.with_suffix(".part")
-    temporary.write_text(text)
-    temporary.replace(TABLE)
+    write_file(TABLE, text)
 
 
 if __name__ == "__main__":

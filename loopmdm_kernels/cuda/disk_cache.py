@@ -7,12 +7,13 @@ at once wait for the one that compiles it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+from loopmdm_kernels.files import write_files
+from loopmdm_kernels.locks import Lock
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -36,7 +37,7 @@ def cached(key: str, make: Callable[[], bytes]) -> bytes:
         return content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_suffix(".lock")):
+        with Lock(path.with_suffix(".lock"), str(path), wait=True):
             content = read(path)  # another process may have been faster
             if content is None:
                 content = make()
@@ -57,24 +58,4 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(content).digest() + content)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # no such locks here: two processes may compile the same, and both results are whole
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    write_files({path: hashlib.sha256(content).digest() + content})

@@ -7,11 +7,12 @@ the result file they are from.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from loopmdm_kernels.files import write_files
 
 FILE = Path(__file__).with_name("measured.json")
 CEILINGS = (  # of `Device`
@@ -40,12 +41,10 @@ def table(path: Path = FILE) -> Table:
 
 
 def record(name: str, ceilings: Mapping[str, float], source: str, path: Path = FILE) -> None:
-    """Puts a GPU's entry in place of the one it had. The file is written under another name and renamed."""
+    """Puts a GPU's entry in place of the one it had."""
     entries = json.loads(path.read_text()) if path.exists() else {}
     entries[name] = {**_checked(path, name, ceilings), "source": source}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_files({path: json.dumps(entries, indent=2, sort_keys=True) + "\n"})
     table.cache_clear()
 
 

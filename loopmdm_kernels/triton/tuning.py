@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.files import write_file
 from loopmdm_kernels.graphs import Capture, CudaGraphs
 from loopmdm_kernels.testing import head_inputs, interleaved_medians, row_rng
 from loopmdm_kernels.triton.attention import attention_backward, attention_forward
@@ -213,7 +214,4 @@ def _ready(
 
 
 def _write(table: Mapping[str, Tiles], path: Path) -> None:
-    """The whole file or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(table, indent=1) + "\n")
-    temporary.replace(path)
+    write_file(path, json.dumps(table, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a folder with config.json and model.safetensors, written whole or not at all.
+"""Checkpoints on disk: a folder with config.json and model.safetensors.
 
 `fill` is the one place where tensors of any file enter a model: names, shapes and values are checked there.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loopmdm import safetensors_files
+from loopmdm_kernels.files import write_files
 
 if TYPE_CHECKING:
     from loopmdm.causal import CausalLM
@@ -53,19 +52,18 @@ def save_pretrained(model: LoopMDM | CausalLM, path: str | os.PathLike[str]) -> 
             folder / WEIGHTS_FILE: lambda temporary: safetensors_files.write(
                 temporary, tensors, {"format": "pt"}
             ),
-            folder / CONFIG_FILE: partial(_write_config, model),
+            folder / CONFIG_FILE: _config_text(model),
         }
     )
 
 
 def write_config(model: LoopMDM | CausalLM, path: str | os.PathLike[str]) -> None:
     """Write config.json alone into the folder `path`, beside weights that another trainer has written."""
-    write_files({Path(path) / CONFIG_FILE: partial(_write_config, model)})
+    write_files({Path(path) / CONFIG_FILE: _config_text(model)})
 
 
-def _write_config(model: LoopMDM | CausalLM, temporary: Path) -> None:
-    config = {"model_type": model.model_type, **model.config.to_dict()}
-    _write_text(temporary, json.dumps(config, indent=2) + "\n")
+def _config_text(model: LoopMDM | CausalLM) -> str:
+    return json.dumps({"model_type": model.model_type, **model.config.to_dict()}, indent=2) + "\n"
 
 
 def load_pretrained(
@@ -252,32 +250,3 @@ def locate(path_or_hub_id: str | os.PathLike[str], name: str, revision: str | No
         raise FileNotFoundError(
             f"{path_or_hub_id!r} is not a local folder, and {name} could not be fetched from the hub: {error}"
         ) from error
-
-
-def write_files(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Write files so that each is replaced whole or not at all, all of them only if every writer succeeds.
-
-    A writer gets the path of a temporary file next to its target.
-    """
-    staged: list[tuple[Path, Path]] = []
-    target = next(iter(writers))
-    try:
-        for target, write in writers.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-            staged.append((temporary, target))
-            write(temporary)
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
-        for temporary, target in staged:
-            os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        raise OSError(number, f"cannot write {target}: {error}; no partial file is left") from error
-    finally:
-        for temporary, _ in staged:
-            temporary.unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

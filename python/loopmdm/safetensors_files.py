@@ -26,10 +26,13 @@ _PLACEHOLDER = _PREFIX + "0" * _DIGITS
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors, each piece of memory once, and the digest."""
+    """Write tensors, each piece of memory once, and the digest. Raises an `OSError` on a full disk, say."""
     unique, aliases = _unique(tensors)
     header = {**metadata, **aliases, DIGEST_KEY: _PLACEHOLDER}
-    save_file(unique, path, metadata=header)
+    try:
+        save_file(unique, path, metadata=header)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         place = 8 + file.read(size).index(_PLACEHOLDER.encode()) + len(_PREFIX)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loopmdm import LoopMDM, LoopMDMConfig, checkpoint
+from loopmdm import LoopMDM, LoopMDMConfig
+from loopmdm_kernels.files import write_files
 
 
 def small(**changes: Any) -> LoopMDM:
@@ -229,9 +230,7 @@ def test_both_files_or_none(tmp_path: Path) -> None:
 
     (tmp_path / "one").write_text("old")
     with pytest.raises(OSError, match=r"cannot write .*two"):
-        checkpoint.write_files(
-            {tmp_path / "one": lambda path: path.write_text("new"), tmp_path / "two": fail}
-        )
+        write_files({tmp_path / "one": lambda path: path.write_text("new"), tmp_path / "two": fail})
     assert snapshot(tmp_path) == {"one": b"old"}
 
 

@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 from toy_training import ToyModel, batches
 
-import loopmdm.train.state
+import loopmdm.safetensors_files
 from loopmdm.config import LoopMDMConfig
 from loopmdm.model import LoopMDM
 from loopmdm.train import Batch, CheckpointError, TrainConfig, Trainer, read_metrics
+from loopmdm_kernels.files import temporary_path
 
 STEPS = 40
 CONFIG: dict[str, Any] = {
@@ -181,15 +182,16 @@ def test_killed_between_the_renames_of_a_checkpoint(
         if built.counters.step == 20:
             if done == renames:
                 raise Killed
-            done += Path(source).parent.name == ".partial"
+            done += Path(source).parent.name.startswith(".loopmdm-")
         replace(source, target)
 
     built = trainer(tmp_path, checkpoint_every=10)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", interrupted)
         built.train()
-    (tmp_path / ".partial").mkdir()
-    (tmp_path / ".partial" / "training_state.safetensors").write_bytes(b"cut short")
+    left = temporary_path(tmp_path)  # by a kill that leaves no time to clean up
+    left.mkdir()
+    (left / "training_state.safetensors").write_bytes(b"cut short")
     resumed = trainer(tmp_path, ToyModel(seed=7), checkpoint_every=10)
     assert resumed.resume() in (10, 20)
     resumed.train()
@@ -268,7 +270,7 @@ def test_full_disk_keeps_the_previous_checkpoint(
             with files_limited_to(32_768):
                 resumed.train()
         elif failure == "no space for the state":
-            patch.setattr(loopmdm.train.state, "save_file", no_space)
+            patch.setattr(loopmdm.safetensors_files, "write", no_space)
             resumed.train()
         else:
             patch.setattr(ToyModel, "save_pretrained", no_space)

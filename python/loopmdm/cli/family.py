@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from loopmdm.checkpoint import write_files
+from loopmdm.checkpoint import read_json
 from loopmdm.cli import text_data
 from loopmdm.cli.boards import blanks, held_out_puzzles
 from loopmdm.cli.held_out import held_out_text
 from loopmdm.cli.models import load_model, sudoku_spec
 from loopmdm.cli.output import note, print_json, print_table
 from loopmdm.cli.parser import UsageError, set_up
-from loopmdm.cli.run_file import RunFile
+from loopmdm.cli.run_file import RUN_FILE, RunFile
 from loopmdm.cli.runs import described_run, process_group, refuse, train_run
 from loopmdm.evaluate import nll_by_sequence, ratio_of_sums
 from loopmdm.model import LoopMDM
@@ -30,6 +30,7 @@ from loopmdm.study.provenance import provenance
 from loopmdm.train import Batch, TrainConfig, read_metrics
 from loopmdm.train.metrics import METRICS_FILE
 from loopmdm.train.state import STATE_FILE, read_metadata
+from loopmdm_kernels.files import kind_of, write_files
 
 FAMILY_FILE = "family.json"
 COLUMNS = (
@@ -90,6 +91,7 @@ def train(args: argparse.Namespace) -> int:
         "--family sets the layers of diffusion models",
     )
     device = set_up(args)
+    _refuse_foreign(args.out / FAMILY_FILE)
     with process_group(device) as (rank, device):
         for member in members:
             options = member_options(args, member)
@@ -112,19 +114,32 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_foreign(path: Path) -> None:
+    """Complain before the training about a file that the report would replace and no family has written."""
+    kind = kind_of(path)
+    if kind is not None or (path.exists() and "members" not in read_json(path)):
+        raise ValueError(
+            f"{path} is {kind or 'not of a family'} and would be replaced; choose another folder"
+        )
+
+
 def member_options(args: argparse.Namespace, member: Member) -> argparse.Namespace:
     """The options of the single run that a member is."""
     out = args.out / member.name
     plain = {name: value for name, value in _PLAIN.items() if getattr(args, name) is None}
     # The default seed of every preset is 0.
     seed = args.seed if not member.repetition else (args.seed or 0) + member.repetition
-    own = {"out": out, "num_layers": member.layers, "seed": seed, "resume": (out / STATE_FILE).exists()}
+    own = {"out": out, "num_layers": member.layers, "seed": seed, "resume": _begun(out)}
     return argparse.Namespace(**{**vars(args), **plain, **own})
+
+
+def _begun(folder: Path) -> bool:
+    return (folder / STATE_FILE).exists() or (folder / RUN_FILE).is_file()
 
 
 def _finished(options: argparse.Namespace) -> bool:
     """Whether the run is trained to its end; with other options it is left to `train_run`, which refuses."""
-    if not options.resume:
+    if not (options.out / STATE_FILE).exists():
         return False
     run = described_run(options)
     metadata = read_metadata(options.out / STATE_FILE)
@@ -160,7 +175,8 @@ def _report(args: argparse.Namespace, members: list[Member], device: torch.devic
         "held_out": {"source": source, "num_t": _TIMES, "seed": _SEED},
         **provenance(),
     }
-    _write(args.out / FAMILY_FILE, document)
+    text = json.dumps(document, indent=2, default=str) + "\n"
+    write_files({args.out / FAMILY_FILE: text})
     if args.json:
         print_json(document)
         return
@@ -206,15 +222,6 @@ def _held_out(folder: Path, model: LoopMDM, threads: int) -> tuple[str, list[Bat
     windows = text_data.windows(text.data, text.tokenizer, _WINDOWS)
     num = sum(len(batch.input_ids) for batch in windows.batches)
     return f"{num} windows of {text.length} tokens, {text.description}", windows.batches
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    text = json.dumps(document, indent=2, default=str) + "\n"
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_files({path: write})
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

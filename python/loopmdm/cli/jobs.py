@@ -19,6 +19,7 @@ from loopmdm.evaluate import evaluate_autoregressive, evaluate_nll
 from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
 from loopmdm.train import TrainableModel, TrainConfig
+from loopmdm.train.folder import refuse_files
 from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 
 Evaluate = Callable[[Any], dict[str, Any]]
@@ -57,12 +58,28 @@ def sudoku_job(run: RunFile, threads: int) -> Job:
     return Job(model, data, config, evaluate, dataclasses.replace(run, training=config.to_dict()))
 
 
-def text_tokenizer(run: RunFile, folder: Path) -> tuple[text_data.Corpus, Tokenizer]:
-    """The documents of a run and its tokenizer: that in `folder` if there is one, else a new one."""
+def text_tokenizer(run: RunFile, folder: Path, *, begun: bool) -> tuple[text_data.Corpus, Tokenizer]:
+    """The documents of a run and its tokenizer: that in `folder` if the run has begun, else a new one.
+
+    Raises:
+        ValueError: the run has not begun, and the folder holds another tokenizer.
+    """
     corpus = read_corpus(run)
-    if (folder / text_data.TOKENIZER_FILE).is_file():
+    if begun and (folder / text_data.TOKENIZER_FILE).is_file():
         return corpus, text_data.load_tokenizer(folder)
-    return corpus, text_data.make_tokenizer(run.tokenizer, corpus.train)
+    tokenizer = text_data.make_tokenizer(run.tokenizer, corpus.train)
+    # A start that failed has left the very same files.
+    refuse_files(
+        folder, [name for name, text in tokenizer.texts().items() if not _holds(folder / name, text)]
+    )
+    return corpus, tokenizer
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except (OSError, ValueError):
+        return False
 
 
 def read_corpus(run: RunFile) -> text_data.Corpus:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from loopmdm.checkpoint import read_json, write_files
+from loopmdm.checkpoint import read_json
+from loopmdm_kernels.files import write_files
 
 RUN_FILE = "run.json"
 VALIDATION = 0.05
@@ -33,12 +34,7 @@ class RunFile:
 
     def write(self, folder: Path) -> None:
         """Write the file into the folder of the run, whole or not at all."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
-
-        def write(path: Path) -> None:
-            path.write_text(text, encoding="utf-8")
-
-        write_files({folder / RUN_FILE: write})
+        write_files({folder / RUN_FILE: json.dumps(asdict(self), indent=2) + "\n"})
 
     @classmethod
     def read(cls, folder: Path) -> RunFile | None:

@@ -8,7 +8,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -18,13 +19,18 @@ import torch.distributed as dist
 from loopmdm.cli.jobs import Job, read_corpus, sudoku_job, text_job, text_tokenizer
 from loopmdm.cli.output import note
 from loopmdm.cli.parser import INTERRUPTED, TERMINATED, UsageError
-from loopmdm.cli.run_file import RunFile
-from loopmdm.cli.text_data import load_tokenizer, located
+from loopmdm.cli.run_file import RUN_FILE, RunFile
+from loopmdm.cli.text_data import TOKENIZER_FILE, load_tokenizer, located
 from loopmdm.config import LoopMDMConfig
-from loopmdm.train import TrainConfig, Trainer
+from loopmdm.data.tokenizer import BACKEND_FILE
+from loopmdm.train import RunFolder, TrainConfig, Trainer
+from loopmdm.train import loop as training
+from loopmdm.train.folder import refuse_files
+from loopmdm.train.plot import PLOT_FILE
 from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.train.state import STATE_FILE
 
+FILES = (*training.FILES, RUN_FILE, PLOT_FILE, TOKENIZER_FILE, BACKEND_FILE)
 _DATA_FIELDS = (
     "preset",
     "data",
@@ -36,6 +42,7 @@ _DATA_FIELDS = (
     "autoregressive",
     "clues",
 )
+_STOPPING = b"\nstopping after this step, then a checkpoint is written (once more: stop at once)\n"
 # Options that mean nothing to an autoregressive model, which has no loop and no dropout.
 _LOOPED_ONLY = {
     "loop": "--loop",
@@ -62,18 +69,39 @@ class TrainedRun(NamedTuple):
 
 def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> TrainedRun:
     """Train the run that the options ask for, or continue it, until it is done or a signal stops it."""
-    job = _prepare(described_run(args), args, rank)
-    trainer = Trainer(job.model.to(device), job.data, job.config, args.out, evaluate=job.evaluate)
-    if args.resume:
-        done = trainer.resume()
+    run = described_run(args)
+    with ExitStack() as stack:
+        out: Path | RunFolder = args.out
         if rank == 0:
-            note(f"resuming {args.out} after step {done} of {job.config.steps}")
-    if rank == 0:
-        job.run.write(args.out)
-    with _stop_on_signals(trainer) as received:
-        counters = trainer.train()
+            out = stack.enter_context(RunFolder(args.out, FILES))
+            if not _begun(args):
+                refuse_files(args.out, replaced_by(run, args.out))
+        job = _prepare(run, args, rank)
+        trainer = Trainer(job.model.to(device), job.data, job.config, out, evaluate=job.evaluate)
+        if args.resume:
+            done = trainer.resume()
+            if rank == 0:
+                note(f"resuming {args.out} after step {done} of {job.config.steps}")
+        if rank == 0:
+            job.run.write(args.out)
+        with _stop_on_signals(trainer) as received:
+            counters = trainer.train()
     stopped = bool(received) and counters.step < job.config.steps
     return TrainedRun(job, counters.step, received[0] if stopped else None)
+
+
+def _begun(args: argparse.Namespace) -> bool:
+    """Whether the options continue the run in the folder; else they begin one there."""
+    return bool(args.resume) and RunFile.read(args.out) is not None
+
+
+def replaced_by(run: RunFile, folder: Path) -> tuple[str, ...]:
+    """What a run that begins must not find in its folder.
+
+    Of tokenizers those without our file are foreign; others are compared with that of the run.
+    """
+    ours = run.data is None or (folder / TOKENIZER_FILE).exists()
+    return tuple(name for name in FILES if name not in (TOKENIZER_FILE, *([BACKEND_FILE] if ours else [])))
 
 
 @contextmanager
@@ -162,13 +190,17 @@ def _prepare(run: RunFile, args: argparse.Namespace, rank: int) -> Job:
     if run.data is None:
         return sudoku_job(run, args.threads or 1)
     if rank == 0:
-        corpus, tokenizer = text_tokenizer(run, args.out)
-        tokenizer.save(args.out)
+        corpus, tokenizer = text_tokenizer(run, args.out, begun=_begun(args))
     if dist.is_initialized():
+        if rank == 0:
+            tokenizer.save(args.out)
         dist.barrier()
     if rank:
         corpus, tokenizer = read_corpus(run), load_tokenizer(args.out)
-    return text_job(run, corpus, tokenizer, args.cache)
+    job = text_job(run, corpus, tokenizer, args.cache)
+    if not dist.is_initialized():
+        tokenizer.save(args.out)  # when nothing can be wrong with the options any more
+    return job
 
 
 @contextmanager
@@ -181,8 +213,11 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
         trainer.request_stop()
-        # print is not safe in a signal handler
-        os.write(2, b"\nstopping after this step, then a checkpoint is written (once more: stop at once)\n")
+        # print is not safe in a signal handler, and the terminal may be gone
+        with suppress(OSError):
+            os.write(
+                2, b"\nstopping after this step, then a checkpoint is written (once more: stop at once)\n"
+            )
 
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from loopmdm.checkpoint import write_files
+from loopmdm_kernels.files import write_files
 
 Array: TypeAlias = NDArray[Any]
 
@@ -37,7 +37,7 @@ def cached_arrays(folder: Path, key: str, make: Callable[[], dict[str, Array]]) 
         checksums = {name: _checksum(array) for name, array in arrays.items()}
         writers = {_path(index, name): _writer(array) for name, array in arrays.items()}
         # The index last: an entry without it does not exist.
-        write_files({**writers, index: lambda path: _write_json(path, checksums)})
+        write_files({**writers, index: json.dumps(checksums)})
     return arrays
 
 
@@ -62,7 +62,3 @@ def _writer(array: Array) -> Callable[[Path], None]:
             np.save(file, array, allow_pickle=False)
 
     return write
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from loopmdm.checkpoint import write_files
+from loopmdm_kernels.files import write_files
 
 Ids: TypeAlias = NDArray[np.int32]
 
@@ -113,6 +113,10 @@ class Tokenizer(ABC):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer into a folder (made if missing), whole or not at all."""
+        write_files({Path(folder, name): text for name, text in self.texts().items()})
+
+    def texts(self) -> dict[str, str]:
+        """The files that `save` writes, name to content."""
         config = {
             "kind": self.kind,
             "vocab_size": self.vocab_size,
@@ -120,8 +124,7 @@ class Tokenizer(ABC):
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
         }
-        files = {CONFIG_FILE: json.dumps(config, indent=2) + "\n", **self._files()}
-        write_files({Path(folder, name): _text_writer(text) for name, text in files.items()})
+        return {CONFIG_FILE: json.dumps(config, indent=2) + "\n", **self._files()}
 
     def _files(self) -> dict[str, str]:
         return {}
@@ -413,10 +416,3 @@ def _utf8(text: str) -> bytes:
         raise ValueError(
             f"text holds the lone surrogate {text[error.start]!r} at index {error.start}"
         ) from None
-
-
-def _text_writer(text: str) -> Any:
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    return write

@@ -16,6 +16,7 @@ from loopmdm.exits import ExitRule, make_rule
 from loopmdm.plan import storage
 from loopmdm.plan import text as plan_text
 from loopmdm.plan.compute import Segment, StepCompute, compute_of, loop_count, make_compute, positive
+from loopmdm_kernels.files import write_file
 
 
 class Cost(NamedTuple):
@@ -209,14 +210,7 @@ class ComputePlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as a JSON file, whole or not at all."""
-        from loopmdm.checkpoint import write_files
-
-        text = self.to_json() + "\n"
-
-        def write(written: Path) -> None:
-            written.write_text(text)
-
-        write_files({Path(path): write})
+        write_file(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], models: Mapping[str, Any] | None = None) -> ComputePlan:

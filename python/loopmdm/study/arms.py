@@ -17,11 +17,13 @@ import torch
 from loopmdm import flops
 from loopmdm.cli.jobs import Job, sudoku_job, text_job, text_tokenizer
 from loopmdm.cli.run_file import RunFile
+from loopmdm.cli.runs import FILES, replaced_by
 from loopmdm.config import LoopMDMConfig
 from loopmdm.flops import DEFAULT_CONVENTION, Convention, Dimensions
 from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
-from loopmdm.train import Trainer
+from loopmdm.train import RunFolder, Trainer
+from loopmdm.train.folder import refuse_files
 from loopmdm.train.recipes import SUDOKU_RECIPES
 
 
@@ -156,22 +158,38 @@ def train_arm(
     plain = arm.model.get("max_loops", base.model.get("max_loops")) == 1
     training = base.training | {"seed": seed, "eval_every": 0} | ({"loop_law": "uniform"} if plain else {})
     asked = dataclasses.replace(base, model=base.model | arm.model, training=training)
+    with RunFolder(folder, FILES) as held:
+        return _train_held(asked, arm, budget, seed, held, threads, device)
+
+
+def _train_held(
+    asked: RunFile,
+    arm: Arm,
+    budget: Budget,
+    seed: int,
+    held: RunFolder,
+    threads: int,
+    device: torch.device | str,
+) -> TrainedArm:
+    folder = held.path
+    stored = RunFile.read(folder)
+    if stored is None:
+        refuse_files(folder, replaced_by(asked, folder))
     with torch.inference_mode(False):  # its tensors are trained
-        job = make_job(asked, folder, threads)
+        job = make_job(asked, folder, threads, begun=stored is not None)
     config, length = job.config, job.run.length or job.model.config.max_length
     law = LoopLaw.parse(config.loop_law, job.model.config.max_loops, dims=job.model.config, length=length)
     batch = config.batch_size * config.accumulation
     steps = steps_within(budget, job.model.config, length, batch, law, seed)
     config = dataclasses.replace(config, steps=steps, checkpoint_minutes=1.0)
     run = dataclasses.replace(job.run, training=config.to_dict())
-    stored = RunFile.read(folder)
     if stored is not None and stored != run:
         before, after = dataclasses.asdict(stored), dataclasses.asdict(run)
         differing = ", ".join(name for name in after if before[name] != after[name])
         raise ValueError(f"{folder} holds another run ({differing} differ): choose another folder")
     run.write(folder)
     with torch.inference_mode(False), torch.enable_grad():
-        trainer = Trainer(job.model.to(device), job.data, config, folder)
+        trainer = Trainer(job.model.to(device), job.data, config, held)
         counters = trainer.counters if trainer.resume() == steps else trainer.train()
     executed = {
         convention: float(
@@ -195,11 +213,10 @@ def train_arm(
     )
 
 
-def make_job(run: RunFile, folder: Path, threads: int) -> Job:
+def make_job(run: RunFile, folder: Path, threads: int, *, begun: bool) -> Job:
     """Model, data and configuration of a run; the tokenizer of a text is kept in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     if run.preset in SUDOKU_RECIPES:
         return sudoku_job(run, threads)
-    corpus, tokenizer = text_tokenizer(run, folder)
+    corpus, tokenizer = text_tokenizer(run, folder, begun=begun)
     tokenizer.save(folder)
     return text_job(run, corpus, tokenizer, folder.parent / "tokens")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loopmdm.checkpoint import write_files
+from loopmdm_kernels.files import open_append, write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ class StudyFolder:
         if not self._read(header):
             self._provenance = header["provenance"]
             text = json.dumps(header) + "\n"
-            write_files({self._file: lambda path: _write(path, text)})
+            write_files({self._file: text})
 
     def _read(self, header: dict[str, Any]) -> bool:
         """Read the items there are; whether there is a file."""
@@ -77,7 +77,7 @@ class StudyFolder:
         text = self._file.read_bytes()
         whole, _, torn = text.rpartition(b"\n")
         if torn:  # the line that was being written when a run was killed
-            write_files({self._file: lambda path: _write_bytes(path, whole + b"\n" if whole else b"")})
+            write_files({self._file: whole + b"\n" if whole else b""})
         lines = whole.splitlines()
         if not lines:
             return False
@@ -110,7 +110,7 @@ class StudyFolder:
         wanted = list(keys)
         missing = [key for key in dict.fromkeys(wanted) if key not in self._items]
         if missing:
-            with self._file.open("a", encoding="utf-8") as file:
+            with open_append(self._file) as file:
                 self._compute(missing, len(wanted), compute, what, file, progress and self._progress)
         return [self._items[key] for key in wanted]
 
@@ -164,8 +164,8 @@ class StudyFolder:
         table = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
         write_files(
             {
-                self.path / TABLE_JSON: lambda path: _write(path, table),
-                self.path / TABLE_CSV: lambda path: _write(path, csv_text(document)),
+                self.path / TABLE_JSON: table,
+                self.path / TABLE_CSV: csv_text(document),
                 self.path / FIGURE_FILE: lambda path: figure.savefig(path, format="png"),
             }
         )
@@ -241,11 +241,3 @@ def _json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return json.loads(json.dumps(value))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

@@ -3,6 +3,7 @@
 from loopmdm.train.batches import Batch, BatchSource, batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
+from loopmdm.train.folder import RunFolder
 from loopmdm.train.loop import Counters, NonFiniteError, TrainableModel, Trainer
 from loopmdm.train.metrics import read_metrics
 from loopmdm.train.plot import plot_loss
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "Counters",
     "NonFiniteError",
+    "RunFolder",
     "TrainConfig",
     "TrainableModel",
     "Trainer",

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,18 +17,23 @@ from torch import Tensor, nn
 
 from loopmdm import flops
 from loopmdm.causal import CausalLM
+from loopmdm.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
+from loopmdm.checkpoint import WEIGHTS_FILE, read_json
 from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
 from loopmdm.modes import evaluating
 from loopmdm.train.batches import Batch, Prefetcher, batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
+from loopmdm.train.folder import RunFolder, refuse_files
 from loopmdm.train.metrics import METRICS_FILE, MetricsLog, keep_until
 from loopmdm.train.progress import Progress, describe_evaluation
 from loopmdm.train.seeds import derive_seed
 from loopmdm.train.state import STATE_FILE, read_metadata, read_state, staged, write_state
+from loopmdm_kernels.files import write_files
 
 CONFIG_FILE = "train_config.json"
+FILES = (STATE_FILE, WEIGHTS_FILE, MODEL_CONFIG_FILE, CONFIG_FILE, METRICS_FILE)
 TrainableModel: TypeAlias = LoopMDM | CausalLM
 
 
@@ -89,7 +94,7 @@ class Trainer:
         model: TrainableModel,
         data: Any,
         config: TrainConfig,
-        out_dir: str | Path,
+        out_dir: str | Path | RunFolder,
         on_log: Callable[[dict[str, Any]], None] | None = None,
         *,
         evaluate: Callable[[Any], dict[str, Any]] | None = None,
@@ -101,7 +106,8 @@ class Trainer:
             model: on its device, in the state to start from.
             data: a SudokuData, a TextData, or a function (see `loopmdm.train.batch_source`).
             config: hyper-parameters.
-            out_dir: folder of the run.
+            out_dir: folder of the run. `resume` and `train` lock it until `train` returns; of a `RunFolder`
+                the caller holds the lock.
             on_log: called on rank 0 with every record that goes into metrics.jsonl.
             evaluate: called on rank 0 every `eval_every` steps and at the end with the model in eval mode and
                 the averaged weights in it; what it returns (JSON values) is logged under "evaluation".
@@ -110,7 +116,10 @@ class Trainer:
         """
         if config.eval_every and evaluate is None:
             raise ValueError("eval_every is set, but there is nothing to run: pass evaluate")
-        self.model, self.config, self.out_dir = model, config, Path(out_dir)
+        self.model, self.config = model, config
+        self._held_by_caller = isinstance(out_dir, RunFolder)
+        self._claimed = out_dir if isinstance(out_dir, RunFolder) else None
+        self.out_dir = out_dir.path if isinstance(out_dir, RunFolder) else Path(out_dir)
         self.counters = Counters()
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
@@ -146,10 +155,17 @@ class Trainer:
         Without a checkpoint (the run was stopped before its first) it starts from the beginning.
 
         Raises:
-            ValueError: if the checkpoint is damaged, or belongs to another model or another configuration.
+            ValueError: if the checkpoint is damaged, or belongs to another model or another configuration; or
+                the folder holds no run, but files that a run would replace.
+            LockedError: another process trains there.
         """
-        self._resumed = True
+        with self._claim(until_the_end=False):
+            return self._resume()
+
+    def _resume(self) -> int:
         path = self.out_dir / STATE_FILE
+        if not path.exists() and not _is_config(self.out_dir / CONFIG_FILE) and self.rank == 0:
+            refuse_files(self.out_dir, FILES)
         if path.exists():
             metadata = read_metadata(path)
             changed = TrainConfig.from_dict(metadata["config"]).differences(self.config)
@@ -162,7 +178,22 @@ class Trainer:
             self.counters = Counters(**metadata["counters"])
         if self.rank == 0:
             keep_until(self.out_dir / METRICS_FILE, self.counters.step)
+        self._resumed = True
         return self.counters.step
+
+    @contextlib.contextmanager
+    def _claim(self, until_the_end: bool) -> Iterator[None]:
+        """Hold the folder of the run; it is released after a failure, or at the end."""
+        if self.rank == 0 and self._claimed is None:
+            self._claimed = RunFolder(self.out_dir, FILES)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if self._claimed is not None and not self._held_by_caller and (failed or until_the_end):
+                self._claimed.release()
+                self._claimed = None
 
     def request_stop(self) -> None:
         """Let `train` finish the present step, write a checkpoint and return; safe in a signal handler."""
@@ -174,18 +205,24 @@ class Trainer:
         Raises:
             NonFiniteError: names the step; the last checkpoint is of an earlier one.
             CheckpointError: the disk is full, say; the previous checkpoint is intact.
-            ValueError: `out_dir` holds a run and `resume` was not called.
+            ValueError: `out_dir` holds a run, or other files that a run would replace, and `resume` was not
+                called.
+            LockedError: another process trains there.
         """
+        with self._claim(until_the_end=True):
+            return self._train()
+
+    def _train(self) -> Counters:
         if not self._resumed and (self.out_dir / STATE_FILE).exists():
             raise ValueError(f"{self.out_dir} holds a run already: resume it, or choose another folder")
+        if not self._resumed and self.rank == 0:
+            refuse_files(self.out_dir, FILES)
         self._batches = Prefetcher(self._source, self.config, self.rank, self.world_size, self.device)
         with contextlib.closing(self._batches):
             return self._train_rank_zero() if self.rank == 0 else self._run(None, None)
 
     def _train_rank_zero(self) -> Counters:
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        with staged(self.out_dir) as folder:
-            (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        write_files({self.out_dir / CONFIG_FILE: json.dumps(self.config.to_dict(), indent=2) + "\n"})
         log = MetricsLog(self.out_dir / METRICS_FILE)
         progress = Progress(self.config.steps, self.counters.step, self._show_progress)
         with contextlib.closing(log), progress:
@@ -361,6 +398,15 @@ class Trainer:
         seconds, cpu_seconds = self._before
         self.counters.seconds = seconds + time.perf_counter() - self._start
         self.counters.cpu_seconds = cpu_seconds + time.process_time() - self._cpu_start
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a run has begun in this folder: the first file that it writes."""
+    try:
+        TrainConfig.from_dict(read_json(path))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
 
 
 def _every(interval: int, step: int) -> bool:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from loopmdm_kernels.files import open_append, write_files
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -15,7 +17,7 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._file = open_append(path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
@@ -49,13 +51,8 @@ def keep_until(path: Path, step: int) -> None:
     """Drop, atomically, the records of later steps than `step` and a last line cut short."""
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    records = read_metrics(path)
+    if not all(isinstance(record, dict) and isinstance(record.get("step"), int) for record in records):
+        raise ValueError(f"{path} is no log of a run: it has lines without a step")
+    kept = [record for record in records if record["step"] <= step]
+    write_files({path: "".join(json.dumps(record) + "\n" for record in kept)})

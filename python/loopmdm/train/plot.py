@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loopmdm.train.metrics import METRICS_FILE, read_metrics
+from loopmdm_kernels.files import write_files
 
 PLOT_FILE = "loss.png"
 SMOOTHING_POINTS = 100  # about how many averages the curve is drawn through
@@ -32,7 +33,7 @@ def plot_loss(out_dir: str | Path) -> Path:
     axes.set(xlabel="optimizer step", ylabel="nats per token")
     axes.set_ylim(bottom=0, top=1.15 * max(loss for _, loss in _averages(training)))
     axes.legend()
-    figure.savefig(folder / PLOT_FILE, dpi=120)
+    write_files({folder / PLOT_FILE: lambda path: figure.savefig(path, format="png", dpi=120)})
     plt.close(figure)
     return folder / PLOT_FILE
 

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from loopmdm import safetensors_files
 from loopmdm.checkpoint import check_same
-from loopmdm.safetensors_files import write as save_file
 from loopmdm.train.ema import EMA
+from loopmdm_kernels.files import staging_folder
 
 STATE_FILE = "training_state.safetensors"
 _HEADER_KEY = "loopmdm_training_state"
-_STAGING_FOLDER = ".partial"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -40,32 +37,13 @@ def staged(folder: Path) -> Iterator[Path]:
 
     A failure, or a kill at any moment, leaves the previous files as they were.
     """
-    staging = folder / _STAGING_FOLDER
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        written = sorted(staging.iterdir())
-        for path in written:
-            path.chmod(0o666 & staging.stat().st_mode)  # safetensors makes files private, whatever the umask
-            _sync(path)
-        for path in written:
-            os.replace(path, folder / path.name)
-        _sync(folder)
-    except (OSError, SafetensorError) as error:
+        with staging_folder(folder) as staging:
+            yield staging
+    except OSError as error:
         raise CheckpointError(
             f"cannot write a checkpoint in {folder}, the previous one is intact: {error}"
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_state(
@@ -80,7 +58,7 @@ def write_state(
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     adam_steps = {int(s["step"]) for s in optimizer.state.values() if "step" in s} or {0}
     metadata = metadata | {"ema_updates": ema.updates, "adam_steps": max(adam_steps)}
-    save_file(path, tensors, {_HEADER_KEY: json.dumps(metadata)})
+    safetensors_files.write(path, tensors, {_HEADER_KEY: json.dumps(metadata)})
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -8,15 +8,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from loopmdm.checkpoint import write_files
 from loopmdm.sampling import StepEvent
 from loopmdm.view.predictions import LoopPredictions
 from loopmdm.view.symbols import BoardSymbols, Symbols
+from loopmdm_kernels.files import write_file
 
 _DIGITS = 3  # of probabilities
 _PLACEHOLDER = re.compile(r"@(TITLE|STYLE|DATA|SCRIPT)@")
@@ -83,12 +82,8 @@ def page(
 
 
 def write_page(path: str | os.PathLike[str], text: str) -> None:
-    """Write a page, whole or not at all."""
-    write_files({Path(path): lambda temporary: _write(temporary, text)})
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    """Write a page, whole or not at all; into a FIFO or a device as it comes."""
+    write_file(path, text)
 
 
 def _event(event: StepEvent) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from loopmdm.data.sudoku.boards import (
     units,
 )
 from loopmdm.data.sudoku.layouts import BLANKS, Written, accepted, find_boards
+from loopmdm_kernels.files import write_file
 
 
 class PuzzleFile(NamedTuple):
@@ -99,17 +99,7 @@ def write_puzzles(
         if len(answers) != len(rows):
             raise ValueError(f"solutions has {len(answers)} boards, clues has {len(rows)}")
         rows = ["puzzle,solution", *(f"{row},{answer}" for row, answer in zip(rows, answers, strict=True))]
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="ascii", newline="\n") as file:
-            file.writelines(f"{row}\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_file(path, "".join(f"{row}\n" for row in rows))
 
 
 def encode_boards(spec: SudokuSpec, cells: ArrayLike, name: str = "cells") -> list[str]:
