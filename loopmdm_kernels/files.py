@@ -16,7 +16,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TextIO, TypeAlias
 
@@ -171,6 +171,15 @@ def check_target(path: str | os.PathLike[str]) -> None:
         folder = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(None, f"{folder} is not a folder that can be written to")
+
+
+def refuse_files(folder: str | os.PathLike[str], names: Sequence[str], writer: str) -> None:
+    """Raise a `ValueError` if `writer`, which begins in a folder, would replace what has such a name there."""
+    found = [name for name in names if os.path.lexists(Path(folder, name))]
+    if found:
+        raise ValueError(
+            f"{Path(folder)} holds {', '.join(found)}, which {writer} would replace; choose another folder"
+        )
 
 
 def kind_of(path: Path) -> str | None:

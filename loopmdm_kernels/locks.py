@@ -12,6 +12,8 @@ import warnings
 from pathlib import Path
 from types import TracebackType
 
+LOCK_FILE = ".loopmdm.lock"  # of a folder
+
 
 class LockedError(OSError):
     """Another process, or another part of this one, holds a lock."""

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from loopmdm import checkpoint, draws, mdlm_stated, mdlm_weights, vocabulary
+from loopmdm import checkpoint, draws, mdlm_stated, mdlm_weights, shards, vocabulary
 from loopmdm.config import LoopMDMConfig
 from loopmdm.mdlm_weights import MDLMWeights
 from loopmdm.model import LoopMDM
 from loopmdm.modules import ROTARY_BASE
 from loopmdm.patching import check_num_loops, patch, unpatch
+from loopmdm_kernels.files import refuse_files
 
 __all__ = ["DIT", "MDLM", "MaskedLMOutput", "convert_checkpoint", "from_mdlm", "patch", "unpatch"]
 
@@ -182,7 +183,14 @@ def from_mdlm(
 
 
 def convert_checkpoint(src: Any, dst: str | os.PathLike[str], **options: Any) -> LoopMDMConfig:
-    """Read `src` as `from_mdlm` does, with its options, and write it as a folder for `from_pretrained`."""
+    """Read `src` as `from_mdlm` does, with its options, and write it as a folder for `from_pretrained`.
+
+    Raises:
+        ValueError: `dst` holds a checkpoint already; else as `from_mdlm`.
+        OSError: it cannot be written.
+    """
+    names = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, *shards.INDEX_FILES)
+    refuse_files(dst, names, "the converted checkpoint")
     model = from_mdlm(LoopMDM, src, **options)
     checkpoint.save_pretrained(model, dst)
     return model.config

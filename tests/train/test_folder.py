@@ -14,10 +14,9 @@ import pytest
 from toy_training import ToyModel, batches
 
 from loopmdm.train import RunFolder, TrainConfig, Trainer, read_metrics
-from loopmdm.train.folder import LOCK_FILE
 from loopmdm.train.loop import FILES
 from loopmdm_kernels.files import temporary_path
-from loopmdm_kernels.locks import LockedError
+from loopmdm_kernels.locks import LOCK_FILE, LockedError
 
 CONFIG: dict[str, Any] = {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1}
 

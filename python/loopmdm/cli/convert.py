@@ -12,7 +12,10 @@ from typing import Any
 
 from loopmdm.cli.output import print_json
 from loopmdm.cli.parser import add_json, count, loop_range, positive_int
+from loopmdm.cli.run_file import RUN_FILE
 from loopmdm.mdlm import convert_checkpoint
+from loopmdm.train.loop import FILES
+from loopmdm_kernels.files import refuse_files
 
 EPILOG = """examples:
   loopmdm convert mdlm.ckpt mdlm-looped --loop 1:3 --max-loops 12
@@ -22,7 +25,7 @@ EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint file, folder or hub id")
-    parser.add_argument("target", metavar="DST", help="folder to write")
+    parser.add_argument("target", metavar="DST", help="folder to write, without a checkpoint or a run in it")
     parser.add_argument(
         "--no-ema", action="store_true", help="take the raw weights of a Lightning checkpoint"
     )
@@ -45,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {} if args.max_length is None else {"max_length": args.max_length}
+    refuse_files(args.target, (*FILES, RUN_FILE), "the converted checkpoint")
     config = convert_checkpoint(
         args.source,
         args.target,

@@ -19,8 +19,8 @@ from loopmdm.evaluate import evaluate_autoregressive, evaluate_nll
 from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
 from loopmdm.train import TrainableModel, TrainConfig
-from loopmdm.train.folder import refuse_files
 from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
+from loopmdm_kernels.files import refuse_files
 
 Evaluate = Callable[[Any], dict[str, Any]]
 PRESETS = (*SUDOKU_RECIPES, *TEXT_RECIPES)
@@ -69,9 +69,8 @@ def text_tokenizer(run: RunFile, folder: Path, *, begun: bool) -> tuple[text_dat
         return corpus, text_data.load_tokenizer(folder)
     tokenizer = text_data.make_tokenizer(run.tokenizer, corpus.train)
     # A start that failed has left the very same files.
-    refuse_files(
-        folder, [name for name, text in tokenizer.texts().items() if not _holds(folder / name, text)]
-    )
+    texts = tokenizer.texts().items()
+    refuse_files(folder, [name for name, text in texts if not _holds(folder / name, text)], "a new run")
     return corpus, tokenizer
 
 

@@ -25,10 +25,10 @@ from loopmdm.config import LoopMDMConfig
 from loopmdm.data.tokenizer import BACKEND_FILE
 from loopmdm.train import RunFolder, TrainConfig, Trainer
 from loopmdm.train import loop as training
-from loopmdm.train.folder import refuse_files
 from loopmdm.train.plot import PLOT_FILE
 from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.train.state import STATE_FILE
+from loopmdm_kernels.files import refuse_files
 
 FILES = (*training.FILES, RUN_FILE, PLOT_FILE, TOKENIZER_FILE, BACKEND_FILE)
 _DATA_FIELDS = (
@@ -75,7 +75,7 @@ def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> Trai
         if rank == 0:
             out = stack.enter_context(RunFolder(args.out, FILES))
             if not _begun(args):
-                refuse_files(args.out, replaced_by(run, args.out))
+                refuse_files(args.out, replaced_by(run, args.out), "a new run")
         job = _prepare(run, args, rank)
         trainer = Trainer(job.model.to(device), job.data, job.config, out, evaluate=job.evaluate)
         if args.resume:

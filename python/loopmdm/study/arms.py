@@ -23,8 +23,8 @@ from loopmdm.flops import DEFAULT_CONVENTION, Convention, Dimensions
 from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
 from loopmdm.train import RunFolder, Trainer
-from loopmdm.train.folder import refuse_files
 from loopmdm.train.recipes import SUDOKU_RECIPES
+from loopmdm_kernels.files import refuse_files
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _train_held(
     folder = held.path
     stored = RunFile.read(folder)
     if stored is None:
-        refuse_files(folder, replaced_by(asked, folder))
+        refuse_files(folder, replaced_by(asked, folder), "a new arm")
     with torch.inference_mode(False):  # its tensors are trained
         job = make_job(asked, folder, threads, begun=stored is not None)
     config, length = job.config, job.run.length or job.model.config.max_length

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loopmdm_kernels.files import open_append, write_files
+from loopmdm_kernels.files import open_append, refuse_files, write_files
+from loopmdm_kernels.locks import LOCK_FILE, Lock
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +55,9 @@ class StudyFolder:
             progress: show progress on standard error.
 
         Raises:
-            ValueError: the folder holds another study or other settings, or a damaged file.
+            ValueError: the folder holds another study or other settings, a damaged file, or files that a new
+                study would replace.
+            LockedError: another process computes this study.
         """
         self.path = Path(path)
         self.study = study
@@ -65,10 +68,15 @@ class StudyFolder:
         self._file = self.path / ITEMS_FILE
         header = {"study": study, "settings": _json(settings), "provenance": _json(provenance or {})}
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self._read(header):
-            self._provenance = header["provenance"]
-            text = json.dumps(header) + "\n"
-            write_files({self._file: text})
+        with self._lock():
+            if not self._read(header):
+                refuse_files(self.path, (TABLE_JSON, TABLE_CSV, FIGURE_FILE), "a new study")
+                self._provenance = header["provenance"]
+                write_files({self._file: json.dumps(header) + "\n"})
+
+    def _lock(self) -> Lock:
+        """While items are read or added: two studies at once would compute them twice and mix their lines."""
+        return Lock(self.path / LOCK_FILE, str(self.path))
 
     def _read(self, header: dict[str, Any]) -> bool:
         """Read the items there are; whether there is a file."""
@@ -110,7 +118,7 @@ class StudyFolder:
         wanted = list(keys)
         missing = [key for key in dict.fromkeys(wanted) if key not in self._items]
         if missing:
-            with open_append(self._file) as file:
+            with self._lock(), open_append(self._file) as file:
                 self._compute(missing, len(wanted), compute, what, file, progress and self._progress)
         return [self._items[key] for key in wanted]
 

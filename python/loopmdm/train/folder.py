@@ -9,9 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from loopmdm_kernels.files import kind_of, remove_leftovers
-from loopmdm_kernels.locks import Lock
-
-LOCK_FILE = ".loopmdm.lock"
+from loopmdm_kernels.locks import LOCK_FILE, Lock
 
 
 class RunFolder:
@@ -60,12 +58,3 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
-
-
-def refuse_files(folder: Path, names: Sequence[str]) -> None:
-    """Raise a `ValueError` if a run that begins in `folder` would replace what is there under its names."""
-    found = [name for name in names if os.path.lexists(folder / name)]
-    if found:
-        raise ValueError(
-            f"{folder} holds {', '.join(found)}, which a new run would replace; choose another folder"
-        )

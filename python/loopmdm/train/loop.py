@@ -25,12 +25,12 @@ from loopmdm.modes import evaluating
 from loopmdm.train.batches import Batch, Prefetcher, batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
-from loopmdm.train.folder import RunFolder, refuse_files
+from loopmdm.train.folder import RunFolder
 from loopmdm.train.metrics import METRICS_FILE, MetricsLog, keep_until
 from loopmdm.train.progress import Progress, describe_evaluation
 from loopmdm.train.seeds import derive_seed
 from loopmdm.train.state import STATE_FILE, read_metadata, read_state, staged, write_state
-from loopmdm_kernels.files import write_files
+from loopmdm_kernels.files import refuse_files, write_files
 
 CONFIG_FILE = "train_config.json"
 FILES = (STATE_FILE, WEIGHTS_FILE, MODEL_CONFIG_FILE, CONFIG_FILE, METRICS_FILE)
@@ -165,7 +165,7 @@ class Trainer:
     def _resume(self) -> int:
         path = self.out_dir / STATE_FILE
         if not path.exists() and not _is_config(self.out_dir / CONFIG_FILE) and self.rank == 0:
-            refuse_files(self.out_dir, FILES)
+            refuse_files(self.out_dir, FILES, "a new run")
         if path.exists():
             metadata = read_metadata(path)
             changed = TrainConfig.from_dict(metadata["config"]).differences(self.config)
@@ -216,7 +216,7 @@ class Trainer:
         if not self._resumed and (self.out_dir / STATE_FILE).exists():
             raise ValueError(f"{self.out_dir} holds a run already: resume it, or choose another folder")
         if not self._resumed and self.rank == 0:
-            refuse_files(self.out_dir, FILES)
+            refuse_files(self.out_dir, FILES, "a new run")
         self._batches = Prefetcher(self._source, self.config, self.rank, self.world_size, self.device)
         with contextlib.closing(self._batches):
             return self._train_rank_zero() if self.rank == 0 else self._run(None, None)
