@@ -174,7 +174,7 @@ def check_target(path: str | os.PathLike[str]) -> None:
 
 
 def refuse_files(folder: str | os.PathLike[str], names: Sequence[str], writer: str) -> None:
-    """Raise a `ValueError` if `writer`, which begins in a folder, would replace what has such a name there."""
+    """Raise a `ValueError` if `writer`, which begins in a folder, would replace what has these names."""
     found = [name for name in names if os.path.lexists(Path(folder, name))]
     if found:
         raise ValueError(
