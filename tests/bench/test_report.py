@@ -1,6 +1,7 @@
 """The result file and the table of targets."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,15 +88,15 @@ def test_main_writes_the_file_whole(tmp_path, monkeypatch, capsys):
     source.write_text(json.dumps(raw(test_one=figures())))
     target.write_text("old")
     renamed = []
-    replace = Path.replace
+    replace = os.replace
 
-    def spy(self, new):
-        renamed.append((self, new))
+    def spy(old, new):
+        renamed.append((old, new))
         assert target.read_text() == "old"
-        assert json.loads(self.read_text())["figures"]
-        return replace(self, new)
+        assert json.loads(Path(old).read_text())["figures"]
+        return replace(old, new)
 
-    monkeypatch.setattr(Path, "replace", spy)
+    monkeypatch.setattr(os, "replace", spy)
     report.main(str(source), str(target), "make bench ARGS='-k one'")
     assert [new for _, new in renamed] == [target] and renamed[0][0] != target
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw.json", "result.json"]
