@@ -193,10 +193,7 @@ def head(value: Head | Fp8Head, hidden_size: int, batch: int, device: torch.devi
     tensor(
         "head.modulation", value.modulation, dtypes=FLOATS, shape=((1, batch), 2, hidden_size), device=device
     )
-    if not -1 <= value.excluded_token < vocab_size:
-        raise ValueError(
-            f"head.excluded_token: got {value.excluded_token}, expected -1 or 0..{vocab_size - 1}"
-        )
+    integer("head.excluded_token", value.excluded_token, -1, vocab_size, f"-1 or 0..{vocab_size - 1}")
     if value.excluded_token >= 0 and vocab_size == 1:
         raise ValueError("head.excluded_token: the vocabulary has no other token")
     return vocab_size

@@ -14,6 +14,8 @@ from loopmdm_kernels.ops.library import differentiable, register, register_autog
 from loopmdm_kernels.tracing import traced
 from loopmdm_kernels.types import FP8, BlockWeights, Fp8BlockWeights, Fp8Weight, Rotary
 
+_LIMIT_OF_LOOPS = 2**30  # names of dropout's random numbers count applications in 32 bits
+
 
 def looped_blocks(
     x: Tensor,
@@ -60,7 +62,11 @@ def looped_blocks(
     num_heads = checks.integer("num_heads", num_heads, 1, None, "an int >= 1")
     if not isinstance(num_loops, Tensor):
         num_loops = checks.integer(
-            "num_loops", num_loops, 1, None, "at least 1, an int or an int64 tensor [B]"
+            "num_loops",
+            num_loops,
+            1,
+            _LIMIT_OF_LOOPS,
+            "at least 1 and below 2^30, an int or an int64 tensor [B]",
         )
     if max_loops is not None:
         max_loops = checks.integer("max_loops", max_loops, 1, None, "None or an int >= 1")
@@ -163,7 +169,8 @@ def _check(
         raise ValueError("blocks: got none, expected at least one")
     if len({type(weights) for weights in blocks}) > 1:
         raise TypeError("blocks: got some with fp8 weights, expected all or none")
-    width = blocks[0].mlp_in.shape[0]
+    given = getattr(blocks[0].mlp_in, "shape", ())  # what is no matrix is refused below
+    width = given[0] if len(given) else "F"
     shapes = (
         (hidden,), (3 * hidden, hidden), (hidden, hidden), (hidden,),
         (width, hidden), (width,), (hidden, width), (hidden,),
@@ -182,7 +189,7 @@ def _check(
         one_for_all = num_loops.shape == (1,) and num_loops.device.type == "cpu"
         device = None if one_for_all else x.device
         checks.tensor("num_loops", num_loops, dtypes=(torch.int64,), shape=((1, batch),), device=device)
-        checks.in_range("num_loops", num_loops, 1, 2**30 if max_loops is None else max_loops + 1)
+        checks.in_range("num_loops", num_loops, 1, _LIMIT_OF_LOOPS if max_loops is None else max_loops + 1)
     if max_loops is not None and not isinstance(num_loops, Tensor):
         raise ValueError(f"max_loops: got {max_loops}, expected None where all sequences have one num_loops")
     checks.rotary(rotary, length, hidden // num_heads, x.device)

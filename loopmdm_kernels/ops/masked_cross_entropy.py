@@ -59,12 +59,13 @@ def masked_cross_entropy(
     checks.compute_dtype(compute_dtype)
     if isinstance(head, Fp8Head):
         checks.for_inference("head", compute_dtype, hidden=hidden, row_weights=row_weights)
+    # Before reading: indexing by a tensor with the lazy negative bit takes the numbers in its memory.
+    hidden, head, targets, rows, row_weights = checks.plain((hidden, head, targets, rows, row_weights))
     if can_read(targets):
         wanted = targets[rows] if rows.dtype == torch.bool else targets.flatten()[rows]
         checks.in_range("targets", wanted, 0, vocab_size)
         if bool((wanted == head.excluded_token).any()):
             raise ValueError(f"targets: a row's target is the excluded token {head.excluded_token}")
-    hidden, head, targets, rows, row_weights = checks.plain((hidden, head, targets, rows, row_weights))
     if traced(hidden):
         if isinstance(head, Fp8Head):
             head = head.dequantized(compute_dtype or hidden.dtype)

@@ -68,7 +68,7 @@ def sample_logits(
         token = _first_argmax(scores).clamp_max(vocab_size - 1)
     probs = log_probs.exp()
     top = probs.topk(min(2, vocab_size), dim=-1).values
-    plogp = torch.where(probs > 0, probs * log_probs, torch.zeros_like(probs))
+    plogp = torch.where(probs == 0, torch.zeros_like(probs), probs * log_probs)  # NaN stays
     return SampledRows(
         token=token,
         log_prob=log_probs.gather(1, token[:, None]).squeeze(1),

@@ -229,6 +229,8 @@ BAD = [
     ),
     ({"num_loops": 0}, ValueError, "num_loops: got 0, expected at least 1"),
     ({"num_loops": -1}, ValueError, "num_loops: got -1"),
+    ({"num_loops": 2**30}, ValueError, r"num_loops: got 1073741824, expected .* below 2\^30"),
+    ({"num_loops": torch.tensor([1, 2**30])}, ValueError, "num_loops: got values in 1..1073741824"),
     ({"num_loops": 1.5}, TypeError, "num_loops: got 1.5"),
     ({"num_loops": True}, TypeError, "num_loops: got True"),
     ({"num_loops": torch.tensor([1, 0])}, ValueError, "num_loops: got values in 0..1"),
@@ -262,6 +264,15 @@ def test_bad_input(change, error, message):
     }
     with pytest.raises(error, match=message):
         lk.looped_blocks(**arguments)
+
+
+@pytest.mark.parametrize("wrong", [None, torch.float32, 3, "x", torch.tensor(1.0), torch.zeros(0)])
+@pytest.mark.parametrize("name", BlockWeights._fields)
+def test_a_weight_that_is_none_is_named(name, wrong):
+    inputs = looped_inputs().to(torch.float32)
+    blocks = [inputs.blocks[0]._replace(**{name: wrong}), inputs.blocks[1]]
+    with pytest.raises((TypeError, ValueError), match=rf"blocks\[0\].{name}: got"):
+        run(inputs._replace(blocks=blocks), 1)
 
 
 def test_wrong_weight_shape_is_named():

@@ -5,7 +5,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels import reference
-from loopmdm_kernels.testing import assert_matches_oracle, head_inputs
+from loopmdm_kernels.testing import assert_matches_oracle, head_inputs, row_rng
 from loopmdm_kernels.types import Head
 
 V, MASK = 50, 49
@@ -100,6 +100,15 @@ def test_bad_input(change, error, message):
     arguments = {"hidden": hidden, "head": head, "targets": targets, "rows": rows, "row_weights": weights}
     with pytest.raises(error, match=message):
         lk.masked_cross_entropy(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("token", [2.0, float("nan"), True, None, "2", torch.tensor(2)])
+@pytest.mark.parametrize("op", ["masked_cross_entropy", "head_logits", "sample_rows"])
+def test_an_excluded_token_that_is_no_int(op, token):
+    hidden, head, targets, rows, weights = case()
+    others = {"masked_cross_entropy": (targets, rows, weights), "sample_rows": (rows, row_rng(len(rows)))}
+    with pytest.raises(TypeError, match=r"head.excluded_token: got .*, expected -1 or 0..49"):
+        getattr(lk, op)(hidden, head._replace(excluded_token=token), *others.get(op, ()))
 
 
 def test_excluded_token_out_of_range():

@@ -73,6 +73,16 @@ def test_temperature_zero_is_the_first_maximum(backend):
     assert out.top1_token.tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}])
+def test_a_row_of_nan_has_no_statistics(backend, options):
+    hidden, head = head_inputs(1, 3, vocab_size=20)
+    hidden, head = hidden.float(), head._replace(**{n: getattr(head, n).float() for n in head._fields[:4]})
+    hidden[0, 1, 0] = float("nan")
+    out = lk.sample_rows(hidden, head, torch.arange(3), row_rng(3), **options)
+    for name in ("log_prob", "top1_prob", "top2_prob", "entropy"):
+        assert getattr(out, name).isnan().tolist() == [False, True, False], name
+
+
 def test_excluded_token_is_never_drawn(backend):
     hidden, head = law_case(torch.tensor([0.0, 5.0, 0.0, 0.0]))
     zeros = torch.zeros(2000, dtype=torch.int64)

@@ -179,6 +179,20 @@ def test_gradients_with_the_negative_bit(backend):
         assert torch.equal(got, want), op
 
 
+def test_rows_with_the_negative_bit_choose_the_targets_that_are_checked(backend):
+    """PyTorch's own indexing by such a tensor reads the numbers in its memory, here rows -1, -5, ..."""
+    hidden, head = head_case()
+    rows = torch.tensor([1, 5, 7])
+    targets = torch.full((2, 6), -100)
+    targets.view(-1)[rows] = torch.tensor([3, 4, 5])
+    want = lk.masked_cross_entropy(hidden, head, targets, rows)
+    for a, b in zip(lk.masked_cross_entropy(hidden, head, targets, negative(rows)), want, strict=True):
+        assert torch.equal(a, b)
+    targets.view(-1)[5] = 20
+    with pytest.raises(ValueError, match=r"targets: got values in 3\.\.20"):
+        lk.masked_cross_entropy(hidden, head, targets, negative(rows))
+
+
 def test_plain_leaves_other_tensors_alone():
     value = (torch.ones(2), [torch.zeros(1)], 3, None)
     assert checks.plain(value) is value
