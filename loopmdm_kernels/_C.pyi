@@ -119,7 +119,7 @@ def attention(
     sin: Tensor | None,
     num_threads: int,
     out: Tensor,
-    log_sum_exp: Tensor,
+    log_sum_exp: Tensor | None,
 ) -> None: ...
 def attention_backward(
     q: Tensor,

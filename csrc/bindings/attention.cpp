@@ -24,7 +24,6 @@ struct Arguments {
     if (batch * heads * length * head_dim == 0) throw py::value_error("q: expected no dimension of size 0");
     if (num_threads < 1)
       throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
-    const TensorView log_sum_exp(log_sum_exp_arg, "log_sum_exp", {DType::float32}, {batch, heads, length});
     problem = {.q = heads_view(q),
                .k = like_q(k_arg, "k"),
                .v = like_q(v_arg, "v"),
@@ -44,7 +43,10 @@ struct Arguments {
     }
     if (!key_mask_arg.is_none())
       problem.key_mask = TensorView(key_mask_arg, "key_mask", {DType::boolean}, {batch, length}).as<bool>();
-    output = {like_q(out_arg, "out"), log_sum_exp.as<float>()};
+    output = {like_q(out_arg, "out"), nullptr};
+    if (!log_sum_exp_arg.is_none())
+      output.log_sum_exp =
+          TensorView(log_sum_exp_arg, "log_sum_exp", {DType::float32}, {batch, heads, length}).as<float>();
   }
 
   cpu::HeadsView like_q(py::handle object, const char* name) const {
@@ -69,6 +71,7 @@ void attention_backward(py::handle q, py::handle k, py::handle v, py::handle key
                         py::handle sin, int num_threads, py::handle out, py::handle log_sum_exp,
                         py::handle grad_out, py::handle grad_q, py::handle grad_k, py::handle grad_v) {
   const Arguments a(q, k, v, key_mask, cos, sin, out, log_sum_exp, num_threads);
+  if (a.output.log_sum_exp == nullptr) throw py::type_error("log_sum_exp: got None, expected a tensor");
   const cpu::AttentionGradients gradients = {a.like_q(grad_out, "grad_out"), a.like_q(grad_q, "grad_q"),
                                              a.like_q(grad_k, "grad_k"), a.like_q(grad_v, "grad_v")};
   const cpu::Isa isa = cpu::current_isa();

@@ -28,7 +28,7 @@ struct AttentionProblem {
 
 struct AttentionOutput {
   HeadsView out;
-  float* log_sum_exp;  // [B, H, L], base 2, of the scaled scores
+  float* log_sum_exp;  // [B, H, L], base 2, of the scaled scores; attention() does without if it is null
 };
 
 struct AttentionGradients {

@@ -1,7 +1,7 @@
 // Flash attention of some queries of one head over all keys of their sequence: scores of a block of keys,
 // online softmax, weighted sum of values. Scores never leave the first-level cache.
 //
-// Keys: panels of kPanel keys, [head words][kPanel]. Values: panels of at most kPanel columns of the head,
+// Keys: panels of at most kPanel keys, [head words][keys]. Values: panels of at most kPanel columns of the head,
 // [key words][columns]. Keys beyond the length are zero and `bias` excludes them.
 
 constexpr int kKeyBlock = 512;
@@ -14,7 +14,7 @@ static_assert(kKeyBlock % kPanel == 0 && kPanel % (2 * kLanes) == 0);
 
 struct HeadShape {
   int64_t length;      // L
-  int64_t keys;        // L rounded up to whole panels
+  int64_t keys;        // L rounded up to pairs of vectors
   int64_t head_dim;    // K
   int64_t head_width;  // K rounded up to whole vectors
 };
@@ -82,6 +82,18 @@ inline void subtract_from(float* scores, int64_t count, float offset) {
   for (int64_t i = 0; i < count; i += kLanes) store(scores + i, load(scores + i) - offset);
 }
 
+// Keys [first, first + count) of x into their panels, zero beyond the length.
+template <class Operand, class Source>
+void pack_key_panels(const HeadShape& shape, const Source* x, int64_t row, int64_t first, int64_t count,
+                     uint32_t* out) {
+  const int64_t head_words = (shape.head_dim + Operand::kPerWord - 1) / Operand::kPerWord;
+  for (int64_t key = first; key < first + count; key += kLanes) {
+    const int64_t panel = key / kPanel * kPanel, left = shape.length - key;
+    pack_columns<Operand>(x + key * row, row, static_cast<int>(left < kLanes ? left : kLanes), shape.head_dim,
+                          head_words, panel_width(shape.keys, panel), out + panel * head_words + key - panel);
+  }
+}
+
 // out: [rows][head_width] floats. log_sum_exp: [rows] in base 2, or null.
 template <class Operand>
 void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, int64_t rows,
@@ -99,13 +111,14 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
     float top[kGroupRows], total[kGroupRows];  // top: of the scores as they are
     for (int64_t begin = 0; begin < shape.keys; begin += kKeyBlock) {
       const int64_t count = shape.keys - begin < kKeyBlock ? shape.keys - begin : kKeyBlock;
+      const int64_t real = shape.length - begin < count ? shape.length - begin : count;
       for (int64_t first = group; first < last; first += kRowsAtOnce) {
         const int n = static_cast<int>(last - first < kRowsAtOnce ? last - first : kRowsAtOnce);
         const Left q = {queries + first * query_row, query_row, 1};
         float* sums = out + first * width;
         for (int64_t key = 0; key < count; key += kPanel)
-          multiply<Operand>(q, n, keys + (begin + key) * head_words, kPanel, head_words, scratch.scores + key,
-                            kKeyBlock);
+          multiply<Operand>(q, n, keys + (begin + key) * head_words, panel_width(count, key), head_words,
+                            scratch.scores + key, kKeyBlock);
         for (int r = 0; r < n; ++r) {
           float* scores = scratch.scores + r * kKeyBlock;
           uint32_t* probs = scratch.probs + r * kKeyBlock;
@@ -139,7 +152,7 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
         for (int64_t column = 0; column < width; column += kPanel) {
           const int panel = panel_width(width, column);
           multiply<Operand>(p, n, values + column * (shape.keys / kPer) + begin / kPer * panel, panel,
-                            count / kPer, sums + column, width, begin > 0);
+                            (real + kPer - 1) / kPer, sums + column, width, begin > 0);
         }
       }
     }

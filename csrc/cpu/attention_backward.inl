@@ -76,19 +76,6 @@ int64_t attention_backward_scratch_bytes(const HeadShape& shape) {
   return gradient_scratch(shape, 1, nullptr).bytes;
 }
 
-// Panels of keys: [head words][kPanel] each, keys beyond the length zero.
-template <class Operand, class Source>
-void pack_key_panels(const HeadShape& shape, const Source* x, int64_t row, int64_t first, int64_t count,
-                     uint32_t* out) {
-  const int64_t head_words = (shape.head_dim + Operand::kPerWord - 1) / Operand::kPerWord;
-  for (int64_t key = first; key < first + count; key += kLanes) {
-    const Source* columns[kLanes];
-    for (int i = 0; i < kLanes; ++i) columns[i] = key + i < shape.length ? x + (key + i) * row : nullptr;
-    pack_columns<Operand>(columns, shape.head_dim, head_words, kPanel,
-                          out + key / kPanel * kPanel * head_words + key % kPanel);
-  }
-}
-
 inline float dot_product(const float* a, const float* b, int64_t count) {
   Floats sum = {};
   for (int64_t i = 0; i < count; i += kLanes)
@@ -217,9 +204,10 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
         const Left q = {t.query_rows + (first + row) * head_words, head_words, 1};
         const Left grad = {t.grad_rows + (first + row) * head_words, head_words, 1};
         for (int64_t key = 0; key < count; key += kPanel) {
-          multiply<Operand>(q, n, t.keys + (begin + key) * head_words, kPanel, head_words, t.scores + key,
+          const int panel = panel_width(count, key);
+          multiply<Operand>(q, n, t.keys + (begin + key) * head_words, panel, head_words, t.scores + key,
                             kGradKeys);
-          multiply<Operand>(grad, n, t.values + (begin + key) * head_words, kPanel, head_words,
+          multiply<Operand>(grad, n, t.values + (begin + key) * head_words, panel, head_words,
                             t.prob_grads + key, kGradKeys);
         }
         for (int64_t r = 0; r < n; r += kPer) {
@@ -247,7 +235,7 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
         multiply<Operand>({t.score_grads, 1, kGradKeys}, real, t.query_pairs + at, panel, words,
                           t.grad_k + column, width, first > 0);
         multiply<Operand>({t.score_grad_rows, kGradKeys / kPer, 1}, rows,
-                          t.key_pairs + column * key_words + begin / kPer * panel, panel, count / kPer,
+                          t.key_pairs + column * key_words + begin / kPer * panel, panel, (real + kPer - 1) / kPer,
                           t.grad_q + first * width + column, width, begin > 0);
       }
     }

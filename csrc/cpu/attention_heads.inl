@@ -7,7 +7,8 @@ static_assert(kPackedRows % kPanel == 0 && kAttendRows % kRowsAtOnce == 0);
 inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 inline HeadShape head_shape(const AttentionProblem& p) {
-  return {p.length, (p.length + kPanel - 1) / kPanel * kPanel, p.head_dim,
+  constexpr int64_t kPair = 2 * kLanes;
+  return {p.length, (p.length + kPair - 1) / kPair * kPair, p.head_dim,
           (p.head_dim + kLanes - 1) / kLanes * kLanes};
 }
 
@@ -33,21 +34,19 @@ struct HeadScratch {
   AttentionScratch* attention;
   uint32_t* queries;  // [kAttendRows, head words]
   float* rows;        // [kPackedRows, head width]: rotated rows, or results
+  int64_t bytes;
 };
 
 inline HeadScratch head_scratch(const HeadShape& s, void* memory) {
   char* const base = static_cast<char*>(memory);
+  const auto rows_of = [&s](int64_t most) { return s.keys < most ? s.keys : most; };
   const int64_t queries = lines(sizeof(AttentionScratch)),
-                rows = queries + lines(4 * kAttendRows * s.head_dim);
+                rows = queries + lines(4 * rows_of(kAttendRows) * s.head_dim);
   return {reinterpret_cast<AttentionScratch*>(base), reinterpret_cast<uint32_t*>(base + queries),
-          reinterpret_cast<float*>(base + rows)};
+          reinterpret_cast<float*>(base + rows), rows + lines(4 * rows_of(kPackedRows) * s.head_width)};
 }
 
-int64_t head_scratch_bytes(const AttentionProblem& p) {
-  const HeadShape s = head_shape(p);
-  return lines(sizeof(AttentionScratch)) + lines(4 * kAttendRows * s.head_dim) +
-         lines(4 * kPackedRows * s.head_width);
-}
+int64_t head_scratch_bytes(const AttentionProblem& p) { return head_scratch(head_shape(p), nullptr).bytes; }
 
 template <class Element>
 struct Rows {
@@ -166,7 +165,7 @@ void attend_head_of(const AttentionProblem& p, const AttentionOutput& out, int64
       pack_row<Operand>(q.at + (first + r) * q.stride, s.head_dim, t.queries + r * head_words);
   attend<Operand>(s, t.queries, head_words, count, packed.keys, packed.values,
                   has_bias(p, s) ? packed.bias : nullptr, *t.attention, t.rows,
-                  out.log_sum_exp + head * p.length + first);
+                  out.log_sum_exp ? out.log_sum_exp + head * p.length + first : nullptr);
   const Rows<Element> to = rows_of<Element>(p, out.out, head);
   for (int64_t r = 0; r < count; ++r)
     write_row(t.rows + r * s.head_width, s.head_dim, to.at + (first + r) * to.stride);

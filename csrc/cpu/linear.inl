@@ -23,9 +23,9 @@ void pack_panel_of(const Source* w, const LinearSource& source, const LinearLayo
         store_words(out + k * width + j, Operand::zip(even, odd));
       }
     } else {
-      const Source* columns[kLanes];
-      for (int i = 0; i < kLanes; ++i) columns[i] = i < filled ? w + (column + i) * source.depth : nullptr;
-      pack_columns<Operand>(columns, source.depth, layout.words, width, out + j);
+      const int here = static_cast<int>(filled < kLanes ? filled : kLanes);
+      pack_columns<Operand>(w + column * source.depth, source.depth, here, source.depth, layout.words, width,
+                            out + j);
     }
   }
 }

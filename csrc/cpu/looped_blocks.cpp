@@ -364,7 +364,7 @@ BlockShape block_shape(const LoopedBlocksProblem& p, Isa isa) {
           .hidden_padded = round_up(p.hidden, 2 * linear.lanes),
           .width_padded = round_up(p.width, 2 * linear.lanes),
           .head_width = round_up(head_dim, linear.lanes),
-          .keys = round_up(p.length, linear.panel),
+          .keys = round_up(p.length, 2 * linear.lanes),
           .per_word = operands_per_word(linear, p.narrow)};
 }
 

@@ -61,7 +61,7 @@ struct BlockShape {
   int64_t length, hidden, width, heads, head_dim;
   int64_t hidden_padded, width_padded;  // whole pairs of vectors
   int64_t head_width;                   // whole vectors
-  int64_t keys;                         // whole panels
+  int64_t keys;                         // whole pairs of vectors
   int64_t per_word;                     // operands in a word
   int64_t hidden_words() const { return hidden_padded / per_word; }
   int64_t width_words() const { return width_padded / per_word; }

@@ -174,10 +174,9 @@ void given_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, cons
   constexpr int kPer = Operand::kPerWord;
   const int64_t token_words = (count + kPer - 1) / kPer;
   for (int64_t row = 0; row < g.padded; row += kLanes) {
-    const Source* rows[kLanes];
-    for (int j = 0; j < kLanes; ++j)
-      rows[j] = row + j < g.count ? given + (g.first + row + j) * p.vocab_size + token : nullptr;
-    pack_columns<Operand>(rows, count, token_words, static_cast<int>(l.rows_stride), scratch.row_pairs + row);
+    const int filled = static_cast<int>(g.count - row < kLanes ? g.count - row : kLanes);
+    pack_columns<Operand>(given + (g.first + row) * p.vocab_size + token, p.vocab_size, filled, count,
+                          token_words, l.rows_stride, scratch.row_pairs + row);
   }
   for (int64_t k = 0; k < token_words; ++k) {
     Floats total[kPer] = {};

@@ -30,11 +30,9 @@ void prepare_block(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_
       store(out + i, fused_multiply_add(scaled, load_some(gain + i, left), load_some(shift + i, left)));
     }
   }
-  for (int j = 0; j < width; j += kLanes) {
-    const float* rows[kLanes];
-    for (int i = 0; i < kLanes; ++i) rows[i] = h + (j + i) * l.padded_width;
-    pack_columns<Operand>(rows, l.padded_width, l.words, width, g.columns + first * l.words + j);
-  }
+  for (int j = 0; j < width; j += kLanes)
+    pack_columns<Operand>(h + j * l.padded_width, l.padded_width, kLanes, l.padded_width, l.words, width,
+                          g.columns + first * l.words + j);
   if (g.pairs == nullptr) return;
   for (int64_t column = 0; column < l.padded_width; column += kPanel) {
     const int across = panel_width(l.padded_width, column);

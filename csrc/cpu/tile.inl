@@ -252,25 +252,39 @@ void pack_row(const Source* x, int64_t count, uint32_t* out) {
   }
 }
 
-// kLanes columns of a right operand, each `depth` values in a row; null for a column of zeros. Words
-// [words][stride].
-template <class Operand, class Source>
-void pack_columns(const Source* const* columns, int64_t depth, int64_t words, int stride, uint32_t* out) {
-  constexpr int kChunk = 2 * kLanes / Operand::kPerWord;  // words of two vectors
-  uint32_t chunk[kLanes][kChunk];
-  for (int64_t k = 0; k < words; k += kChunk) {
-    const int64_t first = k * Operand::kPerWord, left = depth - first;
-    for (int j = 0; j < kLanes; ++j) {
-      if (columns[j] == nullptr)
-        Operand::store(chunk[j], Floats{}, Floats{});
-      else
-        Operand::store(chunk[j], load_some(columns[j] + first, left),
-                       left > kLanes ? load_some(columns[j] + first + kLanes, left - kLanes) : Floats{});
-    }
-    const int64_t count = words - k < kChunk ? words - k : kChunk;
-    for (int64_t i = 0; i < count; ++i)
-      for (int j = 0; j < kLanes; ++j) out[(k + i) * stride + j] = chunk[j][i];
+// kLanes columns of a right operand, of which `filled` are there and the rest are zeros. `load(j, k, to)` puts
+// the kChunk words from k on of column j at `to`. Words [words][stride].
+template <int kChunk, class LoadWords>
+inline void pack_columns_of(int filled, int64_t words, int64_t stride, uint32_t* out, LoadWords&& load) {
+  static_assert(kChunk % kLanes == 0);
+  if (filled <= 0) {
+    for (int64_t k = 0; k < words; ++k) store_words(out + k * stride, Words{});
+    return;
   }
+  for (int64_t k = 0; k < words; k += kChunk) {
+    alignas(64) uint32_t chunk[kLanes][kChunk];
+    for (int j = 0; j < filled; ++j) load(j, k, chunk[j]);
+    for (int64_t first = 0; first < kChunk && k + first < words; first += kLanes) {
+      Words rows[kLanes] = {};
+      for (int j = 0; j < filled; ++j) rows[j] = load_words(chunk[j] + first);
+      transpose(rows);
+      const int64_t left = words - k - first, count = left < kLanes ? left : kLanes;
+      for (int64_t i = 0; i < count; ++i) store_words(out + (k + first + i) * stride, rows[i]);
+    }
+  }
+}
+
+// The same of columns of `depth` values each, `column` apart.
+template <class Operand, class Source>
+void pack_columns(const Source* x, int64_t column, int filled, int64_t depth, int64_t words, int64_t stride,
+                  uint32_t* out) {
+  constexpr int kChunk = 2 * kLanes / Operand::kPerWord;  // words of two vectors
+  pack_columns_of<kChunk>(filled, words, stride, out, [&](int j, int64_t k, uint32_t* to) {
+    const int64_t first = k * Operand::kPerWord, left = depth - first;
+    const Source* from = x + j * column + first;
+    Operand::store(to, load_some(from, left),
+                   left > kLanes ? load_some(from + kLanes, left - kLanes) : Floats{});
+  });
 }
 
 // A right operand whose summed dimension are the rows of x: [count][columns] with `row` between rows, columns

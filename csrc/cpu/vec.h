@@ -98,6 +98,15 @@ inline uint32_t lanes_below(Words a, uint32_t b) {
   return _mm512_cmplt_epu32_mask(reinterpret_cast<__m512i>(a), _mm512_set1_epi32(static_cast<int>(b)));
 }
 
+// a0 b0 a1 b1 ..., in two vectors.
+inline void interleave(Words& a, Words& b) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const __m512i va = reinterpret_cast<__m512i>(a), vb = reinterpret_cast<__m512i>(b);
+  a = reinterpret_cast<Words>(_mm512_permutex2var_epi32(va, low, vb));
+  b = reinterpret_cast<Words>(_mm512_permutex2var_epi32(va, high, vb));
+}
+
 // a0 b0 a1 b1 ...
 inline void store_interleaved(uint32_t* p, Quads a, Quads b) {
   const __m512i va = reinterpret_cast<__m512i>(a), vb = reinterpret_cast<__m512i>(b);
@@ -128,6 +137,13 @@ inline uint32_t lanes_not_at_most(Floats a, Floats b) {
 
 inline uint32_t lanes_below(Words a, uint32_t b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(a < b)));
+}
+
+inline void interleave(Words& a, Words& b) {
+  const __m256i va = reinterpret_cast<__m256i>(a), vb = reinterpret_cast<__m256i>(b);
+  const __m256i low = _mm256_unpacklo_epi32(va, vb), high = _mm256_unpackhi_epi32(va, vb);
+  a = reinterpret_cast<Words>(_mm256_permute2x128_si256(low, high, 0x20));
+  b = reinterpret_cast<Words>(_mm256_permute2x128_si256(low, high, 0x31));
 }
 
 inline void store_interleaved(uint32_t* p, Quads a, Quads b) {
@@ -166,6 +182,12 @@ inline uint32_t lanes_below(Words a, uint32_t b) {
   return bits;
 }
 
+inline void interleave(Words& a, Words& b) {
+  const Words low = {a[0], b[0], a[1], b[1]}, high = {a[2], b[2], a[3], b[3]};
+  a = low;
+  b = high;
+}
+
 inline void store_interleaved(uint32_t* p, Quads a, Quads b) {
   for (int i = 0; i < kLanes / 2; ++i) {
     const uint64_t first = a[i], second = b[i];
@@ -175,3 +197,16 @@ inline void store_interleaved(uint32_t* p, Quads a, Quads b) {
 }
 
 #endif
+
+// Rows become columns: interleaving the halves of the rows doubles the piece of a column that lies together.
+inline void transpose(Words (&m)[kLanes]) {
+  for (int piece = 1; piece < kLanes; piece *= 2) {
+    Words next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = m[i];
+      next[2 * i + 1] = m[i + kLanes / 2];
+      interleave(next[2 * i], next[2 * i + 1]);
+    }
+    for (int i = 0; i < kLanes; ++i) m[i] = next[i];
+  }
+}

@@ -28,8 +28,10 @@ def attention(
         raise ValueError(f"attention on the CPU: {reason}")
     cos, sin = (None, None) if rotary is None else (angle.detach().float().contiguous() for angle in rotary)
     mask = None if key_mask is None else key_mask.contiguous()
-    out: Tensor = _Attention.apply(q, k, v, mask, cos, sin)  # type: ignore[no-untyped-call]
-    return out
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out: Tensor = _Attention.apply(q, k, v, mask, cos, sin)  # type: ignore[no-untyped-call]
+        return out
+    return _forward(_rows(q), _rows(k), _rows(v), mask, cos, sin)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -44,6 +46,22 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty(batch, length, heads, head_dim, dtype=x.dtype).transpose(1, 2)
 
 
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    log_sum_exp: Tensor | None = None,
+) -> Tensor:
+    from loopmdm_kernels import _C
+
+    out = _like(q)
+    _C.attention(q, k, v, key_mask, cos, sin, torch.get_num_threads(), out, log_sum_exp)
+    return out
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -55,12 +73,9 @@ class _Attention(torch.autograd.Function):
         cos: Tensor | None,
         sin: Tensor | None,
     ) -> Tensor:
-        from loopmdm_kernels import _C
-
         q, k, v = _rows(q), _rows(k), _rows(v)
-        out = _like(q)
         log_sum_exp = torch.empty(q.shape[:3], dtype=torch.float32)
-        _C.attention(q, k, v, key_mask, cos, sin, torch.get_num_threads(), out, log_sum_exp)
+        out = _forward(q, k, v, key_mask, cos, sin, log_sum_exp)
         ctx.save_for_backward(q, k, v, key_mask, cos, sin, out, log_sum_exp)
         return out
 
