@@ -54,10 +54,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             out = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return out
         values, structure = tree_flatten(out)
         wanted = [value for value in values if isinstance(value, Tensor)]
         behind = [value for value in (*ctx.saved_tensors, *grads) if isinstance(value, Tensor)]

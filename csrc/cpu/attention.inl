@@ -1,8 +1,8 @@
 // Flash attention of some queries of one head over all keys of their sequence: scores of a block of keys,
 // online softmax, weighted sum of values. Scores never leave the first-level cache.
 //
-// Keys: panels of at most kPanel keys, [head words][keys]. Values: panels of at most kPanel columns of the head,
-// [key words][columns]. Keys beyond the length are zero and `bias` excludes them.
+// Keys: panels of at most kPanel keys, [head words][keys]. Values: panels of at most kPanel columns of the
+// head, [key words][columns]. Keys beyond the length are zero and `bias` excludes them.
 
 constexpr int kKeyBlock = 512;
 constexpr int kGroupRows = 16 * kRowsAtOnce;
@@ -19,6 +19,13 @@ struct HeadShape {
   int64_t head_width;  // K rounded up to whole vectors
 };
 
+// Keys of the panel that begins at key `first`: whole vectors.
+inline int key_panel_width(int64_t length, int64_t first) {
+  const int64_t width = (length - first + kLanes - 1) / kLanes * kLanes;
+  return static_cast<int>(width < kPanel ? width : kPanel);
+}
+
+// Scores of keys in vectors that no panel has are as they were: `bias` excludes them, whatever they are.
 struct AttentionScratch {
   alignas(64) float scores[kRowsAtOnce * kKeyBlock];
   alignas(64) uint32_t probs[kRowsAtOnce * kKeyBlock];
@@ -87,10 +94,12 @@ template <class Operand, class Source>
 void pack_key_panels(const HeadShape& shape, const Source* x, int64_t row, int64_t first, int64_t count,
                      uint32_t* out) {
   const int64_t head_words = (shape.head_dim + Operand::kPerWord - 1) / Operand::kPerWord;
-  for (int64_t key = first; key < first + count; key += kLanes) {
-    const int64_t panel = key / kPanel * kPanel, left = shape.length - key;
+  const int64_t last = shape.length < first + count ? shape.length : first + count;
+  for (int64_t key = first; key < last; key += kLanes) {
+    const int64_t panel = key / kPanel * kPanel, left = last - key;
     pack_columns<Operand>(x + key * row, row, static_cast<int>(left < kLanes ? left : kLanes), shape.head_dim,
-                          head_words, panel_width(shape.keys, panel), out + panel * head_words + key - panel);
+                          head_words, key_panel_width(shape.length, panel),
+                          out + panel * head_words + key - panel);
   }
 }
 
@@ -116,8 +125,8 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
         const int n = static_cast<int>(last - first < kRowsAtOnce ? last - first : kRowsAtOnce);
         const Left q = {queries + first * query_row, query_row, 1};
         float* sums = out + first * width;
-        for (int64_t key = 0; key < count; key += kPanel)
-          multiply<Operand>(q, n, keys + (begin + key) * head_words, panel_width(count, key), head_words,
+        for (int64_t key = 0; key < real; key += kPanel)
+          multiply<Operand>(q, n, keys + (begin + key) * head_words, key_panel_width(real, key), head_words,
                             scratch.scores + key, kKeyBlock);
         for (int r = 0; r < n; ++r) {
           float* scores = scratch.scores + r * kKeyBlock;

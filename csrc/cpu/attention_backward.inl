@@ -192,19 +192,22 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
   pack_key_panels<Operand>(shape, in.k, in.k_row, 0, shape.keys, t.keys);
   pack_key_panels<Operand>(shape, in.v, in.v_row, 0, shape.keys, t.values);
   const int64_t key_words = shape.keys / kPer;
-  pack_row_pairs<Operand>(in.k, in.k_row, length, head_dim, width, key_words, 0, key_words, t.key_pairs);
+  pack_row_pairs<Operand>(in.k, in.k_row, length, head_dim, width, key_words, 0, query_words, t.key_pairs);
 
   for (int64_t begin = 0; begin < length; begin += kGradKeys) {
     const int64_t count = shape.keys - begin < kGradKeys ? shape.keys - begin : kGradKeys;
     const int64_t real = length - begin < count ? length - begin : count;
+    // Of keys in a vector that no panel has: their probability is 0, what it is multiplied with finite.
+    for (int64_t key = (real + kLanes - 1) / kLanes * kLanes; key < count; key += kLanes)
+      for (int r = 0; r < kRowsAtOnce; ++r) store(t.prob_grads + r * kGradKeys + key, Floats{});
     for (int64_t first = 0; first < length; first += kGradRows) {
       const int64_t rows = length - first < kGradRows ? length - first : kGradRows;
       for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
         const int64_t n = rows - row < kRowsAtOnce ? rows - row : kRowsAtOnce;
         const Left q = {t.query_rows + (first + row) * head_words, head_words, 1};
         const Left grad = {t.grad_rows + (first + row) * head_words, head_words, 1};
-        for (int64_t key = 0; key < count; key += kPanel) {
-          const int panel = panel_width(count, key);
+        for (int64_t key = 0; key < real; key += kPanel) {
+          const int panel = key_panel_width(real, key);
           multiply<Operand>(q, n, t.keys + (begin + key) * head_words, panel, head_words, t.scores + key,
                             kGradKeys);
           multiply<Operand>(grad, n, t.values + (begin + key) * head_words, panel, head_words,
@@ -235,8 +238,8 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
         multiply<Operand>({t.score_grads, 1, kGradKeys}, real, t.query_pairs + at, panel, words,
                           t.grad_k + column, width, first > 0);
         multiply<Operand>({t.score_grad_rows, kGradKeys / kPer, 1}, rows,
-                          t.key_pairs + column * key_words + begin / kPer * panel, panel, (real + kPer - 1) / kPer,
-                          t.grad_q + first * width + column, width, begin > 0);
+                          t.key_pairs + column * key_words + begin / kPer * panel, panel,
+                          (real + kPer - 1) / kPer, t.grad_q + first * width + column, width, begin > 0);
       }
     }
     copy_rows(t.grad_k, width, real, head_dim, out.grad_k + begin * out.grad_k_row, out.grad_k_row);

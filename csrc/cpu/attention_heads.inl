@@ -119,8 +119,9 @@ inline bool has_bias(const AttentionProblem& p, const HeadShape& s) {
 
 inline void fill_bias(const AttentionProblem& p, int64_t head, int64_t first, int64_t count, float* bias) {
   const bool* mask = p.key_mask ? p.key_mask + head / p.heads * p.length : nullptr;
-  for (int64_t key = first; key < first + count; ++key)
-    bias[key] = key < p.length && (!mask || mask[key]) ? 0.0f : kMaskedScore;
+  int64_t key = first;
+  for (; key < p.length && key < first + count; ++key) bias[key] = !mask || mask[key] ? 0.0f : kMaskedScore;
+  for (; key < first + count; ++key) bias[key] = kMaskedScore;
 }
 
 template <class Operand, class Element>
@@ -143,7 +144,7 @@ void pack_head_of(const AttentionProblem& p, int64_t head, int64_t first, void* 
     pack_key_panels<Operand>(s, k.at, k.stride, first, count, packed.keys);
   }
   pack_row_pairs<Operand>(v.at + first * v.stride, v.stride, real, s.head_dim, s.head_width, s.keys / kPer,
-                          first / kPer, count / kPer, packed.values);
+                          first / kPer, (real + kPer - 1) / kPer, packed.values);
   fill_bias(p, head, first, count, packed.bias);
 }
 

@@ -113,7 +113,7 @@ void put_values(const BlockShape& s, const RowSpan& span, int parity, int64_t he
 // A key's words into the panels of its head.
 inline void put_key(const BlockShape& s, const uint32_t* words, int64_t position, uint32_t* keys) {
   const int64_t head_words = s.head_words(), panel = position / kPanel * kPanel;
-  const int width = panel_width(s.keys, panel);
+  const int width = key_panel_width(s.length, panel);
   uint32_t* key = keys + panel * head_words + position - panel;
   for (int64_t k = 0; k < head_words; ++k) key[k * width] = words[k];
 }
@@ -208,18 +208,18 @@ void project_rows(const BlockShape& s, const BlockPointers& weights, const RowSp
 template <class Operand>
 void pack_head_rows(const BlockShape& s, const SequenceState& seq, int64_t head, BlockScratch& t) {
   constexpr int kPer = Operand::kPerWord;
-  for (int64_t key = 0; key < s.keys; key += kLanes) {
+  for (int64_t key = 0; key < s.length; key += kLanes) {
     const int64_t panel = key / kPanel * kPanel, left = s.length - key;
-    pack_columns_of<kLanes>(
-        static_cast<int>(left < kLanes ? left : kLanes), s.head_words(), panel_width(s.keys, panel),
-        t.keys + panel * s.head_words() + key - panel, [&](int j, int64_t k, uint32_t* to) {
-          const uint32_t* from = head_of(s, seq.key_rows, key + j, head) + k;
-          const int64_t some = s.head_words() - k;
-          if (some >= kLanes)
-            store_words(to, load_words(from));
-          else
-            __builtin_memcpy(to, from, static_cast<size_t>(some) * sizeof *to);
-        });
+    pack_columns_of<kLanes>(static_cast<int>(left < kLanes ? left : kLanes), s.head_words(),
+                            key_panel_width(s.length, panel), t.keys + panel * s.head_words() + key - panel,
+                            [&](int j, int64_t k, uint32_t* to) {
+                              const uint32_t* from = head_of(s, seq.key_rows, key + j, head) + k;
+                              const int64_t some = s.head_words() - k;
+                              if (some >= kLanes)
+                                store_words(to, load_words(from));
+                              else
+                                __builtin_memcpy(to, from, static_cast<size_t>(some) * sizeof *to);
+                            });
   }
   for (int64_t r = 0; r < s.length; r += kPer)
     for (int64_t i = 0; i < s.head_dim; i += 2 * kLanes) {

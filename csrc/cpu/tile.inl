@@ -252,8 +252,8 @@ void pack_row(const Source* x, int64_t count, uint32_t* out) {
   }
 }
 
-// kLanes columns of a right operand, of which `filled` are there and the rest are zeros. `load(j, k, to)` puts
-// the kChunk words from k on of column j at `to`. Words [words][stride].
+// kLanes columns of a right operand, of which `filled` are there and the rest are zeros. `load(j, k, to)`
+// puts the kChunk words from k on of column j at `to`. Words [words][stride].
 template <int kChunk, class LoadWords>
 inline void pack_columns_of(int filled, int64_t words, int64_t stride, uint32_t* out, LoadWords&& load) {
   static_assert(kChunk % kLanes == 0);
@@ -261,15 +261,22 @@ inline void pack_columns_of(int filled, int64_t words, int64_t stride, uint32_t*
     for (int64_t k = 0; k < words; ++k) store_words(out + k * stride, Words{});
     return;
   }
+  alignas(64) uint32_t chunk[kLanes][kChunk];
+  for (int j = filled; j < kLanes; ++j)
+    for (int i = 0; i < kChunk; i += kLanes) store_words(chunk[j] + i, Words{});
   for (int64_t k = 0; k < words; k += kChunk) {
-    alignas(64) uint32_t chunk[kLanes][kChunk];
     for (int j = 0; j < filled; ++j) load(j, k, chunk[j]);
     for (int64_t first = 0; first < kChunk && k + first < words; first += kLanes) {
-      Words rows[kLanes] = {};
-      for (int j = 0; j < filled; ++j) rows[j] = load_words(chunk[j] + first);
-      transpose(rows);
       const int64_t left = words - k - first, count = left < kLanes ? left : kLanes;
-      for (int64_t i = 0; i < count; ++i) store_words(out + (k + first + i) * stride, rows[i]);
+      uint32_t* const at = out + (k + first) * stride;
+      if (filled == 1) {  // nothing to transpose
+        for (int64_t i = 0; i < count; ++i) store_words(at + i * stride, Words{chunk[0][first + i]});
+        continue;
+      }
+      Words rows[kLanes];
+      for (int j = 0; j < kLanes; ++j) rows[j] = load_words(chunk[j] + first);
+      transpose(rows);
+      for (int64_t i = 0; i < count; ++i) store_words(at + i * stride, rows[i]);
     }
   }
 }

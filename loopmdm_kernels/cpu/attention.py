@@ -36,14 +36,14 @@ def attention(
 
 def _rows(x: Tensor) -> Tensor:
     """x, or a copy if its rows are not contiguous; any other strides are read where they are."""
-    x = x.detach().resolve_neg()  # an incoming gradient may have the lazy negative bit
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _like(x: Tensor) -> Tensor:
     """[B, H, L, K] with the heads of a position side by side, as the projections around attention want it."""
     batch, heads, length, head_dim = x.shape
-    return torch.empty(batch, length, heads, head_dim, dtype=x.dtype).transpose(1, 2)
+    strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
+    return torch.empty_strided((batch, heads, length, head_dim), strides, dtype=x.dtype)
 
 
 def _forward(
@@ -85,8 +85,9 @@ class _Attention(torch.autograd.Function):
         from loopmdm_kernels import _C
 
         q, k, v, key_mask, cos, sin, out, log_sum_exp = ctx.saved_tensors
+        grad = _rows(grad.resolve_neg())  # an incoming gradient may have the lazy negative bit
         grads = [_like(q) for _ in range(3)]
         _C.attention_backward(
-            q, k, v, key_mask, cos, sin, torch.get_num_threads(), out, log_sum_exp, _rows(grad), *grads
+            q, k, v, key_mask, cos, sin, torch.get_num_threads(), out, log_sum_exp, grad, *grads
         )
         return (*grads, None, None, None)
