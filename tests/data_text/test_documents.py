@@ -45,11 +45,11 @@ def test_binary_files_are_skipped_in_a_folder_and_refused_by_name(tmp_path: Path
 
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     path = write(tmp_path / "latin.txt", b"caf\xe9 au lait")
-    with pytest.raises(ValueError, match=r"latin\.txt: byte 0xe9 at offset 3 is not UTF-8"):
+    with pytest.raises(ValueError, match=r"latin\.txt, line 1: byte 0xe9 at offset 3 is not UTF-8"):
         list(read_documents(path))
     assert list(read_documents(path, errors="replace")) == ["caf\ufffd au lait"]
     lines = write(tmp_path / "latin.jsonl", b'{"text": "ok"}\n{"text": "\xe9"}\n')
-    with pytest.raises(ValueError, match=r"latin\.jsonl: byte 0xe9 at offset 25"):
+    with pytest.raises(ValueError, match=r"latin\.jsonl, line 2: byte 0xe9 at offset 25"):
         list(read_documents(lines))
     assert list(read_documents(lines, errors="replace")) == ["ok", "\ufffd"]
 
@@ -82,18 +82,16 @@ def test_bad_json_line_is_named(tmp_path: Path, line: str, message: str) -> None
 
 @pytest.mark.parametrize("kind", ["parquet", "stream.arrow", "file.arrow"])
 def test_tables(tmp_path: Path, kind: str) -> None:
-    pytest.importorskip("datasets")
     pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": ["one", "", "three"], "body": ["1", "2", "3"]})
     path = tmp_path / f"odd [name]*.{kind}"
     if kind == "parquet":
-        pyarrow.parquet.write_table(table, path)
+        parquet.write_table(table, path)
     else:
         new = pyarrow.ipc.new_stream if kind == "stream.arrow" else pyarrow.ipc.new_file
         with new(str(path), table.schema) as writer:
             writer.write_table(table)
-    for name in ("state.json", "dataset_info.json"):  # as datasets leaves them beside its .arrow files
-        write(tmp_path / name, "{}")
     assert list(read_documents(tmp_path)) == ["one", "three"]
     assert list(read_documents(path, text_field="body")) == ["1", "2", "3"]
     with pytest.raises(ValueError, match="row 0: no field 'words'; its fields: 'text', 'body'"):
@@ -103,10 +101,11 @@ def test_tables(tmp_path: Path, kind: str) -> None:
         list(read_documents(broken))
 
 
-def test_missing_datasets_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    path = write(tmp_path / "a.parquet", b"PAR1")
-    with pytest.raises(ImportError, match=r"a\.parquet needs the package datasets.*loopmdm-kernels\[train\]"):
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_missing_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = write(tmp_path / name, b"PAR1")
+    with pytest.raises(ImportError, match=rf"{name} needs the package pyarrow.*loopmdm-kernels\[train\]"):
         list(read_documents(path))
 
 

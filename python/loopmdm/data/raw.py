@@ -9,6 +9,7 @@ import io
 import lzma
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias, cast
@@ -31,8 +32,13 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _CHUNK = 1 << 16
-_PROBE = 16
+_PROBE = len(_POINTER)
+
+
+class PointerError(ValueError):
+    """A file that stands for another one, which Git LFS has not fetched."""
 
 
 def open_raw(path: Path) -> BinaryIO:
@@ -40,11 +46,13 @@ def open_raw(path: Path) -> BinaryIO:
 
     Raises:
         ImportError: zstd data, and neither zstandard nor pyarrow is installed.
-        ValueError: while reading: the compressed data are damaged or cut short.
+        ValueError: a pointer of Git LFS; while reading: the compressed data are damaged or cut short.
     """
     file = open(path, "rb")  # noqa: SIM115
     try:
         start = file.peek(_PROBE)
+        if start.startswith(_POINTER):
+            raise PointerError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull")
         for magic, name in _COMPRESSED:
             if magic.match(start):
                 inner = _DECODERS[name](file)
@@ -53,6 +61,12 @@ def open_raw(path: Path) -> BinaryIO:
         file.close()
         raise
     return file
+
+
+def is_plain(file: BinaryIO) -> bool:
+    """Whether a file of `open_raw` is a regular one whose bytes are those on disk."""
+    raw = getattr(file, "raw", None)
+    return not isinstance(raw, _Checked) and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
 
 
 def read_text(path: Path, errors: Errors = "strict") -> str:

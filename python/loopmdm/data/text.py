@@ -1,23 +1,27 @@
-"""Documents out of files: plain text, folders, JSON lines, parquet and arrow; and their split in two."""
+"""Documents out of files and folders, and their split in two."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
 import os
-import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
-Source: TypeAlias = "str | os.PathLike[str]"
+from loopmdm.data.files import STDLIB, Found, LeftOut, Source, find_files
+from loopmdm.data.raw import Errors
+from loopmdm.data.records import NotText, documents_of
 
-STDLIB = "stdlib"  # source name of the Python standard library's own sources
-_STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
-_BINARY_PROBE = 8192  # a NUL byte this early marks a binary file, as in git
+__all__ = [
+    "STDLIB",
+    "Source",
+    "cut_document",
+    "documents_in",
+    "found_files",
+    "read_documents",
+    "split_documents",
+]
+
 _FEW_DOCUMENTS = 20
 _PIECES = 200
 _SMALLEST_PIECE = 1000
@@ -32,33 +36,61 @@ def read_documents(
 ) -> Iterator[str]:
     """The documents of files and folders, in a fixed order; empty ones are left out.
 
-    A text file is one document, a line of a .jsonl file one (its field `text_field`), a row of a .parquet or
-    .arrow file one (its column `text_field`; needs the package datasets). Folders are read recursively in
-    sorted order, without hidden and binary files. The name "stdlib" stands for the sources of the Python
-    standard library without its tests ("./stdlib" is a folder of that name).
+    A text file is one document; a line of .jsonl, .ndjson or .jsonlines, a record of .json, a row of .csv,
+    .tsv, .parquet, .arrow or .feather is one (its field `text_field`). Files may be compressed (gzip, bzip2,
+    xz, zstd), and text may be UTF-16 or UTF-32 with a byte order mark. Folders are read recursively in sorted
+    order, without hidden and binary files; `find_files` has the details, and docs/inputs.md all forms. The
+    name "stdlib" stands for the sources of the Python standard library without its tests ("./stdlib" is a
+    folder of that name). What is left out is told in warnings after the last document.
 
     Args:
-        source: a path or several.
+        source: a path, a pattern such as "data/**/*.txt", or several.
         text_field: field or column that holds the text.
         suffixes: take only these files out of folders, for instance (".txt", ".md"); None takes all.
-        errors: "strict" makes bytes that are not UTF-8 an error, "replace" turns them into U+FFFD.
+        errors: "strict" makes bytes that are not UTF-8, and halves of surrogate pairs in JSON, an error;
+            "replace" turns them into U+FFFD.
 
     Raises:
         FileNotFoundError: a path does not exist (raised here, before the first document).
-        ValueError: a folder without files, bad JSON, a missing field, bytes that are not UTF-8, no text.
-        ImportError: a .parquet or .arrow file, and datasets is not installed.
+        ValueError: a folder without files, bad JSON or CSV, a missing field, bytes that are not UTF-8,
+            damaged compression, no text; it has the file and the line or row.
+        ImportError: a file that needs pyarrow (.parquet, .arrow) or zstandard, and it is not installed.
     """
-    if errors not in ("strict", "replace"):
-        raise ValueError(f"errors is {errors!r}; accepted: 'strict' or 'replace'")
+    found = found_files(source, suffixes)
+    return _warn_at_the_end(documents_in(found, text_field, errors), found)
+
+
+def found_files(source: Source | Iterable[Source], suffixes: str | Iterable[str] | None = None) -> Found:
+    """The files that `read_documents` reads."""
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     if not sources:
         raise ValueError("source is empty; accepted: a path, 'stdlib', or several of them")
-    wanted = _suffixes(suffixes)
-    # (file, was it named by the caller): a named file must be text, one found in a folder may be skipped
-    files: list[tuple[Path, bool]] = []
-    for item in sources:
-        files += _files_of(item, wanted)
-    return _documents(files, sources, text_field, errors)
+    return find_files(sources, _suffixes(suffixes))
+
+
+def documents_in(found: Found, text_field: str = "text", errors: Errors = "strict") -> Iterator[str]:
+    """The documents of files; those that turn out to hold none are moved to `found.left_out`."""
+    if errors not in ("strict", "replace"):
+        raise ValueError(f"errors is {errors!r}; accepted: 'strict' or 'replace'")
+    return _documents(found, text_field, errors)
+
+
+def _documents(found: Found, text_field: str, errors: Errors) -> Iterator[str]:
+    count = 0
+    for file in list(found.files):
+        try:
+            for document in documents_of(file, text_field, errors):
+                if document:
+                    count += 1
+                    yield document
+        except NotText as error:
+            if file.named:
+                raise
+            found.files.remove(file)
+            found.left_out.append(LeftOut(file.path, error.why, error.detail))
+    if not count:
+        where = ", ".join(map(str, found.sources))
+        raise ValueError("; ".join([f"no text in {where}: every document is empty", *found.remarks()]))
 
 
 def split_documents(
@@ -123,134 +155,10 @@ def _suffixes(suffixes: str | Iterable[str] | None) -> set[str] | None:
     return wanted
 
 
-def _files_of(source: Source, wanted: set[str] | None) -> list[tuple[Path, bool]]:
-    if source == STDLIB:
-        root = Path(sysconfig.get_path("stdlib"))
-        files = [f for f in root.rglob("*.py") if not _STDLIB_EXCLUDED & set(f.relative_to(root).parts)]
-        if not files:
-            raise ValueError(
-                f"source 'stdlib': no .py files under {root}, this Python comes without its sources"
-            )
-        return [(file, True) for file in sorted(files)]
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"source {str(source)!r} does not exist; accepted: a file, a folder or 'stdlib'"
-        )
-    if not path.is_dir():
-        return [(path, True)]
-    found = sorted(_walk(path, wanted))
-    if not found:
-        kind = "no files" if wanted is None else f"no files ending in {', '.join(sorted(wanted))}"
-        raise ValueError(f"folder {path} holds {kind}")
-    return [(file, False) for file in found]
-
-
-def _walk(folder: Path, wanted: set[str] | None) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        # What Dataset.save_to_disk leaves beside its .arrow files is not text.
-        dataset = "state.json" in names and "dataset_info.json" in names
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith(".") or (dataset and suffix == ".json"):
-                continue
-            if wanted is None or suffix in wanted:
-                yield Path(root, name)
-
-
-def _documents(
-    files: list[tuple[Path, bool]], sources: list[Source], text_field: str, errors: str
-) -> Iterator[str]:
-    count = skipped = 0
-    for path, named in files:
-        suffix = path.suffix.lower()
-        if suffix == ".jsonl":
-            documents = _json_lines(path, text_field, errors)
-        elif suffix in _TABLE_SUFFIXES:
-            documents = _table(path, _TABLE_SUFFIXES[suffix], text_field)
-        else:
-            data = path.read_bytes()
-            nul = data.find(b"\0", 0, _BINARY_PROBE)
-            if nul >= 0 and not named:
-                skipped += 1
-                continue
-            if nul >= 0:
-                raise ValueError(f"{path} is not a text file: NUL byte at offset {nul}")
-            documents = iter([_decode(data, path, 0, errors)])
-        for document in documents:
-            if document:
-                count += 1
-                yield document
-    if skipped:
-        warnings.warn(f"{skipped} binary file(s) skipped", stacklevel=2)
-    if not count:
-        raise ValueError(f"no text in {', '.join(map(str, sources))}: every document is empty")
-
-
-def _decode(data: bytes, path: Path, offset: int, errors: str) -> str:
-    """`data`, which starts at byte `offset` of the file, as text; a byte order mark is dropped."""
-    try:
-        return data.decode("utf-8", errors).removeprefix("\ufeff" if offset == 0 else "")
-    except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise ValueError(
-            f"{path}: byte {data[error.start]:#04x} at offset {at} is not UTF-8; convert the file, "
-            "or read it with errors='replace'"
-        ) from None
-
-
-def _json_lines(path: Path, text_field: str, errors: str) -> Iterator[str]:
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = _decode(line, path, offset, errors)
-            offset += len(line)
-            if not text.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: a {type(record).__name__}; accepted: an object with a text field")
-            yield _text_of(record, text_field, where)
-
-
-def _table(path: Path, kind: str, text_field: str) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            f"reading {path} needs the package datasets: pip install 'loopmdm-kernels[train]'"
-        ) from None
-    try:
-        rows = iter(
-            datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
-        )
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
-    number = 0
-    while True:
-        try:
-            row = next(rows, None)
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read as {kind}, row {number}: {error}") from error
-        if row is None:
-            return
-        yield _text_of(row, text_field, f"{path}, row {number}")
-        number += 1
-
-
-def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
-    if text_field not in record:
-        known = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"{where}: no field {text_field!r}; its fields: {known}; choose one with text_field")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_field!r} is a {type(text).__name__}; accepted: a string")
-    return text
+def _warn_at_the_end(documents: Iterator[str], found: Found) -> Iterator[str]:
+    yield from documents
+    for line in found.remarks(all_files=False):
+        warnings.warn(line, stacklevel=2)
 
 
 def _hash(document: str, seed: int) -> int:
