@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from loopmdm import LoopMDM
 from loopmdm.cli.jobs import sudoku_job
 from loopmdm.cli.run_file import RunFile
+from loopmdm.cli.text_data import located
+from loopmdm.data.text import read_documents
 from loopmdm.data.tokenizer import load_tokenizer
 from loopmdm.train import read_metrics
 from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
@@ -47,6 +49,61 @@ def test_a_text_run_leaves_a_model_with_its_tokenizer(text_run: Path, corpus: Pa
         assert result["perplexity"] == pytest.approx(torch.tensor(result["nll"]).double().exp().item())
     assert [r["num_loops"] for r in evaluations[4]] == [1, 2]
     assert (text_run / "loss.png").stat().st_size > 1000
+
+
+def test_several_sources_and_what_is_said_of_their_files(call: Call, tmp_path: Path, corpus: Path) -> None:
+    """The same run as from the folder; run.json keeps the sources, and eval finds them again."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/bin").write_bytes(b"\0")
+    for index in (1, 2):
+        (tmp_path / f"more/{index}.jsonl").write_text('{"text": "' + f"document {index} " * 9 + '"}\n')
+    files = sorted(map(str, corpus.iterdir()))
+    words = [*TINY, "--steps", 1, "--validation", 0.2]
+    done = call(
+        "train",
+        "--data",
+        *files[:3],
+        f"{corpus}/*.txt",
+        "--data",
+        tmp_path / "more",
+        "--out",
+        tmp_path / "run",
+        *words,
+    )
+    assert done.status == 0, done.err
+    said = done.err.splitlines()
+    assert (
+        said[0]
+        == f"read: 32 file(s) of {files[0]}, {files[1]}, {files[2]}, and 2 more: 2 JSON lines, 30 text"
+    )
+    assert said[1].startswith("left out: 3 more name(s) of files that are read (")
+    assert said[2] == "left out: 1 binary file(s) (bin)"
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["data"] == [*files[:3], f"{corpus}/*.txt", str(tmp_path / "more")]
+    evaluated = call("eval", tmp_path / "run", "--loops", 1, "--num-t", 1, "--windows", 2, "--json")
+    assert evaluated.status == 0 and evaluated.json["part"] == "validation"
+    assert evaluated.json["data"] == run["data"]
+    other = call(
+        "eval", tmp_path / "run", "--data", files[0], "--data", files[1], "--loops", 1, "--num-t", 1, "--json"
+    )
+    assert other.json["data"] == files[:2] and other.json["part"] == "all"
+    assert f"read: 2 file(s) of {files[0]}, {files[1]}: 2 text" in other.err
+    resumed = call("train", "--resume", "--out", tmp_path / "run", "--steps", 2)
+    assert resumed.status == 0, resumed.err
+
+
+def test_sources_do_not_depend_on_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "odd [name]"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    monkeypatch.chdir(folder)
+    places = located(["a.txt", "*.txt", "stdlib"])
+    assert places[0] == str(folder / "a.txt") and places[2] == "stdlib"
+    monkeypatch.chdir(tmp_path)
+    assert list(read_documents(places[1])) == ["a"]
+    assert located(["x"]) == str(tmp_path / "x")
 
 
 def test_a_sudoku_run_is_evaluated_by_solving(sudoku_run: Path) -> None:

@@ -277,7 +277,7 @@ def test_cards_and_texts_about_data_are_no_data(tmp_path: Path) -> None:
     documents, said = read(tmp_path)
     assert documents == ["a", "b", "c"]
     assert said == [
-        "left out: 5 text file(s) about the data beside them (CITATION.cff, LICENSE, README.md, ...)"
+        "left out: 5 text file(s) about the data beside them (CITATION.cff, LICENSE, README.md, and 2 more)"
     ]
 
 

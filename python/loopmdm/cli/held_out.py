@@ -17,19 +17,22 @@ from loopmdm.model import LoopMDM
 class HeldOutText(NamedTuple):
     data: text_data.TextData
     tokenizer: Tokenizer
-    source: str  # file, folder or name of the data
+    source: str | list[str]  # file, folder or name of the data, or several
     part: str  # "validation" or "all"
     length: int
 
     @property
     def description(self) -> str:
-        return f"{self.part} documents of {self.source}"
+        return f"{self.part} documents of {text_data.named(self.source)}"
 
 
 def add_text_options(group: Any, windows: int) -> None:
     """Which text, and how much of it."""
     group.add_argument(
-        "--data", metavar="PATH", help="as in `loopmdm train` (default: what the run was trained on)"
+        "--data",
+        action="append",
+        metavar="PATH",
+        help="as in `loopmdm train`, each after a --data of its own (default: what the run was trained on)",
     )
     group.add_argument(
         "--part",
@@ -46,9 +49,7 @@ def add_text_options(group: Any, windows: int) -> None:
     group.add_argument(
         "--tokenizer", metavar="T", help="folder, file or hub id (default: the one beside the model)"
     )
-    group.add_argument(
-        "--text-field", default="text", metavar="NAME", help="field of .jsonl, .parquet and .arrow"
-    )
+    group.add_argument("--text-field", default="text", metavar="NAME", help="field or column of the text")
     group.add_argument(
         "--errors", choices=("strict", "replace"), default="strict", help="bytes that are not UTF-8"
     )

@@ -81,10 +81,10 @@ def _holds(path: Path, text: str) -> bool:
         return False
 
 
-def read_corpus(run: RunFile) -> text_data.Corpus:
+def read_corpus(run: RunFile, *, quiet: bool = False) -> text_data.Corpus:
     """The documents of a text run, split as it splits them."""
     assert run.data is not None
-    return text_data.read_corpus(run.data, run.text_field, run.errors, run.validation)
+    return text_data.read_corpus(run.data, run.text_field, run.errors, run.validation, quiet=quiet)
 
 
 def text_job(run: RunFile, corpus: text_data.Corpus, tokenizer: Tokenizer, cache: Path | None) -> Job:
@@ -107,10 +107,11 @@ def text_job(run: RunFile, corpus: text_data.Corpus, tokenizer: Tokenizer, cache
         windows = text_data.windows(validation, tokenizer, run.evaluation.get("size") or EVALUATED_WINDOWS)
         evaluate = partial(_autoregressive if run.autoregressive else _likelihood, windows)
     fingerprint = text_data.fingerprint(*parts)
+    assert run.data is not None
     if run.fingerprint not in (None, fingerprint):
         raise ValueError(
-            f"the text of {run.data} is not what this run began with, so it cannot be continued exactly;"
-            " restore the files, or start a new run in another folder"
+            f"the text of {text_data.named(run.data)} is not what this run began with, so it cannot be"
+            " continued exactly; restore the files, or start a new run in another folder"
         )
     run = dataclasses.replace(run, training=config.to_dict(), length=length, fingerprint=fingerprint)
     return Job(model, train, config, evaluate, run)

@@ -21,7 +21,7 @@ class RunFile:
     preset: str
     model: dict[str, Any]  # fields of the model's configuration that replace the preset's
     training: dict[str, Any]  # TrainConfig, whole
-    data: str | None = None
+    data: str | list[str] | None = None  # a source of `read_documents`, or several
     text_field: str = "text"
     errors: str = "strict"  # bytes that are not UTF-8, as in `read_documents`
     tokenizer: str = "byte"

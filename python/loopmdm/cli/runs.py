@@ -196,7 +196,7 @@ def _prepare(run: RunFile, args: argparse.Namespace, rank: int) -> Job:
             tokenizer.save(args.out)
         dist.barrier()
     if rank:
-        corpus, tokenizer = read_corpus(run), load_tokenizer(args.out)
+        corpus, tokenizer = read_corpus(run, quiet=True), load_tokenizer(args.out)
     job = text_job(run, corpus, tokenizer, args.cache)
     if not dist.is_initialized():
         tokenizer.save(args.out)  # when nothing can be wrong with the options any more

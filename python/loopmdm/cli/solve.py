@@ -49,6 +49,15 @@ EPILOG = """examples:
   loopmdm solve puzzles.txt --adaptive 0.2 --order confidence
   loopmdm solve puzzles.csv --model run --json > answers.json
   loopmdm solve puzzles.txt --watch --watch-delay 0.1 --html boards.html
+
+forms of FILE (docs/inputs.md says more); a blank is any of . 0 _ * - x:
+  53..7....6..195....98...      a board a line: 81 (9x9), 36 (6x6) or 16 (4x4) cells
+  source,question,answer,...    a table: columns between commas, tabs, semicolons or spaces, named by a
+                                header (puzzle, quiz, question; solution, answer) or known by their boards
+  53..7....                     a board over several lines: .sdk, .ss, as printed here; cells side by side or
+  6..195...                     between spaces, commas, bars
+  "53..7.... 6..195... ..."     a board itself
+  -                             standard input, in all of these forms
 """
 
 
@@ -56,9 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "puzzles",
         metavar="FILE",
-        help="puzzles of 9x9, 6x6 or 4x4, a blank being any of . 0 _ * - x: one board a line, a table with a"
-        " column of puzzles (CSV, TSV), or boards over several lines (.sdk, .ss, as printed here); - for"
-        " standard input; or one board itself, in quotes",
+        help="puzzles of 9x9, 6x6 or 4x4 in the forms below, compressed or not; - for standard input; or one"
+        " board itself, in quotes",
     )
     parser.add_argument(
         "--model", help=f"{', '.join(SHIPPED)} or a folder (default: the shipped model of the board's size)"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from loopmdm.cli.output import note
 from loopmdm.cli.parser import UsageError
+from loopmdm.data.files import listed
 from loopmdm.data.packing import TextData
-from loopmdm.data.text import STDLIB, read_documents, split_documents
+from loopmdm.data.text import STDLIB, documents_in, found_files, split_documents
 from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
 from loopmdm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from loopmdm.printable import printable_lines
 from loopmdm.train import Batch
 
 __all__ = [
@@ -26,6 +30,7 @@ __all__ = [
     "load_tokenizer",
     "located",
     "make_tokenizer",
+    "named",
     "pack",
     "read_corpus",
     "windows",
@@ -34,9 +39,20 @@ __all__ = [
 _BATCH = 16
 
 
-def located(data: str) -> str:
-    """The same source under a name that does not depend on the working directory."""
-    return data if data == STDLIB else os.path.abspath(data)
+def located(data: Sequence[str]) -> str | list[str]:
+    """The same sources under names that do not depend on the working directory; one alone without a list."""
+    sources = [source if source == STDLIB else _absolute(source) for source in data]
+    return sources[0] if len(sources) == 1 else sources
+
+
+def _absolute(source: str) -> str:
+    is_pattern = glob.has_magic(source) and not os.path.lexists(source) and not os.path.isabs(source)
+    return os.path.join(glob.escape(os.getcwd()), source) if is_pattern else os.path.abspath(source)
+
+
+def named(data: str | list[str]) -> str:
+    """Sources as a message has them."""
+    return data if isinstance(data, str) else listed(data)
 
 
 class Corpus(NamedTuple):
@@ -51,11 +67,18 @@ class Windows(NamedTuple):
     bytes_per_token: float
 
 
-def read_corpus(data: str, text_field: str, errors: str, validation: float) -> Corpus:
-    """The documents of `data`; a share `validation` of them is held out, by a hash of their content."""
-    documents = read_documents(
-        data, text_field=text_field, errors="replace" if errors == "replace" else "strict"
-    )
+def read_corpus(
+    data: str | list[str], text_field: str, errors: str, validation: float, *, quiet: bool = False
+) -> Corpus:
+    """The documents of `data`; a share `validation` of them is held out, by a hash of their content.
+
+    quiet: do not say which files were read and which were not, and why.
+    """
+    found = found_files(data)
+    documents = list(documents_in(found, text_field, "replace" if errors == "replace" else "strict"))
+    if not quiet:
+        for line in (f"read: {found.read()}", *found.remarks()):
+            note(printable_lines(line))
     return Corpus(*split_documents(documents, validation))
 
 

@@ -31,11 +31,24 @@ from loopmdm.train.metrics import METRICS_FILE
 
 EPILOG = """examples:
   loopmdm train --data mytext/ --out run            a small byte-level model, minutes on two processor cores
+  loopmdm train --data a.txt more/ "web/**/*.jsonl.gz" --text-field content --out run
   loopmdm train --data stdlib --tokenizer bpe:4096 --hidden 256 --steps 5000 --out run
   loopmdm train --preset sudoku6 --out run6         6x6 Sudoku, about ten minutes on one core
   loopmdm train --resume --out run                  continue a run that was stopped
   loopmdm train --family light=2,3,4,5 heavy=6 --data stdlib --out family
   torchrun --nproc-per-node 8 -m loopmdm train --preset small --data corpus.parquet --out run
+
+forms of --data (docs/inputs.md says more):
+  .jsonl .ndjson .jsonlines    a document a line, its field "text" (or --text-field)
+  .json                        a document a record: an array, or objects one after the other
+  .csv .tsv                    a document a row, its column "text"
+  .parquet .arrow .feather     a document a row, its column "text" (needs pyarrow)
+  any other name               a document a file
+  .gz .bz2 .xz .zst            each of these, compressed
+  a folder                     all files in it; of a data set with splits (saved by the package datasets, its
+                               cache, the hub's) the split train
+  "data/**/*.txt"              the files that match
+  stdlib                       the sources of Python's standard library
 """
 
 
@@ -53,14 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--data",
+        nargs="+",
+        action="extend",
         metavar="PATH",
-        help="a text, .jsonl, .parquet or .arrow file, a folder of them, or 'stdlib'",
+        help="files, folders, patterns in quotes, or 'stdlib': text; .jsonl, .json, .csv, .tsv, .parquet and"
+        " .arrow with a field or column of text; each of them compressed (.gz, .bz2, .xz, .zst); data sets"
+        " saved by the package datasets (all forms: docs/inputs.md)",
     )
     what.add_argument(
-        "--text-field", metavar="NAME", help="field of .jsonl, .parquet and .arrow (default: text)"
+        "--text-field", metavar="NAME", help="field or column that holds the text (default: text)"
     )
     what.add_argument(
-        "--errors", choices=("strict", "replace"), help="bytes that are not UTF-8: refuse (default) or U+FFFD"
+        "--errors", choices=("strict", "replace"), help="bytes that are no text: refuse (default) or U+FFFD"
     )
     what.add_argument(
         "--tokenizer", metavar="T", help="byte (default), bpe:VOCAB, or a folder, file or hub id"

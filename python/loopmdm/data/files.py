@@ -8,7 +8,7 @@ import re
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -75,7 +75,7 @@ class Found:
         """What is read, in one line."""
         kinds = Counter(file.kind for file in self.files)
         counted = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
-        return f"{len(self.files):,} file(s) of {', '.join(map(str, self.sources))}: {counted}"
+        return f"{len(self.files):,} file(s) of {listed(self.sources)}: {counted}"
 
     def remarks(self, *, all_files: bool = True) -> list[str]:
         """What is left out and why, a line a reason; and what was decompressed, which others pass over.
@@ -90,10 +90,7 @@ class Found:
         for file in self.files:
             if file.path.suffix.lower() in COMPRESSED_SUFFIXES and not file.named:
                 reasons.setdefault(("read", "compressed file(s)"), []).append(self._short(file.path))
-        return [
-            f"{what}: {len(names):,} {why} ({', '.join(names[:_NAMED] + ['...'] * (len(names) > _NAMED))})"
-            for (what, why), names in reasons.items()
-        ]
+        return [f"{what}: {len(names):,} {why} ({listed(names)})" for (what, why), names in reasons.items()]
 
     def _short(self, path: Path) -> str:
         """Relative to the source it comes from, if that is a folder."""
@@ -123,6 +120,12 @@ def find_files(sources: Iterable[Source], suffixes: set[str] | None = None) -> F
                 _add_file(found, path, named)
     found.files = _once(found)
     return found
+
+
+def listed(names: Sequence[Source]) -> str:
+    """The first names, and how many there are more."""
+    more = [f"and {len(names) - _NAMED:,} more"] if len(names) > _NAMED else []
+    return ", ".join([*map(str, names[:_NAMED]), *more])
 
 
 def suffix_of(path: Path) -> str:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from loopmdm.data.files import STDLIB, Found, LeftOut, Source, find_files
+from loopmdm.data.files import STDLIB, Found, LeftOut, Source, find_files, listed
 from loopmdm.data.raw import Errors
 from loopmdm.data.records import NotText, documents_of
 
@@ -89,7 +89,7 @@ def _documents(found: Found, text_field: str, errors: Errors) -> Iterator[str]:
             found.files.remove(file)
             found.left_out.append(LeftOut(file.path, error.why, error.detail))
     if not count:
-        where = ", ".join(map(str, found.sources))
+        where = listed(found.sources)
         raise ValueError("; ".join([f"no text in {where}: every document is empty", *found.remarks()]))
 
 

@@ -57,7 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, default_flops: float) -> N
         default="sudoku6",
         help="as in `loopmdm train` (default: %(default)s)",
     )
-    what.add_argument("--data", metavar="PATH", help="text, as in `loopmdm train`; goes with a text preset")
+    what.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help="text, as in `loopmdm train`; goes with a text preset",
+    )
     what.add_argument(
         "--tokenizer", default="byte", metavar="T", help="byte (default), bpe:VOCAB or a folder"
     )
