@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from loopmdm import checkpoint, draws, mdlm_stated, mdlm_weights, shards, vocabulary
+from loopmdm import checkpoint, cut, draws, likeness, mdlm_stated, mdlm_weights, shards, vocabulary
 from loopmdm.config import LoopMDMConfig
 from loopmdm.mdlm_weights import MDLMWeights
 from loopmdm.model import LoopMDM
-from loopmdm.modules import ROTARY_BASE
+from loopmdm.modules import check_frequencies, frequencies
 from loopmdm.patching import check_num_loops, patch, unpatch
 from loopmdm_kernels.files import refuse_files
 
@@ -169,7 +170,12 @@ def from_mdlm(
         UnsafePickleError: the file is a pickle that names something outside the allow-list.
         ValueError: damaged or foreign files, tensors that do not fit (listed), NaN or infinity; sizes stated
             that the weights do not have; a stated kind of model that is not computed here (causal, block
-            diffusion, uniform-state, another parameterization than SUBS).
+            diffusion, uniform-state, another parameterization than SUBS); a module of which a part computes
+            something else than MDLM's, named (each is run once in a copy, as by `patch`).
+
+    Warns:
+        UserWarning: a module that cannot be run here, of which only the structure was compared; one with
+            hooks, which are not taken over.
     """
     weights = mdlm_weights.read_weights(path_or_module, ema=ema)
     explicit = {} if loop is None else {"loop_start": loop[0], "loop_end": loop[1]}
@@ -178,8 +184,35 @@ def from_mdlm(
     with torch.device("meta"):
         model = cls(config)
     checkpoint.fill(model, weights.tensors, weights.source)
-    _check_rotary(model.rotary_emb.inv_freq, weights)
+    inv_freq = model.rotary_emb.inv_freq
+    stored = weights.tensors["rotary_emb.inv_freq"].dtype
+    check_frequencies(inv_freq, stored, weights.source)
+    if stored in (torch.float16, torch.bfloat16):  # rounded with their module: the exact ones are put back
+        inv_freq.copy_(frequencies(len(inv_freq), inv_freq.device))
+    if isinstance(path_or_module, torch.nn.Module):
+        _compare(path_or_module, config)
     return model.eval()
+
+
+def _compare(module: torch.nn.Module, config: LoopMDMConfig) -> None:
+    """Refuse a module that does not compute what the weights in it make of a LoopMDM."""
+    network = mdlm_weights.find_chain(module)[-1]
+    owner = f"path_or_module: {type(network).__name__}"
+    watched = [name for name, part in network.named_modules() if cut.why_watched(part, own_forward=False)]
+    if watched:
+        warnings.warn(
+            f"{owner}: weights are taken over, hooks are not (those of {', '.join(watched[:3])}"
+            f"{f' and {len(watched) - 3} more' if len(watched) > 3 else ''})",
+            stacklevel=4,
+        )
+    if not isinstance(network, LoopMDM):
+        likeness.check_network(
+            network, owner, timed=config.time_conditioning, mask_token_id=config.mask_token_id
+        )
+        return
+    changed = [why for why in network.cuts() if not why.endswith("hooks")]
+    if changed:
+        raise ValueError(f"{owner}: {changed[0]}; weights are taken over, changed modules are not")
 
 
 def convert_checkpoint(src: Any, dst: str | os.PathLike[str], **options: Any) -> LoopMDMConfig:
@@ -307,19 +340,3 @@ def _shape(weights: MDLMWeights, name: str, ndim: int) -> tuple[int, ...]:
             f"{weights.source}: {name} has shape {list(tensor.shape)}, expected {ndim} dimensions"
         )
     return tuple(tensor.shape)
-
-
-def _check_rotary(inv_freq: Tensor, weights: MDLMWeights) -> None:
-    """The ops take any angles, but another base than the reference's 1e4 points to a foreign model."""
-    count = len(inv_freq)
-    exact = 1.0 / ROTARY_BASE ** (torch.arange(count, dtype=torch.float64) / count)
-    stored = weights.tensors["rotary_emb.inv_freq"].dtype
-    error = float((inv_freq.double() / exact - 1).abs().max())
-    # A module cast to half precision rounds its frequencies; the exact ones are put back.
-    if error > max(torch.finfo(stored).eps, 1e-5):
-        raise ValueError(
-            f"{weights.source}: rotary_emb.inv_freq is {error:.2g} (relative) away from "
-            f"the reference's base {ROTARY_BASE:g}"
-        )
-    if stored in (torch.float16, torch.bfloat16):
-        inv_freq.copy_(exact)

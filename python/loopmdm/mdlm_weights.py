@@ -21,7 +21,7 @@ from loopmdm.torch_files import TorchFile
 _PREFIXES = ("backbone.", "module.", "model.", "_orig_mod.")
 _TORCH_WEIGHTS = "pytorch_model.bin"
 NETWORK_ATTRIBUTES = ("vocab_embed", "sigma_map", "rotary_emb", "blocks", "output_layer")
-_BLOCK_PARAMETERS = (
+BLOCK_PARAMETERS = (
     "norm1.weight",
     "attn_qkv.weight",
     "attn_out.weight",
@@ -49,7 +49,7 @@ def parameter_names(num_layers: int) -> list[str]:
         "sigma_map.mlp.0.bias",
         "sigma_map.mlp.2.weight",
         "sigma_map.mlp.2.bias",
-        *(f"blocks.{i}.{name}" for i in range(num_layers) for name in _BLOCK_PARAMETERS),
+        *(f"blocks.{i}.{name}" for i in range(num_layers) for name in BLOCK_PARAMETERS),
         "output_layer.norm_final.weight",
         "output_layer.linear.weight",
         "output_layer.linear.bias",

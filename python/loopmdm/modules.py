@@ -76,15 +76,29 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         # Computed on the CPU: a division on the meta device takes seconds to import its decomposition.
-        self.register_buffer("inv_freq", _frequencies(head_dim // 2, "cpu").to(torch.get_default_device()))
+        self.register_buffer("inv_freq", frequencies(head_dim // 2, "cpu").to(torch.get_default_device()))
 
     def forward(self, length: int) -> Rotary:
         return rotary_angles(self.inv_freq, length, self.inv_freq.device)
 
 
-def _frequencies(count: int, device: torch.device | str) -> Tensor:
+def frequencies(count: int, device: torch.device | str) -> Tensor:
     exponent = torch.arange(0, 2 * count, 2, dtype=torch.float32, device=device) / (2 * count)
     return 1.0 / ROTARY_BASE**exponent
+
+
+def check_frequencies(inv_freq: Tensor, stored: torch.dtype, source: str) -> None:
+    """Refuse frequencies of another base than the reference's 1e4, which point to a foreign model.
+
+    stored: the dtype to which they were rounded.
+    """
+    exact = frequencies(len(inv_freq), inv_freq.device)
+    error = float((inv_freq.double() / exact.double() - 1).abs().max())
+    if error > max(torch.finfo(stored).eps, 1e-5):
+        raise ValueError(
+            f"{source}: rotary_emb.inv_freq is {error:.2g} (relative) away from the reference's base"
+            f" {ROTARY_BASE:g}"
+        )
 
 
 def rotary_angles(inv_freq: Tensor, length: int, device: torch.device) -> Rotary:
@@ -94,7 +108,7 @@ def rotary_angles(inv_freq: Tensor, length: int, device: torch.device) -> Rotary
     counted in bf16, give neighbours the same angle.
     """
     if torch.finfo(inv_freq.dtype).bits < 32:
-        inv_freq = _frequencies(len(inv_freq), device)
+        inv_freq = frequencies(len(inv_freq), device)
     positions = torch.arange(length, device=device, dtype=inv_freq.dtype)
     angle = torch.outer(positions, inv_freq.to(device))
     return Rotary(angle.cos(), angle.sin())
@@ -116,6 +130,20 @@ def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def weights_of(block: Any) -> BlockWeights:
+    """What `looped_blocks` reads of a block with the names of the reference's."""
+    return BlockWeights(
+        block.norm1.weight,
+        block.attn_qkv.weight,
+        block.attn_out.weight,
+        block.norm2.weight,
+        block.mlp[0].weight,
+        block.mlp[0].bias,
+        block.mlp[2].weight,
+        block.mlp[2].bias,
+    )
 
 
 class DDiTBlock(nn.Module):
@@ -171,17 +199,7 @@ class DDiTBlock(nn.Module):
             raise ValueError(
                 f"{named('block', why)}, so its weights alone are not what it computes; call the block"
             )
-        up, down = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
-        return BlockWeights(
-            self.norm1.weight,
-            self.attn_qkv.weight,
-            self.attn_out.weight,
-            self.norm2.weight,
-            up.weight,
-            up.bias,
-            down.weight,
-            down.bias,
-        )
+        return weights_of(self)
 
     def around(self, run: Callable[[Tensor], Any], inputs: deque[Tensor]) -> Any:
         """run(x) for the one tensor of `inputs`: what `loopmdm.parallel` makes a forward of FSDP2."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import loopmdm_kernels as lk
-from loopmdm import cut
+from loopmdm import cut, likeness
 from loopmdm.mdlm_weights import NETWORK_ATTRIBUTES
-from loopmdm.modules import rotary_angles
-from loopmdm_kernels.types import BlockWeights
+from loopmdm.model import LoopMDM
+from loopmdm.modules import rotary_angles, weights_of
+from loopmdm.trial import StandIn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -28,8 +28,13 @@ def patch(reference_module: Module, num_loops: int = 12, loop: tuple[int, int] =
 
     Blocks loop[0]..loop[1]-1 are applied `num_loops` times. The module stays itself: class, parameters (an
     optimizer keeps working), state_dict, embedding, head, autocast regions and dropout in training. Only the
-    forward of its blocks is replaced. With `num_loops=1` it computes what it computed before. A block whose
-    modules are watched (hooks), wrapped (adapters) or replaced, now or later, runs its own forward.
+    forward of its blocks is replaced. A block whose modules are watched (hooks), wrapped (adapters) or
+    replaced, now or later, runs its own forward.
+
+    With `num_loops=1` it computes what it computed before: a copy of each block is run once, on random
+    weights and 29 random positions, beside the op that takes its place. What shows in longer sequences only
+    (such as a wide window of attention) is not seen.
+
     Change the loop count later by `module.num_loops = S` on the module that was passed in.
 
     Args:
@@ -41,17 +46,26 @@ def patch(reference_module: Module, num_loops: int = 12, loop: tuple[int, int] =
         `reference_module`, changed in place. `unpatch` undoes it.
 
     Raises:
-        TypeError: the attributes of a DIT are missing.
-        ValueError: `num_loops` or `loop` out of range.
+        TypeError: the attributes of a DIT are missing, or it is a LoopMDM, which loops by itself.
+        ValueError: `num_loops` or `loop` out of range; a block that computes something else than MDLM's.
+
+    Warns:
+        UserWarning: the module cannot be run here (on the meta device, split over ranks, made for a GPU), so
+            only its structure was compared.
     """
     network = _find_network(reference_module)
+    if isinstance(network, LoopMDM):
+        raise TypeError(
+            f"reference_module: {type(network).__name__} loops by itself, by num_loops (DIT) or max_loops"
+        )
     count = len(network.blocks)
     if not 0 <= loop[0] < loop[1] <= count:
         raise ValueError(f"loop: got {loop}, expected 0 <= start < end <= {count} (the number of blocks)")
     check_num_loops(num_loops)
+    left_out = likeness.check_blocks(network, range(count), _named(network))
     unpatch(reference_module)
     reference_module.num_loops = num_loops  # type: ignore[assignment]
-    setattr(reference_module, _STATE, _LoopedBlocks(reference_module, network, loop))
+    setattr(reference_module, _STATE, _LoopedBlocks(reference_module, network, loop, left_out))
     return reference_module
 
 
@@ -95,7 +109,7 @@ def check_num_loops(num_loops: Any) -> None:
 class _LoopedBlocks:
     """What the blocks of a patched module call: the first of a stage runs all of it, the others pass on."""
 
-    def __init__(self, owner: Any, network: Any, loop: tuple[int, int]) -> None:
+    def __init__(self, owner: Any, network: Any, loop: tuple[int, int], left_out: Sequence[int]) -> None:
         self.owner = owner  # its num_loops is read at every call
         self.network = network
         self.loop = loop
@@ -103,13 +117,18 @@ class _LoopedBlocks:
         self.handle: RemovableHandle = network.register_forward_pre_hook(self._before, with_kwargs=True)
         # Of each block and its norms as they are now: `patch` takes these for the reference's.
         self._forwards = [(type(b).forward, _norm_forward(b.norm1)) for b in network.blocks]
+        # The norms with which a block was compared with MDLM's; others are compared when the op shall run it.
+        self._compared = {i: _norms(b) for i, b in enumerate(network.blocks) if i not in left_out}
+        self._before_patch = [vars(block).get("forward") for block in network.blocks]
         for index, block in enumerate(network.blocks):
-            block.forward = partial(self.run, index)
+            block.forward = StandIn(self.run, index)
 
     def remove(self) -> None:
         self.handle.remove()
-        for block in self.network.blocks:
+        for block, forward in zip(self.network.blocks, self._before_patch, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The hub form of the network collects the state after each block if asked to.
@@ -165,8 +184,18 @@ class _LoopedBlocks:
                 f"blocks.{index} {why}, but PyTorch calls a patched block once for all its loops; put hooks"
                 " on the modules inside it, or use LoopMDM.from_mdlm, where each loop calls its blocks"
             )
-        why = why or cut.why_block(self.network.blocks[index], *self._forwards[index], own=False)
-        return None if why is None else cut.named(f"blocks.{index}", why)
+        block = self.network.blocks[index]
+        why = why or cut.why_block(block, *self._forwards[index], own=False)
+        if why is not None:
+            return cut.named(f"blocks.{index}", why)
+        if self._compared.get(index) != _norms(block):
+            self._compare(index)
+        return None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _compare(self, index: int) -> None:
+        likeness.check_blocks(self.network, [index], _named(self.network))
+        self._compared[index] = _norms(self.network.blocks[index])
 
     def _call(
         self, x: Tensor, rotary_cos_sin: Any, c: Tensor, start: int, called: list[str | None], num_loops: int
@@ -189,7 +218,7 @@ class _LoopedBlocks:
         dropout = getattr(blocks[0], "dropout", 0.0) if blocks[0].training else 0.0
         out = lk.looped_blocks(
             x,
-            [_weights(block) for block in blocks],
+            [weights_of(block) for block in blocks],
             torch.stack([block.adaLN_modulation(c).unflatten(-1, (6, x.shape[-1])) for block in blocks]),
             num_loops,
             num_heads=x.shape[-1] // (2 * len(inv_freq)),
@@ -205,19 +234,14 @@ class _LoopedBlocks:
         return cast(Tensor, out)
 
 
+def _named(network: Any) -> str:
+    return f"reference_module: {type(network).__name__}"
+
+
+def _norms(block: Any) -> tuple[Any, Any]:
+    return block.norm1, block.norm2
+
+
 def _norm_forward(norm: Any) -> Any:
     """Of its class; None, which is no norm's, where something is wrapped around the norm."""
     return type(norm).forward if isinstance(getattr(norm, "weight", None), Tensor) else None
-
-
-def _weights(block: Any) -> BlockWeights:
-    return BlockWeights(
-        block.norm1.weight,
-        block.attn_qkv.weight,
-        block.attn_out.weight,
-        block.norm2.weight,
-        block.mlp[0].weight,
-        block.mlp[0].bias,
-        block.mlp[2].weight,
-        block.mlp[2].bias,
-    )
