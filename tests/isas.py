@@ -6,8 +6,11 @@ The modes: AVX2 in all libraries at once; OpenBLAS (numpy's products) as on othe
 set of the CPU kernels. It prints one line a mode and fails if one fails. By default it runs the folders whose
 verdicts can depend on floating-point arithmetic of the processor. Left out are those that cannot: sudoku,
 data_text and schedule compute with integers or in Python, gpu_free and cuda compile or emulate device code,
-csrc and build test sources with flags of their own, view, bench, checkpoint and cli have text, files and
-processes as results.
+csrc and build test sources with flags of their own, view, bench, files, fuzz, checkpoint and cli have text,
+files and processes as results, and what stands beside the folders looks at documents.
+
+A mode has a cache of its own for torch.compile: its code is kept by source, and code for AVX-512 that is
+found again where torch works with AVX2 ends in NaN or in a crash.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from loopmdm_kernels import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ["cpu", "ops", "triton", "mdlm", "loopmdm", "sampling", "study", "train", "quality"]
+FOLDERS = ["cpu", "ops", "triton", "mdlm", "loopmdm", "sampling", "study", "train", "quality", "tools"]
 VARIABLES = (
     "LOOPMDM_CPU_ISA",
     "ATEN_CPU_CAPABILITY",
@@ -49,17 +53,17 @@ def modes() -> dict[str, dict[str, str]]:
 def run(mode: str, variables: dict[str, str], tests: list[str], jobs: int) -> tuple[bool, str]:
     """Whether all passed, and the line that says so."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environment |= {"OMP_NUM_THREADS": "1"} | variables
     parallel = ["-n", str(jobs)] if jobs > 1 else []
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", *parallel, *tests],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "--no-header", *parallel, *tests],
+            cwd=ROOT,
+            env=environment | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache} | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     counts = {word: 0 for word in ("passed", "failed", "skipped", "error")}
     summary = (done.stdout.strip().splitlines() or [""])[-1]
     for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", summary):
