@@ -22,6 +22,7 @@ import torch
 
 from loopmdm_kernels import reference
 from loopmdm_kernels.tracing import transformed
+from loopmdm_kernels.values import meant
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -177,7 +178,8 @@ def _check_names(source: str, names: tuple[str, ...]) -> None:
         raise ValueError(f"{source}: got no backend, expected one of {', '.join(BACKENDS)}")
     for name in names:
         if name not in BACKENDS:
-            raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}")
+            close = meant(name, BACKENDS)
+            raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}{close}")
 
 
 def _refusals(what: str, reasons: dict[str, str | None]) -> str:

@@ -24,6 +24,7 @@ from loopmdm.masks import boolean
 from loopmdm.modules import RotaryEmbedding, TokenEmbedding
 from loopmdm.vocabulary import CalledHead
 from loopmdm_kernels.types import Head, Rotary
+from loopmdm_kernels.values import whole
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ class CausalConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            number = whole(value)
+            if number is None:
                 raise TypeError(f"{field.name}: got {value!r}, expected int")
-            if value < 1 and field.name != "mask_token_id":
+            object.__setattr__(self, field.name, number)
+            if number < 1 and field.name != "mask_token_id":
                 raise ValueError(f"{field.name}: got {value}, expected at least 1")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id: got {self.mask_token_id}, expected 0..{self.vocab_size - 1}")

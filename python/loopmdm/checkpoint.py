@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loopmdm import safetensors_files
+from loopmdm import hub, safetensors_files
 from loopmdm_kernels.files import write_files
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ MODEL_TYPES = {
     "loopmdm-causal": "an autoregressive scorer (loopmdm train --autoregressive): it rates samples and makes"
     " none (loopmdm.quality.load_scorer)",
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN_DIFFERENCES = 20
 
 
@@ -232,21 +230,10 @@ def locate(path_or_hub_id: str | os.PathLike[str], name: str, revision: str | No
                 f"{folder} has no {name}; a checkpoint folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
             )
         return folder / name
-    if folder.exists() or not _HUB_ID.fullmatch(str(path_or_hub_id)):
+    if folder.exists() or not hub.is_hub_id(path_or_hub_id):
         raise FileNotFoundError(
             f"path_or_hub_id: got {str(path_or_hub_id)!r}, "
             "expected a checkpoint folder or a hub id such as 'owner/name'"
         )
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ImportError(
-            f"{path_or_hub_id!r} is not a local folder, and loading it from the hub needs huggingface_hub: "
-            "pip install 'loopmdm-kernels[hf]'"
-        ) from error
-    try:
-        return Path(hf_hub_download(str(path_or_hub_id), name, revision=revision))
-    except (OSError, ValueError) as error:  # the hub client's errors derive from these
-        raise FileNotFoundError(
-            f"{path_or_hub_id!r} is not a local folder, and {name} could not be fetched from the hub: {error}"
-        ) from error
+    missing = f"path_or_hub_id: {str(path_or_hub_id)!r} is not a local folder"
+    return hub.fetch(str(path_or_hub_id), name, revision=revision, missing=missing)

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loopmdm_kernels.values import meant, real, whole
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -69,11 +71,14 @@ class LoopMDMConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            expected: tuple[type, ...] = {"bool": (bool,), "str": (str,), "float": (int, float)}.get(
-                str(field.type), (int,)
-            )
-            if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+            checked: Any
+            if field.type in ("bool", "str"):
+                checked = value if isinstance(value, {"bool": bool, "str": str}[field.type]) else None
+            else:
+                checked = real(value) if field.type == "float" else whole(value)
+            if checked is None:
                 raise TypeError(f"{field.name}: got {value!r}, expected {field.type}")
+            object.__setattr__(self, field.name, checked)
         for name in (
             "vocab_size",
             "hidden_size",
@@ -102,7 +107,8 @@ class LoopMDMConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, expected 0 <= dropout < 1")
         if self.positions not in POSITIONS:
-            raise ValueError(f"positions: got {self.positions!r}, expected one of {POSITIONS}")
+            known = meant(self.positions, POSITIONS)
+            raise ValueError(f"positions: got {self.positions!r}, expected one of {POSITIONS}{known}")
 
     @property
     def head_dim(self) -> int:
@@ -115,8 +121,8 @@ class LoopMDMConfig:
         tiny, small and medium are MDLM's sizes and need `vocab_size` and `mask_token_id`; sudoku (9x9) and
         sudoku6 (6x6) bring their own.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset: got {name!r}, expected one of {sorted(PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"preset: got {name!r}, expected one of {sorted(PRESETS)}{meant(name, PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
 
     @classmethod
@@ -135,7 +141,8 @@ def from_fields(cls: type[Config], values: dict[str, Any]) -> Config:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(fields)}")
+        close = "".join(meant(name, fields) for name in unknown)
+        raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(fields)}{close}")
     missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
     if missing:
         raise ValueError(f"missing configuration fields {missing}")

@@ -24,6 +24,8 @@ from loopmdm.model import LoopMDM
 from loopmdm.modes import evaluating
 from loopmdm.train.batches import Batch
 from loopmdm.train.seeds import derive_seed
+from loopmdm_kernels.ops import checks
+from loopmdm_kernels.values import real, whole
 
 _STREAM = 0x45564C  # "EVL": keeps these draws apart from those of training with the same seed
 
@@ -102,7 +104,7 @@ def evaluate_autoregressive(
     device = next(model.parameters()).device
     sums, tokens = [], []
     with evaluating([model]):
-        for item in batches:
+        for item in _items(batches):
             batch = _batch(item)
             counted = counted_tokens(batch)
             nll = model.token_nll(batch.input_ids.to(device), counted.to(device))
@@ -131,8 +133,8 @@ def _nll_result(
 
 
 def _check_bytes(bytes_per_token: float | None) -> None:
-    if bytes_per_token is not None and not 0 < bytes_per_token < math.inf:
-        raise ValueError(f"bytes_per_token must be positive and finite, got {bytes_per_token}")
+    if bytes_per_token is not None and not 0 < (real(bytes_per_token) or 0) < math.inf:
+        raise ValueError(f"bytes_per_token must be positive and finite, got {bytes_per_token!r}")
 
 
 def nll_by_sequence(
@@ -174,6 +176,20 @@ def nll_by_time_bin(
     return results
 
 
+def _loop_counts(num_loops: Any) -> list[int]:
+    given = num_loops if isinstance(num_loops, Iterable) and not isinstance(num_loops, str) else []
+    counts = [whole(loops) or 0 for loops in given]
+    if not counts or min(counts) < 1:
+        raise ValueError(f"num_loops must be a list of integers of at least 1, got {num_loops!r}")
+    return counts
+
+
+def _items(batches: Any) -> Iterable[Any]:
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches: got {type(batches).__name__}, expected several tensors [B, L] or Batches")
+    return batches
+
+
 def _batch(item: Any) -> Batch:
     batch = item if isinstance(item, Batch) else Batch(item)
     if not isinstance(batch.input_ids, Tensor) or batch.input_ids.ndim != 2:
@@ -198,16 +214,18 @@ class _Sums:
 def _measure(
     model: nn.Module, batches: Iterable[Batch | Tensor], num_loops: Sequence[int], num_t: int, seed: int
 ) -> dict[int, _Sums]:
-    loop_counts = list(num_loops)
-    if not loop_counts or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in loop_counts):
-        raise ValueError(f"num_loops must be a list of integers of at least 1, got {num_loops!r}")
-    if num_t < 1:
-        raise ValueError(f"num_t must be at least 1, got {num_t}")
+    loop_counts = _loop_counts(num_loops)
+    times = whole(num_t)
+    if times is None:
+        raise TypeError(f"num_t must be an int, got {num_t!r}")
+    if times < 1:
+        raise ValueError(f"num_t must be at least 1, got {times}")
+    num_t, seed = times, checks.seed("seed", seed)
     parts: dict[int, list[_Sums]] = {loops: [] for loops in loop_counts}
     device = next(model.parameters()).device
     done = 0
     with evaluating([model]):
-        for item in batches:
+        for item in _items(batches):
             batch = _batch(item)
             t, masked, tokens = corruption(batch, num_t, seed, done)
             done += len(tokens)

@@ -62,9 +62,7 @@ class DIT(LoopMDM):
         self.called_with_time: bool | None = called_with_time  # for `from_mdlm`; None: as `config` says
 
     def default_loops(self, seed: int | None = None) -> int:
-        loops: int = self.num_loops
-        check_num_loops(loops)
-        return loops
+        return check_num_loops(self.num_loops)
 
     def forward(self, indices: Tensor, sigma: Tensor) -> Tensor:  # type: ignore[override]
         """Logits [B, L, V] of tokens `indices` [B, L] int64 at noise levels `sigma` [B]."""

@@ -24,6 +24,7 @@ from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedd
 from loopmdm.parallel import check_averaged
 from loopmdm.stages import Stages
 from loopmdm.vocabulary import AnyHead, CalledHead
+from loopmdm_kernels.ops import checks
 from loopmdm_kernels.tracing import can_read, traced, transformed, without_autocast
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Fp8Weight, Head
 
@@ -287,6 +288,8 @@ class LoopMDM(nn.Module):
                 "timesteps: given with labels; expected None, since the loss draws its own times"
             )
         self._check_input(input_ids, None, attention_mask)
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels: got {type(labels).__name__}, expected an int64 tensor [B, L]")
         if labels.shape != input_ids.shape or labels.dtype != torch.int64:
             raise ValueError(
                 f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, "
@@ -334,12 +337,15 @@ class LoopMDM(nn.Module):
         """
         check_averaged(self)
         self._check_input(input_ids, None, attention_mask)
+        seed = None if seed is None else checks.seed("seed", seed)
         readable = not (traced(input_ids) or transformed())
         if readable and bool((input_ids == self.config.mask_token_id).any()):
             raise ValueError(
                 f"input_ids: contains the mask token {self.config.mask_token_id}; expected clean data"
             )
         loops = self.default_loops(seed) if num_loops is None else num_loops
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"t: got {type(t).__name__}, expected a tensor of times [{len(input_ids)}]")
         if t is not None:
             fits = t.shape == input_ids.shape[:1]
             if not fits or (readable and not bool(((t > 0) & (t <= 1)).all())):
@@ -352,6 +358,8 @@ class LoopMDM(nn.Module):
             else boolean("attention_mask", attention_mask)
         )
         if prompt_mask is not None:
+            if not isinstance(prompt_mask, Tensor):
+                raise TypeError(f"prompt_mask: got {type(prompt_mask).__name__}, expected a tensor [B, L]")
             if prompt_mask.shape != input_ids.shape:
                 raise ValueError(
                     f"prompt_mask: got shape {tuple(prompt_mask.shape)}, expected {tuple(input_ids.shape)}"
@@ -392,6 +400,8 @@ class LoopMDM(nn.Module):
             raise ValueError(f"input_ids: on {input_ids.device}, but the model is on {self.device}")
         if input_ids.shape[1] > cfg.max_length:
             raise ValueError(f"input_ids: length {input_ids.shape[1]} is beyond max_length {cfg.max_length}")
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            raise TypeError(f"attention_mask: got {type(attention_mask).__name__}, expected a tensor [B, L]")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask: got shape {tuple(attention_mask.shape)}, expected {tuple(input_ids.shape)}"

@@ -15,6 +15,7 @@ from loopmdm.mdlm_weights import NETWORK_ATTRIBUTES
 from loopmdm.model import LoopMDM
 from loopmdm.modules import rotary_angles, weights_of
 from loopmdm.trial import StandIn
+from loopmdm_kernels.values import whole
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -61,10 +62,10 @@ def patch(reference_module: Module, num_loops: int = 12, loop: tuple[int, int] =
     count = len(network.blocks)
     if not 0 <= loop[0] < loop[1] <= count:
         raise ValueError(f"loop: got {loop}, expected 0 <= start < end <= {count} (the number of blocks)")
-    check_num_loops(num_loops)
+    loops = check_num_loops(num_loops)
     left_out = likeness.check_blocks(network, range(count), _named(network))
     unpatch(reference_module)
-    reference_module.num_loops = num_loops  # type: ignore[assignment]
+    reference_module.num_loops = loops  # type: ignore[assignment]
     setattr(reference_module, _STATE, _LoopedBlocks(reference_module, network, loop, left_out))
     return reference_module
 
@@ -99,11 +100,13 @@ def _find_network(module: nn.Module) -> Any:
     return found
 
 
-def check_num_loops(num_loops: Any) -> None:
-    if not isinstance(num_loops, int) or isinstance(num_loops, bool):
+def check_num_loops(num_loops: Any) -> int:
+    loops = whole(num_loops)
+    if loops is None:
         raise TypeError(f"num_loops: got {num_loops!r}, expected an int")
-    if num_loops < 1:
-        raise ValueError(f"num_loops: got {num_loops}, expected at least 1")
+    if loops < 1:
+        raise ValueError(f"num_loops: got {loops}, expected at least 1")
+    return loops
 
 
 class _LoopedBlocks:
@@ -137,8 +140,7 @@ class _LoopedBlocks:
     def stages(self, index: int) -> Iterator[tuple[int, int, int]]:
         """Stages (start, end, S) that the call of block `index` runs."""
         start, end = self.loop
-        count, num_loops = len(self.network.blocks), self.owner.num_loops
-        check_num_loops(num_loops)
+        count, num_loops = len(self.network.blocks), check_num_loops(self.owner.num_loops)
         if self.every_state:
             # All loops but the last in one go, then block by block: looped blocks report their last state.
             if index == start and num_loops > 1:

@@ -13,6 +13,7 @@ from loopmdm.data.sudoku import SudokuSpec, is_valid_solution
 from loopmdm.data.sudoku.boards import check_cells
 from loopmdm.plan import ComputePlan
 from loopmdm.sampling import sample
+from loopmdm_kernels.values import whole
 
 
 @dataclass
@@ -75,7 +76,8 @@ def solve_puzzles(
     cells = check_cells(spec, puzzles, "puzzles")
     if cells.ndim != 2 or not len(cells):
         raise ValueError(f"puzzles must be [N, {spec.cells}] with N >= 1, got shape {list(cells.shape)}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    size = whole(batch_size)
+    if size is None or size < 1:
         raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
     config = model.config
     if (config.vocab_size, config.mask_token_id) != (spec.vocab_size, spec.mask_token_id):
@@ -87,7 +89,7 @@ def solve_puzzles(
     results = [
         sample(
             model,
-            infill=tokens[start : start + batch_size],
+            infill=tokens[start : start + size],
             order=order,
             steps=steps,
             tokens_per_step=tokens_per_step,
@@ -96,10 +98,10 @@ def solve_puzzles(
             plan=num_loops,
             temperature=temperature,
             seed=seed,
-            sequence_ids=list(range(start, min(start + batch_size, len(cells)))),
+            sequence_ids=list(range(start, min(start + size, len(cells)))),
             progress=progress,
         )
-        for start in range(0, len(cells), batch_size)
+        for start in range(0, len(cells), size)
     ]
     boards = torch.cat([result.tokens for result in results]).cpu().numpy().astype(np.uint8) + np.uint8(1)
     return SolveResult(

@@ -47,6 +47,7 @@ def test_help_of_each_command(call: Call, name: str) -> None:
     assert done.out.startswith(f"usage: loopmdm {name}")
     assert "example" in done.out and f"loopmdm {name}" in done.out.partition("example")[2]
     assert "--json" in done.out and "--debug" in done.out
+    assert "exit status: 0 done; 1 failed, such as an input that is missing or damaged; 2 bad" in done.out
 
 
 @pytest.mark.parametrize(
@@ -57,12 +58,24 @@ def test_help_of_each_command(call: Call, name: str) -> None:
         (["--fly"], "unrecognized arguments: --fly"),
         (["solve"], "the following arguments are required: FILE"),
         (["solve", "x", "--fly"], "unrecognized arguments: --fly"),
+        (["smaple"], "did you mean 'sample'?"),
+        (["sample", "x", "--tempreture", "1"], "did you mean '--temperature'?"),
+        (["sample", "x", "--tempreture=1"], "did you mean '--temperature'?"),
+        (["sample", "x", "--order", "confidance"], "did you mean 'confidence'?"),
+        (["sample", "x", "--remask", "CAP"], "did you mean 'cap'?"),
+        (["train", "--preset", "sudoku66"], "did you mean 'sudoku6'?"),
+        (["study", "atention"], "did you mean 'attention'?"),
+        (["study", "attention", "x", "--out", "y", "--samplse", "4"], "did you mean '--samples'?"),
     ],
 )
 def test_bad_usage_is_one_line(call: Call, words: list[str], message: str) -> None:
     done = call(*words)
     assert done.status == 2 and done.out == ""
     assert message in done.err and done.err.count("\n") == 1 and "--help" in done.err
+
+
+def test_a_study_says_its_exit_status_too(call: Call) -> None:
+    assert "exit status: 0 done" in call("study", "attention", "--help").out
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:

@@ -255,6 +255,33 @@ def test_damaged_cache_is_rebuilt(tmp_path: Path, file: str, damage: Any) -> Non
     assert tokenizer.encoded == 50
 
 
+@pytest.mark.parametrize(
+    "index", ["{}", "[]", "null", '"tokens"', '{"tokens": 1}', '{"lengths": {}}', "[" * 100_000, "\x00\xff"]
+)
+def test_an_index_of_something_else_is_made_again(tmp_path: Path, index: str) -> None:
+    whole = TextData.from_documents(DOCUMENTS, TOKENIZER, 32, wrap=False, cache_dir=tmp_path)
+    expected = np.array(whole.tokens)
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(index, encoding="latin-1")
+    with pytest.warns(UserWarning, match="is damaged and made again"):
+        again = TextData.from_documents(DOCUMENTS, TOKENIZER, 32, wrap=False, cache_dir=tmp_path)
+    np.testing.assert_array_equal(again.tokens, expected)
+    TextData.from_documents(DOCUMENTS, TOKENIZER, 32, wrap=False, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 1, 6, 8, 10, 60, 100])
+def test_any_damage_to_an_array_s_header_is_found(tmp_path: Path, size: int) -> None:
+    """What numpy says of a damaged header is of many kinds, a zip file's signature among them."""
+    TextData.from_documents(DOCUMENTS, TOKENIZER, 32, wrap=False, cache_dir=tmp_path)
+    path = next(tmp_path.glob("*.tokens.npy"))
+    data = path.read_bytes()
+    for forged in (b"PK\x03\x04" + data[4:], data[:size] + b"\xff(" + data[size + 2 :]):
+        path.write_bytes(forged)
+        with pytest.warns(UserWarning, match="is damaged and made again"):
+            TextData.from_documents(DOCUMENTS, TOKENIZER, 32, wrap=False, cache_dir=tmp_path)
+        assert path.read_bytes() == data
+
+
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+EXIT_STATUS = (
+    "exit status: 0 done; 1 failed, such as an input that is missing or damaged; 2 bad usage;"
+    "\n130 interrupted, 143 terminated, 141 the reader of the output is gone"
+)
 
 
 class UsageError(Exception):
@@ -24,14 +28,45 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
+        if getattr(error, "of_the_model", False):  # what it predicts is no fault of the options
+            raise
         raise UsageError(str(error)) from error
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; `--help` has the rest."""
+    """Says what is wrong in one line, and what may have been meant; `--help` has the rest."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        values, rest = self.parse_known_args(args, namespace)
+        if rest:
+            options = list(_options(self))
+            close = "".join(_meant(word.partition("=")[0], options) for word in rest if word.startswith("-"))
+            self.error(f"unrecognized arguments: {' '.join(rest)}{close}")
+        return values
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            accepted = list(map(str, action.choices))
+            message = f"invalid choice: {value!r} (choose from {', '.join(accepted)})"
+            raise argparse.ArgumentError(action, message + _meant(value, accepted))
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Names of all options, those of commands of the command among them."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _options(inner)
+
+
+def _meant(word: Any, accepted: Iterable[str]) -> str:
+    from loopmdm_kernels.values import meant  # brings torch, which --help does without
+
+    return meant(word, accepted)
 
 
 def positive_int(text: str) -> int:

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from loopmdm.checkpoint import read_json
+from loopmdm.config import LoopMDMConfig
+from loopmdm.printable import printable
+from loopmdm.train.config import TrainConfig
+from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm_kernels.files import write_files
+from loopmdm_kernels.values import meant
 
 RUN_FILE = "run.json"
 VALIDATION = 0.05
@@ -46,4 +51,39 @@ class RunFile:
         known = {f.name for f in fields(cls)}
         if set(values) - known or not {"preset", "model", "training"} <= set(values):
             raise ValueError(f"{path} was not written by this version of loopmdm: it has {sorted(values)}")
+        try:
+            _check(values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
         return cls(**values)
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError where a value is not what `RunFile.write` writes."""
+    for known in fields(RunFile):
+        if known.name in values:
+            value, (accepted, kinds) = values[known.name], _KINDS[str(known.type)]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise TypeError(f"{known.name}: got {printable(repr(value))}, expected {accepted}")
+    presets = (*SUDOKU_RECIPES, *TEXT_RECIPES)
+    preset = values["preset"]
+    if preset not in presets:
+        known_presets = f"{', '.join(presets)}{meant(preset, presets)}"
+        raise ValueError(f"preset: got {printable(repr(preset))}, expected one of {known_presets}")
+    if not 0 <= values.get("validation", VALIDATION) < 1:
+        raise ValueError(f"validation: got {values['validation']}, expected a share in [0, 1)")
+    TrainConfig.from_dict({"steps": 1, **values["training"]})
+    unknown = sorted(set(values["model"]) - {f.name for f in fields(LoopMDMConfig)})
+    if unknown:
+        raise ValueError(f"model: unknown fields {printable(', '.join(unknown))}")
+
+
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "str": ("text", (str,)),
+    "str | None": ("text or null", (str, type(None))),
+    "str | list[str] | None": ("text, a list of them or null", (str, list, type(None))),
+    "int | None": ("an integer or null", (int, type(None))),
+    "float": ("a number", (int, float)),
+    "bool": ("true or false", (bool,)),
+    "dict[str, Any]": ("an object", (dict,)),
+}

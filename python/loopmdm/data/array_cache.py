@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,8 +17,10 @@ from loopmdm_kernels.files import write_files
 Array: TypeAlias = NDArray[Any]
 
 
-def cached_arrays(folder: Path, key: str, make: Callable[[], dict[str, Array]]) -> dict[str, Array]:
-    """The arrays stored under `key`, memory-mapped; made and written first if they are missing or damaged.
+def cached_arrays(
+    folder: Path, key: str, names: Collection[str], make: Callable[[], dict[str, Array]]
+) -> dict[str, Array]:
+    """The arrays `names` stored under `key`, memory-mapped; made and written first if missing or damaged.
 
     An entry is KEY.json with the checksums of one KEY.NAME.npy an array. Arrays of size 0 are not stored.
 
@@ -29,8 +31,10 @@ def cached_arrays(folder: Path, key: str, make: Callable[[], dict[str, Array]]) 
     if index.exists():
         try:
             checksums = json.loads(index.read_text(encoding="utf-8"))
+            if not isinstance(checksums, dict) or set(checksums) != set(names):
+                raise ValueError(f"it does not hold one checksum each of {', '.join(names)}")
             return {name: _read(_path(index, name), checksum) for name, checksum in checksums.items()}
-        except (OSError, ValueError, AttributeError, EOFError) as error:
+        except Exception as error:  # numpy's of a damaged header are of many kinds
             warnings.warn(f"{index} is damaged and made again: {error}", stacklevel=3)
     arrays = make()
     if all(array.size for array in arrays.values()):
@@ -46,7 +50,7 @@ def _path(index: Path, name: str) -> Path:
 
 
 def _read(path: Path, checksum: int) -> Array:
-    array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array: Array = np.lib.format.open_memmap(path, mode="r")  # np.load also opens archives
     if _checksum(array) != checksum:
         raise ValueError(f"{path.name} does not have its checksum")
     return array

@@ -149,7 +149,9 @@ class TextData:
         if cache_dir is None:
             arrays = pack()
         else:
-            arrays = cached_arrays(Path(cache_dir), _cache_key(corpus, tokenizer, length, wrap), pack)
+            names = ("tokens",) if wrap else ("tokens", "lengths")
+            key = _cache_key(corpus, tokenizer, length, wrap)
+            arrays = cached_arrays(Path(cache_dir), key, names, pack)
         tokens = arrays["tokens"]
         if not len(tokens):
             raise ValueError(

@@ -11,6 +11,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from loopmdm import hub
 from loopmdm_kernels.files import write_files
 
 Ids: TypeAlias = NDArray[np.int32]
@@ -370,23 +372,12 @@ def _hf_files(source: str | os.PathLike[str]) -> tuple[Path, list[dict[str, Any]
 
 def _download(hub_id: str, names: Sequence[str]) -> list[Path]:
     missing = f"source {hub_id!r} is no tokenizer; accepted: 'byte', a folder, a tokenizer.json or a hub id"
-    if hub_id.count("/") > 1 or hub_id.startswith((".", "/", "~")):
+    if not hub.is_hub_id(hub_id, owner=False):
         raise FileNotFoundError(missing)
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ImportError(
-            f"{missing}; a hub id needs the package huggingface_hub: pip install 'loopmdm-kernels[hf]'"
-        ) from None
-    try:
-        paths = [Path(huggingface_hub.hf_hub_download(hub_id, names[0]))]
-    except Exception as error:
-        raise FileNotFoundError(f"{missing}. The hub answered: {error}") from error
+    paths = [hub.fetch(hub_id, names[0], missing=missing)]
     for name in names[1:]:
-        try:
-            paths.append(Path(huggingface_hub.hf_hub_download(hub_id, name)))
-        except huggingface_hub.errors.EntryNotFoundError:
-            continue
+        with suppress(hub.NoSuchFile):
+            paths.append(hub.fetch(hub_id, name, missing=missing))
     return paths
 
 

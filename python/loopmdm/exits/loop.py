@@ -7,6 +7,7 @@ from torch import Tensor
 
 from loopmdm.exits.rules import ExitRule
 from loopmdm.stages import Stages
+from loopmdm_kernels.values import whole
 
 
 def run_with_exit(
@@ -21,13 +22,14 @@ def run_with_exit(
     if not isinstance(rule, ExitRule):
         raise TypeError(f"exit must be an ExitRule such as HiddenChange(0.1), got {type(rule).__name__}")
     least = int(num_loops.min()) if isinstance(num_loops, Tensor) else num_loops
-    if isinstance(min_loops, bool) or not isinstance(min_loops, int):
+    earliest = whole(min_loops)
+    if earliest is None:
         raise TypeError(f"min_loops must be an int, got {min_loops!r}")
-    if not 1 <= min_loops <= least:
+    if not 1 <= earliest <= least:
         raise ValueError(f"min_loops must be in 1..{least}, the most loops of a sequence, got {min_loops}")
     if rule.threshold is None:
-        return _loop_by_loop(stages, num_loops, rule, min_loops)
-    return loop_to_threshold(stages, num_loops, rule.threshold, min_loops)
+        return _loop_by_loop(stages, num_loops, rule, earliest)
+    return loop_to_threshold(stages, num_loops, rule.threshold, earliest)
 
 
 def loop_to_threshold(

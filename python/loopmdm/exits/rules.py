@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loopmdm.exits.judges import ArgmaxJudge, ChangeJudge, Judge, OutputJudge
 from loopmdm.stages import Stages
+from loopmdm_kernels.values import meant, real
 
 LEAST_CHANGE = 1e-12  # of a change whose logarithm is taken
 
@@ -66,7 +67,9 @@ class ExitRule(ABC):
         values = dict(row)
         kind = values.pop("rule", None)
         if kind not in RULES:
-            raise ValueError(f"no exit rule is called {kind!r}, accepted are {', '.join(RULES)}")
+            raise ValueError(
+                f"no exit rule is called {kind!r}, accepted are {', '.join(RULES)}{meant(kind, RULES)}"
+            )
         values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         if values.get("eps") == "inf":
             values["eps"] = math.inf
@@ -105,7 +108,7 @@ class HiddenChange(ExitRule):
     kind: ClassVar[str] = "hidden"
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps)
+        object.__setattr__(self, "eps", _checked_eps(self.eps))
         for name, accepted in (
             ("denominator", ("new", "old")),
             ("positions", ("all", "masked")),
@@ -152,7 +155,7 @@ class OutputChange(ExitRule):
     kind: ClassVar[str] = "output"
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps)
+        object.__setattr__(self, "eps", _checked_eps(self.eps))
 
     def judge(self, stages: Stages, hidden: Tensor) -> Judge:
         return OutputJudge(self.eps, stages, hidden)
@@ -246,7 +249,8 @@ def make_rule(criterion: str | ExitRule, eps: float | None) -> ExitRule:
         return criterion if isinstance(criterion, ExitRule) else ArgmaxStable()
     makers: dict[str, type[HiddenChange | OutputChange]] = {"hidden": HiddenChange, "output": OutputChange}
     if not isinstance(criterion, str) or criterion not in makers:
-        raise ValueError(f"criterion must be hidden, output, argmax or an ExitRule, got {criterion!r}")
+        known = meant(criterion, (*makers, ArgmaxStable.kind))
+        raise ValueError(f"criterion must be hidden, output, argmax or an ExitRule, got {criterion!r}{known}")
     if eps is None:
         raise ValueError(f"the criterion {criterion} needs a threshold eps")
     return makers[criterion](eps)
@@ -269,9 +273,11 @@ def _ratio(change: Tensor, size: Tensor) -> Tensor:
     return torch.where(change == 0, 0.0, change / size)
 
 
-def _check_eps(eps: Any) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or math.isnan(eps) or eps < 0:
+def _checked_eps(eps: Any) -> float:
+    number = real(eps)
+    if number is None or not number >= 0:
         raise ValueError(f"eps must be a number >= 0 (inf is accepted), got {eps!r}")
+    return number
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from loopmdm.exits import ExitRule, HiddenChange
+from loopmdm_kernels.values import whole
 
 MAX_LOOPS = 1024  # far beyond what helps any model: more is a slip of the pen, and would run for hours
 
@@ -50,18 +51,20 @@ class Segment(NamedTuple):
 
 def positive(name: str, value: Any) -> int:
     """An int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    number = whole(value)
+    if number is None:
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
 
 
 def loop_count(name: str, value: Any) -> int:
     """An int in 1..MAX_LOOPS."""
-    if positive(name, value) > MAX_LOOPS:
-        raise ValueError(f"{name} must be in 1..{MAX_LOOPS}, got {value}")
-    return int(value)
+    loops = positive(name, value)
+    if loops > MAX_LOOPS:
+        raise ValueError(f"{name} must be in 1..{MAX_LOOPS}, got {loops}")
+    return loops
 
 
 def make_compute(
@@ -85,7 +88,7 @@ def compute_of(name: str, choice: Any) -> StepCompute:
     """The compute meant by a loop count, a model or a `StepCompute`."""
     if isinstance(choice, StepCompute):
         return make_compute(*choice)
-    if isinstance(choice, int):
+    if whole(choice) is not None or isinstance(choice, bool):
         return StepCompute(num_loops=loop_count(name, choice))
     if not hasattr(choice, "config"):
         raise TypeError(f"{name} must be a loop count or a model with a config, got {type(choice).__name__}")

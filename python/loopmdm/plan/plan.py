@@ -17,6 +17,7 @@ from loopmdm.plan import storage
 from loopmdm.plan import text as plan_text
 from loopmdm.plan.compute import Segment, StepCompute, compute_of, loop_count, make_compute, positive
 from loopmdm_kernels.files import write_file
+from loopmdm_kernels.values import whole
 
 
 class Cost(NamedTuple):
@@ -248,8 +249,8 @@ def as_plan(plan: int | str | os.PathLike[str] | ComputePlan | None) -> ComputeP
         return ComputePlan((Segment("S_max", None, StepCompute()),))
     if isinstance(plan, ComputePlan):
         return plan
-    if isinstance(plan, int):
-        return ComputePlan.constant(plan)
+    if (loops := whole(plan)) is not None:
+        return ComputePlan.constant(loops)
     if isinstance(plan, str) and plan.isdecimal():
         return ComputePlan.constant(int(plan))
     if isinstance(plan, str) and plan_text.looks_like_a_schedule(plan):

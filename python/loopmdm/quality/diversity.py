@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.quality.samples import check_samples, lengths
+from loopmdm_kernels.values import whole
 
 SMOOTHING = 0.1  # matches an order without any is credited with (Chen & Cherry 2014, method 1)
 
@@ -129,5 +130,5 @@ def _brevity(sizes: Tensor) -> Tensor:
 
 
 def _check_order(n: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if (whole(n) or 0) < 1:
         raise ValueError(f"n: got {n!r}, expected an integer of at least 1")

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from loopmdm_kernels.values import whole
 
 DEFAULT_NUM_SAMPLES = 8
 MAX_SEQUENCE_ID = 2**32 - 1
@@ -30,7 +33,7 @@ def make_canvas(
 ) -> Canvas:
     """The canvas meant by the arguments of `sample`; checks all of them."""
     if num_samples is not None:
-        _check_count("num_samples", num_samples)
+        num_samples = _count("num_samples", num_samples)
     lengths, prompts, infills = _lengths(length), _rows("prompt", prompt), _rows("infill", infill)
     arguments = {"length": lengths, "prompt": prompts, "infill": infills}
     batch = _batch_size(num_samples, arguments)
@@ -101,13 +104,13 @@ def _batch_size(num_samples: int | None, arguments: dict[str, _Given | None]) ->
 def _lengths(length: Any) -> _Given | None:
     if length is None:
         return None
-    each = isinstance(length, (Sequence, Tensor)) and not isinstance(length, str)
-    values = (length.tolist() if isinstance(length, Tensor) else list(length)) if each else [length]
+    each = isinstance(length, (Sequence, Tensor, np.ndarray)) and not isinstance(length, str)
+    values = (list(length) if isinstance(length, Sequence) else length.tolist()) if each else [length]
     if not isinstance(values, list) or not values:
         raise ValueError(f"length must be an int or one int a sequence, got {length!r}")
-    for index, value in enumerate(values):
-        _check_count(f"length {index}" if each else "length", value)
-    return _Given(values, each)
+    return _Given(
+        [_count(f"length {i}" if each else "length", value) for i, value in enumerate(values)], each
+    )
 
 
 def _rows(name: str, value: Any) -> _Given | None:
@@ -186,8 +189,10 @@ def _check_ids(name: str, tokens: Tensor, config: Any) -> None:
         raise ValueError(f"{name} has ids in {low}..{high}, accepted are 0..{config.vocab_size - 1}")
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _count(name: str, value: Any) -> int:
+    number = whole(value)
+    if number is None:
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number

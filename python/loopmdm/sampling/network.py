@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -152,6 +153,16 @@ class Network:
             self._heads[key] = vocabulary.without_tokens(made, forbidden) if forbidden.numel() else made
         head = self._heads[key]
         return head if sigma is None else vocabulary.at_noise(head, model.head(sigma))
+
+
+def checked_config(model: Any) -> Any:
+    """The configuration of a model that can be sampled from; raises TypeError for anything else."""
+    config = getattr(model, "config", None)
+    missing = [name for name in ("hidden", "head", "device") if not hasattr(model, name)]
+    if config is None or missing or not isinstance(model, nn.Module):
+        hint = ": load it with LoopMDM.from_pretrained" if isinstance(model, (str, os.PathLike)) else ""
+        raise TypeError(f"model must be a LoopMDM, got {type(model).__name__}{hint}")
+    return config
 
 
 def check_models(model: Any, plan: ComputePlan, context: int) -> list[Any]:

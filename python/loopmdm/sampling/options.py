@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopmdm.sampling.orders import COUNTS, ORDERS, Pace
 from loopmdm.sampling.remasking import Remasking
-from loopmdm_kernels.ops import checks
+from loopmdm_kernels.values import meant, real, whole
 
 MAX_STEPS = 2**30 - 1  # the step is one word of the random number's name
 
@@ -23,19 +23,14 @@ def make_pace(
     counts: str = "even",
 ) -> Pace:
     """The pace meant by the arguments, of which at most one of the first four may be given."""
-    for name, count in (("steps", steps), ("tokens_per_step", tokens_per_step)):
-        check_count(name, count)
-    for name, value in (("threshold", threshold), ("entropy_bound", entropy_bound)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number or None, got {value!r}")
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+    steps, tokens_per_step = count("steps", steps), count("tokens_per_step", tokens_per_step)
+    threshold, entropy_bound = _bound("threshold", threshold), _bound("entropy_bound", entropy_bound)
     if not isinstance(counts, str):
         raise TypeError(f"counts must be a name, {' or '.join(COUNTS)}, got {counts!r}")
     if counts not in COUNTS:
-        raise ValueError(f"unknown counts {counts!r}, accepted are {', '.join(COUNTS)}")
+        raise ValueError(
+            f"unknown counts {counts!r}, accepted are {', '.join(COUNTS)}{meant(counts, COUNTS)}"
+        )
     pace = Pace(steps, tokens_per_step, threshold, entropy_bound, counts)
     if len(pace.given) > 1:
         raise ValueError(f"{' and '.join(pace.given)} are given, but each alone says how much a step reveals")
@@ -53,25 +48,15 @@ def check_options(
     *,
     block_length: int | None,
     window: int | None,
-    max_batch: int | None,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
     eos_token_id: int | None,
-    seed: int,
     dtype: torch.dtype | None,
     config: Any,
 ) -> None:
     """Raise TypeError or ValueError where an option is out of range or does not go with another."""
     if order not in ORDERS:
-        raise ValueError(f"unknown order {order!r}, accepted are {', '.join(sorted(ORDERS))}")
-    for name, count in (
-        ("block_length", block_length),
-        ("window", window),
-        ("max_batch", max_batch),
-        ("top_k", top_k),
-    ):
-        check_count(name, count)
+        raise ValueError(
+            f"unknown order {order!r}, accepted are {', '.join(sorted(ORDERS))}{meant(order, ORDERS)}"
+        )
     if block_length is not None and window is not None:
         raise ValueError("block_length and window are both given: blocks follow each other, a window slides")
     if block_length is not None and block_length > config.max_length:
@@ -87,31 +72,48 @@ def check_options(
                 raise ValueError(f"{name} does not go with remasking, which may take back any token")
         if order != "ancestral":
             raise ValueError(f"remasking goes with the order ancestral, got {order}")
-    checks.temperature(temperature)
-    checks.top_p(top_p)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an int with 0 <= seed < 2^63, got {seed!r}")
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"dtype must be None or torch.bfloat16, got {dtype}")
-    if eos_token_id is not None:
-        _check_token("eos_token_id", eos_token_id, config)
 
 
 def make_forbidden(tokens: Any, config: Any) -> Tensor:
     """Ids [F] int64 of the tokens that are never drawn; one at least must be left."""
-    ids = sorted(set([] if tokens is None else _ids(tokens)))
-    for token in ids:
-        _check_token("forbidden", token, config)
+    given = [] if tokens is None else _ids(tokens)
+    ids = sorted({token_id("forbidden", token, config) for token in given})
     if len(ids) >= config.vocab_size - 1:
         raise ValueError(f"forbidden holds all {len(ids)} tokens: none is left to draw")
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def check_count(name: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+def count(name: str, value: Any) -> int | None:
+    """A count of at least 1, or None."""
+    number = whole(value)
+    if value is not None and number is None:
         raise TypeError(f"{name} must be an int or None, got {value!r}")
-    if value is not None and not 1 <= value <= MAX_STEPS:
-        raise ValueError(f"{name} must be in 1..{MAX_STEPS}, got {value}")
+    if number is not None and not 1 <= number <= MAX_STEPS:
+        raise ValueError(f"{name} must be in 1..{MAX_STEPS}, got {number}")
+    return number
+
+
+def token_id(name: str, token: Any, config: Any) -> int:
+    """An id that may be drawn."""
+    number = whole(token)
+    if number is None:
+        raise TypeError(f"{name}: a token id is an int, got {token!r}")
+    if not 0 <= number < config.vocab_size:
+        raise ValueError(f"{name}: {number} is no token id, accepted are 0..{config.vocab_size - 1}")
+    if number == config.mask_token_id:
+        raise ValueError(f"{name}: {number} is the mask token, which is never drawn")
+    return number
+
+
+def _bound(name: str, value: Any) -> float | None:
+    number = real(value)
+    if value is not None and number is None:
+        raise TypeError(f"{name} must be a number or None, got {value!r}")
+    if number is not None and not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} must be a finite number >= 0, got {number}")
+    return number
 
 
 def _ids(tokens: Any) -> list[Any]:
@@ -123,12 +125,3 @@ def _ids(tokens: Any) -> list[Any]:
         return tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
     except TypeError as error:
         raise TypeError(f"forbidden must be a list of token ids, got {tokens!r}") from error
-
-
-def _check_token(name: str, token: Any, config: Any) -> None:
-    if isinstance(token, bool) or not isinstance(token, int):
-        raise TypeError(f"{name}: a token id is an int, got {token!r}")
-    if not 0 <= token < config.vocab_size:
-        raise ValueError(f"{name}: {token} is no token id, accepted are 0..{config.vocab_size - 1}")
-    if token == config.mask_token_id:
-        raise ValueError(f"{name}: {token} is the mask token, which is never drawn")

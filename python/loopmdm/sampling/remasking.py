@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from loopmdm.sampling.orders.base import Order
 from loopmdm.sampling.orders.slots import Slots
 from loopmdm_kernels.types import SampledRows
+from loopmdm_kernels.values import meant, real
 
 DEFAULT_ETA = {"cap": 0.008, "rescale": 0.05, "conf": 1.0, "loop": 0.02}
 _FLIP = 1  # names the coin of a slot and step; word 0 names the reveal times
@@ -41,11 +43,16 @@ class Remasking:
 
     def __post_init__(self) -> None:
         if self.kind not in DEFAULT_ETA:
-            raise ValueError(f"unknown remasking {self.kind!r}, accepted are {', '.join(DEFAULT_ETA)}")
-        eta = DEFAULT_ETA[self.kind] if self.eta is None else self.eta
-        if not _is_number(eta) or not 0 <= eta <= 1:
-            raise ValueError(f"eta of the remasking must be in [0, 1], got {eta!r}")
-        object.__setattr__(self, "eta", float(eta))
+            raise ValueError(
+                f"unknown remasking {self.kind!r}, accepted are {', '.join(DEFAULT_ETA)}"
+                f"{meant(self.kind, DEFAULT_ETA)}"
+            )
+        given = {"eta": DEFAULT_ETA[self.kind]} if self.eta is None else {}
+        for name in ("eta", "t_on", "t_off", "alpha_on"):
+            number = real(given.get(name, getattr(self, name)))
+            object.__setattr__(self, name, getattr(self, name) if number is None else float(number))
+        if not _is_number(self.eta) or not 0 <= self.eta <= 1:
+            raise ValueError(f"eta of the remasking must be in [0, 1], got {self.eta!r}")
         if not all(map(_is_number, (self.t_on, self.t_off))) or not 0 < self.t_off < self.t_on < 1:
             raise ValueError(
                 "t_on and t_off of the remasking must be in 0 < t_off < t_on < 1,"
@@ -155,5 +162,5 @@ def as_remasking(remask: str | Remasking | None) -> Remasking | None:
     raise TypeError(f"remask must be None, a name or a Remasking, got {type(remask).__name__}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, float) and math.isfinite(value)

@@ -226,12 +226,18 @@ def _alike(counts: int | Tensor, part: slice) -> int | Tensor:
     return int(some[0]) if bool((some == some[0]).all()) else some
 
 
+class NotFiniteError(ValueError):
+    """A prediction is NaN or infinite: the weights' fault, not the options'."""
+
+    of_the_model = True
+
+
 def check_finite(prediction: Tensor, step: int, sequence: Tensor, position: Tensor) -> None:
     """Raise ValueError where a prediction [R] of positions [R] is NaN or infinite."""
     broken = ~torch.isfinite(prediction)
     if bool(broken.any()):
         first = int(broken.nonzero()[0])
-        raise ValueError(
+        raise NotFiniteError(
             f"the model's prediction is not finite at step {step}, sequence {int(sequence[first])}, position"
             f" {int(position[first])}: check the weights for NaN and infinity"
         )

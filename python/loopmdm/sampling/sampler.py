@@ -14,14 +14,15 @@ from torch import Tensor
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.sampling.canvas import make_canvas, make_sequence_ids
 from loopmdm.sampling.graphs import GraphNetwork, check_graphs
-from loopmdm.sampling.network import Draw, Network, check_models, sampled
-from loopmdm.sampling.options import check_options, make_forbidden, make_pace
+from loopmdm.sampling.network import Draw, Network, check_models, checked_config, sampled
+from loopmdm.sampling.options import check_options, count, make_forbidden, make_pace, token_id
 from loopmdm.sampling.orders import Order, Pace, Slots, make_order
 from loopmdm.sampling.progress import progress_bar
 from loopmdm.sampling.reference_numerics import ReferenceRun
 from loopmdm.sampling.remasking import Remasked, Remasking, as_remasking
 from loopmdm.sampling.result import SampleResult, StepEvent
 from loopmdm.sampling.run import Limits, Run
+from loopmdm_kernels.ops import checks
 
 
 def sample(
@@ -126,21 +127,24 @@ def sample(
         ValueError, TypeError: on arguments out of range or at odds with each other, and on predictions that
             are not finite (NaN in weights).
     """
-    config = model.config
+    config = checked_config(model)
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step must be a function or None, got {type(on_step).__name__}")
     pace = make_pace(steps, tokens_per_step, threshold, entropy_bound, counts)
     rule = as_remasking(remask)
+    block_length, window = count("block_length", block_length), count("window", window)
+    max_batch, top_k = count("max_batch", max_batch), count("top_k", top_k)
+    temperature, top_p = checks.temperature(temperature), checks.top_p(top_p)
+    seed = checks.integer("seed", seed, 0, 2**63, "an int, 0 <= seed < 2^63", ValueError)
+    if eos_token_id is not None:
+        eos_token_id = token_id("eos_token_id", eos_token_id, config)
     check_options(
         order,
         pace,
         rule,
         block_length=block_length,
         window=window,
-        max_batch=max_batch,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
         eos_token_id=eos_token_id,
-        seed=seed,
         dtype=dtype,
         config=config,
     )

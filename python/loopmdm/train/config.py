@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from loopmdm_kernels.values import meant, real, whole
+
 Schedule = Literal["constant", "cosine", "linear"]
 Precision = Literal["fp32", "bf16"]
 
@@ -65,12 +67,16 @@ class TrainConfig:
             self._require("clip", float, math.ulp(0.0), math.inf)
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        if not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas):
+        betas = tuple(real(beta) for beta in self.betas)
+        if not all(beta is not None and 0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "betas", betas)
         for name, accepted in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
             if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+                got = getattr(self, name)
+                raise ValueError(
+                    f"{name} must be one of {', '.join(accepted)}, got {got!r}{meant(got, accepted)}"
+                )
         if not isinstance(self.loop_law, str):
             raise TypeError(f"loop_law must be a string, got {type(self.loop_law).__name__}")
         if not isinstance(self.recompute, bool):
@@ -78,9 +84,11 @@ class TrainConfig:
 
     def _require(self, name: str, kind: type, low: float, high: float) -> None:
         value = getattr(self, name)
-        numeric = (int,) if kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, numeric):
+        number = whole(value) if kind is int else real(value)
+        if number is None:
             raise TypeError(f"{name} must be {kind.__name__}, got {value!r}")
+        object.__setattr__(self, name, number)
+        value = number
         if not math.isfinite(value) or not low <= value <= high:
             if low == math.ulp(0.0):
                 accepted = "positive"
@@ -117,7 +125,10 @@ class TrainConfig:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"unknown training option {', '.join(unknown)}; known: {', '.join(known)}")
+            close = "".join(meant(name, known) for name in unknown)
+            raise ValueError(
+                f"unknown training option {', '.join(unknown)}; known: {', '.join(known)}{close}"
+            )
         return cls(**values)
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from loopmdm import _sudoku
 from loopmdm.data.sudoku.boards import Cells, SudokuSpec, check_cells
+from loopmdm_kernels.values import whole
 
 _SPLITS = {None: -1, "train": 0, "test": 1}
 _CHUNK = 4096  # puzzles per call of the generator, so that Ctrl-C works between calls
@@ -161,6 +162,7 @@ def _threads(threads: int) -> int:
 
 def as_seed(value: Any, name: str = "seed") -> int:
     """`value` as an int in 0..2^63-1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= int(value) < 2**63:
+    seed = whole(value)
+    if seed is None or not 0 <= seed < 2**63:
         raise ValueError(f"{name} must be an integer in 0..2^63-1, got {value!r}")
-    return int(value)
+    return seed
