@@ -282,6 +282,22 @@ def test_any_damage_to_an_array_s_header_is_found(tmp_path: Path, size: int) -> 
         assert path.read_bytes() == data
 
 
+def reshaped(path: Path) -> None:
+    array = np.load(path)
+    np.save(path, array.T if array.ndim == 2 else array[None])
+
+
+def of_another_type(path: Path) -> None:
+    array = np.load(path)
+    np.save(path, array.view(np.int16 if array.dtype == np.uint16 else np.uint32))
+
+
+@pytest.mark.parametrize("damage", [reshaped, of_another_type])
+@pytest.mark.parametrize("file", ["*.tokens.npy", "*.lengths.npy"])
+def test_the_same_bytes_in_another_shape_or_type_are_damage(tmp_path: Path, file: str, damage: Any) -> None:
+    test_damaged_cache_is_rebuilt(tmp_path, file, damage)
+
+
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

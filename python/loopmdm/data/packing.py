@@ -18,7 +18,7 @@ from loopmdm.data.array_cache import Array, cached_arrays
 from loopmdm.data.tokenizer import Tokenizer
 
 GROUP_SIZE = 1000  # documents that are concatenated before they are cut, as in the reference
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _STREAM = 0x44415441  # "DATA": keeps the permutations apart from every other use of the same seed
 _SCAN_ROWS = 4096
 
