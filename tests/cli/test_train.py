@@ -83,11 +83,14 @@ def test_several_sources_and_what_is_said_of_their_files(call: Call, tmp_path: P
     evaluated = call("eval", tmp_path / "run", "--loops", 1, "--num-t", 1, "--windows", 2, "--json")
     assert evaluated.status == 0 and evaluated.json["part"] == "validation"
     assert evaluated.json["data"] == run["data"]
-    other = call(
-        "eval", tmp_path / "run", "--data", files[0], "--data", files[1], "--loops", 1, "--num-t", 1, "--json"
-    )
-    assert other.json["data"] == files[:2] and other.json["part"] == "all"
-    assert f"read: 2 file(s) of {files[0]}, {files[1]}: 2 text" in other.err
+    words = ["--loops", 1, "--num-t", 1, "--json"]
+    for several in (["--data", *files[:2]], ["--data", files[0], "--data", files[1]]):
+        other = call("eval", tmp_path / "run", *several, *words)
+        assert other.json["data"] == files[:2] and other.json["part"] == "all"
+        assert f"read: 2 file(s) of {files[0]}, {files[1]}: 2 text" in other.err
+    one = call("eval", "--data", tmp_path / "more", tmp_path / "run", *words)
+    assert one.status == 0 and one.json["data"] == str(tmp_path / "more")
+    assert call("eval", tmp_path / "run", "more", *words).status == 2
     resumed = call("train", "--resume", "--out", tmp_path / "run", "--steps", 2)
     assert resumed.status == 0, resumed.err
 
@@ -103,7 +106,7 @@ def test_sources_do_not_depend_on_the_working_directory(
     assert places[0] == str(folder / "a.txt") and places[2] == "stdlib"
     monkeypatch.chdir(tmp_path)
     assert list(read_documents(places[1])) == ["a"]
-    assert located(["x"]) == str(tmp_path / "x")
+    assert located("x") == str(tmp_path / "x") and located("stdlib") == "stdlib"
 
 
 def test_a_sudoku_run_is_evaluated_by_solving(sudoku_run: Path) -> None:

@@ -128,12 +128,27 @@ def test_saved_data_set_is_the_files_that_its_state_names(tmp_path: Path) -> Non
     arrow(folder / "cache-2.arrow", [], "indices", [2, 0])
     write(folder / "tmp123", "left by a killed process")
     assert read(folder) == (["a", "b", "c"], [])
+    assert read(f"{folder}/*.arrow") == (["a", "b", "c"], [])
+    assert read(sorted(folder.iterdir())) == (["a", "b", "c"], [])
+    assert read(folder / "cache-1.arrow")[0] == ["A", "B", "C"]  # asked for alone
     found = found_files(tmp_path)
     assert list(documents_in(found)) == ["a", "b", "c"]
     assert found.read() == f"1 file(s) of {tmp_path}: 1 saved data set"
     assert found.remarks() == [
         "left out: 3 working file(s) of datasets (d/cache-1.arrow, d/cache-2.arrow, d/tmp123)"
     ]
+
+
+def test_state_without_its_companion(tmp_path: Path) -> None:
+    """state.json alone describes the folder too, if it is that of a data set; else it is a file of JSON."""
+    folder = saved(tmp_path / "d", {"data.arrow": ["a"]})
+    arrow(folder / "cache-1.arrow", ["A"])
+    (folder / "dataset_info.json").unlink()
+    assert read(folder) == (["a"], [])
+    for text in ('{"text": "of a game"}', "[]"):
+        write(tmp_path / "e/state.json", text)
+        write(tmp_path / "e/b.txt", "b")
+        assert read(tmp_path / "e")[0][0] == "b"
 
 
 def test_indices_of_datasets_1_are_followed(tmp_path: Path) -> None:

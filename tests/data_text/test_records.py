@@ -168,6 +168,8 @@ def test_tables_of_pyarrow(tmp_path: Path) -> None:
             with (pa.ipc.new_stream if kind == "arrow" else pa.ipc.new_file)(str(path), schema) as writer:
                 writer.write_table(pa.table([column], schema))
             assert list(read_documents(path)) == ["a", "é"]
+    parquet.write_table(pa.table({"a.b": texts, "a": [{"b": "no"}] * 3}), tmp_path / "dotted.parquet")
+    assert list(read_documents(tmp_path / "dotted.parquet", text_field="a.b")) == ["a", "é"]
     parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
     parquet.write_table(pa.table({}), tmp_path / "nothing.parquet")
     parquet.write_table(pa.table({"text": texts}), tmp_path / "some.parquet", row_group_size=1)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from loopmdm.cli import text_data
 from loopmdm.cli.models import load_tokenizer
-from loopmdm.cli.parser import UsageError, positive_int
+from loopmdm.cli.parser import Sources, UsageError, positive_int
 from loopmdm.cli.run_file import VALIDATION, RunFile
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
@@ -30,9 +30,10 @@ def add_text_options(group: Any, windows: int) -> None:
     """Which text, and how much of it."""
     group.add_argument(
         "--data",
-        action="append",
+        nargs=1,
+        action=Sources,
         metavar="PATH",
-        help="as in `loopmdm train`, each after a --data of its own (default: what the run was trained on)",
+        help="as in `loopmdm train`, several too (default: what the run was trained on)",
     )
     group.add_argument(
         "--part",

@@ -37,9 +37,18 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and what may have been meant; `--help` has the rest."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Words left over belong to an option of `Sources`, as in --data a.txt b.txt.
+
+        Only then: in `--data a.txt MODEL` the model is no source.
+        """
         values, rest = self.parse_known_args(args, namespace)
+        sources = [action for action in _actions(self) if isinstance(action, Sources)]
+        if rest and sources:
+            for action in sources:
+                action.nargs = "+"
+            values, rest = self.parse_known_args(args, namespace)
         if rest:
-            options = list(_options(self))
+            options = [name for action in _actions(self) for name in action.option_strings]
             close = "".join(_meant(word.partition("=")[0], options) for word in rest if word.startswith("-"))
             self.error(f"unrecognized arguments: {' '.join(rest)}{close}")
         return values
@@ -54,13 +63,28 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Names of all options, those of commands of the command among them."""
+class Sources(argparse.Action):
+    """Files, folders and patterns: one as a string, several as a list."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest) or []
+        together = [*([before] if isinstance(before, str) else before), *values]
+        setattr(namespace, self.dest, together[0] if len(together) == 1 else together)
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """All arguments, those of commands of the command among them."""
     for action in parser._actions:
-        yield from action.option_strings
+        yield action
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
-                yield from _options(inner)
+                yield from _actions(inner)
 
 
 def _meant(word: Any, accepted: Iterable[str]) -> str:

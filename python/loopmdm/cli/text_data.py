@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,13 +39,14 @@ __all__ = [
 _BATCH = 16
 
 
-def located(data: Sequence[str]) -> str | list[str]:
-    """The same sources under names that do not depend on the working directory; one alone without a list."""
-    sources = [source if source == STDLIB else _absolute(source) for source in data]
-    return sources[0] if len(sources) == 1 else sources
+def located(data: str | list[str]) -> str | list[str]:
+    """The same sources under names that do not depend on the working directory."""
+    return _absolute(data) if isinstance(data, str) else [_absolute(source) for source in data]
 
 
 def _absolute(source: str) -> str:
+    if source == STDLIB:
+        return source
     is_pattern = glob.has_magic(source) and not os.path.lexists(source) and not os.path.isabs(source)
     return os.path.join(glob.escape(os.getcwd()), source) if is_pattern else os.path.abspath(source)
 

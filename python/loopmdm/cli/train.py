@@ -16,6 +16,7 @@ from loopmdm.cli.boards import SHARE_COLUMNS, share_row
 from loopmdm.cli.jobs import PRESETS, Job
 from loopmdm.cli.output import note, print_json, print_table
 from loopmdm.cli.parser import (
+    Sources,
     add_json,
     add_runtime,
     count,
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--data",
         nargs="+",
-        action="extend",
+        action=Sources,
         metavar="PATH",
         help="files, folders, patterns in quotes, or 'stdlib': text; .jsonl, .json, .csv, .tsv, .parquet and"
         " .arrow with a field or column of text; each of them compressed (.gz, .bz2, .xz, .zst); data sets"

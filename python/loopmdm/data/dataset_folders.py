@@ -32,7 +32,7 @@ def read(folder: Path, names: Sequence[str]) -> Written | None:
     """
     if DICT_FILE in names:
         return _dataset_dict(folder)
-    if STATE_FILE in names and INFO_FILE in names:
+    if STATE_FILE in names and (INFO_FILE in names or _names_files(folder / STATE_FILE)):
         kept = set(saved_files(folder)) | set(index_files(folder)) | {STATE_FILE, INFO_FILE}
         return Written([], True, {name: WORKING for name in names if name not in kept})
     if INFO_FILE in names:
@@ -126,6 +126,14 @@ def _file_names(folder: Path, keys: Sequence[str]) -> list[str]:
     if not files and keys[0] == "_data_files":
         raise ValueError(f"{path}: no file is named in _data_files; save the data set again")
     return files
+
+
+def _names_files(path: Path) -> bool:
+    """Whether a state.json without its companion is that of a saved data set."""
+    try:
+        return "_data_files" in _object(path)
+    except ValueError:
+        return False
 
 
 def _inside(path: Path, name: Any) -> str:

@@ -118,6 +118,7 @@ def find_files(sources: Iterable[Source], suffixes: set[str] | None = None) -> F
                 _add_folder(found, path, suffixes)
             else:
                 _add_file(found, path, named)
+    _leave_out_working_files(found)
     found.files = _once(found)
     return found
 
@@ -281,6 +282,18 @@ def _split_of(path: Path) -> str | None:
     words = re.split(r"[^a-z]+", path.name.lower())
     folders = [re.split(r"[^a-z]+", part.lower())[-1] for part in path.parts[:-1]]
     return next((_SPLITS[word] for word in [*words, *reversed(folders)] if word in _SPLITS), None)
+
+
+def _leave_out_working_files(found: Found) -> None:
+    """Of a saved data set whose files are named one by one (by a pattern), those that are not of it."""
+    folders = {file.path.parent for file in found.files if file.kind == "arrow"}
+    for folder in sorted(f for f in folders if (f / dataset_folders.STATE_FILE).is_file()):
+        rows = set(dataset_folders.saved_files(folder))
+        here = [file for file in found.files if file.path.parent == folder and file.kind != SAVED]
+        if any(file.path.name in rows for file in here):
+            for file in [file for file in here if file.path.name not in rows]:
+                found.files.remove(file)
+                found.left_out.append(LeftOut(file.path, dataset_folders.WORKING))
 
 
 def _once(found: Found) -> list[DataFile]:

@@ -57,7 +57,7 @@ def _values(path: Path, kind: str, name: str, prepare: Callable[[Any], Any]) -> 
             f"reading {path} needs the package pyarrow: pip install 'loopmdm-kernels[train]'"
         ) from None
     row = 0
-    batches = _parquet(path) if kind == "parquet" else _arrow(path)
+    batches = _parquet(path, name) if kind == "parquet" else _arrow(path)
     while True:
         try:
             batch = next(batches, None)
@@ -101,10 +101,13 @@ def _text_column(column: Any) -> Any:
     return column if not types.is_binary(column.type) else column.cast(pyarrow.large_binary())
 
 
-def _parquet(path: Path) -> Iterator[Any]:
+def _parquet(path: Path, name: str) -> Iterator[Any]:
     import pyarrow.parquet
 
-    yield from pyarrow.parquet.ParquetFile(_open(path)).iter_batches()
+    file = pyarrow.parquet.ParquetFile(_open(path))
+    # A dot in a name would be taken for a path into a nested column.
+    alone = name in file.schema_arrow.names and "." not in name
+    yield from file.iter_batches(columns=[name] if alone else None)
 
 
 def _arrow(path: Path) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from loopmdm.cli import text_data
 from loopmdm.cli.boards import ORDERS, held_out_puzzles
 from loopmdm.cli.jobs import PRESETS, read_corpus
 from loopmdm.cli.parser import (
+    Sources,
     UsageError,
     count,
     loop_counts,
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, default_flops: float) -> N
     what.add_argument(
         "--data",
         nargs="+",
-        action="extend",
+        action=Sources,
         metavar="PATH",
         help="text, as in `loopmdm train`; goes with a text preset",
     )
