@@ -91,6 +91,8 @@ def test_several_sources_and_what_is_said_of_their_files(call: Call, tmp_path: P
     one = call("eval", "--data", tmp_path / "more", tmp_path / "run", *words)
     assert one.status == 0 and one.json["data"] == str(tmp_path / "more")
     assert call("eval", tmp_path / "run", "more", *words).status == 2
+    wrong = call("eval", "--data", "more", tmp_path / "run", "--no-such-option")
+    assert wrong.status == 2 and "unrecognized arguments: --no-such-option" in wrong.err
     resumed = call("train", "--resume", "--out", tmp_path / "run", "--steps", 2)
     assert resumed.status == 0, resumed.err
 

@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         """
         values, rest = self.parse_known_args(args, namespace)
         sources = [action for action in _actions(self) if isinstance(action, Sources)]
-        if rest and sources:
+        if sources and any(not word.startswith("-") for word in rest):
             for action in sources:
                 action.nargs = "+"
             values, rest = self.parse_known_args(args, namespace)
