@@ -1,7 +1,5 @@
 """Ops of a weight alone: without norm, bias and modulation they are linear + cross-entropy, and its draws."""
 
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -141,9 +139,3 @@ def test_backends_without_a_kernel_say_so():
     hidden, weight, _, _ = case(FLOAT)
     for why_not in (cuda, triton):
         assert "without a norm" in why_not(hidden, lk.Head.of(weight), BF16)
-
-
-def test_the_snippet_of_the_readme():
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "Head.of" in block)
-    exec(compile(code, "README.md", "exec"), {})

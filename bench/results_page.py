@@ -1,0 +1,197 @@
+"""Writes docs/results.md from the committed result files, and prints the table of the README.
+
+python -m bench.results_page docs/results.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from loopmdm_kernels.files import write_file
+
+RESULTS = Path(__file__).parent / "results"
+SPEED = {"Zen 5": "2026-11-24-cpu-zen5.json", "Zen 4": "2026-11-24-cpu-zen4.json"}
+SAMPLING = {
+    "Zen 5": "2026-11-24-cpu-zen5-sampling.json",
+    "Ice Lake, no bf16 instructions": "2026-11-24-cpu-sampling.json",
+}
+PLANS = {"Zen 4": "2026-11-24-cpu-zen4-plans.json"}
+BOARDS = {
+    "6x6, 166 k parameters, S <= 6 in training": "2026-11-21-sudoku6-eval.json",
+    "9x9, 835 k parameters, S <= 8 in training": "2026-11-21-sudoku9-eval.json",
+}
+# What a case of `make bench` is.
+CASES = {
+    "test_looped_blocks[D768-T1024-bf16]": "`looped_blocks`, 2 blocks, S = 12: D 768, 1024 tokens",
+    "test_looped_blocks[D768-T128-bf16]": "the same, 128 tokens",
+    "test_looped_blocks[D256-T81-bf16]": "the same, D 256, 81 tokens",
+    "test_looped_blocks[D256-B64xL81-bf16]": "the same, D 256, 64 sequences of 81",
+    "test_looped_blocks[D768-T1024-fp32]": "the same, D 768, 1024 tokens, in fp32",
+    "test_model": "whole small model, 1024 tokens, V 50258, S = 12",
+    "test_training_step": "training step, 12 blocks of D 384, 4 x 512 tokens, S = 6",
+    "test_attention[12x1024x64-forward]": "`attention`, 12 heads x 1024 x 64",
+    "test_attention[12x1024x64-forward-backward]": "the same with its gradients",
+    "test_attention[12x256x64-forward]": "`attention`, 12 heads x 256 x 64",
+    "test_attention[12x256x64-forward-backward]": "the same with its gradients",
+    "test_attention[512x81x32-forward]": "`attention`, 512 heads x 81 x 32",
+    "test_attention[512x81x32-forward-backward]": "the same with its gradients",
+    "test_masked_cross_entropy[bf16-parameters]": "`masked_cross_entropy` with gradients, 512 rows, V 50258",
+    "test_masked_cross_entropy[fp32-parameters]": "the same, parameters in fp32",
+    "test_sample_rows[R1]": "`sample_rows`, 1 row, V 50258",
+    "test_sample_rows[R16]": "the same, 16 rows",
+    "test_sample_rows[R256]": "the same, 256 rows",
+}
+# The rows of the README: file, case, title.
+FRONT = [
+    (SPEED["Zen 5"], "test_looped_blocks[D768-T1024-bf16]", "`looped_blocks`, S = 12, D 768, 1024 tokens"),
+    (SPEED["Zen 5"], "test_model", "whole small model, S = 12, 1024 tokens"),
+    (SPEED["Zen 5"], "test_training_step", "training step, 12 blocks of D 384, 2048 tokens, S = 6"),
+    (
+        SPEED["Zen 5"],
+        "test_masked_cross_entropy[bf16-parameters]",
+        "`masked_cross_entropy` with gradients, 512 rows, V 50258",
+    ),
+    (SPEED["Zen 5"], "test_sample_rows[R256]", "`sample_rows`, 256 rows, V 50258"),
+    (SAMPLING["Zen 5"], "test_sampling[S12]", "sampling, S = 12, 1024 tokens, 8 steps"),
+]
+# Where a share of the peak rate says nothing: the weights are read for few rows.
+BOUND_BY_MEMORY = {"test_sample_rows[R1]", "test_sample_rows[R16]"}
+
+
+def load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return content
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def origin(machine: str, name: str) -> str:
+    """The machine, the file and the command behind a table."""
+    result = load(name)
+    rates = result["machine"]["giga_per_second"]
+    return (
+        f"{machine}: {result['machine']['cpu']}, {result['machine']['threads']} threads, "
+        f"{result['machine']['cpu_isa']}; torch {result['versions']['torch']}; peak {rates['peak_bf16']:.0f} "
+        f"GFLOP/s in bf16 and {rates['peak_fp32']:.0f} in fp32, measured in the run. `{name}`, by "
+        f"`{result['command']}`."
+    )
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def speed(machine: str, name: str) -> list[str]:
+    figures = load(name)["figures"]
+    rows = []
+    for case, title in CASES.items():
+        result = figures[case]
+        times, peer = result["milliseconds"], result["best_peer"]
+        share = "" if case in BOUND_BY_MEMORY else f"{100 * result['share_of_peak']:.0f} %"
+        ours, best = milliseconds(times["ours"]), milliseconds(times[peer])
+        rows.append([title, ours, best, peer, f"{result['speedup']:.2f}", share])
+    header = ["case", "ours, ms", "best PyTorch, ms", "which", "speed-up", "of peak"]
+    return [origin(machine, name), "", *table(header, rows), ""]
+
+
+def front_table() -> str:
+    rows = []
+    for name, case, title in FRONT:
+        result = load(name)["figures"][case]
+        times = [result["milliseconds"][whose] for whose in ("ours", result["best_peer"])]
+        rows.append([title, *map(milliseconds, times), f"{result['speedup']:.2f}"])
+    return "\n".join(table(["case", "ours, ms", "best PyTorch, ms", "speed-up"], rows)) + "\n"
+
+
+def sampling(machine: str, name: str) -> list[str]:
+    figures = load(name)["figures"]
+    rows = []
+    for loops in (1, 12):
+        result = figures[f"test_sampling[S{loops}]"]
+        times, peer = result["milliseconds"], result["best_peer"]
+        ratios = (f"{result[name]:.2f}" for name in ("speedup", "speedup_of_the_sampler_alone"))
+        rows.append([f"S = {loops}", f"{times['ours'] / 1e3:.2f}", f"{times[peer] / 1e3:.2f}", peer, *ratios])
+    header = ["", "ours, s", "best PyTorch, s", "which", "speed-up", "on eager PyTorch"]
+    calls = figures["test_network_calls"]
+    return [
+        origin(machine, name),
+        "",
+        *table(header, rows),
+        "",
+        f"In a batch of 16 a sequence takes {calls['calls_per_sequence']:.0f} network calls (expected: "
+        f"{calls['expected']}), with the reference's cache over the whole batch "
+        f"{calls['reference_calls_per_sequence']}.",
+        "",
+    ]
+
+
+def plans(machine: str, name: str) -> list[str]:
+    rows = []
+    for case, result in load(name)["figures"].items():
+        model, eps = case.split("[")[1].rstrip("]").split("-")
+        saved = [f"{100 * result[kind]['adaptive']:.0f} %" for kind in ("flops_saved", "time_saved")]
+        rows.append([model, eps, f"{result['mean_loops']:.1f}", *saved])
+    header = ["model", "eps", "mean loops", "FLOPs saved", "time saved"]
+    return [origin(machine, name), "", *table(header, rows), ""]
+
+
+def boards() -> list[str]:
+    counts = (1, 2, 3, 4, 6, 8, 12)
+    rows, files = [], []
+    for model, name in BOARDS.items():
+        result = load(name)
+        files.append(f"`{name}` ({result['puzzles']} puzzles)")
+        for order in ("left_to_right", "confidence"):
+            solved = {r["num_loops"]: r["share_solved"] for r in result["solved"] if r["order"] == order}
+            cells = [f"{solved[s]:.3f}".lstrip("0") if s in solved else "" for s in counts]
+            rows.append([model, order.replace("_", " "), *cells])
+    return [*table(["model", "order", *(f"S = {s}" for s in counts)], rows), "", ", ".join(files) + "."]
+
+
+OPENING = """# Results
+
+Written by `python -m bench.results_page docs/results.md` from the files in `bench/results/`. Times are
+medians; peers ran in the same process. The best PyTorch is the best of eager and `torch.compile`, in fp32
+and bf16. No figure of a GPU is here yet: none has been measured.
+"""
+ABOUT_BOARDS = """## Sudoku: what loops are for
+
+Shares of held-out puzzles that the shipped models solve exactly, one cell a step. Left to right takes the
+choice of easy cells away; what is left is computation inside the step.
+"""
+ABOUT_KERNELS = """## Kernels on a CPU
+
+The share of the peak is that of the instructions' rate in the case's dtype. Nothing that is computed twice
+counts. Shares are left out where few rows read the whole weight.
+"""
+ABOUT_SAMPLING = """## Sampling on a CPU
+
+The small model beside the reference's algorithm (`ddpm_cache` in plain PyTorch): 1024 tokens, T = 1024,
+batch 1; 8 steps, of which 5 compute. The last column is our sampler on eager PyTorch, beside the reference's.
+"""
+ABOUT_PLANS = """## Adaptive loops, on the clock
+
+Boards in a batch of 16, beside the same run at the largest number of loops.
+"""
+
+
+def page() -> str:
+    lines = [OPENING, ABOUT_BOARDS, *boards(), "", ABOUT_KERNELS]
+    lines += [line for machine, name in SPEED.items() for line in speed(machine, name)]
+    lines += [ABOUT_SAMPLING]
+    lines += [line for machine, name in SAMPLING.items() for line in sampling(machine, name)]
+    lines += [ABOUT_PLANS]
+    lines += [line for machine, name in PLANS.items() for line in plans(machine, name)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    write_file(Path(sys.argv[1]), page())
+    print(front_table(), end="")
