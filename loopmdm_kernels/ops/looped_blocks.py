@@ -169,7 +169,7 @@ def _check(
         raise ValueError("blocks: got none, expected at least one")
     if len({type(weights) for weights in blocks}) > 1:
         raise TypeError("blocks: got some with fp8 weights, expected all or none")
-    given = getattr(blocks[0].mlp_in, "shape", ())  # what is no matrix is refused below
+    given: Sequence[int] = getattr(blocks[0].mlp_in, "shape", ())  # what is no matrix is refused below
     width = given[0] if len(given) else "F"
     shapes = (
         (hidden,), (3 * hidden, hidden), (hidden, hidden), (hidden,),

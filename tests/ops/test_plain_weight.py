@@ -1,6 +1,5 @@
 """Ops of a weight alone: without norm, bias and modulation they are linear + cross-entropy, and its draws."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
