@@ -217,12 +217,8 @@ def _table(path: Path, delimiters: str, text_field: str, errors: Errors) -> Iter
     if header is None:
         return
     number, first = header
-    for delimiter in delimiters:
-        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
-        if text_field in names:
-            break
-    else:
-        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiters[0]))]
+    delimiter, names = _header(first, delimiters, text_field, f"{path}, line {number}")
+    if text_field not in names:
         message = f"{path}, line {number}: {no_field(text_field, names, 'column')}"
         raise NotText(message, f"table(s) without column {text_field!r}", _known(names, "column"))
     column = names.index(text_field)
@@ -236,6 +232,16 @@ def _table(path: Path, delimiters: str, text_field: str, errors: Errors) -> Iter
         if len(row) != len(names):
             raise ValueError(f"{where}: {len(row)} fields, the header has {len(names)}")
         yield row[column]
+
+
+def _header(line: str, delimiters: str, text_field: str, where: str) -> tuple[str, list[str]]:
+    """The delimiter that gives a header the column, else the usual one; and the names it gives."""
+    try:
+        split = {d: [name.strip() for name in next(csv.reader([line], delimiter=d))] for d in delimiters}
+    except csv.Error as error:
+        raise ValueError(f"{where}: not the header of a table ({error})") from None
+    delimiter = next((d for d in delimiters if text_field in split[d]), delimiters[0])
+    return delimiter, split[delimiter]
 
 
 def _rows(rows: Any, path: Path, header: int) -> Iterator[list[str]]:

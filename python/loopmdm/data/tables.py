@@ -43,7 +43,7 @@ def saved_texts(folder: Path, text_field: str, errors: Errors) -> Iterator[str]:
         return
     rows = list(texts)
     for name in indices:
-        for index in _values(folder / name, "arrow", "indices", lambda column: column):
+        for index in _values(folder / name, "arrow", "indices", _checked):
             if not isinstance(index, int) or not 0 <= index < len(rows):
                 raise ValueError(f"{folder / name}: index {index!r}, but the data set has {len(rows)} rows")
             yield rows[index]
@@ -85,20 +85,30 @@ def _column(batch: Any, name: str, prepare: Callable[[Any], Any]) -> list[Any]:
 
 
 def _text_column(column: Any) -> Any:
-    """A column of strings as bytes, which decode as all others here; any other column as it is."""
+    """A column of strings as bytes, which decode as all others here; any other column as it is.
+
+    Offsets are checked, since pyarrow follows those of a damaged file out of its memory.
+    """
     import pyarrow
 
-    types = pyarrow.types
     if isinstance(column, pyarrow.ExtensionArray):
         column = column.storage
-    if types.is_dictionary(column.type):
+    if pyarrow.types.is_dictionary(column.type):
+        column.validate(full=True)
         column = column.dictionary_decode()
-    is_view = getattr(types, "is_string_view", lambda _: False)(column.type)
-    if is_view or types.is_string(column.type):
-        return column.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
-    if types.is_large_string(column.type):
-        return column.cast(pyarrow.large_binary())
-    return column if not types.is_binary(column.type) else column.cast(pyarrow.large_binary())
+    for text, data in (
+        ("string", "binary"),
+        ("large_string", "large_binary"),
+        ("string_view", "binary_view"),
+    ):
+        if hasattr(pyarrow, text) and column.type == getattr(pyarrow, text)():
+            column = column.view(getattr(pyarrow, data)())
+    return _checked(column)
+
+
+def _checked(column: Any) -> Any:
+    column.validate(full=True)
+    return column
 
 
 def _parquet(path: Path, name: str) -> Iterator[Any]:
