@@ -161,6 +161,15 @@ def test_indices_of_datasets_1_are_followed(tmp_path: Path) -> None:
             read(folder)
 
 
+def test_a_saved_data_set_without_rows_is_an_empty_shard(tmp_path: Path) -> None:
+    saved(tmp_path / "a", {})
+    write(tmp_path / "a/state.json", '{"_data_files": []}')
+    saved(tmp_path / "b", {"data.arrow": ["b"]})
+    assert read(tmp_path)[0] == ["b"]
+    with pytest.raises(ValueError, match="no text in"):
+        read(tmp_path / "a")
+
+
 @pytest.mark.parametrize("change", ["map", "filter", "shuffle", "select"])
 def test_saved_by_datasets_itself(tmp_path: Path, change: str) -> None:
     datasets = pytest.importorskip("datasets")
@@ -236,10 +245,16 @@ def test_cache_of_datasets(tmp_path: Path) -> None:
     arrow(leaf / "cache-77.arrow", ["A"])
     arrow(leaf.parent / "def.incomplete/json-train.arrow", ["half"])
     write(leaf.parent / "abc_builder.lock", "")
+    write(tmp_path / "uv.lock", "a lock file of another kind")
     info = {"splits": {"train": {"num_examples": 2}, "test": {"num_examples": 1}}}
     write(leaf / "dataset_info.json", json.dumps(info))
     documents, said = read(tmp_path)
-    assert documents == ["a", "b"]
+    assert documents == ["a", "b", "a lock file of another kind"]
+    assert [f.path.name for f in found_files(tmp_path).files] == [
+        "json-train-00000-of-00002.arrow",
+        "json-train-00001-of-00002.arrow",
+        "uv.lock",
+    ]
     assert said == [
         "left out: 1 file(s) of split test, as train is there (json/default-0/0.0.0/abc/json-test.arrow)",
         "left out: 1 unfinished download(s) (json/default-0/0.0.0/def.incomplete)",
@@ -281,6 +296,14 @@ def test_cache_of_the_hub(tmp_path: Path) -> None:
     (folder / "refs/main").unlink()
     with pytest.raises(ValueError, match="snapshots holds aaa, bbb, and refs/main names none of these"):
         read(tmp_path)
+
+
+def test_a_snapshot_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"README.md": "no card", "LICENSE": "free", "wiki.train.txt": "a", "wiki.test.txt": "b"}
+    folder = hub(tmp_path / "datasets--me--wiki", "abc", files)
+    assert read(tmp_path)[0] == ["a"]
+    monkeypatch.chdir(folder)
+    assert read(".")[0] == ["a"]
 
 
 def test_cards_and_texts_about_data_are_no_data(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 DICT_FILE = "dataset_dict.json"  # DatasetDict.save_to_disk: the names of the splits, each a folder
 STATE_FILE = "state.json"  # Dataset.save_to_disk: the names of the files that hold the rows
 INFO_FILE = "dataset_info.json"  # beside STATE_FILE, or alone in the cache of datasets
+_ROWS = ("_data_files",)
 WORKING = "working file(s) of datasets"
 _SPLIT = "file(s) of split {}, as {} is there"
 
@@ -44,12 +45,24 @@ def read(folder: Path, names: Sequence[str]) -> Written | None:
 
 def saved_files(folder: Path) -> list[str]:
     """The files that hold the rows of a saved data set, in order."""
-    return _file_names(folder, ("_data_files",))
+    return _file_names(folder, _ROWS)
 
 
 def index_files(folder: Path) -> list[str]:
     """The files that say which rows, in which order; datasets 1.x kept them, 2.x writes the rows out."""
     return _file_names(folder, ("_indices_data_files", "_indices_files"))
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Whether a folder is a revision of a repository in the cache of the hub."""
+    folder = folder.absolute()
+    cache = folder.parent.parent
+    return folder.parent.name == "snapshots" and ((cache / "refs").is_dir() or (cache / "blobs").is_dir())
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is what datasets and the hub lock while they write: NAME.lock without content."""
+    return path.suffix == ".lock" and path.is_file() and path.stat().st_size == 0
 
 
 def choose_split(splits: Sequence[str], where: object) -> str:
@@ -123,9 +136,9 @@ def _file_names(folder: Path, keys: Sequence[str]) -> list[str]:
     for name in files:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{path} names {name!r}, but there is no file {folder / name}")
-    if not files and keys[0] == "_data_files":
+    if keys == _ROWS and not any(key in state for key in keys):
         raise ValueError(f"{path}: no file is named in _data_files; save the data set again")
-    return files
+    return files  # none for a data set without rows
 
 
 def _names_files(path: Path) -> bool:

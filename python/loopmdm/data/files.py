@@ -228,6 +228,8 @@ def _add_entries(here: Found, folder: Path) -> Iterator[Path]:
                 here.left_out.append(LeftOut(path, "unfinished download(s)"))
             elif name != "__pycache__":
                 yield path
+        elif dataset_folders.is_lock(path):
+            here.left_out.append(LeftOut(path, dataset_folders.WORKING))
         else:
             _add_file(here, path, False)
 
@@ -238,7 +240,9 @@ def _leave_out_descriptions(here: Found) -> None:
     for file in [f for f in here.files if f.kind == TEXT]:
         if _is_card(file.path):
             why = "dataset card(s)"
-        elif _ABOUT.match(file.path.name) and file.path.parent in holders:
+        elif _ABOUT.match(file.path.name) and (
+            file.path.parent in holders or dataset_folders.is_snapshot(file.path.parent)
+        ):
             why = "text file(s) about the data beside them"
         else:
             continue
