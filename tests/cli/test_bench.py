@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from loopmdm.cli import bench as command
 
@@ -32,15 +33,53 @@ def test_figures(call: Call, dtype: str) -> None:
     for figures in document["figures"].values():
         ms = figures["ms"]
         assert ms.keys() == {"cpu", "reference"} and all(value > 0 for value in ms.values())
+        assert figures["spread"] == {"cpu": 0, "reference": 0}  # of one turn
+        assert figures["gflops"].keys() == ms.keys()
+        assert figures["share_of_peak"] == pytest.approx(
+            figures["gflops"]["cpu"] / document["peak_gflops"], abs=0.001
+        )
         assert figures["ratio"] == pytest.approx(ms["reference"] / ms["cpu"], rel=0.1, abs=0.05)
+
+
+def test_operations_are_those_of_the_mathematics(call: Call) -> None:
+    """Two a multiply-add: 12 D^2 of a block, and attention; D V of the head; gradients take twice as much."""
+    document = json.loads(call(*WORDS, "--json", "--device", "cpu").out)
+    d, length, vocabulary = 16, 4, 40
+    blocks = 2 * (2 * 12 * d * d * length + 4 * length * length * d)
+    flops = {
+        "looped_blocks": blocks,
+        "looped_blocks, gradients": 3 * blocks,
+        "masked_cross_entropy, gradients": 3 * 2 * (length // 2) * d * vocabulary,
+        "sample_rows": 2 * 2 * d * vocabulary,
+    }
+    for name, figures in document["figures"].items():
+        assert figures["flops"] == flops[name], name
+        assert figures["gflops"]["cpu"] == pytest.approx(flops[name] / figures["ms"]["cpu"] / 1e6, rel=0.05)
+    assert document["figures"]["looped_blocks"]["shape"] == "x [1, 4, 16], 2 blocks, S 1"
+    assert document["figures"]["masked_cross_entropy, gradients"]["shape"] == "2 of 4 rows, D 16, V 40"
+
+
+def test_spread_is_the_range_over_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"cpu": [0.010, 0.012, 0.011], "reference": [0.02, 0.02, 0.03]}
+    monkeypatch.setattr(command, "interleaved_times", lambda *_, **__: times)
+    figures = command._measured(lambda: torch.ones(2, 3) @ torch.ones(3, 5), "cpu", 3)
+    assert figures["ms"] == {"cpu": 11.0, "reference": 20.0}
+    assert figures["spread"] == {"cpu": 0.182, "reference": 0.5}
+    assert figures["ratio"] == 1.82
+    assert figures["gflops"]["cpu"] == float(f"{60 / 0.011 / 1e9:.5g}")
 
 
 def test_table(call: Call) -> None:
     done = call(*WORDS, "--device", "cpu")
     assert done.status == 0
-    heading, _, *lines = done.out.splitlines()
-    assert heading.split() == ["cpu,", "ms", "PyTorch,", "ms", "ratio"]
-    assert len(lines) == len(OPS)
+    machine, heading, _, *lines = done.out.splitlines()
+    assert machine.startswith("cpu (") and "thread" in machine and "GFLOP/s in float32" in machine
+    columns = ["shape", "cpu,", "ms", "spread", "PyTorch,", "ms", "spread", "ratio", "GFLOP/s", "of", "peak"]
+    assert heading.split() == columns
+    assert len(lines) == len(OPS) and all(line.endswith("%") for line in lines)
+    # Before each of them, so that nobody waits for minutes without a word.
+    assert [f"  {name}: " in done.err for name in OPS] == [True] * len(OPS)
+    assert "x [1, 4, 16], 2 blocks, S 1" in lines[0] and "x [1, 4, 16], 2 blocks, S 1" in done.err
 
 
 def test_a_backend_that_is_not_here(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

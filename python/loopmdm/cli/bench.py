@@ -1,27 +1,32 @@
 """Time the kernels on this machine beside plain PyTorch, or tune the Triton kernels for its GPU.
 
 Times `looped_blocks`, `masked_cross_entropy` and `sample_rows` at the sizes of a preset, ours and the PyTorch
-reference in turns. With --tune nothing is compared: tile sizes of the Triton kernels are timed, and the best
-go to a table that LOOPMDM_TRITON_TILES=TABLE.json puts to use. The file is written after each kernel and
-shape; the same command goes on where an interrupted one was.
+reference in turns. The table gives medians and the spread, the slowest less the fastest over the median;
+GFLOP/s of the mathematics (a multiply-add is two, what is computed again is not counted); and their
+share of the peak of the processor's instructions, which is measured in the same run. With --tune nothing is
+compared: tile sizes of the Triton kernels are timed, and the best go to a table that
+LOOPMDM_TRITON_TILES=TABLE.json puts to use. The file is written after each kernel and shape; the same command
+goes on where an interrupted one was.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import loopmdm_kernels as lk
 from loopmdm.cli.output import note, print_json, print_table
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, positive_int, set_up
 from loopmdm.config import PRESETS
-from loopmdm_kernels.testing import head_inputs, interleaved_medians, looped_inputs, row_rng
+from loopmdm_kernels.testing import head_inputs, interleaved_times, looped_inputs, row_rng
 from loopmdm_kernels.types import BlockWeights, Head, Rotary, RowRng
 
 EPILOG = """examples:
@@ -30,6 +35,7 @@ EPILOG = """examples:
   loopmdm bench --tune tiles.json
 """
 VOCABULARY = 50_258
+_PEAK_MS = 15.0
 _TUNED = {"batches": ((16, 1024), (1, 1024), (1, 128)), "rows": 64}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,29 +62,89 @@ def run(args: argparse.Namespace) -> int:
     if args.tune is not None:
         return _tune(args, device)
     backend = args.backend or ("triton" if device.type == "cuda" else "cpu")
+    machine = _machine(backend, device)
+    note(f"{machine}; {args.preset}, {args.dtype}, {args.repeats} turns of each after one to warm up")
+    peak = _Peak(backend, device, _DTYPES[args.dtype])
     figures: dict[str, Any] = {}
-    for name, call in _calls(args, device).items():
-        medians = interleaved_medians(
-            {which: _with(which, call) for which in (backend, "reference")}, repeats=args.repeats, warmup=1
-        )
-        figures[name] = {
-            "ms": {which: round(1000 * value, 3) for which, value in medians.items()},
-            "ratio": round(medians["reference"] / medians[backend], 2),
-        }
+    for case in _cases(args, device):
+        note(f"  {case.name}: {case.shape} ...")
+        peak.measure()
+        figures[case.name] = {"shape": case.shape, **_measured(case.call, backend, args.repeats)}
+    peak.measure()
+    for figure in figures.values():
+        rate = figure["gflops"][backend]
+        figure["share_of_peak"] = None if peak.gflops is None else round(rate / peak.gflops, 3)
     if args.json:
         sizes = {
             name: getattr(args, name) for name in ("preset", "batch", "length", "loops", "rows", "dtype")
         }
-        print_json({**sizes, "device": str(device), "threads": torch.get_num_threads(), "figures": figures})
+        threads = torch.get_num_threads()
+        about = {"device": str(device), "threads": threads, "backend": backend, "peak_gflops": peak.gflops}
+        print_json({**sizes, **about, "figures": figures})
         return 0
+    print(machine + ("" if peak.gflops is None else f", peak {peak.gflops:.0f} GFLOP/s in {args.dtype}"))
     print_table(
-        ("", f"{backend}, ms", "PyTorch, ms", "ratio"),
-        [
-            (name, f"{f['ms'][backend]:.1f}", f"{f['ms']['reference']:.1f}", f"{f['ratio']:.2f}")
-            for name, f in figures.items()
-        ],
+        ("", "shape", f"{backend}, ms", "spread", "PyTorch, ms", "spread", "ratio", "GFLOP/s", "of peak"),
+        [_row(name, figure, backend) for name, figure in figures.items()],
     )
     return 0
+
+
+def _row(name: str, figure: dict[str, Any], backend: str) -> tuple[str, ...]:
+    share = figure["share_of_peak"]
+    return (
+        name,
+        figure["shape"],
+        *(
+            cell
+            for which in (backend, "reference")
+            for cell in (f"{figure['ms'][which]:.1f}", f"{figure['spread'][which]:.0%}")
+        ),
+        f"{figure['ratio']:.2f}",
+        f"{figure['gflops'][backend]:.4g}",
+        "-" if share is None else f"{share:.0%}",
+    )
+
+
+def _measured(call: Callable[[], Any], backend: str, repeats: int) -> dict[str, Any]:
+    """Medians in ms, spreads and rates of the backend and of plain PyTorch, timed in turns."""
+    variants = {which: _with(which, call) for which in (backend, "reference")}
+    with FlopCounterMode(display=False) as counter:
+        variants[backend]()
+    flops = counter.get_total_flops()
+    times = interleaved_times(variants, repeats=repeats, warmup=1)
+    medians = {which: statistics.median(values) for which, values in times.items()}
+    return {
+        "ms": {which: round(1000 * value, 3) for which, value in medians.items()},
+        "spread": {which: round((max(v) - min(v)) / medians[which], 3) for which, v in times.items()},
+        "ratio": round(medians["reference"] / medians[backend], 2),
+        "flops": flops,
+        "gflops": {which: float(f"{flops / value / 1e9:.5g}") for which, value in medians.items()},
+    }
+
+
+class _Peak:
+    """The rate of the processor's instructions, the best of several short looks; None: it is not known."""
+
+    def __init__(self, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+        self._known = backend == "cpu" and device.type == "cpu" and dtype != torch.float16
+        self._narrow = dtype == torch.bfloat16
+        self.gflops: float | None = None
+
+    def measure(self) -> None:
+        if self._known:
+            extension: Any = importlib.import_module("loopmdm_kernels._C")
+            rate = extension.cpu_peak_flops(self._narrow, torch.get_num_threads(), _PEAK_MS)
+            self.gflops = max(self.gflops or 0.0, round(rate / 1e9, 1))
+
+
+def _machine(backend: str, device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{backend} on {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return (
+        f"{backend} ({lk.available_backends()[backend]}), {threads} {'thread' if threads == 1 else 'threads'}"
+    )
 
 
 def _tune(args: argparse.Namespace, device: torch.device) -> int:
@@ -104,8 +170,14 @@ def _with(backend: str, call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def _calls(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name; no name says more than the sizes do."""
+class _Case(NamedTuple):
+    name: str
+    shape: str
+    call: Callable[[], Any]
+
+
+def _cases(args: argparse.Namespace, device: torch.device) -> list[_Case]:
+    """What is timed."""
     dtype, batch, length = _DTYPES[args.dtype], args.batch, args.length
     hidden_size, heads = PRESETS[args.preset]["hidden_size"], PRESETS[args.preset]["num_heads"]
     inputs = looped_inputs(batch, length, hidden_size, heads, 2).to(dtype)
@@ -144,9 +216,15 @@ def _calls(args: argparse.Namespace, device: torch.device) -> dict[str, Callable
         return run
 
     block_leaves = [x, modulation, *(weight for block in blocks for weight in block)]
-    return {
-        "looped_blocks": loops,
-        "looped_blocks, gradients": gradients(loops, block_leaves),
-        "masked_cross_entropy, gradients": gradients(loss, [hidden, *head.tensors]),
-        "sample_rows": lambda: lk.sample_rows(hidden, head, drawn, names),
-    }
+    wide_shape = f"x [{batch}, {length}, {hidden_size}], 2 blocks, S {args.loops}"
+    rows = f"{masked.shape[0]} of {batch * length} rows, D {hidden_size}, V {VOCABULARY}"
+    return [
+        _Case("looped_blocks", wide_shape, loops),
+        _Case("looped_blocks, gradients", wide_shape, gradients(loops, block_leaves)),
+        _Case("masked_cross_entropy, gradients", rows, gradients(loss, [hidden, *head.tensors])),
+        _Case(
+            "sample_rows",
+            f"{drawn.shape[0]} rows, D {hidden_size}, V {VOCABULARY}",
+            lambda: lk.sample_rows(hidden, head, drawn, names),
+        ),
+    ]
