@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from loopmdm.data.sudoku import SudokuSpec, is_valid_solution
 from loopmdm.data.sudoku.boards import check_cells
 from loopmdm.plan import ComputePlan
-from loopmdm.sampling import sample
+from loopmdm.sampling import SampleResult, sample
 from loopmdm_kernels.values import whole
 
 
@@ -53,6 +53,7 @@ def solve_puzzles(
     threshold: float | None = None,
     entropy_bound: float | None = None,
     progress: bool = False,
+    first: SampleResult | None = None,
 ) -> SolveResult:
     """Fill in puzzles with a model trained on full boards.
 
@@ -68,6 +69,7 @@ def solve_puzzles(
         steps, tokens_per_step, threshold, entropy_bound: how many cells a step fills, as in `sample`; one at
             most, and without any one cell a step ("ancestral": as many steps as cells).
         progress: show a progress bar per batch when standard error is a terminal.
+        first: what `sample` gave with these options for the first puzzles, which are then not solved again.
 
     Raises:
         ValueError, TypeError: on puzzles that are no boards of `spec`, a model of another vocabulary, and
@@ -86,7 +88,8 @@ def solve_puzzles(
             f" but {spec} boards need {spec.vocab_size} and {spec.mask_token_id}"
         )
     tokens = torch.from_numpy(np.where(cells == 0, spec.mask_token_id, cells.astype(np.int64) - 1))
-    results = [
+    results = [] if first is None else [first]
+    results += [
         sample(
             model,
             infill=tokens[start : start + size],
@@ -101,7 +104,7 @@ def solve_puzzles(
             sequence_ids=list(range(start, min(start + size, len(cells)))),
             progress=progress,
         )
-        for start in range(0, len(cells), size)
+        for start in range(0 if first is None else len(first.tokens), len(cells), size)
     ]
     boards = torch.cat([result.tokens for result in results]).cpu().numpy().astype(np.uint8) + np.uint8(1)
     return SolveResult(

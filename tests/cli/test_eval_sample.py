@@ -147,12 +147,59 @@ def test_infill_keeps_the_text_around_the_gaps(call: Call, text_run: Path) -> No
 
 def test_without_a_tokenizer_ids_are_written(call: Call, sudoku_run: Path) -> None:
     done = call("sample", sudoku_run, "--num", 1, "--prompt", "0 1 2", "--order", "left_to_right")
-    assert done.status == 0 and "holds no tokenizer" in done.err
+    assert done.status == 0 and "token ids: a digit less one" in done.err
+    assert done.out.splitlines()[2].startswith("| 1 2 3 | ")
+    done = call(
+        "sample", sudoku_run, "--num", 1, "--prompt", "0 1 2", "--length", 10, "--order", "left_to_right"
+    )
     ids = done.out.splitlines()[1].split()
-    assert ids[:3] == ["0", "1", "2"] and len(ids) == 36 and set(ids) <= set("012345")
+    assert ids[:3] == ["0", "1", "2"] and len(ids) == 10 and set(ids) <= set("012345")
     document = call("sample", sudoku_run, "--num", 1, "--infill", "3 ___ 4", "--dtype", "bf16", "--json").json
     ids = document["samples"][0]["ids"]
     assert (ids[0], ids[-1], len(ids)) == (3, 4, 5) and document["samples"][0]["text"] is None
+
+
+def test_a_model_of_boards_writes_boards(call: Call, sudoku_run: Path) -> None:
+    words = ["sample", sudoku_run, "--num", 2, "--seed", 3, "--order", "confidence"]
+    document = call(*words, "--json").json
+    done = call(*words)
+    assert done.status == 0 and "token" not in done.err
+    lines = done.out.splitlines()
+    assert len(lines) == 2 * (1 + 6 + 4)  # a board of 6x6 has three boxes one under another
+    for index, one in enumerate(document["samples"]):
+        title, *board = lines[11 * index : 11 * (index + 1)]
+        digits = "".join(character for line in board for character in line if character.isdecimal())
+        assert digits == one["board"] == "".join(str(token + 1) for token in one["ids"])
+        grid = [digits[6 * row : 6 * row + 6] for row in range(6)]
+        boxes = ["".join(grid[r + i][c : c + 3] for i in range(2)) for r in (0, 2, 4) for c in (0, 3)]
+        valid = all(len(set(unit)) == 6 for unit in [*grid, *map("".join, zip(*grid, strict=True)), *boxes])
+        assert one["valid"] is valid
+        assert title == f"--- sample {index + 1} of 2: {'a' if valid else 'no'} valid board ---"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample", "TEXT", "--num", "1", "--length", "4", "--loops", "99"],
+        ["sample", "TEXT", "--num", "1", "--length", "4", "--plan", "S99:2,S1:2"],
+        ["sample", "TEXT", "--num", "1", "--length", "4", "--loops", "99", "--adaptive", "inf"],
+        ["eval", "TEXT", "--loops", "1,99", "--num-t", "1", "--windows", "2"],
+        ["eval", "TEXT", "--samples", "2", "--loops", "99", "--steps", "1", "--length", "4"],
+        ["solve", "53...." + "." * 30, "--model", "BOARDS", "--loops", "1,99"],
+    ],
+)
+def test_more_loops_than_in_training_are_said(
+    call: Call, text_run: Path, sudoku_run: Path, words: list[str]
+) -> None:
+    names = {"TEXT": text_run, "BOARDS": sudoku_run}
+    done = call(*[names.get(word, word) for word in words])
+    assert done.status == 0, done.err
+    assert (
+        done.err.count("note: S = 99 is beyond the S = 2 of training: it runs, and may do better or worse")
+        == 1
+    )
+    within = call(*[names.get(word, word.replace("99", "2")) for word in words])
+    assert within.status == 0 and "beyond" not in within.err
 
 
 def test_control_characters_do_not_reach_the_terminal(call: Call, text_run: Path) -> None:

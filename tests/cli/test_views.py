@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,32 @@ def puzzles(tmp_path: Path) -> Path:
     made = generate(SIX, 4, seed=1, clues=(20, 30))
     write_puzzles(tmp_path / "six.txt", SIX, made.clues)
     return tmp_path / "six.txt"
+
+
+@pytest.mark.parametrize("boards", [1, 2, 5])
+def test_what_is_watched_is_solved_once(
+    call: Call, sudoku_run: Path, puzzles: Path, monkeypatch: pytest.MonkeyPatch, boards: int
+) -> None:
+    solved: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        solved.append(len(options["infill"]))
+        return sample(*args, **options)
+
+    for module in ("loopmdm.solve", "loopmdm.cli.solve"):
+        monkeypatch.setattr(f"{module}.sample", counted)
+    words = ["solve", puzzles, "--model", sudoku_run, "--loops", "1,2", "--json", "--boards", boards]
+    plain = call(*words).json
+    assert sum(solved) == 2 * 2 * 4  # orders, loop counts, puzzles
+    solved.clear()
+    start = time.perf_counter()
+    shown = call(*words, "--watch", "--watch-delay", "0.1").json
+    assert sum(solved) == 2 * 2 * 4
+    seconds = [result.pop("seconds") for result in shown["results"]]
+    assert time.perf_counter() - start > seconds[-1] + 0.5  # waiting is not in the figures
+    for result in plain["results"]:
+        del result["seconds"]
+    assert shown == plain
 
 
 def test_watching_prints_lines_where_standard_error_is_no_terminal(call: Call, text_run: Path) -> None:
@@ -84,7 +111,11 @@ def test_the_page_is_the_run(call: Call, text_run: Path, tmp_path: Path, start: 
 
 def test_without_predictions_and_without_tokenizer(call: Call, sudoku_run: Path, tmp_path: Path) -> None:
     file = tmp_path / "deep" / "run.html"
-    done = call("sample", sudoku_run, "--num", 1, "--html", file, "--html-loops", 0, "--watch")
+    words = ["--html", file, "--html-loops", 0, "--watch"]
+    board = call("sample", sudoku_run, "--num", 1, *words)
+    assert board.status == 0, board.err
+    assert data_of(file)["board"] == [2, 3]
+    done = call("sample", sudoku_run, "--num", 1, "--length", 35, *words)
     assert done.status == 0, done.err
     data = data_of(file)
     assert data["predictions"] == {} and data["separator"] == " " and data["symbols"]["3"] == "3"

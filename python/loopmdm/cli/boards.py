@@ -14,6 +14,7 @@ from loopmdm.data.sudoku import NINE, PuzzleFile, Puzzles, SudokuSpec, generate
 from loopmdm.data.sudoku.boards import Cells
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
+from loopmdm.sampling import SampleResult
 from loopmdm.solve import SolveResult, solve_puzzles
 from loopmdm.train import Batch
 
@@ -138,12 +139,15 @@ def solve_all(
     batch_size: int = 64,
     progress: bool = False,
     counted: NDArray[np.bool_] | None = None,
+    last_first: SampleResult | None = None,
     **pace: Any,
 ) -> list[Solved]:
     """Solve the puzzles [N, cells] once for every order and plan.
 
-    counted: [N] puzzles that the shares are of, None for all; pace: options of `solve_puzzles`.
+    counted: [N] puzzles that the shares are of, None for all; last_first: `first` of `solve_puzzles` for the
+    last order with the last plan; pace: options of `solve_puzzles`.
     """
+    runs = [(order, plan) for order in orders for plan in map(as_plan, loops)]
     return [
         Solved(
             order,
@@ -156,10 +160,10 @@ def solve_all(
                 order=order,
                 batch_size=batch_size,
                 progress=progress,
+                first=last_first if number == len(runs) else None,
                 **pace,
             ),
             counted,
         )
-        for order in orders
-        for plan in map(as_plan, loops)
+        for number, (order, plan) in enumerate(runs, start=1)
     ]

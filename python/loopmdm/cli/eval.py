@@ -27,9 +27,11 @@ from loopmdm.cli.held_out import add_text_options, held_out_text
 from loopmdm.cli.models import default_loops, load_model, sudoku_spec
 from loopmdm.cli.output import note, print_json, print_table
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, count, loop_counts, positive_int, set_up
+from loopmdm.cli.plans import note_beyond_training
 from loopmdm.data.sudoku import SudokuSpec, count_solutions, read_puzzles, solve
 from loopmdm.evaluate import evaluate_nll
 from loopmdm.model import LoopMDM
+from loopmdm.plan import ComputePlan
 
 EPILOG = """examples:
   loopmdm eval run                                  a run of `loopmdm train`, on the documents it held out
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     eval_samples.check(args, text=spec is None)
     if args.samples is not None:
         return _samples(args, model, loops)
+    note_beyond_training(model, map(ComputePlan.constant, loops))
     document = _text(args, model, loops) if spec is None else _sudoku(args, model, spec, loops)
     if args.json:
         print_json({"model": args.model, **document})

@@ -14,7 +14,7 @@ from loopmdm.cli.held_out import held_out_text
 from loopmdm.cli.models import load_tokenizer
 from loopmdm.cli.output import note
 from loopmdm.cli.parser import UsageError, positive_int, usage_errors
-from loopmdm.cli.plans import adapts, add_plan, plan_option
+from loopmdm.cli.plans import adapts, add_plan, note_beyond_training, plan_option
 from loopmdm.cli.run_file import RunFile
 from loopmdm.flops import DEFAULT_CONVENTION
 from loopmdm.model import LoopMDM
@@ -84,6 +84,7 @@ def measure(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[
         plans = [ComputePlan.constant(count) for count in loops]
     else:
         plans = [plan_option(args, model.device)]
+    note_beyond_training(model, plans)
     run = RunFile.read(Path(args.model))
     length = args.length or (run.length if run is not None and run.length else model.config.max_length)
     rows = []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from loopmdm.cli.models import load_model
+from loopmdm.cli.output import note
 from loopmdm.cli.parser import UsageError, positive_int, usage_errors
 from loopmdm.exits import make_rule
 from loopmdm.model import LoopMDM
@@ -98,6 +100,18 @@ def adaptive(args: argparse.Namespace, max_loops: int | None) -> ComputePlan:
     rule = make_rule(args.criterion or "hidden", args.adaptive)
     with usage_errors():
         return ComputePlan.adaptive(None, max_loops, args.min_loops or 1, rule)
+
+
+def note_beyond_training(model: LoopMDM, plans: Iterable[ComputePlan]) -> None:
+    """Say so where a plan runs more loops than a model was trained with."""
+    beyond: dict[int, int] = {}
+    for plan in plans:
+        for compute in plan.computes:
+            trained = (model if compute.model is None else compute.model).config.max_loops
+            if (compute.num_loops or 0) > trained:
+                beyond[trained] = max(beyond.get(trained, 0), compute.num_loops or 0)
+    for trained, most in beyond.items():
+        note(f"note: S = {most} is beyond the S = {trained} of training: it runs, and may do better or worse")
 
 
 def _choice(text: str | None, device: torch.device) -> int | LoopMDM | None:

@@ -1,7 +1,8 @@
 """Write text with a trained model, from nothing, from a prompt, or into the gaps of a text.
 
 Every sequence begins as masks, which are filled in over a number of denoising steps. A compute plan says how
-many loops the model runs at which step. The same seed gives the same samples.
+many loops the model runs at which step. The same seed gives the same samples. A model of Sudoku gives boards
+made from nothing (`loopmdm solve` fills in puzzles).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from loopmdm.cli.decoding import add_decoding, decoding_options
-from loopmdm.cli.models import load_model, load_tokenizer
-from loopmdm.cli.output import note, print_json
+from loopmdm.cli.models import load_model, load_tokenizer, sudoku_spec
+from loopmdm.cli.output import has_color, note, print_json
 from loopmdm.cli.parser import (
     UsageError,
     add_json,
@@ -27,16 +29,17 @@ from loopmdm.cli.parser import (
     set_up,
     usage_errors,
 )
-from loopmdm.cli.plans import add_plan, plan_option
+from loopmdm.cli.plans import add_plan, note_beyond_training, plan_option
 from loopmdm.cli.run_file import RunFile
-from loopmdm.cli.views import Views, add_views
+from loopmdm.cli.views import PainterOf, Views, add_views
+from loopmdm.data.sudoku import SudokuSpec, encode_boards, format_board, is_valid_solution
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
 from loopmdm.sampling import SampleResult, sample
 from loopmdm.sampling.canvas import make_canvas
-from loopmdm.view import IdSymbols, Symbols, TextSymbols
-from loopmdm.view.painters import TextPainter
+from loopmdm.view import BoardSymbols, IdSymbols, Symbols, TextSymbols
+from loopmdm.view.painters import BoardPainter, TextPainter
 from loopmdm.view.symbols import printable
 
 EPILOG = """examples:
@@ -90,11 +93,15 @@ def run(args: argparse.Namespace) -> int:
     device = set_up(args)
     model = load_model(args.model, device)
     tokenizer = load_tokenizer(model, args.model, args.tokenizer)
-    if tokenizer is None:
+    spec = sudoku_spec(model) if tokenizer is None else None
+    if tokenizer is None and spec is None:
         note(f"{args.model} holds no tokenizer: prompts and samples are token ids (--tokenizer gives one)")
+    if spec is not None and (args.prompt is not None or args.infill is not None):
+        note("prompts of a Sudoku model are token ids: a digit less one")
     with usage_errors():
         plan = plan_option(args, device)
         options = decoding_options(args, tokenizer)
+    note_beyond_training(model, [plan])
     run = RunFile.read(Path(args.model))
     length = args.length or (run.length if run is not None and run.length else model.config.max_length)
     start: dict[str, Any] = {"length": length}
@@ -114,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
     )
     with usage_errors():
         result = _shown(args, views, model, tokenizer, plan, start, sampler) if views.wanted else sampler()
+    if result.tokens.shape[1] != model.config.max_length:
+        spec = None
     ids = [row[:size] for row, size in zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)]
     texts = [None if tokenizer is None else tokenizer.decode(row) for row in ids]
     if args.json:
@@ -132,11 +141,19 @@ def run(args: argparse.Namespace) -> int:
                 "network_calls": result.network_calls.tolist(),
                 "loops": result.loops.tolist(),
                 "rows_projected": result.rows_projected,
-                "samples": [{"text": text, "ids": row} for text, row in zip(texts, ids, strict=True)],
+                "samples": [
+                    {"text": text, "ids": row, **_board(spec, row)}
+                    for text, row in zip(texts, ids, strict=True)
+                ],
             }
         )
         return 0
     for index, (text, row) in enumerate(zip(texts, ids, strict=True), start=1):
+        if spec is not None:
+            verdict = "a valid board" if _board(spec, row)["valid"] else "no valid board"
+            print(f"--- sample {index} of {len(ids)}: {verdict} ---")
+            print(format_board(spec, np.array(row) + 1, color=has_color()))
+            continue
         print(f"--- sample {index} of {len(ids)} ---")
         print(" ".join(map(str, row)) if text is None else printable(text))
     note(
@@ -144,6 +161,14 @@ def run(args: argparse.Namespace) -> int:
         f" {int(result.loops.sum())} loops, plan {plan}"
     )
     return 0
+
+
+def _board(spec: SudokuSpec | None, row: list[int]) -> dict[str, Any]:
+    """What a board's tokens are beside ids; nothing of a text's."""
+    if spec is None:
+        return {}
+    cells = np.array(row)[None] + 1
+    return {"board": encode_boards(spec, cells)[0], "valid": bool(is_valid_solution(spec, cells)[0])}
 
 
 def _shown(
@@ -159,13 +184,18 @@ def _shown(
     given = {"length": None, "prompt": None, "infill": None} | start
     canvas = make_canvas(model.config, args.num, **given, block_length=args.block_length).tokens
     symbols: Symbols = IdSymbols() if tokenizer is None else TextSymbols(tokenizer)
+    painter: PainterOf = partial(TextPainter, symbols)
+    spec = sudoku_spec(model)
+    if tokenizer is None and spec is not None and canvas.shape[1] == spec.cells:
+        board = BoardSymbols(spec)
+        symbols, painter = board, partial(BoardPainter, board)
     return views.run(
         sampler,
         model,
         canvas,
         plan,
         symbols,
-        partial(TextPainter, symbols),
+        painter,
         titles=[f"sample {index + 1}" for index in range(len(canvas))],
         title=f"Samples of {args.model}",
         facts={"model": args.model, "order": args.order, "seed": str(args.seed)},

@@ -24,7 +24,7 @@ from loopmdm.cli.decoding import add_pace, pace_options
 from loopmdm.cli.models import SHIPPED, default_loops, load_model
 from loopmdm.cli.output import has_color, note, print_json, print_table
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, loop_counts, positive_int, set_up
-from loopmdm.cli.plans import adaptive, adapts, add_plan, plan_option
+from loopmdm.cli.plans import adaptive, adapts, add_plan, note_beyond_training, plan_option
 from loopmdm.cli.views import Views, add_views
 from loopmdm.data.raw import decode
 from loopmdm.data.sudoku import (
@@ -39,7 +39,7 @@ from loopmdm.data.sudoku.layouts import looks_like_board
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
 from loopmdm.sampling import ORDERS as SAMPLING_ORDERS
-from loopmdm.sampling import sample
+from loopmdm.sampling import SampleResult, sample
 from loopmdm.view import BoardSymbols
 from loopmdm.view.painters import BoardPainter
 
@@ -115,12 +115,14 @@ def run(args: argparse.Namespace) -> int:
     pace = pace_options(args)
     orders = ORDERS if args.order == "both" else (args.order,)
     plans = _plans(args, model, device)
+    note_beyond_training(model, plans)
     fits = (model.config.vocab_size, model.config.mask_token_id) == (
         puzzles.spec.vocab_size,
         puzzles.spec.mask_token_id,
     )
+    shown = None
     if views.wanted and fits:  # else solving says what is wrong
-        _show(args, views, model, name, puzzles, orders[-1], plans[-1], pace)
+        shown = _show(args, views, model, name, puzzles, orders[-1], plans[-1], pace)
     solutions = count_solutions(puzzles.spec, clues, limit=SEVERAL, threads=args.threads or 1)
     solved = solve_all(
         model,
@@ -131,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         progress=True,
         counted=solutions == 1,
+        last_first=shown,
         **pace,
     )
     if args.json:
@@ -177,13 +180,13 @@ def _show(
     order: str,
     plan: ComputePlan,
     pace: dict[str, Any],
-) -> None:
+) -> SampleResult:
     """Solve the first boards with the views on: in the order and with the loops whose answers are printed."""
     spec = puzzles.spec
     clues = puzzles.clues[: min(args.boards, args.limit or args.boards)]
     canvas = torch.from_numpy(np.where(clues == 0, spec.mask_token_id, clues.astype(np.int64) - 1))
     symbols = BoardSymbols(spec)
-    views.run(
+    return views.run(
         partial(sample, model, infill=canvas, order=order, plan=plan, temperature=0.0, **pace),
         model,
         canvas,

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ class Views:
             result = sampler(on_step=watch, history=args.html is not None, progress=watch is None)
             if watch is not None:
                 watch.finish(result)
+                result = replace(result, seconds=result.seconds - watch.seconds)
         if args.html is not None:
             assert result.history is not None
             predictions = predict_loops(

@@ -48,6 +48,7 @@ class Watch:
     ) -> None:
         self.replay = Replay(canvas, mask_token_id)
         self.frames = 0
+        self.seconds = 0.0  # spent here during the run: on drawing, and on waiting where there is a delay
         self._painter = painter
         self._num_steps = num_steps
         self._delay = delay
@@ -70,6 +71,11 @@ class Watch:
 
     def __call__(self, event: StepEvent) -> None:
         """Show what a step changed."""
+        start = time.perf_counter()
+        self._show(event)
+        self.seconds += time.perf_counter() - start
+
+    def _show(self, event: StepEvent) -> None:
         self.replay.apply(event)
         self._events += 1
         self._stale = True
