@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from loopmdm import diffusion, vocabulary
 from loopmdm.causal import CausalLM
+from loopmdm.exits import ExitRule
 from loopmdm.masks import boolean
 from loopmdm.model import LoopMDM
 from loopmdm.modes import evaluating
@@ -42,6 +43,7 @@ class NLLResult:
     num_tokens: int
     num_sequences: int
     num_t: int
+    mean_loops: float | None = None  # that an exit rule ran, over sequences and times; None without one
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is not finite becomes None."""
@@ -73,6 +75,8 @@ def evaluate_nll(
     num_t: int = 16,
     seed: int = 0,
     bytes_per_token: float | None = None,
+    exit: ExitRule | None = None,
+    min_loops: int = 1,
 ) -> list[NLLResult]:
     """NELBO per token of held-out sequences, one result for each loop count in `num_loops`.
 
@@ -83,12 +87,21 @@ def evaluate_nll(
         num_t: times per sequence.
         seed: of times and masks.
         bytes_per_token: bytes of text per counted token, for bits per byte.
+        exit: ends the loop of a sequence of a LoopMDM before `num_loops`, after `min_loops` at the earliest.
     """
     _check_bytes(bytes_per_token)
-    measured = _measure(model, batches, num_loops, num_t, seed)
-    return [
+    if exit is not None and not isinstance(model, LoopMDM):
+        raise TypeError(f"exit: given with a {type(model).__name__}, expected a LoopMDM")
+    measured = _measure(model, batches, num_loops, num_t, seed, exit, min_loops)
+    results = [
         _nll_result(sums.weighted.mean(1), sums.tokens, loops, num_t, bytes_per_token)
         for loops, sums in measured.items()
+    ]
+    if exit is None:
+        return results
+    return [
+        replace(result, mean_loops=float(sums.loops.mean()))
+        for result, sums in zip(results, measured.values(), strict=True)
     ]
 
 
@@ -208,11 +221,18 @@ class _Sums:
     plain: Tensor  # [N, num_t] cross-entropy of the masked tokens
     masked: Tensor  # [N, num_t] masked tokens
     tokens: Tensor  # [N] counted tokens
+    loops: Tensor  # [N, num_t] loops that were run
 
 
 @torch.no_grad()
 def _measure(
-    model: nn.Module, batches: Iterable[Batch | Tensor], num_loops: Sequence[int], num_t: int, seed: int
+    model: nn.Module,
+    batches: Iterable[Batch | Tensor],
+    num_loops: Sequence[int],
+    num_t: int,
+    seed: int,
+    exit: ExitRule | None = None,
+    min_loops: int = 1,
 ) -> dict[int, _Sums]:
     loop_counts = _loop_counts(num_loops)
     times = whole(num_t)
@@ -232,10 +252,11 @@ def _measure(
             batch, on_device = batch.to(device), masked.to(device)
             for loops, sums in parts.items():
                 columns = [
-                    _row_sums(model, batch, t[:, j].to(device), on_device[:, j], loops) for j in range(num_t)
+                    _row_sums(model, batch, t[:, j].to(device), on_device[:, j], loops, exit, min_loops)
+                    for j in range(num_t)
                 ]
-                plain = torch.stack(columns, dim=1)
-                sums.append(_Sums(plain / t.double(), plain, masked.sum(-1).double(), tokens))
+                plain, used = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+                sums.append(_Sums(plain / t.double(), plain, masked.sum(-1).double(), tokens, used.double()))
     if not done:
         raise ValueError("batches is empty: there is nothing to evaluate")
     merged = {
@@ -244,6 +265,7 @@ def _measure(
             torch.cat([s.plain for s in sums]),
             torch.cat([s.masked for s in sums]),
             torch.cat([s.tokens for s in sums]),
+            torch.cat([s.loops for s in sums]),
         )
         for loops, sums in parts.items()
     }
@@ -283,15 +305,28 @@ def counted_tokens(batch: Batch) -> Tensor:
     return counted
 
 
-def _row_sums(model: Any, batch: Batch, t: Tensor, masked: Tensor, num_loops: int) -> Tensor:
-    """Cross-entropy summed over the masked tokens of each sequence, [B] float64 on the CPU."""
+def _row_sums(
+    model: Any,
+    batch: Batch,
+    t: Tensor,
+    masked: Tensor,
+    num_loops: int,
+    exit: ExitRule | None,
+    min_loops: int,
+) -> tuple[Tensor, Tensor]:
+    """Of each sequence, on the CPU: cross-entropy summed over its masked tokens, float64 [B]; loops [B]."""
     config = model.config
     noisy = torch.where(masked, config.mask_token_id, batch.input_ids)
     sigma = diffusion.sigma(t) if config.time_conditioning else None
     keys = batch.attention_mask if config.key_padding_mask else None
     rows = masked.flatten().nonzero().squeeze(1)
+    used = torch.full((len(t),), num_loops)
     if isinstance(model, LoopMDM):
-        hidden = model.hidden(noisy, sigma, num_loops=num_loops, attention_mask=keys)
+        options: Any = {"num_loops": num_loops, "attention_mask": keys}
+        if exit is None:
+            hidden = model.hidden(noisy, sigma, **options)
+        else:
+            hidden, used = model.hidden(noisy, sigma, exit=exit, min_loops=min_loops, **options)
         _, nll = vocabulary.masked_cross_entropy(
             hidden,
             model.head(sigma),
@@ -306,7 +341,7 @@ def _row_sums(model: Any, batch: Batch, t: Tensor, masked: Tensor, num_loops: in
         logits[:, config.mask_token_id] = -math.inf
         nll = -logits.log_softmax(-1).gather(1, batch.input_ids.flatten()[rows, None])[:, 0]
     sums = torch.zeros(len(t), dtype=torch.float64, device=nll.device)
-    return sums.index_add(0, rows // noisy.shape[1], nll.double()).cpu()
+    return sums.index_add(0, rows // noisy.shape[1], nll.double()).cpu(), used.cpu()
 
 
 def ratio_of_sums(values: Tensor, tokens: Tensor) -> tuple[float, float]:

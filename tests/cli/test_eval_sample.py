@@ -76,6 +76,25 @@ def test_eval_of_sudoku(call: Call, sudoku_run: Path, tmp_path: Path) -> None:
     assert plain["held_out"][0]["num_tokens"] == blanks
 
 
+def test_eval_with_loops_that_stop_by_themselves(call: Call, text_run: Path, sudoku_run: Path) -> None:
+    words = ["eval", text_run, "--num-t", 2, "--windows", 4]
+    (one,) = call(*words, "--loops", 1, "--json").json["held_out"]
+    (stopped,) = call(*words, "--adaptive", "inf", "--json").json["held_out"]
+    assert one["mean_loops"] is None and stopped["mean_loops"] == 1 and stopped["num_loops"] == 2
+    assert stopped["nll"] == pytest.approx(one["nll"], rel=1e-6)
+    done = call(*words, "--criterion", "argmax", "--loops", "2")
+    heading, _, row = done.out.splitlines()[2:]
+    assert heading.endswith("mean loops") and 1 <= float(row.split()[-1]) <= 2
+    words = ["eval", sudoku_run, "--num", 3, "--num-t", 1, "--adaptive", "0.5", "--json"]
+    document = call(*words, "--min-loops", 2, "--loops", 4).json
+    assert {one["plan"] for one in document["solved"]} == {"adaptive(eps=0.5, max_loops=4, min_loops=2)"}
+    assert 2 <= document["held_out"][0]["mean_loops"] <= 4
+    done = call("eval", text_run, "--adaptive", "0.1", "--plan", "2")
+    assert done.status == 2 and "--plan: it belongs to --samples N" in done.err
+    done = call("eval", text_run, "--criterion", "output")
+    assert done.status == 2 and "needs a threshold" in done.err
+
+
 def test_puzzles_without_one_solution_are_left_out(call: Call, tmp_path: Path, sudoku_run: Path) -> None:
     puzzles = generate(SIX, 2, seed=5, clues=None)
     several, none = "." * 36, "12345." + "." * 17 + "6" + "." * 12

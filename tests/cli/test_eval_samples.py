@@ -91,7 +91,7 @@ def test_the_table_says_what_the_figures_depend_on(call: Call, text_run: Path, s
     [
         (["TEXT", "--scorer", "x"], 2, "--scorer: it belongs to --samples N"),
         (["TEXT", "--plan", "2"], 2, "--plan: it belongs to --samples N"),
-        (["TEXT", "--min-loops", "2"], 2, "--min-loops: it belongs to --samples N"),
+        (["TEXT", "--min-loops", "2"], 2, "--min-loops: it belongs to --adaptive EPS or"),
         (["TEXT", "--samples", "2", "--loops", "1", "--adaptive", "0.1"], 2, "--plan, --loops: a plan says"),
         (["TEXT", "--samples", "1"], 2, "--samples: got 1, expected at least 2"),
         (["TEXT", "--samples", "0"], 2, "--samples: got '0'"),

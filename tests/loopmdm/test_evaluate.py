@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from loopmdm import LoopMDM, LoopMDMConfig
 from loopmdm.causal import CausalConfig, CausalLM
 from loopmdm.evaluate import evaluate_autoregressive, evaluate_nll, nll_by_time_bin
+from loopmdm.exits import HiddenChange
 from loopmdm.quality.scorer import CausalScorer
 from loopmdm.train import Batch
 
@@ -167,6 +168,34 @@ def test_loopmdm_equals_its_logits(time_conditioning: bool) -> None:
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
     assert fast[0].nll != fast[1].nll
     assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_an_exit_rule_ends_loops() -> None:
+    """eps = inf stops after the first loop that may be the last, 0 never."""
+    torch.manual_seed(3)
+    config = LoopMDMConfig(12, 11, hidden_size=16, num_heads=2, num_layers=3, cond_dim=8, max_length=8)
+    model = LoopMDM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    batches = torch.randint(0, 11, (6, 8)).split(3)
+    fixed = {
+        result.num_loops: result for result in evaluate_nll(model, batches, num_loops=[1, 2, 5], num_t=3)
+    }
+    for eps, least, loops in ((math.inf, 1, 1), (math.inf, 2, 2), (0.0, 1, 5)):
+        (result,) = evaluate_nll(
+            model, batches, num_loops=[5], num_t=3, exit=HiddenChange(eps), min_loops=least
+        )
+        assert result.nll == pytest.approx(fixed[loops].nll, rel=1e-6) and result.mean_loops == loops
+    assert fixed[5].mean_loops is None
+    used = []
+    for eps in (0.5, 0.05):
+        (result,) = evaluate_nll(model, batches, num_loops=[5], num_t=3, exit=HiddenChange(eps))
+        assert result.mean_loops is not None
+        used.append(result.mean_loops)
+    assert 1 <= used[0] < used[1] <= 5
+    with pytest.raises(TypeError, match="exit: given with a Tabular"):
+        evaluate_nll(Tabular(), batches, num_loops=[1], exit=HiddenChange(0.1))
 
 
 def test_results_are_json() -> None:

@@ -27,7 +27,7 @@ from loopmdm.cli.held_out import add_text_options, held_out_text
 from loopmdm.cli.models import default_loops, load_model, sudoku_spec
 from loopmdm.cli.output import note, print_json, print_table
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, count, loop_counts, positive_int, set_up
-from loopmdm.cli.plans import note_beyond_training
+from loopmdm.cli.plans import adaptive, adapts, exit_rule, note_beyond_training
 from loopmdm.data.sudoku import SudokuSpec, count_solutions, read_puzzles, solve
 from loopmdm.evaluate import evaluate_nll
 from loopmdm.model import LoopMDM
@@ -36,6 +36,7 @@ from loopmdm.plan import ComputePlan
 EPILOG = """examples:
   loopmdm eval run                                  a run of `loopmdm train`, on the documents it held out
   loopmdm eval run --data other.txt --loops 1,2,4,8 --num-t 32
+  loopmdm eval run --adaptive 0.1                   loops that stop by themselves
   loopmdm eval run --samples 64 --scorer scorer --steps 64 --loops 1,4
   loopmdm eval sudoku9 --num 200 --json
 """
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loops",
         type=loop_counts,
         metavar="S,S,...",
-        help="loop counts (default: 1, half and all of the model's most)",
+        help="loop counts (default: 1, half and all of the model's most; with --adaptive, the most alone)",
     )
     parser.add_argument(
         "--num-t", type=positive_int, default=16, help="times per sequence (default: %(default)s)"
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     device = set_up(args)
     model = load_model(args.model, device)
     spec = sudoku_spec(model)
-    loops = args.loops or default_loops(model)
+    adaptive_loops = args.samples is None and adapts(args)
+    loops = args.loops or ([model.config.max_loops] if adaptive_loops else default_loops(model))
     if spec is not None and args.data is not None:
         raise UsageError(f"--data: {args.model} solves {spec} Sudoku; give --puzzles FILE")
     if spec is None and args.puzzles is not None:
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if "solved" in document:
         print_table(SHARE_COLUMNS, [share_row(one) for one in document["solved"]])
         print("\nNELBO of the blanks, given the clues:")
-    print_table(likelihood.COLUMNS, likelihood.rows(document["held_out"]))
+    print_table(likelihood.columns(document["held_out"]), likelihood.rows(document["held_out"]))
     return 0
 
 
@@ -104,6 +106,13 @@ def _samples(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> int:
     return 0
 
 
+def _exit(args: argparse.Namespace) -> dict[str, Any]:
+    """What ends loops early, as arguments of `evaluate_nll`."""
+    if not adapts(args):
+        return {}
+    return {"exit": exit_rule(args), "min_loops": args.min_loops or 1}
+
+
 def _text(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[str, Any]:
     text = held_out_text(args, model, args.model)
     windows = text_data.windows(text.data, text.tokenizer, args.windows)
@@ -115,6 +124,7 @@ def _text(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[st
         num_t=args.num_t,
         seed=args.seed,
         bytes_per_token=windows.bytes_per_token,
+        **_exit(args),
     )
     return {
         "source": text.description,
@@ -141,8 +151,16 @@ def _sudoku(args: argparse.Namespace, model: LoopMDM, spec: SudokuSpec, loops: l
         solutions = solve(spec, clues, threads=threads)
         source = f"{len(clues)} {spec} puzzles of {args.puzzles}"
     orders = ORDERS if args.order == "both" else (args.order,)
-    solved = solve_all(model, spec, clues, orders, loops, progress=True)
-    results = evaluate_nll(model, blanks(clues, solutions), num_loops=loops, num_t=args.num_t, seed=args.seed)
+    plans = [adaptive(args, most) if adapts(args) else ComputePlan.constant(most) for most in loops]
+    solved = solve_all(model, spec, clues, orders, plans, progress=True)
+    results = evaluate_nll(
+        model,
+        blanks(clues, solutions),
+        num_loops=loops,
+        num_t=args.num_t,
+        seed=args.seed,
+        **_exit(args),
+    )
     return {
         "source": source,
         "size": str(spec),

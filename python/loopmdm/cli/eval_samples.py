@@ -40,7 +40,7 @@ _BATCH = 64
 # Both hold for every sample drawn here: the race is the exact one, and no step takes the most probable token.
 _RACE = "exact: fp32 with 64 random bits where they matter"
 _PLAN = ("plan", "light", "heavy", "adaptive", "min_loops", "criterion")
-_ONLY_WITH_SAMPLES = ("scorer", "steps", "dtype", *_PLAN)
+_ONLY_WITH_SAMPLES = ("scorer", "steps", "dtype", "plan", "light", "heavy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,9 +20,16 @@ def to_dict(result: NLLResult) -> dict[str, Any]:
     return document
 
 
+def columns(results: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """`COLUMNS`, and how many loops an exit rule ran where there was one."""
+    adaptive = any(result.get("mean_loops") is not None for result in results)
+    return (*COLUMNS, "mean loops") if adaptive else COLUMNS
+
+
 def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Rows of `COLUMNS` from what `to_dict` returned."""
-    names = ("nll", "stderr", "perplexity", "perplexity_stderr", "bits_per_byte", "bits_per_byte_stderr")
+    """Rows of `columns` from what `to_dict` returned."""
+    names = ["nll", "stderr", "perplexity", "perplexity_stderr", "bits_per_byte", "bits_per_byte_stderr"]
+    names += ["mean_loops"] if len(columns(results)) > len(COLUMNS) else []
     return [(str(result["num_loops"]), *(_figure(result[name]) for name in names)) for result in results]
 
 

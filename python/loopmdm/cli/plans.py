@@ -12,7 +12,7 @@ import torch
 from loopmdm.cli.models import load_model
 from loopmdm.cli.output import note
 from loopmdm.cli.parser import UsageError, positive_int, usage_errors
-from loopmdm.exits import make_rule
+from loopmdm.exits import ExitRule, make_rule
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
 
@@ -97,9 +97,14 @@ def adaptive(args: argparse.Namespace, max_loops: int | None) -> ComputePlan:
     """The adaptive plan of at most so many loops."""
     if args.light is not None or args.heavy is not None:
         raise UsageError("--light, --heavy: they do not go with --adaptive")
-    rule = make_rule(args.criterion or "hidden", args.adaptive)
     with usage_errors():
-        return ComputePlan.adaptive(None, max_loops, args.min_loops or 1, rule)
+        return ComputePlan.adaptive(None, max_loops, args.min_loops or 1, exit_rule(args))
+
+
+def exit_rule(args: argparse.Namespace) -> ExitRule:
+    """The rule that --adaptive and --criterion ask for."""
+    with usage_errors():
+        return make_rule(args.criterion or "hidden", args.adaptive)
 
 
 def note_beyond_training(model: LoopMDM, plans: Iterable[ComputePlan]) -> None:
