@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
@@ -95,7 +96,9 @@ def test_eval_with_loops_that_stop_by_themselves(call: Call, text_run: Path, sud
     assert done.status == 2 and "needs a threshold" in done.err
 
 
-def test_puzzles_without_one_solution_are_left_out(call: Call, tmp_path: Path, sudoku_run: Path) -> None:
+def test_puzzles_without_one_solution_are_left_out(
+    call: Call, tmp_path: Path, sudoku_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     puzzles = generate(SIX, 2, seed=5, clues=None)
     several, none = "." * 36, "12345." + "." * 17 + "6" + "." * 12
     boards = encode_boards(SIX, puzzles.clues)
@@ -107,6 +110,9 @@ def test_puzzles_without_one_solution_are_left_out(call: Call, tmp_path: Path, s
     assert done.json["puzzles"] == 2 and done.json["held_out"] == plain["held_out"]
     assert "1 puzzle has no solution, not counted below: line 3" in done.err
     assert "1 puzzle has several solutions, not counted below: line 2" in done.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(boards)))
+    piped = call("eval", sudoku_run, "--puzzles", "-", *words, "--json").json
+    assert piped["held_out"] == plain["held_out"]
     (tmp_path / "none.txt").write_text(none)
     refused = call("eval", sudoku_run, "--puzzles", tmp_path / "none.txt", *words)
     assert refused.status == 1 and "none.txt: no puzzle with exactly one solution" in refused.err

@@ -95,6 +95,9 @@ def test_one_board_and_standard_input(
         again = call("solve", form, *words).json
         answers = [again["results"][0]["answers"][0], given["results"][0]["answers"][0]]
         assert answers[0] == answers[1] | {"line": answers[0]["line"]}
+    blank = "-" + row[1:].replace(".", "-")
+    dashes = call("solve", blank, *words).json["results"][0]["answers"][0]
+    assert dashes["puzzle"] == "." + row[1:] and dashes["line"] == 1
     monkeypatch.setattr("sys.stdin", io.StringIO("# two\n" + "\n".join(encode_boards(SIX, six.clues[:2]))))
     piped = call("solve", "-", *words).json
     assert (piped["model"], piped["size"], piped["puzzles"]) == ("sudoku6", "6x6", 2)

@@ -46,6 +46,7 @@ def test_every_blank_in_one_line_and_in_rows(blank: str, separator: str) -> None
 DRAWN = {
     ".sdk": ("#Asomeone\n#D29-11-2026\n" + "\n".join(ROWS), [3]),
     "[Puzzle]": ("[Puzzle]\n" + "\n".join(ROWS), [2]),
+    "[Puzzle] and [State]": ("\n".join(["[Puzzle]", *ROWS, "", "[State]", S[:9], *ROWS[1:]]), [2]),
     ".ss": (drawn("|---+---+---|", "*-----------*"), [2]),
     ".ss with dashes": (drawn("-----------", "-----------"), [2]),
     "bars for crossings": (drawn("|---|---|---|", "|---|---|---|"), [2]),

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loopmdm.data.sudoku import NINE, PuzzleFile, Puzzles, SudokuSpec, generate
+from loopmdm.data.raw import decode
+from loopmdm.data.sudoku import (
+    NINE,
+    PuzzleFile,
+    Puzzles,
+    SudokuSpec,
+    generate,
+    parse_puzzles,
+    read_puzzles,
+)
 from loopmdm.data.sudoku.boards import Cells
+from loopmdm.data.sudoku.layouts import looks_like_board
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.sampling import SampleResult
@@ -105,6 +118,23 @@ def held_out_puzzles(spec: SudokuSpec, num: int, threads: int = 1) -> Puzzles:
     """Puzzles of the test split: 9x9 with 30 to 40 clues, 6x6 with as few as they can have (about 10)."""
     clues = (30, 40) if spec == NINE else None
     return generate(spec, num, seed=HELD_OUT_SEED, clues=clues, split="test", threads=threads)
+
+
+def given_puzzles(source: str, spec: SudokuSpec | None = None) -> PuzzleFile:
+    """The puzzles of a file, of standard input ("-"), or of a board itself; spec: the size expected."""
+    if source == "-":
+        return parse_puzzles(_standard_input(), "standard input", spec)
+    # os.path.exists: a board may be longer than a name can be
+    if looks_like_board(source) and not os.path.exists(source):
+        return parse_puzzles(source.splitlines(), "the board given", spec)
+    return read_puzzles(source, spec)
+
+
+def _standard_input() -> Iterable[str]:
+    data = getattr(sys.stdin, "buffer", None)  # a replacement of standard input may have text alone
+    if data is None:
+        return sys.stdin
+    return io.StringIO(decode(data.read(), "standard input", "replace"), newline=None)
 
 
 def not_counted(puzzles: PuzzleFile, solutions: NDArray[np.int32]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from loopmdm.cli.boards import (
     ORDERS,
     SHARE_COLUMNS,
     blanks,
+    given_puzzles,
     held_out_puzzles,
     not_counted,
     share_row,
@@ -28,7 +29,7 @@ from loopmdm.cli.models import default_loops, load_model, sudoku_spec
 from loopmdm.cli.output import note, print_json, print_table
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, count, loop_counts, positive_int, set_up
 from loopmdm.cli.plans import adaptive, adapts, exit_rule, note_beyond_training
-from loopmdm.data.sudoku import SudokuSpec, count_solutions, read_puzzles, solve
+from loopmdm.data.sudoku import SudokuSpec, count_solutions, solve
 from loopmdm.evaluate import evaluate_nll
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
@@ -141,7 +142,7 @@ def _sudoku(args: argparse.Namespace, model: LoopMDM, spec: SudokuSpec, loops: l
         clues, solutions, _, _ = held_out_puzzles(spec, args.num, threads)
         source = f"{args.num} held-out {spec} puzzles made here"
     else:
-        file = read_puzzles(args.puzzles, spec)
+        file = given_puzzles(args.puzzles, spec)
         counts = count_solutions(spec, file.clues[: args.num], threads=threads)
         for line in not_counted(file, counts):
             note(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+_CELLS = re.compile(r"-[-.0-9_*xX\s|+]{15,}")
 EXIT_STATUS = (
     "exit status: 0 done; 1 failed, such as an input that is missing or damaged; 2 bad usage;"
     "\n130 interrupted, 143 terminated, 141 the reader of the output is gone"
@@ -52,6 +54,10 @@ class Parser(argparse.ArgumentParser):
             close = "".join(_meant(word.partition("=")[0], options) for word in rest if word.startswith("-"))
             self.error(f"unrecognized arguments: {' '.join(rest)}{close}")
         return values
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        # A Sudoku board may begin with a dash for a blank; no option looks like that.
+        return None if _CELLS.fullmatch(arg_string) else super()._parse_optional(arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

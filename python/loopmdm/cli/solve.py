@@ -8,10 +8,6 @@ A puzzle without a solution, or with several, is named and not counted in the sh
 from __future__ import annotations
 
 import argparse
-import io
-import os
-import sys
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -19,23 +15,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loopmdm.cli.boards import ORDERS, SEVERAL, SHARE_COLUMNS, Solved, not_counted, share_row, solve_all
+from loopmdm.cli.boards import (
+    ORDERS,
+    SEVERAL,
+    SHARE_COLUMNS,
+    Solved,
+    given_puzzles,
+    not_counted,
+    share_row,
+    solve_all,
+)
 from loopmdm.cli.decoding import add_pace, pace_options
 from loopmdm.cli.models import SHIPPED, default_loops, load_model
 from loopmdm.cli.output import has_color, note, print_json, print_table
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, loop_counts, positive_int, set_up
 from loopmdm.cli.plans import adaptive, adapts, add_plan, note_beyond_training, plan_option
 from loopmdm.cli.views import Views, add_views
-from loopmdm.data.raw import decode
 from loopmdm.data.sudoku import (
     PuzzleFile,
     count_solutions,
     encode_boards,
     format_board,
-    parse_puzzles,
-    read_puzzles,
 )
-from loopmdm.data.sudoku.layouts import looks_like_board
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
 from loopmdm.sampling import ORDERS as SAMPLING_ORDERS
@@ -107,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     views = Views(args)
-    puzzles = _read(args.puzzles)
+    puzzles = given_puzzles(args.puzzles)
     clues = puzzles.clues[: args.limit]
     device = set_up(args)
     name = args.model or _default_model(puzzles)
@@ -205,22 +206,6 @@ def _num_steps(blanks: int, pace: dict[str, Any]) -> int | None:
     if pace["threshold"] is not None or pace["entropy_bound"] is not None:
         return None
     return -(-blanks // (pace["tokens_per_step"] or 1))
-
-
-def _read(source: str) -> PuzzleFile:
-    if source == "-":
-        return parse_puzzles(_standard_input(), "standard input")
-    # os.path.exists: a board may be longer than a name can be
-    if looks_like_board(source) and not os.path.exists(source):
-        return parse_puzzles(source.splitlines(), "the board given")
-    return read_puzzles(source)
-
-
-def _standard_input() -> Iterable[str]:
-    data = getattr(sys.stdin, "buffer", None)  # a replacement of standard input may have text alone
-    if data is None:
-        return sys.stdin
-    return io.StringIO(decode(data.read(), "standard input", "replace"), newline=None)
 
 
 def _default_model(puzzles: PuzzleFile) -> str:

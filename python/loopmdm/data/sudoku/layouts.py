@@ -17,6 +17,7 @@ _GRID_SIZES = (9, 6, 4)
 _LEAST = min(_BOARD_LENGTHS)
 _DELIMITERS = "\t,;"
 _ALPHABET = frozenset("123456789" + BLANKS)
+_STATE = "[state]"  # heading of .sdk: what follows is the same board, partly solved
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 _BARS = re.compile(r"[\s|:\u2500-\u257f]")  # what separates cells; the range is box drawing
 _RULE = re.compile(r"[-+=*|:\s\u2500-\u257f]*")
@@ -100,6 +101,8 @@ def _drawn(content: Sequence[Line], path: str) -> Iterator[Written]:
     rows: list[Line] = []
     first = size = 0
     for number, cells in _rows(content):
+        if cells.lower() == _STATE and not rows:
+            return
         if not rows:
             first, size = number, len(cells)
         if _is_heading(cells, size):
