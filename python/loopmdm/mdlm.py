@@ -64,6 +64,9 @@ class DIT(LoopMDM):
     def default_loops(self, seed: int | None = None) -> int:
         return check_num_loops(self.num_loops)
 
+    def _say_if_trained(self, out: Tensor) -> None:
+        """Nothing: S is the same in both modes."""
+
     def forward(self, indices: Tensor, sigma: Tensor) -> Tensor:  # type: ignore[override]
         """Logits [B, L, V] of tokens `indices` [B, L] int64 at noise levels `sigma` [B]."""
         with _reference_autocast(indices.device):

@@ -20,6 +20,7 @@ from loopmdm.config import LoopMDMConfig
 from loopmdm.cut import named, say, why_global
 from loopmdm.exits import ExitRule, run_with_exit
 from loopmdm.masks import boolean
+from loopmdm.modes import say_if_trained
 from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding, by_row
 from loopmdm.parallel import check_averaged
 from loopmdm.stages import Stages
@@ -221,7 +222,10 @@ class LoopMDM(nn.Module):
         loops = self.default_loops() if num_loops is None else num_loops
         if exit is not None:
             return run_with_exit(stages, loops, exit, min_loops)
-        return stages.tail(stages.loop(stages.head(), loops))
+        hidden = stages.tail(stages.loop(stages.head(), loops))
+        if num_loops is None:
+            self._say_if_trained(hidden)
+        return hidden
 
     @overload
     def forward(
@@ -262,7 +266,8 @@ class LoopMDM(nn.Module):
         Args:
             input_ids: [B, L] int64.
             timesteps: noise level sigma [B]; used with time conditioning only.
-            num_loops: S >= 1, or one S per sequence [B]; None: `max_loops` in eval mode, drawn in training.
+            num_loops: S >= 1, or one S per sequence [B]; None: drawn in training, `max_loops` in eval mode
+                (in which a backward pass is warned of, once).
             attention_mask: [B, L], True or 1 at the keys that may be attended; None: all.
             labels: [B, L] int64, the clean tokens, equal to `input_ids`; -100 at tokens that are given: they
                 are never masked and not counted. Times, masks and S are drawn here.
@@ -312,6 +317,11 @@ class LoopMDM(nn.Module):
             return self.config.max_loops
         return draws.loops(self.vocab_embed.embedding, self.config.max_loops, seed)
 
+    def _say_if_trained(self, out: Tensor) -> None:
+        """Warn once if gradients flow from what a model in eval mode computed with its default S."""
+        if not self.training and self.config.max_loops > 1:
+            say_if_trained(self, out, self.config.max_loops)
+
     def loss(
         self,
         input_ids: Tensor,
@@ -327,7 +337,8 @@ class LoopMDM(nn.Module):
         Args:
             input_ids: [B, L] int64, clean tokens; the mask token may not occur.
             attention_mask: [B, L], True or 1 at real tokens; only these are counted. None: all.
-            num_loops: S of this call; None: `max_loops` in eval mode, drawn from U{1..max_loops} in training.
+            num_loops: S of this call; None: drawn from U{1..max_loops} in training, `max_loops` in eval mode
+                (in which a backward pass is warned of, once).
             seed: makes t, masks, S and dropout a function of the seed; None: torch's global generator.
             prompt_mask: [B, L], True at given tokens, which are never masked and not counted.
             t: [B] times in (0, 1]; None: stratified in [1e-3, 1).
@@ -382,6 +393,8 @@ class LoopMDM(nn.Module):
             diffusion.loss_weight(t)[:, None].expand(masked.shape),
             compute_dtype=self.compute_dtype,
         )
+        if num_loops is None:
+            self._say_if_trained(nll_sum)
         return LossOutput(nll_sum / num_tokens, nll_sum.detach(), num_tokens, t, loops)
 
     def _check_input(self, input_ids: Tensor, sigma: Tensor | None, attention_mask: Tensor | None) -> None:

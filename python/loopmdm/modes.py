@@ -1,11 +1,18 @@
-"""Train and eval mode: switched for a while, every module's own mode put back."""
+"""Train and eval mode: switched for a while, every module's own mode put back; said where it surprises."""
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from loopmdm_kernels.tracing import transformed
+
+_said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextmanager
@@ -19,3 +26,36 @@ def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def say_if_trained(model: nn.Module, out: Tensor, max_loops: int) -> None:
+    """Warn, once of each model, when gradients flow through what it computed in eval mode with its default S.
+
+    In a compiled graph, which has no room for such a hook, where it is traced with gradients.
+    """
+    message = (
+        f"{type(model).__name__}: gradients in eval mode, where S is max_loops = {max_loops} and not drawn,"
+        " and dropout is off. To train call model.train(): from_pretrained and from_mdlm return a model in"
+        " eval mode, and Lightning's fit leaves it there. To take gradients so, give num_loops"
+    )
+    if not (torch.is_grad_enabled() and out.requires_grad):
+        return
+    if torch.compiler.is_compiling():
+        _say_of_graph(message)
+        return
+    if model in _said or transformed():
+        return
+
+    def say(_: Tensor) -> None:
+        if model not in _said:
+            _said.add(model)
+            warnings.warn(message, stacklevel=2)
+
+    out.register_hook(say)  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _say_of_graph(message: str) -> int:
+    """Runs while a graph is traced, and leaves nothing in it."""
+    warnings.warn(message, stacklevel=2)
+    return 0

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from loopmdm import LoopMDM
+import loopmdm_kernels as lk
+from loopmdm import LoopMDM, patch
+from loopmdm.mdlm import DIT
+from tests.mdlm.reference_dit import ReferenceDIT, reference_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -124,6 +128,88 @@ def test_lightning(model, tmp_path, seen, precision):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     model.save_pretrained(tmp_path / "model")
     same_weights(LoopMDM.from_pretrained(tmp_path / "model"), model)
+
+
+def fit_in(tmp_path, network, step):
+    lightning = pytest.importorskip("lightning")
+
+    class Training(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def training_step(self, batch, index):
+            return step(batch)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    trainer = lightning.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(Training(), DataLoader(Texts(), batch_size=4))
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """S of each call of the op that runs more than one loop, or may."""
+    seen = []
+    op = lk.looped_blocks
+
+    def recorded(x, blocks, modulation, num_loops, **options):
+        if len(blocks) == 2:
+            seen.append(num_loops)
+        return op(x, blocks, modulation, num_loops, **options)
+
+    monkeypatch.setattr(lk, "looped_blocks", recorded)
+    return seen
+
+
+def two_blocks_looped(kind):
+    torch.manual_seed(0)
+    return kind(reference_config(loop_start=1, loop_end=3, num_loops=3, n_blocks=4, dropout=0.0), 40)
+
+
+@pytest.mark.parametrize("eval_mode", [False, True])
+@pytest.mark.parametrize("how", ["labels", "loss", "logits"])
+def test_lightning_leaves_a_model_in_its_mode(tmp_path, loops, how, eval_mode):
+    """In eval mode, in which `from_pretrained` and `from_mdlm` return it, S is not drawn: said once."""
+    model = LoopMDM.from_mdlm(two_blocks_looped(ReferenceDIT)).train(not eval_mode)
+
+    def step(batch):
+        ids = batch["input_ids"]
+        if how == "logits":
+            return model(ids).square().mean()
+        return (model(ids, labels=ids) if how == "labels" else model.loss(ids)).loss
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fit_in(tmp_path, model, step)
+    assert model.training is not eval_mode and len(loops) == STEPS
+    assert set(loops) == {12} if eval_mode else len(set(loops)) > 1
+    said = "LoopMDM: gradients in eval mode, where S is max_loops = 12"
+    assert sum(str(w.message).startswith(said) for w in warned) == eval_mode
+
+
+@pytest.mark.parametrize("eval_mode", [False, True])
+@pytest.mark.parametrize("how", ["DIT", "patch"])
+def test_lightning_with_the_reference_s_interface(tmp_path, loops, how, eval_mode):
+    """S is `num_loops` in both modes."""
+    network = two_blocks_looped(DIT if how == "DIT" else ReferenceDIT).train(not eval_mode)
+    if how == "patch":
+        patch(network, num_loops=3)
+
+    def step(batch):
+        return network(batch["input_ids"], torch.ones(4)).square().mean()
+
+    fit_in(tmp_path, network, step)
+    assert network.training is not eval_mode and loops == [3] * STEPS
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
