@@ -1,5 +1,5 @@
 """What the backward kernel is compiled for and gets at launch; the other side is
-csrc/cuda/backward_config_sm90.cuh."""
+csrc/cuda/looped_blocks/backward_config_sm90.cuh."""
 
 from __future__ import annotations
 

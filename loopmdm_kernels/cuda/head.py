@@ -21,7 +21,7 @@ _RING_BYTES = 2048  # beside the stages
 ROW_THREADS = 256
 _ROW_BLOCK = ROW_THREADS // 32  # a warp a row
 
-MODULATED_ROWS = Kernel("modulated_rows_sm90.cu", ROW_THREADS)
+MODULATED_ROWS = Kernel("head/modulated_rows_sm90.cu", ROW_THREADS)
 
 Problem = structure(
     "Problem",

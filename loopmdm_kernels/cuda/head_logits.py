@@ -11,7 +11,7 @@ from loopmdm_kernels.cuda.head import Operands, Problem, why_not
 from loopmdm_kernels.cuda.launch import structure
 from loopmdm_kernels.types import Head
 
-SOURCE = "head_logits_sm90.cu"
+SOURCE = "head/head_logits_sm90.cu"
 Parameters = structure("Parameters", problem=Problem, out=ctypes.c_void_p)
 _ROWS = 1024  # whose logits are in fp32 at a time
 

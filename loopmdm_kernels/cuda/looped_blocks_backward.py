@@ -35,7 +35,7 @@ from loopmdm_kernels.schedule.backward import (
 )
 from loopmdm_kernels.types import BlockWeights
 
-SOURCE, ENTRY = "looped_blocks_backward_sm90.cu", "looped_blocks_backward_sm90"
+SOURCE, ENTRY = "looped_blocks/looped_blocks_backward_sm90.cu", "looped_blocks_backward_sm90"
 CAPABILITY = (9, 0)  # of the GPUs that have it
 HEAD_DIMS = (64, 128)
 _BOX = 64  # rows of every map

@@ -29,20 +29,20 @@ from loopmdm_kernels.cuda.tensor_maps import layout
 from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.types import Head
 
-FORWARD = "cross_entropy_sm90.cu"
-BACKWARD = with_logits("cross_entropy_backward_sm90.cu", 128)  # the kernel of 64 rows spills
-COMBINE = Kernel("cross_entropy_combine_sm90.cu", ROW_THREADS)
+FORWARD = "head/masked_cross_entropy_sm90.cu"
+BACKWARD = with_logits("head/masked_cross_entropy_backward_sm90.cu", 128)  # the kernel of 64 rows spills
+COMBINE = Kernel("head/masked_cross_entropy_combine_sm90.cu", ROW_THREADS)
 _TILE = (128, 256)  # of a product with the gradients of the logits
 _PAIR = 2  # blocks, with the same columns
 _PAIR_ROWS = _PAIR * _TILE[0]
 _INNER = 64  # of its inner dimension, a stage
 _PRODUCT_BYTES = 4 * 2 * _INNER * sum(_TILE) + 2048
 OF_ROWS, OF_WEIGHT = (
-    Kernel("gradient_product_sm90.cu", 384, _PRODUCT_BYTES, (("LOOPMDM_OF_WEIGHT", of_weight),), _PAIR)
+    Kernel("head/gradient_product_sm90.cu", 384, _PRODUCT_BYTES, (("LOOPMDM_OF_WEIGHT", of_weight),), _PAIR)
     for of_weight in (0, 1)
 )
 _PART = 32  # rows of a block on the way back through the norm
-ROWS_BACKWARD = Kernel("modulated_rows_backward_sm90.cu", ROW_THREADS, 16 * _PART)
+ROWS_BACKWARD = Kernel("head/modulated_rows_backward_sm90.cu", ROW_THREADS, 16 * _PART)
 _GROUP_ELEMENTS = 1 << 28  # of logit gradients in memory at a time
 
 ForwardParameters = structure(

@@ -1,4 +1,4 @@
-"""Packed weights follow parameters that were written to unnoticed: csrc/cuda/refresh_weights.cu."""
+"""Packed weights follow parameters that were written to unnoticed: looped_blocks/refresh_weights.cu."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from loopmdm_kernels.cuda.launch import loaded
 from loopmdm_kernels.cuda.targets import target_of
 
-SOURCE = "refresh_weights.cu"
+SOURCE = "looped_blocks/refresh_weights.cu"
 THREADS = 256
 SHARED_BYTES = 8 * THREADS // 32
 CHUNK = 16384  # elements: 64 KB of fp32, of which a block reads 8 to compare

@@ -16,8 +16,8 @@ from loopmdm_kernels.cuda.launch import Kernel, launch, structure
 from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.types import Head, RowRng, SampledRows
 
-SOURCE = "sample_rows_sm90.cu"
-COMBINE = Kernel("sample_rows_combine_sm90.cu", ROW_THREADS)
+SOURCE = "head/sample_rows_sm90.cu"
+COMBINE = Kernel("head/sample_rows_combine_sm90.cu", ROW_THREADS)
 _RECORD_BYTES = 32
 _ROWS_WITH_LOGITS = 256
 

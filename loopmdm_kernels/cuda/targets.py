@@ -21,7 +21,7 @@ class Target(NamedTuple):
 
     @property
     def source(self) -> str:
-        return f"{self.entry}.cu"
+        return f"looped_blocks/{self.entry}.cu"
 
     def used_of(self, device: Device) -> Device:
         """What is known of a GPU, less what the kernel makes no use of."""

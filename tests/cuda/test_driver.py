@@ -75,7 +75,7 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     compiler._compiler.cache_clear()
     with pytest.raises(RuntimeError, match=r"no CUDA compiler: cuda-python is not installed.*nvcc is not on"):
-        compiler.compile_kernel("looped_blocks_sm90.cu", {}, "sm_90a")
+        compiler.compile_kernel("looped_blocks/looped_blocks_sm90.cu", {}, "sm_90a")
     compiler._compiler.cache_clear()
 
 

@@ -108,6 +108,23 @@ def test_a_row_without_keys_is_nan(variant):
     assert out[1].isnan().all() and not out[0].isnan().any()
 
 
+@pytest.mark.parametrize("size", [3e3, 1e5, 1e9])
+def test_large_scores_stay_finite(variant, size):
+    """Scores near size^2, whose largest, scaled, is off by more than an exponential bears."""
+    inputs = make(variant.sizes, 1, 81)
+    hidden = variant.sizes[0]
+    large = [b._replace(qkv=torch.cat((b.qkv[: 2 * hidden] * size, b.qkv[2 * hidden :]))) for b in inputs.blocks]
+    out, _ = variant.run(inputs._replace(blocks=large), 1, num_blocks=3)
+    assert bool(torch.isfinite(out).all())
+
+
+def test_a_row_whose_variance_overflows_is_nan(variant):
+    inputs = make(variant.sizes, 2, 9)
+    inputs.x[1] *= 1e20
+    out, _ = variant.run(inputs, 1)
+    assert out[1].isnan().all() and not out[0].isnan().any()
+
+
 def test_any_number_of_blocks_and_any_order_give_the_same_bits(variant):
     inputs = make(variant.sizes, 2, 70, key_mask=True)
     expected, _ = variant.run(inputs, 1, num_blocks=1)

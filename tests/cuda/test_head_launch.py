@@ -73,7 +73,7 @@ def test_a_draw(notes, num_rows, rows_of_tile, blocks):
     names = [name for name, _, _ in notes.launches]
     assert names == ["modulated_rows_sm90", "sample_rows_sm90", "sample_rows_combine_sm90"]
     macros = {"LOOPMDM_ROWS": rows_of_tile, "LOOPMDM_SPIN_LIMIT": 1000}
-    assert notes.compiled[1] == ("sample_rows_sm90.cu", macros, "sm_90a")
+    assert notes.compiled[1] == ("head/sample_rows_sm90.cu", macros, "sm_90a")
     for _, config, _ in notes.launches:
         assert int(config.hStream) == 77
     rows, product, combine = (config for _, config, _ in notes.launches)

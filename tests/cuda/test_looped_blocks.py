@@ -187,7 +187,7 @@ def test_the_architecture_picks_the_kernel():
     assert target_of((9, 0)) is SM90
     assert target_of((8, 0)) == SM80
     assert target_of((8, 6)) == SM80._replace(architecture="sm_86")
-    assert target_of((12, 0)).source == "looped_blocks_sm80.cu"
+    assert target_of((12, 0)).source == "looped_blocks/looped_blocks_sm80.cu"
 
 
 @pytest.fixture
@@ -225,7 +225,11 @@ def test_narrow_models_are_launched_as_one_cluster(loaded):
     seen, _ = loaded
     _, plan, _ = op._kernel(SUDOKU, SM90, 0)
     (source, macros, architecture), (entry, shared_bytes), *calls = seen
-    assert (source, architecture, entry) == ("looped_blocks_sm90.cu", "sm_90a", "looped_blocks_sm90")
+    assert (source, architecture, entry) == (
+        "looped_blocks/looped_blocks_sm90.cu",
+        "sm_90a",
+        "looped_blocks_sm90",
+    )
     assert macros["LOOPMDM_CLUSTER"] == 1 and shared_bytes == plan.shared_bytes
     assert calls == ["large clusters", (16, 384)] and plan.cluster == 16
 

@@ -46,7 +46,7 @@ def test_forward_keeps_no_logits(gpu):
     with torch.no_grad():
         masked_cross_entropy(hidden, Head(*head, excluded), targets, rows, weights)
     names = [name for name, _ in gpu.launches]
-    assert names == ["modulated_rows_sm90", "cross_entropy_sm90", "cross_entropy_combine_sm90"]
+    assert names == ["modulated_rows_sm90", "masked_cross_entropy_sm90", "masked_cross_entropy_combine_sm90"]
 
 
 def test_groups_of_rows(gpu, monkeypatch):
@@ -60,7 +60,7 @@ def test_groups_of_rows(gpu, monkeypatch):
             torch.testing.assert_close(value, together[name], rtol=0.01, atol=0.01)
         else:
             assert torch.equal(value, together[name]), name
-    assert [name for name, _ in gpu.launches].count("cross_entropy_backward_sm90") == 2
+    assert [name for name, _ in gpu.launches].count("masked_cross_entropy_backward_sm90") == 2
     assert_case(inputs)
 
 

@@ -108,6 +108,28 @@ def test_head_logits(gpu, vocab_size, length):
     assert_matches_oracle(out, reference.head_logits(hidden, head), oracle)
 
 
+@pytest.mark.parametrize("constant", [1e-3, 40.7, 1e4 / 3, 1e10 / 3])
+def test_a_constant_row_has_a_norm_of_zero(gpu, constant):
+    """So its logits are those of the shift alone, whatever its mean was rounded to."""
+    hidden, head, _, _ = case(excluded=False)
+    hidden[1, 7] = constant
+    shift = head.modulation[0, 0].float()
+    want = shift @ head.weight.float().T + head.bias.float()
+    torch.testing.assert_close(head_logits(hidden, head)[1, 7], want.to(BF16), rtol=2**-7, atol=1e-3)
+
+
+def test_a_row_whose_variance_overflows_is_nan(gpu):
+    """Not finite and wrong: 1 / sqrt(infinity) is 0. Other rows are what they were."""
+    hidden, head, _, _ = case()
+    expected = head_logits(hidden, head)
+    hidden[1, 7] *= 1e20
+    out = head_logits(hidden, head)
+    others = torch.arange(head.weight.shape[0]) != head.excluded_token
+    assert bool(out[1, 7, others].isnan().all())
+    out[1, 7] = expected[1, 7]
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_does_not_depend_on_the_others(gpu, temperature):
     """Nor on the size of the tiles, the number of blocks and the order of loads."""

@@ -11,7 +11,7 @@ from loopmdm_kernels.cuda import sources
 from loopmdm_kernels.cuda.parameters import defines
 from loopmdm_kernels.schedule import BlockShape, Device, choose
 
-SOURCE = "looped_blocks_sm90.cu"
+SOURCE = "looped_blocks/looped_blocks_sm90.cu"
 NVCC = shutil.which("nvcc")
 
 # Each is a plan that the cost model makes: few and many tokens of the small model, both sizes of heads.

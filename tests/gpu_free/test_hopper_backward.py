@@ -67,7 +67,7 @@ def test_parameters_lie_as_the_kernel_reads_them(tmp_path):
             f"static_assert(__builtin_offsetof(loopmdm::backward::Parameters, {name}) == {offset});"
         )
     source = tmp_path / "offsets.cu"
-    source.write_text('#include "cuda/backward_config_sm90.cuh"\n' + "\n".join(checks))
+    source.write_text('#include "cuda/looped_blocks/backward_config_sm90.cuh"\n' + "\n".join(checks))
     command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", f"-I{hopper.sources.folder()}"]
     result = subprocess.run(
         [*command, *macros(SHAPES["small"]), str(source), "-o", str(tmp_path / "out")],

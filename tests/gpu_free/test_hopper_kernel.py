@@ -84,7 +84,7 @@ def test_parameters_lie_as_the_kernel_reads_them(target, tmp_path):
         checks.append(f"static_assert(__builtin_offsetof(loopmdm::KernelParameters, {field}) == {offset});")
     source = tmp_path / "offsets.cu"
     config = target.entry.replace("looped_blocks", "config")
-    source.write_text(f'#include "cuda/{config}.cuh"\n' + "\n".join(checks))
+    source.write_text(f'#include "cuda/tile/{config}.cuh"\n' + "\n".join(checks))
     command = ["nvcc", "-std=c++17", f"-arch={target.architecture}", "-cubin", f"-I{sources.folder()}"]
     shape = next(iter(hopper.SHAPES.values()))
     result = subprocess.run(

@@ -1,13 +1,13 @@
 // The kernels of the vocabulary head on the CPU, for one value of each of their macros.
-#include "cuda/cross_entropy_backward_sm90.cu"
-#include "cuda/cross_entropy_combine_sm90.cu"
-#include "cuda/cross_entropy_sm90.cu"
-#include "cuda/gradient_product_sm90.cu"
-#include "cuda/head_logits_sm90.cu"
-#include "cuda/modulated_rows_backward_sm90.cu"
-#include "cuda/modulated_rows_sm90.cu"
-#include "cuda/sample_rows_combine_sm90.cu"
-#include "cuda/sample_rows_sm90.cu"
+#include "cuda/head/gradient_product_sm90.cu"
+#include "cuda/head/head_logits_sm90.cu"
+#include "cuda/head/masked_cross_entropy_backward_sm90.cu"
+#include "cuda/head/masked_cross_entropy_combine_sm90.cu"
+#include "cuda/head/masked_cross_entropy_sm90.cu"
+#include "cuda/head/modulated_rows_backward_sm90.cu"
+#include "cuda/head/modulated_rows_sm90.cu"
+#include "cuda/head/sample_rows_combine_sm90.cu"
+#include "cuda/head/sample_rows_sm90.cu"
 #include "emulator.h"
 
 template <class Parameters>
@@ -21,9 +21,9 @@ int run(void (*kernel)(Parameters), const void* given, int blocks, int threads, 
     return run(name, given, blocks, threads, seed);                                      \
   }
 
-EXPORT(cross_entropy_backward_sm90)
-EXPORT(cross_entropy_combine_sm90)
-EXPORT(cross_entropy_sm90)
+EXPORT(masked_cross_entropy_backward_sm90)
+EXPORT(masked_cross_entropy_combine_sm90)
+EXPORT(masked_cross_entropy_sm90)
 EXPORT(gradient_product_sm90)
 EXPORT(head_logits_sm90)
 EXPORT(modulated_rows_backward_sm90)

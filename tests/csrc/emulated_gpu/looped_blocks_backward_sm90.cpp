@@ -1,5 +1,5 @@
 // The backward kernel of csrc/cuda on the CPU.
-#include "cuda/looped_blocks_backward_sm90.cu"
+#include "cuda/looped_blocks/looped_blocks_backward_sm90.cu"
 
 #include "emulator.h"
 

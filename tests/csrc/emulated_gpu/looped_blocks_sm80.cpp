@@ -1,5 +1,5 @@
 // The kernel of csrc/cuda on the CPU.
-#include "cuda/looped_blocks_sm80.cu"
+#include "cuda/looped_blocks/looped_blocks_sm80.cu"
 
 #include "emulator.h"
 

@@ -1,5 +1,5 @@
 // The kernel of csrc/cuda on the CPU.
-#include "cuda/refresh_weights.cu"
+#include "cuda/looped_blocks/refresh_weights.cu"
 
 #include "emulator.h"
 

@@ -1,0 +1,220 @@
+// The warp that loads for the backward pass; see loader_sm90.cuh. Every load is a box of 64 by 64 bf16. What
+// is the inner dimension of a product lies along rows in one and along columns in another: the box is the
+// same, only its coordinates are exchanged, and WGMMA is told.
+#pragma once
+
+#include "cuda/looped_blocks/kept_sm90.cuh"
+
+namespace loopmdm {
+
+namespace backward {
+
+class Loader {
+ public:
+  __device__ Loader(const Parameters& parameters, const Ring& ring, const Kept& kept)
+      : p_(parameters), ring_(ring), kept_(kept), leader_(threadIdx.x % 32 == 0), keep_(keep_policy()) {}
+
+  __device__ __forceinline__ void run() {
+    const int32_t loops = *p_.max_loops;
+    const TableSize size{0, p_.instructions, 0};
+    for (int64_t position = blockIdx.x;; position += gridDim.x) {
+      const Place place = place_of(position, size, loops);
+      if (place.index < 0) break;
+      Instruction item = p_.table[place.index];
+      const int32_t loop = loops - 1 - place.loop;
+      if (item.phase < kWeightMlpOut && loop >= p_.stop[item.sequence]) item.phase = kNothing;
+      load(item, place.loop, loop);
+    }
+    Instruction end{};
+    end.phase = kEnd;
+    ring_.issue(issue_, end, 0);
+  }
+
+ private:
+  __device__ void load(const Instruction& item, int32_t step, int32_t loop) {
+    constexpr int kHidden = Config::kHidden, kMlp = Config::kMlp;
+    switch (item.phase) {
+      case kQkv:
+        return product(item, step, loop, p_.rows1, p_.qkv_weight, kHidden, false);
+      case kAttnOut:
+        return product(item, step, loop, p_.mixed, p_.attn_out_weight, kHidden, false);
+      case kMlpIn:
+        return product(item, step, loop, p_.rows2, p_.mlp_in_weight, kHidden, false);
+      case kMlpOut:
+        return product(item, step, loop, p_.wide, p_.mlp_out_weight, kMlp, false);
+      case kGradWide:
+        return product(item, step, loop, p_.of_branch2, p_.mlp_out_weight, kHidden, true);
+      case kGradNorm2:
+        return product(item, step, loop, p_.of_before, p_.mlp_in_weight, kMlp, true);
+      case kGradMixed:
+        return product(item, step, loop, p_.of_branch1, p_.attn_out_weight, kHidden, true);
+      case kGradNorm1:
+        return product(item, step, loop, p_.of_qkv, p_.qkv_weight, 3 * kHidden, true);
+      case kWeightMlpOut:
+        return weight_gradient(item, step, loop, p_.of_branch2, p_.wide);
+      case kWeightMlpIn:
+        return weight_gradient(item, step, loop, p_.of_before, p_.rows2);
+      case kWeightAttnOut:
+        return weight_gradient(item, step, loop, p_.of_branch1, p_.mixed);
+      case kWeightQkv:
+        return weight_gradient(item, step, loop, p_.of_qkv, p_.rows1);
+      case kAttention:
+        return attention(item, step, loop);
+      case kGradQueries:
+        return attention_gradient(item, step, loop, 0);
+      case kGradKeys:
+        return attention_gradient(item, step, loop, 1);
+      default:
+        wait_and_issue(item, step, loop);
+    }
+  }
+
+  __device__ void wait_and_issue(const Instruction& item, int32_t step, int32_t loop) {
+    const int32_t target = generation(item.wait_count, step);
+    for (int i = threadIdx.x % 32; i < item.wait_number; i += 32)
+      wait_for(p_.counters + item.wait + i, target);
+    __syncwarp();
+    proxy_fence();
+    ring_.issue(issue_, item, loop);
+  }
+
+  // Makes the stage at `place` ready for this many boxes and returns where they go.
+  __device__ uint32_t open(RingPlace place, int boxes) const {
+    ring_.wait_empty(place);
+    if (leader_) barrier_arrive_expect(ring_.full(place.slot), boxes * kPanelBytes);
+    return ring_.stage(place.slot);
+  }
+
+  __device__ void box(uint32_t target, RingPlace place, const TensorMap& map, int column, int row,
+                      int matrix) const {
+    if (leader_) load_box(target, &map, ring_.full(place.slot), column, row, matrix);
+  }
+
+  // Rows times a weight, or its transpose: then rows of the weight are the inner dimension. The weights of
+  // the first stages do not wait for the counters.
+  __device__ void product(const Instruction& item, int32_t step, int32_t loop, const TensorMap& left,
+                          const TensorMap& weight, int inner, bool transposed) {
+    const int steps = inner / Config::kStep, first_steps = steps < Config::kStages ? steps : Config::kStages;
+    RingPlace ahead = place_;
+    for (int i = 0; i < first_steps; ++i) {
+      weights(ahead, weight, item, i, transposed);
+      advance(ahead, Config::kStages);
+    }
+    wait_and_issue(item, step, loop);
+    const int matrix = p_.place(item.layer, item.sequence);
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+      if (i >= first_steps) weights(place_, weight, item, i, transposed);
+      for (int half = 0; half < 2; ++half) {
+        box(ring_.stage(place_.slot) + half * kPanelBytes, place_, left, 64 * i,
+            item.row * Config::kRows + 64 * half, matrix);
+      }
+      advance(place_, Config::kStages);
+    }
+  }
+
+  __device__ void weights(RingPlace place, const TensorMap& weight, const Instruction& item, int step,
+                          bool transposed) const {
+    const uint32_t target = open(place, 2 + kColumns / 64) + 2 * kPanelBytes;
+    if (!leader_) return;
+    for (int panel = 0; panel < kColumns / 64; ++panel) {
+      const int outer = item.column * kColumns + 64 * panel, inner = 64 * step;
+      load_box(target + panel * kPanelBytes, &weight, ring_.full(place.slot), transposed ? outer : inner,
+               transposed ? inner : outer, item.layer, keep_);
+    }
+  }
+
+  // Both operands lie with the tokens, which are the inner dimension, in rows.
+  __device__ void weight_gradient(const Instruction& item, int32_t step, int32_t loop, const TensorMap& left,
+                                  const TensorMap& right) {
+    wait_and_issue(item, step, loop);
+    for (int sequence = 0; sequence < p_.batch; ++sequence) {
+      if (p_.stop[sequence] <= loop) continue;
+      const int matrix = p_.place(item.layer, sequence);
+      for (int row = 0; row < p_.length; row += 64) {
+        const uint32_t target = open(place_, 2 + kColumns / 64);
+        for (int half = 0; half < 2; ++half) {
+          box(target + half * kPanelBytes, place_, left, item.row * Config::kRows + 64 * half, row, matrix);
+        }
+        for (int panel = 0; panel < kColumns / 64; ++panel) {
+          box(target + (2 + panel) * kPanelBytes, place_, right, item.column * kColumns + 64 * panel, row,
+              matrix);
+        }
+        advance(place_, Config::kStages);
+      }
+    }
+  }
+
+  // As in the forward kernel: the queries, then keys and values of one block after another.
+  __device__ void attention(const Instruction& item, int32_t step, int32_t loop) {
+    wait_and_issue(item, step, loop);
+    heads(item, 0, item.row * Config::kRows);
+    for (int key = 0; key < p_.length; key += Config::kKeyBlock) {
+      heads(item, 1, key);
+      heads(item, 2, key);
+    }
+  }
+
+  // 128 rows of q (0), k (1) or v (2) of the instruction's head.
+  __device__ void heads(const Instruction& item, int part, int row) {
+    const uint32_t target = open(place_, 2 * kHeadPanels);
+    for (int panel = 0; panel < kHeadPanels; ++panel) {
+      for (int half = 0; half < 2; ++half) {
+        box(target + (2 * panel + half) * kPanelBytes, place_, p_.qkv, head_column(item, part) + 64 * panel,
+            row + 64 * half, p_.place(item.layer, item.sequence));
+      }
+    }
+    advance(place_, Config::kStages);
+  }
+
+  __device__ static int head_column(const Instruction& item, int part) {
+    return part * Config::kHidden + item.column * Config::kHeadDim;
+  }
+
+  // q and the gradient of the output, and k and v: of the tile's own rows (`kept`: which pair) 128, kept; of
+  // the others 64 in each stage.
+  __device__ void attention_gradient(const Instruction& item, int32_t step, int32_t loop, int own) {
+    wait_and_issue(item, step, loop);
+    const int matrix = p_.place(item.layer, item.sequence);
+    const auto source = [&](int pair, int operand) -> const TensorMap& {
+      return pair == 0 && operand == 1 ? p_.of_mixed : p_.qkv;
+    };
+    const auto column = [&](int pair, int operand) {
+      return pair == 0 ? head_column(item, 0) : head_column(item, 1 + operand);
+    };
+    Ring::wait_together(kept_.empty(), kept_place_.round ^ 1);
+    if (leader_) {
+      barrier_arrive_expect(kept_.full(), 2 * Kept::kOperandBytes);
+      for (int operand = 0; operand < 2; ++operand) {
+        for (int panel = 0; panel < kHeadPanels; ++panel) {
+          for (int half = 0; half < 2; ++half) {
+            load_box(kept_.panel(operand, panel, half), &source(own, operand), kept_.full(),
+                     column(own, operand) + 64 * panel, item.row * Config::kRows + 64 * half, matrix);
+          }
+        }
+      }
+    }
+    advance(kept_place_, 1);
+    for (int row = 0; row < p_.length; row += 64) {
+      const uint32_t target = open(place_, 2 * kHeadPanels);
+      for (int operand = 0; operand < 2; ++operand) {
+        for (int panel = 0; panel < kHeadPanels; ++panel) {
+          box(target + (operand * kHeadPanels + panel) * kPanelBytes, place_, source(1 - own, operand),
+              column(1 - own, operand) + 64 * panel, row, matrix);
+        }
+      }
+      advance(place_, Config::kStages);
+    }
+  }
+
+  const Parameters& p_;
+  const Ring& ring_;
+  const Kept& kept_;
+  const bool leader_;
+  const uint64_t keep_;
+  RingPlace place_{0, 0}, issue_{0, 0}, kept_place_{0, 0};
+};
+
+}  // namespace backward
+
+}  // namespace loopmdm

@@ -1,0 +1,69 @@
+// What happens to a sequence outside the layers: it enters, it may stop, it leaves.
+#pragma once
+
+#include "cuda/tile/config.cuh"
+#include "cuda/tile/math.cuh"
+
+namespace loopmdm {
+
+// One warp a row, one lane a column of a part.
+__device__ inline void enter(const Parameters& p, const Instruction& item, int32_t loop) {
+  const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
+  float* const target = p.stream_values + stream_slot(item.write_slot, loop, p.keep) * matrix;
+  const int last = min((item.row + 1) * Config::kRows, p.length), lane = threadIdx.x % 32;
+  for (int row = item.row * Config::kRows + threadIdx.x / 32; row < last;
+       row += Config::kComputeThreads / 32) {
+    const int64_t token = p.token(item.sequence, row);
+#pragma unroll 4
+    for (int part = 0; part < Config::kParts; ++part) {
+      const int64_t place = token * Config::kHidden + part * Config::kPart + lane;
+      const float value = __ldg(p.input + place);
+      target[place] = value;
+      const float mean = warp_sum(value) / Config::kPart;
+      const float deviations = warp_sum((value - mean) * (value - mean));
+      if (lane == 0) store_pair(&p.statistics1[token * Config::kParts + part].mean, {mean, deviations});
+    }
+  }
+}
+
+// Adds the squared norms of the loop before in a fixed order and publishes whether the sequence goes on.
+__device__ inline void decide(const Parameters& p, const Instruction& item, int32_t loop) {
+  if (threadIdx.x >= 32) return;
+  int32_t* const stop = p.stop + item.sequence;
+  bool goes_on = loop + 1 < *stop;
+  if (loop > 0) {
+    const int number = p.row_tiles * Config::kChanges * 4 * Config::kRowGroups;
+    const float2* const parts = p.change + static_cast<int64_t>(item.sequence) * number;
+    float changed = 0, size = 0;
+    for (int i = threadIdx.x; i < number; i += 32) {
+      const float2 part = __ldcg(parts + i);
+      changed += part.x;
+      size += part.y;
+    }
+    changed = warp_sum(changed);
+    size = warp_sum(size);
+    if (sqrtf(changed) / sqrtf(size) < p.exit_threshold) {
+      goes_on = false;
+      if (threadIdx.x == 0) *stop = loop;
+    }
+  }
+  if (threadIdx.x == 0) {
+    store_release(p.progress(item.sequence), goes_on ? loop + 1 : kFinal);
+    if (!goes_on) {
+      raise_to(p.longest(), *stop);
+      add_release(p.settled(), 1);
+    }
+  }
+}
+
+__device__ inline void leave(const Parameters& p, const Instruction& item, int32_t loop) {
+  const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
+  const int first = item.row * Config::kRows, rows = min(Config::kRows, p.length - first);
+  const int64_t offset = p.token(item.sequence, first) * Config::kHidden;
+  const float* const source = p.stream_values + stream_slot(item.read_slot, loop, p.keep) * matrix + offset;
+  for (int i = 2 * threadIdx.x; i < rows * Config::kHidden; i += 2 * Config::kComputeThreads) {
+    store_pair(p.output + offset + i, load_pair(source + i));
+  }
+}
+
+}  // namespace loopmdm

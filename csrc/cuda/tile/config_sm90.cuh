@@ -1,0 +1,35 @@
+// What the kernel for Hopper has beside the common configuration.
+#pragma once
+
+#include "cuda/ptx/tma.cuh"
+#include "cuda/tile/config.cuh"
+
+namespace loopmdm {
+
+constexpr int kThreads = Config::kComputeThreads + 128;  // and the group of the warp that loads
+// In front of the ring, where the blocks are one cluster (LOOPMDM_CLUSTER): the counters of all of them.
+#if defined(LOOPMDM_CLUSTER)
+constexpr int kCounterBytes = LOOPMDM_COUNTER_BYTES;
+#else
+constexpr int kCounterBytes = 0;
+#endif
+// Of a thread; those of 384 threads together are 64512. Waiting for counters of a cluster takes more.
+constexpr int kLoadRegisters = kCounterBytes > 0 ? 72 : 56;
+constexpr int kComputeRegisters = kCounterBytes > 0 ? 216 : 224;
+constexpr int kInstructions = 4;  // how many the loader may be ahead
+
+// A head in shared memory: panels of 128 bytes, or one as narrow as the head.
+constexpr int kHeadPanelBytes = Config::kHeadDim < 64 ? 2 * Config::kHeadDim : 128;
+constexpr int kHeadPanels = 2 * Config::kHeadDim / kHeadPanelBytes;
+
+static_assert(Config::kHeadDim == 16 || Config::kHeadDim == 32 || Config::kHeadDim == 64 ||
+                  Config::kHeadDim == 128,
+              "head size");
+
+struct KernelParameters : Parameters {
+  // Boxes: 32 columns of fp32 or 64 of bf16, kRows rows; of weights 64 by the tile's columns.
+  TensorMap stream, qkv, mixed, wide;  // [2 B, L, D] fp32; [2 B, L, 3 D], [B, L, D], [B, L, F] bf16
+  TensorMap qkv_weight, attn_out_weight, mlp_in_weight, mlp_out_weight;  // [n, out, in] bf16
+};
+
+}  // namespace loopmdm

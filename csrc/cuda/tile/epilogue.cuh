@@ -1,0 +1,165 @@
+// What becomes of a tile's sums: rotary, GELU, gate and residual, and the statistics of the next norm.
+#pragma once
+
+#include "cuda/tile/rows.cuh"
+
+namespace loopmdm {
+
+// Rounds and stores `kColumns` columns of a group, beginning at `column` of rows `width` wide.
+template <int kColumns, class Launch>
+__device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, int64_t width, int column,
+                           const Launch& p, const Instruction& item, int64_t first_token, const Seat& seat) {
+  static_assert(kColumns == 16 || kColumns % 32 == 0, "a quad stores 32 columns together");
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = item.row * Config::kRows + seat.row + 8 * half;
+    if constexpr (kColumns == 16) {  // of a small head
+      uint16_t* const line = target + (first_token + row) * width + column;
+#pragma unroll
+      for (int group = 0; group < 2; ++group) {
+        const uint32_t word = pack_bf16(sums[4 * group + 2 * half], sums[4 * group + 2 * half + 1]);
+        if (row < p.length) *reinterpret_cast<uint32_t*>(line + seat.column(4 * group)) = word;
+      }
+      continue;
+    }
+    uint16_t* const line = target + (first_token + row) * width + column + 8 * (seat.thread % 4);
+#pragma unroll
+    for (int group = 0; group < kColumns / 32; ++group) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int index = 16 * group + 4 * i + 2 * half;
+        words[i] = pack_bf16(sums[index], sums[index + 1]);
+      }
+      transpose_quad(words);
+      if (row < p.length) {
+        *reinterpret_cast<uint4*>(line + 32 * group) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+}
+
+// Rotates pairs (i, i + K/2) of each head, which one thread holds, or turns them back.
+template <int kColumns, bool kBack = false, class Launch>
+__device__ void rotate(float (&sums)[kColumns / 2], const Launch& p, const Instruction& item,
+                       const Seat& seat) {
+  constexpr int kHalf = Config::kHeadDim / 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = min(item.row * Config::kRows + seat.row + 8 * half, p.length - 1);
+#pragma unroll
+    for (int group = 0; group < kHalf / 8; ++group) {
+      const int64_t angle = static_cast<int64_t>(row) * kHalf + seat.column(4 * group);
+      const float2 c = load_constant_pair(p.cosines + angle), s = load_constant_pair(p.sines + angle);
+#pragma unroll
+      for (int head = 0; head < kColumns / Config::kHeadDim; ++head) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float cosine = i ? c.y : c.x, sine = kBack ? -(i ? s.y : s.x) : i ? s.y : s.x;
+          float& first = sums[(head * Config::kHeadDim + 8 * group) / 2 + 2 * half + i];
+          float& second = sums[(head * Config::kHeadDim + 8 * group + kHalf) / 2 + 2 * half + i];
+          const float a = first, b = second;
+          first = a * cosine - b * sine;
+          second = b * cosine + a * sine;
+        }
+      }
+    }
+  }
+}
+
+template <int kColumns>
+__device__ void add_bias_gelu(float (&sums)[kColumns / 2], const float* bias, const Seat& seat) {
+#pragma unroll
+  for (int group = 0; group < kColumns / 8; ++group) {
+    const float2 b = load_constant_pair(bias + seat.column(4 * group));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float* const pair = &sums[4 * group + 2 * half];
+      pair[0] = gelu(pair[0] + b.x);
+      pair[1] = gelu(pair[1] + b.y);
+    }
+  }
+}
+
+// stream = stream + gate * (sums + bias); statistics of the new columns; squared norms of them and of their
+// difference to the loop's input, if `change` is given. Loads go in batches of 32 columns, a part of the
+// statistics: a load cannot overtake the stores before it, and one at a time would wait for L2 each time.
+template <int kColumns>
+__device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, const Instruction& item,
+                              int32_t loop, const Seat& seat, int part, const float* bias, const float* gate,
+                              PartStatistics* statistics, float2* change) {
+  constexpr int kBatch = Config::kPart / 8;
+  static_assert(kColumns % Config::kPart == 0, "whole parts");
+  const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
+  const int row = item.row * Config::kRows + seat.row;
+  const bool inside[2] = {row < p.length, row + 8 < p.length};
+  const int first = part * kColumns + seat.column(0);
+  // Rows beyond the sequence read its first one and store nothing.
+  const int64_t lines[2] = {p.token(item.sequence, inside[0] ? row : 0) * Config::kHidden + first,
+                            p.token(item.sequence, inside[1] ? row + 8 : 0) * Config::kHidden + first};
+  const float* const source = p.stream_values + stream_slot(item.read_slot, loop, p.keep) * matrix;
+  float* const target = p.stream_values + stream_slot(item.write_slot, loop, p.keep) * matrix;
+  const float* const loop_input = p.stream_values + stream_slot(0, loop, p.keep) * matrix;
+  float changed = 0, size = 0;
+#pragma unroll
+  for (int batch = 0; batch < kColumns / 8; batch += kBatch) {
+    float2 old[kBatch][2], gates[kBatch], biases[kBatch];
+    float total[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int column = 8 * (batch + i);
+      gates[i] = load_pair(gate + first + column);
+      biases[i] = bias ? load_pair(bias + first + column) : make_float2(0, 0);
+      for (int half = 0; half < 2; ++half) old[i][half] = load_pair(source + lines[half] + column);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* const pair = &sums[4 * (batch + i) + 2 * half];
+        pair[0] = old[i][half].x + gates[i].x * (pair[0] + biases[i].x);
+        pair[1] = old[i][half].y + gates[i].y * (pair[1] + biases[i].y);
+        total[half] += pair[0] + pair[1];
+        if (inside[half]) store_pair(target + lines[half] + 8 * (batch + i), {pair[0], pair[1]});
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float mean = quad_sum(total[half]) / Config::kPart;
+      float deviations = 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float* const pair = &sums[4 * (batch + i) + 2 * half];
+        deviations += (pair[0] - mean) * (pair[0] - mean) + (pair[1] - mean) * (pair[1] - mean);
+      }
+      deviations = quad_sum(deviations);
+      if (inside[half] && seat.thread % 4 == 0) {
+        const int64_t token = p.token(item.sequence, row + 8 * half);
+        const int place = part * (kColumns / Config::kPart) + batch / kBatch;
+        store_pair(&statistics[token * Config::kParts + place].mean, {mean, deviations});
+      }
+    }
+    if (!change) continue;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (!inside[half]) continue;
+        const float* const pair = &sums[4 * (batch + i) + 2 * half];
+        const float2 input = load_pair(loop_input + lines[half] + 8 * (batch + i));
+        changed += (pair[0] - input.x) * (pair[0] - input.x) + (pair[1] - input.y) * (pair[1] - input.y);
+        size += pair[0] * pair[0] + pair[1] * pair[1];
+      }
+    }
+  }
+  if (change) {
+    changed = warp_sum(changed);
+    size = warp_sum(size);
+    const int64_t tile =
+        (static_cast<int64_t>(item.sequence) * p.row_tiles + item.row) * Config::kChanges + part;
+    const int warp = 4 * seat.row_group + seat.thread / 32;
+    if (threadIdx.x % 32 == 0) change[tile * 4 * Config::kRowGroups + warp] = make_float2(changed, size);
+  }
+}
+
+}  // namespace loopmdm

@@ -1,0 +1,89 @@
+// Sums of one warp group over the stages of a product: 64 rows by kColumns.
+#pragma once
+
+#include "common/matrix_descriptor.h"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/tile/ring_sm90.cuh"
+#include "cuda/tile/rows.cuh"
+
+namespace loopmdm {
+
+// norm(x) * gain + shift, times weights. The left operand is made in registers while the products of the
+// stage before run; two sets of registers alternate.
+template <int kColumns>
+__device__ void stream_product(float (&sums)[kColumns / 2], const Ring& ring, RingPlace& place,
+                               const Seat& seat, int32_t resident, const RowScales& rows,
+                               const float4* affine) {
+  constexpr uint32_t kLeft = 4 * Config::kRows * Config::kStep,
+                     kRight = Config::kColumnGroups * kColumns * 128;
+  constexpr int kSteps = Config::kHidden / Config::kStep;
+  const StreamReader reader(seat, affine);
+  uint32_t operands[2][4][4];
+  RingPlace before = place;
+
+  const auto stage = [&](uint32_t (&operand)[4][4], int step) {
+    ring.wait_full(place);
+    const uint32_t left = ring.stage(place.slot);
+    reader.read_stage(operand, left, step * Config::kStep, rows);
+    const uint32_t right =
+        ring.right(place.slot, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      WarpGroupProduct<kColumns>::template registers<false>(sums, operand[k],
+                                                            inner_major_descriptor(right, k), step + k > 0);
+    }
+    products_commit();
+    products_wait<1>();
+    if (step > 0) ring.release(before);
+    before = place;
+    advance(place, Config::kStages);
+  };
+
+#pragma unroll 1
+  for (int step = 0; step + 1 < kSteps; step += 2) {
+    stage(operands[0], step);
+    stage(operands[1], step + 1);
+  }
+  if (kSteps % 2) stage(operands[0], kSteps - 1);
+  products_wait<0>();
+  pin(sums);
+  ring.release(before);
+}
+
+// Both operands from shared memory, in panels of 64 rows, or of 64 columns where these are the outer
+// dimension.
+template <int kColumns, bool kLeftOuter = false, bool kRightOuter = false>
+__device__ void shared_product(float (&sums)[kColumns / 2], const Ring& ring, RingPlace& place,
+                               const Seat& seat, int steps, int32_t resident = -1) {
+  constexpr uint32_t kPanel = 64 * 128;
+  constexpr uint32_t kLeft = 2 * Config::kRows * Config::kStep,
+                     kRight = Config::kColumnGroups * kColumns * 128;
+  RingPlace before = place;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    ring.wait_full(place);
+    const uint32_t left = ring.stage(place.slot) + seat.row_group * kPanel;
+    const uint32_t right =
+        ring.right(place.slot, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint64_t rows =
+          kLeftOuter ? outer_major_descriptor(left, kPanel, k) : inner_major_descriptor(left, k);
+      const uint64_t columns =
+          kRightOuter ? outer_major_descriptor(right, kPanel, k) : inner_major_descriptor(right, k);
+      WarpGroupProduct<kColumns>::template shared<kLeftOuter, kRightOuter>(sums, rows, columns, step + k > 0);
+    }
+    products_commit();
+    products_wait<1>();
+    if (step > 0) ring.release(before);
+    before = place;
+    advance(place, Config::kStages);
+  }
+  products_wait<0>();
+  pin(sums);
+  ring.release(before);
+}
+
+}  // namespace loopmdm

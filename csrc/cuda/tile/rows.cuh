@@ -1,0 +1,125 @@
+// Rows of a tile by threads: which a thread holds, their norm, and the stream as left operand of a product.
+#pragma once
+
+#include "common/fragment.h"
+#include "common/swizzle.h"
+#include "cuda/tile/config.cuh"
+#include "cuda/tile/math.cuh"
+
+namespace loopmdm {
+
+// Where a thread stands: its group's share of the tile, and its two rows of each sum's four.
+struct Seat {
+  int thread;  // of the group
+  int row_group, column_group;
+  int row;  // the upper one in the tile; the lower is 8 further down
+
+  __device__ Seat() {
+    // Hidden from the compiler, which would keep what follows from it for all phases in registers, for good.
+    int number = threadIdx.x;
+    asm volatile("" : "+r"(number));
+    thread = number % 128;
+    row_group = number / 128 % Config::kRowGroups;
+    column_group = number / 128 / Config::kRowGroups;
+    row = 64 * row_group + fragment_row(thread, 0);
+  }
+
+  __device__ int column(int index) const { return fragment_column(thread, index); }
+};
+
+// The norm of the thread's two rows as x * scale + offset; of rows beyond the sequence both are 0.
+struct RowScales {
+  float scale[2] = {0, 0}, offset[2] = {0, 0};
+
+  // A quad's lanes read a quarter of their rows' parts each: few tokens wait for this.
+  __device__ static RowScales load(const Parameters& p, const Instruction& item,
+                                   const PartStatistics* statistics, const Seat& seat) {
+    constexpr int kOwn = (Config::kParts + 3) / 4;
+    const int lane = seat.thread % 4;
+    RowScales result;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = item.row * Config::kRows + seat.row + 8 * half;
+      const int64_t token = p.token(item.sequence, row < p.length ? row : 0);
+      PartSums sums;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int part = kOwn * lane + i;
+        if (Config::kParts % 4 && part >= Config::kParts) continue;
+        const float2 values = load_pair(&statistics[token * Config::kParts + part].mean);
+        add_part(sums, {values.x, values.y}, Config::kPart);
+      }
+#pragma unroll
+      for (int distance = 1; distance <= 2; distance *= 2) {
+        PartSums other;
+        other.parts = __shfl_xor_sync(~0u, sums.parts, distance);
+        other.mean = __shfl_xor_sync(~0u, sums.mean, distance);
+        other.deviations = __shfl_xor_sync(~0u, sums.deviations, distance);
+        const bool later = (lane & distance) != 0;
+        sums = merge_sums(later ? other : sums, later ? sums : other, Config::kPart);
+      }
+      if (row >= p.length) continue;
+      result.scale[half] = inverse_deviation(variance(sums, Config::kPart));
+      result.offset[half] = -sums.mean * result.scale[half];
+    }
+    return result;
+  }
+};
+
+// Where a thread finds its pairs of the stream in a stage, and their gains and shifts. In a panel of 32
+// columns it reads first one half of 16 and then the other; see stream_step in common/fragment.h.
+struct StreamReader {
+  uint32_t pair[2][2];      // bytes: half of the panel, upper or lower eight columns of it
+  const float4* affine[2];  // of two columns: gain, gain, shift, shift
+  bool odd_row;
+
+  __device__ StreamReader(const Seat& seat, const float4* vectors)
+      : odd_row(stream_step(seat.thread, 0) != 0) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int first = 16 * stream_step(seat.thread, half);
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        const int column = first + operand_column(seat.thread, 2 * upper);
+        pair[half][upper] = panel_offset(seat.row, column, Config::kRows, 4);
+      }
+      affine[half] = vectors + (first + operand_column(seat.thread, 0)) / 2;
+    }
+  }
+
+  // 16 columns of panel `panel` as left operand: normalised, modulated, rounded. Eight rows further down a
+  // row has the same swizzle. `column` is that of the panel in the row.
+  __device__ void read(uint32_t (&operand)[4], uint32_t stage, int panel, int half, int column,
+                       const RowScales& rows) const {
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+      const float4 vectors = __ldg(affine[half] + (column + 8 * upper) / 2);
+#pragma unroll
+      for (int lower_row = 0; lower_row < 2; ++lower_row) {
+        const float2 x = load_shared_pair(stage + pair[half][upper] + panel * 128 * Config::kRows +
+                                          lower_row * kSwizzleAtomBytes);
+        const float scale = rows.scale[lower_row], offset = rows.offset[lower_row];
+        operand[2 * upper + lower_row] = pack_bf16(fmaf(fmaf(x.x, scale, offset), vectors.x, vectors.z),
+                                                   fmaf(fmaf(x.y, scale, offset), vectors.y, vectors.w));
+      }
+    }
+  }
+
+  // The four left operands of a stage; `column` is that of the stage in the row.
+  __device__ void read_stage(uint32_t (&operands)[4][4], uint32_t stage, int column,
+                             const RowScales& rows) const {
+#pragma unroll
+    for (int panel = 0; panel < 2; ++panel) {
+      uint32_t first[4], second[4];
+      read(first, stage, panel, 0, column + 32 * panel, rows);
+      read(second, stage, panel, 1, column + 32 * panel, rows);
+#pragma unroll
+      for (int reg = 0; reg < 4; ++reg) {
+        operands[2 * panel][reg] = odd_row ? second[reg] : first[reg];
+        operands[2 * panel + 1][reg] = odd_row ? first[reg] : second[reg];
+      }
+    }
+  }
+};
+
+}  // namespace loopmdm
