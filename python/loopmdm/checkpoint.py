@@ -100,9 +100,6 @@ def load_pretrained(
     with torch.device("meta"):
         model = cls(config)
     fill(model, tensors, str(weights_path))
-    first: dict[int, str] = {}
-    kept = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
-    safetensors_files.tie(model, {alias: name for alias, name in kept.items() if alias != name})
     return model.eval()
 
 
@@ -154,6 +151,8 @@ def _read_config(
 def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Give `model` (which may be on the meta device) copies of `tensors`, if names and shapes fit exactly.
 
+    Those that are the same memory become one parameter.
+
     Raises:
         ValueError: with a table of the differences, or the name of a tensor that is not finite.
     """
@@ -173,6 +172,7 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
             count = int((~torch.isfinite(copies[name])).sum())
             raise ValueError(f"{source}: tensor {name} holds {count} values that are NaN or infinite")
     model.load_state_dict(copies, strict=True, assign=True)
+    safetensors_files.tie(model, safetensors_files.tied_names(tensors), source)
 
 
 def check_same(

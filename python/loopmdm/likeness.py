@@ -116,7 +116,8 @@ def check_network(network: Any, owner: str, *, timed: bool, mask_token_id: int) 
 
     def compare(mode: Mode) -> list[int]:
         shell = _run_shell(network, mode, owner, timed=timed)
-        weights = {n.replace("_orig_mod.", ""): p for n, p in shell.network.named_parameters()}
+        named = shell.network.named_parameters(remove_duplicate=False)
+        weights = {name.replace("_orig_mod.", ""): parameter for name, parameter in named}
         first, precision = shell.calls[0], shell.ran.precision
         embedding = weights["vocab_embed.embedding"][shell.ids]
         _same("vocab_embed", first.x, embedding.to, precision, owner)

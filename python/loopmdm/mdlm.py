@@ -286,7 +286,7 @@ def _config_of_weights(
             f"num_heads: got {heads}, but {weights.source} has {head_dim // 2} rotary frequencies: "
             f"head size {head_dim}, so {hidden_size / max(head_dim, 1):g} heads of hidden size {hidden_size}"
         )
-    num_layers = mdlm_weights.count_blocks(weights.tensors)
+    num_layers = mdlm_weights.count_blocks(weights.tensors, weights.source)
     held = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,

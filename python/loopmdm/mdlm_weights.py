@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loopmdm import checkpoint, mdlm_stated, shards
+from loopmdm import checkpoint, mdlm_stated, safetensors_files, shards
 from loopmdm.pickles import Opaque, StoredTensor
+from loopmdm.printable import printable
 from loopmdm.torch_files import TorchFile
 
+_MAX_DIGITS = 9  # of the number of a block
 _PREFIXES = ("backbone.", "module.", "model.", "_orig_mod.")
 _TORCH_WEIGHTS = "pytorch_model.bin"
 NETWORK_ATTRIBUTES = ("vocab_embed", "sigma_map", "rotary_emb", "blocks", "output_layer")
@@ -58,9 +60,20 @@ def parameter_names(num_layers: int) -> list[str]:
     ]
 
 
-def count_blocks(names: Mapping[str, Any]) -> int:
-    numbers = [name.split(".")[1] for name in names if name.startswith("blocks.")]
-    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+def count_blocks(names: Mapping[str, Any], source: str) -> int:
+    """One more than the largest number of a block; a number beyond that of the tensors is refused."""
+    largest = -1
+    for name in names:
+        number = name.split(".")[1] if name.startswith("blocks.") else ""
+        if not number.isdecimal():
+            continue
+        if len(number) > _MAX_DIGITS or int(number) >= len(names):
+            raise ValueError(
+                f"{source}: has a tensor {printable(name)}, but {len(names)} tensors in all; expected blocks"
+                " that are numbered from 0"
+            )
+        largest = max(largest, int(number))
+    return largest + 1
 
 
 def read_weights(source: Any, *, ema: bool = True) -> MDLMWeights:
@@ -192,7 +205,12 @@ def _bare_names(state: Any, source: str) -> dict[str, Any]:
 
 def _averaged(leaves: dict[str, Any], shadow: Sequence[Any], source: str) -> dict[str, Any]:
     """`leaves` with the parameters replaced by averaged weights, listed in the order of parameters()."""
-    names = parameter_names(count_blocks(leaves))
+    names = parameter_names(count_blocks(leaves, source))
+    tied = safetensors_files.tied_names(leaves)
+    if tied and len(shadow) == len(names) - len(tied):
+        names = [name for name in names if name not in tied]  # as parameters() lists them
+    else:
+        tied = {}
     if len(shadow) != len(names):
         raise ValueError(
             f"{source}: the list of averaged weights (EMA) has {len(shadow)} tensors, the model has "
@@ -205,4 +223,4 @@ def _averaged(leaves: dict[str, Any], shadow: Sequence[Any], source: str) -> dic
         {name: tuple(getattr(leaf, "shape", ())) for name, leaf in averaged.items() if name in shapes},
         f"{source}, averaged weights (EMA)",
     )
-    return {**leaves, **averaged}
+    return {**leaves, **averaged, **{alias: averaged[kept] for alias, kept in tied.items()}}

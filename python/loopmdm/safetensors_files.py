@@ -11,6 +11,7 @@ import hashlib
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,17 +70,24 @@ def aliases(metadata: Mapping[str, str] | None, names: set[str]) -> dict[str, st
 
 
 def _unique(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    first: dict[tuple[object, ...], str] = {}
-    unique: dict[str, Tensor] = {}
+    tied = tied_names(tensors)
+    unique = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if name not in tied}
+    return unique, tied
+
+
+def tied_names(tensors: Mapping[str, Any]) -> dict[str, str]:
+    """Of tensors, or records of stored ones, in the same memory: all but the first, each with the first."""
+    first: dict[Any, str] = {}
     tied: dict[str, str] = {}
     for name, tensor in tensors.items():
-        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and memory in first:
+        memory = tensor
+        if isinstance(tensor, Tensor):
+            memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if 0 in tensor.shape or memory not in first:
+            first[memory] = name
+        else:
             tied[name] = first[memory]
-            continue
-        first[memory] = name
-        unique[name] = tensor.detach().cpu().contiguous()
-    return unique, tied
+    return tied
 
 
 def _digest(descriptor: int, place: int) -> str:
@@ -92,8 +100,11 @@ def _digest(descriptor: int, place: int) -> str:
         return digest.hexdigest()
 
 
-def tie(model: torch.nn.Module, tied: Mapping[str, str]) -> None:
-    """Make parameter `alias` of the model the very parameter that stands for it."""
+def tie(model: torch.nn.Module, tied: Mapping[str, str], source: str) -> None:
+    """Make each parameter of `tied` the very parameter that stands for it."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for alias, kept in tied.items():
+        if alias not in parameters or kept not in parameters:
+            raise ValueError(f"{source}: {alias} is tied to {kept}; expected two parameters")
         owner, _, attribute = alias.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, model.get_parameter(kept))
+        setattr(model.get_submodule(owner), attribute, parameters[kept])

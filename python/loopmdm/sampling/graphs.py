@@ -166,7 +166,7 @@ class GraphNetwork(Network):
 
     def _padded_batch(self, model: LoopMDM, batch: int, width: int) -> int:
         """The size to pad a batch to, without changing the bits of its sequences."""
-        if model.config.time_conditioning:  # their modulations are one product, which may round by its size
+        if model.config.time_conditioning:  # modulations are made row by row: padding would add calls
             return batch
         key = (model, batch, width)
         if key not in self._batches:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,13 +63,22 @@ def write_state(
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The counters and the configuration in a state file, whose digest is compared first."""
+    """The counters and the configuration in a state file, whose digest is compared first.
+
+    Warns:
+        UserWarning: the file states no digest.
+    """
     try:
-        safetensors_files.check(path)
+        has_digest = safetensors_files.check(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged or is no safetensors file: {error}") from error
     metadata = _metadata(path)
     _check_ranges(path, metadata)
+    if not has_digest:
+        warnings.warn(
+            f"{path} states no digest (earlier versions wrote none): damage to its tensors would not be seen",
+            stacklevel=2,
+        )
     return metadata
 
 
@@ -77,7 +87,10 @@ def _metadata(path: Path) -> dict[str, Any]:
         header = (file.metadata() or {}).get(_HEADER_KEY)
     if header is None:
         raise ValueError(f"{path} is no training state of loopmdm (its header lacks {_HEADER_KEY!r})")
-    metadata: dict[str, Any] = json.loads(header)
+    try:
+        metadata: dict[str, Any] = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its metadata are no JSON: {error}") from error
     return metadata
 
 
