@@ -210,16 +210,11 @@ void pack_head_rows(const BlockShape& s, const SequenceState& seq, int64_t head,
   constexpr int kPer = Operand::kPerWord;
   for (int64_t key = 0; key < s.length; key += kLanes) {
     const int64_t panel = key / kPanel * kPanel, left = s.length - key;
-    pack_columns_of<kLanes>(static_cast<int>(left < kLanes ? left : kLanes), s.head_words(),
-                            key_panel_width(s.length, panel), t.keys + panel * s.head_words() + key - panel,
-                            [&](int j, int64_t k, uint32_t* to) {
-                              const uint32_t* from = head_of(s, seq.key_rows, key + j, head) + k;
-                              const int64_t some = s.head_words() - k;
-                              if (some >= kLanes)
-                                store_words(to, load_words(from));
-                              else
-                                __builtin_memcpy(to, from, static_cast<size_t>(some) * sizeof *to);
-                            });
+    pack_columns_of<kLanes>(
+        static_cast<int>(left < kLanes ? left : kLanes), s.head_words(), key_panel_width(s.length, panel),
+        t.keys + panel * s.head_words() + key - panel, [&](int j, int64_t k, uint32_t* to) {
+          load_row_words(head_of(s, seq.key_rows, key + j, head) + k, s.head_words() - k, to);
+        });
   }
   for (int64_t r = 0; r < s.length; r += kPer)
     for (int64_t i = 0; i < s.head_dim; i += 2 * kLanes) {

@@ -94,7 +94,7 @@ void tile_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const
     const Kept* exponentials = kept_panel<Kept>(kept, token, count, row, width);
     if (exponentials == nullptr) {
       if (weights.at == nullptr) weights = weight_rows<Operand>(p, l, token, count, scratch.weights);
-      tile_products<Operand>(p, g, l, weights, token, count, row, width, scratch.logits);
+      tile_products<Operand>(p, g, l, weights, token, count, row, width, scratch);
       exponentials = again_exponentials<Kept>(p, scratch.logits, token, count, width, top);
     }
     if (width == kPanel)
@@ -135,14 +135,15 @@ void chunk_products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const
     }
     if (out.weight != nullptr) {
       const Left slopes = {scratch.token_rows, l.tokens_row, 1};
+      const int64_t row_words = (g.count + l.kPer - 1) / l.kPer;  // beyond, slopes are zero
       for (int64_t column = 0; column < l.padded_width; column += kPanel) {
         const int width = panel_width(l.padded_width, column);
         const uint32_t* panel = g.pairs + column * l.row_words;
         if (!out.weight_is_bf16 && column + width <= p.width) {
-          multiply<Operand>(slopes, count, panel, width, l.row_words,
+          multiply<Operand>(slopes, count, panel, width, row_words,
                             static_cast<float*>(out.weight) + token * p.width + column, p.width, add);
         } else {
-          multiply<Operand>(slopes, count, panel, width, l.row_words, scratch.logits, width);
+          multiply<Operand>(slopes, count, panel, width, row_words, scratch.logits, width);
           put_weight_gradient(p, out, scratch.logits, token, count, column, width, add);
         }
       }

@@ -47,7 +47,7 @@ void chunk_statistics(const MaskedCrossEntropyProblem& p, const RowGroup& g, con
     const Left weights = weight_rows<Operand>(p, l, token, count, scratch.weights);
     for (int64_t row = 0; row < g.padded; row += kPanel) {
       const int width = panel_width(g.padded, row);
-      tile_products<Operand>(p, g, l, weights, token, count, row, width, scratch.logits);
+      tile_products<Operand>(p, g, l, weights, token, count, row, width, scratch);
       Kept* keep = kept_panel<Kept>(kept, token, count, row, width);
       if (width == kPanel)
         add_statistics<kTileVecs>(p, scratch.logits, token, count, out.top + row, out.sum + row, keep);

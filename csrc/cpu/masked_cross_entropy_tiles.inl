@@ -2,6 +2,14 @@
 
 constexpr float kLog2E = 1.44269504f;
 
+// Up to this many rows it is faster to transpose the weights than to multiply lanes that no row fills. None
+// where that would be another instruction, which rounds elsewhere, or where a transpose takes as long.
+#if defined(__AVX512F__) && !defined(__AMX_BF16__)
+constexpr int64_t kFewRows = 8;
+#else
+constexpr int64_t kFewRows = 0;
+#endif
+
 template <class Operand>
 struct HeadLayout {
   explicit HeadLayout(const MaskedCrossEntropyProblem& p, int64_t padded_rows)
@@ -27,6 +35,8 @@ struct HeadLayout {
 struct TileScratch {
   uint32_t* weights;       // [tile][weight_row]: left operand of the logits
   float* logits;           // [tile][panel]; later a panel of dweight
+  uint32_t* token_panel;   // [words of D][panel], of few rows: weights as the right operand
+  float* row_logits;       // [few rows][panel], of few rows
   uint32_t* weight_pairs;  // panels of D, [words of tokens][columns of the panel]: right operand of drows
   uint32_t* row_pairs;     // [words of tokens][rows_stride]: gradients of the logits, left operand of drows
   uint32_t* token_rows;    // [tile][tokens_row]: the same, left operand of dweight
@@ -45,6 +55,8 @@ int64_t tile_scratch(const HeadLayout<Operand>& l, bool backward, void* memory, 
   };
   out.weights = reinterpret_cast<uint32_t*>(take(kTileTokens * l.weight_row));
   out.logits = reinterpret_cast<float*>(take(kTileTokens * kPanel));
+  out.token_panel = reinterpret_cast<uint32_t*>(take(kFewRows ? l.words * kPanel : 0));
+  out.row_logits = reinterpret_cast<float*>(take(kFewRows * kPanel));
   if (!backward) return at;
   out.weight_pairs = reinterpret_cast<uint32_t*>(take(l.kTokenWords * l.padded_width));
   out.row_pairs = reinterpret_cast<uint32_t*>(take(l.kTokenWords * l.rows_stride));
@@ -124,11 +136,44 @@ void pack_weight_pairs(const MaskedCrossEntropyProblem& p, const HeadLayout<Oper
   }
 }
 
-// Products of a tile with the rows of one panel: [count][width]. The excluded token's become 0.
+// Products of some tokens with few rows, by way of panels of tokens: the same sums.
+template <class Operand>
+void few_row_products(const Left& rows, int64_t num_rows, const Left& weights, int64_t count, int64_t words,
+                      const TileScratch& scratch, int width) {
+  for (int64_t first = 0; first < count; first += kPanel) {
+    const int64_t here = count - first < kPanel ? count - first : kPanel;
+    const int across = static_cast<int>(round_up(here, kLanes));
+    const uint32_t* from = weights.at + first * weights.row;
+    for (int64_t j = 0; j < here; j += kLanes, from += kLanes * weights.row)
+      pack_columns_of<kLanes>(
+          static_cast<int>(here - j < kLanes ? here - j : kLanes), words, across, scratch.token_panel + j,
+          [&](int i, int64_t k, uint32_t* to) { load_row_words(from + i * weights.row + k, words - k, to); });
+    multiply<Operand>(rows, num_rows, scratch.token_panel, across, words, scratch.row_logits, kPanel);
+    float* out = scratch.logits + first * width;
+    for (int64_t j = 0; j < here; j += kLanes) {
+      Words columns[kLanes] = {};
+      for (int64_t r = 0; r < num_rows; ++r)
+        columns[r] = reinterpret_cast<Words>(load(scratch.row_logits + r * kPanel + j));
+      transpose(columns);
+      for (int64_t i = 0; i < kLanes && j + i < here; ++i, out += width)
+        for (int v = 0; v < width; v += kLanes)
+          store(out + v, v == 0 ? reinterpret_cast<Floats>(columns[i]) : Floats{});
+    }
+  }
+}
+
+// Products of a tile with the rows of one panel: scratch.logits [count][width]. The excluded token's become
+// 0.
 template <class Operand>
 void tile_products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const HeadLayout<Operand>& l,
-                   const Left& weights, int64_t token, int64_t count, int64_t row, int width, float* out) {
-  multiply<Operand>(weights, count, g.columns + row * l.words, width, l.words, out, width);
+                   const Left& weights, int64_t token, int64_t count, int64_t row, int width,
+                   const TileScratch& scratch) {
+  float* const out = scratch.logits;
+  const uint32_t* const rows = g.columns + row * l.words;
+  if (g.count <= kFewRows)
+    few_row_products<Operand>({rows, 1, width}, g.count, weights, count, l.words, scratch, width);
+  else
+    multiply<Operand>(weights, count, rows, width, l.words, out, width);
   const int64_t excluded = p.excluded_token - token;
   if (excluded >= 0 && excluded < count)
     __builtin_memset(out + excluded * width, 0, static_cast<size_t>(width) * sizeof *out);

@@ -252,6 +252,14 @@ void pack_row(const Source* x, int64_t count, uint32_t* out) {
   }
 }
 
+// kLanes words, of which `left` are there.
+inline void load_row_words(const uint32_t* from, int64_t left, uint32_t* to) {
+  if (left >= kLanes)
+    store_words(to, load_words(from));
+  else
+    __builtin_memcpy(to, from, static_cast<size_t>(left) * sizeof *to);
+}
+
 // kLanes columns of a right operand, of which `filled` are there and the rest are zeros. `load(j, k, to)`
 // puts the kChunk words from k on of column j at `to`. Words [words][stride].
 template <int kChunk, class LoadWords>
