@@ -210,11 +210,11 @@ void pack_head_rows(const BlockShape& s, const SequenceState& seq, int64_t head,
   constexpr int kPer = Operand::kPerWord;
   for (int64_t key = 0; key < s.length; key += kLanes) {
     const int64_t panel = key / kPanel * kPanel, left = s.length - key;
-    pack_columns_of<kLanes>(
-        static_cast<int>(left < kLanes ? left : kLanes), s.head_words(), key_panel_width(s.length, panel),
-        t.keys + panel * s.head_words() + key - panel, [&](int j, int64_t k, uint32_t* to) {
-          load_row_words(head_of(s, seq.key_rows, key + j, head) + k, s.head_words() - k, to);
-        });
+    pack_columns_of(static_cast<int>(left < kLanes ? left : kLanes), s.head_words(),
+                    key_panel_width(s.length, panel), t.keys + panel * s.head_words() + key - panel,
+                    [&](int j, int64_t k) {
+                      return load_row_words(head_of(s, seq.key_rows, key + j, head) + k, s.head_words() - k);
+                    });
   }
   for (int64_t r = 0; r < s.length; r += kPer)
     for (int64_t i = 0; i < s.head_dim; i += 2 * kLanes) {

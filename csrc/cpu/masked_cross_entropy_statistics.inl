@@ -1,15 +1,14 @@
 // Forward: the maximum and the sum of exponentials of each row over a chunk of the vocabulary.
 
-// Adds a tile's logits to the maxima and sums of the rows of a panel, one row in each lane. Keeps the
-// exponentials where `kept` is not null.
-template <int Vecs, class Kept>
+// Adds a tile's logits to the maxima and sums of the rows of a panel, one row in each lane of the first Vecs
+// of Width / kLanes vectors. Keeps the exponentials where `kept` is not null.
+template <int Vecs, int Width, class Kept>
 void add_statistics(const MaskedCrossEntropyProblem& p, float* logits, int64_t token, int64_t count,
                     float* top_out, float* sum_out, Kept* kept) {
-  constexpr int kWidth = Vecs * kLanes;
   Floats top[Vecs], sum[Vecs];
   for (int v = 0; v < Vecs; ++v) top[v] = load(top_out + v * kLanes);
   for (int64_t t = 0; t < count; ++t) {
-    float* x = logits + t * kWidth;
+    float* x = logits + t * Width;
     const float bias = bias_of(p, token + t);
     for (int v = 0; v < Vecs; ++v) {
       const Floats value = load(x + v * kLanes) + bias;
@@ -19,12 +18,15 @@ void add_statistics(const MaskedCrossEntropyProblem& p, float* logits, int64_t t
   }
   for (int v = 0; v < Vecs; ++v)
     sum[v] = load(sum_out + v * kLanes) * exp_nonpositive(load(top_out + v * kLanes) - top[v]);
-  for (int64_t t = 0; t < count; ++t)
+  for (int64_t t = 0; t < count; ++t) {
     for (int v = 0; v < Vecs; ++v) {
-      const Floats exponential = exp_nonpositive(load(logits + t * kWidth + v * kLanes) - top[v]);
+      const Floats exponential = exp_nonpositive(load(logits + t * Width + v * kLanes) - top[v]);
       sum[v] += exponential;
-      if (kept != nullptr) store_kept(kept + t * kWidth + v * kLanes, exponential);
+      if (kept != nullptr) store_kept(kept + t * Width + v * kLanes, exponential);
     }
+    if (kept != nullptr)
+      for (int at = Vecs * kLanes; at < Width; at += kLanes) store_kept(kept + t * Width + at, Floats{});
+  }
   for (int v = 0; v < Vecs; ++v) {
     store(top_out + v * kLanes, top[v]);
     store(sum_out + v * kLanes, sum[v]);
@@ -49,10 +51,11 @@ void chunk_statistics(const MaskedCrossEntropyProblem& p, const RowGroup& g, con
       const int width = panel_width(g.padded, row);
       tile_products<Operand>(p, g, l, weights, token, count, row, width, scratch);
       Kept* keep = kept_panel<Kept>(kept, token, count, row, width);
-      if (width == kPanel)
-        add_statistics<kTileVecs>(p, scratch.logits, token, count, out.top + row, out.sum + row, keep);
-      else
-        add_statistics<2>(p, scratch.logits, token, count, out.top + row, out.sum + row, keep);
+      const auto add = block_rows(g, row / kPanel) <= kLanes && width == 2 * kLanes
+                           ? add_statistics<1, 2 * kLanes, Kept>
+                       : width == kPanel ? add_statistics<kTileVecs, kPanel, Kept>
+                                         : add_statistics<2, 2 * kLanes, Kept>;
+      add(p, scratch.logits, token, count, out.top + row, out.sum + row, keep);
       if (kept.top != nullptr)
         __builtin_memcpy(tile_top(p, g, kept, tile, row), out.top + row,
                          static_cast<size_t>(block_rows(g, row / kPanel)) * sizeof(float));

@@ -145,9 +145,9 @@ void few_row_products(const Left& rows, int64_t num_rows, const Left& weights, i
     const int across = static_cast<int>(round_up(here, kLanes));
     const uint32_t* from = weights.at + first * weights.row;
     for (int64_t j = 0; j < here; j += kLanes, from += kLanes * weights.row)
-      pack_columns_of<kLanes>(
+      pack_columns_of(
           static_cast<int>(here - j < kLanes ? here - j : kLanes), words, across, scratch.token_panel + j,
-          [&](int i, int64_t k, uint32_t* to) { load_row_words(from + i * weights.row + k, words - k, to); });
+          [&](int i, int64_t k) { return load_row_words(from + i * weights.row + k, words - k); });
     multiply<Operand>(rows, num_rows, scratch.token_panel, across, words, scratch.row_logits, kPanel);
     float* out = scratch.logits + first * width;
     for (int64_t j = 0; j < here; j += kLanes) {

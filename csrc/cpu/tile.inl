@@ -252,40 +252,33 @@ void pack_row(const Source* x, int64_t count, uint32_t* out) {
   }
 }
 
-// kLanes words, of which `left` are there.
-inline void load_row_words(const uint32_t* from, int64_t left, uint32_t* to) {
-  if (left >= kLanes)
-    store_words(to, load_words(from));
-  else
-    __builtin_memcpy(to, from, static_cast<size_t>(left) * sizeof *to);
+// kLanes words, of which `left` are there; the rest is zero.
+inline Words load_row_words(const uint32_t* from, int64_t left) {
+  if (left >= kLanes) return load_words(from);
+  uint32_t some[kLanes] = {};
+  __builtin_memcpy(some, from, static_cast<size_t>(left) * sizeof *some);
+  return load_words(some);
 }
 
-// kLanes columns of a right operand, of which `filled` are there and the rest are zeros. `load(j, k, to)`
-// puts the kChunk words from k on of column j at `to`. Words [words][stride].
-template <int kChunk, class LoadWords>
+// kLanes columns of a right operand, of which `filled` are there and the rest are zeros. `load(j, k)`: kLanes
+// words of column j from word k on. Words [words][stride].
+template <class LoadWords>
 inline void pack_columns_of(int filled, int64_t words, int64_t stride, uint32_t* out, LoadWords&& load) {
-  static_assert(kChunk % kLanes == 0);
-  if (filled <= 0) {
-    for (int64_t k = 0; k < words; ++k) store_words(out + k * stride, Words{});
-    return;
-  }
-  alignas(64) uint32_t chunk[kLanes][kChunk];
-  for (int j = filled; j < kLanes; ++j)
-    for (int i = 0; i < kChunk; i += kLanes) store_words(chunk[j] + i, Words{});
-  for (int64_t k = 0; k < words; k += kChunk) {
-    for (int j = 0; j < filled; ++j) load(j, k, chunk[j]);
-    for (int64_t first = 0; first < kChunk && k + first < words; first += kLanes) {
-      const int64_t left = words - k - first, count = left < kLanes ? left : kLanes;
-      uint32_t* const at = out + (k + first) * stride;
-      if (filled == 1) {  // nothing to transpose
-        for (int64_t i = 0; i < count; ++i) store_words(at + i * stride, Words{chunk[0][first + i]});
-        continue;
-      }
-      Words rows[kLanes];
-      for (int j = 0; j < kLanes; ++j) rows[j] = load_words(chunk[j] + first);
+  for (int64_t k = 0; k < words; k += kLanes, out += kLanes * stride) {
+    const int64_t count = words - k < kLanes ? words - k : kLanes;
+    Words rows[kLanes];
+    if (filled == 1) {  // nothing to transpose
+      uint32_t column[kLanes];
+      store_words(column, load(0, k));
+      for (int i = 0; i < kLanes; ++i) rows[i] = Words{column[i]};
+    } else if (filled >= kLanes) {
+      for (int j = 0; j < kLanes; ++j) rows[j] = load(j, k);
       transpose(rows);
-      for (int64_t i = 0; i < count; ++i) store_words(at + i * stride, rows[i]);
+    } else {
+      for (int j = 0; j < kLanes; ++j) rows[j] = j < filled ? load(j, k) : Words{};
+      if (filled > 0) transpose(rows);
     }
+    for (int64_t i = 0; i < count; ++i) store_words(out + i * stride, rows[i]);
   }
 }
 
@@ -293,12 +286,14 @@ inline void pack_columns_of(int filled, int64_t words, int64_t stride, uint32_t*
 template <class Operand, class Source>
 void pack_columns(const Source* x, int64_t column, int filled, int64_t depth, int64_t words, int64_t stride,
                   uint32_t* out) {
-  constexpr int kChunk = 2 * kLanes / Operand::kPerWord;  // words of two vectors
-  pack_columns_of<kChunk>(filled, words, stride, out, [&](int j, int64_t k, uint32_t* to) {
-    const int64_t first = k * Operand::kPerWord, left = depth - first;
-    const Source* from = x + j * column + first;
-    Operand::store(to, load_some(from, left),
-                   left > kLanes ? load_some(from + kLanes, left - kLanes) : Floats{});
+  constexpr int kPer = Operand::kPerWord;
+  pack_columns_of(filled, words, stride, out, [&](int j, int64_t k) {
+    const int64_t left = depth - k * kPer;
+    const Source* from = x + j * column + k * kPer;
+    const bool both = kPer == 2 && left > kLanes;
+    uint32_t to[2 * kLanes / kPer];
+    Operand::store(to, load_some(from, left), both ? load_some(from + kLanes, left - kLanes) : Floats{});
+    return load_words(to);
   });
 }
 
