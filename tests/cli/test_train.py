@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -95,6 +96,18 @@ def test_several_sources_and_what_is_said_of_their_files(call: Call, tmp_path: P
     assert wrong.status == 2 and "unrecognized arguments: --no-such-option" in wrong.err
     resumed = call("train", "--resume", "--out", tmp_path / "run", "--steps", 2)
     assert resumed.status == 0, resumed.err
+
+
+def test_a_pipe_is_waited_for_and_said(call: Call, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"words of a pipe\n" * 400)
+    os.close(writer)
+    done = call("train", "--data", f"/dev/fd/{reader}", "--out", tmp_path / "run", *TINY, "--steps", 1)
+    os.close(reader)
+    assert done.status == 0, done.err
+    assert done.err.startswith(
+        f"/dev/fd/{reader} is a pipe: waiting for what is written to it\nread: 1 file(s)"
+    )
 
 
 def test_sources_do_not_depend_on_the_working_directory(

@@ -298,6 +298,60 @@ def test_cache_of_the_hub(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+CONFIGS = {
+    "paths": """configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/part-*
+  - split: test
+    path: "data/held.jsonl"
+""",
+    "lists": """license: mit
+configs:
+  - config_name: en
+    data_files:
+      - split: test
+        path:
+          - data/held.jsonl
+      - split: train
+        path:
+        - "data/part-0.jsonl"
+        - 'data/part-1.jsonl'
+  - config_name: other
+    data_files: nothere/*
+size_categories:
+- n<1K
+""",
+    "without splits": """configs:
+- config_name: default
+  data_files:
+  - "**/part-?.jsonl"
+""",
+}
+
+
+@pytest.mark.parametrize("form", CONFIGS)
+def test_a_card_that_names_the_files_of_its_splits(tmp_path: Path, form: str) -> None:
+    write(tmp_path / "README.md", f"---\n{CONFIGS[form]}---\n# A data set\n")
+    for name in ("data/part-0", "data/part-1", "data/held", "extra"):
+        write(tmp_path / f"{name}.jsonl", lines(name))
+    write(tmp_path / "data/README.rst", "about the parts")
+    documents, said = read(tmp_path)
+    assert documents == ["data/part-0", "data/part-1"]
+    told = {
+        "left out: 1 text file(s) about the data beside them (data/README.rst)",
+        "left out: 1 dataset card(s) (README.md)",
+        "left out: 1 file(s) of split test, as train is there (data/held.jsonl)",
+        "left out: 1 file(s) that the dataset card does not name (extra.jsonl)",
+    }
+    if form == "without splits":
+        told = {line for line in told if "split test" not in line and "not name" not in line}
+        both = "data/held.jsonl, extra.jsonl"
+        told.add(f"left out: 2 file(s) that the dataset card does not name ({both})")
+    assert set(said) == told
+
+
 def test_a_snapshot_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"README.md": "no card", "LICENSE": "free", "wiki.train.txt": "a", "wiki.test.txt": "b"}
     folder = hub(tmp_path / "datasets--me--wiki", "abc", files)
@@ -402,7 +456,7 @@ def test_files_without_documents_are_left_out_of_folders_and_refused_by_name(tmp
         "left out: 1 JSON file(s) without field 'text' (package.json: its fields: 'name', 'version')",
     ]
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(ValueError, match=r"no text in .*: .*left out: 2 archive\(s\).*its columns: 'x', 'y'"):
+    with pytest.raises(ValueError, match=r"no text in .*; left out: 2 archive\(s\).*its columns: 'x', 'y'"):
         read(tmp_path)
 
 

@@ -76,6 +76,9 @@ def read_corpus(
     quiet: do not say which files were read and which were not, and why.
     """
     found = found_files(data)
+    for file in found.files:
+        if file.path.is_fifo():
+            note(printable_lines(f"{file.path} is a pipe: waiting for what is written to it"))
     documents = list(documents_in(found, text_field, "replace" if errors == "replace" else "strict"))
     if not quiet:
         for line in (f"read: {found.read()}", *found.remarks()):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from loopmdm.data import dataset_folders
+from loopmdm.data import dataset_cards, dataset_folders
 from loopmdm.data.raw import COMPRESSED_SUFFIXES
 
 Source: TypeAlias = "str | os.PathLike[str]"
@@ -41,11 +41,6 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog)\b", re.IGNORECASE)
-_CARD_KEY = re.compile(
-    r"^(configs|dataset_info|license|language|pretty_name|tags|task_categories|size_categories|viewer):",
-    re.MULTILINE,
-)
-_CARD_PROBE = 1 << 16
 _NAMED = 3
 
 
@@ -237,26 +232,36 @@ def _add_entries(here: Found, folder: Path) -> Iterator[Path]:
 def _leave_out_descriptions(here: Found) -> None:
     """What is about the data files of a folder: README, LICENSE and the like beside or above them."""
     holders = {parent for f in here.files if f.kind != TEXT for parent in f.path.parents}
+    cards: dict[Path, str] = {}
     for file in [f for f in here.files if f.kind == TEXT]:
-        if _is_card(file.path):
-            why = "dataset card(s)"
-        elif _ABOUT.match(file.path.name) and (
-            file.path.parent in holders or dataset_folders.is_snapshot(file.path.parent)
-        ):
-            why = "text file(s) about the data beside them"
-        else:
+        folder = file.path.parent
+        card = dataset_cards.read_card(file.path)
+        beside = folder in holders or dataset_folders.is_snapshot(folder)
+        if card is None and not (beside and _ABOUT.match(file.path.name)):
             continue
         here.files.remove(file)
+        why = "text file(s) about the data beside them" if card is None else "dataset card(s)"
         here.left_out.append(LeftOut(file.path, why))
+        if card is not None:
+            cards[folder] = card
+    for folder, card in cards.items():
+        _follow_card(here, folder, dataset_cards.split_patterns(card))
 
 
-def _is_card(path: Path) -> bool:
-    if path.name.lower() != "readme.md":
-        return False
-    with path.open("rb") as file:
-        start = file.read(_CARD_PROBE).decode("utf-8", "replace").removeprefix("\ufeff")
-    front, _, rest = start.removeprefix("---").partition("\n---")
-    return start.startswith("---") and bool(rest) and _CARD_KEY.search(front) is not None
+def _follow_card(here: Found, folder: Path, patterns: dict[str, list[str]]) -> None:
+    """Of the files beside a dataset card and below, those of the split train that the card names."""
+    below = [file for file in here.files if file.path.is_relative_to(folder)]
+    splits = [dataset_cards.split_in(patterns, file.path.relative_to(folder)) for file in below]
+    if not any(splits):  # no names, or those of files that are elsewhere
+        return
+    taken = dataset_folders.choose_split(list(patterns), folder)
+    for file, split in zip(below, splits, strict=True):
+        if split == taken:
+            continue
+        here.files.remove(file)
+        named = f"file(s) of split {split}, as {taken} is there"
+        why = "file(s) that the dataset card does not name" if split is None else named
+        here.left_out.append(LeftOut(file.path, why))
 
 
 def _take_train(here: Found, folder: Path) -> None:

@@ -99,13 +99,13 @@ def whole(text: str, what: str, errors: Errors) -> str:
 def _text(path: Path, errors: Errors) -> str:
     try:
         with open_raw(path) as file:
-            data = file.read()
+            start = file.read(_BINARY_PROBE)
+            nul = start.find(b"\0")
+            if nul >= 0 and encoding_of(start) == "utf-8":
+                raise NotText(f"{path} is not a text file: NUL byte at offset {nul}", "binary file(s)")
+            return decode(start + file.read(), path, errors)
     except PointerError as error:
         raise NotText(str(error), "pointer(s) of Git LFS, not fetched") from None
-    nul = data.find(b"\0", 0, _BINARY_PROBE)
-    if nul >= 0 and encoding_of(data) == "utf-8":
-        raise NotText(f"{path} is not a text file: NUL byte at offset {nul}", "binary file(s)")
-    return decode(data, path, errors)
 
 
 def _lines(path: Path, errors: Errors) -> Iterator[tuple[int, str]]:

@@ -89,8 +89,8 @@ def _documents(found: Found, text_field: str, errors: Errors) -> Iterator[str]:
             found.files.remove(file)
             found.left_out.append(LeftOut(file.path, error.why, error.detail))
     if not count:
-        where = listed(found.sources)
-        raise ValueError("; ".join([f"no text in {where}: every document is empty", *found.remarks()]))
+        empty = ": every document is empty" if found.files else ""
+        raise ValueError("; ".join([f"no text in {listed(found.sources)}{empty}", *found.remarks()]))
 
 
 def split_documents(
