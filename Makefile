@@ -1,15 +1,18 @@
-# make demo | test | test-isas | bench | lint | sanitize | gpu: each sets up what it needs; gpu is gpu-tests gpu-triton gpu-hopper.
+# make demo | test | test-isas | bench | lint | sanitize | fuzz | gpu: each sets up what it needs; gpu is gpu-tests gpu-triton gpu-hopper.
 #   VENV=path    use this virtual environment instead of .venv
 #   PYTHON=...   interpreter that creates the environment (3.10 or later)
 #   TORCH=...    requirement for torch, installed first
 #   JOBS=n       test processes
 #   ARGS=...     more arguments of pytest for `make bench`: ARGS="-k looped" times some of the cases
+#   MINUTES=n    how long `make fuzz` goes on; SEED=n repeats a run
 
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 ARGS ?=
+MINUTES ?= 60
+SEED ?=
 BENCH_RESULT ?= bench/results/latest.json
 
 BIN := $(VENV)/bin
@@ -17,11 +20,11 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-isas bench lint sanitize gpu gpu-ready gpu-tests gpu-triton gpu-hopper clean
+.PHONY: help demo test test-isas bench lint sanitize fuzz gpu gpu-ready gpu-tests gpu-triton gpu-hopper clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,6p' Makefile
+	@sed -n '1,7p' Makefile
 
 # One test or benchmark process uses one thread unless it asks for more itself.
 test: export OMP_NUM_THREADS = 1
@@ -51,6 +54,10 @@ lint: $(VENV)/.installed-dev
 # The tests of the CPU kernels under AddressSanitizer with UndefinedBehaviorSanitizer, and ThreadSanitizer.
 sanitize: $(VENV)/.installed-test
 	$(BIN)/python tests/build/sanitize.py
+
+# Ops, options of the sampler, damaged files, threads and a soak side by side: docs/reliability.md.
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --log build/fuzz.txt
 
 # Each part by itself stays below nine minutes on a machine that has compiled nothing yet: bench.gpu_hopper leaves out
 # what would not end by then, and says so.

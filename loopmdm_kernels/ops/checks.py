@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.tracing import can_read
-from loopmdm_kernels.types import FP8, Fp8Head, Fp8Weight, Head, Rotary
+from loopmdm_kernels.types import (
+    FP8,
+    BlockWeights,
+    Fp8BlockWeights,
+    Fp8Head,
+    Fp8Weight,
+    Head,
+    Rotary,
+    RowRng,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STREAM_FLOATS = (torch.float32, torch.float64)
@@ -65,11 +74,14 @@ def plain(value: Value) -> Value:
 
 def number(name: str, value: Any, accepted: str) -> Any:
     """A real number of any type as one of Python's, or an error."""
-    if isinstance(value, float | int | torch.SymFloat | torch.SymInt) and not isinstance(value, bool):
+    if isinstance(value, float | torch.SymFloat | torch.SymInt):
         return value
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Real)):
+        raise TypeError(f"{name}: got {value!r}, expected {accepted}")
+    try:
         return float(value)
-    raise TypeError(f"{name}: got {value!r}, expected {accepted}")
+    except OverflowError:
+        raise ValueError(f"{name}: got a number beyond float64, expected {accepted}") from None
 
 
 def integer(
@@ -167,8 +179,38 @@ def compute_dtype(value: torch.dtype | None) -> None:
 
 def rotary(value: Rotary | None, length: int, head_dim: int, device: torch.device) -> None:
     if value is not None:
+        if not isinstance(value, tuple) or len(value) != 2:
+            raise TypeError(f"rotary: got {_kind(value)}, expected a Rotary or None")
         for name, angle in zip(("rotary.cos", "rotary.sin"), value, strict=True):
             tensor(name, angle, dtypes=FLOATS, shape=(length, head_dim // 2), device=device)
+
+
+def row_rng(value: RowRng, num_rows: int, device: torch.device) -> RowRng:
+    """Check the names of random numbers; the seed as a number of Python's."""
+    if not isinstance(value, RowRng):
+        raise TypeError(f"rng: got {_kind(value)}, expected a RowRng")
+    for name, limit in (("sequence", 2**32), ("step", 2**30), ("position", 2**31)):
+        named = f"rng.{name}"
+        tensor(named, getattr(value, name), dtypes=(torch.int64,), shape=(num_rows,), device=device)
+        in_range(named, getattr(value, name), 0, limit)
+    return value._replace(seed=seed("rng.seed", value.seed))
+
+
+def block_weights(value: Sequence[BlockWeights | Fp8BlockWeights]) -> None:
+    """Check that they are some, of one type."""
+    if not isinstance(value, Sequence):
+        raise TypeError(f"blocks: got {_kind(value)}, expected a list of BlockWeights")
+    if not len(value):
+        raise ValueError("blocks: got none, expected at least one")
+    for index, weights in enumerate(value):
+        if not isinstance(weights, BlockWeights | Fp8BlockWeights):
+            raise TypeError(f"blocks[{index}]: got {_kind(weights)}, expected a BlockWeights")
+    if len({type(weights) for weights in value}) > 1:
+        raise TypeError("blocks: got some with fp8 weights, expected all or none")
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple) else type(value).__name__
 
 
 def key_mask(value: Tensor | None, batch: int, length: int, device: torch.device) -> None:

@@ -165,10 +165,7 @@ def _check(
         raise ValueError(
             f"num_heads: got {num_heads}, expected a divisor of D = {hidden} with an even head size"
         )
-    if not len(blocks):
-        raise ValueError("blocks: got none, expected at least one")
-    if len({type(weights) for weights in blocks}) > 1:
-        raise TypeError("blocks: got some with fp8 weights, expected all or none")
+    checks.block_weights(blocks)
     given: Sequence[int] = getattr(blocks[0].mlp_in, "shape", ())  # what is no matrix is refused below
     width = given[0] if len(given) else "F"
     shapes = (

@@ -50,13 +50,7 @@ def sample_rows(
     head = checks.given_head(head)
     vocab_size = checks.head(head, hidden_size, batch, hidden.device)
     checks.rows(rows, batch * length, hidden.device)
-    rng = rng._replace(seed=checks.seed("rng.seed", rng.seed))
-    for name, limit in (("sequence", 2**32), ("step", 2**30), ("position", 2**31)):
-        value = getattr(rng, name)
-        checks.tensor(
-            f"rng.{name}", value, dtypes=(torch.int64,), shape=(rows.shape[0],), device=hidden.device
-        )
-        checks.in_range(f"rng.{name}", value, 0, limit)
+    rng = checks.row_rng(rng, rows.shape[0], hidden.device)
     temperature, top_p = checks.temperature(temperature), checks.top_p(top_p)
     if top_k is not None:
         top_k = checks.integer("top_k", top_k, 1, None, "None or an int >= 1", ValueError)

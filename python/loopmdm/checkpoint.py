@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loopmdm import hub, safetensors_files
+from loopmdm.printable import printable
 from loopmdm_kernels.files import write_files
 
 if TYPE_CHECKING:
@@ -164,13 +165,15 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(
-                f"{source}: tensor {name} has dtype {tensor.dtype}, expected a floating-point dtype"
+                f"{source}: tensor {printable(name)} has dtype {tensor.dtype}, expected floating point"
             )
         copies[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         # One pass: minimum and maximum are NaN where any value is.
         if tensor.numel() and not torch.stack(torch.aminmax(copies[name])).isfinite().all():
             count = int((~torch.isfinite(copies[name])).sum())
-            raise ValueError(f"{source}: tensor {name} holds {count} values that are NaN or infinite")
+            raise ValueError(
+                f"{source}: tensor {printable(name)} holds {count} values that are NaN or infinite"
+            )
     model.load_state_dict(copies, strict=True, assign=True)
     safetensors_files.tie(model, safetensors_files.tied_names(tensors), source)
 
@@ -182,11 +185,11 @@ def check_same(
     rows = []
     for name in [*expected, *(name for name in got if name not in expected)]:
         if name not in got:
-            rows.append((name, str(list(expected[name])), "missing"))
+            rows.append((printable(name), str(list(expected[name])), "missing"))
         elif name not in expected:
-            rows.append((name, "no such tensor", str(list(got[name]))))
+            rows.append((printable(name), "no such tensor", str(list(got[name]))))
         elif expected[name] != got[name]:
-            rows.append((name, str(list(expected[name])), str(list(got[name]))))
+            rows.append((printable(name), str(list(expected[name])), str(list(got[name]))))
     if not rows:
         return
     shown = [("tensor", "expected", "in the file"), *rows[:_SHOWN_DIFFERENCES]]
@@ -218,7 +221,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             tied = safetensors_files.aliases(file.metadata(), set(tensors))
             return {**tensors, **{alias: tensors[kept] for alias, kept in tied.items()}}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a whole safetensors file: {printable(error)}") from error
 
 
 def locate(path_or_hub_id: str | os.PathLike[str], name: str, revision: str | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -13,19 +14,33 @@ from torch import Tensor, nn
 from loopmdm_kernels.tracing import transformed
 
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Modules that are in eval mode for a while: by how many blocks at once, and the mode they had before.
+_switched: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 @contextmanager
 def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Eval mode inside; the mode that each submodule had is put back, also after an error."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
+    """Eval mode inside; the mode that each submodule had is put back, also after an error.
+
+    Blocks may overlap, in one thread or in several: the last one out puts the modes back.
+    """
+    modules = {module: None for model in models for module in model.modules()}
     try:
-        for module, _ in modes:
-            module.training = False
+        with _lock:
+            for module in modules:
+                count, training = _switched.get(module, (0, module.training))
+                _switched[module] = count + 1, training
+                module.training = False
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _lock:
+            for module in modules:
+                count, training = _switched.pop(module)
+                if count > 1:
+                    _switched[module] = count - 1, training
+                else:
+                    module.training = training
 
 
 def say_if_trained(model: nn.Module, out: Tensor, max_loops: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loopmdm import checkpoint
 from loopmdm.pickles import StoredTensor
+from loopmdm.printable import printable
 from loopmdm.torch_files import TorchFile
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -35,19 +36,25 @@ def read_shards(folder: str | os.PathLike[str], index: str, revision: str | None
         raise ValueError(f"{path}: has no weight_map, which names the shard of each tensor")
     for name, shard in shard_of.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{path}: the shard of {name} is {shard!r}, expected a file beside the index")
+            raise ValueError(
+                f"{path}: the shard of {printable(name)} is {shard!r}, expected a file beside the index"
+            )
     shards = sorted(set(shard_of.values()))
     if Path(folder).is_dir():
         missing = [shard for shard in shards if not (Path(folder) / shard).is_file()]
         if missing:
-            raise FileNotFoundError(f"{path}: of {len(shards)} shards, missing are {', '.join(missing)}")
+            raise FileNotFoundError(
+                f"{path}: of {len(shards)} shards, missing are {printable(', '.join(missing))}"
+            )
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         held = _read_shard(checkpoint.locate(folder, shard, revision))
         stated = {name for name, file in shard_of.items() if file == shard}
         if set(held) != stated:
             differing = ", ".join(sorted(set(held) ^ stated)[:5])
-            raise ValueError(f"{path}: {shard} and the index differ about the tensors {differing}")
+            raise ValueError(
+                f"{path}: {printable(shard)} and the index differ about the tensors {printable(differing)}"
+            )
         tensors.update(held)
     return tensors
 

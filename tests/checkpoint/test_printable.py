@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loopmdm import LoopMDM, LoopMDMConfig
 from loopmdm.cli import main
+from loopmdm.data.tokenizer import BPETokenizer, load_tokenizer
 from loopmdm.printable import printable, printable_lines
 
 
@@ -19,3 +26,52 @@ def test_the_command_line_prints_no_escape_of_a_path(capfd: pytest.CaptureFixtur
     assert main(["convert", "\x1b]0;title\x07\x1b[2J/none.ckpt", "target"]) == 1
     error = capfd.readouterr().err
     assert "\x1b" not in error and "\x07" not in error and "none.ckpt" in error
+
+
+FORGED = "\x1b[2J\u202ename"
+
+
+def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    config = LoopMDMConfig(12, 11, hidden_size=8, num_heads=2, num_layers=3, cond_dim=4, max_length=20)
+    LoopMDM(config).save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("way", ["name", "dtype", "nan"])
+def test_names_of_tensors_are_made_visible(tmp_path: Path, way: str) -> None:
+    tensors = checkpoint(tmp_path)
+    first = next(iter(tensors))
+    tensors[FORGED] = tensors[first].clone()
+    if way != "name":  # the name fits, so that what is wrong with its values is told
+        del tensors[FORGED]
+    if way == "dtype":
+        tensors[first] = tensors[first].long()
+    if way == "nan":
+        tensors[first] = tensors[first] * torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as caught:
+        LoopMDM.from_pretrained(tmp_path)
+    text = str(caught.value)
+    assert "\x1b" not in text and "\u202e" not in text
+    assert (r"\x1b[2J\u202ename" in text) == (way == "name")
+
+
+@pytest.mark.parametrize("way", ["shard", "tensor"])
+def test_names_in_an_index_of_shards_are_made_visible(tmp_path: Path, way: str) -> None:
+    tensors = checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    shard_of = dict.fromkeys(tensors, "part.safetensors")
+    shard_of |= {FORGED: "part.safetensors"} if way == "tensor" else {next(iter(tensors)): FORGED}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        LoopMDM.from_pretrained(tmp_path)
+    assert r"\x1b[2J\u202ename" in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_names_in_a_tokenizer_are_made_visible(tmp_path: Path) -> None:
+    BPETokenizer.train(["some text"] * 5, 300).save(tmp_path)
+    path = tmp_path / "loopmdm_tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), FORGED: 1}))
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer(tmp_path)
+    assert r"\x1b[2J\u202ename" in str(caught.value) and "\x1b" not in str(caught.value)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
-from loopmdm_kernels.types import Head
+from loopmdm_kernels.types import BlockWeights, Head, Rotary, RowRng
 from tests.fuzz import ops
 from tests.fuzz.harness import Wrong
 from tests.fuzz.op_inputs import OPS, Draw, Problem
@@ -20,6 +22,17 @@ GARBAGE = (
     None, True, -1, 0, 1.5, 2**31, 2**63, 2**70, -(2**63) - 1, math.nan, math.inf, -0.0, 1e-320, 1e300, "",
     "1", b"x", (), [], {}, [1, 2], object(), int, torch.float32, torch.int64, torch.device("cpu"), 1j,
     np.float64(0.5), np.int64(1), np.zeros(2),
+)  # fmt: skip
+
+# In the place of what holds several tensors.
+GROUPS = (
+    Rotary(None, None), RowRng(0, None, None, None), Head(None, None, None, None), [None], (None,) * 8,
+    Head(None, torch.zeros(2, 2), torch.zeros(2), torch.zeros(1, 2, 2)), [torch.zeros(2)], torch.zeros(2, 2),
+    {"a": 1}, (1, 2, 3), (torch.zeros(1),), BlockWeights(*[None] * 8), [BlockWeights(*[None] * 8)],
+)  # fmt: skip
+_NOT_OURS = (
+    "incompatible function arguments", "object has no", "unpack", "iterable", "not subscriptable", "zip()",
+    "unexpected keyword",
 )  # fmt: skip
 
 
@@ -59,6 +72,8 @@ def _garbage_tensor(like: Tensor, draw: Draw) -> Tensor:
 
 def bad_arguments(problem: Problem, draw: Draw) -> Counter[str]:
     """One or two arguments are replaced: the call works, or raises ValueError or TypeError; nothing else."""
+    if draw.chance(0.4):
+        return _bad_groups(problem, draw)
     leaves, given = dict(problem.leaves), dict(problem.given)
     for _ in range(draw.one(1, 1, 2)):
         where = draw.one(leaves, given, given) if given else leaves
@@ -68,19 +83,42 @@ def bad_arguments(problem: Problem, draw: Draw) -> Counter[str]:
             where[name] = _garbage_tensor(value, draw)
         else:
             where[name] = draw.one(*GARBAGE)
+    told = ", ".join(f"{k}={_short(v)}" for k, v in {**leaves, **given}.items())
+    changed = problem._replace(leaves=leaves, given=given)
+    return _refused(lambda: OPS[problem.op].call(changed), f"{problem.op}({told})", draw)
+
+
+def _refused(call: Callable[[], object], told: str, draw: Draw) -> Counter[str]:
     counts: Counter[str] = Counter()
     for isa in (None, draw.one(*ops.instruction_sets())):
         with ops.instruction_set(isa):
             try:
-                OPS[problem.op].call(problem._replace(leaves=leaves, given=given))
+                call()
                 counts["bad calls that were none"] += 1
             except (ValueError, TypeError) as error:
                 _check_message(error)
                 counts["bad calls refused"] += 1
             except Exception as error:
-                told = ", ".join(f"{k}={_short(v)}" for k, v in {**leaves, **given}.items())
-                raise Wrong(f"{problem.op}({told}): {type(error).__name__}: {error}") from error
+                raise Wrong(f"{told}: {type(error).__name__}: {error}") from error
     return counts
+
+
+def _bad_groups(problem: Problem, draw: Draw) -> Counter[str]:
+    """An argument of the op itself, which may be a list or a tuple of tensors, is replaced by anything."""
+    op, called = getattr(lk, problem.op), []
+
+    def record(*args: Any, **options: Any) -> Any:
+        called.append((list(args), options))
+        return op(*args, **options)
+
+    with mock.patch.object(lk, problem.op, record):
+        OPS[problem.op].call(problem)
+    args, options = called[0]
+    place: Any = draw.one(*options) if options and draw.chance(0.5) else draw.random.randrange(len(args))
+    where: Any = options if isinstance(place, str) else args
+    where[place] = draw.one(*GARBAGE, *GROUPS)
+    told = f"{problem.op}, argument {place} = {_short(where[place])}"
+    return _refused(lambda: op(*args, **options), told, draw)
 
 
 def _short(value: Any) -> str:
@@ -90,8 +128,8 @@ def _short(value: Any) -> str:
 def _check_message(error: Exception) -> None:
     """A refusal of ours is one of `argument: got ..., expected ...`, not one of the binding or of Python."""
     text = str(error)
-    if "incompatible function arguments" in text:
-        raise Wrong(f"a refusal by the binding: {text[:200]}")
+    if any(words in text for words in _NOT_OURS):
+        raise Wrong(f"a refusal that names no argument: {text[:200]}")
 
 
 def not_numbers(problem: Problem, draw: Draw) -> Counter[str]:

@@ -70,3 +70,10 @@ def test_bad_input(position, value, error, message):
     tensors[position] = value
     with pytest.raises(error, match=message):
         lk.attention(*tensors)
+
+
+@pytest.mark.parametrize("wrong", [1, "x", (), (torch.zeros(20, 4),), torch.zeros(2, 20, 4), [None, None]])
+def test_rotary_that_is_none(wrong):
+    tensors, _, _ = inputs()
+    with pytest.raises(TypeError, match=r"rotary: got .*, expected a Rotary or None"):
+        lk.attention(*tensors, rotary=wrong)

@@ -226,3 +226,20 @@ def test_bad_random_names(rng, error, message):
     hidden, head = law_case(torch.zeros(4))
     with pytest.raises(error, match=message):
         lk.sample_rows(hidden, head, torch.zeros(1, dtype=torch.int64), rng)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, (0, None, None, None), [1], "x", torch.zeros(2)])
+def test_names_of_random_numbers_that_are_none(wrong):
+    hidden, head = head_inputs(1, 2, vocab_size=20)
+    with pytest.raises(TypeError, match=r"rng: got .*, expected a RowRng"):
+        lk.sample_rows(hidden, head, torch.arange(2), wrong)
+
+
+def test_whole_numbers_beyond_64_bits():
+    """An int is taken as the float it stands for, however large."""
+    hidden, head = head_inputs(1, 2, vocab_size=20)
+    arguments = (hidden.float(), Head(*(t.float() for t in head.tensors)), torch.arange(2), row_rng(2))
+    want, got = (lk.sample_rows(*arguments, temperature=t) for t in (2.0**65, 2**65))
+    assert torch.equal(got.token, want.token)
+    with pytest.raises(ValueError, match="temperature: got a number beyond float64"):
+        lk.sample_rows(*arguments, temperature=10**400)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopmdm import hub
+from loopmdm.printable import printable
 from loopmdm_kernels.files import write_files
 
 Ids: TypeAlias = NDArray[np.int32]
@@ -348,7 +349,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     except (ImportError, FileNotFoundError):
         raise
     except Exception as error:
-        raise ValueError(f"the tokenizer in {source} is damaged: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"the tokenizer in {source} is damaged: {type(error).__name__}: {printable(error)}"
+        ) from error
 
 
 def _hf_files(source: str | os.PathLike[str]) -> tuple[Path, list[dict[str, Any]]]:
