@@ -165,7 +165,8 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(
-                f"{source}: tensor {printable(name)} has dtype {tensor.dtype}, expected floating point"
+                f"{source}: tensor {printable(name)} has dtype {tensor.dtype}, "
+                "expected a floating-point dtype"
             )
         copies[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         # One pass: minimum and maximum are NaN where any value is.

@@ -17,6 +17,7 @@ from loopmdm.mdlm_weights import MDLMWeights
 from loopmdm.model import LoopMDM
 from loopmdm.modules import check_frequencies, frequencies
 from loopmdm.patching import check_num_loops, patch, unpatch
+from loopmdm.printable import printable
 from loopmdm_kernels.files import refuse_files
 
 __all__ = ["DIT", "MDLM", "MaskedLMOutput", "convert_checkpoint", "from_mdlm", "patch", "unpatch"]
@@ -332,7 +333,7 @@ def _check_stated(stated: dict[str, Any], held: dict[str, int], weights: MDLMWei
 def _shape(weights: MDLMWeights, name: str, ndim: int) -> tuple[int, ...]:
     tensor = weights.tensors.get(name)
     if tensor is None:
-        some = ", ".join(list(weights.tensors)[:5])
+        some = printable(", ".join(list(weights.tensors)[:5]))
         raise ValueError(
             f"{weights.source}: has no tensor {name}, so it is no MDLM model; its tensors are {some}, ..."
         )

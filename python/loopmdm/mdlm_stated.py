@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loopmdm.pickles import Opaque, lookup
+from loopmdm.printable import printable
 
 # Field of LoopMDMConfig -> where it may be stated, the first place counts.
 _FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -112,6 +113,5 @@ def refuse_foreign(nodes: Iterable[Any], source: str) -> None:
 
 
 def _refused(source: str, path: tuple[str, ...], value: Any, kind: str) -> ValueError:
-    return ValueError(
-        f"{source}: states {'.'.join(path)} = {value!r}: {kind}, which this package does not compute"
-    )
+    name = printable(".".join(path))
+    return ValueError(f"{source}: states {name} = {value!r}: {kind}, which this package does not compute")

@@ -198,7 +198,7 @@ def _bare_names(state: Any, source: str) -> dict[str, Any]:
         while name.startswith(_PREFIXES):
             name = name.partition(".")[2]
         if name in bare:
-            raise ValueError(f"{source}: two entries are named {name} once prefixes are removed")
+            raise ValueError(f"{source}: two entries are named {printable(name)} once prefixes are removed")
         bare[name] = leaf
     return bare
 
