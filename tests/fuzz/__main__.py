@@ -28,17 +28,20 @@ ROOT = Path(__file__).parents[2]
 
 class Kind(NamedTuple):
     workers: int
-    limit: float  # seconds a case may take, on a machine that does much else
+    limit: float  # seconds of processor time a case may take; so many times longer if it does not work
     memory: int = 0  # bytes of address space beyond what a worker has after its first case; 0: any
 
 
 KINDS = {
-    "ops": Kind(2, 120),
-    "sampler": Kind(1, 300),
-    "files": Kind(2, 60, 2 * 2**30),
-    "threads": Kind(1, 300),
-    "faults": Kind(1, 600),
+    "ops": Kind(4, 60),
+    "sampler": Kind(2, 60),
+    "files": Kind(2, 30, 2 * 2**30),
+    "threads": Kind(1, 120),
+    "faults": Kind(1, 300),
 }
+
+
+_IDLE = 5  # a machine that does much else gives a worker less than its time
 
 
 class Run:
@@ -88,13 +91,13 @@ class Run:
         kind, seed = KINDS[name], first_seed(self.seed, number)
         while time.time() < self.end:
             with tempfile.NamedTemporaryFile() as status:
-                status.write(STATUS.pack(seed, time.monotonic()))
+                status.write(STATUS.pack(seed, 0.0, 0.0))
                 status.flush()
                 command = [sys.executable, "-m", "tests.fuzz.worker", name, str(seed), str(self.end)]
                 process, listener = self._start([*command, status.name, str(kind.memory)], name)
                 hung = self._watch(process, status.name, kind.limit)
                 listener.join()
-                at, _ = STATUS.unpack(Path(status.name).read_bytes())
+                at, *_ = STATUS.unpack(Path(status.name).read_bytes())
             if hung:
                 self.hangs[name] += 1
                 self.fail(name, f"{reproduction(name, at)}\n  hangs: no end within {kind.limit:g} s")
@@ -129,10 +132,13 @@ class Run:
 
     def _watch(self, process: subprocess.Popen[str], status: str, limit: float) -> bool:
         """Whether the process had to be ended for sitting on a case."""
+        started = time.monotonic()
         while process.poll() is None:
             time.sleep(0.5)
-            _, began = STATUS.unpack(Path(status).read_bytes())
-            if time.monotonic() - began > limit:
+            _, began, spent = STATUS.unpack(Path(status).read_bytes())
+            waited = time.monotonic() - (began or started)
+            worked = processor_time(process.pid) - spent
+            if waited > limit and (worked > limit or waited > _IDLE * limit):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 return True
@@ -150,6 +156,15 @@ class Run:
             self.say(f"{text:<45} {sum(found.values()):>10}")
         for text in self.summaries:
             self.say(text)
+
+
+def processor_time(pid: int) -> float:
+    """Seconds that a process has been at work; 0 where it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def versions() -> str:

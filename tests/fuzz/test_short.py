@@ -126,14 +126,14 @@ def test_a_failure_says_how_to_repeat_it():
 
 
 def test_a_worker_that_dies_or_hangs_is_told_of_and_replaced(monkeypatch, capsys):
-    monkeypatch.setattr(long_form, "KINDS", {"troubled": long_form.Kind(1, 1.0)})
+    monkeypatch.setattr(long_form, "KINDS", {"troubled": long_form.Kind(1, 0.2)})
     run = long_form.Run(0, 4 / 60, None)
     run.worker("troubled", 0)
     run.table()
     told = run.failures["troubled"]
     assert [line.partition("\n")[0] for line in told] == [reproduction("troubled", at) for at in (3, 5, 7)]
     for text, line in zip(
-        ("crashes: exit status -6", "hangs: no end within 1 s", "ValueError: no"), told, strict=True
+        ("crashes: exit status -6", "hangs: no end within 0.2 s", "ValueError: no"), told, strict=True
     ):
         assert text in line
     assert (run.crashes["troubled"], run.hangs["troubled"]) == (1, 1)

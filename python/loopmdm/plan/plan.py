@@ -255,7 +255,7 @@ def as_plan(plan: int | str | os.PathLike[str] | ComputePlan | None) -> ComputeP
         return ComputePlan.constant(int(plan))
     if isinstance(plan, str) and plan_text.looks_like_a_schedule(plan):
         return ComputePlan.parse(plan)
-    if isinstance(plan, str) and not Path(plan).exists():
+    if isinstance(plan, str) and (not plan or not Path(plan).exists()):
         raise ValueError(
             f"plan: {plan!r} is neither a loop count, nor a schedule such as S2:125,S12:875, nor a file"
         )
