@@ -228,7 +228,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(ValueError, match=r"'nowhere\.json' is neither a loop count"):
         as_plan("nowhere.json")
     with pytest.raises(ValueError, match=r"plan: '' is neither a loop count"):
-        sample(model, 1, plan="")
+        as_plan("")
     stored = ComputePlan.adaptive(0.5, 4).to_json()
     for old, new in (('"hidden"', '"hiden"'), ("0.5", "-1"), ('"eps"', '"epsilon"'), ("4", "4000")):
         (tmp_path / "plan.json").write_text(stored.replace(old, new))
