@@ -68,7 +68,11 @@ def test_styles_tell_given_masked_new_and_sure() -> None:
         "D": "#3b94d9 bold reverse",
         "·": "dim",
     }
-    assert legend().plain == "given  · masked  new  probability < 0.25  < 0.5  < 0.9  ≥ 0.9"
+    whole = "given  · masked  new  probability < 0.25  < 0.5  < 0.9  ≥ 0.9"
+    assert legend().plain == legend(100).plain == legend(len(whole)).plain == whole
+    assert legend(40).plain == legend(len(whole) - 1).plain == "given · new p <.25 <.5 <.9 ≥.9"
+    assert [str(span.style) for span in legend(40).spans] == [str(span.style) for span in legend().spans]
+    assert legend(12).plain == "given · new "
 
 
 @pytest.mark.parametrize("width, height", [(1, 1), (7, 3), (20, 10), (33, 24)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from typing import Any
 
@@ -12,7 +13,8 @@ from rich.console import Console
 
 from loopmdm import LoopMDM, sample
 from loopmdm.data.tokenizer import ByteTokenizer
-from loopmdm.view import TextSymbols, Watch
+from loopmdm.sampling import StepEvent
+from loopmdm.view import IdSymbols, TextSymbols, Watch
 from loopmdm.view.painters import TextPainter
 
 from .conftest import event
@@ -107,3 +109,26 @@ def test_watching_changes_nothing(model: LoopMDM) -> None:
     assert torch.equal(shown.replay.tokens, result.tokens)
     header = f"step {shown.replay.step + 1}/{result.num_steps}  loops 3  masked 0 of 24"
     assert f"{header}  network calls {result.total_network_calls}" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (100, r"step 4/30  loops 3  masked 20 of 24  network calls 4  [\d.]+ s"),
+        (40, r"4/30  S 3  20 masked  4 calls  [\d.]+ s"),
+        (30, r"4/30  S 3  20 masked  4 calls"),
+        (12, r"4/30  S 3"),
+        (3, r"4/3"),
+    ],
+)
+def test_the_status_line_has_the_words_there_is_room_for(width: int, expected: str) -> None:
+    canvas = torch.full((1, 24), 9)
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=12, color_system=None)
+    painter = TextPainter(IdSymbols(), ["one"])
+    with Watch(canvas, 9, painter, num_steps=30, console=console) as watch:
+        for step in range(4):
+            one = torch.tensor([step])
+            watch(StepEvent(step, torch.tensor([0]), one, one, torch.tensor([0.5]), torch.tensor([3])))
+        header, legend, *_ = watch.picture()
+    assert re.fullmatch(expected, header.plain)
+    assert legend.cell_len <= width

@@ -128,16 +128,26 @@ class BoardPainter(Painter):
         return lines
 
 
-def legend() -> Text:
-    """What the styles mean."""
+def legend(width: int | None = None) -> Text:
+    """What the styles mean, in words that `width` cells have room for; below 31 cells its end is cut."""
+    whole = _legend(("given", f"{MASK_TEXT} masked", "new"), "probability", "  ")
+    if width is None or whole.cell_len <= width:
+        return whole
+    short = _legend(("given", MASK_TEXT, "new"), "p", " ")
+    short.truncate(width)
+    return short
+
+
+def _legend(states: tuple[str, str, str], probability: str, gap: str) -> Text:
     text = Text()
-    for name, style in (("given", GIVEN), (f"{MASK_TEXT} masked", MASKED), ("new", FRESH)):
-        text.append(name, style).append("  ")
-    text.append("probability ")
+    for name, style in zip(states, (GIVEN, MASKED, FRESH), strict=True):
+        text.append(name, style).append(gap)
+    text.append(f"{probability} ")
     below = 0.0
     for limit, style in CONFIDENCE:
-        name = f"< {limit:g}" if limit <= 1 else f"≥ {below:g}"
-        text.append(name, style).append("  ")
+        value = f"{limit if limit <= 1 else below:g}"
+        sign = "<" if limit <= 1 else "≥"
+        text.append(f"{sign} {value}" if len(gap) > 1 else f"{sign}{value.lstrip('0')}", style).append(gap)
         below = limit
     text.rstrip()
     return text

@@ -110,8 +110,7 @@ class Watch:
     def picture(self) -> list[Text]:
         """The lines of a frame, as many as the terminal has room for."""
         width, height = self._console.size
-        header = [Text(self._header()[:width], style="bold"), legend()]
-        header[1].truncate(width)
+        header = [Text(self._header(width), style="bold"), legend(width)]
         return [*header, *self._painter.paint(self.replay, width, max(1, height - len(header) - 1))]
 
     def _draw(self) -> None:
@@ -128,14 +127,22 @@ class Watch:
         print(line, file=self._console.file, flush=True)
         self._stale = False
 
-    def _header(self) -> str:
-        replay = self.replay
+    def _header(self, width: int | None = None) -> str:
+        """Where the run is: in words, or in so few as `width` cells have room for."""
+        replay, seconds = self.replay, f"{time.perf_counter() - self._start:.1f} s"
         total = "" if self._num_steps is None else f"/{self._num_steps}"
-        parts = [f"step {replay.step + 1}{total}"]
+        step, masked = f"{replay.step + 1}{total}", int(replay.masked.sum())
+        calls = int(replay.network_calls.sum())
+        loops = ""
         if replay.last_loops is not None:
             fewest, most = replay.last_loops
-            parts.append(f"loops {most}" if fewest == most else f"loops {fewest} to {most}")
-        parts.append(f"masked {int(replay.masked.sum())} of {int((~replay.given).sum())}")
-        parts.append(f"network calls {int(replay.network_calls.sum())}")
-        parts.append(f"{time.perf_counter() - self._start:.1f} s")
-        return "  ".join(parts)
+            loops = str(most) if fewest == most else f"{fewest} to {most}"
+        words = [f"step {step}", *([f"loops {loops}"] if loops else [])]
+        words += [f"masked {masked} of {int((~replay.given).sum())}", f"network calls {calls}", seconds]
+        line = "  ".join(words)
+        if width is None or len(line) <= width:
+            return line
+        short = [step, *([f"S {loops}"] if loops else []), f"{masked} masked", f"{calls} calls", seconds]
+        while len(short) > 1 and len("  ".join(short)) > width:
+            short.pop()
+        return "  ".join(short)[:width]
