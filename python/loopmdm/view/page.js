@@ -134,6 +134,24 @@ function clashes(tokens) {
   return new Set([...units.values()].filter((cells) => cells.length > 1).flat());
 }
 
+// What is to be said of a board: how much is open, else whether every row, column and box has each digit once.
+function verdict(tokens, given) {
+  const open = tokens.filter((token) => token === data.mask).length, wrong = clashes(tokens);
+  const cells = (count) => `${count} ${count === 1 ? "cell" : "cells"}`;
+  const clash = wrong.size ? `${cells(wrong.size)} clash: a digit twice in a row, column or box` : "";
+  if (open) return `${cells(open)} open${clash ? `; ${clash}` : ""}`;
+  return clash ? `wrong: ${clash}` : given.some((one) => one) ? "solved" : "a valid board";
+}
+
+// ---- text
+
+// Where a token stands in the text: line and column of its first character, from 1.
+function placeIn(pieces, position) {
+  const before = pieces.slice(0, position).join(data.separator) + (position ? data.separator : "");
+  const lines = before.split("\n");
+  return `line ${lines.length}, column ${[...lines[lines.length - 1]].length + 1}`;
+}
+
 // ---- drawing
 
 function element(name, text, className) {
@@ -156,6 +174,21 @@ function fill(node, text) {
     }
     node.append(part);
   }
+}
+
+function drawMarks() {
+  const marks = [
+    ["given", "a", "given"], ["masked", "·", "masked"], ["fresh", "a", "framed: changed by the step shown"],
+    ["chosen", "a", "framed in pink: the one in the panel"], ["unsure", "a", "underlined: probability below 0.5"],
+  ];
+  if (deepest) marks.push(["guess", "a", "dashed: a prediction, not yet written"]);
+  if (data.board) marks.push(["clash", "a", "struck through: twice in its row, column or box"]);
+  else marks.push(["part", " ", "grey: a part of the character that follows"]);
+  at("marks").replaceChildren(...marks.map(([name, sign, text]) => {
+    const mark = element("span");
+    mark.append(element("span", data.board && sign === "a" ? "5" : sign, `token ${name}`), text);
+    return mark;
+  }));
 }
 
 function build() {
@@ -206,6 +239,7 @@ function draw() {
     node.style.background = color;
     node.setAttribute("aria-label", `position ${i}: ${describe(held.token)}${prob === null ? "" : `, ${prob}`}`);
   });
+  at("verdict").textContent = data.board ? verdict(shown.map((one) => one.token), cells.map((cell) => cell.given)) : "";
   const left = cells.filter((cell) => cell.token === data.mask && !cell.cut).length;
   at("step").value = state;
   const event = state ? data.events[state - 1] : null;
@@ -229,6 +263,7 @@ function details(cells, guesses) {
   const list = element("dl"), last = cell.log[cell.log.length - 1];
   const masked = cell.token === data.mask;
   row(list, "position", data.board ? `row ${Math.floor(chosen / size) + 1}, column ${(chosen % size) + 1}` : `${chosen} of 0 to ${cells.length - 1}`);
+  if (!data.board) row(list, "in the text", placeIn(texts(cells.map((one) => one.token)), chosen));
   row(list, "token id", cell.token);
   if (cell.given) row(list, "state", "given");
   else if (cell.cut) row(list, "state", "behind the end of the sequence");
@@ -342,5 +377,6 @@ data.facts.forEach(([name, value]) => {
   at("facts").append(fact);
 });
 drawLegend();
+drawMarks();
 build();
 choose(Math.max(0, data.canvas[0].indexOf(data.mask)));
