@@ -15,7 +15,7 @@ from loopmdm import checkpoint, cut, draws, likeness, mdlm_stated, mdlm_weights,
 from loopmdm.config import LoopMDMConfig
 from loopmdm.mdlm_weights import MDLMWeights
 from loopmdm.model import LoopMDM
-from loopmdm.modules import check_frequencies, frequencies
+from loopmdm.modules import check_frequencies
 from loopmdm.patching import check_num_loops, patch, unpatch
 from loopmdm.printable import printable
 from loopmdm_kernels.files import refuse_files
@@ -186,11 +186,7 @@ def from_mdlm(
     with torch.device("meta"):
         model = cls(config)
     checkpoint.fill(model, weights.tensors, weights.source)
-    inv_freq = model.rotary_emb.inv_freq
-    stored = weights.tensors["rotary_emb.inv_freq"].dtype
-    check_frequencies(inv_freq, stored, weights.source)
-    if stored in (torch.float16, torch.bfloat16):  # rounded with their module: the exact ones are put back
-        inv_freq.copy_(frequencies(len(inv_freq), inv_freq.device))
+    check_frequencies(model.rotary_emb.inv_freq, weights.tensors["rotary_emb.inv_freq"].dtype, weights.source)
     if isinstance(path_or_module, torch.nn.Module):
         _compare(path_or_module, config)
     return model.eval()

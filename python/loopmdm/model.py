@@ -223,7 +223,7 @@ class LoopMDM(nn.Module):
         if exit is not None:
             return run_with_exit(stages, loops, exit, min_loops)
         hidden = stages.tail(stages.loop(stages.head(), loops))
-        if num_loops is None:
+        if num_loops is None and not torch.compiler.is_compiling():
             self._say_if_trained(hidden)
         return hidden
 

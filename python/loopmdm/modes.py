@@ -46,7 +46,7 @@ def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
 def say_if_trained(model: nn.Module, out: Tensor, max_loops: int) -> None:
     """Warn, once of each model, when gradients flow through what it computed in eval mode with its default S.
 
-    In a compiled graph, which has no room for such a hook, where it is traced with gradients.
+    In a compiled graph, which has no room for such a hook, where a loss is traced with gradients.
     """
     message = (
         f"{type(model).__name__}: gradients in eval mode, where S is max_loops = {max_loops} and not drawn,"

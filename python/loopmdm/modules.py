@@ -81,6 +81,24 @@ class RotaryEmbedding(nn.Module):
     def forward(self, length: int) -> Rotary:
         return rotary_angles(self.inv_freq, length, self.inv_freq.device)
 
+    def _apply(self, *args: Any, **options: Any) -> RotaryEmbedding:
+        super()._apply(*args, **options)
+        self.inv_freq = _unrounded(self.inv_freq)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self.inv_freq = _unrounded(self.inv_freq)
+
+
+def _unrounded(inv_freq: Tensor) -> Tensor:
+    """Frequencies that were rounded with a model, and loaded or cast back since then, as they were before."""
+    if inv_freq.is_meta or torch.finfo(inv_freq.dtype).bits < 32:
+        return inv_freq
+    exact = frequencies(len(inv_freq), inv_freq.device)
+    rounded = (inv_freq == exact.bfloat16()) | (inv_freq == exact.half())
+    return torch.where(rounded, exact.to(inv_freq.dtype), inv_freq)
+
 
 def frequencies(count: int, device: torch.device | str) -> Tensor:
     exponent = torch.arange(0, 2 * count, 2, dtype=torch.float32, device=device) / (2 * count)

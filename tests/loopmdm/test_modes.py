@@ -54,8 +54,15 @@ def test_what_is_not_said(call: Callable[..., Tensor]) -> None:
     DIT(model.config).eval()(IDS, torch.zeros(2)).sum().backward()
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_a_compiled_call_says_it_where_it_is_traced(call: Callable[..., Tensor]) -> None:
+def test_compiled_logits_are_taken_for_an_evaluation() -> None:
+    torch._dynamo.reset()
+    torch.compile(new_model(), backend="eager")(IDS)
+    torch.export.export(new_model(), (IDS,))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("call", [CALLS["labels"], CALLS["loss"]], ids=["labels", "loss"])
+def test_a_compiled_loss_says_it_where_it_is_traced(call: Callable[..., Tensor]) -> None:
     torch._dynamo.reset()
     model = new_model()
     compiled = torch.compile(lambda: call(model), backend="eager", fullgraph=True)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from loopmdm import LoopMDM, LoopMDMConfig
 from loopmdm.causal import CausalConfig, CausalLM
@@ -43,6 +44,27 @@ def test_angles_stay_in_fp32(kind, cast):
     for got, expected in zip(rotary, (exact().cos(), exact().sin()), strict=True):
         assert got.dtype == torch.float32
         assert (got.double() - expected).abs().max() < 1e-4  # positions up to 1023 times eps of fp32
+
+
+@pytest.mark.parametrize("kind", ["LoopMDM", "CausalLM"])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_way_through_half_precision_does_not_round_angles(kind, narrow, tmp_path):
+    """Frequencies that a cast or a file rounded are exact again in fp32 and float64."""
+    made = models()[kind]()
+    plain = made.rotary_emb(1024)
+    made.to(narrow).save_pretrained(tmp_path)
+    loaded = type(made).from_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert not torch.equal(file.get_tensor("rotary_emb.inv_freq").float(), loaded.rotary_emb.inv_freq)
+    for back in (loaded, made.float(), made.to(narrow).double().float()):
+        for got, expected in zip(back.rotary_emb(1024), plain, strict=True):
+            assert torch.equal(got, expected)
+    for got, expected in zip(made.double().rotary_emb(1024), (exact().cos(), exact().sin()), strict=True):
+        assert (got - expected).abs().max() < 1e-4
+    other = made.float()
+    other.rotary_emb.inv_freq.copy_(1 / 5e5 ** (torch.arange(8) / 8))  # another base stays what it is
+    base = torch.outer(torch.arange(9.0), 1 / 5e5 ** (torch.arange(8) / 8))
+    torch.testing.assert_close(other.rotary_emb(9)[0], base.cos())
 
 
 @pytest.mark.parametrize("patched", [False, True])

@@ -97,8 +97,9 @@ def same_weights(loaded, model):
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_lightning(model, tmp_path, seen, precision):
+    """bf16-true makes the parameters and the default dtype bf16: angles, times and losses stay in fp32."""
     lightning = pytest.importorskip("lightning")
 
     class Training(lightning.LightningModule):
@@ -107,7 +108,10 @@ def test_lightning(model, tmp_path, seen, precision):
             self.model = model.train()
 
         def training_step(self, batch, index):
-            return self.model(**batch).loss
+            assert (torch.get_default_dtype() == torch.bfloat16) == (precision == "bf16-true")
+            out = self.model(**batch)
+            assert out.loss.dtype == out.t.dtype == torch.float32 and 0 < out.loss < 20
+            return out.loss
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=1e-2)
@@ -124,10 +128,13 @@ def test_lightning(model, tmp_path, seen, precision):
         default_root_dir=tmp_path,
     )
     trainer.fit(Training(), DataLoader(Texts(), batch_size=4))
-    check(seen, torch.bfloat16 if precision == "bf16-mixed" else torch.float32, before, model.state_dict())
+    narrow = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert all(p.dtype == narrow for p in model.parameters()) and torch.get_default_dtype() == torch.float32
+    after = {name: value.float() for name, value in model.state_dict().items()}
+    check(seen, torch.float32 if precision == "32-true" else torch.bfloat16, before, after)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     model.save_pretrained(tmp_path / "model")
-    same_weights(LoopMDM.from_pretrained(tmp_path / "model"), model)
+    same_weights(LoopMDM.from_pretrained(tmp_path / "model"), model.float())
 
 
 def fit_in(tmp_path, network, step):
