@@ -104,6 +104,8 @@ TABLES = {
     "count of clues before the puzzle": (f"clues,puzzle,solution\n30,{P},{S}", 2, True),
     "id of many digits": (f"12345678901234567890,{P}", 1, False),
     "uuid": (f"550e8400-e29b-41d4-a716-446655440000,{P},{S}", 1, True),
+    "long text before the board": (f"source,question,answer\n{'words ' * 50},{P},{S}\n", 2, True),
+    "spaces after commas": (f"id, solution, puzzle\n1, {S}, {P}\n", 2, True),
     "unknown names": (f"a,b\n{P},{S}", 2, True),
     "one unknown name": (f"my boards\n{P}", 2, False),
     "names of another kind": (f"board,solved\n{P},{S}", 2, True),

@@ -70,8 +70,10 @@ def _is_words(text: str) -> bool:
 
 def _is_board(field: str) -> bool:
     """Whether a field is meant to be a board: long enough, and most of its characters are cells."""
-    cells = sum(c in _ALPHABET for c in field) / max(len(field), 1)
-    return len(field) >= _LEAST and cells > (0.5 if len(field) in _BOARD_LENGTHS else 0.75)
+    if len(field) < _LEAST or _ALPHABET.issuperset(field):
+        return len(field) >= _LEAST
+    cells = sum(c in _ALPHABET for c in field) / len(field)
+    return cells > (0.5 if len(field) in _BOARD_LENGTHS else 0.75)
 
 
 def _compact(field: str) -> str:
@@ -82,8 +84,10 @@ def _compact(field: str) -> str:
 
 
 def _is_drawn(content: Sequence[Line]) -> bool:
-    rows = [text for _, text in content if not _is_words(text)]
-    first = next((text for text in rows if not _RULE.fullmatch(text)), rows[0] if rows else "")
+    rows = (text for _, text in content if not _is_words(text))
+    first = next(rows, "")
+    if _RULE.fullmatch(first):  # of a blank board the rows may look like rules
+        first = next((text for text in rows if not _RULE.fullmatch(text)), first)
     return len(_row(first)) in _GRID_SIZES
 
 
@@ -163,41 +167,55 @@ def accepted(size: int) -> str:
 def _in_lines(content: Sequence[Line], path: str) -> Iterator[Written]:
     if not content:
         return
-    rows = [(number, _fields(text)) for number, text in content]
+    rows = [(number, _split(text)) for number, text in content]
     header = None
-    if _is_header(rows[0][1]):
-        header = rows.pop(0)
+    if _is_header(_all_joined(rows[0])):
+        header = _all_joined(rows.pop(0))
     if not rows:
         return
-    puzzle, solution = _columns(header, rows[0], path)
+    puzzle, solution = _columns(header, _all_joined(rows[0]), rows[0][0], path)
     needed = 1 + max(puzzle, -1 if solution is None else solution)
     for number, fields in rows:
         if len(fields) < needed:
             raise ValueError(f"{path}, line {number}: {len(fields)} fields, expected at least {needed}")
-        yield Written(number, fields[puzzle], None if solution is None else fields[solution])
+        answer = None if solution is None else _joined(fields[solution])
+        yield Written(number, _joined(fields[puzzle]), answer)
 
 
-def _fields(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
+    """The fields of a line."""
+    if _ALPHABET.issuperset(text):
+        return [text]
     before_comment = _compact(text.split("#")[0])
-    if len(before_comment) in _BOARD_LENGTHS and set(before_comment) <= _ALPHABET:
+    if len(before_comment) in _BOARD_LENGTHS and _ALPHABET.issuperset(before_comment):
         return [before_comment]
     for delimiter in _DELIMITERS:
         if delimiter in text:
-            fields = next(csv.reader([text], delimiter=delimiter, skipinitialspace=True))
+            if '"' not in text:
+                fields = text.split(delimiter)
+            else:
+                fields = next(csv.reader([text], delimiter=delimiter, skipinitialspace=True))
             if len(fields) in _BOARD_LENGTHS and max(map(len, fields)) <= 1:
                 return ["".join(field.strip() or "." for field in fields)]
-            return [_field(field) for field in fields]
-    return [_field(text)] if _is_board(_compact(text)) and not _has_boards(text) else text.split()
+            return fields
+    return [text] if _is_board(_compact(text)) and not _has_boards(text) else text.split()
+
+
+def _joined(field: str) -> str:
+    """A board without what separates its cells; any other field without spaces around it."""
+    if _ALPHABET.issuperset(field):
+        return field
+    compact = _compact(field)
+    return compact if _is_board(compact) else field.strip()
+
+
+def _all_joined(row: tuple[int, Sequence[str]]) -> list[str]:
+    return [_joined(field) for field in row[1]]
 
 
 def _has_boards(text: str) -> bool:
     """Whether words of a line are boards, so that the spaces are between columns, not between cells."""
     return any(map(_is_board, text.split())) and " " in text
-
-
-def _field(text: str) -> str:
-    compact = _compact(text)
-    return compact if _is_board(compact) else text.strip()
 
 
 def _is_header(fields: Sequence[str]) -> bool:
@@ -207,21 +225,24 @@ def _is_header(fields: Sequence[str]) -> bool:
 
 
 def _columns(
-    header: tuple[int, Sequence[str]] | None, first: tuple[int, Sequence[str]], path: str
+    header: Sequence[str] | None, fields: Sequence[str], line: int, path: str
 ) -> tuple[int, int | None]:
-    """Where the puzzle and the solution stand: by name where the header has one, else by what is in there."""
-    line, fields = first
+    """Where the puzzle and the solution stand: by name where the header has one, else by what is in there.
+
+    fields: of the first row of boards, which is that `line`.
+    """
     boards = [i for i, field in enumerate(fields) if _is_board(field)]
     # An index of many digits looks like a small board.
-    boards = [i for i in boards if 2 * len(fields[i]) > max(map(len, fields))]
+    longest = max((len(fields[i]) for i in boards), default=0)
+    boards = [i for i in boards if 2 * len(fields[i]) > longest]
     if header is None and len(fields) == 1:
         return 0, None
-    names = [] if header is None else [name.lower() for name in header[1]]
+    names = [] if header is None else [name.lower() for name in header]
     if not boards:
         named = next((i for i, name in enumerate(names) if name in _PUZZLE_COLUMNS), None)
         if named is not None:
             return named, None
-        columns = ", ".join(map(repr, (header or first)[1]))
+        columns = ", ".join(map(repr, header or fields))
         what = f"no column of the header ({columns})" if header else f"none of the columns ({columns})"
         raise ValueError(
             f"{path}, line {line}: {what} holds a board here; expected a puzzle (81, 36 or 16 characters)"
