@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TextIO
 
-from loopmdm.cli.parser import EXIT_STATUS, FAILED, INTERRUPTED, USAGE, Parser, UsageError
+from loopmdm.cli.parser import FAILED, FOOTER, INTERRUPTED, USAGE, Parser, UsageError
 from loopmdm.printable import printable_lines
 
 COMMANDS = {
@@ -72,7 +72,7 @@ def _run(name: str, *arguments: str) -> int:
     parser = Parser(
         prog=f"loopmdm {name}",
         description=command.__doc__,
-        epilog=f"{command.EPILOG.rstrip()}\n\n{EXIT_STATUS}",
+        epilog=f"{command.EPILOG.rstrip()}\n\n{FOOTER}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
@@ -92,7 +92,7 @@ def _top_parser() -> Parser:
         usage="loopmdm COMMAND [options]",
         description="Looped masked diffusion language models: train, sample, evaluate.",
         epilog=f"commands:\n{listed}\n\n`loopmdm COMMAND --help` explains a command and shows an example."
-        f"\n\n{EXIT_STATUS}",
+        f"\n\n{FOOTER}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 _CELLS = re.compile(r"-[-.0-9_*xX\s|+]{15,}")
-EXIT_STATUS = (
+# Below every --help.
+FOOTER = (
     "exit status: 0 done; 1 failed, such as an input that is missing or damaged; 2 bad usage;"
     "\n130 interrupted, 143 terminated, 141 the reader of the output is gone"
+    "\nwords that are printed, such as S, plan, NELBO, PPL: docs/glossary.md"
 )
 
 

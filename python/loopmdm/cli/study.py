@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from loopmdm.cli.output import note, print_json
-from loopmdm.cli.parser import EXIT_STATUS, Parser, add_json, add_runtime, set_up, usage_errors
+from loopmdm.cli.parser import FOOTER, Parser, add_json, add_runtime, set_up, usage_errors
 from loopmdm.study import STUDIES, figures
 from loopmdm.study.folder import FIGURE_FILE, TABLE_CSV, TABLE_JSON, StudyFolder
 from loopmdm.study.provenance import provenance
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name,
             help=module.SUMMARY,
             description=module.__doc__,
-            epilog=f"{module.EPILOG.rstrip()}\n\n{EXIT_STATUS}",
+            epilog=f"{module.EPILOG.rstrip()}\n\n{FOOTER}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)

@@ -9,7 +9,7 @@ LoopMDM, Fig. 2, Fig. 5 (gain per timestep) and Table 1. For a model and loop co
             Sudoku: puzzles solved, left to right and by confidence
   time      t(S) = a + b S on the clock, b beside the time of the looped layers alone
 
-One forward pass of S_most loops gives the first three for every S. Intervals are 95 % percentile bootstraps
+One forward pass of the most loops gives the first three for every S. Intervals are 95 % percentile bootstraps
 over sequences, samples or boards.
 """
 
