@@ -98,6 +98,16 @@ def test_several_sources_and_what_is_said_of_their_files(call: Call, tmp_path: P
     assert resumed.status == 0, resumed.err
 
 
+def test_a_run_may_stand_among_its_data(call: Call, tmp_path: Path, corpus: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(corpus, folder)
+    assert call("train", "--data", folder, "--out", folder / "run", *TINY, "--steps", 1).status == 0
+    resumed = call("train", "--resume", "--out", folder / "run", "--steps", 2)
+    assert resumed.status == 0 and "left out: 1 folder(s) of runs (run)" in resumed.err
+    evaluated = call("eval", folder / "run", "--loops", 1, "--num-t", 1, "--windows", 1)
+    assert evaluated.status == 0, evaluated.err
+
+
 def test_a_pipe_is_waited_for_and_said(call: Call, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.write(writer, b"words of a pipe\n" * 400)

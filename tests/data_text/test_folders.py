@@ -74,6 +74,33 @@ def test_links_are_followed_and_each_file_is_read_once(tmp_path: Path) -> None:
     ]
 
 
+def test_links_to_folders_above_are_not_followed(tmp_path: Path) -> None:
+    """To / for instance, which would read the whole machine."""
+    write(tmp_path / "project/data/a.txt", "a")
+    write(tmp_path / "project/b.txt", "b")
+    (tmp_path / "project/data/root").symlink_to("/")
+    (tmp_path / "project/data/project").symlink_to("..")
+    (tmp_path / "project/data/twin1").symlink_to(tmp_path / "other")
+    (tmp_path / "project/data/twin2").symlink_to(tmp_path / "other")
+    write(tmp_path / "other/c.txt", "c")
+    documents, said = read(tmp_path / "project/data")
+    assert documents == ["a", "c"]
+    assert said == [
+        "left out: 2 link(s) to a folder that this one is in (project, root)",
+        "left out: 1 link(s) to a folder that is read already (twin2)",
+    ]
+
+
+def test_runs_inside_the_data_are_no_data(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "a")
+    for name in ("run.json", "train_config.json", "metrics.jsonl", "loss.txt"):
+        write(tmp_path / "run" / name, '{"step": 1}\n')
+    assert read(tmp_path) == (["a"], ["left out: 1 folder(s) of runs (run)"])
+    with pytest.raises(ValueError, match=r"run holds no files; left out: 1 folder\(s\) of runs"):
+        read_documents(tmp_path / "run")
+    assert read(tmp_path / "run/loss.txt")[0] == ['{"step": 1}\n']
+
+
 def test_pipes_and_sockets_of_a_folder_are_not_waited_for(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "a")
     os.mkfifo(tmp_path / "pipe")

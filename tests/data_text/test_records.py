@@ -161,6 +161,7 @@ def test_tables_of_pyarrow(tmp_path: Path) -> None:
     columns = [strings, strings.cast(pa.large_string()), strings.dictionary_encode()]
     if hasattr(pa, "string_view"):
         columns.append(strings.cast(pa.string_view()))
+    columns.append(strings.cast(pa.binary()))  # as some programs write strings
     for index, column in enumerate(columns):
         for kind in ("arrow", "feather"):
             path = tmp_path / f"{index}.{kind}"

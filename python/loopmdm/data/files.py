@@ -179,11 +179,15 @@ def _not_regular(path: Path) -> str | None:
 
 def _add_folder(found: Found, folder: Path, suffixes: set[str] | None) -> None:
     here = Found([folder])
+    above = set(folder.resolve().parents)
     links: list[Path] = []
     pending, seen = [folder], set()
     while pending or links:
         # What a link leads to is read under its own name where it has one in the folder.
-        path = pending.pop() if pending else links.pop()
+        path = pending.pop() if pending else links.pop(0)
+        if path.is_symlink() and path.resolve() in above:
+            here.left_out.append(LeftOut(path, "link(s) to a folder that this one is in"))
+            continue
         status = path.stat()
         if (status.st_dev, status.st_ino) in seen:
             here.left_out.append(LeftOut(path, "link(s) to a folder that is read already"))
@@ -210,6 +214,9 @@ def _suffixes(file: DataFile) -> set[str]:
 def _add_entries(here: Found, folder: Path) -> Iterator[Path]:
     """Add the files of one folder; yields the folders in it to go on with."""
     names = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
+    if _is_run(names):
+        here.left_out.append(LeftOut(folder, "folder(s) of runs"))
+        return
     written = dataset_folders.read(folder, names)
     if written is not None:
         here.left_out += [LeftOut(folder / name, why) for name, why in written.left_out.items()]
@@ -227,6 +234,11 @@ def _add_entries(here: Found, folder: Path) -> Iterator[Path]:
             here.left_out.append(LeftOut(path, dataset_folders.WORKING))
         else:
             _add_file(here, path, False)
+
+
+def _is_run(names: Sequence[str]) -> bool:
+    """Whether these are the files of a folder that `loopmdm train` wrote, among its data perhaps."""
+    return "run.json" in names and not {"train_config.json", "model.safetensors"}.isdisjoint(names)
 
 
 def _leave_out_descriptions(here: Found) -> None:
