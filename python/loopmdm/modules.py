@@ -82,7 +82,7 @@ class RotaryEmbedding(nn.Module):
         return rotary_angles(self.inv_freq, length, self.inv_freq.device)
 
     def _apply(self, *args: Any, **options: Any) -> RotaryEmbedding:
-        super()._apply(*args, **options)
+        super()._apply(*args, **options)  # type: ignore[no-untyped-call]
         self.inv_freq = _unrounded(self.inv_freq)
         return self
 

@@ -47,16 +47,6 @@ def check_averaged(model: nn.Module) -> None:
         )
 
 
-def refuse_fsdp1(blocks: Sequence[nn.Module]) -> None:
-    """Raise ValueError for single blocks that FSDP1 wraps."""
-    for block in blocks:
-        if type(block).__name__ == "FullyShardedDataParallel":
-            raise ValueError(
-                "blocks: FSDP1 (FullyShardedDataParallel) around single blocks hides their weights; use"
-                " torch.distributed.fsdp.fully_shard, or wrap the model as a whole"
-            )
-
-
 def with_whole_weights(blocks: Sequence[nn.Module], x: Tensor, run: Callable[[Tensor], Any]) -> Any:
     """run(x), which reads the weights of `blocks`; those that `fully_shard` split are gathered around it.
 

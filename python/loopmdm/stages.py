@@ -16,7 +16,7 @@ from loopmdm import draws
 from loopmdm.cut import why_global
 from loopmdm.masks import boolean
 from loopmdm.modules import DDiTBlock, by_row
-from loopmdm.parallel import refuse_fsdp1, refuse_split, with_whole_weights
+from loopmdm.parallel import refuse_split, with_whole_weights
 from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
 from loopmdm_kernels.types import Rotary
 
@@ -149,11 +149,9 @@ class Stages:
 
     def _called(self, start: int, end: int) -> list[bool]:
         """Of blocks start..end - 1, which the op does not compute."""
-        blocks = self._blocks(start, end)
-        refuse_fsdp1(blocks)
         if why_global() is not None:
             return [True] * (end - start)
-        return [DDiTBlock.why_called(block) is not None for block in blocks]
+        return [DDiTBlock.why_called(block) is not None for block in self._blocks(start, end)]
 
     def _blocks(self, start: int, end: int) -> list[DDiTBlock]:
         return [cast(DDiTBlock, self.model.blocks[i]) for i in range(start, end)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -148,15 +149,22 @@ def fsdp_mixed(*, each_block: bool) -> None:
     print(f"fsdp in bf16 each_block={each_block}", flush=True)
 
 
-def fsdp1(steps: int) -> None:
-    module = FullyShardedDataParallel(new_model(), device_id=torch.device("cpu"), use_orig_params=True)
+def fsdp1(steps: int, *, each_block: bool, recompute: bool = False) -> None:
+    """Blocks that are wrapped are called, once for each loop."""
+    module = FullyShardedDataParallel(
+        new_model(recompute),
+        auto_wrap_policy=ModuleWrapPolicy({DDiTBlock}) if each_block else None,
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
+    )
     rank = dist.get_rank()
     train(lambda step: loss_of(module, *share(step, rank)), module, steps)
     with FullyShardedDataParallel.summon_full_params(module):
         for name, expected in alone(steps).items():
-            got = module.module.get_parameter(name).detach()
+            wrapped = re.sub(r"^(blocks\.\d+)", r"\1._fsdp_wrapped_module", name) if each_block else name
+            got = module.module.get_parameter(wrapped).detach()
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=name)
-    print("fsdp1 of the whole model", flush=True)
+    print(f"fsdp1 each_block={each_block} recompute={recompute}", flush=True)
 
 
 def refused() -> None:
@@ -177,10 +185,6 @@ def refused() -> None:
         averaged.module.loss(ids)
     averaged(ids, labels=ids).loss.backward()
     assert "would not be averaged" in message(RuntimeError, lambda: averaged.module.loss(ids))
-    by_blocks = FullyShardedDataParallel(
-        new_model(), auto_wrap_policy=ModuleWrapPolicy({DDiTBlock}), device_id=torch.device("cpu")
-    )
-    assert "FSDP1" in message(ValueError, lambda: by_blocks(ids, labels=ids))
     sharded = fully_shard(new_model())
     assert "split over the ranks" in message(ValueError, lambda: sharded.loss(ids))
     register_fsdp_forward_method(sharded, "loss")
@@ -210,7 +214,8 @@ def main(backend: str) -> None:
                 fsdp(2, each_block=recompute)
                 fsdp(2, each_block=recompute, hooked=True)
                 fsdp_mixed(each_block=recompute)
-            fsdp1(2)
+                fsdp1(2, each_block=True, recompute=recompute)
+            fsdp1(2, each_block=False)
             refused()
     dist.barrier()
     # Not by the interpreter's shutdown: a thread of gloo may then be freeing the tensors of its last work.

@@ -1,4 +1,4 @@
-"""DistributedDataParallel and FSDP2 around the kernels: two processes learn what one does."""
+"""DistributedDataParallel, FSDP2 and FSDP1 around the kernels: two processes learn what one does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def test_cpu_kernels() -> None:
         "fsdp each_block=True hooked",
         "fsdp in bf16 each_block=False",
         "fsdp in bf16 each_block=True",
-        "fsdp1 of the whole model",
+        "fsdp1 each_block=False recompute=False",
+        "fsdp1 each_block=True recompute=False",
+        "fsdp1 each_block=True recompute=True",
         "refused",
     }
     for printed in run_ranks(WORKER, "cpu"):
