@@ -8,7 +8,7 @@ import re
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -86,6 +86,11 @@ class Found:
             if file.path.suffix.lower() in COMPRESSED_SUFFIXES and not file.named:
                 reasons.setdefault(("read", "compressed file(s)"), []).append(self._short(file.path))
         return [f"{what}: {len(names):,} {why} ({listed(names)})" for (what, why), names in reasons.items()]
+
+    def leave_out(self, reasons: Mapping[DataFile, str]) -> None:
+        """Move files to those that are not read."""
+        self.files = [file for file in self.files if file not in reasons]
+        self.left_out += [LeftOut(file.path, why) for file, why in reasons.items()]
 
     def _short(self, path: Path) -> str:
         """Relative to the source it comes from, if that is a folder."""
@@ -189,7 +194,7 @@ def _add_folder(found: Found, folder: Path, suffixes: set[str] | None) -> None:
             here.left_out.append(LeftOut(path, "link(s) to a folder that this one is in"))
             continue
         status = path.stat()
-        if (status.st_dev, status.st_ino) in seen:
+        if status.st_ino and (status.st_dev, status.st_ino) in seen:
             here.left_out.append(LeftOut(path, "link(s) to a folder that is read already"))
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -245,17 +250,17 @@ def _leave_out_descriptions(here: Found) -> None:
     """What is about the data files of a folder: README, LICENSE and the like beside or above them."""
     holders = {parent for f in here.files if f.kind != TEXT for parent in f.path.parents}
     cards: dict[Path, str] = {}
+    reasons: dict[DataFile, str] = {}
     for file in [f for f in here.files if f.kind == TEXT]:
         folder = file.path.parent
         card = dataset_cards.read_card(file.path)
         beside = folder in holders or dataset_folders.is_snapshot(folder)
         if card is None and not (beside and _ABOUT.match(file.path.name)):
             continue
-        here.files.remove(file)
-        why = "text file(s) about the data beside them" if card is None else "dataset card(s)"
-        here.left_out.append(LeftOut(file.path, why))
+        reasons[file] = "text file(s) about the data beside them" if card is None else "dataset card(s)"
         if card is not None:
             cards[folder] = card
+    here.leave_out(reasons)
     for folder, card in cards.items():
         _follow_card(here, folder, dataset_cards.split_patterns(card))
 
@@ -267,13 +272,15 @@ def _follow_card(here: Found, folder: Path, patterns: dict[str, list[str]]) -> N
     if not any(splits):  # no names, or those of files that are elsewhere
         return
     taken = dataset_folders.choose_split(list(patterns), folder)
-    for file, split in zip(below, splits, strict=True):
-        if split == taken:
-            continue
-        here.files.remove(file)
-        named = f"file(s) of split {split}, as {taken} is there"
-        why = "file(s) that the dataset card does not name" if split is None else named
-        here.left_out.append(LeftOut(file.path, why))
+    here.leave_out(
+        {
+            file: "file(s) that the dataset card does not name"
+            if split is None
+            else f"file(s) of split {split}, as {taken} is there"
+            for file, split in zip(below, splits, strict=True)
+            if split != taken
+        }
+    )
 
 
 def _take_train(here: Found, folder: Path) -> None:
@@ -288,10 +295,13 @@ def _take_train(here: Found, folder: Path) -> None:
             names = ", ".join(sorted(known))
             raise ValueError(f"folder {folder} holds the splits {names} and no train; give the files of one")
         return
-    for file, split in splits.items():
-        if split not in (None, "train"):
-            here.files.remove(file)
-            here.left_out.append(LeftOut(file.path, f"file(s) of split {split}, as train is there"))
+    here.leave_out(
+        {
+            file: f"file(s) of split {split}, as train is there"
+            for file, split in splits.items()
+            if split not in (None, "train")
+        }
+    )
 
 
 def _may_be_split(file: DataFile) -> bool:
@@ -312,18 +322,19 @@ def _leave_out_working_files(found: Found) -> None:
         rows = set(dataset_folders.saved_files(folder))
         here = [file for file in found.files if file.path.parent == folder and file.kind != SAVED]
         if any(file.path.name in rows for file in here):
-            for file in [file for file in here if file.path.name not in rows]:
-                found.files.remove(file)
-                found.left_out.append(LeftOut(file.path, dataset_folders.WORKING))
+            others = [file for file in here if file.path.name not in rows]
+            found.leave_out(dict.fromkeys(others, dataset_folders.WORKING))
 
 
 def _once(found: Found) -> list[DataFile]:
     """Each file under one name: the one given, else the one that is no link, else the first."""
     first: dict[tuple[int, int], DataFile] = {}
+    again: set[int] = set()
     for file in sorted(found.files, key=lambda f: (not f.named, f.path.is_symlink())):
         status = file.path.stat()
-        key = (status.st_dev, status.st_ino)
-        if first.setdefault(key, file) is not file and stat.S_ISREG(status.st_mode):
+        known = first.setdefault((status.st_dev, status.st_ino), file)
+        # A file system without numbers of its own has 0 for all.
+        if known is not file and status.st_ino and stat.S_ISREG(status.st_mode):
+            again.add(id(file))
             found.left_out.append(LeftOut(file.path, "more name(s) of files that are read"))
-    kept = {id(file) for file in first.values()}
-    return [file for file in found.files if id(file) in kept]
+    return [file for file in found.files if id(file) not in again]

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from loopmdm.data.files import STDLIB, Found, LeftOut, Source, find_files, listed
+from loopmdm.data.files import STDLIB, DataFile, Found, LeftOut, Source, find_files, listed
 from loopmdm.data.raw import Errors
 from loopmdm.data.records import NotText, documents_of
 
@@ -77,7 +77,8 @@ def documents_in(found: Found, text_field: str = "text", errors: Errors = "stric
 
 def _documents(found: Found, text_field: str, errors: Errors) -> Iterator[str]:
     count = 0
-    for file in list(found.files):
+    without: set[DataFile] = set()
+    for file in found.files:
         try:
             for document in documents_of(file, text_field, errors):
                 if document:
@@ -86,8 +87,9 @@ def _documents(found: Found, text_field: str, errors: Errors) -> Iterator[str]:
         except NotText as error:
             if file.named:
                 raise
-            found.files.remove(file)
+            without.add(file)
             found.left_out.append(LeftOut(file.path, error.why, error.detail))
+    found.files = [file for file in found.files if file not in without]
     if not count:
         empty = ": every document is empty" if found.files else ""
         raise ValueError("; ".join([f"no text in {listed(found.sources)}{empty}", *found.remarks()]))
