@@ -206,34 +206,46 @@ void backward_head_of(const AttentionProblem& p, const AttentionOutput& forward,
                       int64_t head, void* scratch) {
   const HeadShape s = head_shape(p);
   const BackwardScratch t = backward_scratch(s, scratch);
-  const auto read = [&](const HeadsView& view, bool rotated, float* to) {
-    read_rows(p, rows_of<const Element>(p, view, head), 0, s.length, rotated, to, s.head_dim);
+  // Floats that need no rotation are read and written where they are.
+  const auto read = [&](const HeadsView& view, bool rotated, float* to) -> Rows<const float> {
+    const Rows<const Element> from = rows_of<const Element>(p, view, head);
+    if constexpr (sizeof(Element) == sizeof(float))
+      if (!rotated || !p.cos) return from;
+    read_rows(p, from, 0, s.length, rotated, to, s.head_dim);
+    return {to, s.head_dim};
   };
-  read(p.q, true, t.q);
-  read(p.k, true, t.k);
-  read(p.v, false, t.v);
-  if (!in_one_block(s)) read(forward.out, false, t.out);
-  read(g.grad_out, false, t.grad_out);
+  const auto place = [&](const HeadsView& view, bool rotated, float* own) -> Rows<float> {
+    if constexpr (sizeof(Element) == sizeof(float))
+      if (!rotated || !p.cos) return rows_of<float>(p, view, head);
+    return {own, s.head_dim};
+  };
+  const auto q = read(p.q, true, t.q), k = read(p.k, true, t.k), v = read(p.v, false, t.v);
+  const auto grad_out = read(g.grad_out, false, t.grad_out);
+  const auto out = in_one_block(s) ? Rows<const float>{} : read(forward.out, false, t.out);
+  const auto grad_q = place(g.grad_q, true, t.grad_q), grad_k = place(g.grad_k, true, t.grad_k),
+             grad_v = place(g.grad_v, false, t.grad_v);
   fill_bias(p, head, 0, s.keys, t.bias);
-  const int64_t row = s.head_dim;
-  attend_backward<Operand>(
-      s, {t.q, t.k, t.v, t.out, t.grad_out, row, row, row, row, row, forward.log_sum_exp + head * p.length},
-      has_bias(p, s) ? t.bias : nullptr, t.attention, {t.grad_q, t.grad_k, t.grad_v, row, row, row});
-  const auto write = [&](const float* grad, bool rotated, const HeadsView& view) {
+  attend_backward<Operand>(s,
+                           {q.at, k.at, v.at, out.at, grad_out.at, q.stride, k.stride, v.stride, out.stride,
+                            grad_out.stride, forward.log_sum_exp + head * p.length},
+                           has_bias(p, s) ? t.bias : nullptr, t.attention,
+                           {grad_q.at, grad_k.at, grad_v.at, grad_q.stride, grad_k.stride, grad_v.stride});
+  const auto write = [&](const Rows<float>& grad, bool rotated, const HeadsView& view) {
     const Rows<Element> to = rows_of<Element>(p, view, head);
+    if (static_cast<const void*>(to.at) == grad.at) return;
     const int64_t half = s.head_dim / 2;
-    for (int64_t r = 0; r < s.length; ++r, grad += row) {
-      const float* turned = grad;
+    for (int64_t r = 0; r < s.length; ++r) {
+      const float* turned = grad.at + r * grad.stride;
       if (rotated && p.cos) {
-        rotate_row(grad, p.cos + r * half, p.sin + r * half, -1.0f, half, t.q);
+        rotate_row(turned, p.cos + r * half, p.sin + r * half, -1.0f, half, t.q);
         turned = t.q;
       }
       write_row(turned, s.head_dim, to.at + r * to.stride);
     }
   };
-  write(t.grad_q, true, g.grad_q);
-  write(t.grad_k, true, g.grad_k);
-  write(t.grad_v, false, g.grad_v);
+  write(grad_q, true, g.grad_q);
+  write(grad_k, true, g.grad_k);
+  write(grad_v, false, g.grad_v);
 }
 
 void pack_head(const AttentionProblem& p, int64_t head, int64_t first, void* packed, void* scratch) {
