@@ -84,6 +84,45 @@ def test_masks(isa, dtype, length):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [2, 3, 4, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 65])
+def test_short_sequences(isa, dtype, length):
+    """Around the widths of vectors and panels, with every head apart in memory and with angles."""
+    for head_dim in (6, 64):
+        check(dtype, 2, 3, length, head_dim, rotary=angles(length, head_dim) if length % 2 else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token(isa, dtype):
+    """Its output is its value; nothing depends on queries and keys. All but for rounding."""
+    eps = torch.finfo(torch.float32).eps
+    qkv, grad = normal(3, 1, 3, 2, 20).to(dtype), normal(3, 1, 2, 20, seed=2).to(dtype)
+    out, of_q, of_k, of_v = run(attention, qkv, grad)
+    torch.testing.assert_close(out.transpose(1, 2), qkv[:, :, 2], rtol=2 * eps, atol=0)
+    torch.testing.assert_close(of_v, grad, rtol=2 * eps, atol=0)
+    for name, zero in (("q", of_q), ("k", of_k)):
+        assert zero.abs().max() <= 8 * eps * qkv.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 5, 16, 17, 33])
+def test_padding_changes_no_bit(isa, dtype, length):
+    """A sequence alone and as the part of a longer one that may be attended: the same output and gradients."""
+    grad = normal(2, length, 2, 40, seed=2).to(dtype)
+    for padded in (length + 1, 16, 33, 64, 100):
+        if padded <= length:
+            continue
+        qkv = normal(2, padded, 3, 2, 40).to(dtype)
+        mask = (torch.arange(padded) < length).expand(2, -1)
+        whole = torch.zeros(2, padded, 2, 40, dtype=dtype)
+        whole[:, :length] = grad
+        alone = run(attention, qkv[:, :length], grad)
+        inside = run(attention, qkv, whole, key_mask=mask)
+        for name, one, other in zip(NAMES, alone, inside, strict=True):
+            rows = other[:, :, :length] if name == "out" else other[:, :length]
+            assert torch.equal(one, rows), (padded, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_odd_head_dims(isa, dtype):
     for length, head_dim in ((37, 3), (70, 33), (20, 129)):
         check(dtype, 1, 2, length, head_dim)
@@ -104,6 +143,15 @@ def test_later_blocks_have_the_largest_scores(isa, dtype):
     q, k, v = (t.to(dtype) for t in (q, k, v))
     oracle = reference.attention(q.double(), k.double(), v.double())
     assert_matches_oracle(attention(q, k, v), reference.attention(q, k, v), oracle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 7, 40])
+def test_the_same_bits_with_and_without_gradients(isa, dtype, length):
+    q, k, v = normal(3, 2, 2, length, 32).to(dtype).unbind()
+    kept = attention(q.clone().requires_grad_(), k, v)
+    assert kept.requires_grad
+    assert torch.equal(attention(q, k, v), kept.detach())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,7 @@ from loopmdm_kernels.cpu.sample_rows import draw_restricted
 from loopmdm_kernels.reference import nucleus
 from loopmdm_kernels.types import RowRng
 
-SIZES = [1, 2, 33, 513, 2000]
+SIZES = [1, 2, 33, 300, 513, 2000]
 
 
 def names(num_rows, seed=0):
