@@ -106,7 +106,7 @@ def test_one_token(isa, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 33])
 def test_padding_changes_no_bit(isa, dtype, length):
-    """A sequence alone and as the part of a longer one that may be attended: the same output and gradients."""
+    """A sequence alone and as the attended part of a longer one: the same output and gradients."""
     grad = normal(2, length, 2, 40, seed=2).to(dtype)
     for padded in (length + 1, 16, 33, 64, 100):
         if padded <= length:
