@@ -75,7 +75,7 @@ def tune(
 
     The table is written after each problem, so a run that was interrupted goes on where it was.
     """
-    table = read_table(path) if path.exists() else {}
+    table = read_table(path) if path.is_file() else {}
     here = processor(device)
     for problem in problems(workload, device):
         name = key(problem.kernel, problem.shape, DTYPE, here.arch)

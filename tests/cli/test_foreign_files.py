@@ -14,7 +14,7 @@ import torch
 from loopmdm import LoopMDM
 from loopmdm.cli import family, jobs
 from loopmdm.cli.runs import FILES
-from loopmdm.study.folder import FIGURE_FILE, TABLE_CSV, TABLE_JSON, StudyFolder
+from loopmdm.study.folder import FIGURE_FILE, PLAN_FILES, TABLE_CSV, TABLE_JSON, StudyFolder
 from loopmdm.train import RunFolder, read_metrics
 from loopmdm_kernels.locks import LOCK_FILE, Lock, LockedError
 
@@ -156,7 +156,7 @@ def test_convert_into_the_folder_of_a_run(call: Call, tmp_path: Path, text_run: 
     assert done.status == 1 and "training_state.safetensors" in done.err and contents(run) == before
 
 
-@pytest.mark.parametrize("name", [TABLE_JSON, TABLE_CSV, FIGURE_FILE])
+@pytest.mark.parametrize("name", [TABLE_JSON, TABLE_CSV, FIGURE_FILE, *PLAN_FILES])
 def test_a_study_over_foreign_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=f"holds {name}, which a new study would replace"):

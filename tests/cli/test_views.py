@@ -160,7 +160,7 @@ def test_help_says_what_the_page_costs(call: Call, command: str) -> None:
     [
         (["--watch-samples", "2"], "--watch-samples: it belongs to --watch"),
         (["--watch-delay", "1"], "--watch-delay: it belongs to --watch"),
-        (["--html", "FOLDER"], "FOLDER is a folder, expected a file to write"),
+        (["--html", "FOLDER"], "FOLDER: it is a folder, expected a file to write"),
         (["--html", "FILE/run.html"], "FILE is not a folder that can be written to"),
         (["--watch", "--watch-samples", "0"], "--watch-samples: got '0'"),
         (["--watch", "--watch-delay", "-1"], "--watch-delay: got '-1'"),

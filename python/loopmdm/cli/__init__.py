@@ -1,19 +1,19 @@
 """The command line. A command is a module of this folder, imported when it is asked for.
 
 Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted (Ctrl-C), 143 terminated, 141 the reader of the
-output is gone.
+output is gone (as SIGPIPE ends other tools; files are written all the same).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import TextIO
 
+from loopmdm import terminal
 from loopmdm.cli.parser import FAILED, FOOTER, INTERRUPTED, USAGE, Parser, UsageError
 from loopmdm.printable import printable_lines
 
@@ -35,25 +35,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the one of this process) and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = f"loopmdm {arguments[0]}" if arguments and arguments[0] in COMMANDS else "loopmdm"
+    terminal.prepare()
+    try:
+        return _run_and_explain(program, arguments)
+    finally:
+        terminal.finish(sys.stderr)
+
+
+def _run_and_explain(program: str, arguments: list[str]) -> int:
+    status, failure = 0, None
     try:
         status = _dispatch(arguments)
-        sys.stdout.flush()
+    except (KeyboardInterrupt, Exception) as error:
+        failure = error
+    lost = terminal.finish(sys.stdout)
+    if isinstance(failure or lost, BrokenPipeError):  # errors about files name them, and are of other types
+        return _BROKEN_PIPE
+    if failure is None and lost is not None:
+        failure = OSError(f"cannot write to standard output: {lost.strerror}")
+    if failure is None:
         return status
-    except KeyboardInterrupt:
+    if isinstance(failure, KeyboardInterrupt):
         _complain(program, "interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # What is still buffered would fail again when the interpreter exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    except UsageError as error:
-        _complain(program, f"error: {error} (see {program} --help)")
+    if isinstance(failure, UsageError):
+        _complain(program, f"error: {failure} (see {program} --help)")
         return USAGE
-    except Exception as error:
-        if "--debug" in arguments:
-            raise
-        _complain(program, f"error: {_describe(error)}")
-        return FAILED
+    if "--debug" in arguments:
+        raise failure
+    _complain(program, f"error: {_describe(failure)}")
+    return FAILED
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -118,7 +129,7 @@ def _describe(error: Exception) -> str:
 
 
 def _complain(program: str, message: str) -> None:
-    print(f"{program}: {printable_lines(message)}", file=sys.stderr, flush=True)
+    terminal.say(f"{program}: {printable_lines(message)}")
 
 
 def _show_warning(
@@ -129,4 +140,4 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"loopmdm: warning: {printable_lines(str(message))}", file=sys.stderr, flush=True)
+    terminal.say(f"loopmdm: warning: {printable_lines(str(message))}")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import loopmdm_kernels as lk
-from loopmdm.cli.output import note, print_json, print_table
+from loopmdm.cli.output import note, print_json, print_table, writable
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, positive_int, set_up
 from loopmdm.config import PRESETS
 from loopmdm_kernels.testing import head_inputs, interleaved_times, looped_inputs, row_rng
@@ -153,6 +153,7 @@ def _tune(args: argparse.Namespace, device: torch.device) -> int:
         raise RuntimeError(f"--tune needs a GPU and Triton: {reason}")
     if args.json:
         raise UsageError("--json: --tune prints no figures, its table is a JSON file")
+    writable("--tune", args.tune)
     tuning: Any = importlib.import_module("loopmdm_kernels.triton.tuning")
     fields = PRESETS[args.preset]
     workload = tuning.Workload(fields["hidden_size"], fields["num_heads"], VOCABULARY, **_TUNED)

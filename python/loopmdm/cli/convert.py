@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from loopmdm.cli.output import print_json
+from loopmdm.cli.output import print_json, show
 from loopmdm.cli.parser import add_json, count, loop_range, positive_int
 from loopmdm.cli.run_file import RUN_FILE
 from loopmdm.mdlm import convert_checkpoint
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"source": args.source, "target": args.target, "config": config.to_dict()})
         return 0
-    print(
+    show(
         f"{args.target}: {config.num_layers} blocks of width {config.hidden_size}, V = {config.vocab_size},"
         f" mask {config.mask_token_id}; blocks {config.loop_start} to {config.loop_end - 1} are looped,"
         f" {config.max_loops} times if not told otherwise"

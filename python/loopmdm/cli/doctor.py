@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm.cli.models import SHIPPED, load_model, shipped_folder
-from loopmdm.cli.output import print_json, print_table
+from loopmdm.cli.output import note, print_json, print_table
 from loopmdm.cli.parser import add_json
 from loopmdm.study.provenance import processor
 from loopmdm_kernels.types import Head, RowRng
@@ -198,7 +197,7 @@ def _print(document: dict[str, Any]) -> None:
     ]
     print_table(("checkpoint", "", "", ""), rows, align="left")
     for problem in document["problems"]:
-        print(f"loopmdm doctor: {problem}", file=sys.stderr)
+        note(f"loopmdm doctor: {problem}")
 
 
 def _shown(value: Any) -> str:

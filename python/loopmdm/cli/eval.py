@@ -26,7 +26,7 @@ from loopmdm.cli.boards import (
 )
 from loopmdm.cli.held_out import add_text_options, held_out_text
 from loopmdm.cli.models import default_loops, load_model, sudoku_spec
-from loopmdm.cli.output import note, print_json, print_table
+from loopmdm.cli.output import note, print_json, print_table, show
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, count, loop_counts, positive_int, set_up
 from loopmdm.cli.plans import adaptive, adapts, exit_rule, note_beyond_training
 from loopmdm.data.sudoku import SudokuSpec, count_solutions, solve
@@ -88,9 +88,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"model": args.model, **document})
         return 0
-    print(f"model {args.model}, {document['source']}\n")
+    show(f"model {args.model}, {document['source']}\n")
     if "solved" in document:
         print_table(SHARE_COLUMNS, [share_row(one) for one in document["solved"]])
+        if not document["held_out"]:
+            return 0
         print("\nNELBO of the blanks, given the clues:")
     print_table(likelihood.columns(document["held_out"]), likelihood.rows(document["held_out"]))
     return 0
@@ -101,9 +103,9 @@ def _samples(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> int:
     if args.json:
         print_json({"model": args.model, **document})
         return 0
-    print(f"model {args.model}\n")
+    show(f"model {args.model}\n")
     print_table(eval_samples.COLUMNS, eval_samples.table(document))
-    print("\n" + eval_samples.describe(document))
+    show("\n" + eval_samples.describe(document))
     return 0
 
 
@@ -154,14 +156,14 @@ def _sudoku(args: argparse.Namespace, model: LoopMDM, spec: SudokuSpec, loops: l
     orders = ORDERS if args.order == "both" else (args.order,)
     plans = [adaptive(args, most) if adapts(args) else ComputePlan.constant(most) for most in loops]
     solved = solve_all(model, spec, clues, orders, plans, progress=True)
-    results = evaluate_nll(
-        model,
-        blanks(clues, solutions),
-        num_loops=loops,
-        num_t=args.num_t,
-        seed=args.seed,
-        **_exit(args),
-    )
+    batches = blanks(clues, solutions)
+    results = []
+    if batches:
+        results = evaluate_nll(
+            model, batches, num_loops=loops, num_t=args.num_t, seed=args.seed, **_exit(args)
+        )
+    else:
+        note("no puzzle has a blank, so there is no likelihood to measure")
     return {
         "source": source,
         "size": str(spec),

@@ -20,7 +20,7 @@ from loopmdm.cli import text_data
 from loopmdm.cli.boards import blanks, held_out_puzzles
 from loopmdm.cli.held_out import held_out_text
 from loopmdm.cli.models import load_model, sudoku_spec
-from loopmdm.cli.output import note, print_json, print_table
+from loopmdm.cli.output import note, print_json, print_table, show
 from loopmdm.cli.parser import UsageError, set_up
 from loopmdm.cli.run_file import RUN_FILE, RunFile
 from loopmdm.cli.runs import described_run, process_group, refuse, train_run
@@ -182,11 +182,11 @@ def _report(args: argparse.Namespace, members: list[Member], device: torch.devic
         return
     print_table(COLUMNS, [_cells(row) for row in rows])
     if batches:
-        print(
+        show(
             f"\nNELBO in nats per token on {source}, averaged weights, {_TIMES} times a sequence, the same"
             f" masks for every model; differences are from {members[heavy].name}, paired over sequences."
         )
-    print(f"FLOPs: vocabulary head included. All of this is in {args.out / FAMILY_FILE}.")
+    show(f"FLOPs: vocabulary head included. All of this is in {args.out / FAMILY_FILE}.")
 
 
 def _trained(member: Member, folder: Path, model: LoopMDM) -> dict[str, Any]:

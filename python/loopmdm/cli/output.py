@@ -7,17 +7,41 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+from loopmdm import terminal
+from loopmdm.cli.parser import UsageError
+from loopmdm.printable import printable_lines
+from loopmdm_kernels.files import check_target
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """The one JSON document of a command; what is not finite becomes null."""
-    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+    """The one JSON document of a command; what is not finite becomes null.
+
+    A character that standard output does not have is written as an escape of JSON.
+    """
+    finite = _finite(document)
+    text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
+    print(text if terminal.has_encoding_for(text) else json.dumps(finite, indent=2, allow_nan=False))
+
+
+def show(text: str) -> None:
+    """Lines of a result, with what a terminal would act on made visible."""
+    print(printable_lines(text))
 
 
 def note(text: str) -> None:
     """A line about the way to the result."""
-    print(text, file=sys.stderr, flush=True)
+    terminal.say(printable_lines(text))
+
+
+def writable(option: str, path: Path) -> None:
+    """Complain about a path that cannot be written before the work, not after it."""
+    try:
+        check_target(path)
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write {path}: {error.strerror}") from error
 
 
 def has_color() -> bool:
@@ -27,9 +51,9 @@ def has_color() -> bool:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, align: str = "right") -> None:
     """A table with a line under the heading; the first column is left, the others as `align` says."""
-    lines = [tuple(columns), *map(tuple, rows)]
+    lines = [tuple(terminal.encodable(printable_lines(cell)) for cell in row) for row in (columns, *rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    lines.insert(1, tuple("─" * width for width in widths))
+    lines.insert(1, tuple(terminal.encodable("─") * width for width in widths))
     for first, *others in lines:
         aligned = [
             cell.rjust(width) if align == "right" else cell.ljust(width)

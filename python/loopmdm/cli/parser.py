@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from loopmdm.printable import printable_lines
+
 if TYPE_CHECKING:
     import torch
 
@@ -68,7 +70,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, message + _meant(value, accepted))
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(USAGE, f"{self.prog}: error: {printable_lines(message)} (see {self.prog} --help)\n")
 
 
 class Sources(argparse.Action):

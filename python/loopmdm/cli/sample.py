@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
                 ],
             }
         )
-        return 0
+        return views.status
     for index, (text, row) in enumerate(zip(texts, ids, strict=True), start=1):
         if spec is not None:
             verdict = "a valid board" if _board(spec, row)["valid"] else "no valid board"
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
         f"{result.seconds:.1f} s, {result.total_network_calls} network calls,"
         f" {int(result.loops.sum())} loops, plan {plan}"
     )
-    return 0
+    return views.status
 
 
 def _board(spec: SudokuSpec | None, row: list[int]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from loopmdm.cli.boards import (
 )
 from loopmdm.cli.decoding import add_pace, pace_options
 from loopmdm.cli.models import SHIPPED, default_loops, load_model
-from loopmdm.cli.output import has_color, note, print_json, print_table
+from loopmdm.cli.output import has_color, note, print_json, print_table, show
 from loopmdm.cli.parser import UsageError, add_json, add_runtime, loop_counts, positive_int, set_up
 from loopmdm.cli.plans import adaptive, adapts, add_plan, note_beyond_training, plan_option
 from loopmdm.cli.views import Views, add_views
@@ -149,14 +149,14 @@ def run(args: argparse.Namespace) -> int:
                 "results": results,
             }
         )
-        return 0
+        return views.status
     _print_boards(puzzles, solved[-1], args.boards, solutions)
-    print(f"{len(clues)} puzzles of {puzzles.spec}, model {name}")
+    show(f"{len(clues)} puzzles of {puzzles.spec}, model {name}")
     for line in not_counted(puzzles, solutions):
         print(line)
     print()
     print_table(SHARE_COLUMNS, [share_row(one.to_dict()) for one in solved])
-    return 0
+    return views.status
 
 
 def _plans(args: argparse.Namespace, model: LoopMDM, device: torch.device) -> list[ComputePlan]:

@@ -14,7 +14,7 @@ from typing import Any
 from loopmdm.cli import family, likelihood
 from loopmdm.cli.boards import SHARE_COLUMNS, share_row
 from loopmdm.cli.jobs import PRESETS, Job
-from loopmdm.cli.output import note, print_json, print_table
+from loopmdm.cli.output import note, print_json, print_table, show
 from loopmdm.cli.parser import (
     Sources,
     add_json,
@@ -214,4 +214,4 @@ def _report(args: argparse.Namespace, job: Job) -> None:
         use = f"loopmdm eval RUN --samples 64 --scorer {args.out}"
     else:
         use = f"loopmdm sample {args.out}" if job.run.data else f"loopmdm solve FILE --model {args.out}"
-    print(f"\nThe model is in {args.out}; try: {use}")
+    show(f"\nThe model is in {args.out}; try: {use}")

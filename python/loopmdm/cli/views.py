@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopmdm.cli.output import note
-from loopmdm.cli.parser import UsageError, count, number, positive_int
+from loopmdm.cli.output import note, writable
+from loopmdm.cli.parser import FAILED, UsageError, count, number, positive_int
 from loopmdm.plan import ComputePlan
 from loopmdm.sampling import SampleResult
 from loopmdm.view import Symbols, Watch, page, write_page
@@ -73,8 +72,9 @@ class Views:
                 if getattr(args, name) != default:
                     raise UsageError(f"--{name.replace('_', '-')}: it belongs to --watch")
         if args.html is not None:
-            _check_target(args.html)
+            writable("--html", args.html)
         self._args = args
+        self.status = 0  # of the command, whose results are printed even if the page cannot be written
 
     @property
     def wanted(self) -> bool:
@@ -141,15 +141,10 @@ class Views:
                 facts=facts,
                 predictions=predictions,
             )
-            write_page(args.html, text)
-            note(f"wrote {args.html} ({len(text.encode()) / 1e6:.2f} MB)")
+            try:
+                write_page(args.html, text)
+                note(f"wrote {args.html} ({len(text.encode()) / 1e6:.2f} MB)")
+            except OSError as error:
+                note(f"error: --html: {error}")
+                self.status = FAILED
         return result
-
-
-def _check_target(path: Path) -> None:
-    """Complain about a path that cannot be written before the run, not after it."""
-    if path.is_dir():
-        raise UsageError(f"--html: {path} is a folder, expected a file to write")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--html: cannot write {path}: {folder} is not a folder that can be written to")

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from loopmdm import terminal
+
 
 @contextmanager
 def progress_bar(wanted: bool, num_steps: int) -> Iterator[Callable[[], object]]:
     """Yields the function to call after each step. Draws on standard error, and only on a terminal."""
-    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = terminal.console()
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loopmdm.cli.parser import UsageError, positive_int
-from loopmdm.plan import ComputePlan
 from loopmdm.study import figures
 from loopmdm.study.clock import clock
 from loopmdm.study.criteria import FIXED, GATE, HIDDEN, TABLE, Judge, Policy, catalogue, choose
@@ -115,8 +114,7 @@ def _save_plans(folder: StudyFolder, chosen: Sequence[Policy]) -> None:
     names = {GATE: "gate.json", TABLE: "table-plan.json"}
     for policy in chosen:
         if policy.criterion in names:
-            plan: ComputePlan = policy.plan
-            plan.save(folder.path / names[policy.criterion])
+            folder.write_plan(names[policy.criterion], policy.plan)
 
 
 def _find(folder: StudyFolder, rows: Sequence[Row], cap: int, margin: float) -> None:

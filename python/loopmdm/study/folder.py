@@ -6,19 +6,23 @@ import csv
 import io
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from loopmdm import terminal
+from loopmdm.printable import printable
 from loopmdm_kernels.files import open_append, refuse_files, write_files
 from loopmdm_kernels.locks import LOCK_FILE, Lock
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from loopmdm.plan import ComputePlan
+
 ITEMS_FILE = "items.jsonl"
+PLAN_FILES = ("plan.json", "best-plan.json", "table-plan.json", "gate.json")
 TABLE_JSON, TABLE_CSV, FIGURE_FILE = "table.json", "table.csv", "figure.png"
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -70,7 +74,7 @@ class StudyFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with self._lock():
             if not self._read(header):
-                refuse_files(self.path, (TABLE_JSON, TABLE_CSV, FIGURE_FILE), "a new study")
+                refuse_files(self.path, (TABLE_JSON, TABLE_CSV, FIGURE_FILE, *PLAN_FILES), "a new study")
                 self._provenance = header["provenance"]
                 write_files({self._file: json.dumps(header) + "\n"})
 
@@ -164,6 +168,11 @@ class StudyFolder:
             "rows": _json(list(rows)),
         }
 
+    def write_plan(self, name: str, plan: ComputePlan) -> None:
+        """Write a plan that the study has found, as one of `PLAN_FILES`."""
+        assert name in PLAN_FILES
+        write_files({self.path / name: plan.to_json() + "\n"})
+
     def write(self, rows: Sequence[Row], figure: Figure) -> None:
         """Write table.json, table.csv and figure.png, all of them or none."""
         if not rows:
@@ -202,19 +211,18 @@ class _Progress:
         self._shown = shown
         self._bar: Any = None
         self._last = time.monotonic()
-        if shown and sys.stderr.isatty():
-            from rich.console import Console
+        if shown and terminal.standard_error().isatty():
             from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
             columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar = Progress(*columns, console=terminal.console())
             self._task = self._bar.add_task(what, total=total, completed=done)
 
     def __enter__(self) -> _Progress:
         if self._bar is not None:
             self._bar.start()
         elif self._shown and self._done:
-            print(f"{self._what}: {self._done} of {self._total} done before", file=sys.stderr, flush=True)
+            terminal.say(f"{self._what}: {self._done} of {self._total} done before")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -229,7 +237,7 @@ class _Progress:
             time.monotonic() - self._last > SECONDS_BETWEEN_LINES or self._done == self._total
         ):
             self._last = time.monotonic()
-            print(f"{self._what}: {self._done} of {self._total} ({key})", file=sys.stderr, flush=True)
+            terminal.say(f"{self._what}: {self._done} of {self._total} ({printable(key)})")
 
 
 def _differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:

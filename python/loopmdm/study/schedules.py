@@ -316,7 +316,7 @@ def _save_best(folder: StudyFolder, rows: Sequence[Row], plans: dict[str, Comput
     scored = [row for row in rows if row["part"] == "enumerated"]
     measure = next(name for name in rows[0] if f"{name}, over all heavy" in rows[0])
     best = min(scored, key=lambda row: float(row[measure]))
-    plans[best["name"]].save(folder.path / "best-plan.json")
+    folder.write_plan("best-plan.json", plans[best["name"]])
 
 
 def _columns(name: str, interval: Interval) -> Row:

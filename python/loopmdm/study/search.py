@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
     measure = rows[0]["measure"] if scoring is None else scoring.measure
     best = min(rows[: len(tables)], key=lambda row: (row.get("choice", 0.0), row["searched_loss"]))
     best["saved"] = True
-    plans[best["plan"]].save(folder.path / "plan.json")
+    folder.write_plan("plan.json", plans[best["plan"]])
     folder.facts |= {"cap": cap, "budget of mean loops": args.loops, "bins": args.bins}
     reference = next(row for row in rows if row["plan"] == f"S = {math.floor(args.loops)}")
     folder.find(

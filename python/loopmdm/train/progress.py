@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from types import TracebackType
 from typing import Any
+
+from loopmdm import terminal
+from loopmdm.printable import printable_lines
 
 
 def describe(record: dict[str, Any], steps: int, seconds_left: float) -> str:
@@ -45,12 +47,11 @@ class Progress:
         self._first = done
         self._bar: Any = None
         self._task: Any = None
-        if shown and sys.stderr.isatty():
-            from rich.console import Console
+        if shown and terminal.standard_error().isatty():
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
-            self._bar = Bar(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True))
+            self._bar = Bar(BarColumn(), TextColumn("{task.description}"), console=terminal.console())
             self._task = self._bar.add_task("starting", total=steps, completed=done)
 
     def __enter__(self) -> Progress:
@@ -71,7 +72,7 @@ class Progress:
         done = record["step"] - self._first
         line = describe(record, self.steps, seconds / max(done, 1) * (self.steps - record["step"]))
         if self._bar is None:
-            print(line, file=sys.stderr, flush=True)
+            terminal.say(line)
         else:
             self._bar.update(self._task, completed=record["step"], description=line)
 
@@ -80,6 +81,6 @@ class Progress:
         if not self.shown:
             return
         if self._bar is None:
-            print(text, file=sys.stderr, flush=True)
+            terminal.say(printable_lines(text))
         else:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(printable_lines(text), markup=False, highlight=False)

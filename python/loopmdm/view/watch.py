@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 from torch import Tensor
 
+from loopmdm import terminal
 from loopmdm.sampling import SampleResult, StepEvent
 from loopmdm.view.painters import Painter, legend
 from loopmdm.view.replay import Replay
@@ -52,7 +53,7 @@ class Watch:
         self._painter = painter
         self._num_steps = num_steps
         self._delay = delay
-        self._console = Console(stderr=True) if console is None else console
+        self._console = terminal.console() if console is None else console
         self._live: Live | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
