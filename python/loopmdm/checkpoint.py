@@ -34,6 +34,7 @@ MODEL_TYPES = {
     " none (loopmdm.quality.load_scorer)",
 }
 _SHOWN_DIFFERENCES = 20
+_FEWEST_TENSORS_OF_A_BLOCK = 4
 
 
 def save_pretrained(model: LoopMDM | CausalLM, path: str | os.PathLike[str]) -> None:
@@ -93,7 +94,7 @@ def load_pretrained(
     else:
         config = cls.config_class.from_dict({**config.to_dict(), **config_overrides})
     weights_path, tensors = _read_weights(path_or_hub_id, revision)
-    if config.num_layers > len(tensors):
+    if config.num_layers * _FEWEST_TENSORS_OF_A_BLOCK > len(tensors):
         raise ValueError(
             f"{weights_path}: num_layers is {config.num_layers}, but the weights are {len(tensors)} tensors"
         )

@@ -192,7 +192,7 @@ def _bare_names(state: Any, source: str) -> dict[str, Any]:
         if not isinstance(full_name, str) or not isinstance(leaf, (Tensor, StoredTensor)):
             raise ValueError(
                 f"{source}: expected names and tensors (or a Lightning checkpoint with a state_dict), "
-                f"but entry {full_name!r} is a {type(leaf).__name__}"
+                f"but entry {printable(repr(full_name))} is a {type(leaf).__name__}"
             )
         name = full_name.replace("_orig_mod.", "")
         while name.startswith(_PREFIXES):

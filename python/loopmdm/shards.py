@@ -13,6 +13,7 @@ from loopmdm.pickles import StoredTensor
 from loopmdm.printable import printable
 from loopmdm.torch_files import TorchFile
 
+_LONGEST_NAME = 255  # of a file, in characters
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -35,10 +36,9 @@ def read_shards(folder: str | os.PathLike[str], index: str, revision: str | None
     if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(f"{path}: has no weight_map, which names the shard of each tensor")
     for name, shard in shard_of.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(
-                f"{path}: the shard of {printable(name)} is {shard!r}, expected a file beside the index"
-            )
+        if not isinstance(shard, str) or Path(shard).name != shard or len(shard) > _LONGEST_NAME:
+            got = printable(f"the shard of {name} is {shard!r}")
+            raise ValueError(f"{path}: {got}, expected a file beside the index")
     shards = sorted(set(shard_of.values()))
     if Path(folder).is_dir():
         missing = [shard for shard in shards if not (Path(folder) / shard).is_file()]

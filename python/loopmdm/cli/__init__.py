@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from types import TracebackType
 from typing import TextIO
 
 from loopmdm import terminal
@@ -62,6 +64,7 @@ def _run_and_explain(program: str, arguments: list[str]) -> int:
         _complain(program, f"error: {failure} (see {program} --help)")
         return USAGE
     if "--debug" in arguments:
+        sys.excepthook = _show_traceback
         raise failure
     _complain(program, f"error: {_describe(failure)}")
     return FAILED
@@ -126,6 +129,10 @@ def _describe(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     expected = isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and text
     return text if expected else f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    terminal.say(printable_lines("".join(traceback.format_exception(kind, error, trace)).rstrip()))
 
 
 def _complain(program: str, message: str) -> None:

@@ -19,11 +19,14 @@ from loopmdm_kernels.files import check_target
 def print_json(document: dict[str, Any]) -> None:
     """The one JSON document of a command; what is not finite becomes null.
 
-    A character that standard output does not have is written as an escape of JSON.
+    Characters are written as escapes of JSON, which mean the same, where there are some that standard output
+    does not have or that a terminal would act on.
     """
     finite = _finite(document)
     text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
-    print(text if terminal.has_encoding_for(text) else json.dumps(finite, indent=2, allow_nan=False))
+    if not text.replace("\n", "").isprintable() or not terminal.has_encoding_for(text):
+        text = json.dumps(finite, indent=2, allow_nan=False).replace("\x7f", "\\u007f")
+    print(text)
 
 
 def show(text: str) -> None:

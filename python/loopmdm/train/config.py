@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from loopmdm.printable import printable
 from loopmdm_kernels.values import meant, real, whole
 
 Schedule = Literal["constant", "cosine", "linear"]
@@ -127,7 +128,7 @@ class TrainConfig:
         if unknown:
             close = "".join(meant(name, known) for name in unknown)
             raise ValueError(
-                f"unknown training option {', '.join(unknown)}; known: {', '.join(known)}{close}"
+                f"unknown training option {printable(', '.join(unknown))}; known: {', '.join(known)}{close}"
             )
         return cls(**values)
 

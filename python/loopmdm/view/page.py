@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loopmdm.printable import printable
 from loopmdm.sampling import StepEvent
 from loopmdm.view.predictions import LoopPredictions
 from loopmdm.view.symbols import BoardSymbols, Symbols
@@ -71,7 +72,7 @@ def page(
     }
     folder = files("loopmdm.view")
     parts = {
-        "TITLE": html.escape(title),
+        "TITLE": html.escape(printable(title)),
         "STYLE": folder.joinpath("page.css").read_text(encoding="utf-8"),
         "SCRIPT": folder.joinpath("page.js").read_text(encoding="utf-8"),
         "DATA": _json(data),
@@ -113,4 +114,9 @@ def _symbol(symbols: Symbols, token: int) -> str | list[int]:
 def _json(data: Any) -> str:
     """JSON that may stand inside a script element: no "<", so neither its end nor a comment can occur."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return (
+        text.replace("\x7f", "\\u007f")
+        .replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+        .replace("&", "\\u0026")
+    )
