@@ -458,7 +458,8 @@ def test_files_without_documents_are_left_out_of_folders_and_refused_by_name(tmp
         ),
         "list.json": ("\n[1, 2]", "list.json, line 2: a int; accepted: objects with a text field"),
         "numbers.csv": ("x,y\n1,2\n", "numbers.csv, line 1: no column 'text'; its columns: 'x', 'y'"),
-        "a.zip": (b"PK\x03\x04", "a.zip is an archive, which is not read: unpack it first"),
+        "a.zip": (b"PK\x03\x04", "a.zip is an archive or compressed in a way that is not read: unpack"),
+        "a.lz4": (b"\x04\x22\x4d\x18", "a.lz4 is an archive or compressed in a way that is not read"),
         "b.tar.gz": (gzip.compress(b"tar"), "b.tar.gz is an archive"),
         "c.bin": (b"ab\0", "c.bin is not a text file: NUL byte at offset 2"),
         "d.bin.gz": (gzip.compress(b"ab\0"), "d.bin.gz is not a text file: NUL byte at offset 2"),
@@ -475,7 +476,7 @@ def test_files_without_documents_are_left_out_of_folders_and_refused_by_name(tmp
     documents, said = read(tmp_path)
     assert documents == ["a"]
     assert said == [
-        "left out: 2 archive(s), not unpacked (a.zip, b.tar.gz)",
+        "left out: 3 archive(s) or compressed file(s) of a kind that is not read (a.lz4, a.zip, b.tar.gz)",
         "left out: 2 binary file(s) (c.bin, d.bin.gz)",
         "left out: 1 pointer(s) of Git LFS, not fetched (e.png)",
         "left out: 1 JSON file(s) without records (list.json)",
@@ -483,7 +484,7 @@ def test_files_without_documents_are_left_out_of_folders_and_refused_by_name(tmp
         "left out: 1 JSON file(s) without field 'text' (package.json: its fields: 'name', 'version')",
     ]
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(ValueError, match=r"no text in .*; left out: 2 archive\(s\).*its columns: 'x', 'y'"):
+    with pytest.raises(ValueError, match=r"no text in .*; left out: 3 archive\(s\).*its columns: 'x', 'y'"):
         read(tmp_path)
 
 

@@ -107,7 +107,7 @@ def test_refused(tmp_path: Path, text: str, message: str) -> None:
 
 def test_binary_file(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(bytes(range(256)) * 10)
-    with pytest.raises(ValueError, match="line 1"):
+    with pytest.raises(ValueError, match="b, line 1: a NUL byte; this is no file of text"):
         read_puzzles(tmp_path / "b")
 
 

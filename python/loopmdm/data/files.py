@@ -32,7 +32,8 @@ _KINDS = {
     ".feather": "arrow",
 }
 TEXT, SAVED = "text", "saved data set"
-_ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".npz", ".whl", ".jar")
+_ARCHIVES = {".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".npz", ".whl", ".jar"}
+_ARCHIVES |= {".lz4", ".lzma", ".lzo", ".br", ".z", ".sz"}  # and compression that is not read
 # Files of plain text that data sets split by name; other text, such as tests/test_x.py, is never a split.
 _SPLIT_TEXT = {".txt", ".text", ".raw", ".tokens"}
 _SPLITS = {
@@ -138,7 +139,7 @@ def suffix_of(path: Path) -> str:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a name is that of many files in one."""
+    """Whether a name is that of many files in one, or of compression that `open_raw` does not know."""
     return suffix_of(path) in _ARCHIVES
 
 

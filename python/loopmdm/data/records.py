@@ -45,7 +45,10 @@ def documents_of(file: DataFile, text_field: str, errors: Errors) -> Iterator[st
             return saved_texts(path, text_field, errors)
         return table_texts(path, file.kind, text_field, errors)
     if is_archive(path):
-        raise NotText(f"{path} is an archive, which is not read: unpack it first", "archive(s), not unpacked")
+        raise NotText(
+            f"{path} is an archive or compressed in a way that is not read: unpack it first",
+            "archive(s) or compressed file(s) of a kind that is not read",
+        )
     if file.kind == "JSON lines":
         return _json_lines(path, text_field, errors)
     if file.kind == "JSON":

@@ -42,6 +42,12 @@ def read_puzzles(path: str | os.PathLike[str], spec: SudokuSpec | None = None) -
     See `parse_puzzles` for what it may hold and `loopmdm.data.raw.open_raw` for the compression.
     """
     text = read_text(Path(path), "replace")
+    nul = text.find("\0")
+    if nul >= 0:
+        line = text.count("\n", 0, nul) + 1
+        raise ValueError(
+            f"{path}, line {line}: a NUL byte; this is no file of text (unpack it, if it is packed)"
+        )
     return parse_puzzles(io.StringIO(text, newline=None), str(path), spec)
 
 
