@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from loopmdm import hub, safetensors_files
 from loopmdm.printable import printable
@@ -156,7 +157,7 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
     Those that are the same memory become one parameter.
 
     Raises:
-        ValueError: with a table of the differences, or the name of a tensor that is not finite.
+        ValueError: with a table of the differences, or the name of a tensor without values or not finite.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_same(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
@@ -169,6 +170,8 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
                 f"{source}: tensor {printable(name)} has dtype {tensor.dtype}, "
                 "expected a floating-point dtype"
             )
+        if tensor.is_meta or isinstance(tensor, FakeTensor):
+            raise ValueError(f"{source}: tensor {name} holds no values (it is on the meta device, or fake)")
         copies[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         # One pass: minimum and maximum are NaN where any value is.
         if tensor.numel() and not torch.stack(torch.aminmax(copies[name])).isfinite().all():

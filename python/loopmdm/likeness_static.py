@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch._subclasses.fake_tensor import FakeTensor
+
 from loopmdm import cut, mdlm_stated
 from loopmdm.cut import named
 from loopmdm.mdlm_weights import BLOCK_PARAMETERS
@@ -20,7 +22,7 @@ def check(network: Any, indices: Iterable[int], owner: str) -> None:
     """Raise a ValueError that names the first part whose structure is not MDLM's."""
     mdlm_stated.refuse_foreign([network, *network.blocks], owner)
     inv_freq = network.rotary_emb.inv_freq
-    if not inv_freq.is_meta:
+    if not (inv_freq.is_meta or isinstance(inv_freq, FakeTensor)):
         check_frequencies(inv_freq, inv_freq.dtype, owner)
     for index in indices:
         if (why := why_block(network, index)) is not None:

@@ -196,7 +196,8 @@ def _compare(module: torch.nn.Module, config: LoopMDMConfig) -> None:
     """Refuse a module that does not compute what the weights in it make of a LoopMDM."""
     network = mdlm_weights.find_chain(module)[-1]
     owner = f"path_or_module: {type(network).__name__}"
-    watched = [name for name, part in network.named_modules() if cut.why_watched(part, own_forward=False)]
+    parts = network.named_modules()
+    watched = [name or "the network" for name, part in parts if cut.why_watched(part, own_forward=False)]
     if watched:
         warnings.warn(
             f"{owner}: weights are taken over, hooks are not (those of {', '.join(watched[:3])}"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as nn_module
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -219,6 +220,13 @@ def test_what_cannot_run_is_looked_at() -> None:
             patch(net)
     with pytest.warns(UserWarning, match="could not be run"):
         LoopMDM.from_mdlm(network(pieces(attend=only_on_a_gpu)))
+    with FakeTensorMode():
+        fake = network()
+        with pytest.warns(UserWarning, match=r"could not be run here \(.*is a Fake"):
+            patch(fake)
+    for net in (fake, network().to("meta")):
+        with pytest.raises(ValueError, match=r"vocab_embed\.embedding holds no values"):
+            LoopMDM.from_mdlm(net)
 
     def eps(net: Any) -> None:
         net.blocks[1].norm2.eps = 1e-6
@@ -288,6 +296,10 @@ def test_what_a_copy_of_weights_leaves_behind() -> None:
     for net in (network(), DIT(reference_config(), VOCAB)):
         handle = net.blocks[1].attn_qkv.register_forward_hook(lambda *args: 2 * args[2])
         with pytest.warns(UserWarning, match=r"hooks are not \(those of blocks\.1\.attn_qkv\)"):
+            LoopMDM.from_mdlm(net)
+        handle.remove()
+        handle = net.register_forward_hook(lambda *_: None)
+        with pytest.warns(UserWarning, match=r"those of the network\)"):
             LoopMDM.from_mdlm(net)
         handle.remove()
         net.blocks[1].mlp[1] = nn.ReLU()
