@@ -95,16 +95,19 @@ def draw_restricted(
     num_rows, vocab_size = log_probs.shape
     threads = torch.get_num_threads()
     most = vocab_size if top_k is None else min(top_k, vocab_size)
-    tempered = torch.log_softmax(log_probs / temperature, dim=-1)
-    if top_k is not None and top_p < 1.0:
-        best = torch.empty(num_rows, most)
-        _C.largest_values(tempered, threads, best)
-        tempered = tempered - best.logsumexp(dim=-1, keepdim=True)
+    probs = None
+    if top_p < 1.0:
+        tempered = torch.log_softmax(log_probs / temperature, dim=-1)
+        if top_k is not None:
+            best = torch.empty(num_rows, most)
+            _C.largest_values(tempered, threads, best)
+            tempered = tempered - best.logsumexp(dim=-1, keepdim=True)
+        probs = tempered.exp()
     token = torch.empty(num_rows, dtype=torch.int64)
     _C.draw_restricted(
         log_probs,
-        tempered,
-        tempered.exp() if top_p < 1.0 else None,
+        log_probs,  # the order; at a high temperature fp32 does not tell the tempered ones apart
+        probs,
         most,
         top_p,
         rng.seed,

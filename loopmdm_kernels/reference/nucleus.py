@@ -16,18 +16,19 @@ def restriction(log_probs: Tensor, temperature: float, top_p: float, top_k: int 
 
     They are the top_k most probable, and of these, renormalised, the smallest set that reaches top_p.
     """
-    tempered = torch.log_softmax(log_probs / temperature, dim=-1)
-    most = tempered.shape[-1] if top_k is None else min(top_k, tempered.shape[-1])
+    most = log_probs.shape[-1] if top_k is None else min(top_k, log_probs.shape[-1])
     if top_p == 1.0:
-        return _most_probable(tempered, tempered.topk(most, dim=-1).values, torch.tensor(most))
+        return _most_probable(log_probs, log_probs.topk(most, dim=-1).values, torch.tensor(most))
+    tempered = torch.log_softmax(log_probs / temperature, dim=-1)
     if top_k is not None:
         tempered = tempered - tempered.topk(most, dim=-1).values.logsumexp(dim=-1, keepdim=True)
-    best = tempered.topk(min(most, _LIKELY_TOKENS), dim=-1).values
-    count = _nucleus_size(best, top_p)
+    # In the order of log_probs: at a high temperature fp32 does not tell the tempered ones apart.
+    best, tokens = log_probs.topk(min(most, _LIKELY_TOKENS), dim=-1)
+    count = _nucleus_size(tempered.gather(1, tokens), top_p)
     if best.shape[-1] < most and bool((count == best.shape[-1]).any()):
-        best = tempered.topk(most, dim=-1).values
-        count = _nucleus_size(best, top_p)
-    return _most_probable(tempered, best, count)
+        best, tokens = log_probs.topk(most, dim=-1)
+        count = _nucleus_size(tempered.gather(1, tokens), top_p)
+    return _most_probable(log_probs, best, count)
 
 
 def _nucleus_size(best: Tensor, top_p: float) -> Tensor:

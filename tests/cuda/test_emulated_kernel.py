@@ -113,7 +113,9 @@ def test_large_scores_stay_finite(variant, size):
     """Scores near size^2, whose largest, scaled, is off by more than an exponential bears."""
     inputs = make(variant.sizes, 1, 81)
     hidden = variant.sizes[0]
-    large = [b._replace(qkv=torch.cat((b.qkv[: 2 * hidden] * size, b.qkv[2 * hidden :]))) for b in inputs.blocks]
+    large = [
+        b._replace(qkv=torch.cat((b.qkv[: 2 * hidden] * size, b.qkv[2 * hidden :]))) for b in inputs.blocks
+    ]
     out, _ = variant.run(inputs._replace(blocks=large), 1, num_blocks=3)
     assert bool(torch.isfinite(out).all())
 

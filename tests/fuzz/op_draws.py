@@ -96,8 +96,6 @@ def _restrictions(
 ) -> tuple[Tensor, Tensor]:
     """Boolean [R, V]: what may be drawn for some logits within `slack` of `exact`, and for all of them."""
     possible = exact > -math.inf
-    # Logits over a high temperature differ by less than fp32 tells apart.
-    slack += temperature * 2.0**-21 * (1 + math.log(exact.shape[1]))
     loose, strict = possible.clone(), possible.clone()
     ordered = exact.sort(dim=1, descending=True).values
     if top_k is not None and top_k < exact.shape[1]:

@@ -243,3 +243,23 @@ def test_whole_numbers_beyond_64_bits():
     assert torch.equal(got.token, want.token)
     with pytest.raises(ValueError, match="temperature: got a number beyond float64"):
         lk.sample_rows(*arguments, temperature=10**400)
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1.0, 1e4, 1e8, 1e20])
+@pytest.mark.parametrize("kept", [{"top_k": 1}, {"top_p": 1e-30}, {"top_k": 1, "top_p": 0.5}])
+def test_the_most_probable_token_is_the_same_at_any_temperature(backend, temperature, kept):
+    """Also where fp32 holds no difference of log-probabilities over the temperature."""
+    hidden, head = head_inputs(1, 8, vocab_size=50)
+    arguments = (hidden.float(), Head(*(t.float() for t in head.tensors)), torch.arange(8), row_rng(8))
+    out = lk.sample_rows(*arguments, temperature=temperature, **kept)
+    assert torch.equal(out.token, out.top1_token)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.1}])
+def test_a_restriction_at_a_high_temperature_is_to_the_most_probable(backend, options):
+    hidden, head = head_inputs(1, 1, vocab_size=50)
+    head = Head(*(t.float() for t in head.tensors))
+    best = set(lk.head_logits(hidden.float(), head).flatten().topk(5).indices.tolist())
+    rows = torch.zeros(500, dtype=torch.int64)
+    out = lk.sample_rows(hidden.float(), head, rows, row_rng(500), temperature=1e9, **options)
+    assert set(out.token.tolist()) == best  # of equal chances, a tenth of 50 is as many
