@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from loopmdm import LoopMDM, LoopMDMConfig
 from loopmdm.cli import main
+from loopmdm.data import tables
+from loopmdm.data.text import read_documents
 from loopmdm.data.tokenizer import BPETokenizer, load_tokenizer
 from loopmdm.printable import printable, printable_lines
+from loopmdm.train.config import TrainConfig
 
 
 def test_what_a_terminal_acts_on_is_made_visible() -> None:
@@ -75,3 +79,23 @@ def test_names_in_a_tokenizer_are_made_visible(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         load_tokenizer(tmp_path)
     assert r"\x1b[2J\u202ename" in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_bytes_that_a_reader_of_tables_quotes_are_made_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(path: Path, name: str) -> Iterator[object]:
+        yield from ()
+        raise OSError(f"don't know what type: {FORGED}")
+
+    monkeypatch.setattr(tables, "_parquet", damaged)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" * 10)
+    with pytest.raises(ValueError, match="cannot be read as parquet") as caught:
+        list(read_documents(tmp_path / "a.parquet"))
+    assert r"\x1b[2J\u202ename" in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_names_of_training_options_are_made_visible() -> None:
+    with pytest.raises(ValueError, match=r"unknown training option \\x1b\[2J") as caught:
+        TrainConfig.from_dict({"steps": 5, FORGED: 1})
+    assert "\x1b" not in str(caught.value)

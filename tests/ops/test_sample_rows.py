@@ -255,11 +255,11 @@ def test_the_most_probable_token_is_the_same_at_any_temperature(backend, tempera
     assert torch.equal(out.token, out.top1_token)
 
 
-@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.1}])
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.09}])
 def test_a_restriction_at_a_high_temperature_is_to_the_most_probable(backend, options):
     hidden, head = head_inputs(1, 1, vocab_size=50)
     head = Head(*(t.float() for t in head.tensors))
     best = set(lk.head_logits(hidden.float(), head).flatten().topk(5).indices.tolist())
     rows = torch.zeros(500, dtype=torch.int64)
     out = lk.sample_rows(hidden.float(), head, rows, row_rng(500), temperature=1e9, **options)
-    assert set(out.token.tolist()) == best  # of equal chances, a tenth of 50 is as many
+    assert set(out.token.tolist()) == best  # of equal chances: 5 of 50 exceed 0.09

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from loopmdm.printable import printable
 from loopmdm_kernels.files import write_files
 
 Array: TypeAlias = NDArray[Any]
@@ -35,7 +36,7 @@ def cached_arrays(
                 raise ValueError(f"it does not hold one checksum each of {', '.join(names)}")
             return {name: _read(_path(index, name), checksum) for name, checksum in checksums.items()}
         except Exception as error:  # numpy's of a damaged header are of many kinds
-            warnings.warn(f"{index} is damaged and made again: {error}", stacklevel=3)
+            warnings.warn(f"{index} is damaged and made again: {printable(error)}", stacklevel=3)
     arrays = make()
     if all(array.size for array in arrays.values()):
         checksums = {name: _checksum(array) for name, array in arrays.items()}

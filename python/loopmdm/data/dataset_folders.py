@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loopmdm.printable import printable
+
 DICT_FILE = "dataset_dict.json"  # DatasetDict.save_to_disk: the names of the splits, each a folder
 STATE_FILE = "state.json"  # Dataset.save_to_disk: the names of the files that hold the rows
 INFO_FILE = "dataset_info.json"  # beside STATE_FILE, or alone in the cache of datasets
@@ -159,7 +161,7 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise ValueError(f"{path} is damaged: {printable(error)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: a {type(value).__name__} instead of an object")
     return value

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias, cast
 
+from loopmdm.printable import printable
+
 Errors: TypeAlias = Literal["strict", "replace"]
 
 # Formats by their first bytes: a name may say less than the file, or something else.
@@ -115,7 +117,7 @@ class _Checked(io.RawIOBase):
         try:
             data = self._inner.read(len(buffer))
         except Exception as error:  # each decompressor has exceptions of its own
-            raise ValueError(f"{self._path}: damaged {self._kind} data ({error})") from error
+            raise ValueError(f"{self._path}: damaged {self._kind} data ({printable(error)})") from error
         buffer[: len(data)] = data
         return len(data)
 

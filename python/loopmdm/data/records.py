@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from loopmdm.data.files import SAVED, DataFile, is_archive
 from loopmdm.data.raw import Errors, PointerError, bad_bytes, decode, encoding_of, open_raw
+from loopmdm.printable import printable
 
 _BINARY_PROBE = 8192  # a NUL byte this early marks a binary file, as in git
 _DELIMITERS = {"CSV": ",;\t|", "TSV": "\t,;|"}  # the usual one first
@@ -242,7 +243,7 @@ def _header(line: str, delimiters: str, text_field: str, where: str) -> tuple[st
     try:
         split = {d: [name.strip() for name in next(csv.reader([line], delimiter=d))] for d in delimiters}
     except csv.Error as error:
-        raise ValueError(f"{where}: not the header of a table ({error})") from None
+        raise ValueError(f"{where}: not the header of a table ({printable(error)})") from None
     delimiter = next((d for d in delimiters if text_field in split[d]), delimiters[0])
     return delimiter, split[delimiter]
 
@@ -253,7 +254,9 @@ def _rows(rows: Any, path: Path, header: int) -> Iterator[list[str]]:
         try:
             row = next(rows, None)
         except csv.Error as error:
-            raise ValueError(f"{path}, line {header + rows.line_num}: not a table ({error})") from None
+            raise ValueError(
+                f"{path}, line {header + rows.line_num}: not a table ({printable(error)})"
+            ) from None
         finally:
             csv.field_size_limit(limit)
         if row is None:

@@ -9,6 +9,7 @@ from typing import Any
 from loopmdm.data.dataset_folders import index_files, saved_files
 from loopmdm.data.raw import Errors, bad_bytes, is_plain, open_raw
 from loopmdm.data.records import no_field
+from loopmdm.printable import printable
 
 _FILE_MAGIC = b"ARROW1"  # an arrow file; without it a stream, which is what datasets writes
 
@@ -65,7 +66,7 @@ def _values(path: Path, kind: str, name: str, prepare: Callable[[Any], Any]) -> 
         except _NoColumn as error:
             raise ValueError(f"{path}, row {row}: {error}") from None
         except Exception as error:  # what a damaged file raises differs with the place
-            raise ValueError(f"{path} cannot be read as {kind}, row {row}: {error}") from error
+            raise ValueError(f"{path} cannot be read as {kind}, row {row}: {printable(error)}") from error
         if batch is None:
             return
         row += len(values)

@@ -304,7 +304,7 @@ class HFTokenizer(_BackedTokenizer):
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:
-            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+            raise ValueError(f"{path} is not a tokenizer.json: {printable(error)}") from error
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError(f"{path} has an empty vocabulary")
