@@ -42,6 +42,7 @@ KINDS = {
 
 
 _IDLE = 5  # a machine that does much else gives a worker less than its time
+_LOADING = 120.0  # seconds of processor time for what the first case of a process loads
 
 
 class Run:
@@ -138,7 +139,8 @@ class Run:
             _, began, spent = STATUS.unpack(Path(status).read_bytes())
             waited = time.monotonic() - (began or started)
             worked = processor_time(process.pid) - spent
-            if waited > limit and (worked > limit or waited > _IDLE * limit):
+            allowed = limit if began else max(limit, _LOADING)
+            if waited > allowed and (worked > allowed or waited > _IDLE * allowed):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 return True
