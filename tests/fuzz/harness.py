@@ -18,8 +18,8 @@ class Wrong(AssertionError):
     """A result that is silently different, or a refusal of the wrong kind; the message holds the input."""
 
 
-def reproduction(name: str, seed: int) -> str:
-    return f"python -m tests.fuzz.{name} --seed {seed}"
+def reproduction(name: str, seed: int, package: str = "tests.fuzz") -> str:
+    return f"python -m {package}.{name} --seed {seed}"
 
 
 def first_seed(seed: int, worker: int) -> int:
@@ -39,9 +39,9 @@ def run_seeds(case: Case, seeds: Iterable[int]) -> Counter[str]:
     return counts
 
 
-def main(name: str, case: Case, description: str | None) -> int:
+def main(name: str, case: Case, description: str | None, package: str = "tests.fuzz") -> int:
     """The command line of one fuzzer: repeats a case, or some from a seed on."""
-    parser = argparse.ArgumentParser(prog=f"python -m tests.fuzz.{name}", description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m {package}.{name}", description=description)
     parser.add_argument("--seed", type=int, required=True, help="of the (first) case")
     parser.add_argument("--count", type=int, default=1, help="cases, of the seeds that follow each other")
     args = parser.parse_args()
@@ -52,7 +52,7 @@ def main(name: str, case: Case, description: str | None) -> int:
             counts += case(seed)
         except Exception:
             failed += 1
-            print(reproduction(name, seed), file=sys.stderr)
+            print(reproduction(name, seed, package), file=sys.stderr)
             traceback.print_exc()
     print(f"{args.count} cases, {failed} failed; " + ", ".join(f"{n} {what}" for what, n in counts.items()))
     return 1 if failed else 0
