@@ -1,4 +1,4 @@
-"""A disk that is full, or fails, at any write of a training: a clear error, the last checkpoint, nothing left.
+"""A disk that is full, or fails, at any write of a training: a clear error, the last checkpoint, no rest.
 
 With room again the run goes on to the very bits of one that nothing happened to.
 `python -m tests.faults.disks --seed S --count N` repeats N trials from seed S on.
