@@ -65,6 +65,8 @@ def test_meant() -> None:
     assert meant("confidance", names) == "; did you mean 'confidence'?"
     assert meant("CONFIDENCE", names) == "; did you mean 'confidence'?"
     assert meant("loud", names) == "; did you mean 'LOUD'?"
+    assert meant("--tempreture", ["--temperature", "--top-p"]) == "; did you mean '--temperature'?"
+    assert meant("--model", ["--order", "--loops"]) == ""
     assert meant("zzz", names) == meant("", names) == meant(None, names) == meant(3, names) == ""
 
 

@@ -27,7 +27,16 @@ from loopmdm.cli.boards import (
 from loopmdm.cli.held_out import add_text_options, held_out_text
 from loopmdm.cli.models import default_loops, load_model, sudoku_spec
 from loopmdm.cli.output import note, print_json, print_table, show
-from loopmdm.cli.parser import UsageError, add_json, add_runtime, count, loop_counts, positive_int, set_up
+from loopmdm.cli.parser import (
+    UsageError,
+    add_json,
+    add_runtime,
+    count,
+    loop_counts,
+    positive_int,
+    set_up,
+    usage_errors,
+)
 from loopmdm.cli.plans import adaptive, adapts, exit_rule, note_beyond_training
 from loopmdm.data.sudoku import SudokuSpec, count_solutions, solve
 from loopmdm.evaluate import evaluate_nll
@@ -83,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     eval_samples.check(args, text=spec is None)
     if args.samples is not None:
         return _samples(args, model, loops)
-    note_beyond_training(model, map(ComputePlan.constant, loops))
+    with usage_errors():
+        note_beyond_training(model, map(ComputePlan.constant, loops))
     document = _text(args, model, loops) if spec is None else _sudoku(args, model, spec, loops)
     if args.json:
         print_json({"model": args.model, **document})

@@ -81,7 +81,8 @@ def measure(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[
     tokenizer = load_tokenizer(model, args.model, args.tokenizer)
     scorer = None if args.scorer is None else load_scorer(args.scorer, tokenizer, device=model.device)
     if all(getattr(args, name) is None for name in _PLAN):
-        plans = [ComputePlan.constant(count) for count in loops]
+        with usage_errors():
+            plans = [ComputePlan.constant(count) for count in loops]
     else:
         plans = [plan_option(args, model.device)]
     note_beyond_training(model, plans)

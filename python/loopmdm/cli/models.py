@@ -12,6 +12,7 @@ from loopmdm.data import tokenizer as tokenizers
 from loopmdm.data.sudoku import NINE, SIX, SudokuSpec
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
+from loopmdm_kernels.values import meant
 
 SHIPPED = {"sudoku9": NINE, "sudoku6": SIX}
 
@@ -36,7 +37,14 @@ def load_model(source: str, device: torch.device, **overrides: Any) -> LoopMDM:
     `LoopMDM.from_pretrained` reads; in eval mode on the device. `overrides` replace fields of its
     configuration."""
     path: Any = shipped_folder(source) if source in SHIPPED and not Path(source).exists() else source
-    return LoopMDM.from_pretrained(path, **overrides).to(device).eval()
+    try:
+        model = LoopMDM.from_pretrained(path, **overrides)
+    except FileNotFoundError as error:
+        close = meant(source, SHIPPED)
+        if not close:
+            raise
+        raise FileNotFoundError(f"{error}{close}") from error
+    return model.to(device).eval()
 
 
 def sudoku_spec(model: LoopMDM) -> SudokuSpec | None:

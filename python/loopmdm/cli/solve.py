@@ -28,7 +28,15 @@ from loopmdm.cli.boards import (
 from loopmdm.cli.decoding import add_pace, pace_options
 from loopmdm.cli.models import SHIPPED, default_loops, load_model
 from loopmdm.cli.output import has_color, note, print_json, print_table, show
-from loopmdm.cli.parser import UsageError, add_json, add_runtime, loop_counts, positive_int, set_up
+from loopmdm.cli.parser import (
+    UsageError,
+    add_json,
+    add_runtime,
+    loop_counts,
+    positive_int,
+    set_up,
+    usage_errors,
+)
 from loopmdm.cli.plans import adaptive, adapts, add_plan, note_beyond_training, plan_option
 from loopmdm.cli.views import Views, add_views
 from loopmdm.data.sudoku import (
@@ -115,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(name, device)
     pace = pace_options(args)
     orders = ORDERS if args.order == "both" else (args.order,)
-    plans = _plans(args, model, device)
+    with usage_errors():
+        plans = _plans(args, model, device)
     note_beyond_training(model, plans)
     fits = (model.config.vocab_size, model.config.mask_token_id) == (
         puzzles.spec.vocab_size,
