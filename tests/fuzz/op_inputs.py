@@ -125,7 +125,8 @@ def make_looped_blocks(draw: Draw) -> Problem:
     stream = torch.float64 if dtype == torch.float64 else torch.float32
     leaves = {"x": draw.normal(batch, length, hidden, scale=draw.one(1.0, 1.0, 1e-3, 30.0)).to(stream)}
     if draw.chance(0.1):
-        leaves["x"][draw.random.randrange(batch)] *= draw.one(0.0, 1e-15, 1e6)
+        # Not so large that fp32 loses what a block adds: a constant row then stays one, with other gradients.
+        leaves["x"][draw.random.randrange(batch)] *= draw.one(0.0, 1e-15, 1e3)
     rows = draw.one(1, batch)
     leaves["modulation"] = draw.normal(num_blocks, rows, 6, hidden, scale=0.3).to(dtype)
     shapes = (
