@@ -114,12 +114,6 @@ def test_standard_input_with_a_byte_order_mark(
     assert [a["puzzle"] for a in piped["results"][0]["answers"]] == boards
 
 
-def test_closed_standard_input(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", None)
-    done = call("solve", "-")
-    assert done.status == 1 and "standard input is closed" in done.err
-
-
 def test_puzzles_without_one_solution_are_named_and_not_counted(
     call: Call, tmp_path: Path, six: Puzzles, sudoku_run: Path
 ) -> None:

@@ -131,8 +131,6 @@ def given_puzzles(source: str, spec: SudokuSpec | None = None) -> PuzzleFile:
 
 
 def _standard_input() -> Iterable[str]:
-    if sys.stdin is None:
-        raise ValueError("standard input is closed; give a file, or a board in quotes")
     data = getattr(sys.stdin, "buffer", None)  # a replacement of standard input may have text alone
     if data is None:
         return sys.stdin
