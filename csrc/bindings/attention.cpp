@@ -1,4 +1,4 @@
-#include "cpu/attention.h"
+#include "cpu/attention/attention.h"
 
 #include <optional>
 #include <string>

@@ -1,6 +1,6 @@
 #include "bindings/head.h"
 
-#include "cpu/linear.h"
+#include "cpu/linear/linear.h"
 
 namespace py = pybind11;
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "bindings/tensor_view.h"
-#include "cpu/head.h"
-#include "cpu/isa.h"
+#include "cpu/head/head.h"
+#include "cpu/machine/isa.h"
 
 namespace loopmdm {
 

@@ -1,4 +1,4 @@
-#include "cpu/head_logits.h"
+#include "cpu/head/head_logits.h"
 
 #include "bindings/head.h"
 #include "bindings/ops.h"

@@ -1,8 +1,8 @@
-#include "cpu/linear.h"
+#include "cpu/linear/linear.h"
 
 #include "bindings/ops.h"
 #include "bindings/tensor_view.h"
-#include "cpu/fingerprint.h"
+#include "cpu/linear/fingerprint.h"
 
 namespace py = pybind11;
 

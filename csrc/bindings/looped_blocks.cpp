@@ -1,11 +1,11 @@
-#include "cpu/looped_blocks.h"
+#include "cpu/looped_blocks/looped_blocks.h"
 
 #include <algorithm>
 #include <vector>
 
 #include "bindings/ops.h"
 #include "bindings/tensor_view.h"
-#include "cpu/looped_blocks_backward.h"
+#include "cpu/looped_blocks/looped_blocks_backward.h"
 
 namespace py = pybind11;
 

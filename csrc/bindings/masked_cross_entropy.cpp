@@ -1,10 +1,10 @@
-#include "cpu/masked_cross_entropy.h"
+#include "cpu/head/masked_cross_entropy.h"
 
 #include <optional>
 
 #include "bindings/ops.h"
 #include "bindings/tensor_view.h"
-#include "cpu/head_logits_backward.h"
+#include "cpu/head/head_logits_backward.h"
 
 namespace py = pybind11;
 

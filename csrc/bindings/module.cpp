@@ -3,7 +3,7 @@
 
 #include "bindings/ops.h"
 #include "common/philox.h"
-#include "cpu/isa.h"
+#include "cpu/machine/isa.h"
 
 namespace py = pybind11;
 

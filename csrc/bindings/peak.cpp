@@ -1,4 +1,4 @@
-#include "cpu/peak.h"
+#include "cpu/vector/peak.h"
 
 #include <cmath>
 

@@ -1,4 +1,4 @@
-#include "cpu/sample_rows.h"
+#include "cpu/head/sample_rows.h"
 
 #include "bindings/head.h"
 #include "bindings/ops.h"

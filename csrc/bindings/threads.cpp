@@ -1,4 +1,4 @@
-#include "cpu/threads.h"
+#include "cpu/machine/threads.h"
 
 #include <pybind11/stl.h>
 

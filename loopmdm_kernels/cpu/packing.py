@@ -48,7 +48,7 @@ def clear() -> None:
 def packed_linear(
     weight: Tensor, *, narrow: bool, heads: int = 0, parts: int = 1, transposed: bool = False
 ) -> Tensor:
-    """The weight [N, K] as 32-bit words in panels; see `csrc/cpu/linear.h`. Not to be written to.
+    """The weight [N, K] as 32-bit words in panels; see `csrc/cpu/linear/linear.h`. Not to be written to.
 
     `heads` > 0: its rows are `parts` times `heads` heads. `transposed`: the panels of its transpose.
     A weight that is not contiguous is packed at each call.

@@ -11,7 +11,7 @@ import pytest
 from loopmdm_kernels import _C
 
 ROOT = Path(__file__).resolve().parents[2]
-ISA_SOURCE = ROOT / "csrc/cpu/sample_rows_isa.cpp"
+ISA_SOURCE = ROOT / "csrc/cpu/head/sample_rows_isa.cpp"
 
 
 def output_of(*command):
@@ -60,7 +60,7 @@ def test_generic_kernel_needs_only_the_base_instruction_set(tmp_path):
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_instruction_sets_share_no_function(isa):
     """Every symbol of a kernel object is local or in the namespace of its instruction set."""
-    objects = sorted(ROOT.glob(f"build/cmake.*/CMakeFiles/cpu_{isa}.dir/csrc/cpu/*.o"))
+    objects = sorted(ROOT.glob(f"build/cmake.*/CMakeFiles/cpu_{isa}.dir/csrc/cpu/*/*.o"))
     if not objects:
         pytest.skip("the objects of the build are not here")
     for path in objects:

@@ -1,5 +1,5 @@
 // The AMX level of the products and of attention as a library for test_amx.py, on emulated instructions.
-#include "cpu/attention_isa.cpp"
+#include "cpu/attention/attention_isa.cpp"
 
 namespace cpu = loopmdm::cpu;
 

@@ -1,0 +1,12 @@
+// Gradients of head_logits: those of masked_cross_entropy, where the logits' gradients are given.
+#pragma once
+
+#include "cpu/head/masked_cross_entropy.h"
+
+namespace loopmdm::cpu {
+
+// `problem` has no targets and excludes no token.
+void head_logits_backward(const MaskedCrossEntropyProblem& problem, const LogitGradients& given,
+                          const MaskedCrossEntropyGradients& out, Isa isa, int num_threads);
+
+}  // namespace loopmdm::cpu

@@ -1,0 +1,51 @@
+// sample_rows on the CPU: projects selected rows onto the vocabulary, tile by tile, and keeps of each row
+// only the winner of its race and its statistics. Weights pass through the cache once for many rows.
+//
+// A row's arithmetic does not depend on the rest of the call: a logit is one sum over D in order (tile.inl),
+// tiles are visited in order and chunks merged in order, whichever thread worked on them and whichever rows
+// came along.
+#pragma once
+
+#include <cstdint>
+
+#include "common/row_math.h"
+#include "cpu/head/head.h"
+#include "cpu/head/restricted_draw.h"
+#include "cpu/machine/isa.h"
+
+namespace loopmdm::cpu {
+
+struct SampleRowsProblem {
+  HeadProblem head;
+  const int64_t* sequence;  // [R]
+  const int64_t* step;      // [R]
+  const int64_t* position;  // [R]
+  int64_t excluded_token;   // -1: none
+  uint64_t seed;
+  float temperature;  // 0: greedy
+};
+
+struct SampleRowsOutput {
+  int64_t* token;
+  float* log_prob;
+  int64_t* top1_token;
+  float* top1_prob;
+  float* top2_prob;
+  float* entropy;
+};
+
+// The functions of one instruction set.
+struct SampleRowsKernel {
+  void (*prepare)(const HeadProblem&, int64_t begin, int64_t end, float* row, uint32_t* operands);
+  // Statistics of rows [begin, end), one batch, over one chunk of the vocabulary. `logits`: scratch
+  // [rows, kTileTokens]. `floors`: of each row, a score it is known to reach.
+  void (*scan)(const SampleRowsProblem&, int64_t begin, int64_t end, const uint32_t* operands, int64_t chunk,
+               float* logits, float* floors, RowStatistics* out);
+  // Winner of a row's race in double precision, -1 if there is none. `kept`: [V, up to whole tiles], -inf for
+  // tokens that may not be drawn.
+  int64_t (*race_among)(const RestrictedDrawProblem&, int64_t row, const float* kept);
+};
+
+void sample_rows(const SampleRowsProblem& problem, const SampleRowsOutput& out, Isa isa, int num_threads);
+
+}  // namespace loopmdm::cpu

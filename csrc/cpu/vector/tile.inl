@@ -1,0 +1,318 @@
+// Matrix products on register tiles, in terms of vec.h.
+//
+// Operands are 32-bit words along the summed dimension: one float (Wide), or a pair of bf16 (Narrow, where an
+// instruction multiplies them). The left operand is read word by word and broadcast; the right one lies in
+// panels [words][width], width at most kPanel columns, so that a tile reads it from front to back.
+// Every sum runs over the words in an order that depends on their number alone, whatever the shape of the
+// tile: results do not depend on how rows are grouped.
+
+#if defined(__AVX512F__)
+constexpr int kTileVecs = 4;
+#else
+constexpr int kTileVecs = 2;
+#endif
+constexpr int kPanel = kTileVecs * kLanes;
+constexpr int64_t kLineWords = 16;  // of a cache line
+
+inline Words load_words(const uint32_t* p) {
+  Words v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store_words(uint32_t* p, Words v) { __builtin_memcpy(p, &v, sizeof v); }
+
+struct Wide {
+  static constexpr int kPerWord = 1;
+  static Floats multiply_add(Words a, Words b, Floats sum) {
+    return fused_multiply_add(reinterpret_cast<Floats>(a), reinterpret_cast<Floats>(b), sum);
+  }
+  // 2 * kLanes values to as many words.
+  static void store(uint32_t* words, Floats first, Floats second) {
+    store_words(words, reinterpret_cast<Words>(first));
+    store_words(words + kLanes, reinterpret_cast<Words>(second));
+  }
+  static void load(const uint32_t* words, Floats& first, Floats& second) {
+    first = reinterpret_cast<Floats>(load_words(words));
+    second = reinterpret_cast<Floats>(load_words(words + kLanes));
+  }
+  // One row of words of a matrix whose rows are summed over: the value alone.
+  static Words zip(Floats row, Floats) { return reinterpret_cast<Words>(row); }
+};
+
+#if defined(__AVX512BF16__)
+struct Narrow {
+  static constexpr int kPerWord = 2;
+  static Floats multiply_add(Words a, Words b, Floats sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  static void store(uint32_t* words, Floats first, Floats second) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(second, first);
+    __builtin_memcpy(words, &pairs, sizeof pairs);
+  }
+  static void load(const uint32_t* words, Floats& first, Floats& second) {
+    first = widen(words);
+    second = widen(words + kLanes / 2);
+  }
+  // Two rows of a matrix whose rows are summed over, interleaved.
+  static Words zip(Floats even, Floats odd) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(odd, even);  // even in the low half
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
+                                           7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return reinterpret_cast<Words>(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(pairs)));
+  }
+};
+#else
+using Narrow = Wide;  // no such instruction: bf16 operands are widened and multiplied as floats
+#endif
+
+// The left operand: word k of row r is at[r * row + k * step].
+struct Left {
+  const uint32_t* at;
+  int64_t row;
+  int64_t step;
+};
+
+// Rows of a tile with `Vecs` vectors: as many sums as the registers hold, at least twelve in flight.
+template <int Vecs>
+constexpr int tile_rows() {
+#if defined(__AVX512F__)
+  return Vecs == 4 ? 6 : Vecs == 3 ? 8 : 12;
+#else
+  return Vecs == 2 ? 6 : 12;
+#endif
+}
+
+// With Ahead, asks for one cache line of `ahead` per word of the sum.
+template <class Operand, int Rows, int Vecs, bool Accumulate, bool Ahead = false>
+void tile(const Left& a, const uint32_t* b, int64_t words, float* c, int64_t c_row,
+          const uint32_t* ahead = nullptr) {
+  Floats sum[Rows][Vecs];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vecs; ++v) sum[r][v] = Floats{};
+  const uint32_t* left = a.at;
+  const int64_t row = a.row, step = a.step;
+  for (int64_t k = 0; k < words; ++k) {
+    if (Ahead) __builtin_prefetch(ahead + k * kLineWords, 0, 2);
+    Words right[Vecs];
+    for (int v = 0; v < Vecs; ++v) right[v] = load_words(b + v * kLanes);
+    for (int r = 0; r < Rows; ++r) {
+      const Words value = Words{} + left[r * row];
+      for (int v = 0; v < Vecs; ++v) sum[r][v] = Operand::multiply_add(value, right[v], sum[r][v]);
+    }
+    left += step;
+    b += Vecs * kLanes;
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vecs; ++v) {
+      float* at = c + r * c_row + v * kLanes;
+      store(at, Accumulate ? load(at) + sum[r][v] : sum[r][v]);
+    }
+}
+
+template <class Operand, int Vecs, bool Accumulate>
+void multiply_panel(Left a, int64_t rows, const uint32_t* b, int64_t words, float* c, int64_t c_row,
+                    bool streamed) {
+  constexpr int kRows = tile_rows<Vecs>();
+  const uint32_t* next = b + words * Vecs * kLanes;
+  const uint32_t* const last = streamed ? next + words * Vecs * kLanes : next;
+  for (; rows >= kRows; rows -= kRows) {
+    if (next < last)
+      tile<Operand, kRows, Vecs, Accumulate, true>(a, b, words, c, c_row, next);
+    else
+      tile<Operand, kRows, Vecs, Accumulate>(a, b, words, c, c_row);
+    next += words * kLineWords;
+    a.at += kRows * a.row;
+    c += kRows * c_row;
+  }
+  if constexpr (kRows > 6) {
+    if (rows >= 6) {
+      tile<Operand, 6, Vecs, Accumulate>(a, b, words, c, c_row);
+      a.at += 6 * a.row;
+      c += 6 * c_row;
+      rows -= 6;
+    }
+  }
+  switch (rows) {
+    case 1:
+      return tile<Operand, 1, Vecs, Accumulate>(a, b, words, c, c_row);
+    case 2:
+      return tile<Operand, 2, Vecs, Accumulate>(a, b, words, c, c_row);
+    case 3:
+      return tile<Operand, 3, Vecs, Accumulate>(a, b, words, c, c_row);
+    case 4:
+      return tile<Operand, 4, Vecs, Accumulate>(a, b, words, c, c_row);
+    case 5:
+      return tile<Operand, 5, Vecs, Accumulate>(a, b, words, c, c_row);
+  }
+}
+
+template <class Operand, bool Accumulate>
+void multiply_width(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t words, float* c,
+                    int64_t c_row, bool streamed) {
+  switch (width / kLanes) {
+    case 1:
+      return multiply_panel<Operand, 1, Accumulate>(a, rows, b, words, c, c_row, streamed);
+    case 2:
+      return multiply_panel<Operand, 2, Accumulate>(a, rows, b, words, c, c_row, streamed);
+#if defined(__AVX512F__)
+    case 3:
+      return multiply_panel<Operand, 3, Accumulate>(a, rows, b, words, c, c_row, streamed);
+    case 4:
+      return multiply_panel<Operand, 4, Accumulate>(a, rows, b, words, c, c_row, streamed);
+#endif
+  }
+}
+
+#if defined(__AMX_BF16__)
+#  include "cpu/vector/tile_amx.inl"
+constexpr int kRowsAtOnce = kTmmRows;
+#else
+// What the products of one call of a kernel share; nothing here.
+struct TileScope {
+  TileScope() {}
+};
+constexpr int kRowsAtOnce = tile_rows<kTileVecs>();
+#endif
+
+// c[rows, width] = or += a[rows, words] b[words, width]; width: a multiple of kLanes, at most kPanel. Rows
+// are best given kRowsAtOnce or more at a time. `streamed`: the next product reads as much as this one right
+// after b, which is not in the cache yet.
+template <class Operand>
+void multiply(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t words, float* c,
+              int64_t c_row, bool accumulate = false, bool streamed = false) {
+#if defined(__AMX_BF16__)
+  if (Operand::kPerWord == 2 && a.step == 1)
+    return multiply_tmm(a, rows, b, width, words, c, c_row, accumulate);
+#endif
+  if (accumulate)
+    multiply_width<Operand, true>(a, rows, b, width, words, c, c_row, streamed);
+  else
+    multiply_width<Operand, false>(a, rows, b, width, words, c, c_row, streamed);
+}
+
+// Words of the first `count` values of x; may read up to the next whole pair of vectors.
+template <class Operand>
+inline void store_row(const float* x, int64_t count, uint32_t* out) {
+  constexpr int64_t kStep = 2 * kLanes, kWords = kStep / Operand::kPerWord;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep, out += kWords)
+    Operand::store(out, load(x + i), load(x + i + kLanes));
+  if (i == count) return;
+  uint32_t words[kWords];
+  Operand::store(words, load(x + i), load(x + i + kLanes));
+  const int64_t left = (count - i + Operand::kPerWord - 1) / Operand::kPerWord;
+  __builtin_memcpy(out, words, static_cast<size_t>(left) * sizeof *words);
+}
+
+// 2 * kLanes values from words of which `left` are there, zero beyond them.
+template <class Operand>
+inline void load_some_words(const uint32_t* words, int64_t left, Floats& first, Floats& second) {
+  constexpr int64_t kWords = 2 * kLanes / Operand::kPerWord;
+  if (left >= kWords) return Operand::load(words, first, second);
+  uint32_t some[kWords] = {};
+  __builtin_memcpy(some, words, static_cast<size_t>(left) * sizeof *some);
+  Operand::load(some, first, second);
+}
+
+inline int panel_width(int64_t columns, int64_t first) {
+  return static_cast<int>(columns - first < kPanel ? columns - first : kPanel);
+}
+
+inline float value_of(const float* p) { return *p; }
+inline float value_of(const uint16_t* p) {
+  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// `count` values from p on, the rest of the vector zero.
+template <class Source>
+inline Floats load_some(const Source* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  float values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = value_of(p + i);
+  return load(values);
+}
+
+// A row of a left operand: the words of `count` values, with a zero after the last where it is half a word.
+template <class Operand, class Source>
+void pack_row(const Source* x, int64_t count, uint32_t* out) {
+  constexpr int64_t kStep = 2 * kLanes, kPer = Operand::kPerWord;
+  for (int64_t i = 0; i < count; i += kStep) {
+    if (i + kStep <= count) {
+      Operand::store(out + i / kPer, load(x + i), load(x + i + kLanes));
+      continue;
+    }
+    uint32_t words[kStep / kPer];
+    const int64_t left = count - i;
+    Operand::store(words, load_some(x + i, left), load_some(x + i + kLanes, left - kLanes));
+    __builtin_memcpy(out + i / kPer, words, static_cast<size_t>((left + kPer - 1) / kPer) * sizeof *words);
+  }
+}
+
+// kLanes words, of which `left` are there; the rest is zero.
+inline Words load_row_words(const uint32_t* from, int64_t left) {
+  if (left >= kLanes) return load_words(from);
+  uint32_t some[kLanes] = {};
+  __builtin_memcpy(some, from, static_cast<size_t>(left) * sizeof *some);
+  return load_words(some);
+}
+
+// kLanes columns of a right operand, of which `filled` are there and the rest are zeros. `load(j, k)`: kLanes
+// words of column j from word k on. Words [words][stride].
+template <class LoadWords>
+inline void pack_columns_of(int filled, int64_t words, int64_t stride, uint32_t* out, LoadWords&& load) {
+  for (int64_t k = 0; k < words; k += kLanes, out += kLanes * stride) {
+    const int64_t count = words - k < kLanes ? words - k : kLanes;
+    Words rows[kLanes];
+    if (filled == 1) {  // nothing to transpose
+      uint32_t column[kLanes];
+      store_words(column, load(0, k));
+      for (int i = 0; i < kLanes; ++i) rows[i] = Words{column[i]};
+    } else if (filled >= kLanes) {
+      for (int j = 0; j < kLanes; ++j) rows[j] = load(j, k);
+      transpose(rows);
+    } else {
+      for (int j = 0; j < kLanes; ++j) rows[j] = j < filled ? load(j, k) : Words{};
+      if (filled > 0) transpose(rows);
+    }
+    for (int64_t i = 0; i < count; ++i) store_words(out + i * stride, rows[i]);
+  }
+}
+
+// The same of columns of `depth` values each, `column` apart.
+template <class Operand, class Source>
+void pack_columns(const Source* x, int64_t column, int filled, int64_t depth, int64_t words, int64_t stride,
+                  uint32_t* out) {
+  constexpr int kPer = Operand::kPerWord;
+  pack_columns_of(filled, words, stride, out, [&](int j, int64_t k) {
+    const int64_t left = depth - k * kPer;
+    const Source* from = x + j * column + k * kPer;
+    const bool both = kPer == 2 && left > kLanes;
+    uint32_t to[2 * kLanes / kPer];
+    Operand::store(to, load_some(from, left), both ? load_some(from + kLanes, left - kLanes) : Floats{});
+    return load_words(to);
+  });
+}
+
+// A right operand whose summed dimension are the rows of x: [count][columns] with `row` between rows, columns
+// padded with zeros to `padded`. Panels [panel_words][width], of which `words` are written from `first_word`
+// on; rows beyond `count` are zero.
+template <class Operand, class Source>
+void pack_row_pairs(const Source* x, int64_t row, int64_t count, int64_t columns, int64_t padded,
+                    int64_t panel_words, int64_t first_word, int64_t words, uint32_t* out) {
+  for (int64_t column = 0; column < padded; column += kPanel) {
+    const int width = panel_width(padded, column);
+    uint32_t* at = out + column * panel_words + first_word * width;
+    for (int64_t word = 0; word < words; ++word, at += width)
+      for (int j = 0; j < width; j += kLanes) {
+        const int64_t r = word * Operand::kPerWord, left = columns - column - j;
+        const Source* from = x + r * row + column + j;
+        const Floats even = r < count ? load_some(from, left) : Floats{};
+        const Floats odd = r + 1 < count ? load_some(from + row, left) : Floats{};
+        store_words(at + j, Operand::zip(even, odd));
+      }
+  }
+}
