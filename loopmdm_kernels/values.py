@@ -7,7 +7,6 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-
 _CLOSE = 0.65  # of SequenceMatcher's ratio: two slips in a word of five letters are too many
 
 

@@ -27,7 +27,7 @@ def _empty_cache():
 
 
 def unpacked(packed, isa, columns, depth, *, narrow, heads=0, parts=1):
-    """[columns, depth] float32 from the layout described in csrc/cpu/linear/linear.h; the padding must be zero."""
+    """[columns, depth] float32 from the layout described in linear.h; the padding must be zero."""
     part_columns = columns // parts
     unit = part_columns // heads if heads else part_columns
     padding = LANES[isa] if heads else 2 * LANES[isa]
