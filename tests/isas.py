@@ -2,12 +2,17 @@
 
     python tests/isas.py [--write FILE] [--only MODE ...] [tests ...]
 
-The modes: AVX2 in all libraries at once; OpenBLAS (numpy's products) as on other processors; each instruction
-set of the CPU kernels. It prints one line a mode and fails if one fails. By default it runs the folders whose
-verdicts can depend on floating-point arithmetic of the processor. Left out are those that cannot: sudoku,
-data_text and schedule compute with integers or in Python, gpu_free and cuda compile or emulate device code,
-csrc and build test sources with flags of their own, view, bench, files, fuzz, checkpoint and cli have text,
-files and processes as results, and what stands beside the folders looks at documents.
+The modes, each with the folders whose verdicts can depend on it:
+
+- AVX2 in all libraries at once: whatever computes with floating-point numbers;
+- OpenBLAS as on other processors: what multiplies with numpy, such as interpreted Triton kernels;
+- each other instruction set of the CPU kernels, below what sits on them: tests/cpu and tests/triton run over
+  instruction sets by themselves, and the best one is what `make test` uses.
+
+Left out are tests that cannot depend on it: sudoku, data_text and schedule compute with integers or in
+Python, gpu_free and cuda compile or emulate device code, csrc and build test sources with flags of their own,
+view, bench, files, fuzz, checkpoint and cli have text, files and processes as results, and what stands beside
+the folders looks at documents.
 
 A mode has a cache of its own for torch.compile: its code is kept by source, and code for AVX-512 that is
 found again where torch works with AVX2 ends in NaN or in a crash.
@@ -23,11 +28,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from loopmdm_kernels import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ["cpu", "ops", "triton", "mdlm", "loopmdm", "sampling", "study", "train", "quality", "tools"]
+ON_KERNELS = ["ops", "mdlm", "loopmdm", "sampling", "study", "train", "quality", "tools"]
+WITH_NUMPY = ["ops", "triton", "loopmdm", "study", "train"]
+ALL = ["cpu", "triton", *ON_KERNELS]
 VARIABLES = (
     "LOOPMDM_CPU_ISA",
     "ATEN_CPU_CAPABILITY",
@@ -38,16 +46,20 @@ VARIABLES = (
 AVX2 = dict(zip(VARIABLES, ("avx2", "avx2", "AVX2", "AVX2"), strict=False))
 
 
-def modes() -> dict[str, dict[str, str]]:
-    """The environment of each mode, beside which none of VARIABLES is set."""
+class Mode(NamedTuple):
+    variables: dict[str, str]  # beside which none of VARIABLES is set
+    folders: list[str]
+
+
+def modes() -> dict[str, Mode]:
     isas = _C.usable_cpu_isas().split(", ")
-    emulated = {"avx2 everywhere": AVX2} if "avx2" in isas else {}
-    blas = {
-        f"OPENBLAS_CORETYPE={name}": {"OPENBLAS_CORETYPE": name} for name in ("Haswell", "Zen", "SkylakeX")
-    }
-    if "avx512" not in isas:
-        del blas["OPENBLAS_CORETYPE=SkylakeX"]
-    return emulated | blas | {f"LOOPMDM_CPU_ISA={isa}": {"LOOPMDM_CPU_ISA": isa} for isa in isas}
+    found = {"avx2 everywhere": Mode(AVX2, ALL)} if "avx2" in isas else {}
+    for core in ("Haswell", "Zen", *(["SkylakeX"] if "avx512" in isas else [])):
+        found[f"OPENBLAS_CORETYPE={core}"] = Mode({"OPENBLAS_CORETYPE": core}, WITH_NUMPY)
+    for isa in isas:
+        if isa != _C.cpu_isa():
+            found[f"LOOPMDM_CPU_ISA={isa}"] = Mode({"LOOPMDM_CPU_ISA": isa}, ON_KERNELS)
+    return found
 
 
 def run(mode: str, variables: dict[str, str], tests: list[str], jobs: int) -> tuple[bool, str]:
@@ -77,20 +89,30 @@ def run(mode: str, variables: dict[str, str], tests: list[str], jobs: int) -> tu
     return done.returncode == 0, "\n".join([status, *names])
 
 
+def heading() -> str:
+    """What the verdicts are of."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return f"{time.strftime('%Y-%m-%d')}, commit {commit or '?'}, a machine with {_C.usable_cpu_isas()}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tests", nargs="*", default=[f"tests/{name}" for name in FOLDERS])
+    parser.add_argument("tests", nargs="*", help="instead of a mode's folders")
     parser.add_argument("--only", nargs="+", choices=modes(), metavar="MODE", help=", ".join(modes()))
     parser.add_argument("--jobs", type=int, default=1, help="test processes of a mode")
     parser.add_argument("--write", type=Path, help="also write what is printed to this file")
     arguments = parser.parse_args()
-    lines, good = [], True
-    for mode, variables in modes().items():
-        if arguments.only and mode not in arguments.only:
+    lines, good = [heading()], True
+    print(lines[0], flush=True)
+    for name, mode in modes().items():
+        if arguments.only and name not in arguments.only:
             continue
-        passed, line = run(mode, variables, arguments.tests, arguments.jobs)
+        tests = arguments.tests or [f"tests/{folder}" for folder in mode.folders]
+        passed, line = run(name, mode.variables, tests, arguments.jobs)
         print(line, flush=True)
         good &= passed
         lines.append(line)
