@@ -11,6 +11,7 @@ import loopmdm_kernels as lk
 from loopmdm_kernels import _C, reference
 from loopmdm_kernels.cpu.attention import attention, supports
 from loopmdm_kernels.testing import assert_matches_oracle
+from loopmdm_kernels.testing.tolerance import luck_factor
 from loopmdm_kernels.types import Rotary
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -46,6 +47,7 @@ NAMES = ("out", "q", "k", "v")
 
 
 def check(dtype, batch, heads, length, head_dim, *, scale=1.0, names=NAMES, **options):
+    """By the tolerance rule, whose luck counts queries: the numbers of one share the errors of its scores."""
     qkv = (normal(batch, length, 3, heads, head_dim) * scale).to(dtype)
     grad = normal(batch, length, heads, head_dim, seed=2).to(dtype)
     results = [
@@ -58,7 +60,8 @@ def check(dtype, batch, heads, length, head_dim, *, scale=1.0, names=NAMES, **op
     ]
     for name, out, baseline, oracle in zip(NAMES, *results, strict=True):
         if name in names:
-            assert_matches_oracle(out, baseline, oracle, name=name)
+            factor = luck_factor(batch * heads * length)
+            assert_matches_oracle(out, baseline, oracle, name=name, factor=factor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
