@@ -6,8 +6,9 @@ The modes, each with the folders whose verdicts can depend on it:
 
 - AVX2 in all libraries at once: whatever computes with floating-point numbers;
 - OpenBLAS as on other processors: what multiplies with numpy, such as interpreted Triton kernels;
-- each other instruction set of the CPU kernels, below what sits on them: tests/cpu and tests/triton run over
-  instruction sets by themselves, and the best one is what `make test` uses.
+- each other instruction set of the CPU kernels below what sits on them; without vectors, which takes many
+  times as long, below the ops and MDLM's model alone. tests/cpu runs over instruction sets by itself, AVX2 has
+  the first mode, and the best one is what `make test` uses.
 
 Left out are tests that cannot depend on it: sudoku, data_text and schedule compute with integers or in
 Python, gpu_free and cuda compile or emulate device code, csrc and build test sources with flags of their own,
@@ -34,6 +35,7 @@ from loopmdm_kernels import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_KERNELS = ["ops", "mdlm", "loopmdm", "sampling", "study", "train", "quality", "tools"]
+WITHOUT_VECTORS = ["ops", "mdlm"]
 WITH_NUMPY = ["ops", "triton", "loopmdm", "study", "train"]
 ALL = ["cpu", "triton", *ON_KERNELS]
 VARIABLES = (
@@ -57,8 +59,9 @@ def modes() -> dict[str, Mode]:
     for core in ("Haswell", "Zen", *(["SkylakeX"] if "avx512" in isas else [])):
         found[f"OPENBLAS_CORETYPE={core}"] = Mode({"OPENBLAS_CORETYPE": core}, WITH_NUMPY)
     for isa in isas:
-        if isa != _C.cpu_isa():
-            found[f"LOOPMDM_CPU_ISA={isa}"] = Mode({"LOOPMDM_CPU_ISA": isa}, ON_KERNELS)
+        if isa not in ("avx2", _C.cpu_isa()):
+            folders = WITHOUT_VECTORS if isa == "generic" else ON_KERNELS
+            found[f"LOOPMDM_CPU_ISA={isa}"] = Mode({"LOOPMDM_CPU_ISA": isa}, folders)
     return found
 
 
