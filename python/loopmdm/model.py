@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loopmdm import diffusion, draws, vocabulary
+from loopmdm import diffusion, draws, inputs, vocabulary
 from loopmdm.config import LoopMDMConfig
 from loopmdm.cut import named, say, why_global
 from loopmdm.exits import ExitRule, run_with_exit
@@ -33,9 +33,6 @@ T = TypeVar("T")
 _NOTHING: dict[int, dict[Any, Any]] = {}
 # What is kept of each model by id; of a context, so that threads do not end each other's.
 _FROZEN: ContextVar[dict[int, dict[Any, Any]]] = ContextVar("frozen")
-
-
-IGNORED_LABEL = -100  # transformers' and PyTorch's mark of a label that does not count
 
 
 class LossOutput(NamedTuple):
@@ -200,7 +197,7 @@ class LoopMDM(nn.Module):
         dropout_seed: int | Tensor | None = None,
     ) -> Stages:
         """One forward pass of input_ids [B, L] cut at the loop, to be run and looked at stage by stage."""
-        self._check_input(input_ids, sigma, attention_mask)
+        inputs.check(input_ids, sigma, attention_mask, self.config, self.device)
         return Stages(self, input_ids, sigma, attention_mask, dropout_seed)
 
     def hidden(
@@ -292,20 +289,8 @@ class LoopMDM(nn.Module):
             raise ValueError(
                 "timesteps: given with labels; expected None, since the loss draws its own times"
             )
-        self._check_input(input_ids, None, attention_mask)
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels: got {type(labels).__name__}, expected an int64 tensor [B, L]")
-        if labels.shape != input_ids.shape or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, "
-                f"expected int64 of shape {tuple(input_ids.shape)}"
-            )
-        given = labels == IGNORED_LABEL
-        if can_read(labels) and not bool((given | (labels == input_ids)).all()):
-            raise ValueError(
-                f"labels: differ from input_ids where they are not {IGNORED_LABEL}; expected the same clean "
-                "tokens in both: the loss masks them itself (DataCollatorForLanguageModeling: mlm=False)"
-            )
+        inputs.check(input_ids, None, attention_mask, self.config, self.device)
+        given = inputs.given_by_labels(labels, input_ids)
         return self.loss(input_ids, attention_mask, num_loops, prompt_mask=given)
 
     def default_loops(self, seed: int | None = None) -> int | Tensor:
@@ -347,7 +332,7 @@ class LoopMDM(nn.Module):
             ValueError: on ids out of range, the mask token in `input_ids`, or no token to count.
         """
         check_averaged(self)
-        self._check_input(input_ids, None, attention_mask)
+        inputs.check(input_ids, None, attention_mask, self.config, self.device)
         seed = None if seed is None else checks.seed("seed", seed)
         readable = not (traced(input_ids) or transformed())
         if readable and bool((input_ids == self.config.mask_token_id).any()):
@@ -396,40 +381,6 @@ class LoopMDM(nn.Module):
         if num_loops is None:
             self._say_if_trained(nll_sum)
         return LossOutput(nll_sum / num_tokens, nll_sum.detach(), num_tokens, t, loops)
-
-    def _check_input(self, input_ids: Tensor, sigma: Tensor | None, attention_mask: Tensor | None) -> None:
-        cfg = self.config
-        if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.int64:
-            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise TypeError(f"input_ids: got {got}, expected an int64 tensor")
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, L], not empty")
-        if self.device.type == "meta" and not input_ids.is_meta:
-            raise ValueError(
-                "model: its weights are on the meta device: not loaded yet, or offloaded by accelerate, "
-                "which brings a layer's weights when its forward is called; load the model whole"
-            )
-        if input_ids.device != self.device:
-            raise ValueError(f"input_ids: on {input_ids.device}, but the model is on {self.device}")
-        if input_ids.shape[1] > cfg.max_length:
-            raise ValueError(f"input_ids: length {input_ids.shape[1]} is beyond max_length {cfg.max_length}")
-        if attention_mask is not None and not isinstance(attention_mask, Tensor):
-            raise TypeError(f"attention_mask: got {type(attention_mask).__name__}, expected a tensor [B, L]")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask: got shape {tuple(attention_mask.shape)}, expected {tuple(input_ids.shape)}"
-            )
-        if sigma is not None and not isinstance(sigma, Tensor):
-            raise TypeError(
-                f"timesteps: got {type(sigma).__name__}, expected a tensor of noise levels [{len(input_ids)}]"
-            )
-        if sigma is not None and sigma.shape != input_ids.shape[:1]:
-            raise ValueError(f"timesteps: got shape {tuple(sigma.shape)}, expected [{input_ids.shape[0]}]")
-        if not can_read(input_ids):
-            return
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= cfg.vocab_size:
-            raise ValueError(f"input_ids: got ids in {low}..{high}, expected 0..{cfg.vocab_size - 1}")
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into the folder `path`, each one whole or not at all."""

@@ -100,34 +100,15 @@ def same_weights(loaded, model):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_lightning(model, tmp_path, seen, precision):
     """bf16-true makes the parameters and the default dtype bf16: angles, times and losses stay in fp32."""
-    lightning = pytest.importorskip("lightning")
 
-    class Training(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = model.train()
-
-        def training_step(self, batch, index):
-            assert (torch.get_default_dtype() == torch.bfloat16) == (precision == "bf16-true")
-            out = self.model(**batch)
-            assert out.loss.dtype == out.t.dtype == torch.float32 and 0 < out.loss < 20
-            return out.loss
-
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+    def step(batch):
+        assert (torch.get_default_dtype() == torch.bfloat16) == (precision == "bf16-true")
+        out = model(**batch)
+        assert out.loss.dtype == out.t.dtype == torch.float32 and 0 < out.loss < 20
+        return out.loss
 
     before = copy.deepcopy(model.state_dict())
-    trainer = lightning.Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        precision=precision,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(Training(), DataLoader(Texts(), batch_size=4))
+    trainer = fit_in(tmp_path, model.train(), step, precision=precision)
     narrow = torch.bfloat16 if precision == "bf16-true" else torch.float32
     assert all(p.dtype == narrow for p in model.parameters()) and torch.get_default_dtype() == torch.float32
     after = {name: value.float() for name, value in model.state_dict().items()}
@@ -137,7 +118,7 @@ def test_lightning(model, tmp_path, seen, precision):
     same_weights(LoopMDM.from_pretrained(tmp_path / "model"), model.float())
 
 
-def fit_in(tmp_path, network, step):
+def fit_in(tmp_path, network, step, **options):
     lightning = pytest.importorskip("lightning")
 
     class Training(lightning.LightningModule):
@@ -159,8 +140,10 @@ def fit_in(tmp_path, network, step):
         enable_model_summary=False,
         enable_checkpointing=False,
         default_root_dir=tmp_path,
+        **options,
     )
     trainer.fit(Training(), DataLoader(Texts(), batch_size=4))
+    return trainer
 
 
 @pytest.fixture
