@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -270,6 +271,7 @@ def test_names_of_rules():
         (lambda: HiddenChange(0.1, positions="some"), ValueError, "positions"),
         (lambda: ArgmaxStable(0), ValueError, "patience must be at least 1"),
         (lambda: ArgmaxStable(1.5), TypeError, "patience"),
+        (lambda: ArgmaxStable(True), TypeError, "patience"),
         (lambda: ExitGate((1.0,)), ValueError, "weights must be 3 finite numbers"),
         (lambda: ExitGate((1.0, math.nan, 0.0)), ValueError, "weights"),
         (lambda: ExitGate((1.0, 1.0, 0.0), probability=2), ValueError, "probability"),
@@ -297,3 +299,9 @@ def test_bad_rules_are_named(make, error, message):
 def test_bad_options_are_named(model, options, error, message):
     with pytest.raises(error, match=message):
         model.hidden(**inputs(model), num_loops=4, **options)
+
+
+def test_patience_may_be_numpys():
+    rule = ArgmaxStable(np.int64(2))
+    assert rule == ArgmaxStable(2) and type(rule.patience) is int
+    assert ExitRule.from_dict(rule.to_dict()) == rule

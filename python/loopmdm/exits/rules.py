@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loopmdm.exits.judges import ArgmaxJudge, ChangeJudge, Judge, OutputJudge
 from loopmdm.stages import Stages
-from loopmdm_kernels.values import meant, real
+from loopmdm_kernels.values import meant, real, whole
 
 LEAST_CHANGE = 1e-12  # of a change whose logarithm is taken
 
@@ -176,10 +176,12 @@ class ArgmaxStable(ExitRule):
     kind: ClassVar[str] = "argmax"
 
     def __post_init__(self) -> None:
-        if isinstance(self.patience, bool) or not isinstance(self.patience, int):
+        patience = whole(self.patience)
+        if patience is None:
             raise TypeError(f"patience must be an int, got {self.patience!r}")
-        if self.patience < 1:
-            raise ValueError(f"patience must be at least 1, got {self.patience}")
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        object.__setattr__(self, "patience", patience)
 
     @property
     def lookback(self) -> int:
