@@ -14,7 +14,11 @@ from typing import Any
 from loopmdm_kernels.files import write_file
 
 RESULTS = Path(__file__).parent / "results"
-SPEED = {"Zen 5": "2026-11-24-cpu-zen5.json", "Zen 4": "2026-11-24-cpu-zen4.json"}
+SPEED = {
+    "Zen 5": "2026-11-24-cpu-zen5.json",
+    "Zen 5, the head's ops again": "2026-11-29-cpu-zen5-head.json",
+    "Zen 4": "2026-11-24-cpu-zen4.json",
+}
 SAMPLING = {
     "Zen 5": "2026-11-24-cpu-zen5-sampling.json",
     "Ice Lake, no bf16 instructions": "2026-11-24-cpu-sampling.json",
@@ -41,6 +45,10 @@ CASES = {
     "test_attention[512x81x32-forward-backward]": "the same with its gradients",
     "test_masked_cross_entropy[bf16-parameters]": "`masked_cross_entropy` with gradients, 512 rows, V 50258",
     "test_masked_cross_entropy[fp32-parameters]": "the same, parameters in fp32",
+    "test_head_logits[bf16-forward]": "`head_logits`, 512 rows, V 50258",
+    "test_head_logits[bf16-forward-backward]": "the same with its gradients",
+    "test_head_logits[fp32-forward]": "`head_logits` in fp32",
+    "test_head_logits[fp32-forward-backward]": "the same with its gradients",
     "test_sample_rows[R1]": "`sample_rows`, 1 row, V 50258",
     "test_sample_rows[R16]": "the same, 16 rows",
     "test_sample_rows[R256]": "the same, 256 rows",
@@ -92,6 +100,8 @@ def speed(machine: str, name: str) -> list[str]:
     figures = load(name)["figures"]
     rows = []
     for case, title in CASES.items():
+        if case not in figures:
+            continue
         result = figures[case]
         times, peer = result["milliseconds"], result["best_peer"]
         share = "" if case in BOUND_BY_MEMORY else f"{100 * result['share_of_peak']:.0f} %"
