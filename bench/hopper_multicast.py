@@ -1,6 +1,7 @@
 """Bytes a second that reach the SMs from L2 when blocks of a cluster load the same rows: alone, or for all.
 
-A phase of bench.gpu_hopper. It decides whether the kernel's ring should load by multicast: docs/kernels.md.
+A phase of bench.gpu_hopper. It decides whether the kernel's ring should load by multicast, see
+docs/kernels/looped_blocks.md.
 """
 
 from __future__ import annotations

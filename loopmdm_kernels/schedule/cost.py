@@ -23,7 +23,7 @@ ENOUGH_STAGES = 3  # with two a load has only one step of arithmetic to hide beh
 RESIDENT_STAGES = 4  # of the ring, beside weights that stay in shared memory
 COUNTER_BYTES = 1_024  # room for the counters of a cluster in the shared memory of one block
 ROW_TILES = (64, 128)
-COLUMN_TILES = (64, 128)  # with sums of 96 or 192 columns the registers do not suffice: docs/kernels.md
+COLUMN_TILES = (64, 128)  # 96 or 192 want more registers than there are: docs/kernels/looped_blocks.md
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
 # Share of the time that a split may take, which costs traffic in every batch and may gain in none, and a
 # cluster, which leaves most of the device alone.
@@ -32,7 +32,7 @@ Columns = tuple[list[int], list[int], list[int]]
 
 
 class Device(NamedTuple):
-    """What a GPU can do, per second and byte. Defaults: H200, as assumed in docs/kernels.md."""
+    """What a GPU can do, per second and byte. Defaults: H200, as assumed in docs/kernels/looped_blocks.md."""
 
     sms: int = 132
     product_flops: float = 700e12

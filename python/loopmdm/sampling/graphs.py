@@ -1,7 +1,7 @@
 """Network calls as CUDA graphs: one graph is a whole call, from token ids to the drawn tokens.
 
 What differs from step to step lies in buffers whose addresses do not change; batch and rows are padded to a
-few sizes, so that a run needs few graphs. See docs/kernels.md.
+few sizes, so that a run needs few graphs. See docs/kernels/machinery.md.
 """
 
 from __future__ import annotations
