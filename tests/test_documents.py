@@ -58,7 +58,7 @@ def test_code_runs(name, code, names, capsys):
 
 def test_there_is_what_is_looked_for():
     assert sum(name == "README.md" for name, _ in COMMANDS) >= 6
-    assert {"README.md", "docs/studies.md"} <= {name for name, _ in COMMANDS}
+    assert {"README.md", "docs/studies/scaling/README.md"} <= {name for name, _ in COMMANDS}
     assert len(LINKS) > 20
 
 
