@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.cuda.launch import MAP, Kernel, address, launch, multiprocessors, set_map, structure
+from loopmdm_kernels.cuda.launch import Kernel, launch, multiprocessors, set_map
+from loopmdm_kernels.cuda.parameters import address, structure
 from loopmdm_kernels.cuda.tensor_maps import layout
 from loopmdm_kernels.types import Head
 
@@ -23,22 +24,9 @@ _ROW_BLOCK = ROW_THREADS // 32  # a warp a row
 
 MODULATED_ROWS = Kernel("head/modulated_rows_sm90.cu", ROW_THREADS)
 
-Problem = structure(
-    "Problem",
-    rows=MAP,
-    weight=MAP,
-    bias=ctypes.c_void_p,
-    **dict.fromkeys(
-        ("tiles", "num_rows", "vocab_size", "excluded_token", "row_tiles", "column_tiles", "steps"),
-        ctypes.c_int32,
-    ),
-)
-ModulatedRows = structure(
-    "ModulatedRows",
-    **dict.fromkeys(("hidden", "rows", "norm", "modulation"), ctypes.c_void_p),
-    **dict.fromkeys(("num_rows", "size", "length", "modulation_stride"), ctypes.c_int32),
-)
-ModulatedRowsParameters = structure("ModulatedRowsParameters", source=ModulatedRows, out=ctypes.c_void_p)
+Problem = structure("head/vocabulary_sm90.cuh", "LogitsProblem")
+ModulatedRows = structure("head/modulated_row_sm90.cuh", "ModulatedRows")
+ModulatedRowsParameters = structure(MODULATED_ROWS.source, "ModulatedRowsParameters")
 
 
 def why_not(hidden: Tensor, head: Head, compute_dtype: torch.dtype | None) -> str | None:

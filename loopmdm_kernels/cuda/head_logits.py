@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.cuda.head import Operands, Problem, why_not
-from loopmdm_kernels.cuda.launch import structure
+from loopmdm_kernels.cuda.head import Operands, why_not
+from loopmdm_kernels.cuda.parameters import structure
 from loopmdm_kernels.types import Head
 
 SOURCE = "head/head_logits_sm90.cu"
-Parameters = structure("Parameters", problem=Problem, out=ctypes.c_void_p)
+Parameters = structure(SOURCE, "HeadLogitsParameters")
 _ROWS = 1024  # whose logits are in fp32 at a time
 
 

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from loopmdm_kernels.cuda import driver, tensor_maps
 from loopmdm_kernels.cuda.compiler import compile_kernel, limited
 
 ARCHITECTURE = "sm_90a"  # of the kernels launched here
 PORTABLE_CLUSTER = 8  # blocks; larger ones must be asked for
-MAP = ctypes.c_uint8 * 128  # a TMA map
-_MAP_ALIGNMENT = 64
 _captured: list[Any] = []
 
 
@@ -66,23 +63,8 @@ def keep_for_graphs(*read: Any) -> None:
         _captured.append(read)
 
 
-def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
-    """Parameters of a kernel, field for field; padded where maps make the kernel's alignment 64."""
-    listed = list(fields.items())
-    result: type[ctypes.Structure] = type(name, (ctypes.Structure,), {"_fields_": listed})
-    if any(kind is MAP or getattr(kind, "has_maps", False) for kind in fields.values()):
-        padding = -ctypes.sizeof(result) % _MAP_ALIGNMENT
-        listed += [("padding", ctypes.c_uint8 * padding)] if padding else []
-        result = type(name, (ctypes.Structure,), {"_fields_": listed, "has_maps": True})
-    return result
-
-
 def set_map(parameters: ctypes.Structure, name: str, layout: tensor_maps.Layout) -> None:
     getattr(parameters, name)[:] = tensor_maps.encode(layout)
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,18 +12,11 @@ from torch import Tensor
 
 from loopmdm_kernels.cuda import driver, tensor_maps
 from loopmdm_kernels.cuda.compiler import limited
-from loopmdm_kernels.cuda.launch import keep_for_graphs, loaded
+from loopmdm_kernels.cuda.launch import keep_for_graphs, loaded, set_map
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients
-from loopmdm_kernels.cuda.parameters import (
-    MAPS,
-    POINTERS,
-    WEIGHTS,
-    Parameters,
-    ParametersWithMaps,
-    defines,
-)
+from loopmdm_kernels.cuda.parameters import MAP, address, defines, fields
 from loopmdm_kernels.cuda.targets import Target, target_of
-from loopmdm_kernels.cuda.weights import PackedWeights, packed
+from loopmdm_kernels.cuda.weights import MATRICES, PackedWeights, packed
 from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose, device_of, measured
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.tracing import once_differentiable
@@ -160,9 +154,9 @@ def run_forward(
             table, x, weights, modulation, num_loops, rotary, key_mask, counters, keep=keep
         )
         parameters = pack_parameters(target, table, buffers, weights, words, exit_threshold)
-        if isinstance(parameters, ParametersWithMaps):
+        if fields(target.parameters, MAP):
             for name, described in map_layouts(shape, plan, buffers, weights).items():
-                parameters.set_map(name, tensor_maps.encode(described))
+                set_map(parameters, name, described)
         driver.set_aside_l2(device)
         kept = driver.l2_window(weights.buffer.data_ptr(), 2 * weights.buffer.numel(), limits)
         stream = torch.cuda.current_stream(x.device).cuda_stream
@@ -312,8 +306,8 @@ def map_layouts(
     # A small head is a panel of its own.
     row_bytes = {"qkv": min(tensor_maps.SWIZZLE_BYTES, 2 * shape.head_dim)}
     return {
-        name: tensor_maps.layout(*boxes[name], row_bytes.get(name, tensor_maps.SWIZZLE_BYTES))
-        for name in MAPS
+        name: tensor_maps.layout(*box, row_bytes.get(name, tensor_maps.SWIZZLE_BYTES))
+        for name, box in boxes.items()
     }
 
 
@@ -324,13 +318,11 @@ def pack_parameters(
     weights: PackedWeights,
     words: Tensor,
     exit_threshold: float | None,
-) -> Parameters:
+) -> ctypes.Structure:
     """All but the maps."""
     shape = table.shape
     result = target.parameters(
-        enter=len(table.enter),
-        loop=len(table.loop),
-        leave=len(table.leave),
+        size=(len(table.enter), len(table.loop), len(table.leave)),
         batch=shape.batch,
         length=shape.length,
         row_tiles=table.row_tiles,
@@ -342,13 +334,10 @@ def pack_parameters(
     )
     addresses: dict[str, Tensor | None] = {
         **buffers._asdict(),
+        **{f"{name}_weight": getattr(weights, name) for name in MATRICES},
         "table": words,
         "max_loops": buffers.stop[shape.batch :],
     }
-    for name in POINTERS:
-        tensor = addresses[name]
-        setattr(result, name, None if tensor is None else tensor.data_ptr())
-    if not isinstance(result, ParametersWithMaps):
-        for name in WEIGHTS:
-            setattr(result, name, getattr(weights, name.removesuffix("_weight")).data_ptr())
+    for name in fields(target.parameters, ctypes.c_void_p):
+        setattr(result, name, address(addresses[name]))
     return result

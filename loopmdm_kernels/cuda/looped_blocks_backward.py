@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -10,18 +11,11 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.cuda import driver, tensor_maps
-from loopmdm_kernels.cuda.backward_parameters import (
-    MAPS,
-    OPERANDS,
-    POINTERS,
-    WEIGHTS,
-    BackwardParameters,
-    backward_defines,
-)
 from loopmdm_kernels.cuda.compiler import compile_kernel, limited
-from loopmdm_kernels.cuda.launch import keep_for_graphs
+from loopmdm_kernels.cuda.launch import keep_for_graphs, set_map
+from loopmdm_kernels.cuda.parameters import MAP, address, backward_defines, fields, structure
 from loopmdm_kernels.cuda.targets import SM90
-from loopmdm_kernels.cuda.weights import PackedWeights
+from loopmdm_kernels.cuda.weights import MATRICES, PackedWeights
 from loopmdm_kernels.schedule import BlockShape, device_of, measured
 from loopmdm_kernels.schedule.backward import (
     BackwardPlan,
@@ -74,7 +68,7 @@ def gradients(
         buffers = BackwardBuffers.allocate(table, kept, grad, counters)
         parameters = pack_parameters(table, buffers, words)
         for name, described in map_layouts(buffers, kept.weights).items():
-            parameters.set_map(name, tensor_maps.encode(described))
+            set_map(parameters, name, described)
         limits = driver.facts(device)
         driver.set_aside_l2(device)
         window = driver.l2_window(kept.weights.buffer.data_ptr(), 2 * kept.weights.buffer.numel(), limits)
@@ -194,7 +188,7 @@ class BackwardBuffers(NamedTuple):
             counters=counters.clone(),
             stop=kept.stop,
             **records,
-            **{f"of_{name}_weight": zeros(*getattr(kept.weights, name).shape) for name in WEIGHTS},
+            **{f"of_{name}_weight": zeros(*getattr(kept.weights, name).shape) for name in MATRICES},
         )
 
     def row_sums(self) -> RowSums:
@@ -206,15 +200,25 @@ class BackwardBuffers(NamedTuple):
 
 def map_layouts(buffers: BackwardBuffers, weights: PackedWeights) -> dict[str, tensor_maps.Layout]:
     """Tensors of the kernel's maps; all boxes are 64 by 64."""
-    tensors = {name: getattr(buffers, f"{name}_values").flatten(0, 1) for name in OPERANDS}
-    tensors |= {f"{name}_weight": getattr(weights, name) for name in WEIGHTS}
-    return {name: tensor_maps.layout(tensors[name], _BOX) for name in MAPS}
+
+    def tensor(name: str) -> Tensor:
+        if name.endswith("_weight"):
+            found: Tensor = getattr(weights, name.removesuffix("_weight"))
+            return found
+        values: Tensor = getattr(buffers, f"{name}_values")
+        return values.flatten(0, 1)
+
+    return {name: tensor_maps.layout(tensor(name), _BOX) for name in fields(parameters_of_kernel(), MAP)}
 
 
-def pack_parameters(table: BackwardTable, buffers: BackwardBuffers, words: Tensor) -> BackwardParameters:
+def parameters_of_kernel() -> type[ctypes.Structure]:
+    return structure("looped_blocks/backward_config_sm90.cuh", "Parameters")
+
+
+def pack_parameters(table: BackwardTable, buffers: BackwardBuffers, words: Tensor) -> ctypes.Structure:
     """All but the maps."""
     shape = table.shape
-    result = BackwardParameters(
+    result = parameters_of_kernel()(
         instructions=len(table.loop),
         batch=shape.batch,
         length=shape.length,
@@ -226,7 +230,6 @@ def pack_parameters(table: BackwardTable, buffers: BackwardBuffers, words: Tenso
         "table": words,
         "max_loops": buffers.stop[shape.batch :],
     }
-    for name in POINTERS:
-        tensor = addresses[name]
-        setattr(result, name, None if tensor is None else tensor.data_ptr())
+    for name in fields(parameters_of_kernel(), ctypes.c_void_p):
+        setattr(result, name, address(addresses[name]))
     return result

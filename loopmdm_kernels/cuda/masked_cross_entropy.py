@@ -7,7 +7,6 @@ only a row that is listed twice adds to the stream's gradient with atomics.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -16,15 +15,14 @@ from torch import Tensor
 from loopmdm_kernels.cuda.head import (
     CHUNK,
     ROW_THREADS,
-    ModulatedRows,
     Operands,
-    Problem,
     ceil_div,
     pointers,
     why_not,
     with_logits,
 )
-from loopmdm_kernels.cuda.launch import MAP, Kernel, launch, multiprocessors, set_map, structure
+from loopmdm_kernels.cuda.launch import Kernel, launch, multiprocessors, set_map
+from loopmdm_kernels.cuda.parameters import structure
 from loopmdm_kernels.cuda.tensor_maps import layout
 from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.types import Head
@@ -45,36 +43,11 @@ _PART = 32  # rows of a block on the way back through the norm
 ROWS_BACKWARD = Kernel("head/modulated_rows_backward_sm90.cu", ROW_THREADS, 16 * _PART)
 _GROUP_ELEMENTS = 1 << 28  # of logit gradients in memory at a time
 
-ForwardParameters = structure(
-    "ForwardParameters",
-    problem=Problem,
-    **dict.fromkeys(("targets", "rows", "records", "target_logit"), ctypes.c_void_p),
-)
-CombineParameters = structure(
-    "CombineParameters",
-    **dict.fromkeys(("records", "target_logit", "nll", "top", "log_total"), ctypes.c_void_p),
-    **dict.fromkeys(("num_rows", "chunks"), ctypes.c_int32),
-)
-BackwardParameters = structure(
-    "BackwardParameters",
-    problem=Problem,
-    **dict.fromkeys(("targets", "rows", "top", "log_total", "upstream", "gradients"), ctypes.c_void_p),
-    pitch=ctypes.c_int64,
-)
-ProductParameters = structure(
-    "ProductParameters",
-    left=MAP,
-    right=MAP,
-    out=ctypes.c_void_p,
-    bias_parts=ctypes.c_void_p,
-    **dict.fromkeys(("tiles", "rows", "columns", "column_tiles", "steps", "accumulate"), ctypes.c_int32),
-)
-RowsBackwardParameters = structure(
-    "RowsBackwardParameters",
-    source=ModulatedRows,
-    **dict.fromkeys(("grad", "grad_hidden", "sums"), ctypes.c_void_p),
-    parts=ctypes.c_int32,
-)
+ForwardParameters = structure(FORWARD, "CrossEntropyParameters")
+CombineParameters = structure(COMBINE.source, "CrossEntropyCombineParameters")
+BackwardParameters = structure(BACKWARD.source, "CrossEntropyBackwardParameters")
+ProductParameters = structure(OF_ROWS.source, "GradientProductParameters")
+RowsBackwardParameters = structure(ROWS_BACKWARD.source, "ModulatedRowsBackwardParameters")
 
 
 def supports(*, hidden: Tensor, head: Head, compute_dtype: torch.dtype | None = None) -> str | None:

@@ -1,52 +1,97 @@
-"""What the kernels are compiled for and what they get at launch; the other side is csrc/cuda/config*.cuh."""
+"""What a kernel is compiled for and what it gets at launch.
+
+The struct of a kernel stands in its source, with shapes and dtypes, and nowhere else: it is read there.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
-from loopmdm_kernels.schedule import BlockShape, Plan
+from torch import Tensor
+
+from loopmdm_kernels.cuda import sources
+from loopmdm_kernels.schedule import BlockShape, Plan, Tiles
+from loopmdm_kernels.schedule.backward import BackwardPlan
 from loopmdm_kernels.schedule.cost import COUNTER_BYTES
 
-WEIGHTS = ("qkv_weight", "attn_out_weight", "mlp_in_weight", "mlp_out_weight")
-MAPS = ("stream", "qkv", "mixed", "wide", *WEIGHTS)
-MAP_ALIGNMENT = 64
-POINTERS = (
-    "input", "output", "stream_values", "qkv_values", "mixed_values", "wide_values", "partial_values",
-    "statistics1", "statistics2", "change", "affine", "gate", "mlp_in_bias", "mlp_out_bias",
-    "cosines", "sines", "key_mask", "table", "counters", "stop", "max_loops",
-)  # fmt: skip
-NUMBERS = (
-    "enter", "loop", "leave",
-    "batch", "length", "row_tiles", "num_counters", "modulated_sequences", "adaptive", "keep",
-)  # fmt: skip
+MAP = ctypes.c_uint8 * 128  # a TMA map
+_MAP_ALIGNMENT = 64
+_KINDS: dict[str, Any] = {
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "float": ctypes.c_float,
+    "TensorMap": MAP,
+}
+_FIELDS = re.compile(r"(?:const )?(\w+)(\*?) (\w+(?:, \w+)*)")
 
 
-class Parameters(ctypes.Structure):
-    """`Parameters` of every kernel, field for field."""
+def structure(source: str, name: str) -> type[ctypes.Structure]:
+    """The struct `name` of a file of csrc/cuda, or of those it includes.
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in POINTERS),
-        *((name, ctypes.c_int32) for name in NUMBERS),
-        ("exit_threshold", ctypes.c_float),
-    )
-
-
-class ParametersWithWeights(Parameters):
-    """`KernelParameters` of config_sm80.cuh."""
-
-    _fields_ = tuple((name, ctypes.c_void_p) for name in WEIGHTS)
+    Raises:
+        ValueError: it is not there, or has a field of a type that no kernel gets.
+    """
+    return _structure(f"cuda/{source}", name)
 
 
-class ParametersWithMaps(Parameters):
-    """`KernelParameters` of config_sm90.cuh."""
+@cache
+def _structure(source: str, name: str) -> type[ctypes.Structure]:
+    declared = rf"^struct {name}(?: : (\w+))? {{([^}}]*?)(?:__device__|}};)"
+    own, *included = sources.closure(source)
+    found = re.search(declared, own.read_text(), re.MULTILINE)
+    if found is None:  # of the file that has it, so that it is one type for all
+        for path in included:
+            if re.search(declared, path.read_text(), re.MULTILINE):
+                return _structure(str(path.relative_to(sources.folder())), name)
+        raise ValueError(f"{source}: there is no struct {name}")
+    base, body = found.groups()
+    fields: list[tuple[str, Any]] = []
+    end = 0
 
-    _fields_ = (
-        ("unused", ctypes.c_uint8 * (-ctypes.sizeof(Parameters) % MAP_ALIGNMENT)),
-        *((name, ctypes.c_uint8 * 128) for name in MAPS),
-    )
+    def padded_to(alignment: int) -> None:
+        nonlocal end
+        if gap := -end % alignment:
+            fields.append((f"padding{len(fields)}", ctypes.c_uint8 * gap))
+            end += gap
 
-    def set_map(self, name: str, encoded: bytes) -> None:
-        getattr(self, name)[:] = encoded
+    for field, kind in (*(_structure(source, base)._fields_ if base else ()), *_declared(source, name, body)):
+        padded_to(_alignment(kind))
+        fields.append((field, kind))
+        end += ctypes.sizeof(kind)
+    padded_to(max(_alignment(kind) for _, kind in fields))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def _declared(source: str, name: str, body: str) -> Iterator[tuple[str, Any]]:
+    for declaration in re.sub(r"//.*", "", body).split(";")[:-1]:
+        match = _FIELDS.fullmatch(declaration.strip())
+        if match is None:
+            raise ValueError(f"{source}: {name}: cannot read {declaration.strip()!r}")
+        written, pointer, names = match.groups()
+        kind = ctypes.c_void_p if pointer else _KINDS.get(written) or _structure(source, written)
+        for field in names.split(", "):
+            yield field, kind
+
+
+def _alignment(kind: Any) -> int:
+    if kind is MAP:
+        return _MAP_ALIGNMENT
+    held = getattr(kind, "_fields_", ())
+    return max((_alignment(inner) for _, inner in held), default=ctypes.alignment(kind))
+
+
+def fields(kind: type[ctypes.Structure], of: Any) -> list[str]:
+    """Names of the fields of one type: `MAP`, `ctypes.c_void_p`."""
+    return [name for name, found in kind._fields_ if found is of]  # type: ignore[misc]
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
@@ -71,3 +116,9 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
     if plan.cluster > 1:
         values |= {"CLUSTER": 1, "COUNTER_BYTES": COUNTER_BYTES}
     return {f"LOOPMDM_{name}": value for name, value in values.items()}
+
+
+def backward_defines(shape: BlockShape, plan: BackwardPlan) -> dict[str, int]:
+    """Those of the backward kernel: the same, with tiles of one width."""
+    tiles = Tiles(plan.tiles.rows, *4 * (plan.tiles.columns,))
+    return defines(shape, Plan(tiles, plan.stages, plan.stage_bytes, 128, 0, 1, {}, 0.0, 0.0))

@@ -13,12 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loopmdm_kernels.cuda import disk_cache, refresh
-from loopmdm_kernels.cuda.backward_parameters import backward_defines
 from loopmdm_kernels.cuda.compiler import compile_into, compile_kernel
 from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY
 from loopmdm_kernels.cuda.looped_blocks_backward import SOURCE as BACKWARD_SOURCE
-from loopmdm_kernels.cuda.parameters import defines
+from loopmdm_kernels.cuda.parameters import backward_defines, defines
 from loopmdm_kernels.cuda.targets import SM90, target_of, why_none
 from loopmdm_kernels.schedule import BlockShape, choose, device_of, measured
 from loopmdm_kernels.schedule.backward import choose_backward

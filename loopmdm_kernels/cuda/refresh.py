@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.cuda.launch import loaded
+from loopmdm_kernels.cuda.parameters import structure
 from loopmdm_kernels.cuda.targets import target_of
 
 SOURCE = "looped_blocks/refresh_weights.cu"
@@ -17,12 +17,7 @@ THREADS = 256
 SHARED_BYTES = 8 * THREADS // 32
 CHUNK = 16384  # elements: 64 KB of fp32, of which a block reads 8 to compare
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-class Arguments(ctypes.Structure):
-    """`RefreshArguments` of the kernel."""
-
-    _fields_ = (("chunks", ctypes.c_void_p), ("fingerprints", ctypes.c_void_p))
+Arguments = structure(SOURCE, "RefreshArguments")
 
 
 class Refresh(NamedTuple):

@@ -5,14 +5,13 @@ Only top_p and top_k need a row's logits together; they are made for a few rows 
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.cuda.head import ROW_THREADS, Operands, Problem, pointers, why_not
+from loopmdm_kernels.cuda.head import ROW_THREADS, Operands, pointers, why_not
 from loopmdm_kernels.cuda.head_logits import row_logits
-from loopmdm_kernels.cuda.launch import Kernel, launch, structure
+from loopmdm_kernels.cuda.launch import Kernel, launch
+from loopmdm_kernels.cuda.parameters import structure
 from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.types import Head, RowRng, SampledRows
 
@@ -21,19 +20,8 @@ COMBINE = Kernel("head/sample_rows_combine_sm90.cu", ROW_THREADS)
 _RECORD_BYTES = 32
 _ROWS_WITH_LOGITS = 256
 
-Parameters = structure(
-    "Parameters",
-    problem=Problem,
-    inverse_temperature=ctypes.c_float,
-    **dict.fromkeys(("sequence", "step", "position", "records"), ctypes.c_void_p),
-    seed=ctypes.c_uint64,
-)
-CombineParameters = structure(
-    "CombineParameters",
-    records=ctypes.c_void_p,
-    **dict.fromkeys(SampledRows._fields, ctypes.c_void_p),
-    **dict.fromkeys(("num_rows", "chunks", "fallback", "race"), ctypes.c_int32),
-)
+Parameters = structure(SOURCE, "SampleParameters")
+CombineParameters = structure(COMBINE.source, "SampleCombineParameters")
 
 
 def supports(*, hidden: Tensor, head: Head, compute_dtype: torch.dtype | None = None) -> str | None:

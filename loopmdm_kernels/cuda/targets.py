@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
-from loopmdm_kernels.cuda.parameters import Parameters, ParametersWithMaps, ParametersWithWeights
+from loopmdm_kernels.cuda.parameters import structure
 from loopmdm_kernels.schedule import Device
 
 OLDEST = (8, 0)
@@ -17,19 +18,22 @@ class Target(NamedTuple):
     architecture: str
     threads: int
     head_dims: tuple[int, ...]
-    parameters: type[Parameters]
 
     @property
     def source(self) -> str:
         return f"looped_blocks/{self.entry}.cu"
+
+    @property
+    def parameters(self) -> type[ctypes.Structure]:
+        return structure(self.source, "KernelParameters")
 
     def used_of(self, device: Device) -> Device:
         """What is known of a GPU, less what the kernel makes no use of."""
         return device if self.entry == SM90.entry else device._replace(keeps_weights=False, cluster=1)
 
 
-SM90 = Target("looped_blocks_sm90", "sm_90a", 384, (16, 32, 64, 128), ParametersWithMaps)
-SM80 = Target("looped_blocks_sm80", "sm_80", 256, (32, 64, 128), ParametersWithWeights)
+SM90 = Target("looped_blocks_sm90", "sm_90a", 384, (16, 32, 64, 128))
+SM80 = Target("looped_blocks_sm80", "sm_80", 256, (32, 64, 128))
 
 
 def target_of(capability: tuple[int, int]) -> Target:

@@ -12,7 +12,7 @@ import torch
 
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import sources, weights
-from loopmdm_kernels.cuda.parameters import ParametersWithMaps, defines
+from loopmdm_kernels.cuda.parameters import MAP, defines, fields
 from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.schedule import Device, cost
 
@@ -70,16 +70,20 @@ def compile_source(name, macros, folder, *, optimize=True):
     return loaded
 
 
+def encode(layout):
+    """A map as the emulation reads it."""
+    numbers = (layout.address, layout.dtype.itemsize, *layout.sizes, *layout.strides, *layout.box)
+    return bytes((ctypes.c_uint64 * 16)(*numbers))
+
+
 @contextmanager
 def placed(parameters, layouts):
-    """The address of the kernel's parameters, aligned and with the maps as the emulation reads them."""
+    """The address of the kernel's parameters, aligned and with these maps."""
     size = ctypes.sizeof(parameters)
     memory = torch.zeros(size + ALIGNMENT, dtype=torch.uint8)
     aligned = memory.data_ptr() + -memory.data_ptr() % ALIGNMENT
     for name, layout in layouts.items():
-        element = torch.empty(0, dtype=layout.dtype).element_size()
-        numbers = (layout.address, element, *layout.sizes, *layout.strides, *layout.box)
-        parameters.set_map(name, bytes((ctypes.c_uint64 * 16)(*numbers)))
+        getattr(parameters, name)[:] = encode(layout)
     ctypes.memmove(aligned, ctypes.addressof(parameters), size)
     yield aligned
 
@@ -115,7 +119,7 @@ def run_buffers(
     }
     buffers = buffers._replace(**{name: fenced.inside for name, fenced in written.items()})
     parameters = op.pack_parameters(target, table, buffers, packed, words, exit_threshold)
-    maps = op.map_layouts(shape, plan, buffers, packed) if isinstance(parameters, ParametersWithMaps) else {}
+    maps = op.map_layouts(shape, plan, buffers, packed) if fields(target.parameters, MAP) else {}
     with placed(parameters, maps) as address:
         finished = library.run_looped_blocks(ctypes.c_void_p(address), num_blocks, seed)
     assert finished, "all threads wait"

@@ -8,7 +8,7 @@ import torch
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
 from loopmdm_kernels.cuda import weights
-from loopmdm_kernels.cuda.backward_parameters import backward_defines
+from loopmdm_kernels.cuda.parameters import backward_defines
 from loopmdm_kernels.schedule import Device
 from loopmdm_kernels.schedule.backward import cost, finish
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from emulated import ALIGNMENT, compile_source
+from emulated import ALIGNMENT, compile_source, encode
 
 from loopmdm_kernels.cuda import driver, launch, tensor_maps
 
@@ -36,12 +36,6 @@ class Kernel:
         ctypes.memmove(aligned, ctypes.addressof(parameters), ctypes.sizeof(parameters))
         finished = self.function(ctypes.c_void_p(aligned), blocks, threads, self.state.seed)
         assert finished, "all threads wait"
-
-
-def encode(described):
-    size = torch.empty(0, dtype=described.dtype).element_size()
-    numbers = (described.address, size, *described.sizes, *described.strides, *described.box)
-    return bytes((ctypes.c_uint64 * 16)(*numbers))
 
 
 @contextlib.contextmanager

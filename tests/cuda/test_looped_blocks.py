@@ -1,5 +1,6 @@
 """The host side of the kernels as far as it needs no GPU: packing, folding, buffers, parameters, launch."""
 
+import ctypes
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 
 from loopmdm_kernels.cuda import driver, launch, tensor_maps, weights
 from loopmdm_kernels.cuda import looped_blocks as op
-from loopmdm_kernels.cuda.parameters import MAPS, POINTERS, WEIGHTS, defines
+from loopmdm_kernels.cuda.parameters import MAP, defines, fields
 from loopmdm_kernels.cuda.targets import SM80, SM90, target_of
 from loopmdm_kernels.reference.looped_blocks import norm_modulate
 from loopmdm_kernels.schedule import BlockShape, Tiles, build, choose, device_of
@@ -108,13 +109,13 @@ def test_loops_of_each_sequence(inputs):
 def test_parameters(inputs):
     _, table, words, packed, buffers = prepared(inputs, 2, adaptive=True)
     parameters = op.pack_parameters(SM90, table, buffers, packed, words, 0.25)
-    for name in POINTERS:
+    for name in fields(SM90.parameters, ctypes.c_void_p):
         if name not in ("table", "max_loops", "partial_values"):
             assert getattr(parameters, name) == getattr(buffers, name).data_ptr(), name
     assert parameters.partial_values is None and table.tiles.mlp_out_parts == 1
     assert parameters.table == words.data_ptr()
     assert parameters.max_loops == buffers.stop.data_ptr() + 4 * 3
-    sizes = (parameters.enter, parameters.loop, parameters.leave)
+    sizes = (parameters.size.enter, parameters.size.loop, parameters.size.leave)
     assert sizes == (len(table.enter), len(table.loop), len(table.leave))
     assert (parameters.batch, parameters.length, parameters.row_tiles) == (3, 20, 1)
     assert parameters.modulated_sequences == 3 and parameters.adaptive == 1
@@ -122,9 +123,8 @@ def test_parameters(inputs):
     plain = inputs._replace(rotary=None, key_mask=None, modulation=inputs.modulation[:, :1])
     _, table, words, packed, buffers = prepared(plain, 2)
     parameters = op.pack_parameters(SM80, table, buffers, packed, words, None)
-    assert [getattr(parameters, name) for name in WEIGHTS] == [
-        getattr(packed, name).data_ptr() for name in weights.MATRICES
-    ]
+    for name in weights.MATRICES:
+        assert getattr(parameters, f"{name}_weight") == getattr(packed, name).data_ptr()
     assert parameters.cosines is None and parameters.sines is None and parameters.key_mask is None
     assert parameters.modulated_sequences == 1 and parameters.adaptive == 0
 
@@ -141,7 +141,7 @@ def test_sums_of_parts_have_a_place(inputs):
 def test_maps_cover_what_the_loader_loads(inputs):
     plan, table, _, packed, buffers = prepared(inputs, 2)
     layouts = op.map_layouts(table.shape, plan, buffers, packed)
-    assert tuple(layouts) == MAPS
+    assert list(layouts) == fields(SM90.parameters, MAP)
     assert layouts["stream"].sizes == (128, 20, 6) and layouts["stream"].box == (32, plan.tiles.rows)
     assert layouts["qkv"].sizes == (384, 20, 6) and layouts["qkv"].box == (64, plan.tiles.rows)
     assert layouts["mlp_out_weight"].sizes == (512, 128, 2)
@@ -252,7 +252,7 @@ def test_the_kernel_for_ampere_gets_no_plan_of_hopper(loaded):
     [
         ((8, 0), 108, 166_912, "sm_80", 256, 0),
         ((8, 6), 82, 101_376, "sm_86", 256, 0),
-        ((9, 0), 132, 232_448, "sm_90a", 384, len(MAPS)),
+        ((9, 0), 132, 232_448, "sm_90a", 384, 8),
         ((12, 0), 170, 101_376, "sm_120", 256, 0),
     ],
 )

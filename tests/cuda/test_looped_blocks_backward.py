@@ -1,5 +1,6 @@
 """The host side of the backward kernel as far as it needs no GPU: buffers, maps, parameters, refusals."""
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import emulated_backward
 
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
-from loopmdm_kernels.cuda.backward_parameters import MAPS, POINTERS
+from loopmdm_kernels.cuda.parameters import MAP, fields
 from loopmdm_kernels.schedule import BlockShape
 from loopmdm_kernels.schedule.backward import build_backward, choose_backward
 from loopmdm_kernels.testing import looped_inputs
@@ -60,7 +61,7 @@ def test_sums_begin_at_zero(inputs):
 def test_parameters(inputs):
     kept, table, words, _, buffers = prepared(inputs)
     parameters = backward.pack_parameters(table, buffers, words)
-    for name in POINTERS:
+    for name in fields(backward.parameters_of_kernel(), ctypes.c_void_p):
         if name not in ("table", "max_loops"):
             assert getattr(parameters, name) == getattr(buffers, name).data_ptr(), name
     assert parameters.table == words.data_ptr() and parameters.tape == kept.tape.data_ptr()
@@ -77,7 +78,7 @@ def test_parameters(inputs):
 def test_all_maps_have_boxes_of_64_by_64(inputs):
     kept, _, _, _, buffers = prepared(inputs)
     layouts = backward.map_layouts(buffers, kept.weights)
-    assert tuple(layouts) == MAPS
+    assert list(layouts) == fields(backward.parameters_of_kernel(), MAP) and len(layouts) == 14
     assert {layout.box for layout in layouts.values()} == {(64, 64)}
     assert {layout.dtype for layout in layouts.values()} == {torch.bfloat16}
     assert layouts["of_qkv"].sizes == (384, 150, 6) and layouts["wide"].sizes == (512, 150, 6)

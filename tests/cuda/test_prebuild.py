@@ -4,9 +4,8 @@ import pytest
 
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
 from loopmdm_kernels.cuda import prebuild, refresh
-from loopmdm_kernels.cuda.backward_parameters import backward_defines
 from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
-from loopmdm_kernels.cuda.parameters import defines
+from loopmdm_kernels.cuda.parameters import backward_defines, defines
 from loopmdm_kernels.cuda.targets import SM80, SM90
 from loopmdm_kernels.schedule import BlockShape, choose
 from loopmdm_kernels.schedule.backward import choose_backward

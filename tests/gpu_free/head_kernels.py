@@ -24,20 +24,16 @@ BY_NVRTC = (
     "gradient_product, rows",
 )  # the others by nvcc
 
-# A kernel's structure and its mirror.
 PARAMETERS = {
-    "modulated_rows": ("ModulatedRowsParameters", head.ModulatedRowsParameters),
-    "sample_rows, 128 rows": ("SampleParameters", sample_rows.Parameters),
-    "sample_rows_combine": ("SampleCombineParameters", sample_rows.CombineParameters),
-    "head_logits, 128 rows": ("HeadLogitsParameters", head_logits.Parameters),
-    "cross_entropy, 128 rows": ("CrossEntropyParameters", masked_cross_entropy.ForwardParameters),
-    "cross_entropy_combine": ("CrossEntropyCombineParameters", masked_cross_entropy.CombineParameters),
-    "cross_entropy_backward": ("CrossEntropyBackwardParameters", masked_cross_entropy.BackwardParameters),
-    "gradient_product, weight": ("GradientProductParameters", masked_cross_entropy.ProductParameters),
-    "modulated_rows_backward": (
-        "ModulatedRowsBackwardParameters",
-        masked_cross_entropy.RowsBackwardParameters,
-    ),
+    "modulated_rows": head.ModulatedRowsParameters,
+    "sample_rows, 128 rows": sample_rows.Parameters,
+    "sample_rows_combine": sample_rows.CombineParameters,
+    "head_logits, 128 rows": head_logits.Parameters,
+    "cross_entropy, 128 rows": masked_cross_entropy.ForwardParameters,
+    "cross_entropy_combine": masked_cross_entropy.CombineParameters,
+    "cross_entropy_backward": masked_cross_entropy.BackwardParameters,
+    "gradient_product, weight": masked_cross_entropy.ProductParameters,
+    "modulated_rows_backward": masked_cross_entropy.RowsBackwardParameters,
 }
 # Bytes of shared memory as the kernel counts them.
 SHARED = {"LOOPMDM_ROWS": "Vocabulary::Ring::kBytes", "LOOPMDM_OF_WEIGHT": "GradientProduct::Ring::kBytes"}

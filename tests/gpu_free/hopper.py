@@ -1,5 +1,6 @@
 """Compiling the kernels without a GPU, and reading what came out."""
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -71,6 +72,22 @@ def nvcc_source(source: str, options: list[str], target: Path, arch: str = "sm_9
     )
     assert result.returncode == 0, result.stderr
     return result.stderr
+
+
+def layout(kind: type[ctypes.Structure], struct: str) -> list[str]:
+    """Assertions that a struct of the kernels lies as the host writes it."""
+    checks = [f"static_assert(sizeof({struct}) == {ctypes.sizeof(kind)});"]
+
+    def inside(kind: type[ctypes.Structure], prefix: str, start: int) -> None:
+        for name, of in kind._fields_:
+            offset = start + getattr(kind, name).offset
+            if issubclass(of, ctypes.Structure):
+                inside(of, f"{prefix}{name}.", offset)
+            elif not name.startswith("padding"):
+                checks.append(f"static_assert(__builtin_offsetof({struct}, {prefix}{name}) == {offset});")
+
+    inside(kind, "", 0)
+    return checks
 
 
 def instructions(cubin: Path) -> Counter[str]:

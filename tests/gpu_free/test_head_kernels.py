@@ -1,6 +1,5 @@
 """The kernels of the vocabulary head compile without a GPU to the machine code they are meant to be."""
 
-import ctypes
 import json
 import re
 import subprocess
@@ -37,29 +36,13 @@ def assert_contract(cubin, name):
     assert counts["USETMAXREG.TRY_ALLOC.CTAPOOL"] == (1 if expected["products"] else 0)
 
 
-def offsets(parameters, prefix=""):
-    """(field as the kernel names it, its offset), of structures inside too."""
-    for name, kind in parameters._fields_:
-        offset = getattr(parameters, name).offset
-        if name == "padding":
-            continue
-        if issubclass(kind, ctypes.Structure):
-            yield from ((inner, offset + more) for inner, more in offsets(kind, f"{prefix}{name}."))
-        else:
-            yield prefix + name, offset
-
-
 def source_of(name, folder):
     """The kernel's source, with assertions that its parameters lie as they are written."""
     kernel = head_kernels.KERNELS[name]
     lines = [f'#include "cuda/{kernel.source}"']
     if name in head_kernels.PARAMETERS:
-        struct, mirror = head_kernels.PARAMETERS[name]
-        lines.append(f"static_assert(sizeof(loopmdm::{struct}) == {ctypes.sizeof(mirror)});")
-        lines += [
-            f"static_assert(__builtin_offsetof(loopmdm::{struct}, {field}) == {offset});"
-            for field, offset in offsets(mirror)
-        ]
+        written = head_kernels.PARAMETERS[name]
+        lines += hopper.layout(written, f"loopmdm::{written.__name__}")
     for macro, _ in kernel.macros:
         lines.append(f"static_assert(loopmdm::{head_kernels.SHARED[macro]} == {kernel.shared_bytes});")
     path = folder / "kernel.cu"

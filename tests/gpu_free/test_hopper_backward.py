@@ -14,12 +14,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # tests are imported by path
 import hopper  # noqa: E402
 
-from loopmdm_kernels.cuda.backward_parameters import (  # noqa: E402
-    MAPS,
-    BackwardParameters,
-    backward_defines,
-)
-from loopmdm_kernels.cuda.looped_blocks_backward import SOURCE  # noqa: E402
+from loopmdm_kernels.cuda.looped_blocks_backward import SOURCE, parameters_of_kernel  # noqa: E402
+from loopmdm_kernels.cuda.parameters import backward_defines  # noqa: E402
 from loopmdm_kernels.schedule import BlockShape  # noqa: E402
 from loopmdm_kernels.schedule.backward import choose_backward  # noqa: E402
 
@@ -60,21 +56,10 @@ def test_contract(name, tmp_path):
 
 @needs_nvcc
 def test_parameters_lie_as_the_kernel_reads_them(tmp_path):
-    checks = [f"static_assert(sizeof(loopmdm::backward::Parameters) == {ctypes.sizeof(BackwardParameters)});"]
-    for name, _ in BackwardParameters._fields_[:-1]:
-        offset = getattr(BackwardParameters, name).offset
-        checks.append(
-            f"static_assert(__builtin_offsetof(loopmdm::backward::Parameters, {name}) == {offset});"
-        )
+    checks = hopper.layout(parameters_of_kernel(), "loopmdm::backward::Parameters")
     source = tmp_path / "offsets.cu"
-    source.write_text('#include "cuda/looped_blocks/backward_config_sm90.cuh"\n' + "\n".join(checks))
-    command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", f"-I{hopper.sources.folder()}"]
-    result = subprocess.run(
-        [*command, *macros(SHAPES["small"]), str(source), "-o", str(tmp_path / "out")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert all(getattr(BackwardParameters, name).size == 128 for name in MAPS)
+    source.write_text("\n".join(['#include "cuda/looped_blocks/backward_config_sm90.cuh"', *checks]))
+    hopper.nvcc_source(str(source), macros(SHAPES["small"]), tmp_path / "out")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

@@ -1,5 +1,4 @@
-// What the backward kernel gets at launch, and how it divides its shared memory. The host side is
-// loopmdm_kernels/cuda/backward_parameters.py.
+// What the backward kernel gets at launch, and how it divides its shared memory.
 #pragma once
 
 #include "common/backward_phases.h"
@@ -29,7 +28,7 @@ static_assert((2 + kColumns / 64) * kPanelBytes <= Config::kStageBytes &&
               "a stage holds a step of a product, a block of keys or values of 128, or both of 64");
 
 // Everything of a layer and sequence lies together: [n, B, L, ...].
-struct alignas(64) Parameters {
+struct Parameters {
   // bf16, in boxes of 64 by 64: operands [n B, L, ...], weights [n, out, in].
   TensorMap rows1, qkv, mixed, rows2, wide, of_branch2, of_before, of_branch1, of_mixed, of_qkv;
   TensorMap qkv_weight, attn_out_weight, mlp_in_weight, mlp_out_weight;

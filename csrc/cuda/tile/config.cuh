@@ -1,5 +1,6 @@
 // What the kernels know when they are compiled, as macros of the command line, and what they get at launch;
-// the architecture's own header adds its part. The host side is loopmdm_kernels/cuda/parameters.py.
+// the architecture's own header adds its part. loopmdm_kernels/cuda/parameters.py writes the macros and reads
+// the structs.
 #pragma once
 
 #include "common/row_statistics.h"
