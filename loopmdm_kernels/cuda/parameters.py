@@ -59,7 +59,7 @@ def _structure(source: str, name: str) -> type[ctypes.Structure]:
             fields.append((f"padding{len(fields)}", ctypes.c_uint8 * gap))
             end += gap
 
-    for field, kind in (*(_structure(source, base)._fields_ if base else ()), *_declared(source, name, body)):
+    for field, kind in (*_fields(base and _structure(source, base)), *_declared(source, name, body)):
         padded_to(_alignment(kind))
         fields.append((field, kind))
         end += ctypes.sizeof(kind)
@@ -81,13 +81,16 @@ def _declared(source: str, name: str, body: str) -> Iterator[tuple[str, Any]]:
 def _alignment(kind: Any) -> int:
     if kind is MAP:
         return _MAP_ALIGNMENT
-    held = getattr(kind, "_fields_", ())
-    return max((_alignment(inner) for _, inner in held), default=ctypes.alignment(kind))
+    return max((_alignment(inner) for _, inner in _fields(kind)), default=ctypes.alignment(kind))
+
+
+def _fields(kind: Any) -> Any:
+    return getattr(kind, "_fields_", ())
 
 
 def fields(kind: type[ctypes.Structure], of: Any) -> list[str]:
     """Names of the fields of one type: `MAP`, `ctypes.c_void_p`."""
-    return [name for name, found in kind._fields_ if found is of]  # type: ignore[misc]
+    return [name for name, found in _fields(kind) if found is of]
 
 
 def address(tensor: Tensor | None) -> int | None:
