@@ -96,9 +96,10 @@ def _lock(descriptor: int, path: Path, what: str, wait: bool) -> bool:
     mine = os.fstat(descriptor)
     if (mine.st_dev, mine.st_ino) != (current.st_dev, current.st_ino):
         return False
-    os.ftruncate(descriptor, 0)
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk leaves a lock that does not say whose it is
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode(), 0)
     return True
 
 

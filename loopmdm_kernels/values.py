@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import numbers
 from collections.abc import Iterable
 from typing import Any
@@ -16,10 +18,18 @@ def whole(value: Any) -> int | None:
 
 
 def real(value: Any) -> float | None:
-    """A number of any type, numpy's too, as one of Python's; None for all else, also True and False."""
+    """A number of any type, numpy's too, as one of Python's; None for all else, also True and False.
+
+    A whole number stays one where it fits 64 bits; beyond it is a float, and infinite beyond those.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, numbers.Integral) and -(2**63) <= value < 2**63:
+        return int(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def meant(got: Any, accepted: Iterable[str]) -> str:
@@ -29,3 +39,11 @@ def meant(got: Any, accepted: Iterable[str]) -> str:
     names = {name.lower().lstrip("-"): name for name in accepted}  # the dashes of options make all alike
     close = difflib.get_close_matches(got.lower().lstrip("-"), names, n=1, cutoff=_CLOSE)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The JSON value of a text; whatever is wrong with it is a ValueError, deep nesting too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

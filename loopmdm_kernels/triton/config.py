@@ -7,7 +7,6 @@ vocabulary look at V and D only, so that what a row gives does not depend on how
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from loopmdm_kernels.triton.launch import Processor, ceil_div
+from loopmdm_kernels.values import parse_json
 
 
 class Tiles(NamedTuple):
@@ -108,7 +108,7 @@ def trying(table: dict[str, Tiles]) -> Iterator[None]:
 
 def read_table(path: str | Path) -> dict[str, Tiles]:
     try:
-        table = json.loads(Path(path).read_text())
+        table = parse_json(Path(path).read_text())
         return {name: Tiles(*map(int, sizes)) for name, sizes in table.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no table of tiles: {error}") from error

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from loopmdm import hub, safetensors_files
 from loopmdm.printable import printable
 from loopmdm_kernels.files import write_files
+from loopmdm_kernels.values import parse_json
 
 if TYPE_CHECKING:
     from loopmdm.causal import CausalLM
@@ -209,8 +210,8 @@ def check_same(
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")

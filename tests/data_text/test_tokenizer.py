@@ -130,6 +130,18 @@ def test_damaged_files(bpe: BPETokenizer, tmp_path: Path, file: str, content: st
         load_tokenizer(tmp_path)
 
 
+def test_a_panic_of_the_library_is_a_damaged_file(bpe: BPETokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["continuing_subword_prefix"] = "longer than any token"
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="is damaged"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
+        HFTokenizer.from_pretrained(path)
+
+
 def test_wrong_ids_in_a_saved_file(bpe: BPETokenizer, tmp_path: Path) -> None:
     bpe.save(tmp_path)
     path = tmp_path / "loopmdm_tokenizer.json"

@@ -94,6 +94,19 @@ def test_waiting_threads_hold_it_one_at_a_time(tmp_path: Path) -> None:
     assert (most, rounds) == (1, 200) and list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        Lock(tmp_path / "lock", "it"),
+        pytest.raises(LockedError, match=r"^it is in use by another process$"),
+    ):
+        Lock(tmp_path / "lock", "it")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_foreign_file_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     holder = Lock(tmp_path / "lock", "it")
     (tmp_path / "lock").write_text("\x1b[2Jnobody")

@@ -206,7 +206,10 @@ def make_head(draw: Draw) -> tuple[dict[str, Tensor], dict[str, Any]]:
     leaves = {"hidden": draw.normal(batch, length, width, scale=draw.one(1.0, 1.0, 5.0)).to(stream)}
     bare = draw.chance(0.15)
     if draw.chance(0.1) and not bare:
-        leaves["hidden"][draw.random.randrange(batch)] *= draw.one(0.0, 1e-15, 1e6, 1e15)
+        # Constant rows stay small: of eight times 1e15 plain PyTorch finds no variance of 0, in float64 too.
+        constant = bool((leaves["hidden"] == leaves["hidden"][..., :1]).all())
+        scale = draw.one(0.0, 1e-15, 1e6, 1e15)
+        leaves["hidden"][draw.random.randrange(batch)] *= min(scale, 1e3) if constant else scale
     if not bare and draw.chance(0.85):
         leaves["norm"] = (1 + draw.normal(width, scale=0.1)).to(draw.one(dtype, stream))
     elif float(leaves["hidden"].abs().max()) > 100:  # without a norm such rows leave fp32

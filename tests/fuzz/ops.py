@@ -121,7 +121,20 @@ def expected(problem: Problem, wanted: tuple[str, ...], runs: int = 1) -> dict[s
 
 
 def _floors(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
-    """What cancellation leaves in fp32 of the gradients of q and k, which are 0 where there is one key."""
+    """What cancellation leaves of gradients that are 0: of q and k where there is one key, and of what is
+    before a vocabulary whose tokens are all alike, where rounded probabilities do not add up to 1."""
+    if problem.op == "masked_cross_entropy":
+        weight = problem.leaves["weight"]
+        if not bool((weight == weight[0]).all()):
+            return {}
+        rows = exact["nll"].numel() + float(problem.leaves.get("row_weights", exact["nll"]).abs().sum())
+        left = 8 * _unit(problem, "weight") * rows * float(weight.abs().max())
+        steepest = 1e-5**-0.5 if "norm" in problem.leaves else 1.0  # the norm of a constant row
+        return {
+            "gradient of hidden": left * steepest,
+            "gradient of norm": left * 8,
+            "gradient of modulation": left * 8,
+        }
     if problem.op != "attention":
         return {}
     q, k, v = (float(leaf.abs().max()) for leaf in problem.leaves.values())

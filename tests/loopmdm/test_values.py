@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,9 @@ IDS = torch.arange(16).reshape(2, 8)
         (3, 3, 3),
         (np.int64(3), 3, 3),
         (np.uint8(200), 200, 200),
-        (2**70, 2**70, 2**70),
+        (2**63 - 1, 2**63 - 1, 2**63 - 1),
+        (2**70, 2**70, 2.0**70),
+        (-(10**400), -(10**400), -math.inf),
         (0.5, None, 0.5),
         (np.float32(0.5), None, 0.5),
         (np.float64(3), None, 3.0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -211,11 +213,28 @@ def test_json_stores_models_by_name(model, make_model):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"segments": []}', '{"segments": [1]}', '{"segments": [{"name": "S1"}]}', "null"],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"segments": []}',
+        '{"segments": [1]}',
+        '{"segments": [{"name": "S1"}]}',
+        "null",
+        "[" * 9999,
+    ],
 )
 def test_bad_json(text):
     with pytest.raises(ValueError, match="plan"):
         ComputePlan.from_json(text)
+
+
+def test_names_in_a_plan_cannot_write_to_the_terminal():
+    rule = {"rule": "hidden", "\x1b[31meps": 0.1}
+    row = {"name": "S4", "steps": None, "model": None, "num_loops": 4, "exit": rule, "min_loops": 1}
+    with pytest.raises(ValueError, match="not an exit rule") as caught:
+        ComputePlan.from_json(json.dumps({"reading": "step", "segments": [row]}))
+    assert str(caught.value).isprintable()
 
 
 def test_unreadable_files(tmp_path):

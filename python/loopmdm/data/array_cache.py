@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from loopmdm.printable import printable
 from loopmdm_kernels.files import write_files
+from loopmdm_kernels.values import parse_json
 
 Array: TypeAlias = NDArray[Any]
 
@@ -31,7 +32,7 @@ def cached_arrays(
     index = folder / f"{key}.json"
     if index.exists():
         try:
-            checksums = json.loads(index.read_text(encoding="utf-8"))
+            checksums = parse_json(index.read_text(encoding="utf-8"))
             if not isinstance(checksums, dict) or set(checksums) != set(names):
                 raise ValueError(f"it does not hold one checksum each of {', '.join(names)}")
             return {name: _read(_path(index, name), checksum) for name, checksum in checksums.items()}

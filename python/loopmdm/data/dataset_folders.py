@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loopmdm.printable import printable
+from loopmdm_kernels.values import parse_json
 
 DICT_FILE = "dataset_dict.json"  # DatasetDict.save_to_disk: the names of the splits, each a folder
 STATE_FILE = "state.json"  # Dataset.save_to_disk: the names of the files that hold the rows
@@ -159,8 +159,8 @@ def _inside(path: Path, name: Any) -> str:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {printable(error)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: a {type(value).__name__} instead of an object")

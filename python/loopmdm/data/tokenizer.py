@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from loopmdm import hub
 from loopmdm.printable import printable
 from loopmdm_kernels.files import write_files
+from loopmdm_kernels.values import parse_json
 
 Ids: TypeAlias = NDArray[np.int32]
 
@@ -302,7 +303,7 @@ class HFTokenizer(_BackedTokenizer):
         tokenizers = _tokenizers("a Hugging Face tokenizer")
         path, configs = _hf_files(source)
         try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            backend = _parsed(tokenizers, path)
         except Exception as error:
             raise ValueError(f"{path} is not a tokenizer.json: {printable(error)}") from error
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
@@ -338,20 +339,29 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     if not path.is_file():
         return HFTokenizer.from_pretrained(source)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
         kind, ids = config.pop("kind"), {name: int(value) for name, value in config.items()}
         if kind == ByteTokenizer.kind:
             return ByteTokenizer()
         backed = {cls.kind: cls for cls in (BPETokenizer, HFTokenizer)}[kind]
-        text = path.with_name(BACKEND_FILE).read_text(encoding="utf-8")
         tokenizers = _tokenizers(f"the tokenizer in {source}")
-        return backed(tokenizers.Tokenizer.from_str(text), **ids)
+        return backed(_parsed(tokenizers, path.with_name(BACKEND_FILE)), **ids)
     except (ImportError, FileNotFoundError):
         raise
     except Exception as error:
         raise ValueError(
             f"the tokenizer in {source} is damaged: {type(error).__name__}: {printable(error)}"
         ) from error
+
+
+def _parsed(tokenizers: Any, path: Path) -> Any:
+    """The tokenizer of a tokenizer.json. A damaged one may make the library panic, which is no Exception."""
+    try:
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error)) from None
 
 
 def _hf_files(source: str | os.PathLike[str]) -> tuple[Path, list[dict[str, Any]]]:
@@ -368,8 +378,10 @@ def _hf_files(source: str | os.PathLike[str]) -> tuple[Path, list[dict[str, Any]
     configs = []
     for file in beside:
         if file.is_file():
-            config = json.loads(file.read_text(encoding="utf-8"))
-            configs.append(config)
+            try:
+                configs.append(parse_json(file.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise ValueError(f"{file} is damaged: {error}") from None
     return path, configs
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.exits.judges import ArgmaxJudge, ChangeJudge, Judge, OutputJudge
+from loopmdm.printable import printable
 from loopmdm.stages import Stages
 from loopmdm_kernels.values import meant, real, whole
 
@@ -77,7 +78,7 @@ class ExitRule(ABC):
             rule: ExitRule = RULES[kind](**values)
             return rule
         except TypeError as error:
-            raise ValueError(f"not an exit rule {kind!r}: {error}") from error
+            raise ValueError(f"not an exit rule {kind!r}: {printable(error)}") from error
 
     def __str__(self) -> str:
         assert dataclasses.is_dataclass(self)

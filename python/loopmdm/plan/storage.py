@@ -8,6 +8,7 @@ from typing import Any
 
 from loopmdm.exits import ExitRule
 from loopmdm.plan.compute import Segment, make_compute, positive
+from loopmdm_kernels.values import parse_json
 
 READINGS = ("step", "masks")
 
@@ -30,10 +31,10 @@ def to_json(segments: Sequence[Segment], reading: str) -> str:
 def from_json(text: str, models: Mapping[str, Any]) -> tuple[tuple[Segment, ...], str]:
     """Segments and reading of a plan; models holds one for every name that the plan stores."""
     try:
-        document = json.loads(text)
+        document = _parsed(text)
         reading = document["reading"]
         segments = tuple(_segment_of(row, models) for row in document["segments"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a plan written by ComputePlan.to_json: {error!r}") from error
     if reading not in READINGS:
         raise ValueError(f"a plan is read by {' or '.join(READINGS)}, got {reading!r}")
@@ -41,6 +42,13 @@ def from_json(text: str, models: Mapping[str, Any]) -> tuple[tuple[Segment, ...]
     if not segments or (any(endless) and (len(segments) > 1 or reading == "masks")):
         raise ValueError("a plan needs one segment without a step count, or segments that all have one")
     return segments, reading
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise TypeError(f"no JSON: {error}") from None
 
 
 def _segment_of(row: Mapping[str, Any], models: Mapping[str, Any]) -> Segment:

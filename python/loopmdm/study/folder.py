@@ -15,6 +15,7 @@ from loopmdm import terminal
 from loopmdm.printable import printable
 from loopmdm_kernels.files import open_append, refuse_files, write_files
 from loopmdm_kernels.locks import LOCK_FILE, Lock
+from loopmdm_kernels.values import parse_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +95,7 @@ class StudyFolder:
         if not lines:
             return False
         try:
-            stored, *items = map(json.loads, lines)
+            stored, *items = map(parse_json, lines)
             differing = _differences(stored["settings"], header["settings"])
             same_study = stored["study"] == header["study"]
             self._provenance = stored["provenance"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loopmdm_kernels.files import open_append, write_files
+from loopmdm_kernels.values import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -41,8 +42,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            records.append(parse_json(line))
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: not a JSON record: {error}") from error
     return records
 

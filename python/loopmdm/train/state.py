@@ -22,6 +22,7 @@ from loopmdm import safetensors_files
 from loopmdm.checkpoint import check_same
 from loopmdm.train.ema import EMA
 from loopmdm_kernels.files import staging_folder
+from loopmdm_kernels.values import parse_json
 
 STATE_FILE = "training_state.safetensors"
 _HEADER_KEY = "loopmdm_training_state"
@@ -88,8 +89,8 @@ def _metadata(path: Path) -> dict[str, Any]:
     if header is None:
         raise ValueError(f"{path} is no training state of loopmdm (its header lacks {_HEADER_KEY!r})")
     try:
-        metadata: dict[str, Any] = json.loads(header)
-    except (ValueError, RecursionError) as error:
+        metadata: dict[str, Any] = parse_json(header)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: its metadata are no JSON: {error}") from error
     return metadata
 
