@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from loopmdm_kernels.philox import dropout_keep
 from loopmdm_kernels.reference.attention import attention
-from loopmdm_kernels.reference.philox import dropout_keep
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
 
 NORM_EPS = 1e-5

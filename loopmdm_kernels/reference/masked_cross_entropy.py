@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.reference.head import row_logits, subs_log_probs
+from loopmdm_kernels.reference.head_logits import row_logits, subs_log_probs
 from loopmdm_kernels.types import Head
 
 

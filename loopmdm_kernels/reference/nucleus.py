@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.reference.philox import race_times_of
+from loopmdm_kernels.philox import race_times_of
 from loopmdm_kernels.types import RowRng
 
 _LIKELY_TOKENS = 1024  # a nucleus is seldom larger, and sorting so many is cheap

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.reference.head import row_logits, subs_log_probs
+from loopmdm_kernels.philox import race_times
+from loopmdm_kernels.reference.head_logits import row_logits, subs_log_probs
 from loopmdm_kernels.reference.nucleus import draw_restricted
-from loopmdm_kernels.reference.philox import race_times
 from loopmdm_kernels.types import Head, RowRng, SampledRows
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
-from loopmdm_kernels.reference.head import subs_log_probs
+from loopmdm_kernels.reference.head_logits import subs_log_probs
 from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.types import Fp8Head, Head, RowRng, SampledRows
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from loopmdm_kernels import reference
+from loopmdm_kernels import philox, reference
 from loopmdm_kernels.cpu.sample_rows import sample_rows
 from loopmdm_kernels.testing import head_inputs
 from loopmdm_kernels.types import Head, RowRng
@@ -132,7 +132,7 @@ def test_small_race_times_have_64_bits(isa):
         others[token] = -math.inf
         head = Head(torch.ones(2), torch.zeros(vocab_size, 2), others, torch.zeros(1, 2, 2))
         rival = int(sample_rows(hidden, head, zero, rng).token)
-        times = reference.philox.race_times(seed, zero, zero, rng.position, vocab_size, torch.float64)[0]
+        times = philox.race_times(seed, zero, zero, rng.position, vocab_size, torch.float64)[0]
         for margin, winner in ((1e-4, token), (-1e-4, rival)):
             bias = others.clone()
             bias[token] = math.log(exact) - math.log(float(times[rival])) + margin

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loopmdm_kernels import reference
+from loopmdm_kernels import philox, reference
 from loopmdm_kernels.cuda import sample_rows as module
 from loopmdm_kernels.cuda.head import why_not_on
 from loopmdm_kernels.cuda.head_logits import head_logits
@@ -152,10 +152,10 @@ def test_small_race_times_have_64_bits(gpu, place, token, num_rows, row):
     """
     seed, vocab_size = 77, 8
     zero, position = (torch.tensor([n]) for n in (0, place))
-    assert reference.philox.philox4x32(seed, zero + token // 4, position, 0, 0)[token % 4] < 256
+    assert philox.philox4x32(seed, zero + token // 4, position, 0, 0)[token % 4] < 256
     tokens = torch.arange(vocab_size)
     names = (name.expand(vocab_size) for name in (zero, zero, position))
-    times = reference.philox.race_times_of(seed, *names, tokens)
+    times = philox.race_times_of(seed, *names, tokens)
     rival = int(times.masked_fill(tokens == token, math.inf).argmin())
     zeros, positions = torch.zeros(2, num_rows, dtype=torch.int64).unbind()
     positions[row] = place

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.reference.head import row_logits, subs_log_probs
-from loopmdm_kernels.reference.philox import race_times
+from loopmdm_kernels.philox import race_times
+from loopmdm_kernels.reference.head_logits import row_logits, subs_log_probs
 from loopmdm_kernels.testing.tolerance import max_error, rounding_step
 from loopmdm_kernels.types import Head
 from tests.fuzz.harness import Wrong

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from loopmdm_kernels.reference.philox import dropout_keep, philox4x32, race_times, uniform53
+from loopmdm_kernels.philox import dropout_keep, philox4x32, race_times, uniform53
 
 # Known answers of philox4x32-10 published with Random123: counter, key, result.
 KNOWN = [

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 import loopmdm_kernels as lk
-from loopmdm_kernels.reference.philox import REVEAL_STREAM, uniform53
+from loopmdm_kernels.philox import REVEAL_STREAM, uniform53
 from loopmdm_kernels.testing import chi_square_p
 from loopmdm_kernels.types import Head, RowRng
 

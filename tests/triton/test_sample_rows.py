@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loopmdm_kernels as lk
-from loopmdm_kernels import reference
+from loopmdm_kernels import philox, reference
 from loopmdm_kernels.testing import assert_matches_oracle, head_inputs
 from loopmdm_kernels.types import Head, RowRng
 
@@ -97,10 +97,10 @@ def test_small_race_times_have_64_bits(device, place, token):
     """A token that can win by its tiny race time alone wins exactly where 64 random bits say so."""
     seed, vocab_size = 77, 8
     zero, position = (torch.tensor([n]) for n in (0, place))
-    assert reference.philox.philox4x32(seed, zero + token // 4, position, 0, 0)[token % 4] < 256
+    assert philox.philox4x32(seed, zero + token // 4, position, 0, 0)[token % 4] < 256
     tokens = torch.arange(vocab_size)
     names = (name.expand(vocab_size) for name in (zero, zero, position))
-    times = reference.philox.race_times_of(seed, *names, tokens)
+    times = philox.race_times_of(seed, *names, tokens)
     rival = int(times.masked_fill(tokens == token, math.inf).argmin())
     rng = RowRng(seed, *(name.to(device) for name in (zero, zero, position)))
     for margin, winner in ((1e-4, token), (-1e-4, rival)):

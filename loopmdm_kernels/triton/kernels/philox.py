@@ -1,4 +1,4 @@
-"""Philox4x32-10 with the bits of `reference/philox.py`, and what is drawn from it."""
+"""Philox4x32-10 with the bits of `loopmdm_kernels/philox.py`, and what is drawn from it."""
 
 import triton
 import triton.language as tl

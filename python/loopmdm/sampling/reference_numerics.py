@@ -22,7 +22,7 @@ from loopmdm import vocabulary
 from loopmdm.plan import StepCompute
 from loopmdm.sampling.result import StepEvent
 from loopmdm.sampling.run import Run, check_finite
-from loopmdm_kernels.reference.philox import philox4x32
+from loopmdm_kernels.philox import philox4x32
 
 LAST_TIME = 1e-5  # the reference's eps
 _GENERATOR_STREAM = 3 << 29  # in the step word, beside those of reveals and dropout

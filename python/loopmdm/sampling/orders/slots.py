@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.reference.philox import REVEAL_STREAM, uniform53
+from loopmdm_kernels.philox import REVEAL_STREAM, uniform53
 
 
 class Slots:
