@@ -27,6 +27,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 # Device code and the headers it shares with the host: compiled on the user's machine, so they travel along.
 DEVICE_SOURCES = ("csrc/common", "csrc/cuda")
+# What --help names, and what that links to.
+DOCUMENTS = ("docs/glossary.md", "docs/inputs.md", "docs/notation.md")
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0")
 # Hidden size, heads, and blocks before, in and after the loop of sudoku, tiny, small and medium.
 CUBIN_SIZES = ((128, 4, (1, 2)), (512, 8, (1, 2, 5)), (768, 12, (1, 2, 9)), (1024, 16, (1, 2, 21)))
@@ -93,8 +95,8 @@ class CMakeBuild(build_ext):
         )
 
 
-class BuildPyWithDeviceSources(build_py):
-    """Puts the device sources into the wheel, as loopmdm_kernels/csrc; cubins where they are asked for."""
+class BuildPyWithSources(build_py):
+    """Puts device sources and documents into the wheel; cubins where they are asked for."""
 
     def run(self) -> None:
         super().run()
@@ -103,12 +105,14 @@ class BuildPyWithDeviceSources(build_py):
             if asked:
                 raise RuntimeError("LOOPMDM_BUILD_CUDA is set: an editable installation holds no cubins")
             return
+        packages = {ROOT / name: "loopmdm" for name in DOCUMENTS}
         for folder in DEVICE_SOURCES:
-            for source in sorted((ROOT / folder).rglob("*")):
-                if source.suffix in {".h", ".cuh", ".cu"}:
-                    target = Path(self.build_lib) / "loopmdm_kernels" / source.relative_to(ROOT)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(source, target)
+            found = (path for path in (ROOT / folder).rglob("*") if path.suffix in {".h", ".cuh", ".cu"})
+            packages |= dict.fromkeys(found, "loopmdm_kernels")
+        for source, package in packages.items():
+            target = Path(self.build_lib) / package / source.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
         if asked:
             self._compile_cubins(CAPABILITIES if asked == "1" else asked.split())
 
@@ -128,5 +132,5 @@ class BuildPyWithDeviceSources(build_py):
 
 setup(
     ext_modules=[Extension("loopmdm_kernels._C", sources=[]), Extension("loopmdm._sudoku", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPyWithDeviceSources},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPyWithSources},
 )

@@ -56,6 +56,7 @@ def test_wheel(tmp_path):
         "loopmdm_kernels/csrc/common/philox.h",
         "loopmdm/__init__.py",
         "loopmdm/py.typed",
+        *(f"loopmdm/docs/{name}.md" for name in ("glossary", "inputs", "notation")),
         *(f"loopmdm/view/page.{kind}" for kind in ("html", "css", "js")),
         f"{info}/licenses/LICENSE",
     }
