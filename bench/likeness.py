@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bench.called_modules import medians
-from loopmdm import LoopMDM, likeness, patch
+from loopmdm import LoopMDM, patch
+from loopmdm.mdlm import likeness
 from tests.mdlm.lookalikes import ALIKE, OTHER_BLOCKS
 from tests.mdlm.reference_dit import ReferenceDIT, reference_config
 

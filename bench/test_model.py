@@ -14,9 +14,9 @@ import torch
 
 import loopmdm_kernels as lk
 from bench.peers import EAGER, compiled, compiled_head, compiled_pieces, plain_ops
-from loopmdm.config import LoopMDMConfig
-from loopmdm.flops import TRAINING_FACTOR, executed_layers, forward_flops, head_flops, layer_flops
 from loopmdm.model import LoopMDM
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.model.flops import TRAINING_FACTOR, executed_layers, forward_flops, head_flops, layer_flops
 
 
 def token_ids(batch, length, config):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from loopmdm import ComputePlan, sample
-from loopmdm.cli.boards import held_out_puzzles
-from loopmdm.cli.models import SHIPPED, load_model
+from loopmdm.runs.boards import held_out_puzzles
+from loopmdm.runs.models import SHIPPED, load_model
 from loopmdm_kernels.testing import interleaved_times
 
 BATCH, REPEATS = 16, 5

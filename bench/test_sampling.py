@@ -15,7 +15,7 @@ from bench import reference_sampler
 from bench.compare import OURS
 from bench.peers import EAGER, compiled, compiled_pieces, plain_ops
 from loopmdm import LoopMDM, LoopMDMConfig, sample
-from loopmdm.flops import forward_flops
+from loopmdm.model.flops import forward_flops
 from loopmdm_kernels.testing import interleaved_times
 from loopmdm_kernels.types import Head
 

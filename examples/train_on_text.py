@@ -13,7 +13,7 @@ from loopmdm import LoopMDM, LoopMDMConfig, sample
 from loopmdm.data.packing import TextData
 from loopmdm.data.text import read_documents, split_documents
 from loopmdm.data.tokenizer import ByteTokenizer
-from loopmdm.evaluate import evaluate_nll
+from loopmdm.quality.likelihood import evaluate_nll
 from loopmdm.train import TrainConfig, Trainer
 
 LENGTH = 128

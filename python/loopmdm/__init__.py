@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from loopmdm.lazy import lazily
 
 if TYPE_CHECKING:
-    from loopmdm.config import LoopMDMConfig
     from loopmdm.mdlm import patch
     from loopmdm.model import LoopMDM
+    from loopmdm.model.config import LoopMDMConfig
     from loopmdm.plan import ComputePlan
     from loopmdm.sampling import sample
     from loopmdm_kernels.version import __version__
@@ -16,22 +17,17 @@ if TYPE_CHECKING:
 __all__ = ["ComputePlan", "LoopMDM", "LoopMDMConfig", "__version__", "patch", "sample"]
 
 # Imported when first used, so that the command line answers --help without torch.
-_MODULES = {
-    "ComputePlan": "loopmdm.plan",
-    "LoopMDM": "loopmdm.model",
-    "LoopMDMConfig": "loopmdm.config",
-    "__version__": "loopmdm_kernels.version",
-    "patch": "loopmdm.mdlm",
-    "sample": "loopmdm.sampling",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(
+    __name__,
+    {
+        "ComputePlan": "loopmdm.plan",
+        "LoopMDM": "loopmdm.model",
+        "LoopMDMConfig": "loopmdm.model.config",
+        "__version__": "loopmdm_kernels.version",
+        "patch": "loopmdm.mdlm",
+        "sample": "loopmdm.sampling",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from loopmdm import checkpoint
+from loopmdm.model import checkpoint
 
 
 class WriteConfig(TrainerCallback):

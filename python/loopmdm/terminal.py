@@ -13,6 +13,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, TextIO, cast
 
+from loopmdm.printable import printable_lines
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -95,6 +97,11 @@ def has_encoding_for(text: str) -> bool:
 def say(text: str) -> None:
     """A line on standard error, if it can be written."""
     print(text, file=standard_error(), flush=True)
+
+
+def note(text: str) -> None:
+    """A line about the way to the result."""
+    say(printable_lines(text))
 
 
 def console() -> Console:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from loopmdm import LoopMDM, LoopMDMConfig
-from loopmdm.cli.run_file import RunFile
+from loopmdm.runs.run_file import RunFile
 from loopmdm.train import TrainConfig
 
 # Clears the screen; the same as one character; turns the direction of writing; begins another line.

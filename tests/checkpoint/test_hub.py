@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from loopmdm import LoopMDM, hub
+from loopmdm import LoopMDM
 from loopmdm.data.tokenizer import load_tokenizer
+from loopmdm.formats import hub
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from loopmdm import pickles
-from loopmdm.pickles import Opaque, StoredTensor, UnsafePickleError, lookup
-from loopmdm.torch_files import TorchFile
+from loopmdm.formats import pickles
+from loopmdm.formats.pickles import Opaque, StoredTensor, UnsafePickleError, lookup
+from loopmdm.formats.torch_files import TorchFile
 from tests.checkpoint.payloads import Call, payloads, torch_zip
 
 NAMES = sorted(payloads(Path("x")))

@@ -245,7 +245,7 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(tmp_path / filename)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    monkeypatch.setattr("loopmdm.hub.unreachable", lambda: None)
+    monkeypatch.setattr("loopmdm.formats.hub.unreachable", lambda: None)
     monkeypatch.chdir(tmp_path)
     loaded = LoopMDM.from_pretrained("someone/some-model_1.0", revision="v2")
     assert same(loaded, model)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from loopmdm.cli import main
-from loopmdm.config import LoopMDMConfig
 from loopmdm.model import LoopMDM
+from loopmdm.model.config import LoopMDMConfig
 
 TINY = [
     "--hidden",

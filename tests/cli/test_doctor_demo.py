@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import loopmdm_kernels as lk
-from loopmdm.cli import demo, doctor, models
+from loopmdm.cli import demo, doctor
+from loopmdm.runs import models
 from loopmdm_kernels import _C
 from loopmdm_kernels.reference.head_logits import row_logits, subs_log_probs
 

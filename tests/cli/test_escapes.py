@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 import loopmdm.cli
-from loopmdm.cli.output import note, print_json, print_table, show
+from loopmdm.cli.output import print_json, print_table, show
 from loopmdm.sampling import StepEvent
+from loopmdm.terminal import note
 from loopmdm.train.progress import Progress
 from loopmdm.view import IdSymbols, page
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from loopmdm import ComputePlan, LoopMDM, sample
-from loopmdm.cli import text_data
 from loopmdm.data.sudoku import SIX, encode_boards, generate, write_puzzles
 from loopmdm.data.text import read_documents, split_documents
 from loopmdm.data.tokenizer import ByteTokenizer
-from loopmdm.evaluate import evaluate_nll
+from loopmdm.quality.likelihood import evaluate_nll
+from loopmdm.runs import text_data
 
 from .conftest import Call
 

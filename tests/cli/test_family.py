@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from loopmdm import LoopMDM
 from loopmdm.cli.family import Member, parse_members
-from loopmdm.cli.jobs import read_corpus, text_job
-from loopmdm.cli.parser import UsageError
-from loopmdm.cli.run_file import RunFile
 from loopmdm.data.tokenizer import load_tokenizer
-from loopmdm.evaluate import evaluate_nll
+from loopmdm.quality.likelihood import evaluate_nll
+from loopmdm.runs.jobs import read_corpus, text_job
+from loopmdm.runs.options import UsageError
+from loopmdm.runs.run_file import RunFile
 from loopmdm.train import read_metrics
 
 from .conftest import TINY, Call
@@ -151,7 +151,7 @@ def test_without_held_out_text(call: Call, tmp_path: Path, corpus: Path) -> None
 
 
 def test_paired_difference_is_that_of_two_evaluations(family: Path) -> None:
-    from loopmdm.evaluate import nll_by_sequence, ratio_of_sums
+    from loopmdm.quality.likelihood import nll_by_sequence, ratio_of_sums
 
     ids = torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(0))
     models = [LoopMDM.from_pretrained(family / name) for name in ("light1", "heavy3")]

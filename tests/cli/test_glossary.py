@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from loopmdm import ComputePlan, flops
-from loopmdm.cli import COMMANDS, boards, eval_samples, family, likelihood
+from loopmdm import ComputePlan
+from loopmdm.cli import COMMANDS, eval_samples, family
 from loopmdm.cli.study import STUDIES
 from loopmdm.exits.rules import RULES
+from loopmdm.model import flops
+from loopmdm.runs import boards, likelihood
 from loopmdm.sampling import ORDERS
 from loopmdm.sampling.orders import COUNTS
 from loopmdm.view.painters import legend

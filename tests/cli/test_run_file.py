@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loopmdm.cli.run_file import RunFile
+from loopmdm.runs.run_file import RunFile
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from loopmdm import LoopMDM
-from loopmdm.cli import models
 from loopmdm.data.sudoku import (
     NINE,
     SIX,
@@ -21,6 +20,7 @@ from loopmdm.data.sudoku import (
     is_valid_solution,
     write_puzzles,
 )
+from loopmdm.runs import models
 from loopmdm.solve import solve_puzzles
 
 from .conftest import Call

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from loopmdm import LoopMDM
-from loopmdm.cli.jobs import sudoku_job
-from loopmdm.cli.run_file import RunFile
-from loopmdm.cli.text_data import located
 from loopmdm.data.text import read_documents
 from loopmdm.data.tokenizer import load_tokenizer
+from loopmdm.runs.jobs import sudoku_job
+from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
+from loopmdm.runs.run_file import RunFile
+from loopmdm.runs.text_data import located
 from loopmdm.train import read_metrics
-from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 
 from .conftest import STEPS, TINY, Call
 

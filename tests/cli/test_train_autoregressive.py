@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loopmdm.causal import CausalLM
 from loopmdm.data.text import read_documents, split_documents
 from loopmdm.data.tokenizer import ByteTokenizer
-from loopmdm.evaluate import evaluate_autoregressive
+from loopmdm.quality.causal import CausalLM
+from loopmdm.quality.likelihood import evaluate_autoregressive
 from loopmdm.train import read_metrics
 
 from .conftest import SCORER, Call

@@ -277,7 +277,7 @@ def test_hf_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = SimpleNamespace(EntryNotFoundError=NotThereError)
     hub = SimpleNamespace(hf_hub_download=download, errors=errors)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setattr("loopmdm.hub.unreachable", lambda: None)
+    monkeypatch.setattr("loopmdm.formats.hub.unreachable", lambda: None)
     assert special_ids(load_tokenizer("someone/words")) == (5, 4, 3, 3)
     names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     assert asked == [("someone/words", name) for name in names]

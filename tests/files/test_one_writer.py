@@ -24,11 +24,11 @@ METHODS = {
 OF_MODULES = {("os", "open"), ("os", "replace"), ("os", "remove"), ("torch", "save"), ("np", "save")}
 # What fills the path that the writer hands out, and what is no file of a user.
 ALLOWED = {
-    ("python/loopmdm/safetensors_files.py", "save_file"),
-    ("python/loopmdm/safetensors_files.py", "open"),
+    ("python/loopmdm/formats/safetensors_files.py", "save_file"),
+    ("python/loopmdm/formats/safetensors_files.py", "open"),
     ("python/loopmdm/data/array_cache.py", "open"),
     ("python/loopmdm/data/array_cache.py", "np.save"),
-    ("python/loopmdm/study/folder.py", "savefig"),
+    ("python/loopmdm/study/kit/folder.py", "savefig"),
     ("python/loopmdm/train/plot.py", "savefig"),
     ("python/loopmdm/terminal.py", "os.open"),  # the null device in place of a closed descriptor
     ("python/loopmdm/terminal.py", "open"),

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loopmdm import ComputePlan, LoopMDM, LoopMDMConfig
-from loopmdm.cli.run_file import RUN_FILE, RunFile
 from loopmdm.data.sudoku.files import read_puzzles
 from loopmdm.data.text import read_documents
 from loopmdm.data.tokenizer import BPETokenizer, load_tokenizer
+from loopmdm.runs.run_file import RUN_FILE, RunFile
 from loopmdm.train import EMA
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.state import STATE_FILE, read_metadata, write_state

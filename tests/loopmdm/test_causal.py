@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loopmdm import LoopMDM, LoopMDMConfig
-from loopmdm.causal import CausalConfig, CausalLM
-from loopmdm.evaluate import evaluate_autoregressive
-from loopmdm.train import Batch
+from loopmdm.data.batches import Batch
+from loopmdm.quality.causal import CausalConfig, CausalLM
+from loopmdm.quality.likelihood import evaluate_autoregressive
 
 V, MASK = 5, 4
 

@@ -7,7 +7,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm import LoopMDM, LoopMDMConfig, sample
-from loopmdm.evaluate import evaluate_nll
+from loopmdm.quality.likelihood import evaluate_nll
 from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.types import Head
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from loopmdm import diffusion
+from loopmdm.model import diffusion
 
 
 @pytest.mark.parametrize("t", [0.001, 0.1, 0.5, 0.99, 1.0])

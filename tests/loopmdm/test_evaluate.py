@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from loopmdm import LoopMDM, LoopMDMConfig
-from loopmdm.causal import CausalConfig, CausalLM
-from loopmdm.evaluate import evaluate_autoregressive, evaluate_nll, nll_by_time_bin
+from loopmdm.data.batches import Batch
 from loopmdm.exits import HiddenChange
+from loopmdm.quality.causal import CausalConfig, CausalLM
+from loopmdm.quality.likelihood import evaluate_autoregressive, evaluate_nll, nll_by_time_bin
 from loopmdm.quality.scorer import CausalScorer
-from loopmdm.train import Batch
 
 LENGTH, TOKENS, MASK = 4, 3, 3
 

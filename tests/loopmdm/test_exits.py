@@ -14,7 +14,7 @@ from torch import Tensor
 import loopmdm_kernels as lk
 from loopmdm import LoopMDM, LoopMDMConfig
 from loopmdm.exits import ArgmaxStable, ExitGate, ExitRule, HiddenChange, OutputChange, make_rule
-from loopmdm.stages import Stages
+from loopmdm.model.stages import Stages
 
 MASK, MOST = 22, 9
 

@@ -14,11 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import loopmdm_kernels as lk
-from loopmdm import flops
-from loopmdm.config import LoopMDMConfig
-from loopmdm.flops import CONVENTIONS, SamplingLedger
-from loopmdm.loop_law import LoopLaw
-from loopmdm.model import LoopMDM
+from loopmdm.model import LoopMDM, flops
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.model.flops import CONVENTIONS, SamplingLedger
+from loopmdm.model.loop_law import LoopLaw
 
 DUO = "blocks+head+embedding"
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loopmdm.loop_law import LoopLaw
+from loopmdm.model.loop_law import LoopLaw
 
 SMALL = SimpleNamespace(
     hidden_size=768,
@@ -57,7 +57,8 @@ def test_e11_successive_draws_are_independent() -> None:
 
 def test_e11_same_draw_in_every_process() -> None:
     """Golden values, so that a resumed run continues with the same loop counts on any machine and numpy."""
-    code = "from loopmdm.loop_law import LoopLaw as L; print([L.uniform(12).sample(7, s) for s in range(12)])"
+    draws = "[LoopLaw.uniform(12).sample(7, s) for s in range(12)]"
+    code = f"from loopmdm.model.loop_law import LoopLaw; print({draws})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     law = LoopLaw.uniform(12)
     assert out.strip() == str([law.sample(7, step) for step in range(12)]) == str(UNIFORM_12_SEED_7)

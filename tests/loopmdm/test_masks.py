@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from loopmdm import LoopMDM, LoopMDMConfig
-from loopmdm.causal import CausalConfig, CausalLM
-from loopmdm.evaluate import evaluate_nll
-from loopmdm.masks import boolean
-from loopmdm.train.batches import Batch
+from loopmdm.data.batches import Batch
+from loopmdm.model.masks import boolean
+from loopmdm.quality.causal import CausalConfig, CausalLM
+from loopmdm.quality.likelihood import evaluate_nll
 
 SIZES = {"hidden_size": 32, "num_heads": 2, "num_layers": 3, "max_length": 16, "dropout": 0.0}
 MODEL = LoopMDM(LoopMDMConfig(vocab_size=40, mask_token_id=39, cond_dim=8, **SIZES)).eval()

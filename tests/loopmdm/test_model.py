@@ -5,7 +5,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm import LoopMDM, LoopMDMConfig
-from loopmdm.config import PRESETS
+from loopmdm.model.config import PRESETS
 
 
 def small_config(**changes) -> LoopMDMConfig:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from loopmdm import sample
-from loopmdm.modes import evaluating
+from loopmdm.model.modes import evaluating
 from tests.sampling.conftest import random_model
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from loopmdm import LoopMDM, LoopMDMConfig
-from loopmdm.causal import CausalConfig, CausalLM
 from loopmdm.mdlm import DIT, MDLM
+from loopmdm.quality.causal import CausalConfig, CausalLM
 
 SIZES = {"hidden_size": 32, "num_heads": 2, "num_layers": 3, "max_length": 1024, "dropout": 0.0}
 CONFIG = LoopMDMConfig(vocab_size=64, mask_token_id=63, cond_dim=8, gate_init=1.0, **SIZES)

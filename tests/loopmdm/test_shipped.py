@@ -9,10 +9,10 @@ import pytest
 from loopmdm import LoopMDM, LoopMDMConfig
 from loopmdm.data import sudoku
 from loopmdm.data.sudoku import in_test_split
+from loopmdm.runs.recipes import SUDOKU_RECIPES
 from loopmdm.solve import solve_puzzles
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.metrics import read_metrics
-from loopmdm.train.recipes import SUDOKU_RECIPES
 
 FOLDER = files("loopmdm") / "checkpoints"
 NAMES = {"sudoku": "sudoku9", "sudoku6": "sudoku6"}

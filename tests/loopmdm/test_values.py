@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from loopmdm import ComputePlan, LoopMDM, LoopMDMConfig, sample
-from loopmdm.causal import CausalConfig
 from loopmdm.data.sudoku import SIX
-from loopmdm.evaluate import evaluate_nll, nll_by_time_bin
 from loopmdm.exits import HiddenChange
-from loopmdm.loop_law import LoopLaw
-from loopmdm.patching import check_num_loops
+from loopmdm.mdlm.patching import check_num_loops
+from loopmdm.model.loop_law import LoopLaw
+from loopmdm.quality.causal import CausalConfig
 from loopmdm.quality.diversity import distinct_n
+from loopmdm.quality.likelihood import evaluate_nll, nll_by_time_bin
 from loopmdm.sampling import Remasking
 from loopmdm.solve import solve_puzzles
-from loopmdm.study.segments import enumerate_schedules
+from loopmdm.study.schedules.segments import enumerate_schedules
 from loopmdm.train import TrainConfig
 from loopmdm_kernels import use_backend
 from loopmdm_kernels.values import meant, real, whole

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loopmdm import LoopMDM
+from loopmdm.formats.pickles import UnsafePickleError
 from loopmdm.mdlm import DIT, convert_checkpoint, from_mdlm
-from loopmdm.mdlm_weights import parameter_names
-from loopmdm.pickles import UnsafePickleError
+from loopmdm.mdlm.weights import parameter_names
 from tests.checkpoint.payloads import Call, payloads
 from tests.mdlm.files import VOCAB, averaged, diffusion, write_lightning
 from tests.mdlm.reference_dit import ReferenceDIT, reference_config

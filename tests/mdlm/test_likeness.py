@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as nn_module
 from torch.utils.flop_counter import FlopCounterMode
 
-from loopmdm import LoopMDM, likeness, patch
-from loopmdm.mdlm import DIT, unpatch
+from loopmdm import LoopMDM, patch
+from loopmdm.mdlm import DIT, likeness, unpatch
 from tests.mdlm.lookalikes import (
     ALIKE,
     OTHER_BLOCKS,

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopmdm.causal import CausalConfig, CausalLM
 from loopmdm.data.tokenizer import BPETokenizer, ByteTokenizer
 from loopmdm.quality import CausalScorer, generative_perplexity, load_scorer, quality, unigram_entropy
+from loopmdm.quality.causal import CausalConfig, CausalLM
 from loopmdm.quality.scorer import windows
 
 BYTES = ByteTokenizer()

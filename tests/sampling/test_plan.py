@@ -9,7 +9,7 @@ import torch
 
 from loopmdm import ComputePlan, sample
 from loopmdm.exits import ArgmaxStable, ExitGate, HiddenChange
-from loopmdm.flops import head_flops, layer_flops
+from loopmdm.model.flops import head_flops, layer_flops
 from loopmdm.plan import MAX_LOOPS, StepCompute, as_plan
 
 

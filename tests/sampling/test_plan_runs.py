@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-import loopmdm.stages
+import loopmdm.model.stages
 import loopmdm_kernels as lk
 from loopmdm import ComputePlan, sample
 from loopmdm.exits import ArgmaxStable, HiddenChange
-from loopmdm.flops import head_flops, layer_flops
+from loopmdm.model.flops import head_flops, layer_flops
 from loopmdm.plan import StepCompute
 from loopmdm.sampling.canvas import make_canvas
 from loopmdm.view.replay import Replay
@@ -113,7 +113,7 @@ def test_the_ledger_counts_what_rules_execute(model, compute, monkeypatch):
         layers.append(int(loops.sum()) * len(weights) * x.shape[1])
         return out
 
-    monkeypatch.setattr(loopmdm.stages.lk, "looped_blocks", counted)
+    monkeypatch.setattr(loopmdm.model.stages.lk, "looped_blocks", counted)
     for op, count in (("head_logits", lambda h, *_: h.shape[0] * h.shape[1]), ("sample_rows", None)):
         real = getattr(lk, op)
 

@@ -10,10 +10,11 @@ import torch
 from matplotlib.figure import Figure
 
 from loopmdm.cli import main
-from loopmdm.config import LoopMDMConfig
 from loopmdm.data.sudoku import SIX
 from loopmdm.data.tokenizer import ByteTokenizer
 from loopmdm.model import LoopMDM
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.study import STUDIES
 
 Build = Callable[..., LoopMDM]
 
@@ -78,7 +79,7 @@ def study(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
 
 def interrupted_after(monkeypatch: pytest.MonkeyPatch, study: str, count: int) -> None:
     """The study is interrupted once, when it asks for the item after `count`; its figures are empty."""
-    from loopmdm.study.folder import StudyFolder
+    from loopmdm.study.kit.folder import StudyFolder
 
     whole = StudyFolder._compute
     done = 0
@@ -94,4 +95,4 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, study: str, count: int) -
         whole(self, missing, total, counted, *rest)
 
     monkeypatch.setattr(StudyFolder, "_compute", stop)
-    monkeypatch.setattr(f"loopmdm.study.{study}.draw", lambda rows: Figure())
+    monkeypatch.setattr(f"{STUDIES[study]}.draw", lambda rows: Figure())

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from loopmdm.cli.boards import held_out_puzzles
-from loopmdm.cli.models import load_model
 from loopmdm.data.sudoku import SIX
 from loopmdm.exits import ExitGate
 from loopmdm.plan import ComputePlan
+from loopmdm.runs.boards import held_out_puzzles
+from loopmdm.runs.models import load_model
 from loopmdm.solve import solve_puzzles
-from loopmdm.study.criteria import FIXED, Judge, catalogue, choose
-from loopmdm.study.traces import Trace, left_to_right_trace
+from loopmdm.study.adaptive.criteria import FIXED, Judge, catalogue, choose
+from loopmdm.study.kit.traces import Trace, left_to_right_trace
 
 from .conftest import interrupted_after
 

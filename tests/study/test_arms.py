@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from loopmdm import flops
 from loopmdm.cli import main
-from loopmdm.cli.run_file import RunFile
-from loopmdm.config import LoopMDMConfig
-from loopmdm.loop_law import LoopLaw
-from loopmdm.model import LoopMDM
-from loopmdm.study.arms import Arm, Budget, iso_flop_arms, position_arms, steps_within, train_arm
-from loopmdm.study.binomial import wilson
+from loopmdm.model import LoopMDM, flops
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.model.loop_law import LoopLaw
+from loopmdm.runs.recipes import SUDOKU_RECIPES
+from loopmdm.runs.run_file import RunFile
+from loopmdm.study.training.arms import Arm, Budget, iso_flop_arms, position_arms, steps_within, train_arm
+from loopmdm.study.training.binomial import wilson
 from loopmdm.train import read_metrics
-from loopmdm.train.recipes import SUDOKU_RECIPES
 
 SMALL = LoopMDMConfig.preset("small", vocab_size=50258, mask_token_id=50257)
 SUDOKU = LoopMDMConfig.preset("sudoku6")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopmdm.data.batches import Batch
 from loopmdm.model import LoopMDM
 from loopmdm.study.attention import apply_block, attention_probabilities, mask_to_mask
-from loopmdm.study.inputs import Noisy, at_times
-from loopmdm.train import Batch
+from loopmdm.study.kit.inputs import Noisy, at_times
 
 from .conftest import Build, interrupted_after
 

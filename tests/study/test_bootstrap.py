@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loopmdm.study.bootstrap import Bootstrap
+from loopmdm.quality.bootstrap import Bootstrap
 
 
 def test_resampled_ratios_are_those_of_resampled_units() -> None:

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 
 import loopmdm.cli.study
 from loopmdm.cli import main
-from loopmdm.cli.parser import UsageError
-from loopmdm.config import LoopMDMConfig
 from loopmdm.model import LoopMDM
-from loopmdm.study.folder import StudyFolder
-from loopmdm.study.provenance import describe_model, weights_fingerprint
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.runs.options import UsageError
+from loopmdm.runs.provenance import describe_model, weights_fingerprint
+from loopmdm.study.kit.folder import StudyFolder
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         drawn=drawn,
     )
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(loopmdm.cli.study, "STUDIES", ("count",))
+    monkeypatch.setattr(loopmdm.cli.study, "STUDIES", {"count": module.__name__})
     return module
 
 

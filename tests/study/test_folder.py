@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from loopmdm.study.folder import StudyFolder
+from loopmdm.study.kit.folder import StudyFolder
 
 SETTINGS = {"windows": 4, "models": ["a", "b"]}
 

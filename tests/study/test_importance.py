@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from loopmdm import diffusion
+from loopmdm.data.batches import Batch
 from loopmdm.data.tokenizer import ByteTokenizer
+from loopmdm.model import diffusion
 from loopmdm.study import importance
 from loopmdm.study.importance import BASELINE, compare, curves, measured, table
-from loopmdm.study.inputs import Noisy, at_times, stratified
-from loopmdm.study.sources import Denoiser
-from loopmdm.train import Batch
+from loopmdm.study.kit.inputs import Noisy, at_times, stratified
+from loopmdm.study.kit.sources import Denoiser
 
 from .conftest import Build, interrupted_after
 
@@ -187,7 +187,7 @@ def test_a_changed_model_is_refused(
 
 
 def test_m2_says_where_the_peaks_are(tmp_path: Path) -> None:
-    from loopmdm.study.folder import StudyFolder
+    from loopmdm.study.kit.folder import StudyFolder
 
     masked = np.full((4, 8), 10.0)
     shape = np.array([0, 1, 2, 5, 4, 3, 1, 0.0])

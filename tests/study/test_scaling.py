@@ -12,15 +12,15 @@ import torch
 from matplotlib.figure import Figure
 
 from loopmdm import LoopMDM, sample
-from loopmdm.causal import CausalConfig, CausalLM
+from loopmdm.data.batches import Batch
 from loopmdm.data.tokenizer import ByteTokenizer
-from loopmdm.evaluate import evaluate_nll, nll_by_time_bin
 from loopmdm.quality import generative_perplexity, load_scorer, unigram_entropy
-from loopmdm.study.folder import StudyFolder
-from loopmdm.study.inputs import stratified
-from loopmdm.study.scaling import default_loops, measured, over_loops, tables
-from loopmdm.study.scaling_time import Line, rows_of_time
-from loopmdm.train import Batch
+from loopmdm.quality.causal import CausalConfig, CausalLM
+from loopmdm.quality.likelihood import evaluate_nll, nll_by_time_bin
+from loopmdm.study.kit.folder import StudyFolder
+from loopmdm.study.kit.inputs import stratified
+from loopmdm.study.scaling.study import default_loops, measured, over_loops, tables
+from loopmdm.study.scaling.time import Line, rows_of_time
 
 from .conftest import Build, interrupted_after
 
@@ -162,7 +162,7 @@ def test_bad_usage(
 def test_samples_are_scored(
     folders: Callable[[str], str], study: Study, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loopmdm.study.scaling.draw", lambda rows: Figure())
+    monkeypatch.setattr("loopmdm.study.scaling.study.draw", lambda rows: Figure())
     tokenizer = ByteTokenizer()
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_heads": 2, "num_layers": 1, "max_length": 16}

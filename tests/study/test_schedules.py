@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from loopmdm import sample
-from loopmdm.causal import CausalConfig, CausalLM
-from loopmdm.cli.boards import held_out_puzzles
-from loopmdm.cli.models import load_model
 from loopmdm.data.sudoku import SIX
 from loopmdm.data.sudoku.boards import units
 from loopmdm.data.tokenizer import ByteTokenizer
-from loopmdm.flops import head_flops, layer_flops, schedule_saving
 from loopmdm.model import LoopMDM
+from loopmdm.model.flops import head_flops, layer_flops, schedule_saving
 from loopmdm.plan import ComputePlan
 from loopmdm.quality import distinct_n, load_scorer, unigram_entropy
+from loopmdm.quality.causal import CausalConfig, CausalLM
+from loopmdm.runs.boards import held_out_puzzles
+from loopmdm.runs.models import load_model
 from loopmdm.solve import solve_puzzles
-from loopmdm.study.scoring import TextScoring
+from loopmdm.study.kit.scoring import TextScoring
 
 from .conftest import interrupted_after
 

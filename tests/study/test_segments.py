@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loopmdm.plan import ComputePlan
-from loopmdm.study.segments import (
+from loopmdm.study.schedules.segments import (
     borders,
     enumerate_schedules,
     hand_schedules,

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from loopmdm.exits import ExitGate
-from loopmdm.study.gates import fit_gate, logistic_regression
-from loopmdm.study.policies import gate_features, outcome, rule_stops, table_stops
-from loopmdm.study.tables import best_tables, bin_losses
-from loopmdm.study.traces import Trace
+from loopmdm.study.adaptive.gates import fit_gate, logistic_regression
+from loopmdm.study.adaptive.policies import gate_features, outcome, rule_stops, table_stops
+from loopmdm.study.adaptive.tables import best_tables, bin_losses
+from loopmdm.study.kit.traces import Trace
 
 
 @pytest.mark.parametrize("mean_loops", [1.0, 1.4, 2.0, 2.6, 4.0, 9.0])

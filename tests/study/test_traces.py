@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from loopmdm import sample
-from loopmdm.cli.boards import held_out_puzzles
-from loopmdm.cli.models import load_model
+from loopmdm.data.batches import Batch
 from loopmdm.data.sudoku import SIX
-from loopmdm.evaluate import evaluate_nll
 from loopmdm.exits import ArgmaxStable, ExitGate, ExitRule, HiddenChange, OutputChange
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
+from loopmdm.quality.likelihood import evaluate_nll
+from loopmdm.runs.boards import held_out_puzzles
+from loopmdm.runs.models import load_model
 from loopmdm.solve import solve_puzzles
-from loopmdm.study.inputs import stratified
-from loopmdm.study.policies import (
+from loopmdm.study.adaptive.policies import (
     call_flops,
     fixed_stops,
     mixed_fixed,
@@ -27,8 +27,8 @@ from loopmdm.study.policies import (
     rule_stops,
     table_stops,
 )
-from loopmdm.study.traces import Trace, left_to_right_trace, text_trace
-from loopmdm.train import Batch
+from loopmdm.study.kit.inputs import stratified
+from loopmdm.study.kit.traces import Trace, left_to_right_trace, text_trace
 
 Build = Callable[..., LoopMDM]
 MakeRule = Callable[[Trace], ExitRule]

@@ -12,10 +12,10 @@ import torch
 from matplotlib.figure import Figure
 
 import loopmdm_kernels as lk
-from loopmdm import diffusion
-from loopmdm.study.inputs import at_times
-from loopmdm.study.trajectories import KINDS, trajectories
-from loopmdm.train import Batch
+from loopmdm.data.batches import Batch
+from loopmdm.model import diffusion
+from loopmdm.study.kit.inputs import at_times
+from loopmdm.study.trajectories.study import KINDS, trajectories
 
 from .conftest import Build, interrupted_after
 
@@ -83,7 +83,7 @@ def test_study_of_text(
 def test_the_shown_tokens_change_most(
     folders: Callable[[str], str], corpus: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loopmdm.study.trajectories.draw", lambda rows: Figure())
+    monkeypatch.setattr("loopmdm.study.trajectories.study.draw", lambda rows: Figure())
     words = ["trajectories", folders("a"), "--data", corpus, "--length", 16, "--windows", 2, "--loops", 3]
     assert study(*words, "--show", 16, "--out", tmp_path / "all")[0] == 0
     assert study(*words, "--show", 2, "--out", tmp_path / "two")[0] == 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules import module as nn_module
 
 from loopmdm import sample
-from loopmdm.causal import CausalConfig, CausalLM
+from loopmdm.quality.causal import CausalConfig, CausalLM
 from tests.mdlm.reference_dit import randomise
 from tests.tools.watched import (
     IDS,

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import loopmdm_kernels as lk
 from loopmdm import LoopMDM, LoopMDMConfig
-from loopmdm.modules import DDiTBlock
+from loopmdm.model.modules import DDiTBlock
 
 LOOPS, WORLD = 2, 2
 

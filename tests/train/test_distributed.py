@@ -11,9 +11,9 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from toy_training import ToyModel, batches
 
-from loopmdm.loop_law import LoopLaw
+from loopmdm.model.loop_law import LoopLaw
+from loopmdm.model.seeds import derive_seed
 from loopmdm.train import TrainConfig, read_metrics
-from loopmdm.train.seeds import derive_seed
 
 SCRIPT = """
 import json, sys, torch

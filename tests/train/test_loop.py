@@ -12,12 +12,12 @@ import pytest
 import torch
 from toy_training import LENGTH, ToyModel, batches
 
-from loopmdm import flops
 from loopmdm.data.packing import TextData
 from loopmdm.data.sudoku import SIX, SudokuData
-from loopmdm.loop_law import LoopLaw
+from loopmdm.model import flops
+from loopmdm.model.loop_law import LoopLaw
+from loopmdm.model.seeds import derive_seed
 from loopmdm.train import NonFiniteError, TrainConfig, Trainer, batch_source, plot_loss, read_metrics
-from loopmdm.train.seeds import derive_seed
 
 
 def config(**changes: Any) -> TrainConfig:

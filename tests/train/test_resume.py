@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 from toy_training import ToyModel, batches
 
-import loopmdm.safetensors_files
-from loopmdm.config import LoopMDMConfig
+import loopmdm.formats.safetensors_files
+from loopmdm.data.batches import Batch
 from loopmdm.model import LoopMDM
-from loopmdm.train import Batch, CheckpointError, TrainConfig, Trainer, read_metrics
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.train import CheckpointError, TrainConfig, Trainer, read_metrics
 from loopmdm_kernels.files import temporary_path
 
 STEPS = 40
@@ -270,7 +271,7 @@ def test_full_disk_keeps_the_previous_checkpoint(
             with files_limited_to(32_768):
                 resumed.train()
         elif failure == "no space for the state":
-            patch.setattr(loopmdm.safetensors_files, "write", no_space)
+            patch.setattr(loopmdm.formats.safetensors_files, "write", no_space)
             resumed.train()
         else:
             patch.setattr(ToyModel, "save_pretrained", no_space)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from toy_training import ToyModel, batches
 
-from loopmdm.safetensors_files import DIGEST_KEY
+from loopmdm.formats.safetensors_files import DIGEST_KEY
 from loopmdm.train import TrainConfig, Trainer
 from loopmdm.train.state import STATE_FILE
 

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loopmdm import diffusion
-from loopmdm.config import LoopMDMConfig
-from loopmdm.model import LossOutput
-from loopmdm.train import Batch
+from loopmdm.data.batches import Batch
+from loopmdm.model import LossOutput, diffusion
+from loopmdm.model.config import LoopMDMConfig
 
 VOCAB, MASK, LENGTH = 7, 6, 8
 

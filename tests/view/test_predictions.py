@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loopmdm import ComputePlan, LoopMDM, diffusion, sample
+from loopmdm import ComputePlan, LoopMDM, sample
+from loopmdm.model import diffusion
 from loopmdm.view import Replay
 from loopmdm.view.predictions import predict_loops
 

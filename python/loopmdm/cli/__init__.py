@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import TextIO
 
 from loopmdm import terminal
-from loopmdm.cli.parser import FAILED, FOOTER, INTERRUPTED, USAGE, Parser, UsageError
+from loopmdm.cli.parser import FAILED, FOOTER, INTERRUPTED, USAGE, Parser
 from loopmdm.printable import printable_lines
+from loopmdm.runs.options import UsageError
 
 COMMANDS = {
     "demo": "solve Sudoku with the shipped models, train a little, compare speed with plain PyTorch",

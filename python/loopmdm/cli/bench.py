@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import loopmdm_kernels as lk
-from loopmdm.cli.output import note, print_json, print_table, writable
-from loopmdm.cli.parser import UsageError, add_json, add_runtime, positive_int, set_up
-from loopmdm.config import PRESETS
+from loopmdm.cli.output import print_json, print_table, writable
+from loopmdm.cli.parser import add_json, add_runtime, set_up
+from loopmdm.model.config import PRESETS
+from loopmdm.runs.options import UsageError, positive_int
+from loopmdm.terminal import note
 from loopmdm_kernels.testing import head_inputs, interleaved_times, looped_inputs, row_rng
 from loopmdm_kernels.types import BlockWeights, Head, Rotary, RowRng
 

@@ -11,9 +11,10 @@ import argparse
 from typing import Any
 
 from loopmdm.cli.output import print_json, show
-from loopmdm.cli.parser import add_json, count, loop_range, positive_int
-from loopmdm.cli.run_file import RUN_FILE
+from loopmdm.cli.parser import add_json
 from loopmdm.mdlm import convert_checkpoint
+from loopmdm.runs.options import count, loop_range, positive_int
+from loopmdm.runs.run_file import RUN_FILE
 from loopmdm.train.loop import FILES
 from loopmdm_kernels.files import refuse_files
 

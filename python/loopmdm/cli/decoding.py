@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from loopmdm.cli.parser import UsageError, count, number, positive_int, usage_errors
 from loopmdm.data.tokenizer import Tokenizer
+from loopmdm.runs.options import UsageError, count, number, positive_int, usage_errors
 from loopmdm.sampling import ORDERS, Remasking
 from loopmdm.sampling.options import make_pace
 from loopmdm.sampling.orders import COUNTS

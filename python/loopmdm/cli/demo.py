@@ -21,16 +21,18 @@ import torch
 import torch.nn.functional as F
 
 import loopmdm_kernels as lk
-from loopmdm.cli.boards import ORDERS, SHARE_COLUMNS, held_out_puzzles, share_row, solve_all
-from loopmdm.cli.models import SHIPPED, default_loops, load_model
-from loopmdm.cli.output import has_color, note, print_json, print_table
-from loopmdm.cli.parser import add_json, positive_int
+from loopmdm.cli.output import has_color, print_json, print_table
+from loopmdm.cli.parser import add_json
 from loopmdm.data.sudoku import SudokuSpec, format_board, is_valid_solution
 from loopmdm.data.sudoku.boards import Cells
 from loopmdm.model import LoopMDM
+from loopmdm.runs.boards import ORDERS, SHARE_COLUMNS, held_out_puzzles, share_row, solve_all
+from loopmdm.runs.models import SHIPPED, default_loops, load_model
+from loopmdm.runs.options import positive_int
+from loopmdm.runs.recipes import SUDOKU_RECIPES
 from loopmdm.sampling import StepEvent, sample
+from loopmdm.terminal import note
 from loopmdm.train import Trainer
-from loopmdm.train.recipes import SUDOKU_RECIPES
 from loopmdm_kernels.types import Head, RowRng
 
 EPILOG = """example:

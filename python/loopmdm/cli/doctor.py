@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 import loopmdm_kernels as lk
-from loopmdm.cli.models import SHIPPED, load_model, shipped_folder
-from loopmdm.cli.output import note, print_json, print_table
+from loopmdm.cli.output import print_json, print_table
 from loopmdm.cli.parser import add_json
-from loopmdm.study.provenance import processor
+from loopmdm.runs.models import SHIPPED, load_model, shipped_folder
+from loopmdm.runs.provenance import processor
+from loopmdm.terminal import note
 from loopmdm_kernels.types import Head, RowRng
 
 EPILOG = """example:

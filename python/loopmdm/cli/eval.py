@@ -13,8 +13,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from loopmdm.cli import eval_samples, likelihood, text_data
-from loopmdm.cli.boards import (
+from loopmdm.cli import eval_samples
+from loopmdm.cli.output import print_json, print_table, show
+from loopmdm.cli.parser import add_json, add_runtime, set_up
+from loopmdm.cli.plans import adaptive, adapts, exit_rule, note_beyond_training
+from loopmdm.data.sudoku import SudokuSpec, count_solutions, solve
+from loopmdm.model import LoopMDM
+from loopmdm.plan import ComputePlan
+from loopmdm.quality.likelihood import evaluate_nll
+from loopmdm.runs import likelihood, text_data
+from loopmdm.runs.boards import (
     ORDERS,
     SHARE_COLUMNS,
     blanks,
@@ -24,24 +32,10 @@ from loopmdm.cli.boards import (
     share_row,
     solve_all,
 )
-from loopmdm.cli.held_out import add_text_options, held_out_text
-from loopmdm.cli.models import default_loops, load_model, sudoku_spec
-from loopmdm.cli.output import note, print_json, print_table, show
-from loopmdm.cli.parser import (
-    UsageError,
-    add_json,
-    add_runtime,
-    count,
-    loop_counts,
-    positive_int,
-    set_up,
-    usage_errors,
-)
-from loopmdm.cli.plans import adaptive, adapts, exit_rule, note_beyond_training
-from loopmdm.data.sudoku import SudokuSpec, count_solutions, solve
-from loopmdm.evaluate import evaluate_nll
-from loopmdm.model import LoopMDM
-from loopmdm.plan import ComputePlan
+from loopmdm.runs.held_out import add_text_options, held_out_text
+from loopmdm.runs.models import default_loops, load_model, sudoku_spec
+from loopmdm.runs.options import UsageError, count, loop_counts, positive_int, usage_errors
+from loopmdm.terminal import note
 
 EPILOG = """examples:
   loopmdm eval run                                  a run of `loopmdm train`, on the documents it held out

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopmdm.cli import text_data
-from loopmdm.cli.held_out import held_out_text
-from loopmdm.cli.models import load_tokenizer
-from loopmdm.cli.output import note
-from loopmdm.cli.parser import UsageError, positive_int, usage_errors
 from loopmdm.cli.plans import adapts, add_plan, note_beyond_training, plan_option
-from loopmdm.cli.run_file import RunFile
-from loopmdm.flops import DEFAULT_CONVENTION
 from loopmdm.model import LoopMDM
+from loopmdm.model.flops import DEFAULT_CONVENTION
 from loopmdm.plan import ComputePlan
 from loopmdm.quality import Scorer, load_scorer, quality
+from loopmdm.runs import text_data
+from loopmdm.runs.held_out import held_out_text
+from loopmdm.runs.models import load_tokenizer
+from loopmdm.runs.options import UsageError, positive_int, usage_errors
+from loopmdm.runs.provenance import provenance
+from loopmdm.runs.run_file import RunFile
 from loopmdm.sampling import sample
-from loopmdm.study.provenance import provenance
+from loopmdm.terminal import note
 
 COLUMNS = (
     *("text", "gen. PPL", "bits/byte", "entropy, nats", "distinct-2", "distinct-3", "self-BLEU"),

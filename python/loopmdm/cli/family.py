@@ -15,19 +15,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from loopmdm.checkpoint import read_json
-from loopmdm.cli import text_data
-from loopmdm.cli.boards import blanks, held_out_puzzles
-from loopmdm.cli.held_out import held_out_text
-from loopmdm.cli.models import load_model, sudoku_spec
-from loopmdm.cli.output import note, print_json, print_table, show
-from loopmdm.cli.parser import UsageError, set_up
-from loopmdm.cli.run_file import RUN_FILE, RunFile
+from loopmdm.cli.output import print_json, print_table, show
+from loopmdm.cli.parser import set_up
 from loopmdm.cli.runs import described_run, process_group, refuse, train_run
-from loopmdm.evaluate import nll_by_sequence, ratio_of_sums
+from loopmdm.data.batches import Batch
 from loopmdm.model import LoopMDM
-from loopmdm.study.provenance import provenance
-from loopmdm.train import Batch, TrainConfig, read_metrics
+from loopmdm.model.checkpoint import read_json
+from loopmdm.quality.likelihood import nll_by_sequence, ratio_of_sums
+from loopmdm.runs import text_data
+from loopmdm.runs.boards import blanks, held_out_puzzles
+from loopmdm.runs.held_out import held_out_text
+from loopmdm.runs.models import load_model, sudoku_spec
+from loopmdm.runs.options import UsageError
+from loopmdm.runs.provenance import provenance
+from loopmdm.runs.run_file import RUN_FILE, RunFile
+from loopmdm.terminal import note
+from loopmdm.train import TrainConfig, read_metrics
 from loopmdm.train.metrics import METRICS_FILE
 from loopmdm.train.state import STATE_FILE, read_metadata
 from loopmdm_kernels.files import kind_of, write_files

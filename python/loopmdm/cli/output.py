@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from loopmdm import terminal
-from loopmdm.cli.parser import UsageError
 from loopmdm.printable import printable_lines
+from loopmdm.runs.options import UsageError
 from loopmdm_kernels.files import check_target
 
 
@@ -32,11 +32,6 @@ def print_json(document: dict[str, Any]) -> None:
 def show(text: str) -> None:
     """Lines of a result, with what a terminal would act on made visible."""
     print(printable_lines(text))
-
-
-def note(text: str) -> None:
-    """A line about the way to the result."""
-    terminal.say(printable_lines(text))
 
 
 def writable(option: str, path: Path) -> None:

@@ -1,15 +1,14 @@
-"""A parser whose errors are one line, the values options take, and options several commands share."""
+"""A parser whose errors are one line, and options several commands share."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loopmdm.printable import printable_lines
+from loopmdm.runs.options import Sources, UsageError, positive_int
 
 if TYPE_CHECKING:
     import torch
@@ -22,21 +21,6 @@ FOOTER = (
     "\n130 interrupted, 143 terminated, 141 the reader of the output is gone"
     "\nwords that are printed, such as S, plan, NELBO, PPL: docs/glossary.md"
 )
-
-
-class UsageError(Exception):
-    """Options that are each fine and do not go together, or values that only the library can judge."""
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turns what the library says about a value into an error of usage."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        if getattr(error, "of_the_model", False):  # what it predicts is no fault of the options
-            raise
-        raise UsageError(str(error)) from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,21 +57,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: error: {printable_lines(message)} (see {self.prog} --help)\n")
 
 
-class Sources(argparse.Action):
-    """Files, folders and patterns: one as a string, several as a list."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        before = getattr(namespace, self.dest) or []
-        together = [*([before] if isinstance(before, str) else before), *values]
-        setattr(namespace, self.dest, together[0] if len(together) == 1 else together)
-
-
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """All arguments, those of commands of the command among them."""
     for action in parser._actions:
@@ -101,65 +70,6 @@ def _meant(word: Any, accepted: Iterable[str]) -> str:
     from loopmdm_kernels.values import meant  # brings torch, which --help does without
 
     return meant(word, accepted)
-
-
-def positive_int(text: str) -> int:
-    """An option's value of at least 1."""
-    return _int(text, 1)
-
-
-def count(text: str) -> int:
-    """An option's value of at least 0."""
-    return _int(text, 0)
-
-
-def positive_float(text: str) -> float:
-    """An option's value above 0."""
-    value = number(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("got 0, expected a number above 0")
-    return value
-
-
-def number(text: str) -> float:
-    """An option's finite value of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of at least 0")
-    return value
-
-
-def loop_counts(text: str) -> list[int]:
-    """Loop counts such as "1,3,6", each once."""
-    return list(
-        dict.fromkeys(_int(part, 1, "loop counts such as 1,3,6, each at least 1") for part in text.split(","))
-    )
-
-
-def loop_range(text: str) -> tuple[int, int]:
-    """A half-open range of layers such as "1:3"."""
-    start, _, end = text.partition(":")
-    try:
-        return int(start), int(end)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected START:END, the layers START..END-1 counted from 0, such as 1:3"
-        ) from None
-
-
-def _int(text: str, least: int, expected: str | None = None) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected {expected or f'an integer of at least {least}'}"
-        )
-    return value
 
 
 def add_json(parser: argparse.ArgumentParser, what: str) -> None:

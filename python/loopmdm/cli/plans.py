@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from loopmdm.cli.models import load_model
-from loopmdm.cli.output import note
-from loopmdm.cli.parser import UsageError, positive_int, usage_errors
 from loopmdm.exits import ExitRule, make_rule
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
+from loopmdm.runs.models import load_model
+from loopmdm.runs.options import UsageError, positive_int, usage_errors
+from loopmdm.terminal import note
 
 CRITERIA = ("hidden", "output", "argmax")
 

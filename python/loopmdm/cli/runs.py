@@ -16,17 +16,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from loopmdm.cli.jobs import Job, read_corpus, sudoku_job, text_job, text_tokenizer
-from loopmdm.cli.output import note
-from loopmdm.cli.parser import INTERRUPTED, TERMINATED, UsageError
-from loopmdm.cli.run_file import RUN_FILE, RunFile
-from loopmdm.cli.text_data import TOKENIZER_FILE, load_tokenizer, located
-from loopmdm.config import LoopMDMConfig
+from loopmdm.cli.parser import INTERRUPTED, TERMINATED
 from loopmdm.data.tokenizer import BACKEND_FILE
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.runs.jobs import Job, read_corpus, sudoku_job, text_job, text_tokenizer
+from loopmdm.runs.options import UsageError
+from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
+from loopmdm.runs.run_file import RUN_FILE, RunFile
+from loopmdm.runs.text_data import TOKENIZER_FILE, load_tokenizer, located
+from loopmdm.terminal import note
 from loopmdm.train import RunFolder, TrainConfig, Trainer
 from loopmdm.train import loop as training
 from loopmdm.train.plot import PLOT_FILE
-from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.train.state import STATE_FILE
 from loopmdm_kernels.files import refuse_files
 

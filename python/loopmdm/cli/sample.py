@@ -19,25 +19,20 @@ import numpy as np
 import torch
 
 from loopmdm.cli.decoding import add_decoding, decoding_options
-from loopmdm.cli.models import load_model, load_tokenizer, sudoku_spec
-from loopmdm.cli.output import has_color, note, print_json
-from loopmdm.cli.parser import (
-    UsageError,
-    add_json,
-    add_runtime,
-    positive_int,
-    set_up,
-    usage_errors,
-)
+from loopmdm.cli.output import has_color, print_json
+from loopmdm.cli.parser import add_json, add_runtime, set_up
 from loopmdm.cli.plans import add_plan, note_beyond_training, plan_option
-from loopmdm.cli.run_file import RunFile
 from loopmdm.cli.views import PainterOf, Views, add_views
 from loopmdm.data.sudoku import SudokuSpec, encode_boards, format_board, is_valid_solution
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
+from loopmdm.runs.models import load_model, load_tokenizer, sudoku_spec
+from loopmdm.runs.options import UsageError, positive_int, usage_errors
+from loopmdm.runs.run_file import RunFile
 from loopmdm.sampling import SampleResult, sample
 from loopmdm.sampling.canvas import make_canvas
+from loopmdm.terminal import note
 from loopmdm.view import BoardSymbols, IdSymbols, Symbols, TextSymbols
 from loopmdm.view.painters import BoardPainter, TextPainter
 from loopmdm.view.symbols import printable

@@ -15,28 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loopmdm.cli.boards import (
-    ORDERS,
-    SEVERAL,
-    SHARE_COLUMNS,
-    Solved,
-    given_puzzles,
-    not_counted,
-    share_row,
-    solve_all,
-)
 from loopmdm.cli.decoding import add_pace, pace_options
-from loopmdm.cli.models import SHIPPED, default_loops, load_model
-from loopmdm.cli.output import has_color, note, print_json, print_table, show
-from loopmdm.cli.parser import (
-    UsageError,
-    add_json,
-    add_runtime,
-    loop_counts,
-    positive_int,
-    set_up,
-    usage_errors,
-)
+from loopmdm.cli.output import has_color, print_json, print_table, show
+from loopmdm.cli.parser import add_json, add_runtime, set_up
 from loopmdm.cli.plans import adaptive, adapts, add_plan, note_beyond_training, plan_option
 from loopmdm.cli.views import Views, add_views
 from loopmdm.data.sudoku import (
@@ -47,8 +28,21 @@ from loopmdm.data.sudoku import (
 )
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
+from loopmdm.runs.boards import (
+    ORDERS,
+    SEVERAL,
+    SHARE_COLUMNS,
+    Solved,
+    given_puzzles,
+    not_counted,
+    share_row,
+    solve_all,
+)
+from loopmdm.runs.models import SHIPPED, default_loops, load_model
+from loopmdm.runs.options import UsageError, loop_counts, positive_int, usage_errors
 from loopmdm.sampling import ORDERS as SAMPLING_ORDERS
 from loopmdm.sampling import SampleResult, sample
+from loopmdm.terminal import note
 from loopmdm.view import BoardSymbols
 from loopmdm.view.painters import BoardPainter
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
-from loopmdm.cli.output import note, print_json
-from loopmdm.cli.parser import FOOTER, Parser, add_json, add_runtime, set_up, usage_errors
-from loopmdm.study import STUDIES, figures
-from loopmdm.study.folder import FIGURE_FILE, TABLE_CSV, TABLE_JSON, StudyFolder
-from loopmdm.study.provenance import provenance
+from loopmdm.cli.output import print_json
+from loopmdm.cli.parser import FOOTER, Parser, add_json, add_runtime, set_up
+from loopmdm.runs.options import usage_errors
+from loopmdm.runs.provenance import provenance
+from loopmdm.study import STUDIES
+from loopmdm.study.kit import figures
+from loopmdm.study.kit.folder import FIGURE_FILE, TABLE_CSV, TABLE_JSON, StudyFolder
+from loopmdm.terminal import note
 
 EPILOG = """example:
   loopmdm study importance heavy light --second-heavy heavy2 --out importance
@@ -30,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     studies = parser.add_subparsers(
         dest="study", metavar="NAME", required=True, title="studies", parser_class=Parser
     )
-    for name in STUDIES:
-        module = import_module(f"loopmdm.study.{name}")
+    for name, path in STUDIES.items():
+        module = import_module(path)
         sub = studies.add_parser(
             name,
             help=module.SUMMARY,
@@ -54,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     figures.require_matplotlib()
     args.device_object = set_up(args)
-    module: Any = import_module(f"loopmdm.study.{args.study}")
+    module: Any = import_module(STUDIES[args.study])
     settings = {name: value for name, value in vars(args).items() if name not in _FREE}
     with usage_errors():
         folder = StudyFolder(args.out, args.study, settings, provenance())

@@ -11,22 +11,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from loopmdm.cli import family, likelihood
-from loopmdm.cli.boards import SHARE_COLUMNS, share_row
-from loopmdm.cli.jobs import PRESETS, Job
-from loopmdm.cli.output import note, print_json, print_table, show
-from loopmdm.cli.parser import (
-    Sources,
-    add_json,
-    add_runtime,
-    count,
-    loop_range,
-    number,
-    positive_float,
-    positive_int,
-    set_up,
-)
+from loopmdm.cli import family
+from loopmdm.cli.output import print_json, print_table, show
+from loopmdm.cli.parser import add_json, add_runtime, set_up
 from loopmdm.cli.runs import process_group, train_run
+from loopmdm.runs import likelihood
+from loopmdm.runs.boards import SHARE_COLUMNS, share_row
+from loopmdm.runs.jobs import PRESETS, Job
+from loopmdm.runs.options import Sources, count, loop_range, number, positive_float, positive_int
+from loopmdm.terminal import note
 from loopmdm.train import plot_loss, read_metrics
 from loopmdm.train.metrics import METRICS_FILE
 

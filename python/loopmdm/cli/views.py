@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopmdm.cli.output import note, writable
-from loopmdm.cli.parser import FAILED, UsageError, count, number, positive_int
+from loopmdm.cli.output import writable
+from loopmdm.cli.parser import FAILED
 from loopmdm.plan import ComputePlan
+from loopmdm.runs.options import UsageError, count, number, positive_int
 from loopmdm.sampling import SampleResult
+from loopmdm.terminal import note
 from loopmdm.view import Symbols, Watch, page, write_page
 from loopmdm.view.painters import Painter
 from loopmdm.view.predictions import predict_loops

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from loopmdm import hub
+from loopmdm.formats import hub
 from loopmdm.printable import printable
 from loopmdm_kernels.files import write_files
 from loopmdm_kernels.values import parse_json

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from loopmdm import vocabulary
-from loopmdm.stages import Stages
+from loopmdm.model import vocabulary
+from loopmdm.model.stages import Stages
 from loopmdm_kernels.types import RowRng
 
 _NO_TOKEN = -1e30  # logit of the mask: finite, so that no difference of two log-probabilities is NaN

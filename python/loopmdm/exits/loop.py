@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.exits.rules import ExitRule
-from loopmdm.stages import Stages
+from loopmdm.model.stages import Stages
 from loopmdm_kernels.values import whole
 
 

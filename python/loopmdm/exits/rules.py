@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from loopmdm.exits.judges import ArgmaxJudge, ChangeJudge, Judge, OutputJudge
+from loopmdm.model.stages import Stages
 from loopmdm.printable import printable
-from loopmdm.stages import Stages
 from loopmdm_kernels.values import meant, real, whole
 
 LEAST_CHANGE = 1e-12  # of a change whose logarithm is taken

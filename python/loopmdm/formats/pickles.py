@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from loopmdm.pickle_machine import (
+from loopmdm.formats.pickle_machine import (
     MAX_DIGITS,
     Buffer,
     Global,

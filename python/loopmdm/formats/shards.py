@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loopmdm import checkpoint
-from loopmdm.pickles import StoredTensor
+from loopmdm.formats.pickles import StoredTensor
+from loopmdm.formats.torch_files import TorchFile
+from loopmdm.model import checkpoint
 from loopmdm.printable import printable
-from loopmdm.torch_files import TorchFile
 
 _LONGEST_NAME = 255  # of a file, in characters
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

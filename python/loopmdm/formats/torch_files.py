@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopmdm import pickles
-from loopmdm.pickles import Storage, StoredTensor
+from loopmdm.formats import pickles
+from loopmdm.formats.pickles import Storage, StoredTensor
 from loopmdm.printable import printable
 
 # First object of the format that torch.save wrote before version 1.6.

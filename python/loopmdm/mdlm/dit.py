@@ -11,12 +11,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from loopmdm import checkpoint, cut, draws, likeness, mdlm_stated, mdlm_weights, shards, vocabulary
-from loopmdm.config import LoopMDMConfig
-from loopmdm.mdlm_weights import MDLMWeights
-from loopmdm.model import LoopMDM
-from loopmdm.modules import check_frequencies
-from loopmdm.patching import check_num_loops, patch, unpatch
+from loopmdm.formats import shards
+from loopmdm.mdlm import likeness
+from loopmdm.mdlm import stated as mdlm_stated
+from loopmdm.mdlm import weights as mdlm_weights
+from loopmdm.mdlm.patching import check_num_loops, patch, unpatch
+from loopmdm.mdlm.weights import MDLMWeights
+from loopmdm.model import LoopMDM, checkpoint, cut, draws, vocabulary
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.model.modules import check_frequencies
 from loopmdm.printable import printable
 from loopmdm_kernels.files import refuse_files
 

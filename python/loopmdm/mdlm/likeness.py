@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loopmdm import likeness_static, trial
-from loopmdm.modules import SigmaEmbedding, rotary_angles, weights_of
-from loopmdm.trial import CannotRunError, Mode, Ran
+from loopmdm.mdlm import likeness_static, trial
+from loopmdm.mdlm.trial import CannotRunError, Mode, Ran
+from loopmdm.model.modules import SigmaEmbedding, rotary_angles, weights_of
 from loopmdm_kernels.reference.looped_blocks import layer_norm, looped_blocks, modulate
 from loopmdm_kernels.types import BlockWeights, Rotary
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensor
 
-from loopmdm import cut, mdlm_stated
-from loopmdm.cut import named
-from loopmdm.mdlm_weights import BLOCK_PARAMETERS
-from loopmdm.modules import check_frequencies
+from loopmdm.mdlm import stated as mdlm_stated
+from loopmdm.mdlm.weights import BLOCK_PARAMETERS
+from loopmdm.model import cut
+from loopmdm.model.cut import named
+from loopmdm.model.modules import check_frequencies
 from loopmdm_kernels.reference.looped_blocks import NORM_EPS
 
 _NORM_NAMES = ("LayerNorm", "ScaleNorm")

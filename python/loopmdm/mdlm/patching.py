@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import loopmdm_kernels as lk
-from loopmdm import cut, likeness
-from loopmdm.mdlm_weights import NETWORK_ATTRIBUTES
-from loopmdm.model import LoopMDM
-from loopmdm.modules import rotary_angles, weights_of
-from loopmdm.trial import StandIn
+from loopmdm.mdlm import likeness
+from loopmdm.mdlm.trial import StandIn
+from loopmdm.mdlm.weights import NETWORK_ATTRIBUTES
+from loopmdm.model import LoopMDM, cut
+from loopmdm.model.modules import rotary_angles, weights_of
 from loopmdm_kernels.values import whole
 
 Module = TypeVar("Module", bound=nn.Module)

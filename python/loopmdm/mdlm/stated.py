@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from loopmdm.pickles import Opaque, lookup
+from loopmdm.formats.pickles import Opaque, lookup
 from loopmdm.printable import printable
 
 # Field of LoopMDMConfig -> where it may be stated, the first place counts.

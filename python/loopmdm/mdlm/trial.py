@@ -22,7 +22,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from loopmdm.modules import frequencies
+from loopmdm.model.modules import frequencies
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 _GLOBAL_HOOKS = tuple(

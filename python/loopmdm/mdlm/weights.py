@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loopmdm import checkpoint, mdlm_stated, safetensors_files, shards
-from loopmdm.pickles import Opaque, StoredTensor
+from loopmdm.formats import safetensors_files, shards
+from loopmdm.formats.pickles import Opaque, StoredTensor
+from loopmdm.formats.torch_files import TorchFile
+from loopmdm.mdlm import stated as mdlm_stated
+from loopmdm.model import checkpoint
 from loopmdm.printable import printable
-from loopmdm.torch_files import TorchFile
 
 _MAX_DIGITS = 9  # of the number of a block
 _PREFIXES = ("backbone.", "module.", "model.", "_orig_mod.")

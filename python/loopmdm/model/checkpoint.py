@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from loopmdm import hub, safetensors_files
+from loopmdm.formats import hub, safetensors_files
 from loopmdm.printable import printable
 from loopmdm_kernels.files import write_files
 from loopmdm_kernels.values import parse_json
 
 if TYPE_CHECKING:
-    from loopmdm.causal import CausalLM
     from loopmdm.model import LoopMDM
+    from loopmdm.quality.causal import CausalLM
 
     Model = TypeVar("Model", LoopMDM, CausalLM)
 
@@ -111,7 +111,7 @@ def _read_weights(
     path_or_hub_id: str | os.PathLike[str], revision: str | None
 ) -> tuple[Path, dict[str, Tensor]]:
     """The tensors of a folder, in one file or in shards, and the path to name in errors."""
-    from loopmdm import shards
+    from loopmdm.formats import shards
 
     index = shards.find_index(Path(path_or_hub_id))
     if index is None:

@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-# Hooks that gather weights or note which module runs: ops do without, or `loopmdm.parallel` calls them; ours.
+# Hooks that gather weights or note which module runs: ops do without, or `parallel` calls them; and ours.
 _WITHOUT_EFFECT = (
     "torch.distributed.",
     "torch.nn.parallel.",
     "torch.utils.module_tracker",
-    "loopmdm.patching",
+    "loopmdm.mdlm.patching",
 )
 _LINEAR, _GELU, _SEQUENTIAL = nn.Linear.forward, nn.GELU.forward, nn.Sequential.forward
 _PARTS = ("norm1", "attn_qkv", "attn_out", "norm2", "mlp", "adaLN_modulation")

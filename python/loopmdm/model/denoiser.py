@@ -15,16 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loopmdm import diffusion, draws, inputs, vocabulary
-from loopmdm.config import LoopMDMConfig
-from loopmdm.cut import named, say, why_global
 from loopmdm.exits import ExitRule, run_with_exit
-from loopmdm.masks import boolean
-from loopmdm.modes import say_if_trained
-from loopmdm.modules import DDiTBlock, OutputLayer, RotaryEmbedding, SigmaEmbedding, TokenEmbedding, by_row
-from loopmdm.parallel import check_averaged
-from loopmdm.stages import Stages
-from loopmdm.vocabulary import AnyHead, CalledHead
+from loopmdm.model import diffusion, draws, inputs, vocabulary
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.model.cut import named, say, why_global
+from loopmdm.model.masks import boolean
+from loopmdm.model.modes import say_if_trained
+from loopmdm.model.modules import (
+    DDiTBlock,
+    OutputLayer,
+    RotaryEmbedding,
+    SigmaEmbedding,
+    TokenEmbedding,
+    by_row,
+)
+from loopmdm.model.parallel import check_averaged
+from loopmdm.model.stages import Stages
+from loopmdm.model.vocabulary import AnyHead, CalledHead
 from loopmdm_kernels.ops import checks
 from loopmdm_kernels.tracing import can_read, traced, transformed, without_autocast
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Fp8Weight, Head
@@ -384,7 +391,7 @@ class LoopMDM(nn.Module):
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into the folder `path`, each one whole or not at all."""
-        from loopmdm.checkpoint import save_pretrained
+        from loopmdm.model.checkpoint import save_pretrained
 
         save_pretrained(self, path)
 
@@ -402,7 +409,7 @@ class LoopMDM(nn.Module):
         `revision` names a hub commit, `overrides` replace fields of the stored configuration. `config` takes
         the place of a config.json, which checkpoints of other trainers may lack.
         """
-        from loopmdm.checkpoint import load_pretrained
+        from loopmdm.model.checkpoint import load_pretrained
 
         return load_pretrained(cls, path_or_hub_id, revision=revision, config=config, **overrides)
 

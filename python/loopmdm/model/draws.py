@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopmdm import diffusion
-from loopmdm.loop_law import LoopLaw
+from loopmdm.model import diffusion
+from loopmdm.model.loop_law import LoopLaw
 from loopmdm_kernels.ops.library import register
 from loopmdm_kernels.tracing import traced
 

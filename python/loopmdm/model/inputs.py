@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopmdm.config import LoopMDMConfig
+from loopmdm.model.config import LoopMDMConfig
 from loopmdm_kernels.tracing import can_read
 
 IGNORED_LABEL = -100  # transformers' and PyTorch's mark of a label that does not count

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from loopmdm.flops import Convention, Dimensions, forward_flops
+from loopmdm.model.flops import Convention, Dimensions, forward_flops
 from loopmdm_kernels.values import whole
 
 POISSON_SIGMA = 0.5

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import loopmdm_kernels as lk
-from loopmdm.config import LoopMDMConfig
-from loopmdm.cut import named, why_block, why_head
-from loopmdm.flops import SIGMA_FEATURES
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.model.cut import named, why_block, why_head
+from loopmdm.model.flops import SIGMA_FEATURES
 from loopmdm_kernels.reference.looped_blocks import BlockParts, Dropout, apply_block, layer_norm, modulate
 from loopmdm_kernels.tracing import transformed
 from loopmdm_kernels.types import BlockWeights, Rotary
@@ -220,7 +220,7 @@ class DDiTBlock(nn.Module):
         return weights_of(self)
 
     def around(self, run: Callable[[Tensor], Any], inputs: deque[Tensor]) -> Any:
-        """run(x) for the one tensor of `inputs`: what `loopmdm.parallel` makes a forward of FSDP2."""
+        """run(x) for the one tensor of `inputs`: what `loopmdm.model.parallel` makes a forward of FSDP2."""
         return run(inputs[0])
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
-from loopmdm import draws
-from loopmdm.cut import why_global
-from loopmdm.masks import boolean
-from loopmdm.modules import DDiTBlock, by_row
-from loopmdm.parallel import refuse_split, with_whole_weights
+from loopmdm.model import draws
+from loopmdm.model.cut import why_global
+from loopmdm.model.masks import boolean
+from loopmdm.model.modules import DDiTBlock, by_row
+from loopmdm.model.parallel import refuse_split, with_whole_weights
 from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
 from loopmdm_kernels.types import Rotary
 

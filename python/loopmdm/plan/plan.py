@@ -11,8 +11,8 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from loopmdm import flops
 from loopmdm.exits import ExitRule, make_rule
+from loopmdm.model import flops
 from loopmdm.plan import storage
 from loopmdm.plan import text as plan_text
 from loopmdm.plan.compute import Segment, StepCompute, compute_of, loop_count, make_compute, positive

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loopmdm import vocabulary
-from loopmdm.config import from_fields
-from loopmdm.cut import named, say, why_global, why_linear, why_norm
-from loopmdm.masks import boolean
-from loopmdm.modules import RotaryEmbedding, TokenEmbedding
-from loopmdm.vocabulary import CalledHead
+from loopmdm.model import vocabulary
+from loopmdm.model.config import from_fields
+from loopmdm.model.cut import named, say, why_global, why_linear, why_norm
+from loopmdm.model.masks import boolean
+from loopmdm.model.modules import RotaryEmbedding, TokenEmbedding
+from loopmdm.model.vocabulary import CalledHead
 from loopmdm_kernels.types import Head, Rotary
 from loopmdm_kernels.values import whole
 
@@ -221,14 +221,14 @@ class CausalLM(nn.Module):
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into the folder `path`, each one whole or not at all."""
-        from loopmdm.checkpoint import save_pretrained
+        from loopmdm.model.checkpoint import save_pretrained
 
         save_pretrained(self, path)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str]) -> CausalLM:
         """Load what `save_pretrained` wrote, on the CPU in eval mode."""
-        from loopmdm.checkpoint import load_pretrained
+        from loopmdm.model.checkpoint import load_pretrained
 
         return load_pretrained(cls, path_or_hub_id)
 

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopmdm import diffusion, vocabulary
-from loopmdm.causal import CausalLM
+from loopmdm.data.batches import Batch
 from loopmdm.exits import ExitRule
-from loopmdm.masks import boolean
-from loopmdm.model import LoopMDM
-from loopmdm.modes import evaluating
-from loopmdm.train.batches import Batch
-from loopmdm.train.seeds import derive_seed
+from loopmdm.model import LoopMDM, diffusion, vocabulary
+from loopmdm.model.masks import boolean
+from loopmdm.model.modes import evaluating
+from loopmdm.model.seeds import derive_seed
+from loopmdm.quality.causal import CausalLM
 from loopmdm_kernels.ops import checks
 from loopmdm_kernels.values import real, whole
 

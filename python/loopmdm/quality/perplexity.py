@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loopmdm.quality.bootstrap import Bootstrap, Floats
 from loopmdm.quality.diversity import distinct_n, self_bleu, unigram_entropy
 from loopmdm.quality.samples import check_samples, lengths
 from loopmdm.quality.scorer import Scorer
-from loopmdm.study.bootstrap import Bootstrap, Floats
 
 RESAMPLES = 2000
 

@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loopmdm.causal import CausalLM
-from loopmdm.checkpoint import CONFIG_FILE, MODEL_TYPES, locate, read_json
 from loopmdm.data import tokenizer as tokenizers
 from loopmdm.data.tokenizer import Tokenizer
-from loopmdm.modes import evaluating
+from loopmdm.model.checkpoint import CONFIG_FILE, MODEL_TYPES, locate, read_json
+from loopmdm.model.modes import evaluating
+from loopmdm.quality.causal import CausalLM
 from loopmdm.quality.samples import check_samples, lengths
 
 BATCH = 16

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.data.tokenizer import Tokenizer
-from loopmdm.modes import evaluating
+from loopmdm.model.modes import evaluating
 from loopmdm.quality.samples import check_samples, lengths
 from loopmdm.quality.scorer import score_rows
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from loopmdm.data.batches import Batch
 from loopmdm.data.raw import decode
 from loopmdm.data.sudoku import (
     NINE,
@@ -29,7 +30,6 @@ from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.sampling import SampleResult
 from loopmdm.solve import SolveResult, solve_puzzles
-from loopmdm.train import Batch
 
 ORDERS = ("left_to_right", "confidence")
 HELD_OUT_SEED = 20_000

@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loopmdm.cli import text_data
-from loopmdm.cli.models import load_tokenizer
-from loopmdm.cli.parser import Sources, UsageError, positive_int
-from loopmdm.cli.run_file import VALIDATION, RunFile
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
+from loopmdm.runs import text_data
+from loopmdm.runs.models import load_tokenizer
+from loopmdm.runs.options import Sources, UsageError, positive_int
+from loopmdm.runs.run_file import VALIDATION, RunFile
 
 
 class HeldOutText(NamedTuple):

@@ -8,18 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loopmdm.causal import CausalLM
-from loopmdm.cli import likelihood, text_data
-from loopmdm.cli.boards import ORDERS, held_out_puzzles, parse_clues, solve_all
-from loopmdm.cli.models import default_loops
-from loopmdm.cli.parser import usage_errors
-from loopmdm.cli.run_file import RunFile
 from loopmdm.data.tokenizer import Tokenizer
-from loopmdm.evaluate import evaluate_autoregressive, evaluate_nll
-from loopmdm.loop_law import LoopLaw
 from loopmdm.model import LoopMDM
+from loopmdm.model.loop_law import LoopLaw
+from loopmdm.quality.causal import CausalLM
+from loopmdm.quality.likelihood import evaluate_autoregressive, evaluate_nll
+from loopmdm.runs import likelihood, text_data
+from loopmdm.runs.boards import ORDERS, held_out_puzzles, parse_clues, solve_all
+from loopmdm.runs.models import default_loops
+from loopmdm.runs.options import usage_errors
+from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
+from loopmdm.runs.run_file import RunFile
 from loopmdm.train import TrainableModel, TrainConfig
-from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm_kernels.files import refuse_files
 
 Evaluate = Callable[[Any], dict[str, Any]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loopmdm.evaluate import NLLResult
+from loopmdm.quality.likelihood import NLLResult
 
 COLUMNS = ("loops S", "NLL/token", "± s.e.", "PPL", "± s.e.", "bits/byte", "± s.e.")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from loopmdm.causal import CausalConfig, CausalLM
-from loopmdm.config import PRESETS, LoopMDMConfig
 from loopmdm.data import sudoku
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
+from loopmdm.model.config import PRESETS, LoopMDMConfig
+from loopmdm.quality.causal import CausalConfig, CausalLM
 from loopmdm.train.config import TrainConfig
 
 

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from loopmdm.checkpoint import read_json
-from loopmdm.config import LoopMDMConfig
+from loopmdm.model.checkpoint import read_json
+from loopmdm.model.config import LoopMDMConfig
 from loopmdm.printable import printable
+from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.train.config import TrainConfig
-from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm_kernels.files import write_files
 from loopmdm_kernels.values import meant
 

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from loopmdm.cli.output import note
-from loopmdm.cli.parser import UsageError
+from loopmdm.data.batches import Batch
 from loopmdm.data.files import listed
 from loopmdm.data.packing import TextData
 from loopmdm.data.text import STDLIB, documents_in, found_files, split_documents
 from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
 from loopmdm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from loopmdm.printable import printable_lines
-from loopmdm.train import Batch
+from loopmdm.runs.options import UsageError
+from loopmdm.terminal import note
 
 __all__ = [
     "TOKENIZER_FILE",

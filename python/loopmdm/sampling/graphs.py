@@ -15,10 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from loopmdm import diffusion
 from loopmdm.exits import loop_to_threshold
-from loopmdm.model import LoopMDM
-from loopmdm.modules import DDiTBlock
+from loopmdm.model import LoopMDM, diffusion
+from loopmdm.model.modules import DDiTBlock
 from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm.sampling.buffers import Buffers, Layout, padded_rows
 from loopmdm.sampling.network import Draw, Network, Prediction, Spent

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from loopmdm import diffusion, vocabulary
 from loopmdm.exits import ExitCost, ExitRule
-from loopmdm.model import LoopMDM
-from loopmdm.modes import evaluating
+from loopmdm.model import LoopMDM, diffusion, vocabulary
+from loopmdm.model.modes import evaluating
+from loopmdm.model.vocabulary import AnyHead
 from loopmdm.plan import ComputePlan, StepCompute
-from loopmdm.vocabulary import AnyHead
 from loopmdm_kernels.types import RowRng, SampledRows
 
 

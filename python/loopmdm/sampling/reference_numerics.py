@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopmdm import vocabulary
+from loopmdm.model import vocabulary
 from loopmdm.plan import StepCompute
 from loopmdm.sampling.result import StepEvent
 from loopmdm.sampling.run import Run, check_finite

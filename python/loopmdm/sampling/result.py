@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from loopmdm.flops import SamplingLedger
+from loopmdm.model.flops import SamplingLedger
 from loopmdm.plan import ComputePlan
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loopmdm.flops import SamplingLedger
+from loopmdm.model.flops import SamplingLedger
 from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm.sampling.canvas import Canvas
 from loopmdm.sampling.network import Network, Spent

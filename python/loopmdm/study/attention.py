@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopmdm.cli.parser import UsageError, loop_counts
 from loopmdm.model import LoopMDM
-from loopmdm.modules import DDiTBlock
-from loopmdm.study import figures
-from loopmdm.study.bootstrap import Bootstrap
-from loopmdm.study.folder import Row, StudyFolder
-from loopmdm.study.inputs import Noisy, at_times
-from loopmdm.study.sources import (
+from loopmdm.model.modules import DDiTBlock
+from loopmdm.quality.bootstrap import Bootstrap
+from loopmdm.runs.options import UsageError, loop_counts
+from loopmdm.study.kit import figures
+from loopmdm.study.kit.folder import Row, StudyFolder
+from loopmdm.study.kit.inputs import Noisy, at_times
+from loopmdm.study.kit.sources import (
     Denoiser,
     add_data,
     add_whole_boards,

@@ -22,13 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopmdm.cli.parser import UsageError, positive_int
-from loopmdm.study import figures
-from loopmdm.study.bootstrap import Bootstrap, Floats, Interval
-from loopmdm.study.folder import Row, StudyFolder
-from loopmdm.study.inputs import Noisy, digest, masked_log_probs, stratified
-from loopmdm.study.sources import MODEL_HELP, Denoiser, add_data, add_whole_boards, held_out, load_denoisers
-from loopmdm.train import Batch
+from loopmdm.data.batches import Batch
+from loopmdm.quality.bootstrap import Bootstrap, Floats, Interval
+from loopmdm.runs.options import UsageError, positive_int
+from loopmdm.study.kit import figures
+from loopmdm.study.kit.folder import Row, StudyFolder
+from loopmdm.study.kit.inputs import Noisy, digest, masked_log_probs, stratified
+from loopmdm.study.kit.sources import (
+    MODEL_HELP,
+    Denoiser,
+    add_data,
+    add_whole_boards,
+    held_out,
+    load_denoisers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

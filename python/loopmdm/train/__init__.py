@@ -1,6 +1,7 @@
 """Training: `Trainer`, its configuration and what it leaves behind."""
 
-from loopmdm.train.batches import Batch, BatchSource, batch_source
+from loopmdm.data.batches import Batch
+from loopmdm.train.batches import BatchSource, batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.folder import RunFolder

@@ -15,20 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from loopmdm import flops
-from loopmdm.causal import CausalLM
-from loopmdm.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
-from loopmdm.checkpoint import WEIGHTS_FILE, read_json
-from loopmdm.loop_law import LoopLaw
-from loopmdm.model import LoopMDM
-from loopmdm.modes import evaluating
-from loopmdm.train.batches import Batch, Prefetcher, batch_source
+from loopmdm.data.batches import Batch
+from loopmdm.model import LoopMDM, flops
+from loopmdm.model.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
+from loopmdm.model.checkpoint import WEIGHTS_FILE, read_json
+from loopmdm.model.loop_law import LoopLaw
+from loopmdm.model.modes import evaluating
+from loopmdm.model.seeds import derive_seed
+from loopmdm.quality.causal import CausalLM
+from loopmdm.train.batches import Prefetcher, batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.folder import RunFolder
 from loopmdm.train.metrics import METRICS_FILE, MetricsLog, keep_until
 from loopmdm.train.progress import Progress, describe_evaluation
-from loopmdm.train.seeds import derive_seed
 from loopmdm.train.state import STATE_FILE, read_metadata, read_state, staged, write_state
 from loopmdm_kernels.files import refuse_files, write_files
 

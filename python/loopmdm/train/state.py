@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from loopmdm import safetensors_files
-from loopmdm.checkpoint import check_same
+from loopmdm.formats import safetensors_files
+from loopmdm.model.checkpoint import check_same
 from loopmdm.train.ema import EMA
 from loopmdm_kernels.files import staging_folder
 from loopmdm_kernels.values import parse_json

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loopmdm import diffusion, vocabulary
+from loopmdm.model import diffusion, vocabulary
 from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm.sampling import StepEvent
 from loopmdm.view.replay import Replay

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loopmdm.exits import ArgmaxStable, ExitRule, HiddenChange, OutputChange
-from loopmdm.flops import Dimensions
+from loopmdm.model.flops import Dimensions
 from loopmdm.plan import ComputePlan
-from loopmdm.study.bootstrap import Bootstrap, Interval
-from loopmdm.study.gates import fit_gate
-from loopmdm.study.policies import (
+from loopmdm.quality.bootstrap import Bootstrap, Interval
+from loopmdm.study.adaptive.gates import fit_gate
+from loopmdm.study.adaptive.policies import (
     Outcome,
     Stops,
     bins_of,
@@ -24,8 +24,8 @@ from loopmdm.study.policies import (
     rule_stops,
     table_stops,
 )
-from loopmdm.study.tables import best_tables, bin_losses
-from loopmdm.study.traces import Floats, Trace
+from loopmdm.study.adaptive.tables import best_tables, bin_losses
+from loopmdm.study.kit.traces import Floats, Trace
 
 FIXED, TABLE = "fixed S", "table S(t)"
 HIDDEN, OUTPUT, ARGMAX, GATE = "hidden change", "output change", "argmax stable", "exit gate"

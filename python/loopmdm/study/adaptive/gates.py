@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from loopmdm.exits import ExitGate
-from loopmdm.study.policies import gate_features
-from loopmdm.study.traces import Floats, Trace
+from loopmdm.study.adaptive.policies import gate_features
+from loopmdm.study.kit.traces import Floats, Trace
 
 _RIDGE = 1e-3  # keeps the weights finite where the classes can be told apart
 _STEPS = 50

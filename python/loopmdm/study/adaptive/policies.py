@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loopmdm import flops
 from loopmdm.exits import ArgmaxStable, ExitGate, ExitRule, HiddenChange, OutputChange
 from loopmdm.exits.rules import LEAST_CHANGE
-from loopmdm.study.traces import Floats, Trace
+from loopmdm.model import flops
+from loopmdm.study.kit.traces import Floats, Trace
 
 Stops = NDArray[np.int64]  # [N, J] in 1..K; 1 where there is no state
 

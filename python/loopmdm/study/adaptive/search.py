@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loopmdm.cli.parser import UsageError, positive_float, positive_int, usage_errors
 from loopmdm.plan import ComputePlan
-from loopmdm.study import figures
-from loopmdm.study.bootstrap import Bootstrap, Interval
-from loopmdm.study.criteria import quality
-from loopmdm.study.folder import StudyFolder
-from loopmdm.study.policies import Outcome, fixed_stops, outcome, table_stops
-from loopmdm.study.scoring import MEASURES, Scoring, scoring_of
-from loopmdm.study.sources import add_data, add_whole_boards, held_out, load_denoisers
-from loopmdm.study.tables import Table, best_tables, bin_losses
-from loopmdm.study.traces import Trace, add_trace_options, record_trace
+from loopmdm.quality.bootstrap import Bootstrap, Interval
+from loopmdm.runs.options import UsageError, positive_float, positive_int, usage_errors
+from loopmdm.study.adaptive.criteria import quality
+from loopmdm.study.adaptive.policies import Outcome, fixed_stops, outcome, table_stops
+from loopmdm.study.adaptive.tables import Table, best_tables, bin_losses
+from loopmdm.study.kit import figures
+from loopmdm.study.kit.folder import StudyFolder
+from loopmdm.study.kit.scoring import MEASURES, Scoring, scoring_of
+from loopmdm.study.kit.sources import add_data, add_whole_boards, held_out, load_denoisers
+from loopmdm.study.kit.traces import Trace, add_trace_options, record_trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,13 +18,13 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loopmdm.cli.parser import UsageError, positive_int
-from loopmdm.study import figures
-from loopmdm.study.clock import clock
-from loopmdm.study.criteria import FIXED, GATE, HIDDEN, TABLE, Judge, Policy, catalogue, choose
-from loopmdm.study.folder import StudyFolder
-from loopmdm.study.sources import add_data, add_whole_boards, held_out, load_denoisers
-from loopmdm.study.traces import add_trace_options, record_trace
+from loopmdm.runs.options import UsageError, positive_int
+from loopmdm.study.adaptive.criteria import FIXED, GATE, HIDDEN, TABLE, Judge, Policy, catalogue, choose
+from loopmdm.study.kit import figures
+from loopmdm.study.kit.clock import clock
+from loopmdm.study.kit.folder import StudyFolder
+from loopmdm.study.kit.sources import add_data, add_whole_boards, held_out, load_denoisers
+from loopmdm.study.kit.traces import add_trace_options, record_trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from loopmdm.flops import DEFAULT_CONVENTION
 from loopmdm.model import LoopMDM
+from loopmdm.model.flops import DEFAULT_CONVENTION
 from loopmdm.plan import ComputePlan
 from loopmdm.sampling import sample
-from loopmdm.study.folder import StudyFolder
-from loopmdm.study.sources import HeldOut
+from loopmdm.study.kit.folder import StudyFolder
+from loopmdm.study.kit.sources import HeldOut
 
 
 def clock(

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loopmdm import diffusion, vocabulary
-from loopmdm.evaluate import corruption, counted_tokens
-from loopmdm.model import LoopMDM
-from loopmdm.stages import Stages
-from loopmdm.train import Batch
-from loopmdm.train.seeds import derive_seed
+from loopmdm.data.batches import Batch
+from loopmdm.model import LoopMDM, diffusion, vocabulary
+from loopmdm.model.seeds import derive_seed
+from loopmdm.model.stages import Stages
+from loopmdm.quality.likelihood import corruption, counted_tokens
 
 _STREAM = 0x535459  # "STY": draws at fixed times, apart from those of evaluation
 

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopmdm.cli.parser import UsageError, usage_errors
 from loopmdm.data.sudoku import SudokuSpec, complete_units, is_valid_solution
-from loopmdm.flops import CONVENTIONS
 from loopmdm.model import LoopMDM
+from loopmdm.model.flops import CONVENTIONS
 from loopmdm.plan import ComputePlan
 from loopmdm.quality import Scorer, distinct_n, load_scorer, self_bleu, unigram_entropy
+from loopmdm.quality.bootstrap import Floats
+from loopmdm.runs.options import UsageError, usage_errors
 from loopmdm.sampling import SampleResult, sample
-from loopmdm.study.bootstrap import Floats
-from loopmdm.study.sources import BATCH, HeldOut
+from loopmdm.study.kit.sources import BATCH, HeldOut
 
 Values = dict[str, Any]
 

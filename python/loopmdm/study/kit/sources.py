@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from loopmdm.cli import text_data
-from loopmdm.cli.boards import held_out_puzzles
-from loopmdm.cli.held_out import add_text_options, held_out_text
-from loopmdm.cli.models import load_model, sudoku_spec
-from loopmdm.cli.parser import UsageError, count, usage_errors
+from loopmdm.data.batches import Batch
 from loopmdm.data.sudoku import SudokuSpec
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
-from loopmdm.study.folder import StudyFolder
-from loopmdm.study.provenance import describe_model
-from loopmdm.train import Batch
+from loopmdm.runs import text_data
+from loopmdm.runs.boards import held_out_puzzles
+from loopmdm.runs.held_out import add_text_options, held_out_text
+from loopmdm.runs.models import load_model, sudoku_spec
+from loopmdm.runs.options import UsageError, count, usage_errors
+from loopmdm.runs.provenance import describe_model
+from loopmdm.study.kit.folder import StudyFolder
 from loopmdm.view.symbols import BoardSymbols, Symbols, TextSymbols
 
 MODEL_HELP = "folder, hub id or shipped model; MODEL@S runs it with S loops (default: its max_loops)"

@@ -19,16 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loopmdm import vocabulary
-from loopmdm.cli.parser import positive_int
-from loopmdm.evaluate import counted_tokens
+from loopmdm.data.batches import Batch
 from loopmdm.exits import HiddenChange
-from loopmdm.model import LoopMDM
-from loopmdm.stages import Stages
-from loopmdm.study.folder import StudyFolder
-from loopmdm.study.inputs import stratified
-from loopmdm.study.sources import BATCH, HeldOut
-from loopmdm.train import Batch
+from loopmdm.model import LoopMDM, vocabulary
+from loopmdm.model.stages import Stages
+from loopmdm.quality.likelihood import counted_tokens
+from loopmdm.runs.options import positive_int
+from loopmdm.study.kit.folder import StudyFolder
+from loopmdm.study.kit.inputs import stratified
+from loopmdm.study.kit.sources import BATCH, HeldOut
 
 Floats = NDArray[np.float64]
 _NEVER = -1e30  # logit of the mask token: finite, so that no difference of two is NaN

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from loopmdm.cli.boards import ORDERS, held_out_puzzles
 from loopmdm.data.sudoku import SudokuSpec
 from loopmdm.quality import Scorer, generative_perplexity, unigram_entropy
+from loopmdm.quality.bootstrap import Bootstrap
+from loopmdm.runs.boards import ORDERS, held_out_puzzles
 from loopmdm.sampling import sample
 from loopmdm.solve import solve_puzzles
-from loopmdm.study.bootstrap import Bootstrap
-from loopmdm.study.folder import Row, StudyFolder
-from loopmdm.study.sources import Denoiser
+from loopmdm.study.kit.folder import Row, StudyFolder
+from loopmdm.study.kit.sources import Denoiser
 
 
 def text_rows(

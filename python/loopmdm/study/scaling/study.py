@@ -24,20 +24,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopmdm import vocabulary
-from loopmdm.cli.parser import UsageError, loop_counts, positive_int
-from loopmdm.evaluate import counted_tokens
-from loopmdm.model import LoopMDM
+from loopmdm.data.batches import Batch
+from loopmdm.model import LoopMDM, vocabulary
 from loopmdm.quality import CausalScorer, load_scorer
-from loopmdm.study import figures
-from loopmdm.study.bootstrap import Bootstrap, Interval
-from loopmdm.study.folder import Row, StudyFolder
-from loopmdm.study.inputs import Noisy, stratified
-from loopmdm.study.provenance import weights_fingerprint
-from loopmdm.study.scaling_quality import board_rows, text_rows
-from loopmdm.study.scaling_time import rows_of_time
-from loopmdm.study.sources import BATCH, add_data, add_whole_boards, held_out, load_denoisers
-from loopmdm.train import Batch
+from loopmdm.quality.bootstrap import Bootstrap, Interval
+from loopmdm.quality.likelihood import counted_tokens
+from loopmdm.runs.options import UsageError, loop_counts, positive_int
+from loopmdm.runs.provenance import weights_fingerprint
+from loopmdm.study.kit import figures
+from loopmdm.study.kit.folder import Row, StudyFolder
+from loopmdm.study.kit.inputs import Noisy, stratified
+from loopmdm.study.kit.sources import BATCH, add_data, add_whole_boards, held_out, load_denoisers
+from loopmdm.study.scaling.quality import board_rows, text_rows
+from loopmdm.study.scaling.time import rows_of_time
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

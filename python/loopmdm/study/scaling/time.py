@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.model import LoopMDM
-from loopmdm.study.folder import Row, StudyFolder
+from loopmdm.study.kit.folder import Row, StudyFolder
 
 LEAST_R2, MOST_DEVIATION = 0.99, 0.25  # L5
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loopmdm.study import figures
+from loopmdm.study.kit import figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

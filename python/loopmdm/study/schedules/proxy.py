@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loopmdm.study.bootstrap import Floats
-from loopmdm.study.folder import StudyFolder
-from loopmdm.study.policies import bins_of
-from loopmdm.study.segments import Schedule, borders
-from loopmdm.study.sources import Denoiser, HeldOut
-from loopmdm.study.traces import Trace, record_trace
+from loopmdm.quality.bootstrap import Floats
+from loopmdm.study.adaptive.policies import bins_of
+from loopmdm.study.kit.folder import StudyFolder
+from loopmdm.study.kit.sources import Denoiser, HeldOut
+from loopmdm.study.kit.traces import Trace, record_trace
+from loopmdm.study.schedules.segments import Schedule, borders
 
 
 class Proxy:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from loopmdm.study.bootstrap import Bootstrap, Floats, Interval
+from loopmdm.quality.bootstrap import Bootstrap, Floats, Interval
 
 
 @dataclass(frozen=True)

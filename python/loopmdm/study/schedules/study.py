@@ -22,25 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from loopmdm import flops
-from loopmdm.cli.parser import UsageError, count, positive_int, usage_errors
+from loopmdm.model import flops
 from loopmdm.plan import ComputePlan, StepCompute
-from loopmdm.study.bootstrap import Bootstrap, Floats, Interval
-from loopmdm.study.clock import clock
-from loopmdm.study.folder import StudyFolder
-from loopmdm.study.proxy import Proxy
-from loopmdm.study.rated import Rated
-from loopmdm.study.schedules_figure import draw as draw
-from loopmdm.study.scoring import scoring_of
-from loopmdm.study.segments import (
-    Schedule,
-    enumerate_schedules,
-    hand_schedules,
-    schedule_text,
-    segment_frequency,
-    segment_influence,
-)
-from loopmdm.study.sources import (
+from loopmdm.quality.bootstrap import Bootstrap, Floats, Interval
+from loopmdm.runs.options import UsageError, count, positive_int, usage_errors
+from loopmdm.study.kit.clock import clock
+from loopmdm.study.kit.folder import StudyFolder
+from loopmdm.study.kit.scoring import scoring_of
+from loopmdm.study.kit.sources import (
     MODEL_HELP,
     Denoiser,
     HeldOut,
@@ -48,6 +37,17 @@ from loopmdm.study.sources import (
     add_whole_boards,
     held_out,
     load_denoisers,
+)
+from loopmdm.study.schedules.figure import draw as draw
+from loopmdm.study.schedules.proxy import Proxy
+from loopmdm.study.schedules.rated import Rated
+from loopmdm.study.schedules.segments import (
+    Schedule,
+    enumerate_schedules,
+    hand_schedules,
+    schedule_text,
+    segment_frequency,
+    segment_influence,
 )
 
 SUMMARY = "schedules of light and heavy steps: hand-made, and all with some segments light"

@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 
-from loopmdm import flops
-from loopmdm.cli.jobs import Job, sudoku_job, text_job, text_tokenizer
-from loopmdm.cli.run_file import RunFile
 from loopmdm.cli.runs import FILES, replaced_by
-from loopmdm.config import LoopMDMConfig
-from loopmdm.flops import DEFAULT_CONVENTION, Convention, Dimensions
-from loopmdm.loop_law import LoopLaw
-from loopmdm.model import LoopMDM
+from loopmdm.model import LoopMDM, flops
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.model.flops import DEFAULT_CONVENTION, Convention, Dimensions
+from loopmdm.model.loop_law import LoopLaw
+from loopmdm.runs.jobs import Job, sudoku_job, text_job, text_tokenizer
+from loopmdm.runs.recipes import SUDOKU_RECIPES
+from loopmdm.runs.run_file import RunFile
 from loopmdm.train import RunFolder, Trainer
-from loopmdm.train.recipes import SUDOKU_RECIPES
 from loopmdm_kernels.files import refuse_files
 
 
@@ -37,7 +36,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Budget:
-    """Training FLOPs of an arm, under a convention of `loopmdm.flops`."""
+    """Training FLOPs of an arm, under a convention of `loopmdm.model.flops`."""
 
     flops: float
     convention: Convention = DEFAULT_CONVENTION

@@ -10,11 +10,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loopmdm import flops
-from loopmdm.cli import text_data
-from loopmdm.cli.boards import ORDERS, held_out_puzzles
-from loopmdm.cli.jobs import PRESETS, read_corpus
-from loopmdm.cli.parser import (
+from loopmdm.model import flops
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.model.loop_law import LoopLaw
+from loopmdm.quality.likelihood import evaluate_nll
+from loopmdm.runs import text_data
+from loopmdm.runs.boards import ORDERS, held_out_puzzles
+from loopmdm.runs.jobs import PRESETS, read_corpus
+from loopmdm.runs.options import (
     Sources,
     UsageError,
     count,
@@ -25,17 +28,14 @@ from loopmdm.cli.parser import (
     positive_int,
     usage_errors,
 )
-from loopmdm.cli.run_file import VALIDATION, RunFile
-from loopmdm.cli.text_data import located
-from loopmdm.config import LoopMDMConfig
-from loopmdm.evaluate import evaluate_nll
-from loopmdm.loop_law import LoopLaw
+from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
+from loopmdm.runs.run_file import VALIDATION, RunFile
+from loopmdm.runs.text_data import located
 from loopmdm.solve import solve_puzzles
-from loopmdm.study import figures
-from loopmdm.study.arms import Arm, Budget, TrainedArm, train_arm
-from loopmdm.study.binomial import wilson
-from loopmdm.study.folder import StudyFolder
-from loopmdm.train.recipes import SUDOKU_RECIPES, TEXT_RECIPES
+from loopmdm.study.kit import figures
+from loopmdm.study.kit.folder import StudyFolder
+from loopmdm.study.training.arms import Arm, Budget, TrainedArm, train_arm
+from loopmdm.study.training.binomial import wilson
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

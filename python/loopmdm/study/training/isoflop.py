@@ -12,13 +12,13 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loopmdm.config import LoopMDMConfig
-from loopmdm.loop_law import LoopLaw
-from loopmdm.study import comparison
-from loopmdm.study.arms import Arm, iso_flop_arms
-from loopmdm.study.comparison import Row
-from loopmdm.study.figures import select
-from loopmdm.study.folder import StudyFolder
+from loopmdm.model.config import LoopMDMConfig
+from loopmdm.model.loop_law import LoopLaw
+from loopmdm.study.kit.figures import select
+from loopmdm.study.kit.folder import StudyFolder
+from loopmdm.study.training import comparison
+from loopmdm.study.training.arms import Arm, iso_flop_arms
+from loopmdm.study.training.comparison import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

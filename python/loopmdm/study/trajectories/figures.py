@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from loopmdm.study import figures
-from loopmdm.study.folder import Row
-from loopmdm.study.trajectories import CONTEXT
+from loopmdm.study.kit import figures
+from loopmdm.study.kit.folder import Row
+from loopmdm.study.trajectories.study import CONTEXT
 
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "→", "$": r"\$"}  # $ would start a formula
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"

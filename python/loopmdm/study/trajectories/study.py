@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopmdm.cli.parser import UsageError, count, positive_int
 from loopmdm.model import LoopMDM
-from loopmdm.study import figures
+from loopmdm.quality.bootstrap import Bootstrap
+from loopmdm.runs.options import UsageError, count, positive_int
 from loopmdm.study.attention import times
-from loopmdm.study.bootstrap import Bootstrap
-from loopmdm.study.folder import Row, StudyFolder
-from loopmdm.study.inputs import Noisy, at_times, masked_log_probs
-from loopmdm.study.sources import HeldOut, add_data, add_whole_boards, held_out, load_denoisers
+from loopmdm.study.kit import figures
+from loopmdm.study.kit.folder import Row, StudyFolder
+from loopmdm.study.kit.inputs import Noisy, at_times, masked_log_probs
+from loopmdm.study.kit.sources import HeldOut, add_data, add_whole_boards, held_out, load_denoisers
 from loopmdm.view.symbols import MASK_TEXT
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def _tokens(
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    from loopmdm.study.trajectory_figures import draw_boards, draw_summary, draw_tokens  # with matplotlib
+    from loopmdm.study.trajectories.figures import draw_boards, draw_summary, draw_tokens  # with matplotlib
 
     cells = figures.select(rows, part="cells")
     tokens = figures.select(rows, part="tokens")

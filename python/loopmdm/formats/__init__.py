@@ -1,0 +1,1 @@
+"""File formats of tensors, each read without running what a file holds, and the hub they come from."""

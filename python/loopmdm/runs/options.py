@@ -1,0 +1,98 @@
+"""The values that options take, and what is said of those that do not fit."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class UsageError(Exception):
+    """Options that are each fine and do not go together, or values that only the library can judge."""
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turns what the library says about a value into an error of usage."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if getattr(error, "of_the_model", False):  # what it predicts is no fault of the options
+            raise
+        raise UsageError(str(error)) from error
+
+
+class Sources(argparse.Action):
+    """Files, folders and patterns: one as a string, several as a list."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest) or []
+        together = [*([before] if isinstance(before, str) else before), *values]
+        setattr(namespace, self.dest, together[0] if len(together) == 1 else together)
+
+
+def positive_int(text: str) -> int:
+    """An option's value of at least 1."""
+    return _int(text, 1)
+
+
+def count(text: str) -> int:
+    """An option's value of at least 0."""
+    return _int(text, 0)
+
+
+def positive_float(text: str) -> float:
+    """An option's value above 0."""
+    value = number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("got 0, expected a number above 0")
+    return value
+
+
+def number(text: str) -> float:
+    """An option's finite value of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of at least 0")
+    return value
+
+
+def loop_counts(text: str) -> list[int]:
+    """Loop counts such as "1,3,6", each once."""
+    return list(
+        dict.fromkeys(_int(part, 1, "loop counts such as 1,3,6, each at least 1") for part in text.split(","))
+    )
+
+
+def loop_range(text: str) -> tuple[int, int]:
+    """A half-open range of layers such as "1:3"."""
+    start, _, end = text.partition(":")
+    try:
+        return int(start), int(end)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected START:END, the layers START..END-1 counted from 0, such as 1:3"
+        ) from None
+
+
+def _int(text: str, least: int, expected: str | None = None) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected {expected or f'an integer of at least {least}'}"
+        )
+    return value

@@ -1,0 +1,1 @@
+"""When a model may stop looping: rules compared, and plans searched for."""

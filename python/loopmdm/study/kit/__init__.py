@@ -1,0 +1,1 @@
+"""What studies share: their folder, models and held-out data, traces, scores and figures."""

@@ -1,0 +1,1 @@
+"""What more loops give in likelihood, samples and boards."""

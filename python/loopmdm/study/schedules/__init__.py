@@ -1,0 +1,1 @@
+"""Which steps of sampling need many loops."""

@@ -1,0 +1,1 @@
+"""Models trained side by side on one budget."""

@@ -1,0 +1,1 @@
+"""What single tokens and boards do from loop to loop."""
