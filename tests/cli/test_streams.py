@@ -25,7 +25,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_TH
 LIKE_A_COMMAND = """
 import sys, types
 import loopmdm.cli
-from loopmdm.cli.output import note, print_json, print_table
+from loopmdm.cli.output import print_json, print_table
+from loopmdm.terminal import note
 
 def run(args):
     with open(sys.argv[1], "w") as opened:  # must not become standard output
