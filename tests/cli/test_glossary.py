@@ -118,7 +118,10 @@ def test_help_names_the_glossary_and_uses_its_words(call: Call, words: list[str]
 
 
 def test_the_top_help_names_it(call: Call) -> None:
-    assert "docs/glossary.md" in call("--help").out
+    out = call("--help").out
+    assert "docs/glossary.md" in out
+    folder = Path(out.splitlines()[-1].removeprefix("docs/ is "))
+    assert (folder / "glossary.md").is_file() and (folder / "inputs.md").is_file()
 
 
 def test_what_commands_print_is_in_the_glossary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loopmdm.printable import printable_lines
@@ -15,11 +16,14 @@ if TYPE_CHECKING:
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 _CELLS = re.compile(r"-[-.0-9_*xX\s|+]{15,}")
+# In a wheel the documents that help names lie in the package, in a checkout beside its sources.
+_PACKAGE = Path(__file__).resolve().parents[1]
+DOCS = _PACKAGE / "docs" if (_PACKAGE / "docs").is_dir() else _PACKAGE.parents[1] / "docs"
 # Below every --help.
 FOOTER = (
     "exit status: 0 done; 1 failed, such as an input that is missing or damaged; 2 bad usage;"
     "\n130 interrupted, 143 terminated, 141 the reader of the output is gone"
-    "\nwords that are printed, such as S, plan, NELBO, PPL: docs/glossary.md"
+    f"\nwords that are printed, such as S, plan, NELBO, PPL: docs/glossary.md\ndocs/ is {DOCS}"
 )
 
 
