@@ -17,6 +17,22 @@ def whole(value: Any) -> int | None:
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
 
+def integer(name: str, value: Any) -> int:
+    """A whole number of any type as one of Python's, or a TypeError that names it."""
+    number = whole(value)
+    if number is None:
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return number
+
+
+def positive(name: str, value: Any) -> int:
+    """A whole number of at least 1, or an error that names it."""
+    number = integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
 def real(value: Any) -> float | None:
     """A number of any type, numpy's too, as one of Python's; None for all else, also True and False.
 

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from loopmdm.data.sudoku import SudokuSpec, is_valid_solution
-from loopmdm.data.sudoku.boards import check_cells
-from loopmdm.plan import ComputePlan
-from loopmdm.sampling import SampleResult, sample
+from loopmdm.data.sudoku.boards import Cells, check_cells
+from loopmdm.plan import ComputePlan, as_plan
+from loopmdm.sampling import Decoding, SampleResult
+from loopmdm.sampling.sampler import sample_with
 from loopmdm_kernels.values import whole
 
 
@@ -75,6 +77,23 @@ def solve_puzzles(
         ValueError, TypeError: on puzzles that are no boards of `spec`, a model of another vocabulary, and
             what `sample` rejects.
     """
+    options = locals()
+    pace = {name: options[name] for name in ("steps", "tokens_per_step", "threshold", "entropy_bound")}
+    decoding = Decoding(order=order, plan=as_plan(num_loops), temperature=temperature, seed=seed, **pace)
+    return solve_with(model, puzzles, spec, decoding, batch_size=batch_size, progress=progress, first=first)
+
+
+def solve_with(
+    model: Any,
+    puzzles: ArrayLike,
+    spec: SudokuSpec,
+    decoding: Decoding,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    first: SampleResult | None = None,
+) -> SolveResult:
+    """`solve_puzzles` with the options of decoding in one value."""
     cells = check_cells(spec, puzzles, "puzzles")
     if cells.ndim != 2 or not len(cells):
         raise ValueError(f"puzzles must be [N, {spec.cells}] with N >= 1, got shape {list(cells.shape)}")
@@ -87,25 +106,12 @@ def solve_puzzles(
             f"the model has vocab_size {config.vocab_size} and mask_token_id {config.mask_token_id},"
             f" but {spec} boards need {spec.vocab_size} and {spec.mask_token_id}"
         )
-    tokens = torch.from_numpy(np.where(cells == 0, spec.mask_token_id, cells.astype(np.int64) - 1))
+    tokens = to_fill(spec, cells)
     results = [] if first is None else [first]
-    results += [
-        sample(
-            model,
-            infill=tokens[start : start + size],
-            order=order,
-            steps=steps,
-            tokens_per_step=tokens_per_step,
-            threshold=threshold,
-            entropy_bound=entropy_bound,
-            plan=num_loops,
-            temperature=temperature,
-            seed=seed,
-            sequence_ids=list(range(start, min(start + size, len(cells)))),
-            progress=progress,
-        )
-        for start in range(0 if first is None else len(first.tokens), len(cells), size)
-    ]
+    for start in range(0 if first is None else len(first.tokens), len(cells), size):
+        part = tokens[start : start + size]
+        ids = list(range(start, start + len(part)))
+        results.append(sample_with(model, decoding, infill=part, sequence_ids=ids, progress=progress))
     boards = torch.cat([result.tokens for result in results]).cpu().numpy().astype(np.uint8) + np.uint8(1)
     return SolveResult(
         boards=boards,
@@ -115,3 +121,8 @@ def solve_puzzles(
         network_calls=torch.cat([result.network_calls for result in results]).cpu().numpy(),
         seconds=sum(result.seconds for result in results),
     )
+
+
+def to_fill(spec: SudokuSpec, cells: Cells) -> Tensor:
+    """Puzzles [N, cells], 0 a blank, as token ids, int64: the mask at every blank."""
+    return torch.from_numpy(np.where(cells == 0, spec.mask_token_id, cells.astype(np.int64) - 1))

@@ -8,7 +8,7 @@ from typing import Any
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.runs.options import UsageError, count, number, positive_int, usage_errors
 from loopmdm.sampling import ORDERS, Remasking
-from loopmdm.sampling.options import make_pace
+from loopmdm.sampling.decoding import Decoding
 from loopmdm.sampling.orders import COUNTS
 from loopmdm.sampling.remasking import DEFAULT_ETA
 
@@ -37,7 +37,7 @@ def pace_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_pace` as arguments of `sample`."""
     options = {name: getattr(args, name) for name in PACE}
     with usage_errors():
-        make_pace(None, **options)
+        Decoding(order="entropy", **options)  # the order that goes with any pace
     return options
 
 

@@ -12,8 +12,6 @@ from loopmdm.model import vocabulary
 from loopmdm.model.stages import Stages
 from loopmdm_kernels.types import RowRng
 
-_NO_TOKEN = -1e30  # logit of the mask: finite, so that no difference of two log-probabilities is NaN
-
 
 class Judge(ABC):
     """Decides after each loop which of the sequences that are still looping stop."""
@@ -75,7 +73,7 @@ class OutputJudge(Judge):
         if not rows.numel():
             return rows.new_empty(0, model.config.vocab_size)
         logits = vocabulary.head_logits(rows, head, compute_dtype=model.compute_dtype).flatten(0, 1).float()
-        logits[:, model.config.mask_token_id] = _NO_TOKEN
+        logits[:, model.config.mask_token_id] = vocabulary.NEVER
         return torch.log_softmax(logits, dim=1)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from loopmdm.exits.rules import ExitRule
 from loopmdm.model.stages import Stages
-from loopmdm_kernels.values import whole
+from loopmdm_kernels.values import integer
 
 
 def run_with_exit(
@@ -22,9 +22,7 @@ def run_with_exit(
     if not isinstance(rule, ExitRule):
         raise TypeError(f"exit must be an ExitRule such as HiddenChange(0.1), got {type(rule).__name__}")
     least = int(num_loops.min()) if isinstance(num_loops, Tensor) else num_loops
-    earliest = whole(min_loops)
-    if earliest is None:
-        raise TypeError(f"min_loops must be an int, got {min_loops!r}")
+    earliest = integer("min_loops", min_loops)
     if not 1 <= earliest <= least:
         raise ValueError(f"min_loops must be in 1..{least}, the most loops of a sequence, got {min_loops}")
     if rule.threshold is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from loopmdm.exits.judges import ArgmaxJudge, ChangeJudge, Judge, OutputJudge
 from loopmdm.model.stages import Stages
 from loopmdm.printable import printable
-from loopmdm_kernels.values import meant, real, whole
+from loopmdm_kernels.values import meant, positive, real
 
 LEAST_CHANGE = 1e-12  # of a change whose logarithm is taken
 
@@ -177,12 +177,7 @@ class ArgmaxStable(ExitRule):
     kind: ClassVar[str] = "argmax"
 
     def __post_init__(self) -> None:
-        patience = whole(self.patience)
-        if patience is None:
-            raise TypeError(f"patience must be an int, got {self.patience!r}")
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1, got {patience}")
-        object.__setattr__(self, "patience", patience)
+        object.__setattr__(self, "patience", positive("patience", self.patience))
 
     @property
     def lookback(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from loopmdm.exits import ExitRule, HiddenChange
-from loopmdm_kernels.values import whole
+from loopmdm_kernels.values import positive, whole
 
 MAX_LOOPS = 1024  # far beyond what helps any model: more is a slip of the pen, and would run for hours
 
@@ -47,16 +47,6 @@ class Segment(NamedTuple):
     name: str
     steps: int | None
     compute: StepCompute
-
-
-def positive(name: str, value: Any) -> int:
-    """An int of at least 1."""
-    number = whole(value)
-    if number is None:
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
-    return number
 
 
 def loop_count(name: str, value: Any) -> int:

@@ -15,9 +15,9 @@ from loopmdm.exits import ExitRule, make_rule
 from loopmdm.model import flops
 from loopmdm.plan import storage
 from loopmdm.plan import text as plan_text
-from loopmdm.plan.compute import Segment, StepCompute, compute_of, loop_count, make_compute, positive
+from loopmdm.plan.compute import Segment, StepCompute, compute_of, loop_count, make_compute
 from loopmdm_kernels.files import write_file
-from loopmdm_kernels.values import whole
+from loopmdm_kernels.values import positive, whole
 
 
 class Cost(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loopmdm.exits import ExitRule
-from loopmdm.plan.compute import Segment, make_compute, positive
-from loopmdm_kernels.values import parse_json
+from loopmdm.plan.compute import Segment, make_compute
+from loopmdm_kernels.values import parse_json, positive
 
 READINGS = ("step", "masks")
 

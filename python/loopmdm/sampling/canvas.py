@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.values import whole
+from loopmdm_kernels.values import positive
 
 DEFAULT_NUM_SAMPLES = 8
 MAX_SEQUENCE_ID = 2**32 - 1
@@ -33,7 +33,7 @@ def make_canvas(
 ) -> Canvas:
     """The canvas meant by the arguments of `sample`; checks all of them."""
     if num_samples is not None:
-        num_samples = _count("num_samples", num_samples)
+        num_samples = positive("num_samples", num_samples)
     lengths, prompts, infills = _lengths(length), _rows("prompt", prompt), _rows("infill", infill)
     arguments = {"length": lengths, "prompt": prompts, "infill": infills}
     batch = _batch_size(num_samples, arguments)
@@ -109,7 +109,7 @@ def _lengths(length: Any) -> _Given | None:
     if not isinstance(values, list) or not values:
         raise ValueError(f"length must be an int or one int a sequence, got {length!r}")
     return _Given(
-        [_count(f"length {i}" if each else "length", value) for i, value in enumerate(values)], each
+        [positive(f"length {i}" if each else "length", value) for i, value in enumerate(values)], each
     )
 
 
@@ -187,12 +187,3 @@ def _check_ids(name: str, tokens: Tensor, config: Any) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= config.vocab_size:
         raise ValueError(f"{name} has ids in {low}..{high}, accepted are 0..{config.vocab_size - 1}")
-
-
-def _count(name: str, value: Any) -> int:
-    number = whole(value)
-    if number is None:
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
-    return number

@@ -20,9 +20,9 @@ from loopmdm.model import LoopMDM, diffusion
 from loopmdm.model.modules import DDiTBlock
 from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm.sampling.buffers import Buffers, Layout, padded_rows
-from loopmdm.sampling.network import Draw, Network, Prediction, Spent
+from loopmdm.sampling.decoding import Decoding
+from loopmdm.sampling.network import Call, Network, Prediction
 from loopmdm_kernels import graphs
-from loopmdm_kernels.types import SampledRows
 
 MAX_GRAPHS = 32
 
@@ -75,40 +75,29 @@ class GraphNetwork(Network):
     top_k or top_p wait for the device: they come behind the graph, which then ends with the residual stream.
     """
 
-    def __init__(
-        self, models: Sequence[LoopMDM], draw: Draw, *, needs_times: bool, max_batch: int, context: int
-    ) -> None:
-        device = models[0].device
-        super().__init__(models[0], draw, needs_times=needs_times)
-        self._max_batch = max_batch
+    def __init__(self, model: LoopMDM, decoding: Decoding, *, batch: int, context: int) -> None:
+        super().__init__(model, decoding, batch=batch, context=context)
+        check_graphs(self.models, decoding.plan)
+        device, positions = model.device, self.max_batch * context
         self._replays = Replays(graphs.capture_on(device), MAX_GRAPHS)
         self._batches: dict[tuple[Any, int, int], int] = {}
-        self._buffers = Buffers(Layout(max_batch, context, padded_rows(max_batch * context)), device)
+        self._buffers = Buffers(Layout(self.max_batch, context, padded_rows(positions)), device)
         self._stream: Tensor | None = None
-        if draw.top_p < 1 or draw.top_k is not None:
-            hidden = max(model.config.hidden_size for model in models)
-            self._stream = torch.zeros(max_batch * context * hidden, device=device, dtype=torch.float32)
+        if decoding.top_p < 1 or decoding.top_k is not None:
+            hidden = max(model.config.hidden_size for model in self.models)
+            self._stream = torch.zeros(positions * hidden, device=device, dtype=torch.float32)
 
     @torch.inference_mode()
-    def predict(
-        self,
-        tokens: Tensor,
-        times: Tensor | None,
-        compute: StepCompute,
-        num_loops: int | Tensor,
-        rows: Tensor,
-        names: tuple[Tensor, Tensor, Tensor],
-    ) -> Prediction:
+    def predict(self, call: Call, rows: Tensor, names: Sequence[Tensor]) -> Prediction:
+        compute, num_loops, sigma = call.compute, call.num_loops, self.sigma(call)
         model = cast(LoopMDM, self.model_of(compute))
-        sigma = None
-        if model.config.time_conditioning:
-            assert times is not None
-            sigma = diffusion.sigma(times).float()
-        batch, width = tokens.shape
+        batch, width = call.tokens.shape
         inside = len(rows) if self._stream is None else 0  # rows that are drawn in the graph
         layout = Layout(self._padded_batch(model, batch, width), width, padded_rows(inside))
         drawn_names = [name[:inside] for name in names]
-        self._buffers.send(layout, tokens, rows[:inside], drawn_names, num_loops, compute.min_loops, sigma)
+        self._buffers.send(
+            layout, call.tokens, rows[:inside], drawn_names, num_loops, compute.min_loops, sigma
+        )
 
         alike = not isinstance(num_loops, Tensor)
         most = num_loops if isinstance(num_loops, int) else graphs.bucket(int(num_loops.max()))
@@ -116,21 +105,12 @@ class GraphNetwork(Network):
         self._replays.run(key, partial(self._compute, compute, most, alike, layout))
 
         sampled, loops = self._buffers.receive(layout, batch, inside)
-        limits = num_loops if isinstance(num_loops, Tensor) else torch.full((batch,), num_loops)
-        if compute.exit is None:
-            spent = Spent(limits, None)
-        else:
-            spent = Spent(loops, compute.exit.cost(loops, limits, compute.min_loops))
+        spent = call.spent(loops)
         if not len(rows):
             return Prediction(None, spent)
         if self._stream is not None:
-            device = model.device
-            sigma = None if sigma is None else sigma.to(device)
-            hidden = self._hidden(model, layout)[:batch]
-            drawn = self.sample_rows(
-                model, hidden, sigma, rows.to(device), [name.to(device) for name in names]
-            )
-            sampled = SampledRows(*(field.cpu() for field in drawn))
+            sigma = None if sigma is None else sigma.to(model.device)
+            sampled = self.draw(model, self._hidden(model, layout)[:batch], sigma, rows, names)
         return Prediction(sampled, spent)
 
     def _hidden(self, model: LoopMDM, layout: Layout) -> Tensor:
@@ -171,7 +151,7 @@ class GraphNetwork(Network):
         if key not in self._batches:
             self._batches[key] = graphs.padded_batch(
                 batch,
-                self._max_batch,
+                self.max_batch,
                 width,
                 cast(DDiTBlock, model.blocks[0]).weights(),
                 model.config.num_heads,

@@ -15,6 +15,7 @@ from loopmdm.model import LoopMDM, diffusion, vocabulary
 from loopmdm.model.modes import evaluating
 from loopmdm.model.vocabulary import AnyHead
 from loopmdm.plan import ComputePlan, StepCompute
+from loopmdm.sampling.decoding import Decoding
 from loopmdm_kernels.types import RowRng, SampledRows
 
 
@@ -39,16 +40,6 @@ class Denoiser(Protocol):
     def head(self, sigma: Tensor | None = None) -> AnyHead: ...
 
 
-class Draw(NamedTuple):
-    """How tokens are drawn from a prediction."""
-
-    temperature: float
-    top_p: float
-    top_k: int | None
-    forbidden: Tensor  # token ids that are never drawn, int64
-    seed: int
-
-
 class Spent(NamedTuple):
     """What one network call spent on each of its b sequences, on the CPU."""
 
@@ -63,17 +54,49 @@ class Prediction(NamedTuple):
     spent: Spent
 
 
-class Network:
-    """The network calls of one run. Heads that depend on nothing but the weights are made once."""
+class Call(NamedTuple):
+    """One network call on b sequences of a run; all is on the CPU."""
 
-    def __init__(self, model: Denoiser, draw: Draw, *, needs_times: bool) -> None:
-        self._model = model
-        self._draw = draw
-        self.needs_times = needs_times
+    compute: StepCompute
+    num_loops: int | Tensor  # of all sequences or of each, int64 [b], in place of the one of `compute`
+    sequences: Tensor  # [b] int64, rows of the run
+    tokens: Tensor  # [b, L] int64, what the network reads of them
+    times: Tensor | None  # [b]; None where no model is conditioned on time
+
+    @property
+    def limits(self) -> Tensor:
+        """Loops of each sequence, at most, int64 [b]."""
+        if isinstance(self.num_loops, Tensor):
+            return self.num_loops
+        return torch.full((len(self.tokens),), self.num_loops)
+
+    def spent(self, used: Tensor | None) -> Spent:
+        """What it cost where an exit rule used so many loops [b]; None: no rule was asked."""
+        rule = self.compute.exit
+        if rule is None or used is None:
+            return Spent(self.limits, None)
+        return Spent(used, rule.cost(used, self.limits, self.compute.min_loops))
+
+
+class Network:
+    """The network calls of one run. Heads that depend on nothing but the weights are made once.
+
+    Raises:
+        ValueError: a model of the plan cannot take the place of `model`.
+    """
+
+    def __init__(self, model: Any, decoding: Decoding, *, batch: int, context: int) -> None:
+        """batch: sequences of the run; context: positions that a call reads, at most."""
+        self.models = check_models(model, decoding.plan, context)
+        self.config = model.config
+        self.context = context
+        self.max_batch = min(batch, decoding.max_batch or batch)
+        self.needs_times = any(model.config.time_conditioning for model in self.models)
+        self._decoding = decoding
         self._heads: dict[tuple[int, bool], AnyHead] = {}
 
     def model_of(self, compute: StepCompute) -> Denoiser:
-        chosen: Denoiser = self._model if compute.model is None else compute.model
+        chosen: Denoiser = self.models[0] if compute.model is None else compute.model
         return chosen
 
     def loops_of(self, compute: StepCompute) -> int:
@@ -81,66 +104,61 @@ class Network:
         return compute.num_loops or int(self.model_of(compute).config.max_loops)
 
     @torch.inference_mode()
-    def predict(
-        self,
-        tokens: Tensor,
-        times: Tensor | None,
-        compute: StepCompute,
-        num_loops: int | Tensor,
-        rows: Tensor,
-        names: tuple[Tensor, Tensor, Tensor],
-    ) -> Prediction:
-        """Run `compute` on tokens [b, L] at times [b] and draw a token for each row of `rows` [R].
+    def predict(self, call: Call, rows: Tensor, names: Sequence[Tensor]) -> Prediction:
+        """Run a call and draw a token for each row of `rows` [R].
 
-        num_loops is of all sequences or of each, int64 [b], in place of the one of `compute`. rows are flat
-        indices b*L + l; names are the sequence id, step and position [R] of each row's random numbers. times
-        may be None unless the model is conditioned on time.
+        rows are flat indices b*L + l; names are the sequence id, step and position [R] of each row's random
+        numbers.
         """
-        hidden, spent, sigma = self.hidden(tokens, times, compute, num_loops)
+        hidden, spent, sigma = self.hidden(call)
         if not rows.numel():
             return Prediction(None, spent)
-        model = self.model_of(compute)
+        return Prediction(self.draw(self.model_of(call.compute), hidden, sigma, rows, names), spent)
+
+    def draw(
+        self, model: Denoiser, hidden: Tensor, sigma: Tensor | None, rows: Tensor, names: Sequence[Tensor]
+    ) -> SampledRows:
+        """A token for each row [R] of the residual stream [b, L, D]; rows, names and tokens on the CPU."""
         sampled = self.sample_rows(
             model, hidden, sigma, rows.to(model.device), [name.to(model.device) for name in names]
         )
-        return Prediction(SampledRows(*(field.cpu() for field in sampled)), spent)
+        return SampledRows(*(field.cpu() for field in sampled))
 
     def sample_rows(
         self, model: Denoiser, hidden: Tensor, sigma: Tensor | None, rows: Tensor, names: Sequence[Tensor]
     ) -> SampledRows:
         """A token for each row [R] of the residual stream [b, L, D]; all is on the model's device."""
+        options = self._decoding
         return vocabulary.sample_rows(
             hidden,
             self.head(model, sigma),
             rows,
-            RowRng(self._draw.seed, *names),
-            temperature=self._draw.temperature,
-            top_p=self._draw.top_p,
-            top_k=self._draw.top_k,
+            RowRng(options.seed, *names),
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
             compute_dtype=model.compute_dtype,
         )
 
-    def hidden(
-        self, tokens: Tensor, times: Tensor | None, compute: StepCompute, num_loops: int | Tensor
-    ) -> tuple[Tensor, Spent, Tensor | None]:
+    def sigma(self, call: Call) -> Tensor | None:
+        """Noise level of each sequence, float32 [b] on the CPU, where the model is conditioned on time."""
+        if not self.model_of(call.compute).config.time_conditioning:
+            return None
+        assert call.times is not None
+        return diffusion.sigma(call.times).float()  # log1p: the same bits in any batch
+
+    def hidden(self, call: Call) -> tuple[Tensor, Spent, Tensor | None]:
         """One network call: residual stream [b, L, D], what it spent, sigma [b] or None."""
-        model = self.model_of(compute)
-        sigma = None
-        if model.config.time_conditioning:
-            assert times is not None
-            sigma = diffusion.sigma(times).float().to(model.device)  # log1p: the same bits in any batch
-        tokens = tokens.to(model.device)
-        most = num_loops.to(model.device) if isinstance(num_loops, Tensor) else num_loops
+        compute, model, sigma = call.compute, self.model_of(call.compute), self.sigma(call)
+        tokens = call.tokens.to(model.device)
+        sigma = None if sigma is None else sigma.to(model.device)
+        most = call.num_loops.to(model.device) if isinstance(call.num_loops, Tensor) else call.num_loops
         if compute.exit is None:
-            hidden = model.hidden(tokens, sigma, num_loops=most)
-            loops = num_loops if isinstance(num_loops, Tensor) else torch.full((len(tokens),), num_loops)
-            return hidden, Spent(loops, None), sigma
+            return model.hidden(tokens, sigma, num_loops=most), call.spent(None), sigma
         hidden, used = model.hidden(
             tokens, sigma, num_loops=most, exit=compute.exit, min_loops=compute.min_loops
         )
-        loops = used.cpu()
-        limits = num_loops if isinstance(num_loops, Tensor) else torch.full_like(loops, num_loops)
-        return hidden, Spent(loops, compute.exit.cost(loops, limits, compute.min_loops)), sigma
+        return hidden, call.spent(used.cpu()), sigma
 
     def head(self, model: Denoiser, sigma: Tensor | None) -> AnyHead:
         """The model's head, without the forbidden tokens."""
@@ -148,7 +166,7 @@ class Network:
         key = (id(model), isinstance(model, LoopMDM) and model.head_is_called())
         if key not in self._heads:
             made = model.head(sigma)
-            forbidden = self._draw.forbidden
+            forbidden = torch.tensor(self._decoding.forbidden, dtype=torch.int64)
             self._heads[key] = vocabulary.without_tokens(made, forbidden) if forbidden.numel() else made
         head = self._heads[key]
         return head if sigma is None else vocabulary.at_noise(head, model.head(sigma))

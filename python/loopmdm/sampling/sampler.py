@@ -1,4 +1,4 @@
-"""`sample`: the public entry. It checks the arguments, makes the order and drives the run."""
+"""`sample`: the public entry. It makes the order, the network and the run, and drives the run."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loopmdm.plan import ComputePlan, as_plan
+from loopmdm.plan import ComputePlan
 from loopmdm.sampling.canvas import make_canvas, make_sequence_ids
-from loopmdm.sampling.graphs import GraphNetwork, check_graphs
-from loopmdm.sampling.network import Draw, Network, check_models, checked_config, sampled
-from loopmdm.sampling.options import check_options, count, make_forbidden, make_pace, token_id
-from loopmdm.sampling.orders import Order, Pace, Slots, make_order
+from loopmdm.sampling.decoding import Decoding
+from loopmdm.sampling.graphs import GraphNetwork
+from loopmdm.sampling.network import Network, checked_config, sampled
+from loopmdm.sampling.ordered import OrderedRun
+from loopmdm.sampling.orders import Order, Slots, make_order
 from loopmdm.sampling.progress import progress_bar
 from loopmdm.sampling.reference_numerics import ReferenceRun
-from loopmdm.sampling.remasking import Remasked, Remasking, as_remasking
+from loopmdm.sampling.remasking import Remasked, Remasking
 from loopmdm.sampling.result import SampleResult, StepEvent
-from loopmdm.sampling.run import Limits, Run
-from loopmdm_kernels.ops import checks
 
 
 def sample(
@@ -127,56 +127,57 @@ def sample(
         ValueError, TypeError: on arguments out of range or at odds with each other, and on predictions that
             are not finite (NaN in weights).
     """
+    arguments = locals()
+    decoding = Decoding(**{field.name: arguments[field.name] for field in fields(Decoding)})
+    return sample_with(
+        model,
+        decoding,
+        num_samples,
+        length,
+        prompt,
+        infill,
+        sequence_ids=sequence_ids,
+        on_step=on_step,
+        history=history,
+        progress=progress,
+    )
+
+
+def sample_with(
+    model: Any,
+    decoding: Decoding,
+    num_samples: int | None = None,
+    length: int | Sequence[int] | None = None,
+    prompt: Any = None,
+    infill: Any = None,
+    *,
+    sequence_ids: Tensor | list[int] | None = None,
+    on_step: Callable[[StepEvent], object] | None = None,
+    history: bool = False,
+    progress: bool = True,
+) -> SampleResult:
+    """`sample` with all options of decoding in one value."""
     config = checked_config(model)
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step must be a function or None, got {type(on_step).__name__}")
-    pace = make_pace(steps, tokens_per_step, threshold, entropy_bound, counts)
-    rule = as_remasking(remask)
-    block_length, window = count("block_length", block_length), count("window", window)
-    max_batch, top_k = count("max_batch", max_batch), count("top_k", top_k)
-    temperature, top_p = checks.temperature(temperature), checks.top_p(top_p)
-    seed = checks.integer("seed", seed, 0, 2**63, "an int, 0 <= seed < 2^63", ValueError)
-    if eos_token_id is not None:
-        eos_token_id = token_id("eos_token_id", eos_token_id, config)
-    check_options(
-        order,
-        pace,
-        rule,
-        block_length=block_length,
-        window=window,
-        eos_token_id=eos_token_id,
-        dtype=dtype,
-        config=config,
-    )
-    if reference_numerics:
-        _check_reference(order, rule, block_length, temperature, top_p, top_k, cuda_graphs)
-    plan = as_plan(plan)
-    draw = Draw(float(temperature), float(top_p), top_k, make_forbidden(forbidden, config), seed)
-    canvas = make_canvas(config, num_samples, length, prompt, infill, block_length)
-    ids = make_sequence_ids(sequence_ids, canvas.lengths.numel())
-    slots = Slots.of(canvas.tokens, config.mask_token_id, ids, block_length, canvas.lengths)
-    ordered = _make_order(order, slots, pace, window, rule, plan, seed)
-    context = min(canvas.tokens.shape[1], config.max_length)
-    models = check_models(model, plan, context)
-    needs_times = any(m.config.time_conditioning for m in models)
-    limits = Limits(context, max_batch, skip_unchanged)
-    if cuda_graphs:
-        check_graphs(models, plan)
-        most = min(ids.numel(), max_batch or ids.numel())
-        network: Network = GraphNetwork(
-            models, draw, needs_times=needs_times, max_batch=most, context=context
-        )
-    else:
-        network = Network(model, draw, needs_times=needs_times)
-    arguments = (canvas, ordered, network, plan, limits, config, ids, eos_token_id)
-    run = ReferenceRun(seed, *arguments) if reference_numerics else Run(*arguments)
+    decoding.check_for(config)
+    canvas = make_canvas(config, num_samples, length, prompt, infill, decoding.block_length)
+    batch, longest = canvas.tokens.shape
+    ids = make_sequence_ids(sequence_ids, batch)
+    slots = Slots.of(canvas.tokens, config.mask_token_id, ids, decoding.block_length, canvas.lengths)
+    order = _make_order(slots, decoding)
+    make_network = GraphNetwork if decoding.cuda_graphs else Network
+    network = make_network(model, decoding, batch=batch, context=min(longest, config.max_length))
+    make_run = ReferenceRun if decoding.reference_numerics else OrderedRun
+    run = make_run(canvas, order, network, decoding)
 
     events: list[StepEvent] = []
     taken = 0
     start = time.perf_counter()
+    dtype = decoding.dtype
     cast = torch.autocast(model.device.type, dtype) if dtype is not None else nullcontext()
-    with sampled(models), cast, progress_bar(progress, run.num_steps) as advance:
-        while taken < run.num_steps and not (skip_unchanged and run.finished):
+    with sampled(network.models), cast, progress_bar(progress, run.num_steps) as advance:
+        while taken < run.num_steps and not run.finished:
             event = run.step(taken)
             taken += 1
             if event is not None:
@@ -192,62 +193,24 @@ def sample(
         network_calls=run.network_calls.to(model.device),
         loops=run.loops.to(model.device),
         rows_projected=run.ledger.rows_projected,
-        num_steps=taken if pace.adaptive else ordered.num_steps,
-        exact=ordered.exact and not reference_numerics and _draws_from_the_model(draw),
-        plan=plan,
+        num_steps=taken if decoding.pace.adaptive else order.num_steps,
+        exact=order.exact and decoding.draws_from_the_model,
+        plan=decoding.plan,
         seconds=time.perf_counter() - start,
         ledger=run.ledger,
         history=events if history else None,
     )
 
 
-def _make_order(
-    name: str,
-    slots: Slots,
-    pace: Pace,
-    window: int | None,
-    remask: Remasking | None,
-    plan: ComputePlan,
-    seed: int,
-) -> Order:
-    """The order, with the plan's number of steps if nothing else gives one; checks the plan against it."""
-    if name != "first_hitting" and plan.num_steps is not None and not pace.given:
-        pace = pace._replace(steps=plan.num_steps)
+def _make_order(slots: Slots, decoding: Decoding) -> Order:
+    """The order, at a pace that fits the plan."""
+    pace, seed = decoding.pace, decoding.seed
     order: Order
-    if remask is None:
-        order = make_order(name, slots, pace, window, seed)
+    if decoding.remask is not None:
+        order = Remasked(slots, pace.steps, seed, decoding.remask)
     else:
-        make_order(name, slots, pace, window, seed)  # for its checks
-        order = Remasked(slots, pace.steps, seed, remask)
+        order = make_order(decoding.order, slots, pace, seed)
     if not order.timed:
         for number in sorted(set(order.steps[slots.counts > 0].tolist())):
-            plan.check_steps(number)
+            decoding.plan.check_steps(number)
     return order
-
-
-def _draws_from_the_model(draw: Draw) -> bool:
-    return draw.temperature == 1 and draw.top_p == 1 and draw.top_k is None and not draw.forbidden.numel()
-
-
-def _check_reference(
-    order: str,
-    remask: Remasking | None,
-    block_length: int | None,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    cuda_graphs: bool,
-) -> None:
-    """The reference has none of these."""
-    if order != "ancestral":
-        raise ValueError(f"reference_numerics goes with the order ancestral, got {order}")
-    for name, value, plain in (
-        ("remask", remask, None),
-        ("block_length", block_length, None),
-        ("temperature", temperature, 1),
-        ("top_p", top_p, 1),
-        ("top_k", top_k, None),
-        ("cuda_graphs", cuda_graphs, False),
-    ):
-        if value != plain:
-            raise ValueError(f"{name} does not go with reference_numerics: the reference's sampler has none")

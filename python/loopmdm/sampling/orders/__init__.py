@@ -14,25 +14,18 @@ RATED = {"confidence": confidence, "margin": margin, "entropy": negative_entropy
 ORDERS = ("ancestral", "first_hitting", *RATED, *PLACED)
 
 
-def make_order(name: str, slots: Slots, pace: Pace, window: int | None, seed: int) -> Order:
-    """The order `name` of `ORDERS`; raises ValueError where it cannot go at this pace or with a window."""
-    if name in ("ancestral", "first_hitting"):
-        accepted = "steps" if name == "ancestral" else "tokens_per_step"
-        given = {**pace.given, "window": window, "counts": None if pace.counts == "even" else pace.counts}
-        for option, value in given.items():
-            if value is not None and option != accepted:
-                raise ValueError(f"{option} does not go with the order {name}, which draws its reveal times")
-        if name == "ancestral":
-            return Ancestral(slots, pace.steps, seed)
+def make_order(name: str, slots: Slots, pace: Pace, seed: int) -> Order:
+    """The order `name` of `ORDERS`."""
+    if name == "ancestral":
+        return Ancestral(slots, pace.steps, seed)
+    if name == "first_hitting":
         return FirstHitting(slots, pace.tokens_per_step, seed)
     if name in RATED:
         if name == "entropy" and pace.threshold is not None:
             pace = pace._replace(threshold=-pace.threshold)  # entropies at most so high
-        return Ranked(slots, pace, RATED[name], score=RATED[name], window=window)
+        return Ranked(slots, pace, RATED[name], score=RATED[name])
     key = PLACED[name](slots, seed)
-    if pace.adaptive or window is not None:
-        return Ranked(slots, pace, key, window=window)
-    return Placed(slots, pace, key)
+    return Ranked(slots, pace, key) if pace.adaptive or pace.window is not None else Placed(slots, pace, key)
 
 
 __all__ = ["COUNTS", "ORDERS", "Order", "Pace", "Slots", "make_order"]

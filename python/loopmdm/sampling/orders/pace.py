@@ -13,7 +13,7 @@ COUNTS = ("even", "llada")
 
 
 class Pace(NamedTuple):
-    """At most one of the first four is set; none means one position a step.
+    """How many positions a step reveals: at most one of the first four is set; none means one.
 
     threshold and entropy_bound need predictions to decide.
     """
@@ -23,12 +23,12 @@ class Pace(NamedTuple):
     threshold: float | None = None  # what is predicted this surely
     entropy_bound: float | None = None  # as much as keeps the error of parallel draws below this, nats
     counts: str = "even"  # of `COUNTS`: how steps that do not divide the positions are made up
+    window: int | None = None  # it reveals among the so many leftmost masks
 
     @property
-    def given(self) -> dict[str, int | float]:
-        """The option that is set, by its name."""
-        options = self._asdict()
-        return {name: value for name, value in options.items() if name != "counts" and value is not None}
+    def given(self) -> list[str]:
+        """Which of the first four are set."""
+        return [name for name, value in zip(self._fields[:4], self, strict=False) if value is not None]
 
     @property
     def adaptive(self) -> bool:

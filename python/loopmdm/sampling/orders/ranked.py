@@ -40,27 +40,21 @@ class Ranked(Order):
     """
 
     def __init__(
-        self,
-        slots: Slots,
-        pace: Pace,
-        rating: Rating | Tensor,
-        *,
-        score: Rating = confidence,
-        window: int | None = None,
+        self, slots: Slots, pace: Pace, rating: Rating | Tensor, *, score: Rating = confidence
     ) -> None:
         """rating: of predictions, or one number a slot [N], the lowest first. score: for the threshold."""
         super().__init__(slots)
         self._pace = pace
         self._rating = rating
         self._score = score
-        self._window = window
         self._schedule: Schedule | None = None
         self.timed = pace.adaptive
         if pace.adaptive:
             self.steps = slots.counts
             return
+        window = pace.window
         if window is not None and pace.tokens_per_step is not None:
-            pace = Pace(tokens_per_step=min(window, pace.tokens_per_step))
+            pace = pace._replace(tokens_per_step=min(window, pace.tokens_per_step))
         spread = Spread(slots.blocks, pace)
         reveal_step = spread.step_of(slots.blocks.rank(), slots.blocks.of_slot)
         self.steps = spread.each
@@ -81,8 +75,8 @@ class Ranked(Order):
         current = torch.full((slots.num_sequences,), -1)
         current[sequence[place == 0]] = block[place == 0]
         inside = block == current[sequence]
-        if self._window is not None:
-            inside &= place < self._window
+        if self._pace.window is not None:
+            inside &= place < self._pace.window
         if self._schedule is not None:
             inside &= self._due(step)[sequence] > 0
         reach = reach[inside]
