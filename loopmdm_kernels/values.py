@@ -40,12 +40,13 @@ def real(value: Any) -> float | None:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
-    if isinstance(value, numbers.Integral) and -(2**63) <= value < 2**63:
-        return int(value)
+    number = whole(value)
+    if number is not None and -(2**63) <= number < 2**63:
+        return number
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf
 
 
 def meant(got: Any, accepted: Iterable[str]) -> str:

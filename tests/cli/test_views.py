@@ -16,6 +16,7 @@ import torch
 from loopmdm import LoopMDM, sample
 from loopmdm.cli import solve
 from loopmdm.data.sudoku import SIX, encode_boards, generate, write_puzzles
+from loopmdm.sampling.sampler import sample_with
 
 from .conftest import Call
 
@@ -46,10 +47,10 @@ def test_what_is_watched_is_solved_once(
 
     def counted(*args: Any, **options: Any) -> Any:
         solved.append(len(options["infill"]))
-        return sample(*args, **options)
+        return sample_with(*args, **options)
 
     for module in ("loopmdm.solve", "loopmdm.cli.solve"):
-        monkeypatch.setattr(f"{module}.sample", counted)
+        monkeypatch.setattr(f"{module}.sample_with", counted)
     words = ["solve", puzzles, "--model", sudoku_run, "--loops", "1,2", "--json", "--boards", boards]
     plain = call(*words).json
     assert sum(solved) == 2 * 2 * 4  # orders, loop counts, puzzles
@@ -200,5 +201,5 @@ def test_solving_without_views_samples_nothing_else(
     def refuse(*_: Any, **__: Any) -> Callable[..., Any]:
         raise AssertionError("sampled for a view that nobody asked for")
 
-    monkeypatch.setattr(solve, "sample", refuse)
+    monkeypatch.setattr(solve, "sample_with", refuse)
     assert call("solve", puzzles, "--model", sudoku_run, "--loops", "1").status == 0

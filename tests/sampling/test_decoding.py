@@ -30,13 +30,8 @@ def test_every_argument_of_sample_has_its_place():
 
 
 def test_values_are_made_plain():
-    made = Decoding(
-        plan=3,
-        remask="cap",
-        forbidden=torch.tensor([5, 2, 5]),
-        temperature=np.float32(0.5),
-        steps=np.int64(4),
-    )  # type: ignore[arg-type]
+    given = {"plan": 3, "remask": "cap", "forbidden": torch.tensor([5, 2, 5])}
+    made = Decoding(temperature=np.float32(0.5), steps=np.int64(4), **given)
     assert (made.plan, made.remask) == (ComputePlan.constant(3), Remasking("cap"))
     assert made.forbidden == (2, 5) and type(made.steps) is int and type(made.temperature) is float
     assert made == dataclasses.replace(made) and hash(made) == hash(dataclasses.replace(made))
@@ -57,7 +52,7 @@ def test_what_depends_on_a_model_is_asked_of_the_model(model):
 def test_a_decoding_samples_as_its_options_do(model):
     options = {"order": "margin", "steps": 4, "plan": 2, "seed": 9, "top_k": 5, "eos_token_id": 4}
     expected = sample(model, 3, 12, prompt=[1, 2], **options)
-    out = sample_with(model, Decoding(**options), 3, 12, prompt=[1, 2])  # type: ignore[arg-type]
+    out = sample_with(model, Decoding(**options), 3, 12, prompt=[1, 2])
     assert torch.equal(out.tokens, expected.tokens) and torch.equal(out.loops, expected.loops)
 
 

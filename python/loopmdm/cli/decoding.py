@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import Any
 
+import torch
+
 from loopmdm.data.tokenizer import Tokenizer
+from loopmdm.plan import ComputePlan
 from loopmdm.runs.options import UsageError, count, number, positive_int, usage_errors
-from loopmdm.sampling import ORDERS, Remasking
-from loopmdm.sampling.decoding import Decoding
+from loopmdm.sampling import ORDERS, Decoding, Remasking
 from loopmdm.sampling.orders import COUNTS
 from loopmdm.sampling.remasking import DEFAULT_ETA
 
-PACE = ("tokens_per_step", "threshold", "entropy_bound")
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def add_pace(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +34,6 @@ def add_pace(parser: argparse.ArgumentParser) -> None:
         metavar="G",
         help="the best rated while entropies sum to G nats",
     )
-
-
-def pace_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_pace` as arguments of `sample`."""
-    options = {name: getattr(args, name) for name in PACE}
-    with usage_errors():
-        Decoding(order="entropy", **options)  # the order that goes with any pace
-    return options
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +75,13 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--top-p", type=number, default=1.0, metavar="P", help="nucleus (default: %(default)s)"
     )
-    group.add_argument("--forbid", type=_ids, metavar="ID,ID,...", help="token ids that are never drawn")
+    group.add_argument(
+        "--forbid",
+        dest="forbidden",
+        type=_ids,
+        metavar="ID,ID,...",
+        help="token ids that are never drawn",
+    )
     group.add_argument("--stop-at-eos", action="store_true", help="an end-of-text token ends its sample")
     group.add_argument(
         "--reference-numerics",
@@ -90,28 +91,23 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=count, default=0, metavar="N", help="(default: %(default)s)")
 
 
-def decoding_options(args: argparse.Namespace, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The options of `add_decoding` as arguments of `sample`."""
+def decoding_of(args: argparse.Namespace, **others: Any) -> Decoding:
+    """The decoding that a command line asks for: options have the names of its fields; `others` go before."""
+    options = {field.name: getattr(args, field.name) for field in fields(Decoding) if field.name in args}
+    with usage_errors():
+        return Decoding(**(options | others))
+
+
+def chosen_decoding(args: argparse.Namespace, tokenizer: Tokenizer | None, plan: ComputePlan) -> Decoding:
+    """What the options of `add_decoding` ask for."""
     if args.eta is not None and args.remask is None:
         raise UsageError("--eta: it belongs to --remask")
     if args.stop_at_eos and tokenizer is None:
         raise UsageError("--stop-at-eos: without a tokenizer no token is known to end a text (--tokenizer)")
-    return {
-        **pace_options(args),
-        "steps": args.steps,
-        "counts": args.counts,
-        "order": args.order,
-        "block_length": args.block_length,
-        "window": args.window,
-        "remask": None if args.remask is None else Remasking(args.remask, args.eta),
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "forbidden": args.forbid,
-        "eos_token_id": tokenizer.eos_token_id if args.stop_at_eos and tokenizer is not None else None,
-        "reference_numerics": args.reference_numerics,
-        "seed": args.seed,
-    }
+    with usage_errors():
+        remask = None if args.remask is None else Remasking(args.remask, args.eta)
+    eos_token_id = tokenizer.eos_token_id if args.stop_at_eos and tokenizer is not None else None
+    return decoding_of(args, plan=plan, remask=remask, eos_token_id=eos_token_id, dtype=DTYPES[args.dtype])
 
 
 def _ids(text: str) -> list[int]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -26,11 +25,13 @@ from loopmdm.cli.parser import add_json
 from loopmdm.data.sudoku import SudokuSpec, format_board, is_valid_solution
 from loopmdm.data.sudoku.boards import Cells
 from loopmdm.model import LoopMDM
-from loopmdm.runs.boards import ORDERS, SHARE_COLUMNS, held_out_puzzles, share_row, solve_all
+from loopmdm.runs.boards import ORDERS, SHARE_COLUMNS, greedy, held_out_puzzles, share_row, solve_all
 from loopmdm.runs.models import SHIPPED, default_loops, load_model
 from loopmdm.runs.options import positive_int
 from loopmdm.runs.recipes import SUDOKU_RECIPES
-from loopmdm.sampling import StepEvent, sample
+from loopmdm.sampling import StepEvent
+from loopmdm.sampling.sampler import sample_with
+from loopmdm.solve import to_fill
 from loopmdm.terminal import note
 from loopmdm.train import Trainer
 from loopmdm_kernels.types import Head, RowRng
@@ -98,7 +99,8 @@ def _solve(name: str, spec: SudokuSpec, say: _Speech) -> dict[str, Any]:
     if not say.silent:
         _show_solving(model, spec, puzzles[0])
     solved = [
-        one.to_dict() for one in solve_all(model, spec, puzzles, ORDERS, default_loops(model), progress=True)
+        one.to_dict()
+        for one in solve_all(model, spec, puzzles, greedy(ORDERS, default_loops(model)), progress=True)
     ]
     if not say.silent:
         print(f"Share of {len(puzzles)} held-out puzzles solved:\n")
@@ -115,10 +117,10 @@ def _solve(name: str, spec: SudokuSpec, say: _Speech) -> dict[str, Any]:
 def _show_solving(model: LoopMDM, spec: SudokuSpec, clues: Cells) -> None:
     """One puzzle solved in three ways side by side; on a terminal, cell by cell."""
     most = model.config.max_loops
-    ways = (("left_to_right", 1), ("left_to_right", most), ("confidence", most))
+    ways = [*greedy(["left_to_right"], [1, most]), *greedy(["confidence"], [most])]
     boards = [clues.copy() for _ in ways]
     board_width = 2 * spec.size + 2 * spec.box_rows + 1
-    titles = [f"{order.replace('_', ' ')}, S = {loops}" for order, loops in ways]
+    titles = [f"{way.order.replace('_', ' ')}, S = {way.plan.parts[0].compute.num_loops}" for way in ways]
 
     def picture() -> str:
         drawn = [format_board(spec, b, clues=clues, color=has_color()).splitlines() for b in boards]
@@ -132,17 +134,15 @@ def _show_solving(model: LoopMDM, spec: SudokuSpec, clues: Cells) -> None:
         captions = [[text.ljust(width) for text in row] for row in (titles, verdicts)]
         return "\n".join("   ".join(row).rstrip() for row in (captions[0], *rows, captions[1]))
 
-    tokens = torch.from_numpy(np.where(clues == 0, spec.mask_token_id, clues.astype(np.int64) - 1))[None]
+    tokens = to_fill(spec, clues)[None]
     with _drawing() as draw:
-        for board, (order, loops) in zip(boards, ways, strict=True):
+        for board, way in zip(boards, ways, strict=True):
 
             def fill(event: StepEvent, board: Cells = board) -> None:
                 board[event.positions.numpy()] = (event.tokens + 1).numpy()
                 draw(picture())
 
-            sample(
-                model, infill=tokens, order=order, plan=loops, temperature=0.0, on_step=fill, progress=False
-            )
+            sample_with(model, way, infill=tokens, on_step=fill, progress=False)
     print(f"\n{picture()}\n")
 
 

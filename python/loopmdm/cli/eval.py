@@ -27,6 +27,7 @@ from loopmdm.runs.boards import (
     SHARE_COLUMNS,
     blanks,
     given_puzzles,
+    greedy,
     held_out_puzzles,
     not_counted,
     share_row,
@@ -159,7 +160,7 @@ def _sudoku(args: argparse.Namespace, model: LoopMDM, spec: SudokuSpec, loops: l
         source = f"{len(clues)} {spec} puzzles of {args.puzzles}"
     orders = ORDERS if args.order == "both" else (args.order,)
     plans = [adaptive(args, most) if adapts(args) else ComputePlan.constant(most) for most in loops]
-    solved = solve_all(model, spec, clues, orders, plans, progress=True)
+    solved = solve_all(model, spec, clues, greedy(orders, plans), progress=True)
     batches = blanks(clues, solutions)
     results = []
     if batches:

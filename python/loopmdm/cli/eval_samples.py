@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopmdm.cli.decoding import DTYPES, decoding_of
 from loopmdm.cli.plans import adapts, add_plan, note_beyond_training, plan_option
 from loopmdm.model import LoopMDM
 from loopmdm.model.flops import DEFAULT_CONVENTION
@@ -20,7 +21,7 @@ from loopmdm.runs.models import load_tokenizer
 from loopmdm.runs.options import UsageError, positive_int, usage_errors
 from loopmdm.runs.provenance import provenance
 from loopmdm.runs.run_file import RunFile
-from loopmdm.sampling import sample
+from loopmdm.sampling.sampler import sample_with
 from loopmdm.terminal import note
 
 COLUMNS = (
@@ -118,18 +119,10 @@ def measure(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[
 def _sampled(
     args: argparse.Namespace, model: LoopMDM, plan: ComputePlan, length: int, scorer: Scorer | None
 ) -> dict[str, Any]:
+    dtype = DTYPES[args.dtype or "fp32"]
+    decoding = decoding_of(args, order=_ORDER, plan=plan, max_batch=_BATCH, dtype=dtype)
     with usage_errors():
-        result = sample(
-            model,
-            num_samples=args.samples,
-            length=length,
-            steps=args.steps,
-            order=_ORDER,
-            plan=plan,
-            seed=args.seed,
-            max_batch=_BATCH,
-            dtype=torch.bfloat16 if args.dtype == "bf16" else None,
-        )
+        result = sample_with(model, decoding, args.samples, length)
     return {
         "text": f"plan {plan}",
         "plan": str(plan),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loopmdm.cli.decoding import add_decoding, decoding_options
+from loopmdm.cli.decoding import DTYPES, add_decoding, chosen_decoding
 from loopmdm.cli.output import has_color, print_json
 from loopmdm.cli.parser import add_json, add_runtime, set_up
 from loopmdm.cli.plans import add_plan, note_beyond_training, plan_option
@@ -26,12 +26,12 @@ from loopmdm.cli.views import PainterOf, Views, add_views
 from loopmdm.data.sudoku import SudokuSpec, encode_boards, format_board, is_valid_solution
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
-from loopmdm.plan import ComputePlan
 from loopmdm.runs.models import load_model, load_tokenizer, sudoku_spec
 from loopmdm.runs.options import UsageError, positive_int, usage_errors
 from loopmdm.runs.run_file import RunFile
-from loopmdm.sampling import SampleResult, sample
+from loopmdm.sampling import Decoding, SampleResult
 from loopmdm.sampling.canvas import make_canvas
+from loopmdm.sampling.sampler import sample_with
 from loopmdm.terminal import note
 from loopmdm.view import BoardSymbols, IdSymbols, Symbols, TextSymbols
 from loopmdm.view.painters import BoardPainter, TextPainter
@@ -47,7 +47,6 @@ EPILOG = """examples:
   loopmdm sample run --prompt "def main(" --watch --html run.html
 """
 _GAP = re.compile(r"\[MASK\]|_{3,}")
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_plan(parser, "--plan", "--loops", default="the model's most")
     add_decoding(parser)
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="fp32", help="of matrix products (default: %(default)s)"
+        "--dtype", choices=DTYPES, default="fp32", help="of matrix products (default: %(default)s)"
     )
     parser.add_argument(
         "--cuda-graphs",
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         note("prompts of a Sudoku model are token ids: a digit less one")
     with usage_errors():
         plan = plan_option(args, device)
-        options = decoding_options(args, tokenizer)
+    decoding = chosen_decoding(args, tokenizer, plan)
     note_beyond_training(model, [plan])
     run = RunFile.read(Path(args.model))
     length = args.length or (run.length if run is not None and run.length else model.config.max_length)
@@ -104,18 +103,12 @@ def run(args: argparse.Namespace) -> int:
         start["prompt"] = _ids(args.prompt, tokenizer, "--prompt")
     if args.infill is not None:
         start = {"infill": _canvas(args.infill, tokenizer, model), "length": args.length}
-    sampler = partial(
-        sample,
-        model,
-        num_samples=args.num,
-        plan=plan,
-        dtype=_DTYPES[args.dtype],
-        cuda_graphs=args.cuda_graphs,
-        **options,
-        **start,
-    )
+    sampler = partial(sample_with, model, decoding, args.num, **start)
     with usage_errors():
-        result = _shown(args, views, model, tokenizer, plan, start, sampler) if views.wanted else sampler()
+        if views.wanted:
+            result = _shown(args, views, model, tokenizer, decoding, start, sampler)
+        else:
+            result = sampler()
     if result.tokens.shape[1] != model.config.max_length:
         spec = None
     ids = [row[:size] for row, size in zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)]
@@ -171,13 +164,13 @@ def _shown(
     views: Views,
     model: LoopMDM,
     tokenizer: Tokenizer | None,
-    plan: ComputePlan,
+    decoding: Decoding,
     start: dict[str, Any],
     sampler: Callable[..., SampleResult],
 ) -> SampleResult:
     """Sample, with the views that the options ask for."""
     given = {"length": None, "prompt": None, "infill": None} | start
-    canvas = make_canvas(model.config, args.num, **given, block_length=args.block_length).tokens
+    canvas = make_canvas(model.config, args.num, **given, block_length=decoding.block_length).tokens
     symbols: Symbols = IdSymbols() if tokenizer is None else TextSymbols(tokenizer)
     painter: PainterOf = partial(TextPainter, symbols)
     spec = sudoku_spec(model)
@@ -188,30 +181,13 @@ def _shown(
         sampler,
         model,
         canvas,
-        plan,
+        decoding,
         symbols,
         painter,
         titles=[f"sample {index + 1}" for index in range(len(canvas))],
         title=f"Samples of {args.model}",
-        facts={"model": args.model, "order": args.order, "seed": str(args.seed)},
-        num_steps=_num_steps(args, plan, canvas, model.config.mask_token_id),
-        dtype=_DTYPES[args.dtype],
+        facts={"model": args.model, "order": decoding.order, "seed": str(decoding.seed)},
     )
-
-
-def _num_steps(
-    args: argparse.Namespace, plan: ComputePlan, canvas: torch.Tensor, mask_token_id: int
-) -> int | None:
-    """The steps a run will take: those asked for, else one a position; None where predictions decide."""
-    if args.threshold is not None or args.entropy_bound is not None:
-        return None
-    chosen: int | None = args.steps or plan.num_steps
-    if chosen is not None:
-        return chosen
-    if args.order == "ancestral":
-        return canvas.shape[1]
-    most = int((canvas == mask_token_id).sum(dim=1).max())
-    return -(-most // (args.tokens_per_step or 1))
 
 
 def _ids(text: str, tokenizer: Tokenizer | None, option: str) -> list[int]:

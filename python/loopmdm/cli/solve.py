@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loopmdm.cli.decoding import add_pace, pace_options
+from loopmdm.cli.decoding import add_pace, decoding_of
 from loopmdm.cli.output import has_color, print_json, print_table, show
 from loopmdm.cli.parser import add_json, add_runtime, set_up
 from loopmdm.cli.plans import adaptive, adapts, add_plan, note_beyond_training, plan_option
@@ -41,7 +41,9 @@ from loopmdm.runs.boards import (
 from loopmdm.runs.models import SHIPPED, default_loops, load_model
 from loopmdm.runs.options import UsageError, loop_counts, positive_int, usage_errors
 from loopmdm.sampling import ORDERS as SAMPLING_ORDERS
-from loopmdm.sampling import SampleResult, sample
+from loopmdm.sampling import Decoding, SampleResult
+from loopmdm.sampling.sampler import sample_with
+from loopmdm.solve import to_fill
 from loopmdm.terminal import note
 from loopmdm.view import BoardSymbols
 from loopmdm.view.painters import BoardPainter
@@ -115,10 +117,10 @@ def run(args: argparse.Namespace) -> int:
     device = set_up(args)
     name = args.model or _default_model(puzzles)
     model = load_model(name, device)
-    pace = pace_options(args)
     orders = ORDERS if args.order == "both" else (args.order,)
     with usage_errors():
         plans = _plans(args, model, device)
+    decodings = [decoding_of(args, order=o, plan=p, temperature=0.0) for o in orders for p in plans]
     note_beyond_training(model, plans)
     fits = (model.config.vocab_size, model.config.mask_token_id) == (
         puzzles.spec.vocab_size,
@@ -126,19 +128,17 @@ def run(args: argparse.Namespace) -> int:
     )
     shown = None
     if views.wanted and fits:  # else solving says what is wrong
-        shown = _show(args, views, model, name, puzzles, orders[-1], plans[-1], pace)
+        shown = _show(args, views, model, name, puzzles, decodings[-1])
     solutions = count_solutions(puzzles.spec, clues, limit=SEVERAL, threads=args.threads or 1)
     solved = solve_all(
         model,
         puzzles.spec,
         clues,
-        orders,
-        plans,
+        decodings,
         batch_size=args.batch_size,
         progress=True,
         counted=solutions == 1,
         last_first=shown,
-        **pace,
     )
     if args.json:
         results = [{**one.to_dict(), "answers": _answers(puzzles, one, solutions)} for one in solved]
@@ -181,34 +181,24 @@ def _show(
     model: LoopMDM,
     name: str,
     puzzles: PuzzleFile,
-    order: str,
-    plan: ComputePlan,
-    pace: dict[str, Any],
+    decoding: Decoding,
 ) -> SampleResult:
     """Solve the first boards with the views on: in the order and with the loops whose answers are printed."""
     spec = puzzles.spec
     clues = puzzles.clues[: min(args.boards, args.limit or args.boards)]
-    canvas = torch.from_numpy(np.where(clues == 0, spec.mask_token_id, clues.astype(np.int64) - 1))
+    canvas = to_fill(spec, clues)
     symbols = BoardSymbols(spec)
     return views.run(
-        partial(sample, model, infill=canvas, order=order, plan=plan, temperature=0.0, **pace),
+        partial(sample_with, model, decoding, infill=canvas),
         model,
         canvas,
-        plan,
+        decoding,
         symbols,
         partial(BoardPainter, symbols),
         titles=[f"line {line}" for line in puzzles.lines[: len(clues)]],
         title=f"{spec} Sudoku",
-        facts={"model": name, "order": order.replace("_", " ")},
-        num_steps=_num_steps(int((canvas == spec.mask_token_id).sum(dim=1).max()), pace),
+        facts={"model": name, "order": decoding.order.replace("_", " ")},
     )
-
-
-def _num_steps(blanks: int, pace: dict[str, Any]) -> int | None:
-    """Steps that a board of so many blanks takes; None where predictions decide."""
-    if pace["threshold"] is not None or pace["entropy_bound"] is not None:
-        return None
-    return -(-blanks // (pace["tokens_per_step"] or 1))
 
 
 def _default_model(puzzles: PuzzleFile) -> str:
@@ -253,8 +243,8 @@ def _print_boards(puzzles: PuzzleFile, solved: Solved, most: int, solutions: NDA
     """Each puzzle beside its answer; what the order and loop count were is said once."""
     shown = min(most, len(solved.result.boards))
     color = has_color()
-    what = str(solved.plan) if solved.num_loops is None else f"S = {solved.num_loops}"
-    print(f"Answers at {what}, {solved.order.replace('_', ' ')} order:\n")
+    what = str(solved.decoding.plan) if solved.num_loops is None else f"S = {solved.num_loops}"
+    print(f"Answers at {what}, {solved.decoding.order.replace('_', ' ')} order:\n")
     for i in range(shown):
         left = format_board(puzzles.spec, puzzles.clues[i], color=False).splitlines()
         right = format_board(

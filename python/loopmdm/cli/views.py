@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loopmdm.cli.output import writable
 from loopmdm.cli.parser import FAILED
-from loopmdm.plan import ComputePlan
 from loopmdm.runs.options import UsageError, count, number, positive_int
-from loopmdm.sampling import SampleResult
+from loopmdm.sampling import Decoding, SampleResult
 from loopmdm.terminal import note
 from loopmdm.view import Symbols, Watch, page, write_page
 from loopmdm.view.painters import Painter
@@ -88,15 +86,13 @@ class Views:
         sampler: Callable[..., SampleResult],
         model: Any,
         canvas: Tensor,
-        plan: ComputePlan,
+        decoding: Decoding,
         symbols: Symbols,
         painter: PainterOf,
         *,
         titles: Sequence[str],
         title: str,
         facts: dict[str, str],
-        num_steps: int | None,
-        dtype: torch.dtype | None = None,
     ) -> SampleResult:
         """Call `sampler(on_step=, history=, progress=)` and show what it does.
 
@@ -107,8 +103,10 @@ class Views:
             watch = None
             if args.watch:
                 drawn = painter(titles, args.watch_samples)
+                most = int((canvas == mask).sum(dim=1).max())
+                steps = decoding.num_steps(canvas.shape[1], most)
                 watch = stack.enter_context(
-                    Watch(canvas, mask, drawn, num_steps=num_steps, delay=args.watch_delay)
+                    Watch(canvas, mask, drawn, num_steps=steps, delay=args.watch_delay)
                 )
             result = sampler(on_step=watch, history=args.html is not None, progress=watch is None)
             if watch is not None:
@@ -120,14 +118,14 @@ class Views:
                 model,
                 canvas,
                 result.history,
-                plan,
+                result.plan,
                 result.num_steps,
                 most_states=args.html_loops,
-                dtype=dtype,
+                dtype=decoding.dtype,
             )
             facts = facts | {
                 "steps": str(result.num_steps),
-                "plan": str(plan),
+                "plan": str(result.plan),
                 "network calls": str(result.total_network_calls),
                 "loops": str(int(result.loops.sum())),
                 "seconds": f"{result.seconds:.1f}",

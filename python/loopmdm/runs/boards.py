@@ -28,8 +28,8 @@ from loopmdm.data.sudoku.boards import Cells
 from loopmdm.data.sudoku.layouts import looks_like_board
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
-from loopmdm.sampling import SampleResult
-from loopmdm.solve import SolveResult, solve_puzzles
+from loopmdm.sampling import Decoding, SampleResult
+from loopmdm.solve import SolveResult, solve_with
 
 ORDERS = ("left_to_right", "confidence")
 HELD_OUT_SEED = 20_000
@@ -57,19 +57,18 @@ def parse_clues(text: str, spec: SudokuSpec) -> tuple[int, int] | str | None:
 
 
 class Solved(NamedTuple):
-    """All puzzles solved with one order and one plan."""
+    """All puzzles solved in one way."""
 
-    order: str
-    plan: ComputePlan
+    decoding: Decoding
     result: SolveResult
     counted: NDArray[np.bool_] | None = None  # [N] puzzles that the share is of; None: all
 
     def to_dict(self) -> dict[str, Any]:
         result = self.result
         return {
-            "order": self.order,
+            "order": self.decoding.order,
             "num_loops": self.num_loops,
-            "plan": str(self.plan),
+            "plan": str(self.decoding.plan),
             "puzzles": len(self._solved),
             "share_solved": None if math.isnan(self.share) else self.share,
             "stderr": None if math.isnan(self.stderr) else self.stderr,
@@ -81,7 +80,7 @@ class Solved(NamedTuple):
     @property
     def num_loops(self) -> int | None:
         """The loop count, where the plan is one."""
-        first = self.plan.parts[0]
+        first = self.decoding.plan.parts[0]
         return first.compute.num_loops if first.steps is None and first.compute.exit is None else None
 
     @property
@@ -159,41 +158,35 @@ def blanks(clues: Cells, solutions: Cells) -> list[Batch]:
     ]
 
 
+def greedy(orders: Sequence[str], loops: Sequence[int | ComputePlan]) -> list[Decoding]:
+    """The most probable digit, a cell a step, in every order and with every plan."""
+    return [
+        Decoding(order=order, plan=plan, temperature=0.0) for order in orders for plan in map(as_plan, loops)
+    ]
+
+
 def solve_all(
     model: LoopMDM,
     spec: SudokuSpec,
     puzzles: Cells,
-    orders: Sequence[str],
-    loops: Sequence[int | ComputePlan],
+    decodings: Sequence[Decoding],
     *,
     batch_size: int = 64,
     progress: bool = False,
     counted: NDArray[np.bool_] | None = None,
     last_first: SampleResult | None = None,
-    **pace: Any,
 ) -> list[Solved]:
-    """Solve the puzzles [N, cells] once for every order and plan.
+    """Solve the puzzles [N, cells] once in every way.
 
     counted: [N] puzzles that the shares are of, None for all; last_first: `first` of `solve_puzzles` for the
-    last order with the last plan; pace: options of `solve_puzzles`.
+    last way.
     """
-    runs = [(order, plan) for order in orders for plan in map(as_plan, loops)]
+    firsts = [None] * (len(decodings) - 1) + [last_first]
     return [
         Solved(
-            order,
-            plan,
-            solve_puzzles(
-                model,
-                puzzles,
-                spec,
-                num_loops=plan,
-                order=order,
-                batch_size=batch_size,
-                progress=progress,
-                first=last_first if number == len(runs) else None,
-                **pace,
-            ),
+            decoding,
+            solve_with(model, puzzles, spec, decoding, batch_size=batch_size, progress=progress, first=first),
             counted,
         )
-        for number, (order, plan) in enumerate(runs, start=1)
+        for decoding, first in zip(decodings, firsts, strict=True)
     ]

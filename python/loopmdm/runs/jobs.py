@@ -14,7 +14,7 @@ from loopmdm.model.loop_law import LoopLaw
 from loopmdm.quality.causal import CausalLM
 from loopmdm.quality.likelihood import evaluate_autoregressive, evaluate_nll
 from loopmdm.runs import likelihood, text_data
-from loopmdm.runs.boards import ORDERS, held_out_puzzles, parse_clues, solve_all
+from loopmdm.runs.boards import ORDERS, greedy, held_out_puzzles, parse_clues, solve_all
 from loopmdm.runs.models import default_loops
 from loopmdm.runs.options import usage_errors
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
@@ -52,7 +52,7 @@ def sudoku_job(run: RunFile, threads: int) -> Job:
 
     def evaluate(model: LoopMDM) -> dict[str, Any]:
         puzzles = held_out_puzzles(recipe.spec, num, threads).clues
-        solved = solve_all(model, recipe.spec, puzzles, ORDERS, default_loops(model))
+        solved = solve_all(model, recipe.spec, puzzles, greedy(ORDERS, default_loops(model)))
         return {"solved": [one.to_dict() for one in solved]}
 
     return Job(model, data, config, evaluate, dataclasses.replace(run, training=config.to_dict()))

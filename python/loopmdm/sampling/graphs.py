@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.exits import loop_to_threshold
-from loopmdm.model import LoopMDM, diffusion
+from loopmdm.model import LoopMDM
 from loopmdm.model.modules import DDiTBlock
 from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm.sampling.buffers import Buffers, Layout, padded_rows
