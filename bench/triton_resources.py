@@ -65,7 +65,7 @@ class Variant(NamedTuple):
     def name(self) -> str:
         """Tells the variants of a shape apart, and is the same from day to day."""
         sizes = [f"{k}={v}" for k, v in self.constants.items() if k.isupper()]
-        absent = [k.removesuffix("_ptr") for k, v in self.constants.items() if v is None]
+        absent = [k[:-4] for k, v in self.constants.items() if v is None and k.endswith("_ptr")]
         types = [t[1:] for t in self.signature.values() if t.startswith("*")]
         ones = [k for k, v in self.constants.items() if k.islower() and v == 1]
         parts = [

@@ -12,7 +12,7 @@ from loopmdm_kernels.tracing import once_differentiable
 from loopmdm_kernels.triton.config import Tiles, tiles
 from loopmdm_kernels.triton.head import OPERANDS
 from loopmdm_kernels.triton.kernels.attention import attention_kernel
-from loopmdm_kernels.triton.kernels.attention_backward import key_gradient_kernel, query_gradient_kernel
+from loopmdm_kernels.triton.kernels.attention_backward import attention_gradient_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.types import Rotary
 
@@ -48,8 +48,9 @@ def angles(rotary: Rotary | None, dtype: torch.dtype) -> tuple[Tensor | None, Te
     return rotary.cos.detach().to(dtype).contiguous(), rotary.sin.detach().to(dtype).contiguous()
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+def _strides(*tensors: Tensor | None) -> list[int | None]:
+    nothing = (None,) * 3
+    return [s for tensor in tensors for s in (nothing if tensor is None else tensor.stride()[:3])]
 
 
 def _sizes(q: Tensor) -> tuple[tuple[int, int, int, int, float], dict[str, int]]:
@@ -120,31 +121,22 @@ def attention_backward(
     inner = torch.empty_like(log_sum_exp)
     tile = _tiles(q, backward=True)
     sizes, blocks = _sizes(q)
-    grid = (ceil_div(q.shape[2], tile.m) * q.shape[0] * q.shape[1],)
-    launch(
-        query_gradient_kernel,
-        grid,
-        *(q, k, v, mask, cos, sin, out, rest, grad, log_sum_exp, inner, grad_q),
-        *_strides(q, k, v, out, grad, grad_q),
-        *sizes,
-        **blocks,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    launch(
-        key_gradient_kernel,
-        grid,
-        *(q, k, v, mask, cos, sin, grad, log_sum_exp, inner, grad_k, grad_v),
-        *_strides(q, k, v, grad, grad_k, grad_v),
-        *sizes,
-        **blocks,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    of_queries = (q, grad, k, v), (out, rest), (grad_q, None)
+    of_keys = (k, v, q, grad), (None, None), (grad_k, grad_v)
+    for (operands, outs, grads), keys in ((of_queries, False), (of_keys, True)):  # the second reads inner
+        launch(
+            attention_gradient_kernel,
+            (ceil_div(q.shape[2], tile.m) * q.shape[0] * q.shape[1],),
+            *(*operands, mask, cos, sin, *outs, log_sum_exp, inner, *grads),
+            *_strides(*operands, outs[0], *grads),
+            *sizes,
+            OF_KEYS=keys,
+            **blocks,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
 
 
 def _rows(x: Tensor) -> Tensor:

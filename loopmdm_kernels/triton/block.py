@@ -15,8 +15,11 @@ from torch import Tensor
 from loopmdm_kernels.triton.attention import attention_forward, rest_of
 from loopmdm_kernels.triton.config import tiles
 from loopmdm_kernels.triton.head import matrix, operand
-from loopmdm_kernels.triton.kernels.linear import norm_linear_kernel, residual_linear_kernel
-from loopmdm_kernels.triton.kernels.rows import row_moments_kernel
+from loopmdm_kernels.triton.kernels.looped_blocks import (
+    norm_linear_kernel,
+    residual_linear_kernel,
+    row_moments_kernel,
+)
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.triton.linear import persistent_grid
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Weight

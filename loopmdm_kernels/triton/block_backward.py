@@ -9,7 +9,8 @@ from torch import Tensor
 
 from loopmdm_kernels.triton.attention import attention_backward
 from loopmdm_kernels.triton.block import Options, Record, heads_of, one_head_a_column
-from loopmdm_kernels.triton.kernels.rows import branch_backward_kernel, modulated_rows_backward_kernel
+from loopmdm_kernels.triton.kernels.looped_blocks_backward import branch_backward_kernel
+from loopmdm_kernels.triton.kernels.modulated_rows import modulated_rows_backward_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two
 from loopmdm_kernels.triton.linear import linear, weight_gradient
 from loopmdm_kernels.types import BlockWeights

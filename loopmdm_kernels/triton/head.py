@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.triton.config import Tiles
-from loopmdm_kernels.triton.kernels.rows import modulated_rows_kernel
+from loopmdm_kernels.triton.kernels.modulated_rows import modulated_rows_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.types import Fp8Head, Fp8Weight, Head
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.triton.head import modulated_rows, operand, sequence_stride
-from loopmdm_kernels.triton.kernels.rows import modulated_rows_backward_kernel
+from loopmdm_kernels.triton.kernels.modulated_rows import modulated_rows_backward_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two
 from loopmdm_kernels.triton.linear import linear, weight_gradient
 

@@ -27,7 +27,7 @@ from loopmdm_kernels.triton.block import (
 )
 from loopmdm_kernels.triton.block_backward import Gradients, block_backward
 from loopmdm_kernels.triton.head import OPERANDS
-from loopmdm_kernels.triton.kernels.rows import exit_kernel
+from loopmdm_kernels.triton.kernels.looped_blocks import exit_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Weight, Rotary
 

@@ -20,10 +20,10 @@ from loopmdm_kernels.triton.head_gradients import (
     padded_vocabulary,
     rows_at_once,
 )
-from loopmdm_kernels.triton.kernels.vocabulary import (
-    combine_cross_entropy_kernel,
-    cross_entropy_kernel,
-    logit_gradients_kernel,
+from loopmdm_kernels.triton.kernels.masked_cross_entropy import (
+    masked_cross_entropy_backward_kernel,
+    masked_cross_entropy_combine_kernel,
+    masked_cross_entropy_kernel,
 )
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.types import Fp8Head, Head
@@ -66,7 +66,7 @@ def _forward(
     target_logit, nll = hidden.new_empty(2, num_rows).unbind()
     log_sum_exp = hidden.new_empty(2, num_rows)
     launch(
-        cross_entropy_kernel,
+        masked_cross_entropy_kernel,
         (ceil_div(num_rows, tile.m), chunks),
         h,
         *matrix(head.weight, dtype),
@@ -89,7 +89,7 @@ def _forward(
     )
     at_once = 4
     launch(
-        combine_cross_entropy_kernel,
+        masked_cross_entropy_combine_kernel,
         (ceil_div(num_rows, at_once),),
         top,
         total,
@@ -180,7 +180,7 @@ def _logit_gradients(
     def make(part: slice, h: Tensor) -> Tensor:
         count = h.shape[0]
         launch(
-            logit_gradients_kernel,
+            masked_cross_entropy_backward_kernel,
             (ceil_div(count, tile.m), ceil_div(padded, tile.n)),
             h,
             weight,

@@ -11,7 +11,7 @@ from torch import Tensor
 from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.triton.config import tiles
 from loopmdm_kernels.triton.head import chunk_of, matrix, modulated_rows, norm_of, operand, why_not
-from loopmdm_kernels.triton.kernels.vocabulary import combine_samples_kernel, sample_kernel
+from loopmdm_kernels.triton.kernels.sample_rows import sample_rows_combine_kernel, sample_rows_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.triton.linear import linear
 from loopmdm_kernels.types import Fp8Head, Head, RowRng, SampledRows
@@ -71,7 +71,7 @@ def _race(
     tokens = h.new_empty(2, num_rows, chunks, dtype=torch.int32)
     race = temperature > 0
     launch(
-        sample_kernel,
+        sample_rows_kernel,
         (ceil_div(num_rows, tile.m), chunks),
         h,
         weight,
@@ -102,7 +102,7 @@ def _race(
     )
     at_once = 4
     launch(
-        combine_samples_kernel,
+        sample_rows_combine_kernel,
         (ceil_div(num_rows, at_once),),
         numbers,
         tokens,

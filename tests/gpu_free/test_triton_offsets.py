@@ -20,7 +20,7 @@ ALLOWED = {
         ("linear_kernel", "norm_linear_kernel", "residual_linear_kernel", "weight_gradient_kernel"), 1
     ),
     # Rotary angles [L, K / 2] of queries and of keys: no sequence of 2^31 / K positions attends to itself.
-    **dict.fromkeys(("attention_kernel", "query_gradient_kernel", "key_gradient_kernel"), 2),
+    **dict.fromkeys(("attention_kernel", "attention_gradient_kernel"), 2),
 }
 
 

@@ -21,34 +21,38 @@ TABLE = json.loads((ROOT / "tests/gpu_free/triton_resources.json").read_text())
 SHARED_LIMIT = 101_376  # bytes a block may have on every GPU from Ampere on, GeForce too
 SPILLS_ALLOWED = 0
 # Budgets: rotated keys (tiles of 16 queries would need none), e4m3 weights that are widened by shifts.
-MORE_SPILLS_ALLOWED = {"key_gradient_kernel sm_80": 23, "cross_entropy_kernel sm_80": 3}
+MORE_SPILLS_ALLOWED = {
+    "attention_gradient_kernel sm_80 OF_KEYS=True": 23,
+    "masked_cross_entropy_kernel sm_80": 3,
+}
 NO_PRODUCTS = {
     "branch_backward_kernel",
-    "combine_cross_entropy_kernel",
-    "combine_samples_kernel",
     "exit_kernel",
+    "masked_cross_entropy_combine_kernel",
     "modulated_rows_backward_kernel",
     "modulated_rows_kernel",
     "row_moments_kernel",
+    "sample_rows_combine_kernel",
 }
 COMPILED = [
     "residual_linear_kernel sm_90",
     "norm_linear_kernel sm_90",
-    "sample_kernel sm_90",
+    "sample_rows_kernel sm_90",
     "attention_kernel sm_80",
-    "key_gradient_kernel sm_90",
+    "attention_gradient_kernel sm_90 OF_KEYS=True",
     "weight_gradient_kernel sm_100",
 ]
 
 
 def test_limits():
     for name, used in TABLE.items():
-        _, dtype, kernel, arch = name.split()[:4]
+        _, dtype, kernel = name.split()[:3]
         assert used["shared"] <= SHARED_LIMIT, name
         assert used["registers"] <= 255, name
         computes = kernel not in NO_PRODUCTS and dtype != "float32"
         assert (used["tensor_core_products"] > 0) == computes, name
-        assert used["spills"] <= MORE_SPILLS_ALLOWED.get(f"{kernel} {arch}", SPILLS_ALLOWED), name
+        more = [spills for start, spills in MORE_SPILLS_ALLOWED.items() if f" {start}" in name]
+        assert used["spills"] <= max(more, default=SPILLS_ALLOWED), name
 
 
 @pytest.mark.skipif(
@@ -56,9 +60,7 @@ def test_limits():
     reason=f"the table is of Triton {MADE_WITH}x; another compiles otherwise",
 )
 def test_nothing_takes_more_than_the_table_says(tmp_path):
-    names = [
-        next(n for n in TABLE if n.split()[2:4] == start.split() and "bfloat16" in n) for start in COMPILED
-    ]
+    names = [next(n for n in TABLE if f"bfloat16 {start}" in n) for start in COMPILED]
     names.append(next(n for n in TABLE if "norm_linear_kernel sm_90" in n and "fp8e4nv" in n))
     (tmp_path / "names.json").write_text(json.dumps(names))
     command = [sys.executable, "-m", "bench.triton_resources", "--names", tmp_path / "names.json"]

@@ -1,4 +1,4 @@
-"""Gradients of attention: one kernel by blocks of queries, one of keys; both make the scores again."""
+"""Gradients of attention: those of queries, and with the roles exchanged those of keys and values."""
 
 import triton
 import triton.language as tl
@@ -44,158 +44,104 @@ def store_halves(
 
 
 @triton.jit
-def query_gradient_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+def attention_gradient_kernel(
+    own_ptr,  # q or, OF_KEYS, k; each tensor has strides of its own
+    own_value_ptr,  # gradient of out, or v
+    other_ptr,  # k, or q
+    other_value_ptr,  # v, or gradient of out
     mask_ptr,
     cos_ptr,
     sin_ptr,
-    out_ptr,
+    out_ptr,  # OF_KEYS: None
     rest_ptr,  # what rounding took from out, with its strides, or None
-    grad_ptr,  # gradient of out, with strides of its own
     log_sum_exp_ptr,
-    inner_ptr,  # [B, H, L] fp32: out . grad of each row, left for the other kernel
-    grad_q_ptr,
-    q_sequence,
-    q_head,
-    q_row,
-    k_sequence,
-    k_head,
-    k_row,
-    v_sequence,
-    v_head,
-    v_row,
+    inner_ptr,  # [B, H, L] fp32: out . grad of each query, left for the gradients OF_KEYS
+    grad_ptr,  # of q, or of k
+    grad_value_ptr,  # None, or of v
+    own_sequence,
+    own_head,
+    own_row,
+    own_value_sequence,
+    own_value_head,
+    own_value_row,
+    other_sequence,
+    other_head,
+    other_row,
+    other_value_sequence,
+    other_value_head,
+    other_value_row,
     out_sequence,
     out_head,
     out_row,
     grad_sequence,
     grad_head,
     grad_row,
-    grad_q_sequence,
-    grad_q_head,
-    grad_q_row,
+    grad_value_sequence,
+    grad_value_head,
+    grad_value_row,
     heads,
     length,
     half,
     head_dim,
     scale,
+    OF_KEYS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Of BLOCK_M queries, with BLOCK_N keys at a time; or of keys, with queries. Makes the scores again."""
     blocks = tl.cdiv(length, BLOCK_M)
     index = tl.program_id(0) // blocks
     sequence, head = index // heads, index % heads
-    query = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_ptr += head_offset(sequence, head, q_sequence, q_head)
-    k_ptr += head_offset(sequence, head, k_sequence, k_head)
-    v_ptr += head_offset(sequence, head, v_sequence, v_head)
-    out_ptr += head_offset(sequence, head, out_sequence, out_head)
+    own = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    own_ptr += head_offset(sequence, head, own_sequence, own_head)
+    own_value_ptr += head_offset(sequence, head, own_value_sequence, own_value_head)
+    other_ptr += head_offset(sequence, head, other_sequence, other_head)
+    other_value_ptr += head_offset(sequence, head, other_value_sequence, other_value_head)
     grad_ptr += head_offset(sequence, head, grad_sequence, grad_head)
-    grad_q_ptr += head_offset(sequence, head, grad_q_sequence, grad_q_head)
-    q1, q2 = load_halves(q_ptr, q_row, query, length, cos_ptr, sin_ptr, half, head_dim, HALF)
-    grad = load_rows(grad_ptr, grad_row, query, length, head_dim, BLOCK_K)
-    out = load_rows(out_ptr, out_row, query, length, head_dim, BLOCK_K).to(tl.float32)
-    if rest_ptr is not None:
-        rest_ptr += head_offset(sequence, head, out_sequence, out_head)
-        out += load_rows(rest_ptr, out_row, query, length, head_dim, BLOCK_K).to(tl.float32)
-    inner = tl.sum(out * grad.to(tl.float32), axis=1)
-    at_row = tl.cast(index, tl.int64) * length + query
-    tl.store(inner_ptr + at_row, inner, mask=query < length)
-    log_sum_exp = tl.load(log_sum_exp_ptr + at_row, mask=query < length, other=float("inf"))
-    grad1 = tl.zeros((BLOCK_M, HALF), tl.float32)
-    grad2 = tl.zeros((BLOCK_M, HALF), tl.float32)
-    for first in range(0, length, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
-        k1, k2 = load_halves(k_ptr, k_row, key, length, cos_ptr, sin_ptr, half, head_dim, HALF)
-        v = load_rows(v_ptr, v_row, key, length, head_dim, BLOCK_K)
-        s = scores(q1, q2, k1, k2, BLOCK_M, BLOCK_N) * (scale * LOG2_E)
-        s = tl.where(allowed_keys(mask_ptr, sequence, key, length)[None, :], s, -float("inf"))
-        p = tl.exp2(s - log_sum_exp[:, None])
-        grad_p = dot(grad, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        grad_s = rounded(p * (grad_p - inner[:, None]) * scale, k1.dtype)
-        grad1 = dot(grad_s, k1, grad1)
-        grad2 = dot(grad_s, k2, grad2)
-    store_halves(grad_q_ptr, grad_q_row, query, length, grad1, grad2, cos_ptr, sin_ptr, half, head_dim, HALF)
-
-
-@triton.jit
-def key_gradient_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    cos_ptr,
-    sin_ptr,
-    grad_ptr,
-    log_sum_exp_ptr,
-    inner_ptr,
-    grad_k_ptr,
-    grad_v_ptr,
-    q_sequence,
-    q_head,
-    q_row,
-    k_sequence,
-    k_head,
-    k_row,
-    v_sequence,
-    v_head,
-    v_row,
-    grad_sequence,
-    grad_head,
-    grad_row,
-    grad_k_sequence,
-    grad_k_head,
-    grad_k_row,
-    grad_v_sequence,
-    grad_v_head,
-    grad_v_row,
-    heads,
-    length,
-    half,
-    head_dim,
-    scale,
-    HALF: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """BLOCK_M keys, with BLOCK_N queries at a time; products are transposed to those of the other kernel."""
-    blocks = tl.cdiv(length, BLOCK_M)
-    index = tl.program_id(0) // blocks
-    sequence, head = index // heads, index % heads
-    key = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_ptr += head_offset(sequence, head, q_sequence, q_head)
-    k_ptr += head_offset(sequence, head, k_sequence, k_head)
-    v_ptr += head_offset(sequence, head, v_sequence, v_head)
-    grad_ptr += head_offset(sequence, head, grad_sequence, grad_head)
-    grad_k_ptr += head_offset(sequence, head, grad_k_sequence, grad_k_head)
-    grad_v_ptr += head_offset(sequence, head, grad_v_sequence, grad_v_head)
     log_sum_exp_ptr += tl.cast(index, tl.int64) * length
     inner_ptr += tl.cast(index, tl.int64) * length
-    k1, k2 = load_halves(k_ptr, k_row, key, length, cos_ptr, sin_ptr, half, head_dim, HALF)
-    v = load_rows(v_ptr, v_row, key, length, head_dim, BLOCK_K)
-    allowed = allowed_keys(mask_ptr, sequence, key, length)
+    own1, own2 = load_halves(own_ptr, own_row, own, length, cos_ptr, sin_ptr, half, head_dim, HALF)
+    own_value = load_rows(own_value_ptr, own_value_row, own, length, head_dim, BLOCK_K)
+    if OF_KEYS:
+        allowed = allowed_keys(mask_ptr, sequence, own, length)[:, None]
+        grad_value = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    else:
+        out_ptr += head_offset(sequence, head, out_sequence, out_head)
+        out = load_rows(out_ptr, out_row, own, length, head_dim, BLOCK_K).to(tl.float32)
+        if rest_ptr is not None:
+            rest_ptr += head_offset(sequence, head, out_sequence, out_head)
+            out += load_rows(rest_ptr, out_row, own, length, head_dim, BLOCK_K).to(tl.float32)
+        inner = tl.sum(out * own_value.to(tl.float32), axis=1)
+        tl.store(inner_ptr + own, inner, mask=own < length)
+        inner = inner[:, None]
+        log_sum_exp = tl.load(log_sum_exp_ptr + own, mask=own < length, other=float("inf"))[:, None]
     grad1 = tl.zeros((BLOCK_M, HALF), tl.float32)
     grad2 = tl.zeros((BLOCK_M, HALF), tl.float32)
-    grad_v = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for first in range(0, length, BLOCK_N):
-        query = first + tl.arange(0, BLOCK_N)
-        q1, q2 = load_halves(q_ptr, q_row, query, length, cos_ptr, sin_ptr, half, head_dim, HALF)
-        grad = load_rows(grad_ptr, grad_row, query, length, head_dim, BLOCK_K)
-        log_sum_exp = tl.load(log_sum_exp_ptr + query, mask=query < length, other=float("inf"))
-        inner = tl.load(inner_ptr + query, mask=query < length, other=0.0)
-        s = scores(k1, k2, q1, q2, BLOCK_M, BLOCK_N) * (scale * LOG2_E)
-        p = tl.exp2(tl.where(allowed[:, None], s, -float("inf")) - log_sum_exp[None, :])
-        grad_v = dot(rounded(p, grad.dtype), grad, grad_v)
-        grad_p = dot(v, tl.trans(grad), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        grad_s = rounded(p * (grad_p - inner[None, :]) * scale, q1.dtype)
-        grad1 = dot(grad_s, q1, grad1)
-        grad2 = dot(grad_s, q2, grad2)
-    store_halves(grad_k_ptr, grad_k_row, key, length, grad1, grad2, cos_ptr, sin_ptr, half, head_dim, HALF)
-    col = tl.arange(0, BLOCK_K)
-    at = grad_v_ptr + key.to(tl.int64)[:, None] * grad_v_row + col[None, :]
-    exists = (key < length)[:, None] & (col < head_dim)[None, :]
-    tl.store(at, rounded(grad_v, grad_v_ptr.dtype.element_ty), mask=exists)
+        other = first + tl.arange(0, BLOCK_N)
+        other1, other2 = load_halves(
+            other_ptr, other_row, other, length, cos_ptr, sin_ptr, half, head_dim, HALF
+        )
+        other_value = load_rows(other_value_ptr, other_value_row, other, length, head_dim, BLOCK_K)
+        if OF_KEYS:
+            log_sum_exp = tl.load(log_sum_exp_ptr + other, mask=other < length, other=float("inf"))[None, :]
+            inner = tl.load(inner_ptr + other, mask=other < length, other=0.0)[None, :]
+        s = scores(own1, own2, other1, other2, BLOCK_M, BLOCK_N) * (scale * LOG2_E)
+        if not OF_KEYS:
+            allowed = allowed_keys(mask_ptr, sequence, other, length)[None, :]
+        p = tl.exp2(tl.where(allowed, s, -float("inf")) - log_sum_exp)
+        if OF_KEYS:
+            grad_value = dot(rounded(p, other_value.dtype), other_value, grad_value)
+        grad_p = dot(own_value, tl.trans(other_value), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        grad_s = rounded(p * (grad_p - inner) * scale, other1.dtype)
+        grad1 = dot(grad_s, other1, grad1)
+        grad2 = dot(grad_s, other2, grad2)
+    store_halves(grad_ptr, grad_row, own, length, grad1, grad2, cos_ptr, sin_ptr, half, head_dim, HALF)
+    if OF_KEYS:
+        grad_value_ptr += head_offset(sequence, head, grad_value_sequence, grad_value_head)
+        col = tl.arange(0, BLOCK_K)
+        at = grad_value_ptr + own.to(tl.int64)[:, None] * grad_value_row + col[None, :]
+        exists = (own < length)[:, None] & (col < head_dim)[None, :]
+        tl.store(at, rounded(grad_value, grad_value_ptr.dtype.element_ty), mask=exists)

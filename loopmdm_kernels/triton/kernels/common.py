@@ -45,7 +45,6 @@ def widened(weight, dtype: tl.constexpr):
 def product(
     a_ptr,
     a_row_stride,
-    a_depth_stride,
     b_ptr,
     b_depth_stride,
     b_col_stride,
@@ -61,7 +60,7 @@ def product(
 ):
     """The tile (rows, cols) of A B. A is `depth` deep; B has `b_depth` <= depth rows, others count as 0."""
     k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + rows.to(tl.int64)[:, None] * a_row_stride + k.to(tl.int64)[None, :] * a_depth_stride
+    a_ptrs = a_ptr + rows.to(tl.int64)[:, None] * a_row_stride + k.to(tl.int64)[None, :]
     b_ptrs = b_ptr + k.to(tl.int64)[:, None] * b_depth_stride + cols.to(tl.int64)[None, :] * b_col_stride
     row_exists = (rows < num_rows)[:, None]
     col_exists = (cols < num_cols)[None, :]
@@ -70,7 +69,7 @@ def product(
         a = tl.load(a_ptrs, mask=row_exists & (k0 + k < depth)[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=col_exists & (k0 + k < b_depth)[:, None], other=0.0)
         acc = dot(a, widened(b, a.dtype), acc)
-        a_ptrs += a_depth_stride * BLOCK_K
+        a_ptrs += BLOCK_K
         b_ptrs += b_depth_stride * BLOCK_K
     return acc
 

@@ -1,10 +1,9 @@
-"""Rows that go through a layer norm with modulation: the selected ones before a head, and the way back."""
+"""Rows that go through a layer norm with modulation, and their gradients."""
 
 import triton
 import triton.language as tl
 
-from loopmdm_kernels.triton.kernels.common import gain, one_plus, rounded, row_moments, store_moments
-from loopmdm_kernels.triton.kernels.philox import dropout_keep
+from loopmdm_kernels.triton.kernels.common import gain, one_plus, rounded, row_moments
 
 
 @triton.jit
@@ -36,24 +35,6 @@ def modulated_rows_kernel(
     h = (x - mean[:, None]) * deviation[:, None] * gain(norm, scale) + shift.to(tl.float32)
     out = out_ptr + row.to(tl.int64)[:, None] * size + col[None, :]
     tl.store(out, rounded(h, out_ptr.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def row_moments_kernel(
-    x_ptr,  # [T, D] fp32
-    mean_ptr,  # [T, groups]
-    square_ptr,  # [T, groups]
-    num_rows,
-    size,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The partial moments of every row, as the products with a residual leave them behind."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK_D)
-    exists = (row < num_rows)[:, None] & (col < size)[None, :]
-    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * size + col[None, :], mask=exists, other=0.0)
-    store_moments(x, mean_ptr, square_ptr, row, num_rows, 0, size, ROWS, BLOCK_D)
 
 
 @triton.jit
@@ -127,84 +108,3 @@ def modulated_rows_backward_kernel(
 def add_to(ptrs, value, mask):
     """For sums that only this program adds to."""
     tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + value, mask=mask)
-
-
-@triton.jit(do_not_specialize=["application", "dropout_seed", "dropout_threshold"])
-def branch_backward_kernel(
-    grad_ptr,  # [T, D] fp32, of x + gate * dropout(branch)
-    branch_ptr,  # [T, D], after dropout
-    gate_ptr,  # gate of sequence b at b * modulation_stride
-    used_ptr,  # [B] int64, or None: sequences that did not take this loop have no gradient
-    grad_branch_ptr,  # [T, D] in the dtype of branch, of the branch before dropout
-    grad_gate_ptr,  # [B, parts, D] fp32, partial sums over rows, added to
-    size,
-    length,
-    modulation_stride,
-    loop,
-    dropout_seed: tl.uint64,
-    application,
-    dropout_threshold: tl.int64,
-    inverse_kept,
-    BRANCH: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PART: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    parts = tl.cdiv(length, PART)
-    sequence = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
-    col = tl.arange(0, BLOCK_D)
-    col_exists = col < size
-    gate = tl.load(gate_ptr + sequence * modulation_stride + col, mask=col_exists, other=0.0)
-    gate = gate.to(tl.float32)
-    taken = 1.0
-    if used_ptr is not None:
-        taken = (tl.load(used_ptr + sequence) > loop).to(tl.float32)
-    of_gate = tl.zeros((BLOCK_D,), tl.float32)
-    first = part * PART
-    for i in range(first, tl.minimum(first + PART, length)):
-        row = sequence * length + i
-        at = row * size + col
-        grad = tl.load(grad_ptr + at, mask=col_exists, other=0.0) * taken
-        of_gate += grad * tl.load(branch_ptr + at, mask=col_exists, other=0.0).to(tl.float32)
-        into = grad * gate
-        if DROPOUT:
-            rows = tl.zeros((1,), tl.int64) + row
-            keep = dropout_keep(
-                dropout_seed, application, BRANCH, dropout_threshold, rows, 0, size, 1, BLOCK_D
-            )
-            into = tl.where(tl.reshape(keep, (BLOCK_D,)), into * inverse_kept, 0.0)
-        tl.store(grad_branch_ptr + at, rounded(into, grad_branch_ptr.dtype.element_ty), mask=col_exists)
-    add_to(grad_gate_ptr + (sequence * parts + part) * size + col, of_gate, col_exists)
-
-
-@triton.jit(do_not_specialize=["tiles_n"])
-def exit_kernel(
-    change_ptr,  # [2, T, tiles_n] fp32: squares of the change and of the result, or None
-    limit_ptr,  # [B] int64: loops allowed
-    active_ptr,  # [B] int8, updated
-    used_ptr,  # [B] int64, updated
-    num_rows,
-    length,
-    tiles_n,
-    threshold,
-    BLOCK: tl.constexpr,
-):
-    """After a loop: counts it, and ends the sequences that have reached their limit or changed little."""
-    sequence = tl.program_id(0).to(tl.int64)
-    active = tl.load(active_ptr + sequence).to(tl.int64)
-    used = tl.load(used_ptr + sequence) + active
-    going = (active > 0) & (used < tl.load(limit_ptr + sequence))
-    if change_ptr is not None:
-        count = tl.cast(length, tl.int64) * tiles_n
-        change = tl.zeros((BLOCK,), tl.float32)
-        square = tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, count, BLOCK):
-            i = first + tl.arange(0, BLOCK)
-            at = change_ptr + sequence * count + i
-            change += tl.load(at, mask=i < count, other=0.0)
-            square += tl.load(at + tl.cast(num_rows, tl.int64) * tiles_n, mask=i < count, other=0.0)
-        relative = tl.sqrt(tl.sum(change, axis=0)) / tl.sqrt(tl.sum(square, axis=0))
-        going = going & ((relative < threshold) == 0)
-    tl.store(used_ptr + sequence, used)
-    tl.store(active_ptr + sequence, going.to(tl.int8))

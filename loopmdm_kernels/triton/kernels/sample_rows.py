@@ -1,53 +1,46 @@
-"""Kernels of the vocabulary head; logits are never stored, each program reduces its chunk of tokens."""
+"""`sample_rows`: the race and the statistics of a row, by chunks of the vocabulary, then of all chunks."""
 
 import triton
 import triton.language as tl
 
-from loopmdm_kernels.triton.kernels.common import LOWEST, product, rounded, scaled_and_biased
+from loopmdm_kernels.triton.kernels.common import LOWEST
+from loopmdm_kernels.triton.kernels.logits import walk_chunk
 from loopmdm_kernels.triton.kernels.philox import race_times
 
 
 @triton.jit
-def logits_tile(
-    h_ptr,
-    weight_ptr,
-    weight_scale_ptr,
-    bias_ptr,
-    row,
-    token,
-    num_rows,
-    vocab_size,
-    size,
-    excluded_token,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Logits [BLOCK_M, BLOCK_V], -inf where there is no token to draw, and where there is one."""
-    acc = product(
-        h_ptr,
-        size,
-        1,
-        weight_ptr,
-        1,
-        size,
-        row,
-        token,
-        num_rows,
-        vocab_size,
-        size,
-        size,
-        BLOCK_M,
-        BLOCK_V,
-        BLOCK_K,
-    )
-    acc = scaled_and_biased(acc, weight_scale_ptr, bias_ptr, token, vocab_size)
-    possible = ((token < vocab_size) & (token != excluded_token))[None, :]
-    return tl.where(possible, acc, -float("inf")), possible
+def sampled(state, raw, possible, first, race_of):
+    """The statistics and the winner of each row, with those of a tile of logits."""
+    total, weighted, top1, top2, top1_token, race, race_logit, race_token = state
+    seed, sequence, step, position, inverse_temperature, RACE = race_of
+    column = tl.arange(0, raw.shape[1])[None, :]
+    logits = tl.where(raw == raw, raw, -float("inf"))  # NaN wins nothing, but stays in the sums
+    best, best_at = tl.max(logits, axis=1, return_indices=True, return_indices_tie_break_left=True)
+    second = tl.max(tl.where(column == best_at[:, None], -float("inf"), logits), axis=1)
+    top = tl.maximum(top1, best)
+    rest = raw - top[:, None]
+    exponential = tl.exp(rest)
+    fall = top1 - top
+    decay = tl.exp(fall)
+    weighted = (weighted + total * fall) * decay
+    weighted += tl.sum(tl.where(exponential > 0.0, exponential * rest, exponential), axis=1)
+    total = total * decay + tl.sum(exponential, axis=1)
+    top2 = tl.maximum(tl.minimum(top1, best), tl.maximum(top2, second))
+    top1_token = tl.where(best > top1, first + best_at, top1_token)
+    if RACE:
+        times = race_times(seed, sequence, step, position, first, possible, raw.shape[0], raw.shape[1])
+        score = tl.where(logits > -float("inf"), logits * inverse_temperature - tl.log(times), logits)
+        win, win_at = tl.max(score, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        win_logit = tl.max(tl.where(column == win_at[:, None], logits, -float("inf")), axis=1)
+        wins = win > race
+        race_token = tl.where(wins, first + win_at, race_token)
+        race_logit = tl.where(wins, win_logit, race_logit)
+        race = tl.where(wins, win, race)
+    return total, weighted, top, top2, top1_token, race, race_logit, race_token
 
 
 @triton.jit(do_not_specialize=["seed"])
-def sample_kernel(
+def sample_rows_kernel(
     h_ptr,  # [R, D]
     weight_ptr,  # [V, D]
     weight_scale_ptr,  # [V] fp32, or None
@@ -83,48 +76,11 @@ def sample_kernel(
     race = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     race_logit = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     race_token = tl.full((BLOCK_M,), -1, tl.int32)
-    for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, vocab_size), BLOCK_V):
-        token = first + tl.arange(0, BLOCK_V)
-        raw, possible = logits_tile(
-            h_ptr,
-            weight_ptr,
-            weight_scale_ptr,
-            bias_ptr,
-            row,
-            token,
-            num_rows,
-            vocab_size,
-            size,
-            excluded_token,
-            BLOCK_M,
-            BLOCK_V,
-            BLOCK_K,
-        )
-        logits = tl.where(raw == raw, raw, -float("inf"))  # NaN wins nothing, but stays in the sums
-        best, best_at = tl.max(logits, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        others = tl.where(tl.arange(0, BLOCK_V)[None, :] == best_at[:, None], -float("inf"), logits)
-        second = tl.max(others, axis=1)
-        top = tl.maximum(top1, best)
-        rest = raw - top[:, None]
-        exponential = tl.exp(rest)
-        fall = top1 - top
-        decay = tl.exp(fall)
-        weighted = (weighted + total * fall) * decay
-        weighted += tl.sum(tl.where(exponential > 0.0, exponential * rest, exponential), axis=1)
-        total = total * decay + tl.sum(exponential, axis=1)
-        top2 = tl.maximum(tl.minimum(top1, best), tl.maximum(top2, second))
-        top1_token = tl.where(best > top1, first + best_at, top1_token)
-        top1 = top
-        if RACE:
-            times = race_times(seed, sequence, step, position, first, possible, BLOCK_M, BLOCK_V)
-            score = tl.where(logits > -float("inf"), logits * inverse_temperature - tl.log(times), logits)
-            win, win_at = tl.max(score, axis=1, return_indices=True, return_indices_tie_break_left=True)
-            is_winner = tl.arange(0, BLOCK_V)[None, :] == win_at[:, None]
-            win_logit = tl.max(tl.where(is_winner, logits, -float("inf")), axis=1)
-            wins = win > race
-            race_token = tl.where(wins, first + win_at, race_token)
-            race_logit = tl.where(wins, win_logit, race_logit)
-            race = tl.where(wins, win, race)
+    head = (weight_ptr, weight_scale_ptr, bias_ptr, vocab_size, size, excluded_token)
+    state = (total, weighted, top1, top2, top1_token, race, race_logit, race_token)
+    race_of = (seed, sequence, step, position, inverse_temperature, RACE)
+    state = walk_chunk(sampled, state, race_of, h_ptr, head, row, num_rows, CHUNK, BLOCK_M, BLOCK_V, BLOCK_K)
+    total, weighted, top1, top2, top1_token, race, race_logit, race_token = state
     chunks = tl.num_programs(1)
     at = row.to(tl.int64) * chunks + chunk
     field = tl.cast(num_rows, tl.int64) * chunks
@@ -148,7 +104,7 @@ def best_chunk(value, token, chunk, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def combine_samples_kernel(
+def sample_rows_combine_kernel(
     numbers_ptr,
     tokens_ptr,
     token_ptr,  # outputs [R]
@@ -199,136 +155,3 @@ def combine_samples_kernel(
     tl.store(top1_prob_ptr + row, 1.0 / row_total, mask=row_exists)
     tl.store(top2_prob_ptr + row, tl.exp(second - top) / row_total, mask=row_exists)
     tl.store(entropy_ptr + row, log_total - row_weighted / row_total, mask=row_exists)
-
-
-@triton.jit
-def cross_entropy_kernel(
-    h_ptr,  # [R, D]
-    weight_ptr,  # [V, D]
-    weight_scale_ptr,  # [V] fp32, or None
-    bias_ptr,  # [V]
-    targets_ptr,  # [T] int64, read at rows
-    rows_ptr,  # [R] int64
-    top_ptr,  # [R, chunks] fp32
-    total_ptr,  # [R, chunks] fp32: sum of exp(logit - top)
-    target_logit_ptr,  # [R] fp32
-    num_rows,
-    vocab_size,
-    size,
-    excluded_token,
-    CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    chunk = tl.program_id(1)
-    row_exists = row < num_rows
-    target = tl.load(targets_ptr + tl.load(rows_ptr + row, mask=row_exists, other=0))
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    target_logit = tl.zeros((BLOCK_M,), tl.float32)
-    for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, vocab_size), BLOCK_V):
-        token = first + tl.arange(0, BLOCK_V)
-        logits, _ = logits_tile(
-            h_ptr,
-            weight_ptr,
-            weight_scale_ptr,
-            bias_ptr,
-            row,
-            token,
-            num_rows,
-            vocab_size,
-            size,
-            excluded_token,
-            BLOCK_M,
-            BLOCK_V,
-            BLOCK_K,
-        )
-        higher = tl.maximum(top, tl.max(logits, axis=1))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
-        top = higher
-        target_logit += tl.sum(tl.where(token[None, :] == target[:, None], logits, 0.0), axis=1)
-    at = row.to(tl.int64) * tl.num_programs(1) + chunk
-    tl.store(top_ptr + at, top, mask=row_exists)
-    tl.store(total_ptr + at, total, mask=row_exists)
-    mine = (target >= chunk * CHUNK) & (target < chunk * CHUNK + CHUNK)
-    tl.store(target_logit_ptr + row, target_logit, mask=row_exists & mine)
-
-
-@triton.jit
-def combine_cross_entropy_kernel(
-    top_ptr,
-    total_ptr,
-    target_logit_ptr,
-    nll_ptr,  # [R]
-    log_sum_exp_ptr,  # [2, R]: the largest logit, and the log of the sum relative to it
-    num_rows,
-    chunks,
-    ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    chunk = tl.arange(0, CHUNKS)
-    row_exists = row < num_rows
-    exists = row_exists[:, None] & (chunk < chunks)[None, :]
-    at = row.to(tl.int64)[:, None] * chunks + chunk[None, :]
-    tops = tl.load(top_ptr + at, mask=exists, other=LOWEST)
-    totals = tl.load(total_ptr + at, mask=exists, other=0.0)
-    top = tl.max(tops, axis=1)
-    log_total = tl.log(tl.sum(totals * tl.exp(tops - top[:, None]), axis=1))
-    target_logit = tl.load(target_logit_ptr + row, mask=row_exists, other=0.0)
-    tl.store(nll_ptr + row, log_total + (top - target_logit), mask=row_exists)
-    tl.store(log_sum_exp_ptr + row, top, mask=row_exists)
-    tl.store(log_sum_exp_ptr + num_rows + row, log_total, mask=row_exists)
-
-
-@triton.jit
-def logit_gradients_kernel(
-    h_ptr,  # [R, D]
-    weight_ptr,
-    bias_ptr,
-    targets_ptr,
-    rows_ptr,
-    top_ptr,  # [R] fp32, and the log of the sum relative to it
-    log_total_ptr,
-    grad_ptr,  # [R] fp32: gradient of the row's -log p
-    scale_ptr,  # [1] fp32, a power of two: what is stored is relative to it
-    out_ptr,  # [R, padded V] in the dtype of h; columns beyond V get 0
-    num_rows,
-    vocab_size,
-    padded_size,
-    size,
-    excluded_token,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    token = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    row_exists = row < num_rows
-    target = tl.load(targets_ptr + tl.load(rows_ptr + row, mask=row_exists, other=0))
-    top = tl.load(top_ptr + row, mask=row_exists, other=0.0)
-    log_total = tl.load(log_total_ptr + row, mask=row_exists, other=0.0)
-    grad = tl.load(grad_ptr + row, mask=row_exists, other=0.0) / tl.load(scale_ptr)
-    logits, possible = logits_tile(
-        h_ptr,
-        weight_ptr,
-        None,
-        bias_ptr,
-        row,
-        token,
-        num_rows,
-        vocab_size,
-        size,
-        excluded_token,
-        BLOCK_M,
-        BLOCK_V,
-        BLOCK_K,
-    )
-    probability = tl.exp(logits - top[:, None] - log_total[:, None])
-    hit = (token[None, :] == target[:, None]).to(tl.float32)
-    value = tl.where(possible, (probability - hit) * grad[:, None], 0.0)
-    out = out_ptr + row.to(tl.int64)[:, None] * padded_size + token[None, :]
-    mask = row_exists[:, None] & (token < padded_size)[None, :]
-    tl.store(out, rounded(value, out_ptr.dtype.element_ty), mask=mask)
