@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,19 @@ import torch
 from bench.compare import OURS, figures, measure
 from bench.roofline import limits, measure_peaks
 
+HERE = Path(__file__).parent
+BENCHMARKS = (
+    *("attention", "head_logits", "looped_blocks", "masked_cross_entropy", "sample_rows"),
+    *("model", "plans", "sampling", "threads"),
+)
 Compare = Callable[..., None]
+
+
+def pytest_collect_file(file_path: Path, parent: Any) -> pytest.Module | None:
+    """Benchmarks have the names of what they time. Those named on the command line pytest finds itself."""
+    if file_path.parent != HERE or file_path.stem not in BENCHMARKS or parent.session.isinitpath(file_path):
+        return None
+    return pytest.Module.from_parent(parent, path=file_path)
 
 
 @pytest.fixture

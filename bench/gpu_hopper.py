@@ -1,4 +1,4 @@
-"""The Hopper kernels on a GPU: the facts of bench.hopper_facts, then the kernel beside its peers and limits.
+"""The Hopper kernels on a GPU: the facts of bench/probes, then the kernels beside their peers and limits.
 
     python -m bench.gpu_hopper              on an H100 or H200: writes bench/results/DATE-gpu-hopper.json
     python -m bench.gpu_hopper --dry-run    without one: every path of this script that a CPU can take
@@ -27,9 +27,10 @@ from typing import Any
 import torch
 
 import loopmdm_kernels as lk
-from bench import gpu_sudoku, hopper_facts, hopper_head, hopper_multicast
+from bench import gpu_sudoku, hopper_head
 from bench.gpu import captured, compiled
-from bench.hopper_facts import SMALL, Figure, Figures, Run
+from bench.probes import hopper_facts, hopper_multicast
+from bench.probes.hopper_facts import SMALL, Figure, Figures, Run
 from bench.report import write
 from loopmdm_kernels import reference
 from loopmdm_kernels.cuda import driver, looped_blocks, targets

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import loopmdm_kernels as lk
 from bench.gpu import captured
-from bench.hopper_facts import Figures, Run
+from bench.probes.hopper_facts import Figures, Run
 from loopmdm import LoopMDM, LoopMDMConfig
 from loopmdm_kernels.cuda import looped_blocks
 

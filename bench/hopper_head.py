@@ -11,7 +11,7 @@ import torch
 import loopmdm_kernels as lk
 from bench.gpu import captured, compiled
 from bench.gpu_cases import REAL, TINY, cross_entropy_calls, head_on, names_on, rows_on, sample_calls
-from bench.hopper_facts import Figures, Run
+from bench.probes.hopper_facts import Figures, Run
 
 BACKENDS = ("cuda", "triton")
 

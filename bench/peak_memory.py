@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench.test_masked_cross_entropy import inputs, loss_and_gradients
+from bench.masked_cross_entropy import inputs, loss_and_gradients
 
 
 def resident_bytes(field: str) -> int:

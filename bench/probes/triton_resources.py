@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that are not there, and tells what they take of the processor.
 
-    python -m bench.triton_resources                      all presets on sm_80, sm_90 and sm_100, to the table
-    python -m bench.triton_resources --arch 90 --shape small --kernel linear_kernel    a part, to the terminal
+    python -m bench.probes.triton_resources      all presets on sm_80, sm_90 and sm_100, to the table
+    python -m bench.probes.triton_resources --arch 90 --kernel linear_kernel    a part, to the terminal
 
 Needs no GPU. The table, tests/gpu_free/triton_resources.json, is what the tests compare with: a kernel that
 takes more than it says fails them.
@@ -25,11 +25,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.triton_launches import SHAPES, all_launches
+from bench.probes.triton_launches import SHAPES, all_launches
 from loopmdm_kernels.files import write_file
 from loopmdm_kernels.triton.launch import Launch
 
-TABLE = Path(__file__).parents[1] / "tests/gpu_free/triton_resources.json"
+TABLE = Path(__file__).parents[2] / "tests/gpu_free/triton_resources.json"
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 _POINTERS = {

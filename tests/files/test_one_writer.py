@@ -32,7 +32,7 @@ ALLOWED = {
     ("python/loopmdm/train/plot.py", "savefig"),
     ("python/loopmdm/terminal.py", "os.open"),  # the null device in place of a closed descriptor
     ("python/loopmdm/terminal.py", "open"),
-    ("bench/triton_resources.py", "NamedTemporaryFile"),
+    ("bench/probes/triton_resources.py", "NamedTemporaryFile"),
 }
 
 

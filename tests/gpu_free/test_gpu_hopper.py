@@ -8,7 +8,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from bench import gpu_hopper, hopper_facts, hopper_multicast
+from bench import gpu_hopper
+from bench.probes import hopper_facts, hopper_multicast
 from loopmdm_kernels.schedule import Device, choose, measured
 
 needs_nvrtc = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")

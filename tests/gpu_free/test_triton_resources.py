@@ -1,7 +1,7 @@
 """The Triton kernels compiled for GPUs that are not here: what they take must not grow beyond the table.
 
 A part of the table is compiled again, in a process of its own, where Triton is not its interpreter. After a
-change that is meant, `python -m bench.triton_resources` writes the table anew.
+change that is meant, `python -m bench.probes.triton_resources` writes the table anew.
 """
 
 import json
@@ -63,7 +63,7 @@ def test_nothing_takes_more_than_the_table_says(tmp_path):
     names = [next(n for n in TABLE if f"bfloat16 {start}" in n) for start in COMPILED]
     names.append(next(n for n in TABLE if "norm_linear_kernel sm_90" in n and "fp8e4nv" in n))
     (tmp_path / "names.json").write_text(json.dumps(names))
-    command = [sys.executable, "-m", "bench.triton_resources", "--names", tmp_path / "names.json"]
+    command = [sys.executable, "-m", "bench.probes.triton_resources", "--names", tmp_path / "names.json"]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT}/python"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

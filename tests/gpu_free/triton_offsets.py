@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import ir, make_backend
 
-from bench.triton_resources import Variant, variants
+from bench.probes.triton_resources import Variant, variants
 
 
 @triton.jit
