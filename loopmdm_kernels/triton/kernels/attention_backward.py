@@ -91,6 +91,7 @@ def attention_gradient_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Of BLOCK_M queries, with BLOCK_N keys at a time; or of keys, with queries. Makes the scores again."""
+    ACROSS: tl.constexpr = 0 if OF_KEYS else 1  # the axis of scores that queries do not lie along
     blocks = tl.cdiv(length, BLOCK_M)
     index = tl.program_id(0) // blocks
     sequence, head = index // heads, index % heads
@@ -100,25 +101,27 @@ def attention_gradient_kernel(
     other_ptr += head_offset(sequence, head, other_sequence, other_head)
     other_value_ptr += head_offset(sequence, head, other_value_sequence, other_value_head)
     grad_ptr += head_offset(sequence, head, grad_sequence, grad_head)
+    if OF_KEYS:
+        grad_value_ptr += head_offset(sequence, head, grad_value_sequence, grad_value_head)
+    else:
+        out_ptr += head_offset(sequence, head, out_sequence, out_head)
     log_sum_exp_ptr += tl.cast(index, tl.int64) * length
     inner_ptr += tl.cast(index, tl.int64) * length
     own1, own2 = load_halves(own_ptr, own_row, own, length, cos_ptr, sin_ptr, half, head_dim, HALF)
     own_value = load_rows(own_value_ptr, own_value_row, own, length, head_dim, BLOCK_K)
     if OF_KEYS:
-        allowed = allowed_keys(mask_ptr, sequence, own, length)[:, None]
-        grad_value = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        allowed = allowed_keys(mask_ptr, sequence, own, length)
     else:
-        out_ptr += head_offset(sequence, head, out_sequence, out_head)
         out = load_rows(out_ptr, out_row, own, length, head_dim, BLOCK_K).to(tl.float32)
         if rest_ptr is not None:
             rest_ptr += head_offset(sequence, head, out_sequence, out_head)
             out += load_rows(rest_ptr, out_row, own, length, head_dim, BLOCK_K).to(tl.float32)
         inner = tl.sum(out * own_value.to(tl.float32), axis=1)
         tl.store(inner_ptr + own, inner, mask=own < length)
-        inner = inner[:, None]
-        log_sum_exp = tl.load(log_sum_exp_ptr + own, mask=own < length, other=float("inf"))[:, None]
+        log_sum_exp = tl.load(log_sum_exp_ptr + own, mask=own < length, other=float("inf"))
     grad1 = tl.zeros((BLOCK_M, HALF), tl.float32)
     grad2 = tl.zeros((BLOCK_M, HALF), tl.float32)
+    grad_value = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for first in range(0, length, BLOCK_N):
         other = first + tl.arange(0, BLOCK_N)
         other1, other2 = load_halves(
@@ -126,21 +129,21 @@ def attention_gradient_kernel(
         )
         other_value = load_rows(other_value_ptr, other_value_row, other, length, head_dim, BLOCK_K)
         if OF_KEYS:
-            log_sum_exp = tl.load(log_sum_exp_ptr + other, mask=other < length, other=float("inf"))[None, :]
-            inner = tl.load(inner_ptr + other, mask=other < length, other=0.0)[None, :]
+            log_sum_exp = tl.load(log_sum_exp_ptr + other, mask=other < length, other=float("inf"))
+            inner = tl.load(inner_ptr + other, mask=other < length, other=0.0)
         s = scores(own1, own2, other1, other2, BLOCK_M, BLOCK_N) * (scale * LOG2_E)
         if not OF_KEYS:
-            allowed = allowed_keys(mask_ptr, sequence, other, length)[None, :]
-        p = tl.exp2(tl.where(allowed, s, -float("inf")) - log_sum_exp)
+            allowed = allowed_keys(mask_ptr, sequence, other, length)
+        s = tl.where(tl.expand_dims(allowed, 1 - ACROSS), s, -float("inf"))
+        p = tl.exp2(s - tl.expand_dims(log_sum_exp, ACROSS))
         if OF_KEYS:
             grad_value = dot(rounded(p, other_value.dtype), other_value, grad_value)
         grad_p = dot(own_value, tl.trans(other_value), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        grad_s = rounded(p * (grad_p - inner) * scale, other1.dtype)
+        grad_s = rounded(p * (grad_p - tl.expand_dims(inner, ACROSS)) * scale, other1.dtype)
         grad1 = dot(grad_s, other1, grad1)
         grad2 = dot(grad_s, other2, grad2)
     store_halves(grad_ptr, grad_row, own, length, grad1, grad2, cos_ptr, sin_ptr, half, head_dim, HALF)
     if OF_KEYS:
-        grad_value_ptr += head_offset(sequence, head, grad_value_sequence, grad_value_head)
         col = tl.arange(0, BLOCK_K)
         at = grad_value_ptr + own.to(tl.int64)[:, None] * grad_value_row + col[None, :]
         exists = (own < length)[:, None] & (col < head_dim)[None, :]
