@@ -1,1 +1,1 @@
-"""Benchmarks: one suite an op. `make bench` runs them and writes a result file."""
+"""Benchmarks: a file an op, its cases for CPUs and GPUs once; `make bench` and `make gpu` write result files."""

@@ -1,12 +1,32 @@
-"""attention, forward and backward, beside torch's scaled_dot_product_attention in both dtypes."""
+"""attention, forward and backward, beside torch's scaled_dot_product_attention, on a GPU each kind of it."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import loopmdm_kernels as lk
+from bench.run import BF16, Calls, Run
+
+GPU_KINDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def by_torch(kind: SDPBackend, *qkv: Tensor) -> Tensor:
+    with sdpa_kernel(kind):
+        return F.scaled_dot_product_attention(*qkv)
+
+
+def gpu_calls(run: Run, batch: int, length: int) -> Calls:
+    """Ours, and of torch what takes these tensors on this device."""
+    shape = (batch, run.sizes.heads, length, run.sizes.hidden // run.sizes.heads)
+    qkv = torch.randn(3, *shape, device=run.device, dtype=BF16).unbind()
+    theirs, _ = run.tried({kind.name.lower(): partial(by_torch, kind, *qkv) for kind in GPU_KINDS})
+    return {"ours": partial(lk.attention, *qkv), **theirs}
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])

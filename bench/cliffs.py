@@ -18,12 +18,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import loopmdm_kernels as lk
+from bench.looped_blocks import applied
 from loopmdm_kernels.files import write_file
 from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.types import Head
@@ -78,10 +80,7 @@ def looped_cases(dtype: torch.dtype) -> Iterator[tuple[str, Variants]]:
         inputs = looped_inputs(batch, length, hidden, heads, 1).to(dtype)
         blocks = [type(block)(*(w.requires_grad_() for w in block)) for block in inputs.blocks]
 
-        def forward(inputs: Any = inputs, blocks: Any = blocks) -> torch.Tensor:
-            return lk.looped_blocks(
-                inputs.x, blocks, inputs.modulation, 2, num_heads=inputs.num_heads, rotary=inputs.rotary
-            )
+        forward = partial(applied, lk.looped_blocks, inputs._replace(blocks=blocks), 2)
 
         def step(forward: Any = forward, blocks: Any = blocks) -> None:
             torch.autograd.grad(forward().square().sum(), blocks[0])
@@ -129,26 +128,19 @@ def head_cases(dtype: torch.dtype) -> Iterator[tuple[str, Variants]]:
         hidden, rows = hidden.float(), torch.arange(num_rows)
         targets = (rows % (vocab_size - 1))[None]
 
-        def loss(hidden: Any = hidden, head: Any = head, targets: Any = targets) -> torch.Tensor:
-            return lk.masked_cross_entropy(hidden, head, targets)[0]
-
-        def logits(hidden: Any = hidden, head: Any = head) -> torch.Tensor:
-            return lk.head_logits(hidden, head)
-
-        def loss_step(loss: Any = loss, weight: Any = head.weight) -> Any:
-            return torch.autograd.grad(loss(), weight)
-
-        def logits_step(logits: Any = logits, weight: Any = head.weight) -> Any:
-            return torch.autograd.grad(logits().sum(), weight)
-
+        calls = {
+            "head_logits": partial(lk.head_logits, hidden, head),
+            "masked_cross_entropy": lambda h=hidden, w=head, t=targets: lk.masked_cross_entropy(h, w, t)[0],
+        }
         size = f"V{vocab_size} R{num_rows}"
         for name, variants in draws(hidden, head, rows):
             yield f"{name} {size}", variants
-        yield f"head_logits {size}", on_backends(logits)
-        yield f"masked_cross_entropy {size}", on_backends(loss)
+        for name, call in calls.items():
+            yield f"{name} {size}", on_backends(call)
         head.weight.requires_grad_()
-        yield f"head_logits step {size}", on_backends(logits_step, grad=True)
-        yield f"masked_cross_entropy step {size}", on_backends(loss_step, grad=True)
+        for name, call in calls.items():
+            step = partial(lambda call, weight: torch.autograd.grad(call().sum(), weight), call, head.weight)
+            yield f"{name} step {size}", on_backends(step, grad=True)
 
 
 def sweep(threads: list[int], dtypes: list[str], seconds: float, only: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -25,60 +26,30 @@ import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
-from bench import gpu_cases as cases
-from bench.gpu_cases import REAL, TINY, Calls, Sizes
-from bench.gpu_sampling import launch_overhead, sampling_calls, step_times
+from bench import attention, looped_blocks, masked_cross_entropy, sample_rows, sampling
+from bench.looped_blocks import applied
 from bench.report import write
+from bench.run import BF16, TINY, Calls, Run, head_in_fp8, in_fp8
+from bench.targets import GPU_TARGETS, MEMORY_TARGET
 from loopmdm_kernels import reference
 from loopmdm_kernels.testing import assert_matches_oracle, interleaved_medians
 
-RESULTS = Path(__file__).parent / "results"
-BF16 = torch.bfloat16
-# At least so many times the speed of the best peer, by case; at most so much memory.
-TARGETS = {
-    "looped_blocks forward T128": 1.5,
-    "looped_blocks forward T1024": 1.2,
-    "looped_blocks forward T16384": 1.05,
-    "looped_blocks forward and backward T16384": 1.15,
-    "masked_cross_entropy forward and backward T16384": 2.5,
-    "sample_rows R64": 5.0,
-    "sample_rows R1024": 5.0,
-    "sampling": 3.0,
-}
-MEMORY_TARGET = 1.3  # peak of 12 loops over that of one, with gradients
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
-def compiled(function: Callable[..., Any], *, dry: bool) -> Callable[..., Any]:
-    """What a user can get from torch; CUDA graphs are captured around it, as around our kernels."""
-    if dry:
-        return torch.compile(function, backend="eager", dynamic=False)
-    return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
-
-
-def captured(call: Callable[[], Any], *, dry: bool) -> Callable[[], Any]:
-    """The call as one CUDA graph."""
-    if dry:
-        return call
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def check_values(device: torch.device, sizes: Sizes) -> dict[str, str]:
+def check_values(run: Run) -> dict[str, str]:
     """Name -> "right", or what was wrong."""
-    batch, length = sizes.checked
+    batch, length = run.sizes.checked
+    rows = torch.arange(min(64, batch * length), device=run.device)
+    names = run.names(rows.shape[0])
     checks: dict[str, str] = {}
 
-    def compare(name: str, run: Callable[[Callable[..., Any], torch.dtype], list[Tensor]], op: str) -> None:
-        ours = run(getattr(lk, op), BF16)
-        baseline, oracle = (run(getattr(reference, op), kind) for kind in (BF16, torch.float64))
+    def compare(
+        name: str, results: Callable[[Callable[..., Any], torch.dtype], list[Tensor]], op: str
+    ) -> None:
+        ours = results(getattr(lk, op), BF16)
+        baseline, oracle = (results(getattr(reference, op), kind) for kind in (BF16, torch.float64))
         for index, tensors in enumerate(zip(ours, baseline, oracle, strict=True)):
             try:
                 assert_matches_oracle(*tensors)
@@ -87,75 +58,102 @@ def check_values(device: torch.device, sizes: Sizes) -> dict[str, str]:
                 checks[f"{name} {index}"] = str(error)
 
     def looped(op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
-        inputs = cases.looped_on(device, sizes, batch, length, dtype, grad=True)
-        out = cases.apply_loops(op, inputs, 2)
-        grad = torch.linspace(-1, 1, out.numel(), device=device).view_as(out).to(out.dtype)
+        inputs = run.looped(batch, length, dtype, grad=True)
+        out = applied(op, inputs, 2)
+        grad = torch.linspace(-1, 1, out.numel(), device=run.device).view_as(out).to(out.dtype)
         return [out.detach(), *torch.autograd.grad(out, list(inputs.leaves().values()), grad)]
 
+    def looped_in_fp8(op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        return [applied(op, in_fp8(run.looped(batch, length, dtype)), 2, compute_dtype=dtype)]
+
     def cross_entropy(op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
-        hidden, head = cases.head_on(device, sizes, batch, length, dtype, grad=True)
-        total, nll = op(hidden, head, *cases.rows_on(device, sizes, batch, length))
+        hidden, head = run.head(batch, length, dtype, grad=True)
+        total, nll = op(hidden, head, *run.rows(batch, length))
         return [nll.detach(), *torch.autograd.grad(total, [hidden, *head[:4]])]
 
-    def statistics(op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
-        hidden, head = cases.head_on(device, sizes, batch, length, dtype)
-        rows = torch.arange(min(64, batch * length), device=device)
-        out = op(hidden, head, rows, cases.names_on(device, rows.shape[0]), temperature=0.0)
-        return [out.log_prob, out.top1_prob, out.top2_prob, out.entropy]
-
-    def looped_in_fp8(op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
-        inputs = cases.looped_on(device, sizes, batch, length, dtype)
-        _, head = cases.head_on(device, sizes, batch, length, dtype)
-        inputs = inputs._replace(blocks=cases.in_fp8(inputs, head)[0])
-        return [cases.apply_loops(op, inputs, 2, compute_dtype=dtype)]
-
-    def statistics_in_fp8(op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
-        hidden, head = cases.head_on(device, sizes, batch, length, dtype)
-        narrow = cases.in_fp8(cases.looped_on(device, sizes, batch, length, dtype), head)[1]
-        rows = torch.arange(min(64, batch * length), device=device)
-        names = cases.names_on(device, rows.shape[0])
-        out = op(hidden, narrow, rows, names, temperature=0.0, compute_dtype=dtype)
+    def statistics_of(op: Callable[..., Any], dtype: torch.dtype, *, fp8: bool = False) -> list[Tensor]:
+        hidden, exact = run.head(batch, length, dtype)
+        head = head_in_fp8(exact) if fp8 else exact
+        out = op(hidden, head, rows, names, temperature=0.0, compute_dtype=dtype)
         return [out.log_prob, out.top1_prob, out.top2_prob, out.entropy]
 
     with lk.use_backend("triton"):
         compare("looped_blocks, fp8 weights", looped_in_fp8, "looped_blocks")
-        compare("sample_rows, fp8 weights", statistics_in_fp8, "sample_rows")
+        compare("sample_rows, fp8 weights", partial(statistics_of, fp8=True), "sample_rows")
         compare("looped_blocks", looped, "looped_blocks")
         compare("masked_cross_entropy", cross_entropy, "masked_cross_entropy")
-        compare("sample_rows", statistics, "sample_rows")
-        hidden, head = cases.head_on(device, sizes, batch, length, torch.float32)
-        rows = torch.arange(min(64, batch * length), device=device)
-        draws = [
-            op(hidden, head, rows, cases.names_on(device, rows.shape[0])).token
-            for op in (lk.sample_rows, reference.sample_rows)
-        ]
+        compare("sample_rows", statistics_of, "sample_rows")
+        hidden, head = run.head(batch, length, torch.float32)
+        draws = [op(hidden, head, rows, names).token for op in (lk.sample_rows, reference.sample_rows)]
     same = torch.equal(*draws)
     checks["draws of the reference"] = "right" if same else f"{int((draws[0] != draws[1]).sum())} differ"
     return checks
 
 
-def sanitize(*, dry: bool) -> str:
+def small_cases() -> None:
+    """Every Triton kernel once, on small tensors of odd sizes: what compute-sanitizer looks at."""
+    run = Run(dry=not torch.cuda.is_available(), other_sizes=TINY)
+    batch, length = 2, 5
+    with lk.use_backend("triton"):
+        inputs = run.looped(batch, length, grad=True)
+        applied(lk.looped_blocks, inputs, 2, recompute=True).sum().backward()
+        applied(lk.looped_blocks, inputs, 1, dropout=0.1).sum().backward()
+        with torch.no_grad():
+            applied(lk.looped_blocks, inputs, 2, exit_threshold=0.5)
+        hidden, head = run.head(batch, length, grad=True)
+        targets, rows, weights = run.rows(batch, length)
+        lk.masked_cross_entropy(hidden, head, targets, rows, weights)[0].backward()
+        with torch.no_grad():
+            lk.sample_rows(hidden, head, rows, run.names(rows.shape[0]))
+            lk.sample_rows(hidden, head, rows, run.names(rows.shape[0]), top_k=3)
+            lk.head_logits(hidden, head)
+            applied(lk.looped_blocks, in_fp8(inputs), 2, compute_dtype=BF16)
+            lk.head_logits(hidden, head_in_fp8(head), compute_dtype=BF16)
+        mask = torch.ones(batch, length, dtype=torch.bool, device=run.device)
+        mask[0, 1] = False
+        q = torch.randn(batch, 2, length, 24, device=run.device, requires_grad=True)
+        lk.attention(q, q, q, key_mask=mask).sum().backward()
+    run.synchronize()
+    print("every kernel ran")
+
+
+def sanitizer() -> str | None:
+    """compute-sanitizer, where it is installed."""
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+
+
+def under_sanitizer(tool: list[str], module: str, *arguments: str, timeout: float | None = None) -> Any:
+    """What a module did as a process of its own, under compute-sanitizer if `tool` is its path and tool."""
+    watched = [tool[0], "--tool", tool[1], "--error-exitcode", "1"] if tool else []
+    return subprocess.run(
+        [*watched, sys.executable, "-m", module, *arguments],
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+def sanitize(run: Run) -> str:
     """What compute-sanitizer says of the small cases; they run without it where it is not installed."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    command = [sys.executable, "-m", "bench.gpu_small"]
-    if tool is not None and not dry:
-        command = [tool, "--tool", "memcheck", "--error-exitcode", "1", *command]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    program = None if run.dry else sanitizer()
+    done = under_sanitizer([program, "memcheck"] if program else [], "bench.gpu", "--small")
     if done.returncode:
-        return (done.stdout + done.stderr)[-2000:]
-    return "clean" if len(command) > 3 else "the small cases ran, without compute-sanitizer"
+        return str(done.stdout + done.stderr)[-2000:]
+    return "clean" if program else "the small cases ran, without compute-sanitizer"
 
 
-def timed(name: str, calls: Calls, sizes: Sizes, *, graphs: bool, dry: bool) -> dict[str, Any]:
+def timed(name: str, calls: Calls, run: Run, *, graphs: bool, repeats: int | None = None) -> dict[str, Any]:
     """Interleaved medians in ms, and how ours compares with the best of the others."""
     with lk.use_backend("triton"):
-        ready = {key: captured(call, dry=dry) if graphs else call for key, call in calls.items()}
-        medians = interleaved_medians(ready, repeats=sizes.repeats, warmup=0 if dry else 2)
+        ready = {key: run.captured(call) if graphs else call for key, call in calls.items()}
+        repeats = repeats or run.sizes.repeats
+        medians = interleaved_medians(ready, repeats=repeats, warmup=0 if run.dry else 2)
     ours = min(value for key, value in medians.items() if key.startswith("ours"))
     peer = min((value, key) for key, value in medians.items() if not key.startswith("ours"))
-    target = TARGETS.get(name)
+    target = GPU_TARGETS.get(name)
     figures: dict[str, Any] = {
         "ms": {key: round(1000 * value, 4) for key, value in medians.items()},
         "best peer": peer[1],
@@ -167,67 +165,73 @@ def timed(name: str, calls: Calls, sizes: Sizes, *, graphs: bool, dry: bool) -> 
     return figures
 
 
-def peak_memory(device: torch.device, sizes: Sizes) -> float:
+def peak_memory(run: Run) -> dict[str, Any]:
     """Peak memory of forward and backward with recomputation: all loops over one loop."""
-    inputs = cases.looped_on(device, sizes, *sizes.training, BF16, grad=True)
+    inputs = run.looped(*run.sizes.training, grad=True)
     leaves = list(inputs.leaves().values())
 
     def peak(num_loops: int) -> int:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        out = cases.apply_loops(lk.looped_blocks, inputs, num_loops, recompute=True)
+        if not run.dry:
+            torch.cuda.reset_peak_memory_stats(run.device)
+        out = applied(lk.looped_blocks, inputs, num_loops, recompute=True)
         torch.autograd.grad(out.sum(), leaves)
-        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1
+        return 1 if run.dry else torch.cuda.max_memory_allocated(run.device)
 
     with lk.use_backend("triton"):
         peak(1)
-        return peak(sizes.loops) / peak(1)
+        ratio = peak(run.sizes.loops) / peak(1)
+    return {"ratio": round(ratio, 3), "target": MEMORY_TARGET, "met": ratio <= MEMORY_TARGET}
 
 
-def measure(device: torch.device, sizes: Sizes, *, dry: bool) -> dict[str, Any]:
+def launch_overhead(run: Run) -> dict[str, Any]:
+    """What the host needs for a launch outside a graph: looped_blocks of few tokens, not waited for."""
+    from loopmdm_kernels.triton.launch import processor, recording
+
+    call = partial(applied, lk.looped_blocks, run.looped(*run.sizes.forward[0]), run.sizes.loops)
+    times = []
+    with torch.no_grad(), lk.use_backend("triton"):
+        with recording(processor(run.device)) as launches:
+            call()
+        for _ in range(1 + run.sizes.repeats):
+            run.synchronize()
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    run.synchronize()
+    host = statistics.median(times[1:])
+    return {"launches a call": len(launches), "us a launch": round(1e6 * host / len(launches), 2)}
+
+
+def measure(run: Run) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    fast = partial(compiled, dry=dry)
+
+    def add(name: str, calls: Calls, *, graphs: bool, repeats: int | None = None) -> None:
+        figures[name] = timed(name, calls, run, graphs=graphs, repeats=repeats)
+
+    sizes = run.sizes
     with torch.no_grad():
         for batch, length in sizes.forward:
-            inputs = cases.looped_on(device, sizes, batch, length, BF16)
-            name = f"looped_blocks forward T{batch * length}"
-            calls = cases.forward_calls(inputs, sizes.loops, fast)
-            figures[name] = timed(name, calls, sizes, graphs=True, dry=dry)
-            figures[f"{name}, no graphs"] = timed(f"{name}, no graphs", calls, sizes, graphs=False, dry=dry)
-            name = f"attention B{batch} L{length}"
-            calls = cases.attention_calls(device, sizes, batch, length, BF16)
-            figures[name] = timed(name, calls, sizes, graphs=True, dry=dry)
-            hidden, head = cases.head_on(device, sizes, batch, length, BF16)
-            rows = min(64, batch * length)
-            for op, calls in cases.fp8_calls(inputs, sizes.loops, hidden, head, rows).items():
-                name = f"{op} fp8 weights T{batch * length}"
-                figures[name] = timed(name, calls, sizes, graphs=True, dry=dry)
+            inputs, tokens = run.looped(batch, length), batch * length
+            calls = looped_blocks.forward_calls(inputs, sizes.loops, run.compiled)
+            add(f"looped_blocks forward T{tokens}", calls, graphs=True)
+            add(f"looped_blocks forward T{tokens}, no graphs", calls, graphs=False)
+            add(f"attention B{batch} L{length}", attention.gpu_calls(run, batch, length), graphs=True)
+            narrow = looped_blocks.fp8_calls(inputs, sizes.loops)
+            add(f"looped_blocks fp8 weights T{tokens}", narrow, graphs=True)
+            narrow = sample_rows.fp8_calls(run, batch, length)
+            add(f"sample_rows fp8 weights T{tokens}", narrow, graphs=True)
         for num_rows in sizes.sampled_rows:
-            hidden, head = cases.head_on(device, sizes, 1, max(num_rows, 2), BF16)
-            name = f"sample_rows R{num_rows}"
-            calls = cases.sample_calls(hidden, head, num_rows, fast)
-            figures[name] = timed(name, calls, sizes, graphs=True, dry=dry)
+            add(f"sample_rows R{num_rows}", sample_rows.gpu_calls(run, num_rows), graphs=True)
     batch, length = sizes.training
-    inputs = cases.looped_on(device, sizes, batch, length, BF16, grad=True)
-    name = f"looped_blocks forward and backward T{batch * length}"
-    calls = cases.training_calls(inputs, sizes.training_loops, fast)
-    figures[name] = timed(name, calls, sizes, graphs=False, dry=dry)
-    hidden, head = cases.head_on(device, sizes, batch, length, BF16, grad=True)
-    name = f"masked_cross_entropy forward and backward T{batch * length}"
-    calls = cases.cross_entropy_calls(hidden, head, cases.rows_on(device, sizes, batch, length), fast)
-    figures[name] = timed(name, calls, sizes, graphs=False, dry=dry)
-    memory = peak_memory(device, sizes)
-    figures["peak memory, all loops over one"] = {
-        "ratio": round(memory, 3),
-        "target": MEMORY_TARGET,
-        "met": memory <= MEMORY_TARGET,
-    }
-    once = sizes._replace(repeats=1 if dry else 2)
-    figures["sampling"] = timed(
-        "sampling", sampling_calls(device, sizes, dry=dry), once, graphs=False, dry=dry
-    )
-    for name, measured in (("launch overhead", launch_overhead), ("denoising step", step_times)):
-        figures[name] = measured(device, sizes, dry=dry)
+    inputs = run.looped(batch, length, grad=True)
+    calls = looped_blocks.training_calls(inputs, sizes.training_loops, run.compiled)
+    add(f"looped_blocks forward and backward T{batch * length}", calls, graphs=False)
+    calls = masked_cross_entropy.gpu_calls(run)
+    add(f"masked_cross_entropy forward and backward T{batch * length}", calls, graphs=False)
+    figures["peak memory, all loops over one"] = peak_memory(run)
+    add("sampling", sampling.gpu_calls(run), graphs=False, repeats=1 if run.dry else 2)
+    for name, measured in (("launch overhead", launch_overhead), ("denoising step", sampling.gpu_step_times)):
+        figures[name] = measured(run)
         print(f"{name}: {json.dumps(figures[name])}", flush=True)
     return figures
 
@@ -237,18 +241,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dry-run", action="store_true", help="tiny tensors on the CPU, interpreted")
+    parser.add_argument("--small", action="store_true", help="small cases of all kernels, for a sanitizer")
     parser.add_argument("--out", type=Path, help="result file; default bench/results/DATE-gpu.json")
     args = parser.parse_args()
     dry, start = args.dry_run, time.perf_counter()
+    if args.small:
+        small_cases()
+        return
     if dry and not os.environ.get("TRITON_INTERPRET"):
         sys.exit("bench.gpu: --dry-run needs TRITON_INTERPRET=1")
     if not dry and not torch.cuda.is_available():
         sys.exit("bench.gpu: torch finds no GPU on this machine; --dry-run runs the script without one")
-    device, sizes = torch.device("cpu" if dry else "cuda"), TINY if dry else REAL
-    checks = check_values(device, sizes)
-    checks["sanitizer"] = sanitize(dry=dry)
+    run = Run(dry)
+    checks = check_values(run)
+    checks["sanitizer"] = sanitize(run)
     print(json.dumps(checks, indent=1), flush=True)
-    figures = measure(device, sizes, dry=dry)
+    figures = measure(run)
     import triton
 
     result = {

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -27,41 +26,40 @@ from typing import Any
 import torch
 
 import loopmdm_kernels as lk
-from bench import gpu_sudoku, hopper_head
-from bench.gpu import captured, compiled
+from bench import looped_blocks, masked_cross_entropy, model, sample_rows
+from bench.gpu import RESULTS, ROOT, sanitizer, under_sanitizer
 from bench.probes import hopper_facts, hopper_multicast
-from bench.probes.hopper_facts import SMALL, Figure, Figures, Run
+from bench.probes.hopper_facts import SMALL, Run
 from bench.report import write
-from loopmdm_kernels import reference
-from loopmdm_kernels.cuda import driver, looped_blocks, targets
+from bench.run import REAL, TINY, Call, Calls, Figure, Figures
+from bench.targets import DRAM_RATIO, HOPPER_TARGETS, LIMIT_SHARES, SUDOKU_SECONDS
+from loopmdm_kernels.cuda import driver, targets
+from loopmdm_kernels.cuda import looped_blocks as blocks
 from loopmdm_kernels.schedule import Device, choose, measured
-from loopmdm_kernels.testing import LoopedInputs, looped_inputs
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 LOOPS = 12
 TOKENS = (32, 128, 256, 512, 1024, 4096)
-# Speed over the best of torch, by number of tokens; share of the modelled limit; DRAM bytes of S 24 over S 1.
-TARGETS = {32: 2.0, 128: 2.0, 512: 1.5, 1024: 1.25}
-LIMIT_SHARES = {128: 0.6, 1024: 0.7}
-DRAM_RATIO = 1.1
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
-def inputs_of(tokens: int, device: str, *, hidden: int, heads: int, batch: int = 1) -> LoopedInputs:
-    inputs = looped_inputs(batch, tokens, hidden, heads, SMALL.layers).to(torch.bfloat16)
-    return inputs._replace(
-        x=inputs.x.to(device),
-        modulation=inputs.modulation.to(device),
-        blocks=[type(block)(*(tensor.to(device) for tensor in block)) for block in inputs.blocks],
-        rotary=inputs.rotary and type(inputs.rotary)(*(angle.to(device) for angle in inputs.rotary)),
-    )
+def with_heads_of_64(run: Run, *, hidden: int | None = None) -> Run:
+    """The widths of the small model, or those given; kernels take no heads of 8."""
+    hidden = hidden or (64 if run.dry else SMALL.hidden)
+    return run._replace(other_sizes=run.sizes._replace(hidden=hidden, heads=hidden // 64))
 
 
-def applying(op: Callable[..., Any], inputs: LoopedInputs, loops: int) -> Callable[[], Any]:
-    return lambda: op(
-        inputs.x, inputs.blocks, inputs.modulation, loops, num_heads=inputs.num_heads, rotary=inputs.rotary
-    )
+def forced(run: Run, backend: str, call: Call) -> Call:
+    def on_backend() -> Any:
+        with lk.use_backend("reference" if run.dry else backend):
+            return call()
+
+    return on_backend
+
+
+def on_backends(run: Run, calls: Calls, ours: str = "ours") -> dict[str, Call]:
+    """The peers, and ours by CUDA and by Triton."""
+    peers = {name: call for name, call in calls.items() if not name.startswith("ours")}
+    return {**{name: forced(run, name, calls[ours]) for name in ("cuda", "triton")}, **peers}
 
 
 def beside_peers(tokens: int, run: Run) -> Figures:
@@ -69,76 +67,46 @@ def beside_peers(tokens: int, run: Run) -> Figures:
 
     torch.compile compiles one loop, which the graph repeats: S of them would take it minutes.
     """
-    size = {"hidden": 64, "heads": 1} if run.dry else {"hidden": SMALL.hidden, "heads": SMALL.heads}
-    inputs = inputs_of(4 if run.dry else tokens, run.device, **size)
-    one_loop = compiled(reference.looped_blocks, dry=run.dry)
+    inputs = with_heads_of_64(run).looped(1, 4 if run.dry else tokens)
+    calls = on_backends(run, looped_blocks.forward_calls(inputs, LOOPS, run.compiled))
 
-    def peer() -> torch.Tensor:
-        x = inputs.x
-        for _ in range(LOOPS):
-            x = applying(one_loop, inputs._replace(x=x), 1)()
-        return x
-
-    def ours(backend: str, *, window: bool = True) -> Callable[[], Any]:
-        with lk.use_backend("reference" if run.dry else backend):
-            return captured(applying(lk.looped_blocks, inputs, LOOPS), dry=run.dry)
-
-    def without_window() -> Callable[[], Any]:
+    def without_window() -> Call:
         kept, driver.l2_window = driver.l2_window, lambda *_: None  # type: ignore[assignment]
         try:
-            return ours("cuda")
+            return run.captured(calls["cuda"])
         finally:
             driver.l2_window = kept
 
     makers = {
-        "cuda": partial(ours, "cuda"),
+        "cuda": partial(run.captured, calls["cuda"]),
         "cuda without window": without_window,
-        "triton": partial(ours, "triton"),
-        "torch.compile": lambda: captured(peer, dry=run.dry),
+        "triton": partial(run.captured, calls["triton"]),
+        "torch.compile": partial(run.captured, calls["compiled"]),
     }
-    graphs, failed = {}, {}
     with torch.no_grad():
-        for name, make in makers.items():
-            try:
-                graphs[name] = make()
-            except RuntimeError as error:
-                failed[name] = str(error).splitlines()[0]
+        graphs, failed = run.made(makers)
         return {**failed, **run.seconds(graphs)}
 
 
 def training(run: Run) -> Figures:
     """Seconds forward and backward through 4 loops of 8 sequences of 1024 tokens, without a graph."""
-    loops, size = 4, {"hidden": 64, "heads": 1} if run.dry else {"hidden": SMALL.hidden, "heads": SMALL.heads}
-    inputs = inputs_of(4 if run.dry else 1024, run.device, batch=2 if run.dry else 8, **size)
-    for tensor in inputs.leaves().values():
-        tensor.requires_grad_()
-    one_loop = compiled(reference.looped_blocks, dry=run.dry)
+    batch, length = (2, 4) if run.dry else (8, 1024)
+    inputs = with_heads_of_64(run).looped(batch, length, grad=True)
+    calls = on_backends(run, looped_blocks.training_calls(inputs, 4, run.compiled), "ours, recomputed")
+    calls["torch.compile"] = calls.pop("compiled")
+    return run.seconds(calls)
 
-    def peer() -> torch.Tensor:
-        x = inputs.x
-        for _ in range(loops):
-            x = applying(one_loop, inputs._replace(x=x), 1)()
-        return x
 
-    def step(forward: Callable[[], torch.Tensor]) -> Callable[[], Any]:
-        def both() -> Any:
-            out = forward()
-            return torch.autograd.grad(out, list(inputs.leaves().values()), torch.ones_like(out))
+def sampled_rows(num_rows: int, run: Run) -> Figures:
+    """Seconds of a draw for each row, in CUDA graphs. Few rows read the weight; many multiply by it."""
+    with torch.no_grad():
+        calls = on_backends(run, sample_rows.gpu_calls(run, min(num_rows, max(run.sizes.sampled_rows))))
+        return run.seconds({name: run.captured(call) for name, call in calls.items()})
 
-        return both
 
-    def ours(backend: str) -> Callable[[], Any]:
-        def forward() -> torch.Tensor:
-            with lk.use_backend("reference" if run.dry else backend):
-                result: torch.Tensor = lk.looped_blocks(
-                    inputs.x, inputs.blocks, inputs.modulation, loops,
-                    num_heads=inputs.num_heads, rotary=inputs.rotary, recompute=True,
-                )  # fmt: skip
-            return result
-
-        return step(forward)
-
-    return run.seconds({"cuda": ours("cuda"), "triton": ours("triton"), "torch.compile": step(peer)})
+def cross_entropy(run: Run) -> Figures:
+    """Seconds of the loss of every second of 16384 tokens and all its gradients."""
+    return run.seconds(on_backends(run, masked_cross_entropy.gpu_calls(run)))
 
 
 def dram_bytes(run: Run) -> Figures:
@@ -152,13 +120,13 @@ def dram_bytes(run: Run) -> Figures:
         else:
             command = [
                 "ncu", "--metrics", "dram__bytes_read.sum", "--csv", "--print-units", "base",
-                "--kernel-name", "looped_blocks_sm90", *once_command(loops),
+                "--kernel-name", "looped_blocks_sm90",
+                sys.executable, "-m", "bench.gpu_hopper", "--once", str(loops),
             ]  # fmt: skip
-            figures[f"S{loops}"] = counted(subprocess.run(command, **QUIET, timeout=120))
+            figures[f"S{loops}"] = counted(
+                subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+            )
     return figures
-
-
-QUIET: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
 
 
 def counted(done: subprocess.CompletedProcess[str]) -> Figure:
@@ -173,48 +141,56 @@ def counted(done: subprocess.CompletedProcess[str]) -> Figure:
 
 def sanitizers(run: Run) -> Figures:
     """Exit status of small cases of all kernels under each tool of compute-sanitizer: 0 is clean."""
-    figures: Figures = {}
+    arguments = ("bench.gpu_hopper", "--once", "2", "--small")
+    program = sanitizer()
     if run.dry:  # what the tools would watch
-        subprocess.run([*once_command(2), "--small", "--dry-run"], **{**QUIET, "check": True})
-    program = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
+        under_sanitizer([], *arguments, "--dry-run").check_returncode()
+        return dict.fromkeys(TOOLS)
+    if program is None:
+        return dict.fromkeys(TOOLS, "compute-sanitizer is not installed")
+    figures: Figures = {}
     for tool in TOOLS:
-        if run.dry:
-            figures[tool] = None
-        elif program is None:
-            figures[tool] = "compute-sanitizer is not installed"
-        else:
-            command = [program, "--tool", tool, "--error-exitcode", "1", *once_command(2), "--small"]
-            environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            try:
-                done = subprocess.run(command, env=environment, **QUIET, timeout=100)
-                figures[tool] = float(done.returncode)
-                if done.returncode:
-                    say((done.stdout + done.stderr)[-3000:])
-            except subprocess.TimeoutExpired:
-                figures[tool] = "not done after 100 s"
+        try:
+            done = under_sanitizer([program, tool], *arguments, timeout=100)
+            figures[tool] = float(done.returncode)
+            if done.returncode:
+                say((done.stdout + done.stderr)[-3000:])
+        except subprocess.TimeoutExpired:
+            figures[tool] = "not done after 100 s"
     return figures
-
-
-def once_command(loops: int) -> list[str]:
-    return [sys.executable, "-m", "bench.gpu_hopper", "--once", str(loops)]
 
 
 def once(loops: int, run: Run, *, small: bool) -> None:
     """For a profiler, one call at 128 tokens; for a sanitizer, small ones of all kernels."""
-    sizes = {"hidden": 128, "heads": 2} if small else {"hidden": SMALL.hidden, "heads": SMALL.heads}
-    inputs = inputs_of(70 if small else 128, run.device, **sizes)
+    inputs = with_heads_of_64(run, hidden=128 if small else SMALL.hidden).looped(1, 70 if small else 128)
     with torch.no_grad(), lk.use_backend("reference" if run.dry else "cuda"):
         for target in (targets.SM90, targets.SM80._replace(architecture="sm_90"))[: 1 + small]:
-            looped_blocks.target_of = lambda capability, target=target: target  # type: ignore[assignment]
-            applying(lk.looped_blocks, inputs, loops)()
-            if not run.dry:
-                torch.cuda.synchronize()
+            blocks.target_of = lambda capability, target=target: target  # type: ignore[assignment]
+            looped_blocks.applied(lk.looped_blocks, inputs, loops)
+            run.synchronize()
     if small:
-        hopper_head.once(run)
+        small_heads(run._replace(other_sizes=TINY._replace(hidden=72, vocab_size=700)))
 
 
+def small_heads(run: Run) -> None:
+    """Blocks of 64 rows and pairs of 128, chunks that are not whole."""
+    for length in (40, 200):
+        hidden, head = run.head(2, length, grad=True)
+        chosen = run.rows(2, length)
+        with lk.use_backend("reference" if run.dry else "cuda"):
+            total, _ = lk.masked_cross_entropy(hidden, head, *chosen)
+            torch.autograd.grad(total, [hidden, *head[:4]])
+            with torch.no_grad():
+                lk.head_logits(hidden, head)
+                lk.sample_rows(hidden, head, chosen[1], run.names(chosen[1].shape[0]))
+    run.synchronize()
+
+
+# Of the vocabulary head.
+HEAD_PHASES: dict[str, Callable[[Run], Figures]] = {
+    **{f"sample_rows_R{rows}": partial(sampled_rows, rows) for rows in REAL.sampled_rows},
+    "masked_cross_entropy": cross_entropy,
+}
 PHASES: dict[str, Callable[[Run], Figures]] = {
     "barriers": hopper_facts.barriers,
     "clusters": hopper_facts.clusters,
@@ -224,8 +200,8 @@ PHASES: dict[str, Callable[[Run], Figures]] = {
     "products": hopper_facts.products,
     "gaps": hopper_facts.gaps,
     **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (128, 1024, 32, 512)},
-    "sudoku": gpu_sudoku.whole_call,
-    **hopper_head.PHASES,
+    "sudoku": model.sudoku_on_gpu,
+    **HEAD_PHASES,
     "dram_bytes": dram_bytes,
     "sanitizers": sanitizers,
     "training": training,
@@ -240,7 +216,8 @@ EXPECTED = {
     "dram_bytes": 30.0,
     "sanitizers": 75.0,
     "training": 45.0,
-    **hopper_head.EXPECTED,
+    **{f"sample_rows_R{rows}": 25.0 for rows in REAL.sampled_rows},
+    "masked_cross_entropy": 40.0,
 }
 SHORT = 5.0  # every other
 
@@ -285,7 +262,7 @@ def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
         return figures.get(f"T{tokens}", {}).get(name)
 
     result = {}
-    for tokens, target in TARGETS.items():
+    for tokens, target in HOPPER_TARGETS.items():
         result[f"T{tokens}: {target} times torch.compile"] = at_least(
             seconds(tokens, "torch.compile"), seconds(tokens, "cuda"), target
         )
@@ -297,10 +274,8 @@ def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
         limit = LOOPS * choose(SMALL._replace(length=tokens), device).limit_seconds
         result[f"T{tokens}: {share} of the limit"] = at_least(limit, seconds(tokens, "cuda"), share)
     call = figures.get("sudoku", {}).get("cuda")
-    result[f"Sudoku: {1e6 * gpu_sudoku.TARGET_SECONDS:.0f} us"] = at_least(
-        gpu_sudoku.TARGET_SECONDS, call, 1.0
-    )
-    for name in hopper_head.PHASES:
+    result[f"Sudoku: {1e6 * SUDOKU_SECONDS:.0f} us"] = at_least(SUDOKU_SECONDS, call, 1.0)
+    for name in HEAD_PHASES:
         others = {**figures.get(name, {})}
         ours = others.pop("cuda", None)
         result[f"{name}: fastest"] = at_least(fastest(others), ours, 1.0)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import loopmdm_kernels as lk
 from bench.peers import compiled
 from bench.roofline import NAMES
+from bench.run import BF16, Calls, gradients_of, in_fp8
 from loopmdm_kernels import reference
 from loopmdm_kernels.testing import LoopedInputs, looped_inputs
 
@@ -21,31 +27,53 @@ def flops(inputs: LoopedInputs) -> float:
     return float(NUM_LOOPS * len(inputs.blocks) * batch * length * per_token)
 
 
-def plain_variants(inputs, name, whole_graph):
-    """Eager, with one loop as a graph, and with all loops as one."""
+def applied(op: Callable[..., Any], inputs: LoopedInputs, num_loops: int, **options: Any) -> Tensor:
+    out: Tensor = op(
+        inputs.x,
+        inputs.blocks,
+        inputs.modulation,
+        num_loops,
+        num_heads=inputs.num_heads,
+        rotary=inputs.rotary,
+        **options,
+    )
+    return out
 
-    def loops(x, blocks, modulation, num_loops):
-        return reference.looped_blocks(
-            x, blocks, modulation, num_loops, num_heads=inputs.num_heads, rotary=inputs.rotary
-        )
 
-    def all_loops():
-        return loops(inputs.x, inputs.blocks, inputs.modulation, NUM_LOOPS)
+def plain(inputs: LoopedInputs, num_loops: int) -> Tensor:
+    return applied(reference.looped_blocks, inputs, num_loops)
 
-    fast_loops = compiled(loops)
 
-    def one_after_the_other():
-        x = inputs.x
-        for _ in range(NUM_LOOPS):
-            x = fast_loops(x, inputs.blocks, inputs.modulation, 1)
-        return x
+def one_by_one(inputs: LoopedInputs, num_loops: int, fast: Callable[..., Tensor]) -> Tensor:
+    """One compiled graph of one loop, applied again and again: a graph of all takes minutes to compile."""
+    state = inputs.x
+    for _ in range(num_loops):
+        state = fast(inputs._replace(x=state), 1)
+    return state
 
-    variants = {f"eager {name}": all_loops, f"compiled {name}": one_after_the_other}
-    if whole_graph:
-        variants[f"compiled whole {name}"] = lambda: fast_loops(
-            inputs.x, inputs.blocks, inputs.modulation, NUM_LOOPS
-        )
-    return variants
+
+def forward_calls(inputs: LoopedInputs, num_loops: int, compiled: Callable[..., Any]) -> Calls:
+    return {
+        "ours": partial(applied, lk.looped_blocks, inputs, num_loops),
+        "eager": partial(plain, inputs, num_loops),
+        "compiled": partial(one_by_one, inputs, num_loops, compiled(plain)),
+    }
+
+
+def training_calls(inputs: LoopedInputs, num_loops: int, compiled: Callable[..., Any]) -> Calls:
+    results = {**forward_calls(inputs, num_loops, compiled)}
+    del results["eager"]
+    results["ours, recomputed"] = partial(applied, lk.looped_blocks, inputs, num_loops, recompute=True)
+    leaves = list(inputs.leaves().values())
+    return {name: gradients_of(result, leaves) for name, result in results.items()}
+
+
+def fp8_calls(inputs: LoopedInputs, num_loops: int) -> Calls:
+    """With weights in e4m3, beside the same in bf16."""
+    return {
+        "ours": partial(applied, lk.looped_blocks, in_fp8(inputs), num_loops, compute_dtype=BF16),
+        "bf16 weights": partial(applied, lk.looped_blocks, inputs, num_loops),
+    }
 
 
 @pytest.mark.parametrize(
@@ -61,17 +89,14 @@ def plain_variants(inputs, name, whole_graph):
 def test_looped_blocks(compare, batch, length, hidden, heads, dtype):
     exact = looped_inputs(batch, length, hidden, heads, 2)
     peers = {}
-    for peer_dtype in {torch.float32, dtype}:
+    for kind in {torch.float32, dtype}:
+        inputs = exact.to(kind)
+        calls = forward_calls(inputs, NUM_LOOPS, compiled)
+        peers |= {f"{way} {NAMES[kind]}": calls[way] for way in ("eager", "compiled")}
         # One graph of all loops takes half a minute to compile, and saves nothing on long sequences.
-        whole_graph = length < 1024 and peer_dtype == torch.bfloat16
-        peers |= plain_variants(exact.to(peer_dtype), NAMES[peer_dtype], whole_graph)
-    inputs = exact.to(dtype)
+        if length < 1024 and kind == torch.bfloat16:
+            peers["compiled whole bf16"] = partial(compiled(plain), inputs, NUM_LOOPS)
+        if kind == dtype:
+            ours = calls["ours"]
     with torch.no_grad():
-        compare(
-            lambda: lk.looped_blocks(
-                inputs.x, inputs.blocks, inputs.modulation, NUM_LOOPS, num_heads=heads, rotary=inputs.rotary
-            ),
-            peers,
-            flops=flops(inputs),
-            dtype=dtype,
-        )
+        compare(ours, peers, flops=flops(exact), dtype=dtype)

@@ -1,10 +1,16 @@
-"""masked_cross_entropy, forward and backward, beside plain PyTorch; its peak memory in a fresh process."""
+"""masked_cross_entropy, forward and backward, beside plain PyTorch; its peak memory in a fresh process.
+
+python -m bench.masked_cross_entropy bf16|fp32 prints JSON: the bytes of the weight, and by how much the
+resident memory rose at its highest. Linux only.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +20,11 @@ from torch import Tensor
 
 import loopmdm_kernels as lk
 from bench import peers
+from bench.run import REAL, Calls, Run, gradients_of
 from loopmdm_kernels.types import Head
 
-LENGTH, NUM_ROWS, HIDDEN, VOCAB = 1024, 512, 768, 50258
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LENGTH, NUM_ROWS, HIDDEN, VOCAB = 1024, 512, REAL.hidden, REAL.vocab_size
 
 
 class Inputs(NamedTuple):
@@ -60,20 +68,62 @@ def loss_and_gradients(arguments, function=lk.masked_cross_entropy, compute_dtyp
     return run
 
 
+def gpu_calls(run: Run) -> Calls:
+    """With every gradient, for every second row; implementations that cannot choose take all rows."""
+    hidden, head = run.head(*run.sizes.training, grad=True)
+    targets, *chosen = run.rows(*run.sizes.training)
+    every_row = torch.arange(targets.numel(), device=run.device)
+    every = (every_row, torch.ones(every_row.shape[0], device=run.device))
+    plain = run.compiled(peers.masked_cross_entropy)
+
+    def loss(function, rows, weights):
+        return function(hidden, head, targets, rows, weights)[0]
+
+    losses = {
+        "ours": partial(loss, lk.masked_cross_entropy, *chosen),
+        "compiled": partial(loss, plain, *chosen),
+        "compiled, all rows": partial(loss, plain, *every),
+    }
+    calls = {name: gradients_of(call, [hidden, *head[:4]]) for name, call in losses.items()}
+    liger = peers.liger_loss(hidden, head, targets)
+    if liger is not None:
+        calls["Liger, all rows"] = gradients_of(liger, [hidden, head.weight])
+    return calls
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS: now; VmHWM: at its highest."""
+    match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f"/proc/self/status: no line {field}")
+    return 1024 * int(match[1])
+
+
+def memory_of_this_process(dtype: torch.dtype) -> dict[str, int]:
+    loss_and_gradients(inputs(dtype, vocab_size=100))()  # libraries and threads are there now
+    arguments = inputs(dtype)
+    run = loss_and_gradients(arguments)
+    before = resident_bytes("VmRSS")
+    gradients = run()
+    rise = resident_bytes("VmHWM") - before
+    weight = arguments.head.weight
+    assert any(gradient.shape == weight.shape for gradient in gradients)
+    return {"weight_bytes": weight.numel() * weight.element_size(), "rise_bytes": rise}
+
+
 def peak_memory(name: str) -> float:
     """Of the weight, and of what is allocated beside it, over the weight and its gradient."""
-    command = [sys.executable, "-m", "bench.peak_memory", name]
+    command = [sys.executable, "-m", "bench.masked_cross_entropy", name]
     root = Path(__file__).resolve().parents[1]
     output = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
     measured = json.loads(output)
     return (measured["weight_bytes"] + measured["rise_bytes"]) / (2 * measured["weight_bytes"])
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp32"], ids=["bf16-parameters", "fp32-parameters"])
+@pytest.mark.parametrize("name", DTYPES, ids=["bf16-parameters", "fp32-parameters"])
 def test_masked_cross_entropy(compare, name):
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-    variants = {}
-    for kind, compute_dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    dtype, variants = DTYPES[name], {}
+    for kind, compute_dtype in DTYPES.items():
         # Where the parameters are bf16, the fp32 peer has its own in fp32.
         arguments = inputs(torch.promote_types(dtype, compute_dtype))
         plain = peers.masked_cross_entropy
@@ -87,3 +137,7 @@ def test_masked_cross_entropy(compare, name):
         dtype=torch.bfloat16,
         **memory,
     )
+
+
+if __name__ == "__main__":
+    print(json.dumps(memory_of_this_process(DTYPES[sys.argv[1]])))

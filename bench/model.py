@@ -1,4 +1,4 @@
-"""The whole model: a forward pass of the small preset and a training step, ours beside plain PyTorch.
+"""The whole model beside plain PyTorch: a forward pass, a training step, and on a GPU a Sudoku.
 
 Compiled block by block; training in bf16 also as one graph, which takes a minute to compile. On a forward
 pass over 1024 tokens that saves nothing.
@@ -7,16 +7,23 @@ pass over 1024 tokens that saves nothing.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 import loopmdm_kernels as lk
 from bench.peers import EAGER, compiled, compiled_head, compiled_pieces, plain_ops
+from bench.run import Call, Figures, Run
 from loopmdm.model import LoopMDM
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.flops import TRAINING_FACTOR, executed_layers, forward_flops, head_flops, layer_flops
+from loopmdm_kernels.cuda import looped_blocks
+
+SUDOKU_LOOPS = 12
 
 
 def token_ids(batch, length, config):
@@ -107,3 +114,47 @@ def test_training_step(compare, batch=4, length=512, num_loops=6):
         dtype=torch.bfloat16,
         rows=num_rows,
     )
+
+
+def sudoku_call(model: LoopMDM, board: Tensor, *, blocks: str, logits: str) -> Call:
+    """Embedding, head, loop, tail and logits, with a backend for the blocks and one for the logits."""
+
+    def call() -> Tensor:
+        with lk.use_backend(blocks):
+            hidden = model.hidden(board, num_loops=SUDOKU_LOOPS)
+        with lk.use_backend(logits):
+            out: Tensor = lk.head_logits(hidden, model.head(), compute_dtype=model.compute_dtype)
+        return out
+
+    return call
+
+
+def without_cluster(make: Callable[[], Call]) -> Call:
+    """What `make` makes if the blocks are those of the whole GPU."""
+    assumed = looped_blocks.device_of
+    looped_blocks.device_of = lambda *given: assumed(*given)._replace(cluster=1)  # type: ignore[assignment]
+    looped_blocks._kernel.cache_clear()
+    try:
+        return make()
+    finally:
+        looped_blocks.device_of = assumed
+        looped_blocks._kernel.cache_clear()
+
+
+def sudoku_on_gpu(run: Run) -> Figures:
+    """Seconds of a call of the 9x9 model, the smallest network that is shipped, where waiting is all.
+
+    Ours in a CUDA graph, in one cluster and not, and the reference in eager mode. Weights are random: the
+    time does not depend on them.
+    """
+    torch.manual_seed(0)
+    model = LoopMDM(LoopMDMConfig.preset("sudoku")).to(run.device).eval()
+    board = torch.randint(0, model.config.vocab_size, (1, model.config.max_length), device=run.device)
+    blocks, logits = ("reference", "reference") if run.dry else ("cuda", "triton")
+    ours = partial(run.captured, sudoku_call(model, board, blocks=blocks, logits=logits))
+    # Weights do not change between calls of a sampler, and what was cast in a graph is gone after it.
+    casts = torch.autocast(board.device.type, torch.bfloat16, cache_enabled=False)
+    with torch.no_grad(), casts, model.frozen():
+        calls, failed = run.made({"cuda": ours, "cuda without cluster": partial(without_cluster, ours)})
+        eager = sudoku_call(model, board, blocks="reference", logits="reference")
+        return {**failed, **run.seconds({"reference, eager": eager, **calls})}

@@ -66,6 +66,23 @@ def sample_rows(hidden: Tensor, head: Head, rows: Tensor) -> Tensor:
     return (probs / noise).argmax(-1)
 
 
+def gumbel_rows(hidden: Tensor, head: Head, rows: Tensor) -> Tensor:
+    """fp32 noise on logits in memory, as serving libraries sample."""
+    logits = row_logits(hidden, head, rows, possible(head), head.weight.dtype).float()
+    return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
+
+
+def liger_loss(hidden: Tensor, head: Head, targets: Tensor) -> Callable[[], Tensor] | None:
+    """Liger's fused linear cross-entropy on all rows, without the norm; None where it is not installed."""
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return None
+    loss = LigerFusedLinearCrossEntropyLoss()
+    narrow = hidden.flatten(0, 1).to(head.weight.dtype)
+    return lambda: loss(head.weight, narrow, targets.flatten(), head.bias)
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 

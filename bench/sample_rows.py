@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 import loopmdm_kernels as lk
 from bench import peers
+from bench.run import BF16, REAL, Calls, Run, head_in_fp8
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
 
-LENGTH, HIDDEN, VOCAB = 1024, 768, 50258
+LENGTH, HIDDEN, VOCAB = 1024, REAL.hidden, REAL.vocab_size
+
+
+def gpu_calls(run: Run, num_rows: int) -> Calls:
+    hidden, head = run.head(1, max(num_rows, 2))
+    rows, names = torch.arange(num_rows, device=run.device), run.names(num_rows)
+    return {
+        "ours": partial(lk.sample_rows, hidden, head, rows, names),
+        "compiled, float64 race": partial(run.compiled(peers.sample_rows), hidden, head, rows),
+        "compiled, fp32 noise": partial(run.compiled(peers.gumbel_rows), hidden, head, rows),
+    }
+
+
+def fp8_calls(run: Run, batch: int, length: int) -> Calls:
+    """With weights in e4m3, beside the same in bf16."""
+    hidden, head = run.head(batch, length)
+    num_rows = min(64, batch * length)
+    rows, names = torch.arange(num_rows, device=run.device), run.names(num_rows)
+    return {
+        "ours": partial(lk.sample_rows, hidden, head_in_fp8(head), rows, names, compute_dtype=BF16),
+        "bf16 weights": partial(lk.sample_rows, hidden, head, rows, names),
+    }
 
 
 @pytest.mark.parametrize("num_rows", [1, 16, 256], ids=["R1", "R16", "R256"])
@@ -22,9 +46,8 @@ def test_sample_rows(compare, num_rows):
     variants = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         head = Head(*(tensor.to(dtype) for tensor in exact[:4]), VOCAB - 1)
-        draw = peers.compiled(peers.sample_rows)
-        variants[f"eager {name}"] = lambda head=head: peers.sample_rows(hidden, head, rows)
-        variants[f"compiled {name}"] = lambda head=head, draw=draw: draw(hidden, head, rows)
+        variants[f"eager {name}"] = partial(peers.sample_rows, hidden, head, rows)
+        variants[f"compiled {name}"] = partial(peers.compiled(peers.sample_rows), hidden, head, rows)
     with torch.no_grad():
         compare(
             lambda: lk.sample_rows(hidden, head, rows, rng),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,12 +16,14 @@ import loopmdm_kernels as lk
 from bench import reference_sampler
 from bench.compare import OURS
 from bench.peers import EAGER, compiled, compiled_pieces, plain_ops
+from bench.run import BF16, REAL, Call, Calls, Run
 from loopmdm import LoopMDM, LoopMDMConfig, sample
 from loopmdm.model.flops import forward_flops
-from loopmdm_kernels.testing import interleaved_times
+from loopmdm_kernels.graphs import captured_by
+from loopmdm_kernels.testing import RecordedGraphs, interleaved_medians, interleaved_times
 from loopmdm_kernels.types import Head
 
-LENGTH, STEPS, VOCAB = 1024, 1024, 50258
+LENGTH, STEPS, VOCAB = 1024, 1024, REAL.vocab_size
 # Of T = L steps a share 1 - (1 - 1/T)^L = .632 reveals something in a sequence: 5 of 8, nearly. All variants
 # take 8 steps and compute in 5, whatever they draw.
 TIMED_STEPS, TIMED_CALLS = 8, (0, 1, 3, 4, 6)
@@ -134,6 +138,56 @@ def test_sampling(benchmark, num_loops):
         },
     )
     benchmark.pedantic(lambda: None, rounds=1, iterations=1)
+
+
+def model_on(run: Run, length: int) -> LoopMDM:
+    vocab_size = run.sizes.vocab_size
+    small = (
+        {"hidden_size": run.sizes.hidden, "num_heads": run.sizes.heads, "num_layers": 4} if run.dry else {}
+    )
+    config = LoopMDMConfig.preset(
+        "small", vocab_size=vocab_size, mask_token_id=vocab_size - 1, max_length=length, **small
+    )
+    torch.manual_seed(0)
+    return LoopMDM(config).to(run.device, BF16).eval()
+
+
+def our_gpu_calls(run: Run, model: LoopMDM, shape: tuple[int, int, int], order: str) -> dict[str, Call]:
+    """Runs of batch, length and steps, with and without CUDA graphs."""
+    ours = partial(sample, model, *shape, order=order, plan=run.sizes.loops, progress=False, seed=0)
+
+    def graphs() -> Any:
+        with captured_by(RecordedGraphs()) if run.dry else nullcontext():
+            return ours(cuda_graphs=True)
+
+    return {"ours": ours, "ours, graphs": graphs}
+
+
+def gpu_calls(run: Run) -> Calls:
+    """A whole sampling run, and the reference's algorithm with the compiled pieces of the same model."""
+    batch, length, steps = run.sizes.sampling
+    model = model_on(run, length)
+    mask = model.config.mask_token_id
+    functions = EAGER if run.dry else compiled_pieces()
+    start = torch.full((batch, length), mask, device=run.device)
+
+    @torch.no_grad()
+    def reference_run() -> Any:
+        with plain_ops(functions):
+            network = partial(model, num_loops=run.sizes.loops)
+            return reference_sampler.run_steps(network, start, mask, steps, None, steps)
+
+    ours = our_gpu_calls(run, model, run.sizes.sampling, "ancestral")
+    return {**ours, "reference algorithm": reference_run}
+
+
+def gpu_step_times(run: Run) -> dict[str, Any]:
+    """A denoising step of few tokens, in ms; the captures of the run are part of it."""
+    _, length, steps = run.sizes.step
+    calls = our_gpu_calls(run, model_on(run, length), run.sizes.step, "random")
+    with lk.use_backend("triton"):
+        medians = interleaved_medians(calls, repeats=run.sizes.repeats, warmup=0 if run.dry else 1)
+    return {"ms a step": {name: round(1000 * value / steps, 4) for name, value in medians.items()}}
 
 
 class FixedPrediction(nn.Module):

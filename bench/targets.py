@@ -1,4 +1,4 @@
-"""What the CPU kernels are to reach: at least this, against the best peer and the peak of the processor."""
+"""What the kernels are to reach: at least this, against the best peer and the peak of the processor."""
 
 from __future__ import annotations
 
@@ -30,3 +30,22 @@ TARGETS = {
     "test_sampling[S1]": Target(4.0),
     "test_sampling[S12]": Target(2.5),
 }
+
+# Of `make gpu`, Triton: the speed over that of the best peer.
+GPU_TARGETS = {
+    "looped_blocks forward T128": 1.5,
+    "looped_blocks forward T1024": 1.2,
+    "looped_blocks forward T16384": 1.05,
+    "looped_blocks forward and backward T16384": 1.15,
+    "masked_cross_entropy forward and backward T16384": 2.5,
+    "sample_rows R64": 5.0,
+    "sample_rows R1024": 5.0,
+    "sampling": 3.0,
+}
+MEMORY_TARGET = 1.3  # at most: peak of 12 loops over that of one, with gradients
+
+# Of the Hopper kernels, by number of tokens: speed over torch.compile, share of the modelled limit.
+HOPPER_TARGETS = {32: 2.0, 128: 2.0, 512: 1.5, 1024: 1.25}
+LIMIT_SHARES = {128: 0.6, 1024: 0.7}
+DRAM_RATIO = 1.1  # at most: bytes read with S = 24 over those with S = 1
+SUDOKU_SECONDS = 150e-6  # at most

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 import loopmdm_kernels as lk
-from bench.gpu import captured
+from bench.attention import by_torch
+from bench.run import Call, Calls, Figure, Figures
+from bench.run import Run as GpuRun
 from loopmdm_kernels.cuda import compiler, driver, targets
 from loopmdm_kernels.schedule import BlockShape
-from loopmdm_kernels.testing import interleaved_medians
 
 HERE = Path(__file__).parent
 SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=2)
@@ -34,8 +36,6 @@ READS = 20  # of all weights
 CHAIN = 100  # kernels
 REPEATS = 10  # of a call in a graph
 CLUSTERS = (2, 4, 8, 16)
-Figure = float | str | None
-Figures = dict[str, Figure]
 
 
 class Arguments(ctypes.Structure):
@@ -60,12 +60,8 @@ class NotLaunched:
     def active_clusters(self, size: int, threads: int) -> None: ...
 
 
-class Run(NamedTuple):
-    dry: bool
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.dry else "cuda"
+class Run(GpuRun):
+    """With what the probes need: the limits of the device, a stream and kernels."""
 
     @property
     def limits(self) -> driver.Facts:
@@ -86,20 +82,6 @@ class Run(NamedTuple):
         """A kernel of the probes, compiled in any case."""
         cubin = _cubin(source, tuple(includes))
         return NotLaunched() if self.dry else driver.Kernel(cubin, name, shared_bytes)
-
-    def seconds(self, calls: Mapping[str, Callable[[], Any]]) -> Figures:
-        """Interleaved medians; a call that fails says why instead."""
-        works: dict[str, Callable[[], Any]] = {}
-        figures: Figures = {}
-        for name, call in calls.items():
-            try:
-                call()
-                works[name] = call
-            except RuntimeError as error:
-                figures[name] = str(error).splitlines()[0]
-        if self.dry:
-            return {**dict.fromkeys(works), **figures}
-        return {**figures, **interleaved_medians(works)}
 
 
 @cache
@@ -194,26 +176,18 @@ def l2_reads(run: Run) -> Figures:
 
 def attention_peers(run: Run) -> Figures:
     """Seconds of attention by itself, by implementation: torch's two, FlashAttention-3, ours in Triton."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    batch, heads, length, head_dim = (1, 1, 16, 8) if run.dry else ATTENTION
-    q, k, v = (
-        torch.randn(batch, heads, length, head_dim, device=run.device, dtype=torch.bfloat16) for _ in range(3)
-    )
-
-    def sdpa(kind: SDPBackend) -> None:
-        with sdpa_kernel(SDPBackend.MATH if run.dry else kind):
-            F.scaled_dot_product_attention(q, k, v)
+    shape = (1, 1, 16, 8) if run.dry else ATTENTION
+    q, k, v = (torch.randn(shape, device=run.device, dtype=torch.bfloat16) for _ in range(3))
 
     def ours() -> None:
         with lk.use_backend("reference" if run.dry else "triton"):
             lk.attention(q, k, v)
 
-    calls: dict[str, Callable[[], Any]] = {
-        "flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
-        "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
-        "triton": ours,
+    kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    calls: dict[str, Call] = {
+        name: partial(by_torch, SDPBackend.MATH if run.dry else kind, q, k, v) for name, kind in kinds.items()
     }
+    calls["triton"] = ours
     missing: Figures = {}
     if find_spec("flash_attn_interface") is not None:
         from flash_attn_interface import flash_attn_func
@@ -224,17 +198,15 @@ def attention_peers(run: Run) -> Figures:
     return {**repeated(run, calls), **missing}
 
 
-def repeated(run: Run, calls: Mapping[str, Callable[[], Any]]) -> Figures:
+def repeated(run: Run, calls: Calls) -> Figures:
     """Seconds of each call, as a part of a CUDA graph of several: a launch from Python takes longer."""
-    graphs: dict[str, Callable[[], Any]] = {}
-    figures: Figures = {}
-    for name, call in calls.items():
-        try:
-            graphs[name] = captured(lambda call=call: [call() for _ in range(REPEATS)], dry=run.dry)
-        except RuntimeError as error:
-            figures[name] = str(error).splitlines()[0]
+    makers = {
+        name: partial(run.captured, lambda call=call: [call() for _ in range(REPEATS)])
+        for name, call in calls.items()
+    }
+    graphs, failed = run.made(makers)
     times = run.seconds(graphs)
-    return {**figures, **{name: scaled(seconds, 1 / REPEATS) for name, seconds in times.items()}}
+    return {**failed, **{name: scaled(seconds, 1 / REPEATS) for name, seconds in times.items()}}
 
 
 def products(run: Run) -> Figures:
@@ -257,7 +229,7 @@ def gaps(run: Run) -> Figures:
             for _ in range(CHAIN):
                 kernel.launch_in_order(132, 128, run.stream, arguments, early=early)
 
-        return captured(call, dry=run.dry)
+        return run.captured(call)
 
     calls = {
         "in order": chain(run.probe("do_nothing"), False),

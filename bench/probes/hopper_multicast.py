@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.probes.hopper_facts import READS, WEIGHT_BYTES, Figures, Run, rate
+from bench.probes.hopper_facts import READS, WEIGHT_BYTES, Run, rate
+from bench.run import Figures
 from loopmdm_kernels.cuda import tensor_maps
 
 ROWS, ROW_BYTES = 128, 128  # of a stage, as in hopper_multicast.cu
