@@ -1,1 +1,1 @@
-"""Benchmarks: a file an op, its cases for CPUs and GPUs once; `make bench` and `make gpu` write result files."""
+"""Benchmarks: a file an op, with its cases for CPUs and GPUs; `make bench` and `make gpu` run them."""

@@ -5,6 +5,7 @@ python bench/called_modules.py: processor time of one thread, medians of calls t
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 import warnings
@@ -73,6 +74,7 @@ def look() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     warnings.filterwarnings("ignore", message=".*called one by one")
     torch.set_num_threads(1)
     look()

@@ -5,12 +5,11 @@ python -m bench.draw_loop docs/loop.svg
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from bench.results_page import BOARDS, load
+from bench.script import arguments
 from loopmdm_kernels.files import write_file
 
 BLUE, RED, GREY, PALE = "#4477aa", "#ee6677", "#555555", "#dde6f0"
@@ -125,4 +124,4 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    write_file(Path(sys.argv[1]), draw())
+    write_file(*arguments(__doc__, "picture"), draw())

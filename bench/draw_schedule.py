@@ -5,10 +5,10 @@ python -m bench.draw_schedule docs/schedule.svg
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from typing import NamedTuple
 
+from bench.script import arguments
 from loopmdm_kernels.files import write_file
 from loopmdm_kernels.schedule import BlockShape, Device, Instruction, Phase, Plan, Table, build, choose
 
@@ -91,4 +91,4 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    write_file(sys.argv[1], draw())
+    write_file(*arguments(__doc__, "picture"), draw())

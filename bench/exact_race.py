@@ -7,7 +7,6 @@ The plain PyTorch backend is compiled, because its random numbers alone would ta
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import loopmdm_kernels as lk
 from bench.report import write
+from bench.script import arguments
 from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.testing import chi_square_p
 from loopmdm_kernels.types import Head, RowRng
@@ -74,8 +74,8 @@ def measure(backend: str, device: str, num: int) -> dict[str, float]:
     return {"p_value": chi_square_p(counts, probs), "seconds": round(time.perf_counter() - start, 1)}
 
 
-def main() -> None:
-    num = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+def main(draws: str = "1_000_000", result: str | None = None) -> None:
+    num = int(draws)
     usable = {"cpu": "cpu", "reference": "cpu", "triton": "cuda", "cuda": "cuda"}
     states = lk.available_backends()
     if not torch.cuda.is_available():
@@ -84,7 +84,7 @@ def main() -> None:
     for backend, device in usable.items():
         figures[backend] = measure(backend, device, num)
         print(f"{backend:<10} {states[backend]!s:<14} {figures[backend]}", flush=True)
-    if len(sys.argv) > 2:
+    if result is not None:
         document = {
             "date": date.today().isoformat(),
             "command": f"python -m bench.exact_race {num}",
@@ -94,8 +94,8 @@ def main() -> None:
             "backends": states,
             "figures": figures,
         }
-        write(document, Path(sys.argv[2]))
+        write(document, Path(result))
 
 
 if __name__ == "__main__":
-    main()
+    main(*arguments(__doc__, "[num_draws]", "[result]"))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.called_modules import medians
+from bench.script import arguments
 from loopmdm import LoopMDM, patch
 from loopmdm.mdlm import likeness
 from tests.mdlm.lookalikes import ALIKE, OTHER_BLOCKS
@@ -87,6 +88,7 @@ def verdicts() -> None:
 
 
 if __name__ == "__main__":
+    arguments(__doc__)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     memory()

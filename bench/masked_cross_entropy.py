@@ -21,6 +21,7 @@ from torch import Tensor
 import loopmdm_kernels as lk
 from bench import peers
 from bench.run import REAL, Calls, Run, gradients_of
+from bench.script import arguments
 from loopmdm_kernels.types import Head
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -140,4 +141,4 @@ def test_masked_cross_entropy(compare, name):
 
 
 if __name__ == "__main__":
-    print(json.dumps(memory_of_this_process(DTYPES[sys.argv[1]])))
+    print(json.dumps(memory_of_this_process(*(DTYPES[name] for name in arguments(__doc__, "dtype")))))

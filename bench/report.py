@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 import loopmdm_kernels as lk
+from bench.script import arguments
 from bench.targets import TARGETS, Target
 from loopmdm_kernels.files import write_file
 
@@ -128,4 +128,4 @@ def main(source: str, target: str, command: str = "make bench") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*arguments(__doc__, "raw", "result", "[command]"))

@@ -6,11 +6,11 @@ python -m bench.results_page docs/results.md
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.script import arguments
 from loopmdm_kernels.files import write_file
 
 RESULTS = Path(__file__).parent / "results"
@@ -203,5 +203,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    write_file(Path(sys.argv[1]), page())
+    write_file(*arguments(__doc__, "page"), page())
     print(front_table(), end="")
