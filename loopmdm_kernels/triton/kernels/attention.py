@@ -70,9 +70,9 @@ def head_offset(sequence, head, sequence_stride, head_stride):
 
 
 @triton.jit
-def scores(a1, a2, b1, b2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def scores(a1, a2, b1, b2):
     """a b^T from halves."""
-    acc = dot(a1, tl.trans(b1), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    acc = dot(a1, tl.trans(b1), tl.zeros((a1.shape[0], b1.shape[0]), tl.float32))
     return dot(a2, tl.trans(b2), acc)
 
 
@@ -129,7 +129,7 @@ def attention_kernel(
         key = first + tl.arange(0, BLOCK_N)
         k1, k2 = load_halves(k_ptr, k_row, key, length, cos_ptr, sin_ptr, half, head_dim, HALF)
         v = load_rows(v_ptr, v_row, key, length, head_dim, BLOCK_K)
-        s = scores(q1, q2, k1, k2, BLOCK_M, BLOCK_N) * (scale * LOG2_E)
+        s = scores(q1, q2, k1, k2) * (scale * LOG2_E)
         s = tl.where(allowed_keys(mask_ptr, sequence, key, length)[None, :], s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, axis=1))
         p = tl.exp2(s - higher[:, None])

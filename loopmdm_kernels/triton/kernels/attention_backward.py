@@ -17,17 +17,7 @@ from loopmdm_kernels.triton.kernels.common import dot, rounded
 
 @triton.jit
 def store_halves(
-    ptr,
-    row_stride,
-    position,
-    length,
-    first,
-    second,
-    cos_ptr,
-    sin_ptr,
-    half,
-    head_dim,
-    HALF: tl.constexpr,
+    ptr, row_stride, position, length, first, second, cos_ptr, sin_ptr, half, head_dim, HALF: tl.constexpr
 ):
     """The gradient of rotated rows, turned back and stored."""
     if cos_ptr is not None:
@@ -131,7 +121,7 @@ def attention_gradient_kernel(
         if OF_KEYS:
             log_sum_exp = tl.load(log_sum_exp_ptr + other, mask=other < length, other=float("inf"))
             inner = tl.load(inner_ptr + other, mask=other < length, other=0.0)
-        s = scores(own1, own2, other1, other2, BLOCK_M, BLOCK_N) * (scale * LOG2_E)
+        s = scores(own1, own2, other1, other2) * (scale * LOG2_E)
         if not OF_KEYS:
             allowed = allowed_keys(mask_ptr, sequence, other, length)
         s = tl.where(tl.expand_dims(allowed, 1 - ACROSS), s, -float("inf"))

@@ -54,8 +54,6 @@ def product(
     num_cols,
     depth,
     b_depth,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The tile (rows, cols) of A B. A is `depth` deep; B has `b_depth` <= depth rows, others count as 0."""
@@ -64,7 +62,7 @@ def product(
     b_ptrs = b_ptr + k.to(tl.int64)[:, None] * b_depth_stride + cols.to(tl.int64)[None, :] * b_col_stride
     row_exists = (rows < num_rows)[:, None]
     col_exists = (cols < num_cols)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     for k0 in range(0, depth, BLOCK_K):
         a = tl.load(a_ptrs, mask=row_exists & (k0 + k < depth)[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=col_exists & (k0 + k < b_depth)[:, None], other=0.0)
@@ -145,18 +143,16 @@ def combined_moments(mean_ptr, square_ptr, rows, num_rows, size, GROUPS: tl.cons
 
 
 @triton.jit
-def store_moments(
-    x, mean_ptr, square_ptr, rows, num_rows, first_col, size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def store_moments(x, mean_ptr, square_ptr, rows, num_rows, first_col, size):
     """The partial moments of a tile x of whole groups of columns, for `combined_moments`."""
-    PARTS: tl.constexpr = BLOCK_N // STATISTICS_GROUP
+    PARTS: tl.constexpr = x.shape[1] // STATISTICS_GROUP
     groups = tl.cdiv(size, STATISTICS_GROUP)
     part = tl.arange(0, PARTS)
-    col = first_col + tl.arange(0, BLOCK_N)
+    col = first_col + tl.arange(0, x.shape[1])
     count = tl.minimum(size - first_col - part * STATISTICS_GROUP, STATISTICS_GROUP).to(tl.float32)
     count = tl.maximum(count, 1.0)[None, :]
     exists = tl.reshape((col < size), (1, PARTS, STATISTICS_GROUP))
-    x = tl.reshape(x, (BLOCK_M, PARTS, STATISTICS_GROUP))
+    x = tl.reshape(x, (x.shape[0], PARTS, STATISTICS_GROUP))
     mean = tl.sum(tl.where(exists, x, 0.0), axis=2) / count
     mean += tl.sum(tl.where(exists, x - mean[:, :, None], 0.0), axis=2) / count  # see row_moments
     centred = tl.where(exists, x - mean[:, :, None], 0.0)

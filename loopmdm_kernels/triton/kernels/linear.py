@@ -50,8 +50,6 @@ def linear_kernel(
             num_cols,
             depth,
             b_depth,
-            BLOCK_M,
-            BLOCK_N,
             BLOCK_K,
         )
         at = row.to(tl.int64)[:, None] * num_cols + col[None, :]

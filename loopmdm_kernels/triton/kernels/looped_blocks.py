@@ -145,34 +145,14 @@ def residual_linear_kernel(
             active = tl.load(active_ptr + sequence, mask=row_exists, other=0).to(tl.int32)
             depth_used = tl.where(tl.max(active, axis=0) > 0, depth, 0)
         acc = product(
-            a_ptr,
-            depth,
-            weight_ptr,
-            1,
-            depth,
-            row,
-            col,
-            num_rows,
-            num_cols,
-            depth_used,
-            depth_used,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
+            a_ptr, depth, weight_ptr, 1, depth, row, col, num_rows, num_cols, depth_used, depth_used, BLOCK_K
         )
         acc = scaled_and_biased(acc, weight_scale_ptr, bias_ptr, col, num_cols)
         branch = rounded(acc, dtype)
         if DROPOUT:
+            first_col = tile_n * BLOCK_N
             keep = dropout_keep(
-                dropout_seed,
-                application,
-                BRANCH,
-                dropout_threshold,
-                row,
-                tile_n * BLOCK_N,
-                num_cols,
-                BLOCK_M,
-                BLOCK_N,
+                dropout_seed, application, BRANCH, dropout_threshold, row, first_col, num_cols, BLOCK_N
             )
             branch = rounded(tl.where(keep, branch.to(tl.float32) * inverse_kept, 0.0), dtype)
         if branch_ptr is not None:
@@ -184,7 +164,7 @@ def residual_linear_kernel(
         if active_ptr is not None:
             new = tl.where((active > 0)[:, None], new, x)
         tl.store(out_ptr + at, new, mask=mask)
-        store_moments(new, mean_ptr, square_ptr, row, num_rows, tile_n * BLOCK_N, num_cols, BLOCK_M, BLOCK_N)
+        store_moments(new, mean_ptr, square_ptr, row, num_rows, tile_n * BLOCK_N, num_cols)
         if start_ptr is not None:
             change = tl.where(mask, new - tl.load(start_ptr + at, mask=mask, other=0.0), 0.0)
             size = tl.where(mask, new, 0.0)
@@ -209,7 +189,7 @@ def row_moments_kernel(
     col = tl.arange(0, BLOCK_D)
     exists = (row < num_rows)[:, None] & (col < size)[None, :]
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * size + col[None, :], mask=exists, other=0.0)
-    store_moments(x, mean_ptr, square_ptr, row, num_rows, 0, size, ROWS, BLOCK_D)
+    store_moments(x, mean_ptr, square_ptr, row, num_rows, 0, size)
 
 
 @triton.jit(do_not_specialize=["tiles_n"])

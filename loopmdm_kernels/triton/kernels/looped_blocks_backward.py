@@ -49,9 +49,7 @@ def branch_backward_kernel(
         into = grad * gate
         if DROPOUT:
             rows = tl.zeros((1,), tl.int64) + row
-            keep = dropout_keep(
-                dropout_seed, application, BRANCH, dropout_threshold, rows, 0, size, 1, BLOCK_D
-            )
+            keep = dropout_keep(dropout_seed, application, BRANCH, dropout_threshold, rows, 0, size, BLOCK_D)
             into = tl.where(tl.reshape(keep, (BLOCK_D,)), into * inverse_kept, 0.0)
         tl.store(grad_branch_ptr + at, rounded(into, grad_branch_ptr.dtype.element_ty), mask=col_exists)
     add_to(grad_gate_ptr + (sequence * parts + part) * size + col, of_gate, col_exists)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from loopmdm_kernels.triton.kernels.common import LOWEST, rounded
-from loopmdm_kernels.triton.kernels.logits import logits_tile, walk_chunk
+from loopmdm_kernels.triton.kernels.logits import logits_tile, results_of_chunks, walk_chunk
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def masked_cross_entropy_kernel(
     head = (weight_ptr, weight_scale_ptr, bias_ptr, vocab_size, size, excluded_token)
     state = (total, top, target_logit)
     total, top, target_logit = walk_chunk(
-        summed, state, target, h_ptr, head, row, num_rows, CHUNK, BLOCK_M, BLOCK_V, BLOCK_K
+        summed, state, target, h_ptr, head, row, num_rows, CHUNK, BLOCK_V, BLOCK_K
     )
     at = row.to(tl.int64) * tl.num_programs(1) + chunk
     tl.store(top_ptr + at, top, mask=row_exists)
@@ -69,11 +69,8 @@ def masked_cross_entropy_combine_kernel(
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    chunk = tl.arange(0, CHUNKS)
+    row, _, exists, at = results_of_chunks(num_rows, chunks, ROWS, CHUNKS)
     row_exists = row < num_rows
-    exists = row_exists[:, None] & (chunk < chunks)[None, :]
-    at = row.to(tl.int64)[:, None] * chunks + chunk[None, :]
     tops = tl.load(top_ptr + at, mask=exists, other=LOWEST)
     totals = tl.load(total_ptr + at, mask=exists, other=0.0)
     top = tl.max(tops, axis=1)
@@ -113,7 +110,7 @@ def masked_cross_entropy_backward_kernel(
     log_total = tl.load(log_total_ptr + row, mask=row_exists, other=0.0)
     grad = tl.load(grad_ptr + row, mask=row_exists, other=0.0) / tl.load(scale_ptr)
     head = (weight_ptr, None, bias_ptr, vocab_size, size, excluded_token)
-    logits, possible = logits_tile(h_ptr, head, row, token, num_rows, BLOCK_M, BLOCK_V, BLOCK_K)
+    logits, possible = logits_tile(h_ptr, head, row, token, num_rows, BLOCK_K)
     probability = tl.exp(logits - top[:, None] - log_total[:, None])
     hit = (token[None, :] == target[:, None]).to(tl.float32)
     value = tl.where(possible, (probability - hit) * grad[:, None], 0.0)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from loopmdm_kernels.triton.kernels.common import LOWEST
-from loopmdm_kernels.triton.kernels.logits import walk_chunk
+from loopmdm_kernels.triton.kernels.logits import results_of_chunks, walk_chunk
 from loopmdm_kernels.triton.kernels.philox import race_times
 
 
@@ -28,7 +28,7 @@ def sampled(state, raw, possible, first, race_of):
     top2 = tl.maximum(tl.minimum(top1, best), tl.maximum(top2, second))
     top1_token = tl.where(best > top1, first + best_at, top1_token)
     if RACE:
-        times = race_times(seed, sequence, step, position, first, possible, raw.shape[0], raw.shape[1])
+        times = race_times(seed, sequence, step, position, first, possible, raw.shape[1])
         score = tl.where(logits > -float("inf"), logits * inverse_temperature - tl.log(times), logits)
         win, win_at = tl.max(score, axis=1, return_indices=True, return_indices_tie_break_left=True)
         win_logit = tl.max(tl.where(column == win_at[:, None], logits, -float("inf")), axis=1)
@@ -79,7 +79,7 @@ def sample_rows_kernel(
     head = (weight_ptr, weight_scale_ptr, bias_ptr, vocab_size, size, excluded_token)
     state = (total, weighted, top1, top2, top1_token, race, race_logit, race_token)
     race_of = (seed, sequence, step, position, inverse_temperature, RACE)
-    state = walk_chunk(sampled, state, race_of, h_ptr, head, row, num_rows, CHUNK, BLOCK_M, BLOCK_V, BLOCK_K)
+    state = walk_chunk(sampled, state, race_of, h_ptr, head, row, num_rows, CHUNK, BLOCK_V, BLOCK_K)
     total, weighted, top1, top2, top1_token, race, race_logit, race_token = state
     chunks = tl.num_programs(1)
     at = row.to(tl.int64) * chunks + chunk
@@ -120,11 +120,8 @@ def sample_rows_combine_kernel(
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    chunk = tl.arange(0, CHUNKS)
+    row, chunk, exists, at = results_of_chunks(num_rows, chunks, ROWS, CHUNKS)
     row_exists = row < num_rows
-    exists = row_exists[:, None] & (chunk < chunks)[None, :]
-    at = row.to(tl.int64)[:, None] * chunks + chunk[None, :]
     field = tl.cast(num_rows, tl.int64) * chunks
     total = tl.load(numbers_ptr + at, mask=exists, other=0.0)
     weighted = tl.load(numbers_ptr + field + at, mask=exists, other=0.0)
