@@ -1,173 +1,268 @@
-// Flash attention of some queries of one head over all keys of their sequence: scores of a block of keys,
-// online softmax, weighted sum of values. Scores never leave the first-level cache.
-//
-// Keys: panels of at most kPanel keys, [head words][keys]. Values: panels of at most kPanel columns of the
-// head, [key words][columns]. Keys beyond the length are zero and `bias` excludes them.
+// Attention of one head where it lies in memory: conversion to float, rotary angles, packing.
 
-constexpr int kKeyBlock = 512;
-constexpr int kGroupRows = 16 * kRowsAtOnce;
-constexpr float kMaskedScore = -1e30f;  // its exponential is 0; the bias of a key that is not attended
-// Exponents of a row beyond this are taken as differences of scores: the product of its largest score with
-// the scale is then rounded by more than an exponential forgives.
-constexpr float kLargeExponent = 1048576.0f;
-static_assert(kKeyBlock % kPanel == 0 && kPanel % (2 * kLanes) == 0);
+constexpr int kPackedRows = 256;  // keys of a task
+constexpr int kAttendRows = 96;   // queries of a task
+static_assert(kPackedRows % kPanel == 0 && kAttendRows % kRowsAtOnce == 0);
 
-struct HeadShape {
-  int64_t length;      // L
-  int64_t keys;        // L rounded up to pairs of vectors
-  int64_t head_dim;    // K
-  int64_t head_width;  // K rounded up to whole vectors
+inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+inline HeadShape head_shape(const AttentionProblem& p) {
+  constexpr int64_t kPair = 2 * kLanes;
+  return {p.length, (p.length + kPair - 1) / kPair * kPair, p.head_dim,
+          (p.head_dim + kLanes - 1) / kLanes * kLanes};
+}
+
+// Sizes for one operand a word, which is the larger case.
+struct PackedHead {
+  uint32_t *keys, *values;
+  float* bias;  // [keys]
 };
 
-// Keys of the panel that begins at key `first`: whole vectors.
-inline int key_panel_width(int64_t length, int64_t first) {
-  const int64_t width = (length - first + kLanes - 1) / kLanes * kLanes;
-  return static_cast<int>(width < kPanel ? width : kPanel);
+inline PackedHead packed_head(const HeadShape& s, void* memory) {
+  char* const base = static_cast<char*>(memory);
+  const int64_t keys = lines(4 * s.keys * s.head_dim), values = lines(4 * s.keys * s.head_width);
+  return {reinterpret_cast<uint32_t*>(base), reinterpret_cast<uint32_t*>(base + keys),
+          reinterpret_cast<float*>(base + keys + values)};
 }
 
-// Scores of keys in vectors that no panel has are as they were: `bias` excludes them, whatever they are.
-struct AttentionScratch {
-  alignas(64) float scores[kRowsAtOnce * kKeyBlock];
-  alignas(64) uint32_t probs[kRowsAtOnce * kKeyBlock];
+int64_t packed_head_bytes(const AttentionProblem& p) {
+  const HeadShape s = head_shape(p);
+  return lines(4 * s.keys * s.head_dim) + lines(4 * s.keys * s.head_width) + lines(4 * s.keys);
+}
+
+struct HeadScratch {
+  AttentionScratch* attention;
+  uint32_t* queries;  // [kAttendRows, head words]
+  float* rows;        // [kPackedRows, head width]: rotated rows, or results
+  int64_t bytes;
 };
 
-// 2^x, exactly 0 for masked scores, NaN for NaN. The largest x is 0, but for rounding.
-inline Floats probability(Floats x, bool coarse) {
-#if defined(__AVX512F__)
-  if (coarse) return exp2_scaled(x);
-#endif
-  const Floats lowest = broadcast(-126.0f);
-  const Floats p = exp2_in_range(larger(lowest, x), coarse);
-  return x < lowest ? Floats{} : p;
+inline HeadScratch head_scratch(const HeadShape& s, void* memory) {
+  char* const base = static_cast<char*>(memory);
+  const auto rows_of = [&s](int64_t most) { return s.keys < most ? s.keys : most; };
+  const int64_t queries = lines(sizeof(AttentionScratch)),
+                rows = queries + lines(4 * rows_of(kAttendRows) * s.head_dim);
+  return {reinterpret_cast<AttentionScratch*>(base), reinterpret_cast<uint32_t*>(base + queries),
+          reinterpret_cast<float*>(base + rows), rows + lines(4 * rows_of(kPackedRows) * s.head_width)};
 }
 
-// score * factor + shift, whatever a masked key's score is.
-template <bool Masked>
-inline Floats exponent(const float* score, const float* bias, Floats factor, Floats shift) {
-  const Floats x = fused_multiply_add(load(score), factor, shift);
-  return Masked ? (load(bias) < Floats{} ? broadcast(kMaskedScore) : x) : x;
+int64_t head_scratch_bytes(const AttentionProblem& p) { return head_scratch(head_shape(p), nullptr).bytes; }
+
+template <class Element>
+struct Rows {
+  Element* at;
+  int64_t stride;
+};
+
+template <class Element>
+inline Rows<Element> rows_of(const AttentionProblem& p, const HeadsView& view, int64_t head) {
+  const int64_t batch = head / p.heads, in_batch = head % p.heads;
+  return {static_cast<Element*>(view.data) + batch * view.batch_stride + in_batch * view.head_stride,
+          view.row_stride};
 }
 
-// exp2(scores * scale - top) as operands; returns their sum.
-template <class Operand, bool Masked>
-inline float soften_row(const float* scores, const float* bias, int64_t count, float scale, float top,
-                        uint32_t* probs) {
-  constexpr bool kCoarse = Operand::kPerWord == 2;
-  const Floats factor = broadcast(scale), shift = broadcast(-top);
-  Floats sum[2] = {};
-  for (int64_t i = 0; i < count; i += 2 * kLanes) {
-    Floats p[2];
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = i + half * kLanes;
-      p[half] = probability(exponent<Masked>(scores + at, bias + at, factor, shift), kCoarse);
-      sum[half] += p[half];
-    }
-    Operand::store(probs + i / Operand::kPerWord, p[0], p[1]);
+inline void store_value(float x, float* out) { *out = x; }
+inline void store_value(float x, uint16_t* out) {
+  uint16_t rounded[kLanes];
+  store_bf16(rounded, broadcast(x));
+  *out = rounded[0];
+}
+inline void store_lanes(float* out, Floats x) { store(out, x); }
+inline void store_lanes(uint16_t* out, Floats x) { store_bf16(out, x); }
+
+template <class Element>
+inline void write_row(const float* x, int64_t count, Element* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_lanes(out + i, load(x + i));
+  for (; i < count; ++i) store_value(x[i], out + i);
+}
+
+template <class Element>
+inline void read_row(const Element* x, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(x + i));
+  for (; i < count; ++i) out[i] = value_of(x + i);
+}
+
+// Pairs (i, i + K/2) turned by the angles of a position; `turn` -1 turns them back.
+template <class Element>
+inline void rotate_row(const Element* x, const float* cos, const float* sin, float turn, int64_t half,
+                       float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Floats a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i) * turn;
+    store(out + i, a * c - b * s);
+    store(out + half + i, b * c + a * s);
   }
-  return sum_lanes(sum[0] + sum[1]);
-}
-
-// The largest score of the keys that are attended; minus infinity: none.
-template <bool Masked>
-inline float largest_score(const float* scores, const float* bias, int64_t count) {
-  const Floats lowest = broadcast(-LOOPMDM_INFINITY);
-  Floats top[2] = {lowest, lowest};
-  for (int64_t i = 0; i < count; i += 2 * kLanes)
-    for (int half = 0; half < 2; ++half) {
-      Floats x = load(scores + i + half * kLanes);
-      if (Masked) x = load(bias + i + half * kLanes) < Floats{} ? lowest : x;
-      top[half] = larger(x, top[half]);
-    }
-  return largest_lane(larger(top[0], top[1]));
-}
-
-inline float largest_attended(const float* scores, const float* bias, int64_t count) {
-  return bias ? largest_score<true>(scores, bias, count) : largest_score<false>(scores, nullptr, count);
-}
-
-inline void subtract_from(float* scores, int64_t count, float offset) {
-  for (int64_t i = 0; i < count; i += kLanes) store(scores + i, load(scores + i) - offset);
-}
-
-// Keys [first, first + count) of x into their panels, zero beyond the length.
-template <class Operand, class Source>
-void pack_key_panels(const HeadShape& shape, const Source* x, int64_t row, int64_t first, int64_t count,
-                     uint32_t* out) {
-  const int64_t head_words = (shape.head_dim + Operand::kPerWord - 1) / Operand::kPerWord;
-  const int64_t last = shape.length < first + count ? shape.length : first + count;
-  for (int64_t key = first; key < last; key += kLanes) {
-    const int64_t panel = key / kPanel * kPanel, left = last - key;
-    pack_columns<Operand>(x + key * row, row, static_cast<int>(left < kLanes ? left : kLanes), shape.head_dim,
-                          head_words, key_panel_width(shape.length, panel),
-                          out + panel * head_words + key - panel);
+  for (; i < half; ++i) {
+    const float a = value_of(x + i), b = value_of(x + half + i), s = sin[i] * turn;
+    out[i] = a * cos[i] - b * s;
+    out[half + i] = b * cos[i] + a * s;
   }
 }
 
-// out: [rows][head_width] floats. log_sum_exp: [rows] in base 2, or null.
-template <class Operand>
-void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, int64_t rows,
-            const uint32_t* keys, const uint32_t* values, const float* bias, AttentionScratch& scratch,
-            float* out, float* log_sum_exp) {
+// Rows [first, first + count) as floats, rotated where there are angles.
+template <class Element>
+void read_rows(const AttentionProblem& p, Rows<Element> x, int64_t first, int64_t count, bool rotated,
+               float* out, int64_t out_stride) {
+  const int64_t half = p.head_dim / 2;
+  for (int64_t r = first; r < first + count; ++r, out += out_stride)
+    if (rotated && p.cos)
+      rotate_row(x.at + r * x.stride, p.cos + r * half, p.sin + r * half, 1.0f, half, out);
+    else
+      read_row(x.at + r * x.stride, p.head_dim, out);
+}
+
+inline bool has_bias(const AttentionProblem& p, const HeadShape& s) {
+  return p.key_mask != nullptr || s.keys != s.length;
+}
+
+inline void fill_bias(const AttentionProblem& p, int64_t head, int64_t first, int64_t count, float* bias) {
+  const bool* mask = p.key_mask ? p.key_mask + head / p.heads * p.length : nullptr;
+  int64_t key = first;
+  for (; key < p.length && key < first + count; ++key) bias[key] = !mask || mask[key] ? 0.0f : kMaskedScore;
+  for (; key < first + count; ++key) bias[key] = kMaskedScore;
+}
+
+template <class Operand, class Element>
+void pack_head_of(const AttentionProblem& p, int64_t head, int64_t first, void* memory, void* scratch) {
   constexpr int kPer = Operand::kPerWord;
-  const int64_t head_words = (shape.head_dim + kPer - 1) / kPer, width = shape.head_width;
-  const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(shape.head_dim));
-  const auto multiply_row = [width](float* row, float factor) {
-    for (int64_t i = 0; i < width; i += kLanes) store(row + i, load(row + i) * factor);
-  };
-  // All rows meet a block of keys before the next one: long sequences are read from the cache.
-  for (int64_t group = 0; group < rows; group += kGroupRows) {
-    const int64_t last = rows - group < kGroupRows ? rows : group + kGroupRows;
-    float top[kGroupRows], total[kGroupRows];  // top: of the scores as they are
-    for (int64_t begin = 0; begin < shape.keys; begin += kKeyBlock) {
-      const int64_t count = shape.keys - begin < kKeyBlock ? shape.keys - begin : kKeyBlock;
-      const int64_t real = shape.length - begin < count ? shape.length - begin : count;
-      for (int64_t first = group; first < last; first += kRowsAtOnce) {
-        const int n = static_cast<int>(last - first < kRowsAtOnce ? last - first : kRowsAtOnce);
-        const Left q = {queries + first * query_row, query_row, 1};
-        float* sums = out + first * width;
-        for (int64_t key = 0; key < real; key += kPanel)
-          multiply<Operand>(q, n, keys + (begin + key) * head_words, key_panel_width(real, key), head_words,
-                            scratch.scores + key, kKeyBlock);
-        for (int r = 0; r < n; ++r) {
-          float* scores = scratch.scores + r * kKeyBlock;
-          uint32_t* probs = scratch.probs + r * kKeyBlock;
-          float& row_top = top[first - group + r];
-          float& row_total = total[first - group + r];
-          const float* block_bias = bias ? bias + begin : nullptr;
-          const float block_top = largest_attended(scores, block_bias, count);
-          float before = 0;
-          if (begin == 0) {
-            row_top = block_top;
-          } else {
-            before = row_total;
-            if (block_top > row_top) {
-              const float factor = probability(broadcast(row_top * scale - block_top * scale), false)[0];
-              before *= factor;
-              multiply_row(sums + r * width, factor);
-              row_top = block_top;
-            }
-          }
-          // Of a row without keys so far, all differences would be infinity minus infinity.
-          float shift = row_top == -LOOPMDM_INFINITY ? 0.0f : row_top * scale;
-          if (__builtin_fabsf(shift) > kLargeExponent) {
-            subtract_from(scores, count, row_top);
-            shift = 0;
-          }
-          row_total =
-              before + (bias ? soften_row<Operand, true>(scores, block_bias, count, scale, shift, probs)
-                             : soften_row<Operand, false>(scores, nullptr, count, scale, shift, probs));
-        }
-        const Left p = {scratch.probs, kKeyBlock, 1};
-        for (int64_t column = 0; column < width; column += kPanel) {
-          const int panel = panel_width(width, column);
-          multiply<Operand>(p, n, values + column * (shape.keys / kPer) + begin / kPer * panel, panel,
-                            (real + kPer - 1) / kPer, sums + column, width, begin > 0);
-        }
-      }
-    }
-    for (int64_t r = group; r < last; ++r) {
-      multiply_row(out + r * width, 1.0f / total[r - group]);
-      if (log_sum_exp) log_sum_exp[r] = top[r - group] * scale + __builtin_log2f(total[r - group]);
-    }
+  const HeadShape s = head_shape(p);
+  const PackedHead packed = packed_head(s, memory);
+  const int64_t count = s.keys - first < kPackedRows ? s.keys - first : kPackedRows;
+  const int64_t real = s.length - first < count ? s.length - first : count;
+  const Rows<const Element> k = rows_of<const Element>(p, p.k, head),
+                            v = rows_of<const Element>(p, p.v, head);
+  const int64_t head_words = (s.head_dim + kPer - 1) / kPer;
+  if (p.cos) {
+    float* const rows = head_scratch(s, scratch).rows;
+    read_rows(p, k, first, real, true, rows, s.head_dim);
+    // The block is a shape of its own, with panels from its first key on.
+    pack_key_panels<Operand>({real, count, s.head_dim, s.head_width}, rows, s.head_dim, 0, count,
+                             packed.keys + first * head_words);
+  } else {
+    pack_key_panels<Operand>(s, k.at, k.stride, first, count, packed.keys);
   }
+  pack_row_pairs<Operand>(v.at + first * v.stride, v.stride, real, s.head_dim, s.head_width, s.keys / kPer,
+                          first / kPer, (real + kPer - 1) / kPer, packed.values);
+  fill_bias(p, head, first, count, packed.bias);
+}
+
+template <class Operand, class Element>
+void attend_head_of(const AttentionProblem& p, const AttentionOutput& out, int64_t head, int64_t first,
+                    const void* memory, void* scratch) {
+  constexpr int kPer = Operand::kPerWord;
+  const HeadShape s = head_shape(p);
+  const PackedHead packed = packed_head(s, const_cast<void*>(memory));
+  const HeadScratch t = head_scratch(s, scratch);
+  const int64_t head_words = (s.head_dim + kPer - 1) / kPer;
+  const int64_t count = s.length - first < kAttendRows ? s.length - first : kAttendRows;
+  const Rows<const Element> q = rows_of<const Element>(p, p.q, head);
+  if (p.cos) read_rows(p, q, first, count, true, t.rows, s.head_dim);
+  for (int64_t r = 0; r < count; ++r)
+    if (p.cos)
+      pack_row<Operand>(t.rows + r * s.head_dim, s.head_dim, t.queries + r * head_words);
+    else
+      pack_row<Operand>(q.at + (first + r) * q.stride, s.head_dim, t.queries + r * head_words);
+  attend<Operand>(s, t.queries, head_words, count, packed.keys, packed.values,
+                  has_bias(p, s) ? packed.bias : nullptr, *t.attention, t.rows,
+                  out.log_sum_exp ? out.log_sum_exp + head * p.length + first : nullptr);
+  const Rows<Element> to = rows_of<Element>(p, out.out, head);
+  for (int64_t r = 0; r < count; ++r)
+    write_row(t.rows + r * s.head_width, s.head_dim, to.at + (first + r) * to.stride);
+}
+
+// Float copies of the head's tensors, and its gradients.
+struct BackwardScratch {
+  float *q, *k, *v, *out, *grad_out;  // [L, K]
+  float *grad_q, *grad_k, *grad_v;
+  float* bias;
+  void* attention;
+  int64_t bytes;
+};
+
+inline BackwardScratch backward_scratch(const HeadShape& s, void* memory) {
+  BackwardScratch t;
+  char* const base = static_cast<char*>(memory);
+  int64_t at = 0;
+  float** const arrays[] = {&t.q, &t.k, &t.v, &t.out, &t.grad_out, &t.grad_q, &t.grad_k, &t.grad_v};
+  for (float** array : arrays) {
+    *array = reinterpret_cast<float*>(base + at);
+    at += lines(4 * s.length * s.head_dim);
+  }
+  t.bias = reinterpret_cast<float*>(base + at);
+  at += lines(4 * s.keys);
+  t.attention = base + at;
+  t.bytes = at + attention_backward_scratch_bytes(s);
+  return t;
+}
+
+int64_t backward_head_bytes(const AttentionProblem& p) {
+  return backward_scratch(head_shape(p), nullptr).bytes;
+}
+
+template <class Operand, class Element>
+void backward_head_of(const AttentionProblem& p, const AttentionOutput& forward, const AttentionGradients& g,
+                      int64_t head, void* scratch) {
+  const HeadShape s = head_shape(p);
+  const BackwardScratch t = backward_scratch(s, scratch);
+  // Floats that need no rotation are read and written where they are.
+  const auto read = [&](const HeadsView& view, bool rotated, float* to) -> Rows<const float> {
+    const Rows<const Element> from = rows_of<const Element>(p, view, head);
+    if constexpr (sizeof(Element) == sizeof(float))
+      if (!rotated || !p.cos) return from;
+    read_rows(p, from, 0, s.length, rotated, to, s.head_dim);
+    return {to, s.head_dim};
+  };
+  const auto place = [&](const HeadsView& view, bool rotated, float* own) -> Rows<float> {
+    if constexpr (sizeof(Element) == sizeof(float))
+      if (!rotated || !p.cos) return rows_of<float>(p, view, head);
+    return {own, s.head_dim};
+  };
+  const auto q = read(p.q, true, t.q), k = read(p.k, true, t.k), v = read(p.v, false, t.v);
+  const auto grad_out = read(g.grad_out, false, t.grad_out);
+  const auto out = in_one_block(s) ? Rows<const float>{} : read(forward.out, false, t.out);
+  const auto grad_q = place(g.grad_q, true, t.grad_q), grad_k = place(g.grad_k, true, t.grad_k),
+             grad_v = place(g.grad_v, false, t.grad_v);
+  fill_bias(p, head, 0, s.keys, t.bias);
+  attend_backward<Operand>(s,
+                           {q.at, k.at, v.at, out.at, grad_out.at, q.stride, k.stride, v.stride, out.stride,
+                            grad_out.stride, forward.log_sum_exp + head * p.length},
+                           has_bias(p, s) ? t.bias : nullptr, t.attention,
+                           {grad_q.at, grad_k.at, grad_v.at, grad_q.stride, grad_k.stride, grad_v.stride});
+  const auto write = [&](const Rows<float>& grad, bool rotated, const HeadsView& view) {
+    const Rows<Element> to = rows_of<Element>(p, view, head);
+    if (static_cast<const void*>(to.at) == grad.at) return;
+    const int64_t half = s.head_dim / 2;
+    for (int64_t r = 0; r < s.length; ++r) {
+      const float* turned = grad.at + r * grad.stride;
+      if (rotated && p.cos) {
+        rotate_row(turned, p.cos + r * half, p.sin + r * half, -1.0f, half, t.q);
+        turned = t.q;
+      }
+      write_row(turned, s.head_dim, to.at + r * to.stride);
+    }
+  };
+  write(grad_q, true, g.grad_q);
+  write(grad_k, true, g.grad_k);
+  write(grad_v, false, g.grad_v);
+}
+
+void pack_head(const AttentionProblem& p, int64_t head, int64_t first, void* packed, void* scratch) {
+  p.is_bf16 ? pack_head_of<Narrow, uint16_t>(p, head, first, packed, scratch)
+            : pack_head_of<Wide, float>(p, head, first, packed, scratch);
+}
+
+void attend_head(const AttentionProblem& p, const AttentionOutput& out, int64_t head, int64_t first,
+                 const void* packed, void* scratch) {
+  const TileScope scope;
+  p.is_bf16 ? attend_head_of<Narrow, uint16_t>(p, out, head, first, packed, scratch)
+            : attend_head_of<Wide, float>(p, out, head, first, packed, scratch);
+}
+
+void backward_head(const AttentionProblem& p, const AttentionOutput& forward, const AttentionGradients& g,
+                   int64_t head, void* scratch) {
+  const TileScope scope;
+  p.is_bf16 ? backward_head_of<Narrow, uint16_t>(p, forward, g, head, scratch)
+            : backward_head_of<Wide, float>(p, forward, g, head, scratch);
 }
