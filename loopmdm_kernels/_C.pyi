@@ -8,17 +8,17 @@ def debug_share(num_threads: int, num_tasks: int, phases: int) -> list[int]: ...
 def cpu_peak_flops(dtype_is_bf16: bool, num_threads: int, milliseconds: float) -> float: ...
 def philox(seed: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]: ...
 def fingerprint(weight: Tensor, num_threads: int = 1) -> int: ...
-def packed_size(columns: int, depth: int, heads: int, parts: int, narrow: bool) -> int: ...
+def packed_size(columns: int, depth: int, heads: int, parts: int, bf16: bool) -> int: ...
 def pack_linear(
     weight: Tensor,
     heads: int,
     parts: int,
-    narrow: bool,
+    bf16: bool,
     transposed: bool,
     num_threads: int,
     packed: Tensor,
 ) -> None: ...
-def tape_bytes(length: int, hidden: int, width: int, heads: int, narrow: bool) -> int: ...
+def record_bytes(length: int, hidden: int, width: int, heads: int, bf16: bool) -> int: ...
 def padded_columns(columns: int) -> int: ...
 def looped_blocks(
     x: Tensor,
@@ -29,7 +29,7 @@ def looped_blocks(
     cos: Tensor | None,
     sin: Tensor | None,
     key_mask: Tensor | None,
-    narrow: bool,
+    bf16: bool,
     dropout: float,
     dropout_seed: int,
     first_loop: int,
@@ -38,10 +38,10 @@ def looped_blocks(
     out: Tensor,
     used: Tensor,
     loop_inputs: Tensor | None,
-    tape: Tensor | None,
+    records: Tensor | None,
 ) -> None: ...
 def looped_blocks_backward(
-    gradient: Tensor,
+    grad_x: Tensor,
     blocks: list[Tensor],
     transposed: list[Tensor],
     modulation: Tensor,
@@ -50,12 +50,12 @@ def looped_blocks_backward(
     cos: Tensor | None,
     sin: Tensor | None,
     key_mask: Tensor | None,
-    narrow: bool,
+    bf16: bool,
     dropout: float,
     dropout_seed: int,
     first_loop: int,
     num_threads: int,
-    tape: Tensor,
+    records: Tensor,
     gradients: list[Tensor],
 ) -> None: ...
 def head_logits(
@@ -67,7 +67,7 @@ def head_logits(
     weight: Tensor,
     bias: Tensor,
     normalized: bool,
-    narrow: bool,
+    bf16: bool,
     num_threads: int,
     logits: Tensor,
 ) -> None: ...
@@ -95,7 +95,7 @@ def sample_rows(
     weight: Tensor,
     bias: Tensor,
     normalized: bool,
-    narrow: bool,
+    bf16: bool,
     excluded_token: int,
     seed: int,
     sequence: Tensor,
@@ -151,14 +151,14 @@ def masked_cross_entropy(
     bias: Tensor,
     normalized: bool,
     excluded_token: int,
-    narrow: bool,
+    bf16: bool,
     num_threads: int,
     row_weights: Tensor,
     total: Tensor,
-    top: Tensor,
+    largest: Tensor,
     sum: Tensor,
     nll: Tensor,
-    tile_top: Tensor | None,
+    tile_largest: Tensor | None,
     exponentials: Tensor | None,
 ) -> None: ...
 def masked_cross_entropy_backward(
@@ -172,20 +172,20 @@ def masked_cross_entropy_backward(
     bias: Tensor,
     normalized: bool,
     excluded_token: int,
-    narrow: bool,
+    bf16: bool,
     num_threads: int,
-    top: Tensor,
+    largest: Tensor,
     sum: Tensor,
     nll: Tensor,
-    tile_top: Tensor,
+    tile_largest: Tensor,
     exponentials: Tensor | None,
-    nll_grad: Tensor,
-    hidden_grad: Tensor | None,
-    norm_grad: Tensor | None,
-    shift_grad: Tensor | None,
-    scale_grad: Tensor | None,
-    weight_grad: Tensor | None,
-    bias_grad: Tensor | None,
+    grad_nll: Tensor,
+    grad_hidden: Tensor | None,
+    grad_norm: Tensor | None,
+    grad_shift: Tensor | None,
+    grad_scale: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
 ) -> None: ...
 def head_logits_backward(
     hidden: Tensor,
@@ -196,13 +196,13 @@ def head_logits_backward(
     weight: Tensor,
     bias: Tensor,
     normalized: bool,
-    narrow: bool,
+    bf16: bool,
     num_threads: int,
-    logits_grad: Tensor,
-    hidden_grad: Tensor | None,
-    norm_grad: Tensor | None,
-    shift_grad: Tensor | None,
-    scale_grad: Tensor | None,
-    weight_grad: Tensor | None,
-    bias_grad: Tensor | None,
+    grad_logits: Tensor,
+    grad_hidden: Tensor | None,
+    grad_norm: Tensor | None,
+    grad_shift: Tensor | None,
+    grad_scale: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
 ) -> None: ...

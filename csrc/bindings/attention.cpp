@@ -22,8 +22,7 @@ struct Arguments {
       : q(q_arg, "q", {DType::float32, DType::bfloat16}, {kAny, kAny, kAny, kAny}, Layout::strided) {
     const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), head_dim = q.size(3);
     if (batch * heads * length * head_dim == 0) throw py::value_error("q: expected no dimension of size 0");
-    if (num_threads < 1)
-      throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
+    check_num_threads(num_threads);
     problem = {.q = heads_view(q),
                .k = like_q(k_arg, "k"),
                .v = like_q(v_arg, "v"),

@@ -6,23 +6,9 @@ namespace py = pybind11;
 
 namespace loopmdm {
 
-void check_range(const TensorView& values, const char* name, int64_t limit) {
-  for (int64_t i = 0; i < values.size(0); ++i) {
-    const int64_t value = values.as<const int64_t>()[i];
-    if (value < 0 || value >= limit)
-      throw py::value_error(std::string(name) + ": expected values in 0.." + std::to_string(limit - 1) +
-                            ", got " + std::to_string(value) + " at index " + std::to_string(i));
-  }
-}
-
-void check_num_threads(int num_threads) {
-  if (num_threads < 1)
-    throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
-}
-
 cpu::HeadProblem head_problem(py::handle hidden_arg, py::handle rows_arg, py::handle norm_arg,
                               py::handle shift_arg, py::handle gain_arg, py::handle weight_arg,
-                              py::handle bias_arg, bool normalized, bool narrow, cpu::Isa isa) {
+                              py::handle bias_arg, bool normalized, bool bf16, cpu::Isa isa) {
   const TensorView hidden(hidden_arg, "hidden", {DType::float32}, {kAny, kAny, kAny});
   const int64_t groups = hidden.size(0), length = hidden.size(1), width = hidden.size(2);
   const TensorView bias(bias_arg, "head.bias", {DType::float32}, {kAny});
@@ -33,7 +19,7 @@ cpu::HeadProblem head_problem(py::handle hidden_arg, py::handle rows_arg, py::ha
     throw py::value_error("head.bias: expected 1.." + std::to_string(kMaxVocab) + " tokens, got " +
                           std::to_string(vocab_size));
   const cpu::LinearLayout layout =
-      cpu::linear_layout(cpu::linear_kernel(isa), vocab_size, width, /*head_dim=*/0, narrow);
+      cpu::linear_layout(cpu::linear_kernel(isa), vocab_size, width, /*head_dim=*/0, bf16);
   const TensorView weight(weight_arg, "packed head.weight", {DType::int32}, {layout.size()});
   const TensorView norm(norm_arg, "head.norm", {DType::float32}, {width});
   const TensorView shift(shift_arg, "shift", {DType::float32}, {kAny, width});
@@ -55,7 +41,7 @@ cpu::HeadProblem head_problem(py::handle hidden_arg, py::handle rows_arg, py::ha
       .rows_per_group = shift.size(0) == 1 ? groups * length : length,
       .width = width,
       .vocab_size = vocab_size,
-      .narrow = narrow,
+      .bf16 = bf16,
       .normalized = normalized,
   };
 }

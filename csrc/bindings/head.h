@@ -10,11 +10,6 @@ namespace loopmdm {
 // `weight`: [vocab_size, D], packed for `isa`. Throws like TensorView.
 cpu::HeadProblem head_problem(pybind11::handle hidden, pybind11::handle rows, pybind11::handle norm,
                               pybind11::handle shift, pybind11::handle gain, pybind11::handle weight,
-                              pybind11::handle bias, bool normalized, bool narrow, cpu::Isa isa);
-
-void check_num_threads(int num_threads);
-
-// Throws ValueError unless all values are in 0..limit-1.
-void check_range(const TensorView& values, const char* name, int64_t limit);
+                              pybind11::handle bias, bool normalized, bool bf16, cpu::Isa isa);
 
 }  // namespace loopmdm

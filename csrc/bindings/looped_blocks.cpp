@@ -30,7 +30,7 @@ struct Arguments {
 
   Arguments(py::handle x_arg, const py::sequence& blocks_arg, py::handle modulation_arg,
             py::handle num_loops_arg, int64_t heads, py::handle cos_arg, py::handle sin_arg,
-            py::handle key_mask_arg, bool narrow, double dropout, uint64_t dropout_seed, int64_t first_loop)
+            py::handle key_mask_arg, bool bf16, double dropout, uint64_t dropout_seed, int64_t first_loop)
       : isa(cpu::current_isa()) {
     const TensorView x(x_arg, "x", {DType::float32}, {kAny, kAny, kAny});
     const int64_t batch = x.size(0), length = x.size(1), hidden = x.size(2);
@@ -48,7 +48,7 @@ struct Arguments {
     const int64_t width = TensorView(blocks_arg[5], "mlp_in_bias", {DType::float32}, {kAny}).size(0);
     const cpu::LinearKernel& linear = cpu::linear_kernel(isa);
     const auto size = [&](int64_t columns, int64_t depth, int64_t head_dim) {
-      return cpu::linear_layout(linear, columns, depth, head_dim, narrow).size();
+      return cpu::linear_layout(linear, columns, depth, head_dim, bf16).size();
     };
     for (size_t at = 0; at < py::len(blocks_arg); at += kTensorsPerBlock) {
       const auto packed = [&](size_t index, const char* name, int64_t words) {
@@ -57,7 +57,7 @@ struct Arguments {
       const auto vector = [&](size_t index, const char* name, int64_t elements) {
         return TensorView(blocks_arg[at + index], name, {DType::float32}, {elements}).as<const float>();
       };
-      blocks.push_back({.query_key_value = packed(1, "qkv", 3 * size(hidden, hidden, hidden / heads)),
+      blocks.push_back({.qkv = packed(1, "qkv", 3 * size(hidden, hidden, hidden / heads)),
                         .attn_out = packed(2, "attn_out", size(hidden, hidden, 0)),
                         .mlp_in = packed(4, "mlp_in", size(width, hidden, 0)),
                         .mlp_out = packed(6, "mlp_out", size(hidden, width, 0)),
@@ -85,7 +85,7 @@ struct Arguments {
         .exit_threshold = -1,
         .dropout = dropout,
         .dropout_seed = dropout_seed,
-        .narrow = narrow,
+        .bf16 = bf16,
     };
   }
 
@@ -95,14 +95,14 @@ struct Arguments {
 };
 
 // Bytes that record one application of a block to one sequence.
-int64_t tape_bytes(int64_t length, int64_t hidden, int64_t width, int64_t heads, bool narrow) {
+int64_t record_bytes(int64_t length, int64_t hidden, int64_t width, int64_t heads, bool bf16) {
   cpu::LoopedBlocksProblem problem{};
   problem.length = length;
   problem.hidden = hidden;
   problem.width = width;
   problem.heads = heads;
-  problem.narrow = narrow;
-  return cpu::block_shape(problem, cpu::current_isa()).tape_bytes();
+  problem.bf16 = bf16;
+  return cpu::block_shape(problem, cpu::current_isa()).record_bytes();
 }
 
 int64_t padded_columns(int64_t columns) {
@@ -110,41 +110,41 @@ int64_t padded_columns(int64_t columns) {
 }
 
 void looped_blocks(py::handle x, const py::sequence& blocks, py::handle modulation, py::handle num_loops,
-                   int64_t heads, py::handle cos, py::handle sin, py::handle key_mask, bool narrow,
+                   int64_t heads, py::handle cos, py::handle sin, py::handle key_mask, bool bf16,
                    double dropout, uint64_t dropout_seed, int64_t first_loop, double exit_threshold,
                    int num_threads, py::handle out_arg, py::handle used_arg, py::handle loop_inputs,
-                   py::handle tape) {
-  Arguments a(x, blocks, modulation, num_loops, heads, cos, sin, key_mask, narrow, dropout, dropout_seed,
+                   py::handle records_arg) {
+  Arguments a(x, blocks, modulation, num_loops, heads, cos, sin, key_mask, bf16, dropout, dropout_seed,
               first_loop);
   cpu::LoopedBlocksProblem& p = a.problem;
   p.exit_threshold = exit_threshold;
   const TensorView out(out_arg, "out", {DType::float32}, {p.batch, p.length, p.hidden});
   const TensorView used(used_arg, "used", {DType::int64}, {p.batch});
-  const int64_t most = a.most_loops(), record = tape_bytes(p.length, p.hidden, p.width, p.heads, narrow);
+  const int64_t most = a.most_loops(), bytes = record_bytes(p.length, p.hidden, p.width, p.heads, bf16);
   const cpu::LoopedBlocksOutput output = {
       .x = out.as<float>(),
       .loops_used = used.as<int64_t>(),
       .loop_inputs =
           optional<float>(loop_inputs, "loop_inputs", DType::float32, {most, p.batch, p.length, p.hidden}),
-      .tape = optional<char>(tape, "tape", DType::uint8, {most * p.num_blocks, p.batch, record})};
+      .records = optional<char>(records_arg, "records", DType::uint8, {most * p.num_blocks, p.batch, bytes})};
   const py::gil_scoped_release release;
   cpu::looped_blocks(p, output, a.isa, num_threads);
 }
 
-// gradient: of the result, becomes that of x. transposed: four packed weights a block. gradients: seven
+// grad_x: of the result, becomes that of x. transposed: four packed weights a block. gradients: seven
 // accumulators a block, in the order of BlockGradients; weights [out, padded in].
-void looped_blocks_backward(py::handle gradient, const py::sequence& blocks,
-                            const py::sequence& transposed_arg, py::handle modulation, py::handle num_loops,
-                            int64_t heads, py::handle cos, py::handle sin, py::handle key_mask, bool narrow,
-                            double dropout, uint64_t dropout_seed, int64_t first_loop, int num_threads,
-                            py::handle tape, const py::sequence& gradients_arg) {
-  Arguments a(gradient, blocks, modulation, num_loops, heads, cos, sin, key_mask, narrow, dropout,
-              dropout_seed, first_loop);
+void looped_blocks_backward(py::handle grad_x, const py::sequence& blocks, const py::sequence& transposed_arg,
+                            py::handle modulation, py::handle num_loops, int64_t heads, py::handle cos,
+                            py::handle sin, py::handle key_mask, bool bf16, double dropout,
+                            uint64_t dropout_seed, int64_t first_loop, int num_threads,
+                            py::handle records_arg, const py::sequence& gradients_arg) {
+  Arguments a(grad_x, blocks, modulation, num_loops, heads, cos, sin, key_mask, bf16, dropout, dropout_seed,
+              first_loop);
   const cpu::LoopedBlocksProblem& p = a.problem;
   const cpu::LinearKernel& linear = cpu::linear_kernel(a.isa);
-  const int64_t d = p.hidden, f = p.width, record = tape_bytes(p.length, d, f, p.heads, narrow);
+  const int64_t d = p.hidden, f = p.width, bytes = record_bytes(p.length, d, f, p.heads, bf16);
   const auto size = [&](int64_t columns, int64_t depth) {
-    return cpu::linear_layout(linear, columns, depth, 0, narrow).size();
+    return cpu::linear_layout(linear, columns, depth, 0, bf16).size();
   };
   const size_t n = static_cast<size_t>(p.num_blocks);
   if (py::len(transposed_arg) != 4 * n || py::len(gradients_arg) != 7 * n)
@@ -168,12 +168,13 @@ void looped_blocks_backward(py::handle gradient, const py::sequence& blocks,
                          sum(4, "gradient of mlp_in_bias", {f}), sum(5, "gradient of mlp_out_bias", {d}),
                          sum(6, "gradient of modulation", {p.modulation_rows, 6, d})});
   }
-  const TensorView records(tape, "tape", {DType::uint8}, {a.most_loops() * p.num_blocks, p.batch, record});
+  const TensorView records(records_arg, "records", {DType::uint8},
+                           {a.most_loops() * p.num_blocks, p.batch, bytes});
   const cpu::LoopedBlocksBackwardProblem problem = {
       .forward = p,
       .transposed = transposed.data(),
-      .tape = records.as<char>(),
-      .gradient = const_cast<float*>(p.x),
+      .records = records.as<char>(),
+      .grad_x = const_cast<float*>(p.x),
       .gradients = gradients.data(),
   };
   const py::gil_scoped_release release;
@@ -183,18 +184,18 @@ void looped_blocks_backward(py::handle gradient, const py::sequence& blocks,
 }  // namespace
 
 void bind_looped_blocks(py::module_& m) {
-  m.def("tape_bytes", &tape_bytes, py::arg("length"), py::arg("hidden"), py::arg("width"), py::arg("heads"),
-        py::arg("narrow"));
+  m.def("record_bytes", &record_bytes, py::arg("length"), py::arg("hidden"), py::arg("width"),
+        py::arg("heads"), py::arg("bf16"));
   m.def("padded_columns", &padded_columns, py::arg("columns"));
   m.def("looped_blocks", &looped_blocks, py::arg("x"), py::arg("blocks"), py::arg("modulation"),
         py::arg("num_loops"), py::arg("heads"), py::arg("cos"), py::arg("sin"), py::arg("key_mask"),
-        py::arg("narrow"), py::arg("dropout"), py::arg("dropout_seed"), py::arg("first_loop"),
+        py::arg("bf16"), py::arg("dropout"), py::arg("dropout_seed"), py::arg("first_loop"),
         py::arg("exit_threshold"), py::arg("num_threads"), py::arg("out"), py::arg("used"),
-        py::arg("loop_inputs"), py::arg("tape"));
-  m.def("looped_blocks_backward", &looped_blocks_backward, py::arg("gradient"), py::arg("blocks"),
+        py::arg("loop_inputs"), py::arg("records"));
+  m.def("looped_blocks_backward", &looped_blocks_backward, py::arg("grad_x"), py::arg("blocks"),
         py::arg("transposed"), py::arg("modulation"), py::arg("num_loops"), py::arg("heads"), py::arg("cos"),
-        py::arg("sin"), py::arg("key_mask"), py::arg("narrow"), py::arg("dropout"), py::arg("dropout_seed"),
-        py::arg("first_loop"), py::arg("num_threads"), py::arg("tape"), py::arg("gradients"));
+        py::arg("sin"), py::arg("key_mask"), py::arg("bf16"), py::arg("dropout"), py::arg("dropout_seed"),
+        py::arg("first_loop"), py::arg("num_threads"), py::arg("records"), py::arg("gradients"));
 }
 
 }  // namespace loopmdm

@@ -2,23 +2,14 @@
 
 #include <optional>
 
+#include "bindings/head.h"
 #include "bindings/ops.h"
-#include "bindings/tensor_view.h"
 #include "cpu/head/head_logits_backward.h"
 
 namespace py = pybind11;
 
 namespace loopmdm {
 namespace {
-
-void check_range(const TensorView& values, const char* name, int64_t limit) {
-  for (int64_t i = 0; i < values.size(0); ++i) {
-    const int64_t value = values.as<const int64_t>()[i];
-    if (value < 0 || value >= limit)
-      throw py::value_error(std::string(name) + ": expected values in 0.." + std::to_string(limit - 1) +
-                            ", got " + std::to_string(value) + " at index " + std::to_string(i));
-  }
-}
 
 // The arguments that both directions share.
 struct Arguments {
@@ -27,7 +18,7 @@ struct Arguments {
 
   Arguments(py::handle hidden_arg, py::handle rows_arg, py::handle targets_arg, py::handle norm_arg,
             py::handle shift_arg, py::handle gain_arg, py::handle weight_arg, py::handle bias_arg,
-            bool normalized, int64_t excluded_token, bool narrow, int num_threads) {
+            bool normalized, int64_t excluded_token, bool bf16, int num_threads) {
     const TensorView hidden(hidden_arg, "hidden", {DType::float32}, {kAny, kAny, kAny});
     batch = hidden.size(0);
     length = hidden.size(1);
@@ -55,8 +46,7 @@ struct Arguments {
     if (excluded_token < -1 || excluded_token >= vocab_size)
       throw py::value_error("head.excluded_token: expected -1 or a token of the vocabulary, got " +
                             std::to_string(excluded_token));
-    if (num_threads < 1)
-      throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
+    check_num_threads(num_threads);
     check_range(rows, "rows", batch * length);
     if (targets) check_range(*targets, "targets", vocab_size);
     problem = {
@@ -75,21 +65,22 @@ struct Arguments {
         .vocab_size = vocab_size,
         .excluded_token = excluded_token,
         .weight_is_bf16 = weight.dtype() == DType::bfloat16,
-        .narrow = narrow,
+        .bf16 = bf16,
         .normalized = normalized,
     };
   }
 };
 
-// Memory for what the forward pass keeps of each tile; `top` may be None, and `exponentials` too.
-cpu::KeptTiles kept_tiles(const cpu::MaskedCrossEntropyProblem& p, py::handle top, py::handle exponentials) {
+// Memory for what the forward pass keeps of each tile; `largest` may be None, and `exponentials` too.
+cpu::KeptTiles kept_tiles(const cpu::MaskedCrossEntropyProblem& p, py::handle largest,
+                          py::handle exponentials) {
   cpu::KeptTiles kept = {};
-  if (!top.is_none())
-    kept.top =
-        TensorView(top, "tile_top", {DType::float32}, {cpu::cross_entropy_tiles(p.vocab_size), p.num_rows})
-            .as<float>();
+  if (!largest.is_none())
+    kept.largest = TensorView(largest, "tile_largest", {DType::float32},
+                              {cpu::cross_entropy_tiles(p.vocab_size), p.num_rows})
+                       .as<float>();
   if (exponentials.is_none()) return kept;
-  if (top.is_none()) throw py::value_error("exponentials: expected None where tile_top is None");
+  if (largest.is_none()) throw py::value_error("exponentials: expected None where tile_largest is None");
   const TensorView memory(exponentials, "exponentials", {DType::float32, DType::bfloat16},
                           {p.vocab_size, p.width});
   kept.exponentials = memory.as<char>();
@@ -107,87 +98,87 @@ cpu::MaskedCrossEntropyGradients wanted_gradients(const Arguments& arguments, co
   };
   std::optional<TensorView> weight;
   if (!weight_arg.is_none())
-    weight.emplace(weight_arg, "weight_grad", std::initializer_list<DType>{DType::float32, DType::bfloat16},
+    weight.emplace(weight_arg, "grad_weight", std::initializer_list<DType>{DType::float32, DType::bfloat16},
                    std::initializer_list<int64_t>{p.vocab_size, p.width});
   const bool weight_is_bf16 = weight && weight->dtype() == DType::bfloat16;
   if (weight_is_bf16 && p.num_rows > cpu::kGroupRows)
-    throw py::value_error("weight_grad: expected float32 for more than " + std::to_string(cpu::kGroupRows) +
+    throw py::value_error("grad_weight: expected float32 for more than " + std::to_string(cpu::kGroupRows) +
                           " rows");
   if (shift.is_none() != scale.is_none())
-    throw py::value_error("shift_grad, scale_grad: expected both or none");
+    throw py::value_error("grad_shift, grad_scale: expected both or none");
   return {
       .nll = nll,
-      .hidden = wanted(hidden, "hidden_grad", {arguments.batch, arguments.length, p.width}),
-      .norm = wanted(norm, "norm_grad", {p.width}),
-      .shift = wanted(shift, "shift_grad", {p.num_modulations, p.width}),
-      .scale = wanted(scale, "scale_grad", {p.num_modulations, p.width}),
+      .hidden = wanted(hidden, "grad_hidden", {arguments.batch, arguments.length, p.width}),
+      .norm = wanted(norm, "grad_norm", {p.width}),
+      .shift = wanted(shift, "grad_shift", {p.num_modulations, p.width}),
+      .scale = wanted(scale, "grad_scale", {p.num_modulations, p.width}),
       .weight = weight ? weight->as<void>() : nullptr,
-      .bias = wanted(bias, "bias_grad", {p.vocab_size}),
+      .bias = wanted(bias, "grad_bias", {p.vocab_size}),
       .weight_is_bf16 = weight_is_bf16,
   };
 }
 
 void masked_cross_entropy(py::handle hidden, py::handle rows, py::handle targets, py::handle norm,
                           py::handle shift, py::handle gain, py::handle weight, py::handle bias,
-                          bool normalized, int64_t excluded_token, bool narrow, int num_threads,
-                          py::handle row_weights_arg, py::handle total_arg, py::handle top_arg,
-                          py::handle sum_arg, py::handle nll_arg, py::handle tile_top,
+                          bool normalized, int64_t excluded_token, bool bf16, int num_threads,
+                          py::handle row_weights_arg, py::handle total_arg, py::handle largest_arg,
+                          py::handle sum_arg, py::handle nll_arg, py::handle tile_largest,
                           py::handle exponentials) {
   const Arguments arguments(hidden, rows, targets, norm, shift, gain, weight, bias, normalized,
-                            excluded_token, narrow, num_threads);
+                            excluded_token, bf16, num_threads);
   const int64_t num_rows = arguments.problem.num_rows;
   const TensorView row_weights(row_weights_arg, "row_weights", {DType::float32}, {num_rows});
   const TensorView total(total_arg, "total", {DType::float32}, {});
   const TensorView nll(nll_arg, "nll", {DType::float32}, {num_rows});
-  const TensorView top(top_arg, "top", {DType::float32}, {num_rows});
+  const TensorView largest(largest_arg, "largest", {DType::float32}, {num_rows});
   const TensorView sum(sum_arg, "sum", {DType::float32}, {num_rows});
-  const cpu::KeptTiles kept = kept_tiles(arguments.problem, tile_top, exponentials);
+  const cpu::KeptTiles kept = kept_tiles(arguments.problem, tile_largest, exponentials);
   const cpu::Isa isa = cpu::current_isa();
   const py::gil_scoped_release release;
   cpu::masked_cross_entropy(arguments.problem, row_weights.as<const float>(), total.as<float>(),
-                            {top.as<float>(), sum.as<float>(), nll.as<float>()}, kept, isa, num_threads);
+                            {largest.as<float>(), sum.as<float>(), nll.as<float>()}, kept, isa, num_threads);
 }
 
 void masked_cross_entropy_backward(py::handle hidden, py::handle rows, py::handle targets, py::handle norm,
                                    py::handle shift, py::handle gain, py::handle weight, py::handle bias,
-                                   bool normalized, int64_t excluded_token, bool narrow, int num_threads,
-                                   py::handle top_arg, py::handle sum_arg, py::handle nll_arg,
-                                   py::handle tile_top, py::handle exponentials, py::handle nll_grad_arg,
-                                   py::handle hidden_grad, py::handle norm_grad, py::handle shift_grad,
-                                   py::handle scale_grad, py::handle weight_grad, py::handle bias_grad) {
+                                   bool normalized, int64_t excluded_token, bool bf16, int num_threads,
+                                   py::handle largest_arg, py::handle sum_arg, py::handle nll_arg,
+                                   py::handle tile_largest, py::handle exponentials, py::handle grad_nll_arg,
+                                   py::handle grad_hidden, py::handle grad_norm, py::handle grad_shift,
+                                   py::handle grad_scale, py::handle grad_weight, py::handle grad_bias) {
   const Arguments arguments(hidden, rows, targets, norm, shift, gain, weight, bias, normalized,
-                            excluded_token, narrow, num_threads);
+                            excluded_token, bf16, num_threads);
   const cpu::MaskedCrossEntropyProblem& p = arguments.problem;
-  const TensorView top(top_arg, "top", {DType::float32}, {p.num_rows});
+  const TensorView largest(largest_arg, "largest", {DType::float32}, {p.num_rows});
   const TensorView sum(sum_arg, "sum", {DType::float32}, {p.num_rows});
   const TensorView nll(nll_arg, "nll", {DType::float32}, {p.num_rows});
-  const TensorView nll_grad(nll_grad_arg, "nll_grad", {DType::float32}, {p.num_rows});
+  const TensorView grad_nll(grad_nll_arg, "grad_nll", {DType::float32}, {p.num_rows});
   const cpu::MaskedCrossEntropyGradients gradients =
-      wanted_gradients(arguments, nll_grad.as<const float>(), hidden_grad, norm_grad, shift_grad, scale_grad,
-                       weight_grad, bias_grad);
-  const cpu::KeptTiles kept = kept_tiles(p, tile_top, exponentials);
-  if (tile_top.is_none()) throw py::value_error("tile_top: expected a tensor, got None");
+      wanted_gradients(arguments, grad_nll.as<const float>(), grad_hidden, grad_norm, grad_shift, grad_scale,
+                       grad_weight, grad_bias);
+  const cpu::KeptTiles kept = kept_tiles(p, tile_largest, exponentials);
+  if (tile_largest.is_none()) throw py::value_error("tile_largest: expected a tensor, got None");
   const cpu::Isa isa = cpu::current_isa();
   const py::gil_scoped_release release;
-  cpu::masked_cross_entropy_backward(p, {top.as<float>(), sum.as<float>(), nll.as<float>()}, kept, gradients,
-                                     isa, num_threads);
+  cpu::masked_cross_entropy_backward(p, {largest.as<float>(), sum.as<float>(), nll.as<float>()}, kept,
+                                     gradients, isa, num_threads);
 }
 
 void head_logits_backward(py::handle hidden, py::handle rows, py::handle norm, py::handle shift,
-                          py::handle gain, py::handle weight, py::handle bias, bool normalized, bool narrow,
-                          int num_threads, py::handle logits_grad_arg, py::handle hidden_grad,
-                          py::handle norm_grad, py::handle shift_grad, py::handle scale_grad,
-                          py::handle weight_grad, py::handle bias_grad) {
+                          py::handle gain, py::handle weight, py::handle bias, bool normalized, bool bf16,
+                          int num_threads, py::handle grad_logits_arg, py::handle grad_hidden,
+                          py::handle grad_norm, py::handle grad_shift, py::handle grad_scale,
+                          py::handle grad_weight, py::handle grad_bias) {
   const Arguments arguments(hidden, rows, py::none(), norm, shift, gain, weight, bias, normalized,
-                            /*excluded_token=*/-1, narrow, num_threads);
+                            /*excluded_token=*/-1, bf16, num_threads);
   const cpu::MaskedCrossEntropyProblem& p = arguments.problem;
-  const TensorView logits_grad(logits_grad_arg, "logits_grad", {narrow ? DType::bfloat16 : DType::float32},
+  const TensorView grad_logits(grad_logits_arg, "grad_logits", {bf16 ? DType::bfloat16 : DType::float32},
                                {p.num_rows, p.vocab_size});
   const cpu::MaskedCrossEntropyGradients gradients = wanted_gradients(
-      arguments, nullptr, hidden_grad, norm_grad, shift_grad, scale_grad, weight_grad, bias_grad);
+      arguments, nullptr, grad_hidden, grad_norm, grad_shift, grad_scale, grad_weight, grad_bias);
   const cpu::Isa isa = cpu::current_isa();
   const py::gil_scoped_release release;
-  cpu::head_logits_backward(p, {logits_grad.data()}, gradients, isa, num_threads);
+  cpu::head_logits_backward(p, {grad_logits.data()}, gradients, isa, num_threads);
 }
 
 }  // namespace
@@ -197,20 +188,20 @@ void bind_masked_cross_entropy(py::module_& m) {
   m.def("cross_entropy_tiles", &cpu::cross_entropy_tiles, py::arg("vocab_size"));
   m.def("masked_cross_entropy", &masked_cross_entropy, py::arg("hidden"), py::arg("rows"), py::arg("targets"),
         py::arg("norm"), py::arg("shift"), py::arg("gain"), py::arg("weight"), py::arg("bias"),
-        py::arg("normalized"), py::arg("excluded_token"), py::arg("narrow"), py::arg("num_threads"),
-        py::arg("row_weights"), py::arg("total"), py::arg("top"), py::arg("sum"), py::arg("nll"),
-        py::arg("tile_top"), py::arg("exponentials"));
+        py::arg("normalized"), py::arg("excluded_token"), py::arg("bf16"), py::arg("num_threads"),
+        py::arg("row_weights"), py::arg("total"), py::arg("largest"), py::arg("sum"), py::arg("nll"),
+        py::arg("tile_largest"), py::arg("exponentials"));
   m.def("masked_cross_entropy_backward", &masked_cross_entropy_backward, py::arg("hidden"), py::arg("rows"),
         py::arg("targets"), py::arg("norm"), py::arg("shift"), py::arg("gain"), py::arg("weight"),
-        py::arg("bias"), py::arg("normalized"), py::arg("excluded_token"), py::arg("narrow"),
-        py::arg("num_threads"), py::arg("top"), py::arg("sum"), py::arg("nll"), py::arg("tile_top"),
-        py::arg("exponentials"), py::arg("nll_grad"), py::arg("hidden_grad"), py::arg("norm_grad"),
-        py::arg("shift_grad"), py::arg("scale_grad"), py::arg("weight_grad"), py::arg("bias_grad"));
+        py::arg("bias"), py::arg("normalized"), py::arg("excluded_token"), py::arg("bf16"),
+        py::arg("num_threads"), py::arg("largest"), py::arg("sum"), py::arg("nll"), py::arg("tile_largest"),
+        py::arg("exponentials"), py::arg("grad_nll"), py::arg("grad_hidden"), py::arg("grad_norm"),
+        py::arg("grad_shift"), py::arg("grad_scale"), py::arg("grad_weight"), py::arg("grad_bias"));
   m.def("head_logits_backward", &head_logits_backward, py::arg("hidden"), py::arg("rows"), py::arg("norm"),
         py::arg("shift"), py::arg("gain"), py::arg("weight"), py::arg("bias"), py::arg("normalized"),
-        py::arg("narrow"), py::arg("num_threads"), py::arg("logits_grad"), py::arg("hidden_grad"),
-        py::arg("norm_grad"), py::arg("shift_grad"), py::arg("scale_grad"), py::arg("weight_grad"),
-        py::arg("bias_grad"));
+        py::arg("bf16"), py::arg("num_threads"), py::arg("grad_logits"), py::arg("grad_hidden"),
+        py::arg("grad_norm"), py::arg("grad_shift"), py::arg("grad_scale"), py::arg("grad_weight"),
+        py::arg("grad_bias"));
 }
 
 }  // namespace loopmdm

@@ -23,14 +23,14 @@ struct RowNames {
 };
 
 void sample_rows(py::handle hidden_arg, py::handle rows_arg, py::handle norm_arg, py::handle shift_arg,
-                 py::handle gain_arg, py::handle weight_arg, py::handle bias_arg, bool normalized,
-                 bool narrow, int64_t excluded_token, uint64_t seed, py::handle sequence_arg,
-                 py::handle step_arg, py::handle position_arg, double temperature, int num_threads,
-                 py::handle token_arg, py::handle log_prob_arg, py::handle top1_token_arg,
-                 py::handle top1_prob_arg, py::handle top2_prob_arg, py::handle entropy_arg) {
+                 py::handle gain_arg, py::handle weight_arg, py::handle bias_arg, bool normalized, bool bf16,
+                 int64_t excluded_token, uint64_t seed, py::handle sequence_arg, py::handle step_arg,
+                 py::handle position_arg, double temperature, int num_threads, py::handle token_arg,
+                 py::handle log_prob_arg, py::handle top1_token_arg, py::handle top1_prob_arg,
+                 py::handle top2_prob_arg, py::handle entropy_arg) {
   const cpu::Isa isa = cpu::current_isa();
   const cpu::HeadProblem head = head_problem(hidden_arg, rows_arg, norm_arg, shift_arg, gain_arg, weight_arg,
-                                             bias_arg, normalized, narrow, isa);
+                                             bias_arg, normalized, bf16, isa);
   const int64_t num_rows = head.num_rows, vocab_size = head.vocab_size;
   const RowNames names(sequence_arg, step_arg, position_arg, num_rows);
   const TensorView token(token_arg, "token", {DType::int64}, {num_rows});
@@ -122,7 +122,7 @@ void bind_sample_rows(py::module_& m) {
         py::arg("token"));
   m.def("largest_values", &largest_values, py::arg("values"), py::arg("num_threads"), py::arg("out"));
   m.def("sample_rows", &sample_rows, py::arg("hidden"), py::arg("rows"), py::arg("norm"), py::arg("shift"),
-        py::arg("gain"), py::arg("weight"), py::arg("bias"), py::arg("normalized"), py::arg("narrow"),
+        py::arg("gain"), py::arg("weight"), py::arg("bias"), py::arg("normalized"), py::arg("bf16"),
         py::arg("excluded_token"), py::arg("seed"), py::arg("sequence"), py::arg("step"), py::arg("position"),
         py::arg("temperature"), py::arg("num_threads"), py::arg("token"), py::arg("log_prob"),
         py::arg("top1_token"), py::arg("top1_prob"), py::arg("top2_prob"), py::arg("entropy"));

@@ -163,4 +163,18 @@ TensorView::TensorView(py::handle object, const char* name, std::initializer_lis
   data_ = static_cast<char*>(t.data) + t.byte_offset;
 }
 
+void check_range(const TensorView& values, const char* name, int64_t limit) {
+  for (int64_t i = 0; i < values.size(0); ++i) {
+    const int64_t value = values.as<const int64_t>()[i];
+    if (value < 0 || value >= limit)
+      throw py::value_error(std::string(name) + ": expected values in 0.." + std::to_string(limit - 1) +
+                            ", got " + std::to_string(value) + " at index " + std::to_string(i));
+  }
+}
+
+void check_num_threads(int num_threads) {
+  if (num_threads < 1)
+    throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
+}
+
 }  // namespace loopmdm

@@ -41,4 +41,8 @@ class TensorView {
   int64_t shape_[kMaxRank], strides_[kMaxRank];
 };
 
+// Throw ValueError unless all values, of int64, are in 0..limit-1; unless there is a thread.
+void check_range(const TensorView& values, const char* name, int64_t limit);
+void check_num_threads(int num_threads);
+
 }  // namespace loopmdm

@@ -31,7 +31,7 @@ def head_arguments(
     hidden: Tensor, head: Head, rows: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool]:
     """The first arguments of `_C.sample_rows` and `_C.head_logits`, the weight packed for this processor."""
-    narrow = dtype == torch.bfloat16
+    bf16 = dtype == torch.bfloat16
     shift, scale = head.modulation.to(dtype).unbind(1)
     return (
         hidden.contiguous(),
@@ -39,8 +39,8 @@ def head_arguments(
         norm_or_ones(head.norm, hidden),
         shift.float().contiguous(),
         (1 + scale).float().contiguous(),
-        packed_linear(head.weight, narrow=narrow),
+        packed_linear(head.weight, bf16=bf16),
         head.bias.float().contiguous(),
         head.norm is not None,
-        narrow,
+        bf16,
     )

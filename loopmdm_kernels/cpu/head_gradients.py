@@ -11,7 +11,7 @@ from torch import Tensor
 from loopmdm_kernels.cpu.head import norm_or_ones
 
 
-def head_problem(leaves: Sequence[Any], rows: Tensor, narrow: bool) -> dict[str, Any]:
+def head_problem(leaves: Sequence[Any], rows: Tensor, bf16: bool) -> dict[str, Any]:
     """The arguments that their kernels have in common."""
     hidden, norm, weight, bias, modulation = leaves  # norm may be None
     shift, scale = modulation.float().unbind(1)
@@ -24,7 +24,7 @@ def head_problem(leaves: Sequence[Any], rows: Tensor, narrow: bool) -> dict[str,
         "weight": weight.contiguous(),
         "bias": bias.float().contiguous(),
         "normalized": norm is not None,
-        "narrow": narrow,
+        "bf16": bf16,
         "num_threads": torch.get_num_threads(),
     }
 
@@ -69,12 +69,12 @@ class HeadGradients:
     def arguments(self) -> dict[str, Any]:
         """Where a kernel is to write."""
         return {
-            "hidden_grad": self._hidden,
-            "norm_grad": self._norm,
-            "shift_grad": self._shift,
-            "scale_grad": self._scale,
-            "weight_grad": self._weight,
-            "bias_grad": self._bias,
+            "grad_hidden": self._hidden,
+            "grad_norm": self._norm,
+            "grad_shift": self._shift,
+            "grad_scale": self._scale,
+            "grad_weight": self._weight,
+            "grad_bias": self._bias,
         }
 
     def results(self) -> tuple[Tensor | None, ...]:

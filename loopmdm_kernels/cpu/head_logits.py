@@ -43,7 +43,7 @@ def head_logits_backward(
         if any(wanted):
             _C.head_logits_backward(
                 **head_problem(leaves, torch.arange(num_rows), dtype == torch.bfloat16),
-                logits_grad=grad.to(dtype).reshape(num_rows, -1).contiguous(),
+                grad_logits=grad.to(dtype).reshape(num_rows, -1).contiguous(),
                 **grads.arguments(),
             )
         return grads.results()

@@ -52,7 +52,7 @@ class _Options(NamedTuple):
     cos: Tensor | None
     sin: Tensor | None
     key_mask: Tensor | None
-    narrow: bool
+    bf16: bool
     dropout: float
     dropout_seed: int
 
@@ -116,15 +116,15 @@ def _packed(weights: Sequence[Tensor], options: _Options) -> list[Tensor]:
     tensors: list[Tensor] = []
     for i in range(0, len(weights), _TENSORS):
         b = BlockWeights(*weights[i : i + _TENSORS])
-        narrow = options.narrow
+        bf16 = options.bf16
         tensors += [
             _vector(b.norm1),
-            packed_linear(b.qkv, narrow=narrow, heads=options.num_heads, parts=3),
-            packed_linear(b.attn_out, narrow=narrow),
+            packed_linear(b.qkv, bf16=bf16, heads=options.num_heads, parts=3),
+            packed_linear(b.attn_out, bf16=bf16),
             _vector(b.norm2),
-            packed_linear(b.mlp_in, narrow=narrow),
+            packed_linear(b.mlp_in, bf16=bf16),
             _vector(b.mlp_in_bias),
-            packed_linear(b.mlp_out, narrow=narrow),
+            packed_linear(b.mlp_out, bf16=bf16),
             _vector(b.mlp_out_bias),
         ]
     return tensors
@@ -139,7 +139,7 @@ def _forward(
     threshold: float = -1.0,
     first_loop: int = 0,
     loop_inputs: Tensor | None = None,
-    tape: Tensor | None = None,
+    records: Tensor | None = None,
     packed: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     from loopmdm_kernels import _C
@@ -158,7 +158,7 @@ def _forward(
         out,
         used,
         loop_inputs,
-        tape,
+        records,
     )
     return out, used
 
@@ -230,7 +230,7 @@ class _LoopedBlocks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         most, num_blocks = int(loops.max()), len(weights) // _TENSORS
         loop_inputs = torch.empty(most, *x.shape, dtype=torch.float32) if recompute else None
-        tape = None if recompute else _Tape(_tape_shape(x, weights, options, most * num_blocks))
+        memory = None if recompute else _RecordMemory(_record_shape(x, weights, options, most * num_blocks))
         out, used = _forward(
             x,
             weights,
@@ -239,11 +239,11 @@ class _LoopedBlocks(torch.autograd.Function):
             options,
             threshold,
             loop_inputs=loop_inputs,
-            tape=None if tape is None else tape.records,
+            records=None if memory is None else memory.records,
         )
         ctx.mark_non_differentiable(used)
         ctx.save_for_backward(x, modulation, used, *weights)
-        ctx.options, ctx.loop_inputs, ctx.tape = options, loop_inputs, tape
+        ctx.options, ctx.loop_inputs, ctx.record_memory = options, loop_inputs, memory
         return out, used
 
     @staticmethod
@@ -256,12 +256,12 @@ class _LoopedBlocks(torch.autograd.Function):
         packed = _packed(weights, options)
         grad = grad.resolve_neg().float().clone(memory_format=torch.contiguous_format)
         transposed = [
-            packed_linear(weight, narrow=options.narrow, transposed=True)
+            packed_linear(weight, bf16=options.bf16, transposed=True)
             for block in blocks
             for weight in (block.qkv, block.attn_out, block.mlp_in, block.mlp_out)
         ]
 
-        def run(first_loop: int, loops: Tensor, tape: Tensor) -> None:
+        def run(first_loop: int, loops: Tensor, records: Tensor) -> None:
             from loopmdm_kernels import _C
 
             _C.looped_blocks_backward(
@@ -273,15 +273,15 @@ class _LoopedBlocks(torch.autograd.Function):
                 *options,
                 first_loop,
                 torch.get_num_threads(),
-                tape,
+                records,
                 [tensor for gradient in gradients for tensor in gradient],
             )
 
         most = int(used.max())  # fewer than were allowed where every sequence stopped early
-        if ctx.tape is not None:
-            run(0, used, ctx.tape.records[: most * len(blocks)])
+        if ctx.record_memory is not None:
+            run(0, used, ctx.record_memory.records[: most * len(blocks)])
         else:
-            tape = _Tape(_tape_shape(x, weights, options, len(blocks)))
+            memory = _RecordMemory(_record_shape(x, weights, options, len(blocks)))
             for loop in reversed(range(most)):
                 once = (used > loop).long()
                 _forward(
@@ -291,10 +291,10 @@ class _LoopedBlocks(torch.autograd.Function):
                     once,
                     options,
                     first_loop=loop,
-                    tape=tape.records,
+                    records=memory.records,
                     packed=packed,
                 )
-                run(loop, once, tape.records)
+                run(loop, once, memory.records)
         grad_weights: list[Tensor] = []
         grad_modulation = torch.empty_like(modulation)
         for index, (block, gradient) in enumerate(zip(blocks, gradients, strict=True)):
@@ -304,17 +304,17 @@ class _LoopedBlocks(torch.autograd.Function):
         return grad, grad_modulation, None, None, None, None, *grad_weights
 
 
-def _tape_shape(
+def _record_shape(
     x: Tensor, weights: Sequence[Tensor], options: _Options, applications: int
 ) -> tuple[int, ...]:
     from loopmdm_kernels import _C
 
     batch, length, hidden = x.shape
     width = BlockWeights(*weights[:_TENSORS]).mlp_in.shape[0]
-    return applications, batch, _C.tape_bytes(length, hidden, width, options.num_heads, options.narrow)
+    return applications, batch, _C.record_bytes(length, hidden, width, options.num_heads, options.bf16)
 
 
-class _Tape:
+class _RecordMemory:
     """Memory for the records of one forward pass; goes back to the spare ones when the graph is gone.
 
     A training step touches hundreds of MB of records. Fresh memory for each would be cleared by the system
@@ -345,5 +345,5 @@ class _Tape:
 
 def release_spare_memory() -> None:
     """Return to the system the memory that training steps keep for the next one."""
-    with _Tape._lock:
-        _Tape._spare.clear()
+    with _RecordMemory._lock:
+        _RecordMemory._spare.clear()

@@ -41,9 +41,9 @@ def masked_cross_entropy(
     reason = supports(hidden=hidden, head=head, compute_dtype=compute_dtype)
     if reason is not None:
         raise ValueError(f"masked_cross_entropy on the CPU: {reason}")
-    narrow = (compute_dtype or head.weight.dtype) == torch.bfloat16
+    bf16 = (compute_dtype or head.weight.dtype) == torch.bfloat16
     total, nll = _MaskedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, *head, targets.flatten()[rows], rows, row_weights, narrow, torch.is_grad_enabled()
+        hidden, *head, targets.flatten()[rows], rows, row_weights, bf16, torch.is_grad_enabled()
     )
     return total, nll
 
@@ -61,19 +61,19 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         rows: Tensor,
         row_weights: Tensor,
-        narrow: bool,
+        bf16: bool,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         from loopmdm_kernels import _C
 
         num_rows = rows.shape[0]
-        tile_top = exponentials = None
+        tile_largest = exponentials = None
         if grad_enabled and any(ctx.needs_input_grad[:5]):
-            tile_top = torch.empty(_C.cross_entropy_tiles(weight.shape[0]), num_rows, dtype=torch.float32)
+            tile_largest = torch.empty(_C.cross_entropy_tiles(weight.shape[0]), num_rows, dtype=torch.float32)
         if grad_enabled and ctx.needs_input_grad[2] and num_rows:
             exponentials = weight_gradient_memory(weight, num_rows)
-        problem = head_problem((hidden, norm, weight, bias, modulation), rows, narrow)
-        top, row_sum, nll = (torch.empty(num_rows, dtype=torch.float32) for _ in range(3))
+        problem = head_problem((hidden, norm, weight, bias, modulation), rows, bf16)
+        largest, row_sum, nll = (torch.empty(num_rows, dtype=torch.float32) for _ in range(3))
         total = torch.empty((), dtype=torch.float32)
         _C.masked_cross_entropy(
             **problem,
@@ -81,16 +81,16 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             excluded_token=excluded_token,
             row_weights=row_weights.float().contiguous(),
             total=total,
-            top=top,
+            largest=largest,
             sum=row_sum,
             nll=nll,
-            tile_top=tile_top,
+            tile_largest=tile_largest,
             exponentials=exponentials,
         )
         ctx.save_for_backward(
-            hidden, norm, weight, bias, modulation, targets, rows, row_weights, top, row_sum, nll, tile_top
+            hidden, norm, weight, bias, modulation, targets, rows, row_weights, largest, row_sum, nll, tile_largest
         )
-        ctx.excluded_token, ctx.narrow, ctx.exponentials = excluded_token, narrow, exponentials
+        ctx.excluded_token, ctx.bf16, ctx.exponentials = excluded_token, bf16, exponentials
         return total, nll
 
     @staticmethod
@@ -98,21 +98,21 @@ class _MaskedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         from loopmdm_kernels import _C
 
-        *leaves, targets, rows, row_weights, top, row_sum, nll, tile_top = ctx.saved_tensors
+        *leaves, targets, rows, row_weights, largest, row_sum, nll, tile_largest = ctx.saved_tensors
         exponentials, ctx.exponentials = ctx.exponentials, None  # they can be read once
         wanted = ctx.needs_input_grad[:5]
         grads = HeadGradients(tuple(leaves), wanted, rows.shape[0], exponentials)
         if any(wanted):
             _C.masked_cross_entropy_backward(
-                **head_problem(leaves, rows, ctx.narrow),
+                **head_problem(leaves, rows, ctx.bf16),
                 targets=targets,
                 excluded_token=ctx.excluded_token,
-                top=top,
+                largest=largest,
                 sum=row_sum,
                 nll=nll,
-                tile_top=tile_top,
+                tile_largest=tile_largest,
                 exponentials=exponentials,
-                nll_grad=grad_total * row_weights.float() + grad_nll,
+                grad_nll=grad_total * row_weights.float() + grad_nll,
                 **grads.arguments(),
             )
         return (

@@ -46,7 +46,7 @@ def clear() -> None:
 
 
 def packed_linear(
-    weight: Tensor, *, narrow: bool, heads: int = 0, parts: int = 1, transposed: bool = False
+    weight: Tensor, *, bf16: bool, heads: int = 0, parts: int = 1, transposed: bool = False
 ) -> Tensor:
     """The weight [N, K] as 32-bit words in panels; see `csrc/cpu/linear/linear.h`. Not to be written to.
 
@@ -56,7 +56,7 @@ def packed_linear(
     from loopmdm_kernels import _C
 
     if not weight.is_contiguous():
-        return _pack(weight.detach().contiguous(), narrow, heads, parts, transposed)
+        return _pack(weight.detach().contiguous(), bf16, heads, parts, transposed)
     # Read before packing: a write by another thread meanwhile is seen by the next call.
     state = _State(
         -1 if weight.is_inference() else weight._version,
@@ -71,19 +71,19 @@ def packed_linear(
         _watch_optimizers()
         known = _Packs(weakref.ref(weight, partial(_known.pop, key)), state, {})
         _known[key] = known
-    options = (narrow, heads, parts, transposed, _C.cpu_isa())
+    options = (bf16, heads, parts, transposed, _C.cpu_isa())
     packed = known.packed.get(options)
     if packed is None:
-        packed = known.packed[options] = _pack(weight, narrow, heads, parts, transposed)
+        packed = known.packed[options] = _pack(weight, bf16, heads, parts, transposed)
     return packed
 
 
-def _pack(weight: Tensor, narrow: bool, heads: int, parts: int, transposed: bool) -> Tensor:
+def _pack(weight: Tensor, bf16: bool, heads: int, parts: int, transposed: bool) -> Tensor:
     from loopmdm_kernels import _C
 
     columns, depth = reversed(weight.shape) if transposed else weight.shape
-    packed = torch.empty(_C.packed_size(columns, depth, heads, parts, narrow), dtype=torch.int32)
-    _C.pack_linear(weight, heads, parts, narrow, transposed, torch.get_num_threads(), packed)
+    packed = torch.empty(_C.packed_size(columns, depth, heads, parts, bf16), dtype=torch.int32)
+    _C.pack_linear(weight, heads, parts, bf16, transposed, torch.get_num_threads(), packed)
     return packed
 
 

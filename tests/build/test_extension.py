@@ -11,7 +11,7 @@ import pytest
 from loopmdm_kernels import _C
 
 ROOT = Path(__file__).resolve().parents[2]
-ISA_SOURCE = ROOT / "csrc/cpu/head/sample_rows_isa.cpp"
+KERNEL = {"@kernel@": "head/sample_rows", "@name@": "sample_rows"}
 
 
 def output_of(*command):
@@ -42,9 +42,13 @@ def compile_object(tmp_path, *flags):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    target = tmp_path / "kernel.o"
+    text = (ROOT / "csrc/cpu/kernel.cpp.in").read_text()
+    for name, value in KERNEL.items():
+        text = text.replace(name, value)
+    source, target = tmp_path / "kernel.cpp", tmp_path / "kernel.o"
+    source.write_text(text)
     command = [compiler, "-std=gnu++20", "-O1", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", *flags]
-    subprocess.run([*command, "-c", str(ISA_SOURCE), "-o", str(target)], check=True)
+    subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
     return target
 
 
@@ -60,7 +64,7 @@ def test_generic_kernel_needs_only_the_base_instruction_set(tmp_path):
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_instruction_sets_share_no_function(isa):
     """Every symbol of a kernel object is local or in the namespace of its instruction set."""
-    objects = sorted(ROOT.glob(f"build/cmake.*/CMakeFiles/cpu_{isa}.dir/csrc/cpu/*/*.o"))
+    objects = sorted(ROOT.glob(f"build/cmake.*/CMakeFiles/cpu_{isa}.dir/kernels/*.o"))
     if not objects:
         pytest.skip("the objects of the build are not here")
     for path in objects:

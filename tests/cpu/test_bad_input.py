@@ -14,12 +14,12 @@ from loopmdm_kernels.cpu.packing import packed_linear
 from loopmdm_kernels.types import Head, RowRng, SampledRows
 
 INPUTS = ("hidden", "rows", "norm", "shift", "gain", "weight", "bias", "normalized")
-OPTIONS = ("narrow", "excluded_token", "seed", "sequence", "step", "position", "temperature", "num_threads")
+OPTIONS = ("bf16", "excluded_token", "seed", "sequence", "step", "position", "temperature", "num_threads")
 ARGUMENTS = (*INPUTS, *OPTIONS, *SampledRows._fields)
 
 
-def packed(weight, narrow=False):
-    return packed_linear(weight, narrow=narrow)
+def packed(weight, bf16=False):
+    return packed_linear(weight, bf16=bf16)
 
 
 def call(**changes):
@@ -36,7 +36,7 @@ def call(**changes):
         "seed": 0,
         "temperature": 1.0,
         "normalized": True,
-        "narrow": False,
+        "bf16": False,
         "num_threads": 1,
     }
     for name in ARGUMENTS:
@@ -57,7 +57,7 @@ def test_accepts_what_it_should():
     torch.testing.assert_close(arguments["log_prob"], torch.full((4,), -2.302585))
     call(hidden=torch.zeros(2, 3, 8, requires_grad=True))
     call(weight=packed(torch.nn.Parameter(torch.zeros(10, 8))))
-    call(weight=packed(torch.zeros(10, 8, dtype=torch.bfloat16), narrow=True), narrow=True)
+    call(weight=packed(torch.zeros(10, 8, dtype=torch.bfloat16), bf16=True), bf16=True)
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,10 @@ def test_every_write_to_a_small_matrix_is_seen(write, shape):
     weight = nn.Parameter(torch.randn(shape))
     number = weight.numel()
     for place in {*range(0, number, max(number // 61, 1)), number - 1, number // 2}:
-        packed_linear(weight, narrow=False)
+        packed_linear(weight, bf16=False)
         write(weight, place, 3.25 + place)
-        packing_then = packed_linear(weight, narrow=False)
-        assert torch.equal(packing_then, packed_linear(weight.detach().clone(), narrow=False))
+        packing_then = packed_linear(weight, bf16=False)
+        assert torch.equal(packing_then, packed_linear(weight.detach().clone(), bf16=False))
 
 
 def test_an_op_sees_any_row_written_through_data():

@@ -154,7 +154,7 @@ def test_nothing_is_kept_for_gradients_that_nobody_wants(calls, memories, wanted
         total, nll = loss_of(leaves, targets, rows, excluded)
     assert total.requires_grad == nll.requires_grad == tops
     assert calls[0]["exponentials"] is None and not memories
-    assert (calls[0]["tile_top"] is not None) == tops
+    assert (calls[0]["tile_largest"] is not None) == tops
 
 
 def test_a_compiled_loss_keeps_nothing_between_its_passes(calls):
@@ -166,5 +166,5 @@ def test_a_compiled_loss_keeps_nothing_between_its_passes(calls):
         out = run(compiled, *inputs)
     assert_same(out, expected)
     forward, again = calls  # the second one belongs to the backward pass
-    assert forward["exponentials"] is None and forward["tile_top"] is None
+    assert forward["exponentials"] is None and forward["tile_largest"] is None
     assert again["exponentials"] is not None

@@ -8,7 +8,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels import reference
-from loopmdm_kernels.cpu.looped_blocks import _Tape
+from loopmdm_kernels.cpu.looped_blocks import _RecordMemory
 from loopmdm_kernels.testing import LoopedInputs, assert_matches_oracle, looped_inputs
 from loopmdm_kernels.types import BlockWeights
 
@@ -221,6 +221,6 @@ def test_no_memory_for_the_records(monkeypatch):
     after = []
     monkeypatch.setattr(sys, "unraisablehook", after.append)
     with pytest.raises(RuntimeError, match="alloc"):
-        _Tape((1 << 60,))
+        _RecordMemory((1 << 60,))
     gc.collect()
     assert not after

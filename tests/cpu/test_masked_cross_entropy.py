@@ -174,9 +174,9 @@ def test_only_wanted_gradients(monkeypatch, wanted):
     if wanted == ("row_weights",):
         assert not asked
         return
-    made = {name for name in asked[0] if name.endswith("_grad")} - {"nll_grad"}
-    names = {f"{name}_grad" for name in wanted} - {"modulation_grad"}
-    assert made == names | ({"shift_grad", "scale_grad"} if "modulation" in wanted else set())
+    made = {name for name in asked[0] if name.startswith("grad_")} - {"grad_nll"}
+    names = {f"grad_{name}" for name in wanted} - {"grad_modulation"}
+    assert made == names | ({"grad_shift", "grad_scale"} if "modulation" in wanted else set())
 
 
 def test_the_public_op_uses_it():
@@ -216,13 +216,13 @@ def test_unsupported_dtypes_go_to_the_reference(change, message):
             "head.weight: expected dtype float32 or bfloat16",
         ),
         ({"num_threads": 0}, ValueError, "num_threads: expected at least 1, got 0"),
-        ({"tile_top": torch.zeros(2, 40)}, ValueError, r"tile_top: expected shape \[3, 40\], got \[2, 40\]"),
+        ({"tile_largest": torch.zeros(2, 40)}, ValueError, r"tile_largest: expected shape \[3, 40\], got \[2, 40\]"),
         (
-            {"tile_top": torch.zeros(3, 40), "exponentials": torch.zeros(389, 47)},
+            {"tile_largest": torch.zeros(3, 40), "exponentials": torch.zeros(389, 47)},
             ValueError,
             r"exponentials: expected shape \[389, 48\], got \[389, 47\]",
         ),
-        ({"exponentials": torch.zeros(389, 48)}, ValueError, "expected None where tile_top is None"),
+        ({"exponentials": torch.zeros(389, 48)}, ValueError, "expected None where tile_largest is None"),
     ],
 )
 def test_what_the_module_refuses(change, error, message):
@@ -231,8 +231,8 @@ def test_what_the_module_refuses(change, error, message):
     vectors = torch.zeros(1, 48), torch.ones(1, 48)
     values = (leaves["hidden"], rows, rows, leaves["norm"], *vectors, leaves["weight"], leaves["bias"])
     arguments = dict(zip(names, values, strict=True), normalized=True, excluded_token=-1)
-    arguments.update(narrow=False, num_threads=1)
-    out = {name: torch.zeros(40) for name in ("row_weights", "nll", "top", "sum")}
-    out.update(total=torch.zeros(()), tile_top=None, exponentials=None)
+    arguments.update(bf16=False, num_threads=1)
+    out = {name: torch.zeros(40) for name in ("row_weights", "nll", "largest", "sum")}
+    out.update(total=torch.zeros(()), tile_largest=None, exponentials=None)
     with pytest.raises(error, match=message):
         _C.masked_cross_entropy(**{**arguments, **out, **change})

@@ -26,13 +26,13 @@ def _empty_cache():
     packing.clear()
 
 
-def unpacked(packed, isa, columns, depth, *, narrow, heads=0, parts=1):
+def unpacked(packed, isa, columns, depth, *, bf16, heads=0, parts=1):
     """[columns, depth] float32 from the layout described in linear.h; the padding must be zero."""
     part_columns = columns // parts
     unit = part_columns // heads if heads else part_columns
     padding = LANES[isa] if heads else 2 * LANES[isa]
     unit_width = -(-unit // padding) * padding
-    pairs = narrow and isa in ("avx512_bf16", "amx_bf16")
+    pairs = bf16 and isa in ("avx512_bf16", "amx_bf16")
     words = -(-depth // 2) if pairs else depth
     units_per_group = max(1, PANEL[isa] // unit_width)
     rest = packed
@@ -61,51 +61,51 @@ def unpacked(packed, isa, columns, depth, *, narrow, heads=0, parts=1):
     return torch.cat([values[:depth, :unit] for values in units], dim=1).T
 
 
-def expected(weight, narrow):
-    return weight.detach().to(torch.bfloat16 if narrow else weight.dtype).float()
+def expected(weight, bf16):
+    return weight.detach().to(torch.bfloat16 if bf16 else weight.dtype).float()
 
 
 SIZES = [(1, 1), (2, 3), (7, 5), (16, 16), (33, 31), (64, 64), (65, 127), (130, 96), (200, 70)]
 
 
-@pytest.mark.parametrize("narrow", [False, True], ids=["wide", "narrow"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["wide", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 class TestLayout:
     @pytest.mark.parametrize("transposed", [False, True])
-    def test_matrix(self, isa, dtype, narrow, transposed):
+    def test_matrix(self, isa, dtype, bf16, transposed):
         for rows, width in SIZES:
             weight = torch.randn(rows, width).to(dtype)
-            packed = packed_linear(weight, narrow=narrow, transposed=transposed)
+            packed = packed_linear(weight, bf16=bf16, transposed=transposed)
             source = weight.T if transposed else weight
-            values = unpacked(packed, isa, *source.shape, narrow=narrow)
-            assert torch.equal(values, expected(source, narrow)), (rows, width)
+            values = unpacked(packed, isa, *source.shape, bf16=bf16)
+            assert torch.equal(values, expected(source, bf16)), (rows, width)
 
-    def test_heads(self, isa, dtype, narrow):
+    def test_heads(self, isa, dtype, bf16):
         shapes = [(1, 2, 6), (3, 4, 12), (5, 12, 60), (2, 40, 80), (3, 64, 192), (2, 66, 7)]
         for heads, head_dim, depth in shapes:
             for parts in (1, 3):
                 weight = torch.randn(parts * heads * head_dim, depth).to(dtype)
-                packed = packed_linear(weight, narrow=narrow, heads=heads, parts=parts)
-                values = unpacked(packed, isa, *weight.shape, narrow=narrow, heads=heads, parts=parts)
-                assert torch.equal(values, expected(weight, narrow)), (heads, head_dim, depth, parts)
+                packed = packed_linear(weight, bf16=bf16, heads=heads, parts=parts)
+                values = unpacked(packed, isa, *weight.shape, bf16=bf16, heads=heads, parts=parts)
+                assert torch.equal(values, expected(weight, bf16)), (heads, head_dim, depth, parts)
 
-    def test_not_contiguous(self, isa, dtype, narrow):
+    def test_not_contiguous(self, isa, dtype, bf16):
         whole = torch.randn(40, 50).to(dtype)
         for weight in (whole.T, whole[:, 3:20], whole[::2]):
-            values = unpacked(packed_linear(weight, narrow=narrow), isa, *weight.shape, narrow=narrow)
-            assert torch.equal(values, expected(weight, narrow))
+            values = unpacked(packed_linear(weight, bf16=bf16), isa, *weight.shape, bf16=bf16)
+            assert torch.equal(values, expected(weight, bf16))
         assert not packing._known
 
-    def test_any_number_of_threads(self, isa, dtype, narrow, monkeypatch):
+    def test_any_number_of_threads(self, isa, dtype, bf16, monkeypatch):
         weight = torch.randn(700, 301).to(dtype)
-        alone = packed_linear(weight, narrow=narrow)
+        alone = packed_linear(weight, bf16=bf16)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
         packing.clear()
-        assert torch.equal(packed_linear(weight, narrow=narrow), alone)
+        assert torch.equal(packed_linear(weight, bf16=bf16), alone)
 
 
 def wide_values(weight):
-    return unpacked(packed_linear(weight, narrow=False), _C.cpu_isa(), *weight.shape, narrow=False)
+    return unpacked(packed_linear(weight, bf16=False), _C.cpu_isa(), *weight.shape, bf16=False)
 
 
 def assert_current(weight):
@@ -115,14 +115,14 @@ def assert_current(weight):
 def test_packed_once():
     weight = nn.Parameter(torch.randn(96, 80))
     packs = {
-        (narrow, heads, transposed): packed_linear(weight, narrow=narrow, heads=heads, transposed=transposed)
-        for narrow, heads, transposed in [
+        (bf16, heads, transposed): packed_linear(weight, bf16=bf16, heads=heads, transposed=transposed)
+        for bf16, heads, transposed in [
             (False, 0, False), (True, 0, False), (False, 4, False), (False, 0, True), (True, 0, True),
         ]
     }  # fmt: skip
     assert len({pack.data_ptr() for pack in packs.values()}) == len(packs)
-    for (narrow, heads, transposed), pack in packs.items():
-        assert packed_linear(weight, narrow=narrow, heads=heads, transposed=transposed) is pack
+    for (bf16, heads, transposed), pack in packs.items():
+        assert packed_linear(weight, bf16=bf16, heads=heads, transposed=transposed) is pack
     assert not any(pack.requires_grad for pack in packs.values())
 
 
@@ -237,7 +237,7 @@ def test_memory_changed_under_the_tensor():
 def test_inference_tensors():
     with torch.inference_mode():
         weight = torch.randn(64, 70)
-        assert packed_linear(weight, narrow=False) is packed_linear(weight, narrow=False)
+        assert packed_linear(weight, bf16=False) is packed_linear(weight, bf16=False)
         for _ in range(3):
             weight.mul_(1.5)
             assert_current(weight)
@@ -246,8 +246,8 @@ def test_inference_tensors():
 def test_entries_die_with_their_weights():
     weights = [nn.Parameter(torch.randn(20, 30)) for _ in range(10)]
     for weight in weights:
-        packed_linear(weight, narrow=True)
-        packed_linear(weight, narrow=False)
+        packed_linear(weight, bf16=True)
+        packed_linear(weight, bf16=False)
     assert len(packing._known) == 10
     del weights[3:], weight
     gc.collect()
@@ -271,9 +271,9 @@ def test_reused_ids():
 
 def test_clear_and_pack_again():
     weight = torch.randn(20, 30)
-    first = packed_linear(weight, narrow=False)
+    first = packed_linear(weight, bf16=False)
     packing.clear()
-    second = packed_linear(weight, narrow=False)
+    second = packed_linear(weight, bf16=False)
     assert first is not second and torch.equal(first, second)
     del weight
     assert not packing._known
@@ -284,9 +284,9 @@ def test_instruction_set_switch(monkeypatch):
     for _ in range(2):
         for isa in _C.usable_cpu_isas().split(", "):
             monkeypatch.setenv("LOOPMDM_CPU_ISA", isa)
-            for narrow in (False, True):
-                values = unpacked(packed_linear(weight, narrow=narrow), isa, 70, 50, narrow=narrow)
-                assert torch.equal(values, expected(weight, narrow))
+            for bf16 in (False, True):
+                values = unpacked(packed_linear(weight, bf16=bf16), isa, 70, 50, bf16=bf16)
+                assert torch.equal(values, expected(weight, bf16))
 
 
 def test_modules_stay_clean():

@@ -1,5 +1,14 @@
 // The AMX level of the products and of attention as a library for test_amx.py, on emulated instructions.
-#include "cpu/attention/attention_isa.cpp"
+#include "cpu/attention/attention.h"
+
+#include "common/row_math.h"
+#include "cpu/machine/intrinsics.h"
+
+namespace loopmdm::cpu {
+namespace {
+#include "cpu/attention/attention.inl"
+}  // namespace
+}  // namespace loopmdm::cpu
 
 namespace cpu = loopmdm::cpu;
 
@@ -7,7 +16,7 @@ extern "C" {
 
 void multiply(const uint32_t* a, int64_t a_row, int64_t a_step, int64_t rows, const uint32_t* b, int width,
               int64_t words, float* c, int64_t c_row, bool accumulate) {
-  cpu::multiply<cpu::Narrow>({a, a_row, a_step}, rows, b, width, words, c, c_row, accumulate);
+  cpu::multiply<cpu::Bf16>({a, a_row, a_step}, rows, b, width, words, c, c_row, accumulate);
 }
 
 // bf16 [H, L, K] each; tensors: q, k, v, out, grad_out, grad_q, grad_k, grad_v. The memory is as large as
@@ -21,7 +30,7 @@ void attention(uint16_t* const* tensors, const bool* key_mask, int64_t heads, in
                                          1,       heads,   length,  head_dim, true};
   const cpu::AttentionOutput out = {view(3), log_sum_exp};
   const cpu::AttentionGradients gradients = {view(4), view(5), view(6), view(7)};
-  const cpu::AttentionKernel& kernel = cpu::amx_bf16::attention_kernel;
+  const cpu::AttentionKernel& kernel = cpu::table;
   for (int64_t head = 0; head < heads; ++head) {
     for (int64_t first = 0; first < length; first += kernel.key_rows)
       kernel.pack(problem, head, first, packed, scratch);
@@ -37,7 +46,7 @@ int64_t memory_bytes(int64_t length, int64_t head_dim) {
   problem.length = length;
   problem.head_dim = head_dim;
   problem.is_bf16 = true;
-  const cpu::AttentionKernel& kernel = cpu::amx_bf16::attention_kernel;
+  const cpu::AttentionKernel& kernel = cpu::table;
   return kernel.packed_bytes(problem) + kernel.scratch_bytes(problem) +
          kernel.backward_scratch_bytes(problem);
 }

@@ -3,6 +3,11 @@
 //
 // Keys: panels of at most kPanel keys, [head words][keys]. Values: panels of at most kPanel columns of the
 // head, [key words][columns]. Keys beyond the length are zero and `bias` excludes them.
+#pragma once
+
+#include "cpu/machine/layout.h"
+#include "cpu/vector/math.inl"
+#include "cpu/vector/tile.inl"
 
 constexpr int kKeyBlock = 512;
 constexpr int kGroupRows = 16 * kRowsAtOnce;
@@ -48,12 +53,12 @@ inline Floats exponent(const float* score, const float* bias, Floats factor, Flo
   return Masked ? (load(bias) < Floats{} ? broadcast(kMaskedScore) : x) : x;
 }
 
-// exp2(scores * scale - top) as operands; returns their sum.
+// exp2(scores * scale - largest) as operands; returns their sum.
 template <class Operand, bool Masked>
-inline float soften_row(const float* scores, const float* bias, int64_t count, float scale, float top,
+inline float soften_row(const float* scores, const float* bias, int64_t count, float scale, float largest,
                         uint32_t* probs) {
   constexpr bool kCoarse = Operand::kPerWord == 2;
-  const Floats factor = broadcast(scale), shift = broadcast(-top);
+  const Floats factor = broadcast(scale), shift = broadcast(-largest);
   Floats sum[2] = {};
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
     Floats p[2];
@@ -71,14 +76,14 @@ inline float soften_row(const float* scores, const float* bias, int64_t count, f
 template <bool Masked>
 inline float largest_score(const float* scores, const float* bias, int64_t count) {
   const Floats lowest = broadcast(-LOOPMDM_INFINITY);
-  Floats top[2] = {lowest, lowest};
+  Floats largest[2] = {lowest, lowest};
   for (int64_t i = 0; i < count; i += 2 * kLanes)
     for (int half = 0; half < 2; ++half) {
       Floats x = load(scores + i + half * kLanes);
       if (Masked) x = load(bias + i + half * kLanes) < Floats{} ? lowest : x;
-      top[half] = larger(x, top[half]);
+      largest[half] = larger(x, largest[half]);
     }
-  return largest_lane(larger(top[0], top[1]));
+  return largest_lane(larger(largest[0], largest[1]));
 }
 
 inline float largest_attended(const float* scores, const float* bias, int64_t count) {
@@ -117,7 +122,7 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
   // All rows meet a block of keys before the next one: long sequences are read from the cache.
   for (int64_t group = 0; group < rows; group += kGroupRows) {
     const int64_t last = rows - group < kGroupRows ? rows : group + kGroupRows;
-    float top[kGroupRows], total[kGroupRows];  // top: of the scores as they are
+    float largest[kGroupRows], total[kGroupRows];  // largest: of the scores as they are
     for (int64_t begin = 0; begin < shape.keys; begin += kKeyBlock) {
       const int64_t count = shape.keys - begin < kKeyBlock ? shape.keys - begin : kKeyBlock;
       const int64_t real = shape.length - begin < count ? shape.length - begin : count;
@@ -131,26 +136,27 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
         for (int r = 0; r < n; ++r) {
           float* scores = scratch.scores + r * kKeyBlock;
           uint32_t* probs = scratch.probs + r * kKeyBlock;
-          float& row_top = top[first - group + r];
+          float& row_largest = largest[first - group + r];
           float& row_total = total[first - group + r];
           const float* block_bias = bias ? bias + begin : nullptr;
-          const float block_top = largest_attended(scores, block_bias, count);
+          const float block_largest = largest_attended(scores, block_bias, count);
           float before = 0;
           if (begin == 0) {
-            row_top = block_top;
+            row_largest = block_largest;
           } else {
             before = row_total;
-            if (block_top > row_top) {
-              const float factor = probability(broadcast(row_top * scale - block_top * scale), false)[0];
+            if (block_largest > row_largest) {
+              const float factor =
+                  probability(broadcast(row_largest * scale - block_largest * scale), false)[0];
               before *= factor;
               multiply_row(sums + r * width, factor);
-              row_top = block_top;
+              row_largest = block_largest;
             }
           }
           // Of a row without keys so far, all differences would be infinity minus infinity.
-          float shift = row_top == -LOOPMDM_INFINITY ? 0.0f : row_top * scale;
+          float shift = row_largest == -LOOPMDM_INFINITY ? 0.0f : row_largest * scale;
           if (__builtin_fabsf(shift) > kLargeExponent) {
-            subtract_from(scores, count, row_top);
+            subtract_from(scores, count, row_largest);
             shift = 0;
           }
           row_total =
@@ -167,7 +173,7 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
     }
     for (int64_t r = group; r < last; ++r) {
       multiply_row(out + r * width, 1.0f / total[r - group]);
-      if (log_sum_exp) log_sum_exp[r] = top[r - group] * scale + __builtin_log2f(total[r - group]);
+      if (log_sum_exp) log_sum_exp[r] = largest[r - group] * scale + __builtin_log2f(total[r - group]);
     }
   }
 }

@@ -6,6 +6,9 @@
 // under P, and as long as one block holds all keys, it is computed as such, from the very numbers it is
 // subtracted from. Longer rows would need the products twice: there delta is grad_out . out, with the
 // rounding of out.
+#pragma once
+
+#include "cpu/attention/attend.inl"
 
 constexpr int kGradRows = 96;   // queries at a time
 constexpr int kGradKeys = 256;  // keys in a block
@@ -32,9 +35,9 @@ struct GradientScratch {
   uint32_t *query_pairs, *grad_pairs;  // panels over the queries
   uint32_t *keys, *values;             // panels of keys
   uint32_t* key_pairs;                 // panels over the keys
-  uint32_t *probs, *score_grads;       // panels over kGradRows queries, kGradKeys wide
-  uint32_t* score_grad_rows;           // [kGradRows, words of kGradKeys]; score_grads where a word is a float
-  float *scores, *prob_grads;          // [kRowsAtOnce, kGradKeys]
+  uint32_t *probs, *grad_scores;       // panels over kGradRows queries, kGradKeys wide
+  uint32_t* grad_score_rows;           // [kGradRows, words of kGradKeys]; grad_scores where a word is a float
+  float *scores, *grad_probs;          // [kRowsAtOnce, kGradKeys]
   float* offset;                       // [L]: delta, scaled; of longer rows only
   float *grad_q, *grad_k, *grad_v;     // [L or kGradKeys, head width]
   int64_t bytes;
@@ -42,32 +45,27 @@ struct GradientScratch {
 
 inline GradientScratch gradient_scratch(const HeadShape& shape, int64_t per_word, void* memory) {
   GradientScratch t;
-  char* const base = static_cast<char*>(memory);
-  int64_t at = 0;
-  const auto take = [&](auto*& array, int64_t count) {
-    array = reinterpret_cast<decltype(array + 0)>(base + at);
-    at += (count * 4 + 63) / 64 * 64;
-  };
+  Layout layout(memory);
   const int64_t head_words = (shape.head_dim + per_word - 1) / per_word;
   const int64_t query_words = (shape.length + per_word - 1) / per_word;
-  take(t.query_rows, shape.length * head_words);
-  take(t.grad_rows, shape.length * head_words);
-  take(t.query_pairs, query_words * shape.head_width);
-  take(t.grad_pairs, query_words * shape.head_width);
-  take(t.keys, shape.keys * head_words);
-  take(t.values, shape.keys * head_words);
-  take(t.key_pairs, shape.keys / per_word * shape.head_width);
-  take(t.probs, kGradRows / per_word * kGradKeys);
-  take(t.score_grads, kGradRows / per_word * kGradKeys);
-  t.score_grad_rows = t.score_grads;
-  if (per_word > 1) take(t.score_grad_rows, kGradRows * (kGradKeys / per_word));
-  take(t.scores, kRowsAtOnce * kGradKeys);
-  take(t.prob_grads, kRowsAtOnce * kGradKeys);
-  take(t.offset, shape.length);
-  take(t.grad_q, shape.length * shape.head_width);
-  take(t.grad_k, kGradKeys * shape.head_width);
-  take(t.grad_v, kGradKeys * shape.head_width);
-  t.bytes = at;
+  t.query_rows = layout.take<uint32_t>(shape.length * head_words);
+  t.grad_rows = layout.take<uint32_t>(shape.length * head_words);
+  t.query_pairs = layout.take<uint32_t>(query_words * shape.head_width);
+  t.grad_pairs = layout.take<uint32_t>(query_words * shape.head_width);
+  t.keys = layout.take<uint32_t>(shape.keys * head_words);
+  t.values = layout.take<uint32_t>(shape.keys * head_words);
+  t.key_pairs = layout.take<uint32_t>(shape.keys / per_word * shape.head_width);
+  t.probs = layout.take<uint32_t>(kGradRows / per_word * kGradKeys);
+  t.grad_scores = layout.take<uint32_t>(kGradRows / per_word * kGradKeys);
+  t.grad_score_rows = t.grad_scores;
+  if (per_word > 1) t.grad_score_rows = layout.take<uint32_t>(kGradRows * (kGradKeys / per_word));
+  t.scores = layout.take<float>(kRowsAtOnce * kGradKeys);
+  t.grad_probs = layout.take<float>(kRowsAtOnce * kGradKeys);
+  t.offset = layout.take<float>(shape.length);
+  t.grad_q = layout.take<float>(shape.length * shape.head_width);
+  t.grad_k = layout.take<float>(kGradKeys * shape.head_width);
+  t.grad_v = layout.take<float>(kGradKeys * shape.head_width);
+  t.bytes = layout.bytes();
   return t;
 }
 
@@ -113,7 +111,7 @@ inline float bounded_scores(float* scores, const float* bias, int64_t count, flo
 
 // Replaces the scores of a query with all keys by probabilities, up to a common factor.
 template <bool Masked>
-inline QueryScale soften_whole_row(float* scores, const float* prob_grads, const float* bias, int64_t count,
+inline QueryScale soften_whole_row(float* scores, const float* grad_probs, const float* bias, int64_t count,
                                    float base2_scale, float scale, float log_sum_exp, bool coarse) {
   Floats sum[2] = {}, product[2] = {};
   for (int64_t i = 0; i < count; i += 2 * kLanes)
@@ -122,7 +120,7 @@ inline QueryScale soften_whole_row(float* scores, const float* prob_grads, const
       const Floats p = score_probability<Masked>(scores + at, bias + at, base2_scale, log_sum_exp, coarse);
       store(scores + at, p);
       sum[half] += p;
-      product[half] = fused_multiply_add(p, load(prob_grads + at), product[half]);
+      product[half] = fused_multiply_add(p, load(grad_probs + at), product[half]);
     }
   const float weight = 1.0f / sum_lanes(sum[0] + sum[1]);
   return {log_sum_exp, weight, scale * weight * sum_lanes(product[0] + product[1])};
@@ -131,9 +129,9 @@ inline QueryScale soften_whole_row(float* scores, const float* prob_grads, const
 // Probabilities and the gradients of the scores, for the queries of one word: one or two. `Softened`: the
 // scores have been through soften_whole_row().
 template <class Operand, bool Masked, bool Softened>
-inline void score_gradients(const float* scores, const float* prob_grads, const float* bias, int64_t queries,
+inline void score_gradients(const float* scores, const float* grad_probs, const float* bias, int64_t queries,
                             int64_t count, float base2_scale, float scale, const QueryScale* query,
-                            uint32_t* probs, uint32_t* score_grads, uint32_t* score_grad_rows) {
+                            uint32_t* probs, uint32_t* grad_scores, uint32_t* grad_score_rows) {
   constexpr int kPer = Operand::kPerWord;
   constexpr bool kCoarse = kPer == 2;
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
@@ -145,15 +143,15 @@ inline void score_gradients(const float* scores, const float* prob_grads, const 
                               : score_probability<Masked>(scores + at, bias + i + half * kLanes, base2_scale,
                                                           query[q].log_sum_exp, kCoarse);
         g[q][half] = p[q][half] *
-                     fused_multiply_add(load(prob_grads + at), broadcast(scale), broadcast(-query[q].offset));
+                     fused_multiply_add(load(grad_probs + at), broadcast(scale), broadcast(-query[q].offset));
       }
     for (int half = 0; half < 2; ++half) {
       store_words(probs + i + half * kLanes, Operand::zip(p[0][half], p[1][half]));
-      store_words(score_grads + i + half * kLanes, Operand::zip(g[0][half], g[1][half]));
+      store_words(grad_scores + i + half * kLanes, Operand::zip(g[0][half], g[1][half]));
     }
     if (kPer > 1)
       for (int64_t q = 0; q < queries; ++q)
-        Operand::store(score_grad_rows + (q * kGradKeys + i) / kPer, g[q][0], g[q][1]);
+        Operand::store(grad_score_rows + (q * kGradKeys + i) / kPer, g[q][0], g[q][1]);
   }
 }
 
@@ -199,7 +197,7 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
     const int64_t real = length - begin < count ? length - begin : count;
     // Of keys in a vector that no panel has: their probability is 0, what it is multiplied with finite.
     for (int64_t key = (real + kLanes - 1) / kLanes * kLanes; key < count; key += kLanes)
-      for (int r = 0; r < kRowsAtOnce; ++r) store(t.prob_grads + r * kGradKeys + key, Floats{});
+      for (int r = 0; r < kRowsAtOnce; ++r) store(t.grad_probs + r * kGradKeys + key, Floats{});
     for (int64_t first = 0; first < length; first += kGradRows) {
       const int64_t rows = length - first < kGradRows ? length - first : kGradRows;
       for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
@@ -211,22 +209,22 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
           multiply<Operand>(q, n, t.keys + (begin + key) * head_words, panel, head_words, t.scores + key,
                             kGradKeys);
           multiply<Operand>(grad, n, t.values + (begin + key) * head_words, panel, head_words,
-                            t.prob_grads + key, kGradKeys);
+                            t.grad_probs + key, kGradKeys);
         }
         for (int64_t r = 0; r < n; r += kPer) {
           const int64_t queries = n - r < kPer ? n - r : kPer, at = (row + r) / kPer * kGradKeys;
           const float* block_bias = bias ? bias + begin : nullptr;
-          float *scores = t.scores + r * kGradKeys, *prob_grads = t.prob_grads + r * kGradKeys;
+          float *scores = t.scores + r * kGradKeys, *grad_probs = t.grad_probs + r * kGradKeys;
           QueryScale query[2];
           for (int64_t i = 0; i < queries; ++i) {
             const float log_sum_exp = bounded_scores(scores + i * kGradKeys, block_bias, count, base2_scale,
                                                      in.log_sum_exp[first + row + r + i], whole_rows);
-            query[i] = whole_rows ? soften(scores + i * kGradKeys, prob_grads + i * kGradKeys, block_bias,
+            query[i] = whole_rows ? soften(scores + i * kGradKeys, grad_probs + i * kGradKeys, block_bias,
                                            count, base2_scale, scale, log_sum_exp, kPer == 2)
                                   : QueryScale{log_sum_exp, 1.0f, t.offset[first + row + r + i]};
           }
-          gradients(scores, prob_grads, block_bias, queries, count, base2_scale, scale, query, t.probs + at,
-                    t.score_grads + at, t.score_grad_rows + (row + r) * (kGradKeys / kPer));
+          gradients(scores, grad_probs, block_bias, queries, count, base2_scale, scale, query, t.probs + at,
+                    t.grad_scores + at, t.grad_score_rows + (row + r) * (kGradKeys / kPer));
         }
       }
       const int64_t words = (rows + kPer - 1) / kPer;
@@ -235,9 +233,9 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
         const int64_t at = column * query_words + first / kPer * panel;
         multiply<Operand>({t.probs, 1, kGradKeys}, real, t.grad_pairs + at, panel, words, t.grad_v + column,
                           width, first > 0);
-        multiply<Operand>({t.score_grads, 1, kGradKeys}, real, t.query_pairs + at, panel, words,
+        multiply<Operand>({t.grad_scores, 1, kGradKeys}, real, t.query_pairs + at, panel, words,
                           t.grad_k + column, width, first > 0);
-        multiply<Operand>({t.score_grad_rows, kGradKeys / kPer, 1}, rows,
+        multiply<Operand>({t.grad_score_rows, kGradKeys / kPer, 1}, rows,
                           t.key_pairs + column * key_words + begin / kPer * panel, panel,
                           (real + kPer - 1) / kPer, t.grad_q + first * width + column, width, begin > 0);
       }

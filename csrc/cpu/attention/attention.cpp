@@ -3,12 +3,9 @@
 #include <algorithm>
 
 #include "cpu/machine/buffer.h"
-#include "cpu/machine/isa_table.h"
 #include "cpu/machine/threads.h"
 
 namespace loopmdm::cpu {
-
-LOOPMDM_DECLARE_KERNEL(AttentionKernel, attention_kernel)
 
 namespace {
 
@@ -25,7 +22,7 @@ int64_t blocks_of(int64_t length, int64_t rows) { return (length + rows - 1) / r
 }  // namespace
 
 void attention(const AttentionProblem& p, const AttentionOutput& out, Isa isa, int num_threads) {
-  const AttentionKernel& kernel = LOOPMDM_KERNEL(attention_kernel, isa);
+  const AttentionKernel& kernel = attention_kernel(isa);
   const int64_t heads = p.batch * p.heads;
   const int64_t key_blocks = blocks_of(p.length, kernel.key_rows);
   const int64_t query_blocks = blocks_of(p.length, kernel.query_rows);
@@ -59,7 +56,7 @@ void attention(const AttentionProblem& p, const AttentionOutput& out, Isa isa, i
 
 void attention_backward(const AttentionProblem& p, const AttentionOutput& forward,
                         const AttentionGradients& gradients, Isa isa, int num_threads) {
-  const AttentionKernel& kernel = LOOPMDM_KERNEL(attention_kernel, isa);
+  const AttentionKernel& kernel = attention_kernel(isa);
   const int wanted = workers_for(p, 5, num_threads);
   const int64_t bytes = kernel.backward_scratch_bytes(p);
   const auto scratch = aligned_buffer<char>(bytes * wanted);

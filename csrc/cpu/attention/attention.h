@@ -51,6 +51,8 @@ struct AttentionKernel {
                    void* scratch);
 };
 
+LOOPMDM_KERNEL(AttentionKernel, attention_kernel)
+
 void attention(const AttentionProblem& problem, const AttentionOutput& out, Isa isa, int num_threads);
 
 // `forward` holds what attention() wrote.

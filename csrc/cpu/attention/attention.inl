@@ -1,10 +1,11 @@
 // Attention of one head where it lies in memory: conversion to float, rotary angles, packing.
+#pragma once
+
+#include "cpu/attention/attend_backward.inl"
 
 constexpr int kPackedRows = 256;  // keys of a task
 constexpr int kAttendRows = 96;   // queries of a task
 static_assert(kPackedRows % kPanel == 0 && kAttendRows % kRowsAtOnce == 0);
-
-inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 inline HeadShape head_shape(const AttentionProblem& p) {
   constexpr int64_t kPair = 2 * kLanes;
@@ -16,19 +17,20 @@ inline HeadShape head_shape(const AttentionProblem& p) {
 struct PackedHead {
   uint32_t *keys, *values;
   float* bias;  // [keys]
+  int64_t bytes;
 };
 
 inline PackedHead packed_head(const HeadShape& s, void* memory) {
-  char* const base = static_cast<char*>(memory);
-  const int64_t keys = lines(4 * s.keys * s.head_dim), values = lines(4 * s.keys * s.head_width);
-  return {reinterpret_cast<uint32_t*>(base), reinterpret_cast<uint32_t*>(base + keys),
-          reinterpret_cast<float*>(base + keys + values)};
+  Layout layout(memory);
+  PackedHead t;
+  t.keys = layout.take<uint32_t>(s.keys * s.head_dim);
+  t.values = layout.take<uint32_t>(s.keys * s.head_width);
+  t.bias = layout.take<float>(s.keys);
+  t.bytes = layout.bytes();
+  return t;
 }
 
-int64_t packed_head_bytes(const AttentionProblem& p) {
-  const HeadShape s = head_shape(p);
-  return lines(4 * s.keys * s.head_dim) + lines(4 * s.keys * s.head_width) + lines(4 * s.keys);
-}
+int64_t packed_head_bytes(const AttentionProblem& p) { return packed_head(head_shape(p), nullptr).bytes; }
 
 struct HeadScratch {
   AttentionScratch* attention;
@@ -38,12 +40,14 @@ struct HeadScratch {
 };
 
 inline HeadScratch head_scratch(const HeadShape& s, void* memory) {
-  char* const base = static_cast<char*>(memory);
   const auto rows_of = [&s](int64_t most) { return s.keys < most ? s.keys : most; };
-  const int64_t queries = lines(sizeof(AttentionScratch)),
-                rows = queries + lines(4 * rows_of(kAttendRows) * s.head_dim);
-  return {reinterpret_cast<AttentionScratch*>(base), reinterpret_cast<uint32_t*>(base + queries),
-          reinterpret_cast<float*>(base + rows), rows + lines(4 * rows_of(kPackedRows) * s.head_width)};
+  Layout layout(memory);
+  HeadScratch t;
+  t.attention = layout.take<AttentionScratch>(1);
+  t.queries = layout.take<uint32_t>(rows_of(kAttendRows) * s.head_dim);
+  t.rows = layout.take<float>(rows_of(kPackedRows) * s.head_width);
+  t.bytes = layout.bytes();
+  return t;
 }
 
 int64_t head_scratch_bytes(const AttentionProblem& p) { return head_scratch(head_shape(p), nullptr).bytes; }
@@ -183,17 +187,12 @@ struct BackwardScratch {
 
 inline BackwardScratch backward_scratch(const HeadShape& s, void* memory) {
   BackwardScratch t;
-  char* const base = static_cast<char*>(memory);
-  int64_t at = 0;
-  float** const arrays[] = {&t.q, &t.k, &t.v, &t.out, &t.grad_out, &t.grad_q, &t.grad_k, &t.grad_v};
-  for (float** array : arrays) {
-    *array = reinterpret_cast<float*>(base + at);
-    at += lines(4 * s.length * s.head_dim);
-  }
-  t.bias = reinterpret_cast<float*>(base + at);
-  at += lines(4 * s.keys);
-  t.attention = base + at;
-  t.bytes = at + attention_backward_scratch_bytes(s);
+  Layout layout(memory);
+  for (float** array : {&t.q, &t.k, &t.v, &t.out, &t.grad_out, &t.grad_q, &t.grad_k, &t.grad_v})
+    *array = layout.take<float>(s.length * s.head_dim);
+  t.bias = layout.take<float>(s.keys);
+  t.attention = layout.take<char>(attention_backward_scratch_bytes(s));
+  t.bytes = layout.bytes();
   return t;
 }
 
@@ -249,20 +248,23 @@ void backward_head_of(const AttentionProblem& p, const AttentionOutput& forward,
 }
 
 void pack_head(const AttentionProblem& p, int64_t head, int64_t first, void* packed, void* scratch) {
-  p.is_bf16 ? pack_head_of<Narrow, uint16_t>(p, head, first, packed, scratch)
-            : pack_head_of<Wide, float>(p, head, first, packed, scratch);
+  p.is_bf16 ? pack_head_of<Bf16, uint16_t>(p, head, first, packed, scratch)
+            : pack_head_of<Fp32, float>(p, head, first, packed, scratch);
 }
 
 void attend_head(const AttentionProblem& p, const AttentionOutput& out, int64_t head, int64_t first,
                  const void* packed, void* scratch) {
   const TileScope scope;
-  p.is_bf16 ? attend_head_of<Narrow, uint16_t>(p, out, head, first, packed, scratch)
-            : attend_head_of<Wide, float>(p, out, head, first, packed, scratch);
+  p.is_bf16 ? attend_head_of<Bf16, uint16_t>(p, out, head, first, packed, scratch)
+            : attend_head_of<Fp32, float>(p, out, head, first, packed, scratch);
 }
 
 void backward_head(const AttentionProblem& p, const AttentionOutput& forward, const AttentionGradients& g,
                    int64_t head, void* scratch) {
   const TileScope scope;
-  p.is_bf16 ? backward_head_of<Narrow, uint16_t>(p, forward, g, head, scratch)
-            : backward_head_of<Wide, float>(p, forward, g, head, scratch);
+  p.is_bf16 ? backward_head_of<Bf16, uint16_t>(p, forward, g, head, scratch)
+            : backward_head_of<Fp32, float>(p, forward, g, head, scratch);
 }
+
+constexpr AttentionKernel table = {kPackedRows,         kAttendRows, packed_head_bytes, head_scratch_bytes,
+                                   backward_head_bytes, pack_head,   attend_head,       backward_head};

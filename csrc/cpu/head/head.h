@@ -23,7 +23,7 @@ struct HeadProblem {
   int64_t rows_per_group;  // rows of hidden that share a row of shift and gain: L, or B*L if M = 1
   int64_t width;           // D
   int64_t vocab_size;      // V
-  bool narrow;             // operands are bf16
+  bool bf16;               // operands are bf16
   bool normalized;         // rows go through the layer norm; else they are taken as they are, and norm is 1
 };
 

@@ -1,8 +1,12 @@
 // Normalised rows and their logits, in terms of tile.inl.
+#pragma once
+
+#include "cpu/vector/math.inl"
+#include "cpu/vector/tile.inl"
 
 // Words of an operand row.
 inline int64_t head_words(const HeadProblem& p) {
-  return p.narrow ? (p.width + Narrow::kPerWord - 1) / Narrow::kPerWord : p.width;
+  return p.bf16 ? (p.width + Bf16::kPerWord - 1) / Bf16::kPerWord : p.width;
 }
 
 // Rows [begin, end) of the problem, normalised and modulated, as operands [end - begin, head_words].
@@ -19,12 +23,12 @@ void prepare_rows(const HeadProblem& p, int64_t begin, int64_t end, float* row, 
     for (int64_t i = width; i < padded; ++i) row[i] = 0.0f;
     const RowMoments m = p.normalized ? row_moments(row, width, padded) : RowMoments{0.0f, 1.0f};
     for (int64_t i = 0; i < width; ++i) row[i] = (row[i] - m.mean) * m.scale * p.norm[i] * gain[i] + shift[i];
-    if (!p.narrow) {
-      store_row<Wide>(row, width, operands);
+    if (!p.bf16) {
+      store_row<Fp32>(row, width, operands);
     } else {
-      if constexpr (Narrow::kPerWord == 1)  // stored as floats, but with the values of bf16
+      if constexpr (Bf16::kPerWord == 1)  // stored as floats, but with the values of bf16
         for (int64_t i = 0; i < padded; i += kLanes) store(row + i, round_to_bf16(load(row + i)));
-      store_row<Narrow>(row, width, operands);
+      store_row<Bf16>(row, width, operands);
     }
   }
 }
@@ -42,6 +46,6 @@ void multiply_tokens(const HeadProblem& p, const uint32_t* operands, int64_t row
 
 inline void multiply_tile(const HeadProblem& p, const uint32_t* operands, int64_t rows, int64_t first_token,
                           int64_t count, float* logits) {
-  p.narrow ? multiply_tokens<Narrow>(p, operands, rows, first_token, count, logits)
-           : multiply_tokens<Wide>(p, operands, rows, first_token, count, logits);
+  p.bf16 ? multiply_tokens<Bf16>(p, operands, rows, first_token, count, logits)
+         : multiply_tokens<Fp32>(p, operands, rows, first_token, count, logits);
 }

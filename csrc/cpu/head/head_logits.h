@@ -12,10 +12,12 @@ struct HeadLogitsKernel {
   // Logits of `num_rows` rows in one chunk of the vocabulary, in bf16 or in float. `sums`:
   // scratch [rows, kTileTokens]; out: those rows of [R, V].
   void (*project)(const HeadProblem&, const uint32_t* operands, int64_t num_rows, int64_t chunk, float* sums,
-                  bool narrow_out, void* out);
+                  bool bf16_out, void* out);
 };
 
-// out: [R, V], bf16 if narrow_out, else float.
-void head_logits(const HeadProblem& problem, bool narrow_out, void* out, Isa isa, int num_threads);
+LOOPMDM_KERNEL(HeadLogitsKernel, head_logits_kernel)
+
+// out: [R, V], bf16 if bf16_out, else float.
+void head_logits(const HeadProblem& problem, bool bf16_out, void* out, Isa isa, int num_threads);
 
 }  // namespace loopmdm::cpu

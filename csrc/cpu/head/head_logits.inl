@@ -1,4 +1,7 @@
 // Logits of rows written to memory, in terms of head.inl.
+#pragma once
+
+#include "cpu/head/head.inl"
 
 inline void write_logits(const float* x, float* out) { store(out, load(x)); }
 inline void write_logits(const float* x, uint16_t* out) { store_bf16(out, load(x)); }
@@ -27,8 +30,10 @@ void project_chunk(const HeadProblem& p, const uint32_t* operands, int64_t num_r
 }
 
 void project(const HeadProblem& p, const uint32_t* operands, int64_t num_rows, int64_t chunk, float* sums,
-             bool narrow_out, void* out) {
+             bool bf16_out, void* out) {
   const TileScope scope;
-  narrow_out ? project_chunk(p, operands, num_rows, chunk, sums, static_cast<uint16_t*>(out))
-             : project_chunk(p, operands, num_rows, chunk, sums, static_cast<float*>(out));
+  bf16_out ? project_chunk(p, operands, num_rows, chunk, sums, static_cast<uint16_t*>(out))
+           : project_chunk(p, operands, num_rows, chunk, sums, static_cast<float*>(out));
 }
+
+constexpr HeadLogitsKernel table = {prepare_rows, project};

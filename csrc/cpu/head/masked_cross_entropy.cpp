@@ -5,19 +5,16 @@
 
 #include "cpu/head/row_groups.h"
 #include "cpu/machine/buffer.h"
-#include "cpu/machine/isa_table.h"
 #include "cpu/machine/threads.h"
 
 namespace loopmdm::cpu {
-
-LOOPMDM_DECLARE_KERNEL(MaskedCrossEntropyKernel, masked_cross_entropy_kernel)
 
 namespace {
 
 constexpr float kNoRow = 1e30f;  // the maximum of a padding row: its probabilities are 0
 
 KeptTiles kept_of_group(const KeptTiles& kept, const RowGroup& group) {
-  return {kept.top, group.first == 0 ? kept.exponentials : nullptr, kept.token_bytes};
+  return {kept.largest, group.first == 0 ? kept.exponentials : nullptr, kept.token_bytes};
 }
 
 }  // namespace
@@ -31,7 +28,7 @@ void masked_cross_entropy(const MaskedCrossEntropyProblem& p, const float* row_w
                           const RowLosses& out, const KeptTiles& kept, Isa isa, int num_threads) {
   *total = 0;
   if (p.num_rows == 0) return;
-  const MaskedCrossEntropyKernel& kernel = LOOPMDM_KERNEL(masked_cross_entropy_kernel, isa);
+  const MaskedCrossEntropyKernel& kernel = masked_cross_entropy_kernel(isa);
   const Chunks chunks(p.vocab_size);
   const int workers = useful_workers(p, chunks.count, num_threads);
   const CrossEntropySizes most = kernel.sizes(p, std::min(p.num_rows, kGroupRows));
@@ -42,8 +39,8 @@ void masked_cross_entropy(const MaskedCrossEntropyProblem& p, const float* row_w
   for_each_group(p, kernel, false, [&](const RowGroup& group, const CrossEntropySizes& sizes) {
     float* targets = partial.get() + 2 * chunks.count * sizes.padded_rows;
     const auto statistics_of = [&](int64_t chunk) -> ChunkStatistics {
-      float* top = partial.get() + 2 * chunk * sizes.padded_rows;
-      return {top, top + sizes.padded_rows, targets};
+      float* largest = partial.get() + 2 * chunk * sizes.padded_rows;
+      return {largest, largest + sizes.padded_rows, targets};
     };
     const int64_t blocks = (group.count + sizes.block - 1) / sizes.block;
     parallel(workers, [&](Worker& worker) {
@@ -54,16 +51,18 @@ void masked_cross_entropy(const MaskedCrossEntropyProblem& p, const float* row_w
       });
     });
     for (int64_t r = 0; r < group.count; ++r) {
-      float top = statistics_of(0).top[r];
-      for (int64_t chunk = 1; chunk < chunks.count; ++chunk) top = std::max(top, statistics_of(chunk).top[r]);
+      float largest = statistics_of(0).largest[r];
+      for (int64_t chunk = 1; chunk < chunks.count; ++chunk)
+        largest = std::max(largest, statistics_of(chunk).largest[r]);
       double sum = 0;
       for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
         const ChunkStatistics s = statistics_of(chunk);
-        sum += s.sum[r] * std::exp(static_cast<double>(s.top[r]) - top);
+        sum += s.sum[r] * std::exp(static_cast<double>(s.largest[r]) - largest);
       }
-      out.top[group.first + r] = top;
+      out.largest[group.first + r] = largest;
       out.sum[group.first + r] = static_cast<float>(sum);
-      out.nll[group.first + r] = static_cast<float>(std::log(sum) + (static_cast<double>(top) - targets[r]));
+      out.nll[group.first + r] =
+          static_cast<float>(std::log(sum) + (static_cast<double>(largest) - targets[r]));
     }
   });
   double sum = 0;
@@ -75,12 +74,12 @@ void masked_cross_entropy_backward(const MaskedCrossEntropyProblem& p, const Row
                                    const KeptTiles& kept, const MaskedCrossEntropyGradients& out, Isa isa,
                                    int num_threads) {
   if (p.num_rows == 0) return;
-  const MaskedCrossEntropyKernel& kernel = LOOPMDM_KERNEL(masked_cross_entropy_kernel, isa);
+  const MaskedCrossEntropyKernel& kernel = masked_cross_entropy_kernel(isa);
   gradients_of_groups(
       p, kernel, out, num_threads,
       [&](const RowGroup& group) {
-        std::copy_n(rows.top + group.first, group.count, group.top);
-        std::fill(group.top + group.count, group.top + group.padded, kNoRow);
+        std::copy_n(rows.largest + group.first, group.count, group.largest);
+        std::fill(group.largest + group.count, group.largest + group.padded, kNoRow);
         std::fill(group.factor, group.factor + group.padded, 0.0f);
         std::fill(group.target_slope, group.target_slope + group.padded, 0.0f);
         for (int64_t r = 0; r < group.count; ++r) {
@@ -91,8 +90,8 @@ void masked_cross_entropy_backward(const MaskedCrossEntropyProblem& p, const Row
               static_cast<float>(slope * std::expm1(-static_cast<double>(rows.nll[group.first + r])));
         }
       },
-      [&](const RowGroup& group, const TokenRange& tokens, char* scratch, float* rows_grad) {
-        kernel.gradients(p, group, tokens, kept_of_group(kept, group), scratch, out, rows_grad);
+      [&](const RowGroup& group, const TokenRange& tokens, char* scratch, float* grad_rows) {
+        kernel.gradients(p, group, tokens, kept_of_group(kept, group), scratch, out, grad_rows);
       });
 }
 

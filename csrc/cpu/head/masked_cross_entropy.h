@@ -38,21 +38,21 @@ struct MaskedCrossEntropyProblem {
   int64_t vocab_size;       // V
   int64_t excluded_token;   // -1: none
   bool weight_is_bf16;
-  bool narrow;      // bf16 operands
+  bool bf16;        // bf16 operands
   bool normalized;  // rows go through the layer norm; else they are taken as they are, and norm is 1
 };
 
-// Of each row: the largest logit, the sum of exp(logit - top), and the loss.
+// Of each row: the largest logit, the sum of exp(logit - largest), and the loss.
 struct RowLosses {
-  float* top;  // [R]
-  float* sum;  // [R]
-  float* nll;  // [R]
+  float* largest;  // [R]
+  float* sum;      // [R]
+  float* nll;      // [R]
 };
 
 // What the forward pass leaves of each tile. Exponentials are bf16 for bf16 operands, float otherwise, and
 // are those of the first group of rows only: the gradients of this group overwrite them.
 struct KeptTiles {
-  float* top;          // [tiles, R] the largest logit of a row up to this tile of its chunk; null: not wanted
+  float* largest;      // [tiles, R] the largest logit of a row up to this tile of its chunk; null: not wanted
   char* exponentials;  // [V, token_bytes], null: none; may be the gradient of the weights
   int64_t token_bytes;
 };
@@ -80,8 +80,8 @@ struct RowGroup {
   int32_t* targets;     // [padded], -1 where there is no row
   float* mean;          // [padded] of hidden
   float* scale;         // [padded] 1 / standard deviation
-  float* top;           // [padded] the largest logit
-  float* factor;        // [padded] gradient of a logit, over exp(logit - top), except that
+  float* largest;       // [padded] the largest logit
+  float* factor;        // [padded] gradient of a logit, over exp(logit - largest), except that
   float* target_slope;  // [padded] of the target's
   float* slope_mean;    // [padded] mean of the gradient of a normalised row, and of its product with the row
   float* slope_row;
@@ -97,7 +97,7 @@ struct CrossEntropySizes {
 
 // Partial sums of a chunk of the vocabulary, each [padded rows].
 struct ChunkStatistics {
-  float* top;
+  float* largest;
   float* sum;
   float* target;  // the logit of the target, written where it is in the chunk
 };
@@ -118,17 +118,19 @@ struct MaskedCrossEntropyKernel {
   // wanted), which is overwritten.
   void (*gradients)(const MaskedCrossEntropyProblem&, const RowGroup&, const TokenRange&,
                     const KeptTiles& kept, void* scratch, const MaskedCrossEntropyGradients& out,
-                    float* rows_grad);
+                    float* grad_rows);
   // The same from given gradients of the logits.
   void (*products)(const MaskedCrossEntropyProblem&, const RowGroup&, const TokenRange&,
                    const LogitGradients& given, void* scratch, const MaskedCrossEntropyGradients& out,
-                   float* rows_grad);
+                   float* grad_rows);
   // The sums over D that the gradient of a row's layer norm needs, of block `block`.
-  void (*norm_sums)(const MaskedCrossEntropyProblem&, const RowGroup&, int64_t block, const float* rows_grad);
+  void (*norm_sums)(const MaskedCrossEntropyProblem&, const RowGroup&, int64_t block, const float* grad_rows);
   // Gradients of hidden, norm and modulation in columns [first, last) of all rows of the group, added.
   void (*norm_gradients)(const MaskedCrossEntropyProblem&, const RowGroup&, int64_t first, int64_t last,
-                         const float* rows_grad, const MaskedCrossEntropyGradients& out);
+                         const float* grad_rows, const MaskedCrossEntropyGradients& out);
 };
+
+LOOPMDM_KERNEL(MaskedCrossEntropyKernel, masked_cross_entropy_kernel)
 
 // Tiles of a vocabulary.
 int64_t cross_entropy_tiles(int64_t vocab_size);

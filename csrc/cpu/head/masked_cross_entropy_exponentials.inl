@@ -1,5 +1,8 @@
 // Exponentials of logits, which the forward pass keeps and the backward pass reads or computes again. Values
 // of type Kept: float, or uint16_t for bf16.
+#pragma once
+
+#include "cpu/head/masked_cross_entropy_tiles.inl"
 
 // exp(d) for d <= 0; 0 where the result would be denormal; NaN stays NaN.
 inline Floats exp_nonpositive(Floats d) {
@@ -22,7 +25,7 @@ Kept* kept_panel(const KeptTiles& kept, int64_t token, int64_t count, int64_t ro
 }
 
 // The maxima that the exponentials of a tile are relative to, of a panel of rows.
-inline float* tile_top(const MaskedCrossEntropyProblem& p, const RowGroup& g, const KeptTiles& kept,
-                       int64_t tile, int64_t row) {
-  return kept.top + tile * p.num_rows + g.first + row;
+inline float* tile_largest(const MaskedCrossEntropyProblem& p, const RowGroup& g, const KeptTiles& kept,
+                           int64_t tile, int64_t row) {
+  return kept.largest + tile * p.num_rows + g.first + row;
 }

@@ -1,31 +1,36 @@
 // Backward: the gradients of the logits of a chunk, and their products with rows and weights.
+#pragma once
+
+#include "cpu/head/masked_cross_entropy_exponentials.inl"
+#include "cpu/head/masked_cross_entropy_rows.inl"
 
 // The exponentials of a panel's products from the forward pass, computed again: the products are overwritten.
 template <class Kept>
 const Kept* again_exponentials(const MaskedCrossEntropyProblem& p, float* products, int64_t token,
-                               int64_t count, int width, const float* top) {
+                               int64_t count, int width, const float* largest) {
   Kept* out = reinterpret_cast<Kept*>(products);
   for (int64_t t = 0; t < count; ++t) {
     const float bias = bias_of(p, token + t);
     for (int j = 0; j < width; j += kLanes) {
       const Floats logit = load(products + t * width + j) + bias;
-      store_kept(out + t * width + j, exp_nonpositive(logit - load(top + j)));
+      store_kept(out + t * width + j, exp_nonpositive(logit - load(largest + j)));
     }
   }
   return out;
 }
 
-// Turns the exponentials of a tile and a panel of rows, relative to `top`, into gradients of the logits, as
-// operands.
+// Turns the exponentials of a tile and a panel of rows, relative to `largest`, into gradients of the logits,
+// as operands.
 template <class Operand, int Vecs, class Kept>
 void logit_gradients(const RowGroup& g, const HeadLayout<Operand>& l, const TileScratch& scratch,
-                     const Kept* exponentials, const float* top, int64_t token, int64_t count, int64_t row) {
+                     const Kept* exponentials, const float* largest, int64_t token, int64_t count,
+                     int64_t row) {
   constexpr int kWidth = Vecs * kLanes, kPer = Operand::kPerWord;
   Floats factor[Vecs], target_slope[Vecs];
   Ints target[Vecs];
   for (int v = 0; v < Vecs; ++v) {
     const int64_t at = row + v * kLanes;
-    factor[v] = exp_nonpositive(load(top + v * kLanes) - load(g.top + at)) * load(g.factor + at);
+    factor[v] = exp_nonpositive(load(largest + v * kLanes) - load(g.largest + at)) * load(g.factor + at);
     target_slope[v] = load(g.target_slope + at);
     __builtin_memcpy(&target[v], g.targets + at, sizeof target[v]);
   }
@@ -87,20 +92,21 @@ void tile_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const
   Left weights = {};
   for (int64_t row = 0; row < g.padded; row += kPanel) {
     const int width = panel_width(g.padded, row);
-    float top[kPanel];
-    __builtin_memcpy(top, g.top + row, static_cast<size_t>(width) * sizeof *top);  // of rows that pad
-    __builtin_memcpy(top, tile_top(p, g, kept, tile, row),
-                     static_cast<size_t>(block_rows(g, row / kPanel)) * sizeof *top);
+    float largest[kPanel];
+    __builtin_memcpy(largest, g.largest + row,
+                     static_cast<size_t>(width) * sizeof *largest);  // of rows that pad
+    __builtin_memcpy(largest, tile_largest(p, g, kept, tile, row),
+                     static_cast<size_t>(block_rows(g, row / kPanel)) * sizeof *largest);
     const Kept* exponentials = kept_panel<Kept>(kept, token, count, row, width);
     if (exponentials == nullptr) {
       if (weights.at == nullptr) weights = weight_rows<Operand>(p, l, token, count, scratch.weights);
       tile_products<Operand>(p, g, l, weights, token, count, row, width, scratch);
-      exponentials = again_exponentials<Kept>(p, scratch.logits, token, count, width, top);
+      exponentials = again_exponentials<Kept>(p, scratch.logits, token, count, width, largest);
     }
     if (width == kPanel)
-      logit_gradients<Operand, kTileVecs>(g, l, scratch, exponentials, top, token, count, row);
+      logit_gradients<Operand, kTileVecs>(g, l, scratch, exponentials, largest, token, count, row);
     else
-      logit_gradients<Operand, 2>(g, l, scratch, exponentials, top, token, count, row);
+      logit_gradients<Operand, 2>(g, l, scratch, exponentials, largest, token, count, row);
   }
 }
 
@@ -108,7 +114,7 @@ void tile_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const
 // tile by tile.
 template <class Operand, class Fill>
 void chunk_products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
-                    void* memory, const MaskedCrossEntropyGradients& out, float* rows_grad, Fill&& fill) {
+                    void* memory, const MaskedCrossEntropyGradients& out, float* grad_rows, Fill&& fill) {
   const HeadLayout<Operand> l(p, g.padded);
   TileScratch scratch;
   tile_scratch(l, true, memory, scratch);
@@ -122,7 +128,7 @@ void chunk_products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const
         const float total = sum_lanes(load(scratch.bias_sums + t * kLanes));
         out.bias[token + t] = add ? out.bias[token + t] + total : total;
       }
-    if (rows_grad != nullptr) {
+    if (grad_rows != nullptr) {
       if (p.weight_is_bf16)
         pack_weight_pairs<Operand, uint16_t>(p, l, token, count, scratch.weight_pairs);
       else
@@ -131,7 +137,7 @@ void chunk_products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const
       for (int64_t column = 0; column < l.padded_width; column += kPanel)
         multiply<Operand>({scratch.row_pairs, 1, l.rows_stride}, g.count,
                           scratch.weight_pairs + column * token_words, panel_width(l.padded_width, column),
-                          token_words, rows_grad + column, l.padded_width, token > range.first);
+                          token_words, grad_rows + column, l.padded_width, token > range.first);
     }
     if (out.weight != nullptr) {
       const Left slopes = {scratch.token_rows, l.tokens_row, 1};
@@ -154,9 +160,9 @@ void chunk_products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const
 template <class Operand, class Kept>
 void chunk_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
                      const KeptTiles& kept, void* memory, const MaskedCrossEntropyGradients& out,
-                     float* rows_grad) {
+                     float* grad_rows) {
   chunk_products<Operand>(
-      p, g, range, memory, out, rows_grad,
+      p, g, range, memory, out, grad_rows,
       [&](const HeadLayout<Operand>& l, const TileScratch& scratch, int64_t tile, int64_t token,
           int64_t count) { tile_gradients<Operand, Kept>(p, g, l, scratch, kept, tile, token, count); });
 }
@@ -199,9 +205,9 @@ void given_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, cons
 template <class Operand, class Source>
 void chunk_of_given(const MaskedCrossEntropyProblem& p, const RowGroup& g, const TokenRange& range,
                     const LogitGradients& given, void* memory, const MaskedCrossEntropyGradients& out,
-                    float* rows_grad) {
+                    float* grad_rows) {
   chunk_products<Operand>(
-      p, g, range, memory, out, rows_grad,
+      p, g, range, memory, out, grad_rows,
       [&](const HeadLayout<Operand>& l, const TileScratch& scratch, int64_t, int64_t token, int64_t count) {
         given_gradients<Operand>(p, g, l, scratch, static_cast<const Source*>(given.values), token, count);
       });

@@ -1,4 +1,7 @@
 // The selected rows: normalised as operands, and the gradients of their layer norm.
+#pragma once
+
+#include "cpu/head/masked_cross_entropy_tiles.inl"
 
 inline int64_t block_rows(const RowGroup& g, int64_t block) {
   const int64_t left = g.count - block * kPanel;
@@ -46,7 +49,7 @@ void prepare_block(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_
   }
 }
 
-void norm_sums(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_t block, const float* rows_grad) {
+void norm_sums(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_t block, const float* grad_rows) {
   const int64_t padded_width = round_up(p.width, 2 * kLanes);
   const int64_t first = block * kPanel, count = block_rows(g, block);
   for (int64_t r = first; r < first + count; ++r) {
@@ -57,7 +60,7 @@ void norm_sums(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_t bl
     for (int64_t i = 0; i < p.width; i += kLanes) {
       const int64_t left = p.width - i;
       const Floats slope =
-          load(rows_grad + r * padded_width + i) * load_some(p.norm + i, left) * load_some(gain + i, left);
+          load(grad_rows + r * padded_width + i) * load_some(p.norm + i, left) * load_some(gain + i, left);
       const Floats normalized = (load_some(x + i, left) - g.mean[r]) * g.scale[r];
       sum += slope;
       dot = fused_multiply_add(slope, normalized, dot);
@@ -70,7 +73,7 @@ void norm_sums(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_t bl
 
 // Rows are added up in blocks first, for accuracy.
 void norm_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_t first, int64_t last,
-                    const float* rows_grad, const MaskedCrossEntropyGradients& out) {
+                    const float* grad_rows, const MaskedCrossEntropyGradients& out) {
   constexpr int64_t kBlock = 32;
   const int64_t padded_width = round_up(p.width, 2 * kLanes);
   for (int64_t i = first; i < last; i += kLanes) {
@@ -79,7 +82,7 @@ void norm_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64
     Floats norm_sum = {}, shift_sum = {}, scale_sum = {};
     for (int64_t r = 0; r < g.count; ++r) {
       const int64_t row = p.rows[g.first + r], at = row / p.rows_per_group * p.width + i;
-      const Floats grad = load(rows_grad + r * padded_width + i), gain = load_some(p.gain + at, left);
+      const Floats grad = load(grad_rows + r * padded_width + i), gain = load_some(p.gain + at, left);
       const Floats normalized = (load_some(p.hidden + row * p.width + i, left) - g.mean[r]) * g.scale[r];
       const Floats product = grad * normalized;
       norm_sum = fused_multiply_add(product, gain, norm_sum);

@@ -1,26 +1,30 @@
 // Forward: the maximum and the sum of exponentials of each row over a chunk of the vocabulary.
+#pragma once
+
+#include "cpu/head/masked_cross_entropy_exponentials.inl"
+#include "cpu/head/masked_cross_entropy_rows.inl"
 
 // Adds a tile's logits to the maxima and sums of the rows of a panel, one row in each lane of the first Vecs
 // of Width / kLanes vectors. Keeps the exponentials where `kept` is not null.
 template <int Vecs, int Width, class Kept>
 void add_statistics(const MaskedCrossEntropyProblem& p, float* logits, int64_t token, int64_t count,
-                    float* top_out, float* sum_out, Kept* kept) {
-  Floats top[Vecs], sum[Vecs];
-  for (int v = 0; v < Vecs; ++v) top[v] = load(top_out + v * kLanes);
+                    float* largest_out, float* sum_out, Kept* kept) {
+  Floats largest[Vecs], sum[Vecs];
+  for (int v = 0; v < Vecs; ++v) largest[v] = load(largest_out + v * kLanes);
   for (int64_t t = 0; t < count; ++t) {
     float* x = logits + t * Width;
     const float bias = bias_of(p, token + t);
     for (int v = 0; v < Vecs; ++v) {
       const Floats value = load(x + v * kLanes) + bias;
       store(x + v * kLanes, value);
-      top[v] = larger(value, top[v]);  // a NaN does not get in, but will be in the sum
+      largest[v] = larger(value, largest[v]);  // a NaN does not get in, but will be in the sum
     }
   }
   for (int v = 0; v < Vecs; ++v)
-    sum[v] = load(sum_out + v * kLanes) * exp_nonpositive(load(top_out + v * kLanes) - top[v]);
+    sum[v] = load(sum_out + v * kLanes) * exp_nonpositive(load(largest_out + v * kLanes) - largest[v]);
   for (int64_t t = 0; t < count; ++t) {
     for (int v = 0; v < Vecs; ++v) {
-      const Floats exponential = exp_nonpositive(load(logits + t * Width + v * kLanes) - top[v]);
+      const Floats exponential = exp_nonpositive(load(logits + t * Width + v * kLanes) - largest[v]);
       sum[v] += exponential;
       if (kept != nullptr) store_kept(kept + t * Width + v * kLanes, exponential);
     }
@@ -28,7 +32,7 @@ void add_statistics(const MaskedCrossEntropyProblem& p, float* logits, int64_t t
       for (int at = Vecs * kLanes; at < Width; at += kLanes) store_kept(kept + t * Width + at, Floats{});
   }
   for (int v = 0; v < Vecs; ++v) {
-    store(top_out + v * kLanes, top[v]);
+    store(largest_out + v * kLanes, largest[v]);
     store(sum_out + v * kLanes, sum[v]);
   }
 }
@@ -40,7 +44,7 @@ void chunk_statistics(const MaskedCrossEntropyProblem& p, const RowGroup& g, con
   TileScratch scratch;
   tile_scratch(l, false, memory, scratch);
   for (int64_t r = 0; r < g.padded; ++r) {
-    out.top[r] = kLowestFloat / 2;  // finite, and so is its difference to any other
+    out.largest[r] = kLowestFloat / 2;  // finite, and so is its difference to any other
     out.sum[r] = 0;
   }
   int64_t tile = range.first_tile;
@@ -55,9 +59,9 @@ void chunk_statistics(const MaskedCrossEntropyProblem& p, const RowGroup& g, con
                            ? add_statistics<1, 2 * kLanes, Kept>
                        : width == kPanel ? add_statistics<kTileVecs, kPanel, Kept>
                                          : add_statistics<2, 2 * kLanes, Kept>;
-      add(p, scratch.logits, token, count, out.top + row, out.sum + row, keep);
-      if (kept.top != nullptr)
-        __builtin_memcpy(tile_top(p, g, kept, tile, row), out.top + row,
+      add(p, scratch.logits, token, count, out.largest + row, out.sum + row, keep);
+      if (kept.largest != nullptr)
+        __builtin_memcpy(tile_largest(p, g, kept, tile, row), out.largest + row,
                          static_cast<size_t>(block_rows(g, row / kPanel)) * sizeof(float));
       for (int r = 0; r < width; ++r) {
         const int64_t t = g.targets[row + r] - token;

@@ -1,4 +1,9 @@
 // Tiles of logits: how their operands lie in memory, and their products, in terms of vec.h and tile.inl.
+#pragma once
+
+#include "cpu/machine/layout.h"
+#include "cpu/vector/math.inl"
+#include "cpu/vector/tile.inl"
 
 constexpr float kLog2E = 1.44269504f;
 
@@ -46,25 +51,18 @@ struct TileScratch {
 // Lays the parts out behind `memory` and returns the bytes they take.
 template <class Operand>
 int64_t tile_scratch(const HeadLayout<Operand>& l, bool backward, void* memory, TileScratch& out) {
-  char* base = static_cast<char*>(memory);
-  int64_t at = 0;
-  const auto take = [&](int64_t count) {
-    char* start = base + at;
-    at += round_up(4 * count, 64);
-    return start;
-  };
-  out.weights = reinterpret_cast<uint32_t*>(take(kTileTokens * l.weight_row));
-  out.logits = reinterpret_cast<float*>(take(kTileTokens * kPanel));
-  out.token_panel = reinterpret_cast<uint32_t*>(take(kFewRows ? l.words * kPanel : 0));
-  out.row_logits = reinterpret_cast<float*>(take(kFewRows * kPanel));
-  if (!backward) return at;
-  out.weight_pairs = reinterpret_cast<uint32_t*>(take(l.kTokenWords * l.padded_width));
-  out.row_pairs = reinterpret_cast<uint32_t*>(take(l.kTokenWords * l.rows_stride));
+  Layout layout(memory);
+  out.weights = layout.take<uint32_t>(kTileTokens * l.weight_row);
+  out.logits = layout.take<float>(kTileTokens * kPanel);
+  out.token_panel = layout.take<uint32_t>(kFewRows ? l.words * kPanel : 0);
+  out.row_logits = layout.take<float>(kFewRows * kPanel);
+  if (!backward) return layout.bytes();
+  out.weight_pairs = layout.take<uint32_t>(l.kTokenWords * l.padded_width);
+  out.row_pairs = layout.take<uint32_t>(l.kTokenWords * l.rows_stride);
   // One float is a word in both directions.
-  out.token_rows =
-      l.kPer == 1 ? out.row_pairs : reinterpret_cast<uint32_t*>(take(kTileTokens * l.tokens_row));
-  out.bias_sums = reinterpret_cast<float*>(take(kTileTokens * kLanes));
-  return at;
+  out.token_rows = l.kPer == 1 ? out.row_pairs : layout.take<uint32_t>(kTileTokens * l.tokens_row);
+  out.bias_sums = layout.take<float>(kTileTokens * kLanes);
+  return layout.bytes();
 }
 
 template <class Operand>

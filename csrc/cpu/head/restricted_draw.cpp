@@ -9,12 +9,9 @@
 #include "cpu/head/sample_rows.h"
 #include "cpu/linear/linear.h"
 #include "cpu/machine/buffer.h"
-#include "cpu/machine/isa_table.h"
 #include "cpu/machine/threads.h"
 
 namespace loopmdm::cpu {
-
-LOOPMDM_DECLARE_KERNEL(SampleRowsKernel, sample_rows_kernel)
 
 namespace {
 
@@ -160,7 +157,7 @@ int threads_for(int64_t num_rows, int64_t vocab_size, int num_threads) {
 }  // namespace
 
 void draw_restricted(const RestrictedDrawProblem& p, int64_t* token, Isa isa, int num_threads) {
-  const SampleRowsKernel& kernel = LOOPMDM_KERNEL(sample_rows_kernel, isa);
+  const SampleRowsKernel& kernel = sample_rows_kernel(isa);
   const int64_t padded = round_up(p.vocab_size, kTileTokens);
   parallel(threads_for(p.num_rows, p.vocab_size, num_threads), [&](Worker& worker) {
     Selection best(p.vocab_size);

@@ -135,7 +135,7 @@ void for_each_group(const MaskedCrossEntropyProblem& p, const MaskedCrossEntropy
 }
 
 // Gradients of all but the logits, group by group. `ready(group)` completes a group before its work begins;
-// `of_chunk(group, tokens, scratch, rows_grad)` makes the logits' gradients of a chunk of the vocabulary and
+// `of_chunk(group, tokens, scratch, grad_rows)` makes the logits' gradients of a chunk of the vocabulary and
 // multiplies them, see MaskedCrossEntropyKernel::gradients.
 template <class Ready, class OfChunk>
 void gradients_of_groups(const MaskedCrossEntropyProblem& p, const MaskedCrossEntropyKernel& kernel,
@@ -152,22 +152,22 @@ void gradients_of_groups(const MaskedCrossEntropyProblem& p, const MaskedCrossEn
   for_each_group(
       p, kernel, out.weight != nullptr, [&](const RowGroup& group, const CrossEntropySizes& sizes) {
         ready(group);
-        TreeSum rows_grad(chunks.count, group.count * sizes.padded_width);
+        TreeSum grad_rows(chunks.count, group.count * sizes.padded_width);
         const int64_t blocks = (group.count + sizes.block - 1) / sizes.block;
         parallel(workers, [&](Worker& worker) {
           char* memory = scratch.get() + worker.index * most.backward_scratch;
           worker.share(blocks, [&](int64_t block) { kernel.prepare(p, group, block, memory); });
           worker.share(chunks.count, [&](int64_t chunk) {
-            float* partial = with_rows ? rows_grad.take() : nullptr;
+            float* partial = with_rows ? grad_rows.take() : nullptr;
             of_chunk(group, chunks[chunk], memory, partial);
-            if (with_rows) rows_grad.give(chunk, partial);
+            if (with_rows) grad_rows.give(chunk, partial);
           });
           if (!with_rows) return;
-          worker.share(blocks, [&](int64_t block) { kernel.norm_sums(p, group, block, rows_grad.total()); });
+          worker.share(blocks, [&](int64_t block) { kernel.norm_sums(p, group, block, grad_rows.total()); });
           worker.share((p.width + kSliceColumns - 1) / kSliceColumns, [&](int64_t slice) {
             const int64_t first = slice * kSliceColumns;
             kernel.norm_gradients(p, group, first, std::min(first + kSliceColumns, p.width),
-                                  rows_grad.total(), out);
+                                  grad_rows.total(), out);
           });
         });
       });

@@ -5,12 +5,9 @@
 
 #include "cpu/linear/linear.h"
 #include "cpu/machine/buffer.h"
-#include "cpu/machine/isa_table.h"
 #include "cpu/machine/threads.h"
 
 namespace loopmdm::cpu {
-
-LOOPMDM_DECLARE_KERNEL(SampleRowsKernel, sample_rows_kernel)
 
 namespace {
 
@@ -45,8 +42,8 @@ void write_result(const SampleRowsProblem& p, RowStatistics stats, int64_t row, 
 void sample_rows(const SampleRowsProblem& p, const SampleRowsOutput& out, Isa isa, int num_threads) {
   const int64_t num_rows = p.head.num_rows;
   if (num_rows == 0) return;
-  const SampleRowsKernel& kernel = LOOPMDM_KERNEL(sample_rows_kernel, isa);
-  const int64_t words = operand_words(linear_kernel(isa), p.head.width, p.head.narrow);
+  const SampleRowsKernel& kernel = sample_rows_kernel(isa);
+  const int64_t words = operand_words(linear_kernel(isa), p.head.width, p.head.bf16);
   const int64_t group = std::min(kGroupRows, num_rows);
   const HeadTasks largest(group, p.head.vocab_size);
   const double work = static_cast<double>(group) * static_cast<double>(p.head.vocab_size * p.head.width);

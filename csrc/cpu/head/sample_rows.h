@@ -46,6 +46,8 @@ struct SampleRowsKernel {
   int64_t (*race_among)(const RestrictedDrawProblem&, int64_t row, const float* kept);
 };
 
+LOOPMDM_KERNEL(SampleRowsKernel, sample_rows_kernel)
+
 void sample_rows(const SampleRowsProblem& problem, const SampleRowsOutput& out, Isa isa, int num_threads);
 
 }  // namespace loopmdm::cpu

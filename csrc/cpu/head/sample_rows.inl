@@ -1,11 +1,15 @@
 // Statistics and race of the rows' logits, tile by tile, in terms of vec.h and head.inl.
+#pragma once
+
+#include "cpu/head/head.inl"
+#include "cpu/vector/philox.inl"
 
 static_assert(kTileTokens % kPanel == 0 && kTileTokens % (2 * kLanes) == 0);
 
 void add_statistics(const float* logits, int64_t count, int32_t first_token, RowStatistics& stats) {
-  Floats top = broadcast(-__builtin_inff());  // a NaN never gets in
-  for (int64_t t = 0; t < count; t += kLanes) top = larger(load(logits + t), top);
-  if (largest_lane(top) > stats.top2_logit) {
+  Floats largest = broadcast(-__builtin_inff());  // a NaN never gets in
+  for (int64_t t = 0; t < count; t += kLanes) largest = larger(load(logits + t), largest);
+  if (largest_lane(largest) > stats.top2_logit) {
     const float before = stats.top1_logit;
     for (int64_t t = 0; t < count; t += kLanes) {
       uint32_t above = lanes_not_at_most(load(logits + t), broadcast(stats.top2_logit));
@@ -165,3 +169,5 @@ void scan(const SampleRowsProblem& p, int64_t begin, int64_t end, const uint32_t
     }
   }
 }
+
+constexpr SampleRowsKernel table = {prepare_rows, scan, race_among};

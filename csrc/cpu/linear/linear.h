@@ -34,18 +34,18 @@ struct LinearLayout {
 struct LinearKernel {
   int lanes, panel;
   int words_per_pair;  // 32-bit words of two bf16 operands: 1 if an instruction multiplies pairs, else 2
-  void (*pack_panel)(const LinearSource&, const LinearLayout&, bool narrow, int64_t group, int64_t panel,
+  void (*pack_panel)(const LinearSource&, const LinearLayout&, bool bf16, int64_t group, int64_t panel,
                      uint32_t* packed);
 };
 
-const LinearKernel& linear_kernel(Isa isa);
+LOOPMDM_KERNEL(LinearKernel, linear_kernel)
 
-inline int64_t operands_per_word(const LinearKernel& kernel, bool narrow) {
-  return narrow && kernel.words_per_pair == 1 ? 2 : 1;
+inline int64_t operands_per_word(const LinearKernel& kernel, bool bf16) {
+  return bf16 && kernel.words_per_pair == 1 ? 2 : 1;
 }
 
-inline int64_t operand_words(const LinearKernel& kernel, int64_t depth, bool narrow) {
-  const int64_t per_word = operands_per_word(kernel, narrow);
+inline int64_t operand_words(const LinearKernel& kernel, int64_t depth, bool bf16) {
+  const int64_t per_word = operands_per_word(kernel, bf16);
   return (depth + per_word - 1) / per_word;
 }
 
@@ -55,9 +55,9 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
 
 // `head_dim` divides columns where they belong to heads; 0: a plain matrix, one unit.
 LinearLayout linear_layout(const LinearKernel& kernel, int64_t columns, int64_t depth, int64_t head_dim,
-                           bool narrow);
+                           bool bf16);
 
-void pack_linear(const LinearSource& source, const LinearLayout& layout, bool narrow, uint32_t* packed,
-                 Isa isa, int num_threads);
+void pack_linear(const LinearSource& source, const LinearLayout& layout, bool bf16, uint32_t* packed, Isa isa,
+                 int num_threads);
 
 }  // namespace loopmdm::cpu

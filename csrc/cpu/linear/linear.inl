@@ -1,4 +1,7 @@
 // Packing of weights into the panels of tile.inl.
+#pragma once
+
+#include "cpu/vector/tile.inl"
 
 template <class Operand, class Source>
 void pack_panel_of(const Source* w, const LinearSource& source, const LinearLayout& layout, int64_t group,
@@ -31,25 +34,27 @@ void pack_panel_of(const Source* w, const LinearSource& source, const LinearLayo
 }
 
 #if defined(__AVX512BF16__)
-using RoundedNarrow = Narrow;
+using RoundedBf16 = Bf16;
 #else
 // Floats, but with the values of bf16.
-struct RoundedNarrow : Narrow {
+struct RoundedBf16 : Bf16 {
   static void store(uint32_t* words, Floats first, Floats second) {
-    Narrow::store(words, round_to_bf16(first), round_to_bf16(second));
+    Bf16::store(words, round_to_bf16(first), round_to_bf16(second));
   }
-  static Words zip(Floats row, Floats other) { return Narrow::zip(round_to_bf16(row), other); }
+  static Words zip(Floats row, Floats other) { return Bf16::zip(round_to_bf16(row), other); }
 };
 #endif
 
-void pack_panel(const LinearSource& source, const LinearLayout& layout, bool narrow, int64_t group,
+void pack_panel(const LinearSource& source, const LinearLayout& layout, bool bf16, int64_t group,
                 int64_t panel, uint32_t* packed) {
-  const float* wide = static_cast<const float*>(source.data);
-  const uint16_t* half = static_cast<const uint16_t*>(source.data);
+  const float* floats = static_cast<const float*>(source.data);
+  const uint16_t* halves = static_cast<const uint16_t*>(source.data);
   if (source.is_bf16)
-    narrow ? pack_panel_of<Narrow>(half, source, layout, group, panel, packed)
-           : pack_panel_of<Wide>(half, source, layout, group, panel, packed);
+    bf16 ? pack_panel_of<Bf16>(halves, source, layout, group, panel, packed)
+         : pack_panel_of<Fp32>(halves, source, layout, group, panel, packed);
   else
-    narrow ? pack_panel_of<RoundedNarrow>(wide, source, layout, group, panel, packed)
-           : pack_panel_of<Wide>(wide, source, layout, group, panel, packed);
+    bf16 ? pack_panel_of<RoundedBf16>(floats, source, layout, group, panel, packed)
+         : pack_panel_of<Fp32>(floats, source, layout, group, panel, packed);
 }
+
+constexpr LinearKernel table = {kLanes, kPanel, 2 / Bf16::kPerWord, pack_panel};

@@ -1,4 +1,8 @@
 // Rotary positions, dropout masks and the rows of several sequences, for both directions of a block.
+#pragma once
+
+#include "cpu/machine/layout.h"
+#include "cpu/vector/philox.inl"
 
 // job(span, first of its rows among all)
 template <class Spans, class Job>

@@ -7,12 +7,9 @@
 
 #include "cpu/looped_blocks/folded.h"
 #include "cpu/machine/buffer.h"
-#include "cpu/machine/isa_table.h"
 #include "cpu/machine/threads.h"
 
 namespace loopmdm::cpu {
-
-LOOPMDM_DECLARE_KERNEL(LoopedBlocksKernel, looped_blocks_kernel)
 
 namespace {
 
@@ -103,9 +100,9 @@ class Run {
   Run(const LoopedBlocksProblem& p, const LoopedBlocksOutput& out, Isa isa)
       : p_(p),
         out_(out),
-        kernel_(LOOPMDM_KERNEL(looped_blocks_kernel, isa)),
+        kernel_(looped_blocks_kernel(isa)),
         shape_(block_shape(p, isa)),
-        tape_bytes_(shape_.tape_bytes()),
+        record_bytes_(shape_.record_bytes()),
         vectors_(p, shape_),
         exits_(p.exit_threshold >= 0) {}
 
@@ -195,8 +192,8 @@ class Run {
             span_of(place->sequence, place->loop * p_.num_blocks + block, place->state, 0, p_.length));
       const RowSpans all = {spans.data(), static_cast<int64_t>(spans.size()),
                             static_cast<int64_t>(spans.size()) * p_.length};
-      kernel_.project(shape_, p_.narrow, p_.blocks[block], all, 0, scratch);
-      kernel_.finish(shape_, p_.narrow, p_.blocks[block], all, 0, scratch);
+      kernel_.project(shape_, p_.bf16, p_.blocks[block], all, 0, scratch);
+      kernel_.finish(shape_, p_.bf16, p_.blocks[block], all, 0, scratch);
     }
     for (Place* place : active) {
       ++place->loop;
@@ -214,7 +211,7 @@ class Run {
                   int64_t count) const {
     return {&state,
             vectors_.of(application % p_.num_blocks, sequence),
-            tape_of(application, sequence),
+            record_of(application, sequence),
             dropout_of(p_, application),
             first,
             count};
@@ -258,12 +255,12 @@ class Run {
     };
     const auto project = [&](int64_t application, int64_t first, int64_t rows_here) {
       const RowSpan span = span_of(sequence, application, state, first, rows_here);
-      kernel_.project(shape_, p_.narrow, p_.blocks[application % n], {&span, 1, rows_here},
+      kernel_.project(shape_, p_.bf16, p_.blocks[application % n], {&span, 1, rows_here},
                       parity_of(application), scratch);
     };
     const auto finish = [&](int64_t application, int64_t first, int64_t rows_here) {
       const RowSpan span = span_of(sequence, application, state, first, rows_here);
-      kernel_.finish(shape_, p_.narrow, p_.blocks[application % n], {&span, 1, rows_here},
+      kernel_.finish(shape_, p_.bf16, p_.blocks[application % n], {&span, 1, rows_here},
                      parity_of(application), scratch);
     };
     int64_t loop = 0;
@@ -309,9 +306,9 @@ class Run {
     }
   }
 
-  BlockTape tape_of(int64_t application, int64_t sequence) const {
-    if (out_.tape == nullptr) return {};
-    return shape_.tape_at(out_.tape + (application * p_.batch + sequence) * tape_bytes_);
+  BlockRecord record_of(int64_t application, int64_t sequence) const {
+    if (out_.records == nullptr) return {};
+    return shape_.record_at(out_.records + (application * p_.batch + sequence) * record_bytes_);
   }
 
   void copy_rows(const SequenceState& state, const Rows& rows, float* to) const {
@@ -346,7 +343,7 @@ class Run {
   const LoopedBlocksOutput& out_;
   const LoopedBlocksKernel& kernel_;
   const BlockShape shape_;
-  const int64_t tape_bytes_;
+  const int64_t record_bytes_;
   const FoldedVectors vectors_;
   const bool exits_;
 };
@@ -365,18 +362,18 @@ BlockShape block_shape(const LoopedBlocksProblem& p, Isa isa) {
           .width_padded = round_up(p.width, 2 * linear.lanes),
           .head_width = round_up(head_dim, linear.lanes),
           .keys = round_up(p.length, 2 * linear.lanes),
-          .per_word = operands_per_word(linear, p.narrow)};
+          .per_word = operands_per_word(linear, p.bf16)};
 }
 
 namespace {
 
-BlockTape lay_out(const BlockShape& s, Layout& layout) {
+BlockRecord lay_out(const BlockShape& s, Layout& layout) {
   const int64_t row = s.length * s.hidden_words();
-  BlockTape t;
+  BlockRecord t;
   for (uint32_t** rows :
        {&t.normed1, &t.query, &t.key, &t.value, &t.mixed, &t.branch1, &t.normed2, &t.branch2})
     *rows = layout.take<uint32_t>(row);
-  t.inner = layout.take<uint32_t>(s.length * s.width_words());
+  t.mlp_in = layout.take<uint32_t>(s.length * s.width_words());
   t.scale1 = layout.take<float>(s.length);
   t.scale2 = layout.take<float>(s.length);
   t.log_sum_exp = layout.take<float>(s.heads * s.length);
@@ -387,23 +384,23 @@ BlockTape lay_out(const BlockShape& s, Layout& layout) {
 
 int64_t BlockShape::sequences_together() const { return std::max<int64_t>(1, kBlockRows / length); }
 
-int64_t BlockShape::tape_bytes() const {
+int64_t BlockShape::record_bytes() const {
   Layout layout(nullptr);
   lay_out(*this, layout);
   return layout.bytes();
 }
 
-BlockTape BlockShape::tape_at(char* memory) const {
+BlockRecord BlockShape::record_at(char* memory) const {
   Layout layout(memory);
   return lay_out(*this, layout);
 }
 
 void looped_blocks(const LoopedBlocksProblem& problem, const LoopedBlocksOutput& out, Isa isa,
                    int num_threads) {
-  if (out.tape) {
+  if (out.records) {
     const int64_t loops = *std::max_element(problem.num_loops, problem.num_loops + problem.batch);
-    prefer_large_pages(out.tape,
-                       loops * problem.num_blocks * problem.batch * block_shape(problem, isa).tape_bytes());
+    prefer_large_pages(out.records,
+                       loops * problem.num_blocks * problem.batch * block_shape(problem, isa).record_bytes());
   }
   Run(problem, out, isa).go(num_threads);
 }

@@ -15,8 +15,8 @@
 namespace loopmdm::cpu {
 
 struct BlockPointers {
-  const uint32_t* query_key_value;  // packed, units of one head; q, k, v one after the other
-  const uint32_t* attn_out;         // packed
+  const uint32_t* qkv;       // packed, units of one head; q, k, v one after the other
+  const uint32_t* attn_out;  // packed
   const uint32_t* mlp_in;
   const uint32_t* mlp_out;
   const float* norm1;         // [D]
@@ -38,20 +38,20 @@ struct LoopedBlocksProblem {
   double exit_threshold;  // below 0: none
   double dropout;
   uint64_t dropout_seed;
-  bool narrow;  // multiply in bf16
+  bool bf16;  // multiply in bf16
 };
 
 struct LoopedBlocksOutput {
   float* x;             // [B, L, D]
   int64_t* loops_used;  // [B]
   float* loop_inputs;   // [largest num_loops, B, L, D] or null: H(k) before each loop
-  char* tape;           // [largest num_loops * n, B] records of tape_bytes(), or null
+  char* records;        // [largest num_loops * n, B] records of record_bytes(), or null
 };
 
 // What backward needs of one application of a block to one sequence. Rows of operand words, stride that of
 // the act or width rows; branches are before dropout and gate. Null pointers: nothing is recorded.
-struct BlockTape {
-  uint32_t *normed1, *query, *key, *value, *mixed, *branch1, *normed2, *inner, *branch2;
+struct BlockRecord {
+  uint32_t *normed1, *query, *key, *value, *mixed, *branch1, *normed2, *mlp_in, *branch2;
   float *scale1, *scale2;  // [L] reciprocal standard deviations
   float* log_sum_exp;      // [H, L]
 };
@@ -66,8 +66,8 @@ struct BlockShape {
   int64_t hidden_words() const { return hidden_padded / per_word; }
   int64_t width_words() const { return width_padded / per_word; }
   int64_t head_words() const { return head_dim / per_word; }
-  int64_t tape_bytes() const;  // of one application to one sequence
-  BlockTape tape_at(char* memory) const;
+  int64_t record_bytes() const;  // of one application to one sequence
+  BlockRecord record_at(char* memory) const;
   int64_t sequences_together() const;  // how many fill a block of rows, at least 1
   int64_t key_size() const { return heads * keys * head_words(); }
   int64_t value_size() const { return heads * head_width * keys / per_word; }
@@ -100,7 +100,7 @@ struct SequenceState {
 struct RowSpan {
   const SequenceState* state;
   BlockVectors vectors;
-  BlockTape tape;
+  BlockRecord record;
   Dropout dropout;
   int64_t first, count;
 };
@@ -117,13 +117,15 @@ constexpr int kBlockRows = 96;
 struct LoopedBlocksKernel {
   int64_t (*scratch_bytes)(const BlockShape&);
   void (*clear_scratch)(const BlockShape&, void* scratch);
-  void (*project)(const BlockShape&, bool narrow, const BlockPointers&, const RowSpans&, int parity,
+  void (*project)(const BlockShape&, bool bf16, const BlockPointers&, const RowSpans&, int parity,
                   void* scratch);
-  void (*finish)(const BlockShape&, bool narrow, const BlockPointers&, const RowSpans&, int parity,
+  void (*finish)(const BlockShape&, bool bf16, const BlockPointers&, const RowSpans&, int parity,
                  void* scratch);
   // Sums of squares over a row: of x - old, and of x.
   void (*row_change)(const float* x, const float* old, int64_t hidden_padded, float* change, float* size);
 };
+
+LOOPMDM_KERNEL(LoopedBlocksKernel, looped_blocks_kernel)
 
 BlockShape block_shape(const LoopedBlocksProblem& problem, Isa isa);
 

@@ -1,12 +1,16 @@
 // The two halves of a block application, on some rows of one sequence or of several.
+#pragma once
+
+#include "cpu/attention/attend.inl"
+#include "cpu/looped_blocks/branch.inl"
 
 struct BlockScratch {
-  uint32_t* act;     // [kBlockRows, hidden words]: operand of the next product
-  uint32_t* hidden;  // [kBlockRows, width words]: inside the MLP
-  float* sums;       // [kBlockRows, sums_row]: a panel or a group of heads
-  float* row;        // one head, padded
-  uint32_t* words;   // of it
-  uint32_t* keys;    // one head of a sequence that is kept in rows
+  uint32_t* act;        // [kBlockRows, hidden words]: operand of the next product
+  uint32_t* activated;  // [kBlockRows, width words]: inside the MLP, after gelu
+  float* sums;          // [kBlockRows, sums_row]: a panel or a group of heads
+  float* row;           // one head, padded
+  uint32_t* words;      // of it
+  uint32_t* keys;       // one head of a sequence that is kept in rows
   uint32_t* values;
   AttentionScratch* attention;
   int64_t sums_row;
@@ -18,49 +22,35 @@ inline int64_t sums_columns(const BlockShape& s) {
   return group > kPanel ? group : kPanel;
 }
 
-struct ScratchPlan {
-  int64_t act, hidden, sums, row, words, keys, values, attention, total;  // byte offsets
-};
-
-inline ScratchPlan scratch_plan(const BlockShape& s) {
-  ScratchPlan p;
-  int64_t at = 0;
-  const auto take = [&at](int64_t bytes) {
-    const int64_t start = at;
-    at += round_up(bytes, 64);
-    return start;
-  };
-  p.act = take(4 * kBlockRows * s.hidden_words());
-  p.hidden = take(4 * kBlockRows * s.width_words());
-  p.sums = take(4 * (kBlockRows * sums_columns(s) + 2 * kLanes));
-  p.row = take(4 * round_up(s.head_width, 2 * kLanes));
-  p.words = take(4 * s.head_words());
+// Returns the bytes it takes.
+inline int64_t lay_out(const BlockShape& s, void* memory, BlockScratch& t) {
   const bool rows = s.sequences_together() > 1;
-  p.keys = take(rows ? 4 * s.keys * s.head_words() : 0);
-  p.values = take(rows ? 4 * s.head_width * s.keys / s.per_word : 0);
-  p.attention = take(sizeof(AttentionScratch));
-  p.total = at;
-  return p;
+  Layout layout(memory);
+  t.act = layout.take<uint32_t>(kBlockRows * s.hidden_words());
+  t.activated = layout.take<uint32_t>(kBlockRows * s.width_words());
+  t.sums_row = sums_columns(s);
+  t.sums = layout.take<float>(kBlockRows * t.sums_row + 2 * kLanes);
+  t.row = layout.take<float>(round_up(s.head_width, 2 * kLanes));
+  t.words = layout.take<uint32_t>(s.head_words());
+  t.keys = layout.take<uint32_t>(rows ? s.keys * s.head_words() : 0);
+  t.values = layout.take<uint32_t>(rows ? s.head_width * s.keys / s.per_word : 0);
+  t.attention = layout.take<AttentionScratch>(1);
+  return layout.bytes();
 }
 
-int64_t block_scratch_bytes(const BlockShape& s) { return scratch_plan(s).total; }
+int64_t block_scratch_bytes(const BlockShape& s) {
+  BlockScratch unused;
+  return lay_out(s, nullptr, unused);
+}
 
 void clear_block_scratch(const BlockShape& s, void* memory) {
-  __builtin_memset(memory, 0, static_cast<size_t>(scratch_plan(s).total));
+  __builtin_memset(memory, 0, static_cast<size_t>(block_scratch_bytes(s)));
 }
 
 inline BlockScratch block_scratch(const BlockShape& s, void* memory) {
-  const ScratchPlan p = scratch_plan(s);
-  char* base = static_cast<char*>(memory);
-  return {reinterpret_cast<uint32_t*>(base + p.act),
-          reinterpret_cast<uint32_t*>(base + p.hidden),
-          reinterpret_cast<float*>(base + p.sums),
-          reinterpret_cast<float*>(base + p.row),
-          reinterpret_cast<uint32_t*>(base + p.words),
-          reinterpret_cast<uint32_t*>(base + p.keys),
-          reinterpret_cast<uint32_t*>(base + p.values),
-          reinterpret_cast<AttentionScratch*>(base + p.attention),
-          sums_columns(s)};
+  BlockScratch t;
+  lay_out(s, memory, t);
+  return t;
 }
 
 // layer_norm(x) * gain + shift as operands; records the normalised row if `normed` is not null.
@@ -93,7 +83,7 @@ template <class Operand>
 void put_values(const BlockShape& s, const RowSpan& span, int parity, int64_t head, const float* sums,
                 int64_t sums_row) {
   constexpr int kPer = Operand::kPerWord;
-  for (uint32_t* rows : {span.tape.value, span.state->value_rows})
+  for (uint32_t* rows : {span.record.value, span.state->value_rows})
     for (int64_t r = 0; rows && r < span.count; ++r)
       store_row<Operand>(sums + r * sums_row, s.head_dim, head_of(s, rows, span.first + r, head));
   if (span.state->values[parity] == nullptr) return;
@@ -135,7 +125,7 @@ void put_turned(const BlockShape& s, const RowSpan& span, int parity, bool keys,
     store_row<Operand>(t.row, s.head_dim, t.words);
     if (keys && seq.keys[parity])
       put_key(s, t.words, position, seq.keys[parity] + head * s.keys * s.head_words());
-    for (uint32_t* rows : {keys ? seq.key_rows : seq.queries, keys ? span.tape.key : span.tape.query})
+    for (uint32_t* rows : {keys ? seq.key_rows : seq.queries, keys ? span.record.key : span.record.query})
       if (rows) __builtin_memcpy(head_of(s, rows, position, head), t.words, bytes);
   }
 }
@@ -173,11 +163,11 @@ void project_rows(const BlockShape& s, const BlockPointers& weights, const RowSp
                   BlockScratch& t) {
   constexpr int kPer = Operand::kPerWord;
   for_spans(spans, [&](const RowSpan& span, int64_t row) {
-    uint32_t* normed = span.tape.normed1;
+    uint32_t* normed = span.record.normed1;
     for (int64_t r = span.first; r < span.first + span.count; ++r, ++row)
       norm_modulate_row<Operand>(span.state->x + r * s.hidden_padded, s.hidden, s.hidden_padded,
                                  span.vectors.gain1, span.vectors.shift1, t.act + row * s.hidden_words(),
-                                 normed ? normed + r * s.hidden_words() : nullptr, span.tape.scale1 + r);
+                                 normed ? normed + r * s.hidden_words() : nullptr, span.record.scale1 + r);
   });
   const Left act = {t.act, s.hidden_words(), 1};
   const int64_t words = (s.hidden + kPer - 1) / kPer;
@@ -187,7 +177,7 @@ void project_rows(const BlockShape& s, const BlockPointers& weights, const RowSp
     for (int64_t head = 0; head < s.heads; head += group_heads) {
       const int64_t heads = s.heads - head < group_heads ? s.heads - head : group_heads;
       const int64_t columns = heads * s.head_width;
-      const uint32_t* packed = weights.query_key_value + part * part_size + head * s.head_width * words;
+      const uint32_t* packed = weights.qkv + part * part_size + head * s.head_width * words;
       for (int64_t column = 0; column < columns; column += kPanel)
         multiply<Operand>(act, spans.rows, packed + column * words, panel_width(columns, column), words,
                           t.sums + column, t.sums_row, false, true);
@@ -237,19 +227,19 @@ template <class Operand>
 void attend_span(const BlockShape& s, const RowSpan& span, int parity, uint32_t* mixed, BlockScratch& t) {
   const SequenceState& seq = *span.state;
   const int64_t key_size = s.keys * s.head_words(), value_size = s.head_width * (s.keys / Operand::kPerWord);
-  const bool in_rows = seq.keys[parity] == nullptr, record = span.tape.mixed != nullptr;
+  const bool in_rows = seq.keys[parity] == nullptr, recorded = span.record.mixed != nullptr;
   const HeadShape shape = {s.length, s.keys, s.head_dim, s.head_width};
   for (int64_t head = 0; head < s.heads; ++head) {
     if (in_rows) pack_head_rows<Operand>(s, seq, head, t);
     attend<Operand>(shape, head_of(s, seq.queries, span.first, head), s.hidden_words(), span.count,
                     in_rows ? t.keys : seq.keys[parity] + head * key_size,
                     in_rows ? t.values : seq.values[parity] + head * value_size, seq.key_bias, *t.attention,
-                    t.sums, record ? span.tape.log_sum_exp + head * s.length + span.first : nullptr);
+                    t.sums, recorded ? span.record.log_sum_exp + head * s.length + span.first : nullptr);
     for (int64_t r = 0; r < span.count; ++r)
       store_row<Operand>(t.sums + r * s.head_width, s.head_dim, head_of(s, mixed, r, head));
   }
-  if (record)
-    __builtin_memcpy(head_of(s, span.tape.mixed, span.first, 0), mixed,
+  if (recorded)
+    __builtin_memcpy(head_of(s, span.record.mixed, span.first, 0), mixed,
                      static_cast<size_t>(span.count * s.hidden_words()) * sizeof *mixed);
 }
 
@@ -259,7 +249,7 @@ void add_branches(const BlockShape& s, const RowSpans& spans, uint32_t branch, i
                   const BlockScratch& t) {
   for_spans(spans, [&](const RowSpan& span, int64_t row) {
     const BlockVectors& v = span.vectors;
-    uint32_t* record = branch == 0 ? span.tape.branch1 : span.tape.branch2;
+    uint32_t* record = branch == 0 ? span.record.branch1 : span.record.branch2;
     add_branch<Operand>(s, branch == 0 ? nullptr : v.mlp_out_bias, branch == 0 ? v.gate1 : v.gate2,
                         span.dropout, branch, span.state->first_element + span.first * s.hidden, span.count,
                         column, width, t.sums + row * t.sums_row, t.sums_row,
@@ -268,7 +258,7 @@ void add_branches(const BlockShape& s, const RowSpans& spans, uint32_t branch, i
   });
 }
 
-// A panel of columns of the hidden layer: gelu(sums + bias), recorded before it.
+// A panel of columns of gelu(sums + bias), recorded before gelu.
 template <class Operand>
 void activate(const BlockShape& s, const RowSpan& span, int64_t row, int64_t column, int width,
               BlockScratch& t) {
@@ -281,10 +271,10 @@ void activate(const BlockShape& s, const RowSpan& span, int64_t row, int64_t col
         const int at = j + half * kLanes;
         u[half] = load(t.sums + (row + r) * t.sums_row + at) + load(span.vectors.mlp_in_bias + column + at);
       }
-      if (span.tape.inner)
-        Operand::store(span.tape.inner + (span.first + r) * width_words + (column + j) / kPer, u[0], u[1]);
+      if (span.record.mlp_in)
+        Operand::store(span.record.mlp_in + (span.first + r) * width_words + (column + j) / kPer, u[0], u[1]);
       for (int half = 0; half < 2; ++half) u[half] = gelu(u[half], kPer == 2);
-      Operand::store(t.hidden + (row + r) * width_words + (column + j) / kPer, u[0], u[1]);
+      Operand::store(t.activated + (row + r) * width_words + (column + j) / kPer, u[0], u[1]);
     }
 }
 
@@ -306,11 +296,11 @@ void finish_rows(const BlockShape& s, const BlockPointers& weights, const RowSpa
   }
 
   for_spans(spans, [&](const RowSpan& span, int64_t row) {
-    uint32_t* normed = span.tape.normed2;
+    uint32_t* normed = span.record.normed2;
     for (int64_t r = span.first; r < span.first + span.count; ++r, ++row)
       norm_modulate_row<Operand>(span.state->x + r * s.hidden_padded, s.hidden, s.hidden_padded,
                                  span.vectors.gain2, span.vectors.shift2, t.act + row * hidden_words,
-                                 normed ? normed + r * hidden_words : nullptr, span.tape.scale2 + r);
+                                 normed ? normed + r * hidden_words : nullptr, span.record.scale2 + r);
   });
   for (int64_t column = 0; column < s.width_padded; column += kPanel) {
     const int width = panel_width(s.width_padded, column);
@@ -319,33 +309,31 @@ void finish_rows(const BlockShape& s, const BlockPointers& weights, const RowSpa
     for_spans(spans,
               [&](const RowSpan& span, int64_t row) { activate<Operand>(s, span, row, column, width, t); });
   }
-  // A slice of a panel and the rows' slice of the hidden layer stay in the second-level cache together.
+  // A slice of a panel and the rows' slice of what they meet stay in the second-level cache together.
   constexpr int64_t kSlice = 768 / kPer;
   const int64_t depth = (s.width + kPer - 1) / kPer;
   for (int64_t column = 0; column < s.hidden_padded; column += kPanel) {
     const int width = panel_width(s.hidden_padded, column);
     const uint32_t* panel = weights.mlp_out + column * depth;
     for (int64_t k = 0; k < depth; k += kSlice)
-      multiply<Operand>({t.hidden + k, width_words, 1}, spans.rows, panel + k * width, width,
+      multiply<Operand>({t.activated + k, width_words, 1}, spans.rows, panel + k * width, width,
                         depth - k < kSlice ? depth - k : kSlice, t.sums, t.sums_row, k > 0, true);
     add_branches<Operand>(s, spans, 1, column, width, t);
   }
 }
 
-void project(const BlockShape& s, bool narrow, const BlockPointers& weights, const RowSpans& spans,
-             int parity, void* memory) {
+void project(const BlockShape& s, bool bf16, const BlockPointers& weights, const RowSpans& spans, int parity,
+             void* memory) {
   const TileScope scope;
   BlockScratch t = block_scratch(s, memory);
-  narrow ? project_rows<Narrow>(s, weights, spans, parity, t)
-         : project_rows<Wide>(s, weights, spans, parity, t);
+  bf16 ? project_rows<Bf16>(s, weights, spans, parity, t) : project_rows<Fp32>(s, weights, spans, parity, t);
 }
 
-void finish(const BlockShape& s, bool narrow, const BlockPointers& weights, const RowSpans& spans, int parity,
+void finish(const BlockShape& s, bool bf16, const BlockPointers& weights, const RowSpans& spans, int parity,
             void* memory) {
   const TileScope scope;
   BlockScratch t = block_scratch(s, memory);
-  narrow ? finish_rows<Narrow>(s, weights, spans, parity, t)
-         : finish_rows<Wide>(s, weights, spans, parity, t);
+  bf16 ? finish_rows<Bf16>(s, weights, spans, parity, t) : finish_rows<Fp32>(s, weights, spans, parity, t);
 }
 
 void row_change(const float* x, const float* old, int64_t hidden_padded, float* change, float* size) {
@@ -358,3 +346,5 @@ void row_change(const float* x, const float* old, int64_t hidden_padded, float* 
   *change = sum_lanes(difference);
   *size = sum_lanes(square);
 }
+
+constexpr LoopedBlocksKernel table = {block_scratch_bytes, clear_block_scratch, project, finish, row_change};

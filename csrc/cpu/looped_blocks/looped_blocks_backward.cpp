@@ -4,12 +4,9 @@
 #include <vector>
 
 #include "cpu/looped_blocks/folded.h"
-#include "cpu/machine/isa_table.h"
 #include "cpu/machine/threads.h"
 
 namespace loopmdm::cpu {
-
-LOOPMDM_DECLARE_KERNEL(LoopedBlocksBackwardKernel, looped_blocks_backward_kernel)
 
 namespace {
 
@@ -33,25 +30,25 @@ class Backward {
   Backward(const LoopedBlocksBackwardProblem& p, Isa isa)
       : p_(p),
         f_(p.forward),
-        kernel_(LOOPMDM_KERNEL(looped_blocks_backward_kernel, isa)),
+        kernel_(looped_blocks_backward_kernel(isa)),
         panel_(linear_kernel(isa).panel),
         shape_(block_shape(f_, isa)),
         vectors_(f_, shape_),
         sums_{shape_.hidden_padded, shape_.width_padded},
-        tape_bytes_(shape_.tape_bytes()),
+        record_bytes_(shape_.record_bytes()),
         chunk_(std::clamp<int64_t>(kWorkingRows / f_.length, 1, f_.batch)),
         tasks_per_sequence_((f_.length + kTaskRows - 1) / kTaskRows),
         task_rows_(round_up((f_.length + tasks_per_sequence_ - 1) / tasks_per_sequence_, 2)),
         panel_rows_(round_up(f_.length, shape_.per_word)),
-        projections_padded_(round_up(3 * f_.hidden, 2 * linear_kernel(isa).lanes)),
-        gradient_(aligned_buffer<float>(chunk_ * f_.length * shape_.hidden_padded)),
-        mixed_(aligned_buffer<float>(chunk_ * f_.length * shape_.hidden_padded)),
-        projections_(zeroed<uint32_t>(chunk_ * f_.length * projections_padded_ / shape_.per_word)),
+        qkv_padded_(round_up(3 * f_.hidden, 2 * linear_kernel(isa).lanes)),
+        grad_x_(aligned_buffer<float>(chunk_ * f_.length * shape_.hidden_padded)),
+        grad_mixed_(aligned_buffer<float>(chunk_ * f_.length * shape_.hidden_padded)),
+        grad_qkv_(zeroed<uint32_t>(chunk_ * f_.length * qkv_padded_ / shape_.per_word)),
         partial_(aligned_buffer<float>(chunk_ * tasks_per_sequence_ * sums_.size())),
-        panels_(aligned_buffer<uint32_t>(
-            chunk_ * panel_rows_ / shape_.per_word *
-                (6 * shape_.hidden_padded + 2 * shape_.width_padded + projections_padded_) +
-            64 * 8)),
+        panels_(
+            aligned_buffer<uint32_t>(chunk_ * panel_rows_ / shape_.per_word *
+                                         (6 * shape_.hidden_padded + 2 * shape_.width_padded + qkv_padded_) +
+                                     64 * 8)),
         bias_(aligned_buffer<float>(f_.batch * shape_.keys)) {
     if (needs_key_bias(f_, shape_))
       for (int64_t sequence = 0; sequence < f_.batch; ++sequence)
@@ -94,8 +91,8 @@ class Backward {
     const ApplicationPanels panels = panels_for(count);
     const Dropout dropout = dropout_of(f_, application);
     const auto sequence_of = [&](int64_t index) { return first + active[static_cast<size_t>(index)]; };
-    const auto tape_of = [&](int64_t index) {
-      return shape_.tape_at(p_.tape + (application * f_.batch + sequence_of(index)) * tape_bytes_);
+    const auto record_of = [&](int64_t index) {
+      return shape_.record_at(p_.records + (application * f_.batch + sequence_of(index)) * record_bytes_);
     };
     // The rows of a task: a part of one sequence, or some short ones.
     const int64_t together = std::min(shape_.sequences_together(), ceil_divide(count, worker.count));
@@ -112,7 +109,7 @@ class Backward {
           if (at.count <= 0)
             std::fill_n(sums, sums_.size(), 0.0f);
           else
-            spans.push_back({at, vectors_.of(block, sequence_of(index)), tape_of(index),
+            spans.push_back({at, vectors_.of(block, sequence_of(index)), record_of(index),
                              sequence_of(index) * f_.length * f_.hidden, sums_.at(sums)});
           rows += at.count;
         }
@@ -122,7 +119,7 @@ class Backward {
 
     for_rows([&](const GradientSpans& spans) {
       for (int64_t i = 0; i < spans.size; ++i) std::fill_n(spans.at[i].sums.modulation, sums_.size(), 0.0f);
-      kernel_.finish(shape_, f_.narrow, p_.transposed[block], dropout, spans, panels, scratch);
+      kernel_.finish(shape_, f_.bf16, p_.transposed[block], dropout, spans, panels, scratch);
     });
     worker.share(count * f_.heads, [&](int64_t task) {
       const int64_t index = task / f_.heads;
@@ -130,19 +127,19 @@ class Backward {
       state.cos = f_.cos;
       state.sin = f_.sin;
       state.key_bias = needs_key_bias(f_, shape_) ? bias_.get() + sequence_of(index) * shape_.keys : nullptr;
-      kernel_.head(shape_, f_.narrow, tape_of(index), state, task % f_.heads,
+      kernel_.head(shape_, f_.bf16, record_of(index), state, task % f_.heads,
                    rows_at(active[static_cast<size_t>(index)], index, 0, f_.length), scratch);
     });
     for_rows([&](const GradientSpans& spans) {
-      kernel_.project(shape_, f_.narrow, p_.transposed[block], spans, panels, scratch);
+      kernel_.project(shape_, f_.bf16, p_.transposed[block], spans, panels, scratch);
     });
 
     const BlockGradients& out = p_.gradients[block];
     const Product products[] = {
-        {panels.out2, panels.hidden, f_.hidden, out.mlp_out},
-        {panels.inner, panels.act2, f_.width, out.mlp_in},
-        {panels.out1, panels.mixed, f_.hidden, out.attn_out},
-        {panels.query_key_value, panels.act1, 3 * f_.hidden, out.query_key_value},
+        {panels.grad_branch2, panels.activated, f_.hidden, out.mlp_out},
+        {panels.grad_mlp_in, panels.act2, f_.width, out.mlp_in},
+        {panels.grad_branch1, panels.mixed, f_.hidden, out.attn_out},
+        {panels.grad_qkv, panels.act1, 3 * f_.hidden, out.qkv},
     };
     int64_t weight_tasks = 0;
     for (const Product& product : products) weight_tasks += tasks_of(product);
@@ -152,7 +149,7 @@ class Backward {
         if (task < tasks_of(product)) {
           const int64_t out_panels = ceil_divide(product.out, panel_);
           const int64_t groups = ceil_divide(out_panels, kLeftPanels);
-          kernel_.weight(f_.narrow, product.left, product.out, range(task % groups, kLeftPanels, out_panels),
+          kernel_.weight(f_.bf16, product.left, product.out, range(task % groups, kLeftPanels, out_panels),
                          product.right, range(task / groups, kRightPanels, panel_count(product.right)),
                          product.gradient);
           return;
@@ -183,13 +180,13 @@ class Backward {
     };
     const int64_t d = shape_.hidden_padded, f = shape_.width_padded;
     ApplicationPanels p;
-    p.out2 = take(d);
-    p.hidden = take(f);
-    p.inner = take(f);
+    p.grad_branch2 = take(d);
+    p.activated = take(f);
+    p.grad_mlp_in = take(f);
     p.act2 = take(d);
-    p.out1 = take(d);
+    p.grad_branch1 = take(d);
     p.mixed = take(d);
-    p.query_key_value = take(projections_padded_);
+    p.grad_qkv = take(qkv_padded_);
     p.act1 = take(d);
     return p;
   }
@@ -199,9 +196,9 @@ class Backward {
     return {.first = first,
             .count = count,
             .panel_row = index * panel_rows_ + first,
-            .gradient = gradient_.get() + (slot * f_.length + first) * shape_.hidden_padded,
-            .mixed = mixed_.get() + row * shape_.hidden_padded,
-            .query_key_value = projections_.get() + row * projections_padded_ / shape_.per_word};
+            .grad_x = grad_x_.get() + (slot * f_.length + first) * shape_.hidden_padded,
+            .grad_mixed = grad_mixed_.get() + row * shape_.hidden_padded,
+            .grad_qkv = grad_qkv_.get() + row * qkv_padded_ / shape_.per_word};
   }
 
   GradientRows rows_of(int64_t task, const std::vector<int64_t>& active) const {
@@ -234,8 +231,8 @@ class Backward {
   }
 
   void read(int64_t sequence, int64_t slot) const {
-    const float* from = p_.gradient + sequence * f_.length * f_.hidden;
-    float* to = gradient_.get() + slot * f_.length * shape_.hidden_padded;
+    const float* from = p_.grad_x + sequence * f_.length * f_.hidden;
+    float* to = grad_x_.get() + slot * f_.length * shape_.hidden_padded;
     for (int64_t r = 0; r < f_.length; ++r) {
       std::copy_n(from + r * f_.hidden, f_.hidden, to + r * shape_.hidden_padded);
       std::fill(to + r * shape_.hidden_padded + f_.hidden, to + (r + 1) * shape_.hidden_padded, 0.0f);
@@ -243,8 +240,8 @@ class Backward {
   }
 
   void write(int64_t sequence, int64_t slot) const {
-    const float* from = gradient_.get() + slot * f_.length * shape_.hidden_padded;
-    float* to = p_.gradient + sequence * f_.length * f_.hidden;
+    const float* from = grad_x_.get() + slot * f_.length * shape_.hidden_padded;
+    float* to = p_.grad_x + sequence * f_.length * f_.hidden;
     for (int64_t r = 0; r < f_.length; ++r)
       std::copy_n(from + r * shape_.hidden_padded, f_.hidden, to + r * f_.hidden);
   }
@@ -256,9 +253,9 @@ class Backward {
   const BlockShape shape_;
   const FoldedVectors vectors_;
   const Sums sums_;
-  const int64_t tape_bytes_, chunk_, tasks_per_sequence_, task_rows_, panel_rows_, projections_padded_;
-  const AlignedBuffer<float> gradient_, mixed_;
-  const AlignedBuffer<uint32_t> projections_;
+  const int64_t record_bytes_, chunk_, tasks_per_sequence_, task_rows_, panel_rows_, qkv_padded_;
+  const AlignedBuffer<float> grad_x_, grad_mixed_;
+  const AlignedBuffer<uint32_t> grad_qkv_;
   const AlignedBuffer<float> partial_;
   const AlignedBuffer<uint32_t> panels_;
   const AlignedBuffer<float> bias_;

@@ -11,12 +11,12 @@ namespace loopmdm::cpu {
 
 // Weights packed for products with gradients: panels of the transposed matrices.
 struct TransposedPointers {
-  const uint32_t *query_key_value, *attn_out, *mlp_in, *mlp_out;
+  const uint32_t *qkv, *attn_out, *mlp_in, *mlp_out;
 };
 
 // Accumulators of one block: [out, padded in] for weights, sums over modulation rows for vectors.
 struct BlockGradients {
-  float *query_key_value, *attn_out, *mlp_in, *mlp_out;
+  float *qkv, *attn_out, *mlp_in, *mlp_out;
   float* mlp_in_bias;   // [F]
   float* mlp_out_bias;  // [D]
   float* modulation;    // [M, 6, D]: of shift, gain, gate; twice. Gains include the norm's scale.
@@ -25,8 +25,8 @@ struct BlockGradients {
 struct LoopedBlocksBackwardProblem {
   LoopedBlocksProblem forward;  // x is not read
   const TransposedPointers* transposed;
-  char* tape;
-  float* gradient;                  // [B, L, D]: in of the output, out of the input
+  char* records;
+  float* grad_x;                    // [B, L, D]: in of the output, out of the input
   const BlockGradients* gradients;  // [n]
 };
 
@@ -43,7 +43,7 @@ struct PanelRange {
 
 // The operands of the weight gradients of one application: left of the outputs, right of the inputs.
 struct ApplicationPanels {
-  RowPanels out2, hidden, inner, act2, out1, mixed, query_key_value, act1;
+  RowPanels grad_branch2, activated, grad_mlp_in, act2, grad_branch1, mixed, grad_qkv, act1;
 };
 
 // Sums over some rows of one sequence.
@@ -55,21 +55,21 @@ struct VectorSums {
 
 // Rows of one sequence inside the working set of an application.
 struct GradientRows {
-  int64_t first, count;       // in the sequence; first is even
-  int64_t panel_row;          // where they start in the panels
-  float* gradient;            // [count, padded D] residual stream
-  float* mixed;               // [count, padded D] gradient of the attention output
-  uint32_t* query_key_value;  // [count, words of 3D] gradient of q, k, v
+  int64_t first, count;  // in the sequence; first is even
+  int64_t panel_row;     // where they start in the panels
+  float* grad_x;         // [count, padded D] residual stream
+  float* grad_mixed;     // [count, padded D] gradient of the attention output
+  uint32_t* grad_qkv;    // [count, words of 3D] gradient of q, k, v
 };
 
 struct GradientSpan : GradientRows {
   BlockVectors vectors;
-  BlockTape tape;
+  BlockRecord record;
   int64_t first_element;  // of the sequence in [B, L, D], names the random numbers
   VectorSums sums;
 };
 
-// Spans whose rows go through each product together. Their rows of `mixed` and of `query_key_value` lie one
+// Spans whose rows go through each product together. Their rows of `grad_mixed` and of `grad_qkv` lie one
 // after the other.
 struct GradientSpans {
   const GradientSpan* at;
@@ -79,18 +79,20 @@ struct GradientSpans {
 struct LoopedBlocksBackwardKernel {
   int64_t (*scratch_bytes)(const BlockShape&);
   // The MLP, then the output projection of attention.
-  void (*finish)(const BlockShape&, bool narrow, const TransposedPointers&, const Dropout&,
+  void (*finish)(const BlockShape&, bool bf16, const TransposedPointers&, const Dropout&,
                  const GradientSpans&, const ApplicationPanels&, void* scratch);
   // One head of one sequence; rows are all of the sequence's.
-  void (*head)(const BlockShape&, bool narrow, const BlockTape&, const SequenceState&, int64_t head,
+  void (*head)(const BlockShape&, bool bf16, const BlockRecord&, const SequenceState&, int64_t head,
                const GradientRows&, void* scratch);
   // The projections of q, k, v and the norm before them.
-  void (*project)(const BlockShape&, bool narrow, const TransposedPointers&, const GradientSpans&,
+  void (*project)(const BlockShape&, bool bf16, const TransposedPointers&, const GradientSpans&,
                   const ApplicationPanels&, void* scratch);
   // gradient[out, padded in] += left^T right for some panels of both.
-  void (*weight)(bool narrow, const RowPanels& left, int64_t out, const PanelRange& left_range,
+  void (*weight)(bool bf16, const RowPanels& left, int64_t out, const PanelRange& left_range,
                  const RowPanels& right, const PanelRange& right_range, float* gradient);
 };
+
+LOOPMDM_KERNEL(LoopedBlocksBackwardKernel, looped_blocks_backward_kernel)
 
 void looped_blocks_backward(const LoopedBlocksBackwardProblem& problem, Isa isa, int num_threads);
 

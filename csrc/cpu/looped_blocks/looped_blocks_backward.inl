@@ -1,17 +1,17 @@
 // Backward of the two halves of a block application, for some rows of a sequence.
+#pragma once
+
+#include "cpu/attention/attend_backward.inl"
+#include "cpu/looped_blocks/branch.inl"
 
 struct BlockGradientScratch {
-  uint32_t* act;      // [kBlockRows, hidden words]
-  uint32_t* hidden;   // [kBlockRows, width words]
-  uint32_t* dropout;  // [padded D]
-  float* sums;        // [kBlockRows, kPanel]
-  float* grad_act;    // [kBlockRows, padded D]
-  float* heads;       // seven arrays [L, head width]
+  uint32_t* act;          // [kBlockRows, hidden words]
+  uint32_t* grad_mlp_in;  // [kBlockRows, width words]
+  uint32_t* dropout;      // [padded D]
+  float* sums;            // [kBlockRows, kPanel]
+  float* grad_act;        // [kBlockRows, padded D]
+  float* heads;           // seven arrays [L, head width]
   void* attention;
-};
-
-struct BlockGradientScratchPlan {
-  int64_t act, hidden, dropout, sums, grad_act, heads, attention, total;
 };
 
 inline HeadShape head_shape(const BlockShape& s) { return {s.length, s.keys, s.head_dim, s.head_width}; }
@@ -20,40 +20,31 @@ constexpr int kHeadArrays = 7;  // q, k, v, out and the gradients of q, k, v
 
 inline int64_t head_array_size(const BlockShape& s) { return s.length * s.head_width + 2 * kLanes; }
 
-inline BlockGradientScratchPlan block_gradient_plan(const BlockShape& s) {
-  BlockGradientScratchPlan p;
-  int64_t at = 0;
-  const auto take = [&at](int64_t bytes) {
-    const int64_t start = at;
-    at += round_up(bytes, 64);
-    return start;
-  };
-  p.act = take(4 * kBlockRows * s.hidden_words());
-  p.hidden = take(4 * kBlockRows * s.width_words());
-  p.dropout = take(4 * s.hidden_padded);
-  p.sums = take(4 * kBlockRows * kPanel);
-  p.grad_act = take(4 * kBlockRows * s.hidden_padded);
-  p.heads = take(4 * kHeadArrays * head_array_size(s));
-  p.attention = take(attention_backward_scratch_bytes(head_shape(s)));
-  p.total = at;
-  return p;
+// Returns the bytes it takes.
+inline int64_t lay_out(const BlockShape& s, void* memory, BlockGradientScratch& t) {
+  Layout layout(memory);
+  t.act = layout.take<uint32_t>(kBlockRows * s.hidden_words());
+  t.grad_mlp_in = layout.take<uint32_t>(kBlockRows * s.width_words());
+  t.dropout = layout.take<uint32_t>(s.hidden_padded);
+  t.sums = layout.take<float>(kBlockRows * kPanel);
+  t.grad_act = layout.take<float>(kBlockRows * s.hidden_padded);
+  t.heads = layout.take<float>(kHeadArrays * head_array_size(s));
+  t.attention = layout.take<char>(attention_backward_scratch_bytes(head_shape(s)));
+  return layout.bytes();
 }
 
-int64_t gradient_scratch_bytes(const BlockShape& s) { return block_gradient_plan(s).total; }
+int64_t gradient_scratch_bytes(const BlockShape& s) {
+  BlockGradientScratch unused;
+  return lay_out(s, nullptr, unused);
+}
 
 inline BlockGradientScratch gradient_scratch(const BlockShape& s, void* memory) {
-  const BlockGradientScratchPlan p = block_gradient_plan(s);
-  char* base = static_cast<char*>(memory);
-  return {reinterpret_cast<uint32_t*>(base + p.act),
-          reinterpret_cast<uint32_t*>(base + p.hidden),
-          reinterpret_cast<uint32_t*>(base + p.dropout),
-          reinterpret_cast<float*>(base + p.sums),
-          reinterpret_cast<float*>(base + p.grad_act),
-          reinterpret_cast<float*>(base + p.heads),
-          base + p.attention};
+  BlockGradientScratch t;
+  lay_out(s, memory, t);
+  return t;
 }
 
-// Two rows (one for Wide) of kLanes columns into panels.
+// Two rows (one for Fp32) of kLanes columns into panels.
 template <class Operand>
 inline void put_rows(const RowPanels& panels, int64_t row, int64_t column, Floats even, Floats odd) {
   const int64_t first = column / kPanel * kPanel;
@@ -102,13 +93,13 @@ inline void add_to(float* sum, Floats x) { store(sum, load(sum) + x); }
 // Gradient of a branch from that of the residual stream: through the gate and dropout. Adds to the sums of
 // the gate and, if given, of the branch's bias.
 template <class Operand>
-void branch_gradient(const BlockShape& s, const float* gradient, const uint32_t* branch, const float* gate,
+void branch_gradient(const BlockShape& s, const float* grad_x, const uint32_t* branch, const float* gate,
                      const Dropout& dropout, uint32_t which, int64_t first_element, int64_t count,
                      uint32_t* words, float* gate_sum, float* bias_sum, uint32_t* mask) {
   constexpr int kPer = Operand::kPerWord;
   for (int64_t r = 0; r < count; ++r) {
     if (dropout.threshold) dropout_words(dropout, which, first_element + r * s.hidden, s.hidden, mask);
-    const float* row = gradient + r * s.hidden_padded;
+    const float* row = grad_x + r * s.hidden_padded;
     for (int64_t j = 0; j < s.hidden_padded; j += 2 * kLanes) {
       Floats value[2], out[2];
       Operand::load(branch + r * s.hidden_words() + j / kPer, value[0], value[1]);
@@ -126,11 +117,11 @@ void branch_gradient(const BlockShape& s, const float* gradient, const uint32_t*
   }
 }
 
-// gradient += that of layer_norm(x) * gain + shift, one row. n: normalised row, d: gradient of the result.
+// grad_x += that of layer_norm(x) * gain + shift, one row. n: normalised row, d: gradient of the result.
 // dx = scale * (d gain - mean(d gain) - n mean(d gain n)).
 template <class Operand>
 inline void norm_gradient_row(const BlockShape& s, const float* d, const uint32_t* normed, const float* gain,
-                              float scale, float* shift_sum, float* gain_sum, float* gradient) {
+                              float scale, float* shift_sum, float* gain_sum, float* grad_x) {
   constexpr int kPer = Operand::kPerWord;
   Floats sum = {}, product = {};
   for (int64_t j = 0; j < s.hidden_padded; j += 2 * kLanes) {
@@ -153,7 +144,7 @@ inline void norm_gradient_row(const BlockShape& s, const float* d, const uint32_
     for (int half = 0; half < 2; ++half) {
       const int64_t at = j + half * kLanes;
       const Floats inner = load(d + at) * load(gain + at) - mean - n[half] * slope;
-      store(gradient + at, fused_multiply_add(inner, broadcast(scale), load(gradient + at)));
+      store(grad_x + at, fused_multiply_add(inner, broadcast(scale), load(grad_x + at)));
     }
   }
 }
@@ -177,42 +168,43 @@ template <class Operand>
 void branch_span(const BlockShape& s, const GradientSpan& span, int64_t row, const Dropout& dropout,
                  uint32_t which, const RowPanels& out, BlockGradientScratch& t) {
   const int64_t hidden_words = s.hidden_words();
-  const uint32_t* branch = (which == 0 ? span.tape.branch1 : span.tape.branch2) + span.first * hidden_words;
+  const uint32_t* branch =
+      (which == 0 ? span.record.branch1 : span.record.branch2) + span.first * hidden_words;
   uint32_t* act = t.act + row * hidden_words;
-  branch_gradient<Operand>(s, span.gradient, branch, which == 0 ? span.vectors.gate1 : span.vectors.gate2,
+  branch_gradient<Operand>(s, span.grad_x, branch, which == 0 ? span.vectors.gate1 : span.vectors.gate2,
                            dropout, which, span.first_element + span.first * s.hidden, span.count, act,
                            span.sums.modulation + (which == 0 ? 2 : 5) * s.hidden_padded,
                            which == 0 ? nullptr : span.sums.mlp_out_bias, t.dropout);
   put_words<Operand>(out, span.panel_row, act, hidden_words, span.count);
 }
 
-// A panel of columns of the hidden layer: through gelu, as rows of t.hidden and as panels.
+// A panel of columns, back through gelu, as rows of t.grad_mlp_in and as panels.
 template <class Operand>
 void activate_back(const BlockShape& s, const GradientSpan& span, int64_t row, int64_t column, int width,
                    const ApplicationPanels& panels, BlockGradientScratch& t) {
   constexpr int kPer = Operand::kPerWord;
   const int64_t width_words = s.width_words();
   const float* sums = t.sums + row * kPanel;
-  uint32_t* out = t.hidden + row * width_words;
+  uint32_t* out = t.grad_mlp_in + row * width_words;
   for (int64_t r = 0; r < span.count; r += kPer)
     for (int j = 0; j < width; j += 2 * kLanes) {
-      Floats hidden[2][2] = {}, inner[2][2] = {};  // [row][half]
+      Floats activated[2][2] = {}, grad[2][2] = {};  // [row][half]
       for (int odd = 0; odd < kPer && r + odd < span.count; ++odd) {
         Floats u[2];
         const int64_t at = (column + j) / kPer;
-        Operand::load(span.tape.inner + (span.first + r + odd) * width_words + at, u[0], u[1]);
+        Operand::load(span.record.mlp_in + (span.first + r + odd) * width_words + at, u[0], u[1]);
         for (int half = 0; half < 2; ++half) {
           Floats slope;
-          hidden[odd][half] = gelu_with_slope(u[half], kPer == 2, slope);
-          inner[odd][half] = load(sums + (r + odd) * kPanel + j + half * kLanes) * slope;
-          add_to(span.sums.mlp_in_bias + column + j + half * kLanes, inner[odd][half]);
+          activated[odd][half] = gelu_with_slope(u[half], kPer == 2, slope);
+          grad[odd][half] = load(sums + (r + odd) * kPanel + j + half * kLanes) * slope;
+          add_to(span.sums.mlp_in_bias + column + j + half * kLanes, grad[odd][half]);
         }
-        Operand::store(out + (r + odd) * width_words + at, inner[odd][0], inner[odd][1]);
+        Operand::store(out + (r + odd) * width_words + at, grad[odd][0], grad[odd][1]);
       }
       for (int half = 0; half < 2; ++half) {
         const int64_t at = column + j + half * kLanes;
-        put_rows<Operand>(panels.hidden, span.panel_row + r, at, hidden[0][half], hidden[1][half]);
-        put_rows<Operand>(panels.inner, span.panel_row + r, at, inner[0][half], inner[1][half]);
+        put_rows<Operand>(panels.activated, span.panel_row + r, at, activated[0][half], activated[1][half]);
+        put_rows<Operand>(panels.grad_mlp_in, span.panel_row + r, at, grad[0][half], grad[1][half]);
       }
     }
 }
@@ -224,14 +216,14 @@ void norm_span(const BlockShape& s, const GradientSpan& span, int64_t row, bool 
                const BlockGradientScratch& t) {
   const BlockVectors& v = span.vectors;
   const int64_t hidden_words = s.hidden_words();
-  const uint32_t* normed = (mlp ? span.tape.normed2 : span.tape.normed1) + span.first * hidden_words;
-  const float* scale = (mlp ? span.tape.scale2 : span.tape.scale1) + span.first;
+  const uint32_t* normed = (mlp ? span.record.normed2 : span.record.normed1) + span.first * hidden_words;
+  const float* scale = (mlp ? span.record.scale2 : span.record.scale1) + span.first;
   const float *gain = mlp ? v.gain2 : v.gain1, *shift = mlp ? v.shift2 : v.shift1;
   float* shift_sum = span.sums.modulation + (mlp ? 3 : 0) * s.hidden_padded;
   for (int64_t r = 0; r < span.count; ++r)
     norm_gradient_row<Operand>(s, t.grad_act + (row + r) * s.hidden_padded, normed + r * hidden_words, gain,
                                scale[r], shift_sum, shift_sum + s.hidden_padded,
-                               span.gradient + r * s.hidden_padded);
+                               span.grad_x + r * s.hidden_padded);
   put_modulated<Operand>(input, span.panel_row, normed, hidden_words, span.count, gain, shift);
 }
 
@@ -241,7 +233,7 @@ void finish_gradient_rows(const BlockShape& s, const TransposedPointers& weights
                           BlockGradientScratch& t) {
   const int64_t hidden_words = s.hidden_words(), width_words = s.width_words();
   for_spans(spans, [&](const GradientSpan& span, int64_t row) {
-    branch_span<Operand>(s, span, row, dropout, 1, panels.out2, t);
+    branch_span<Operand>(s, span, row, dropout, 1, panels.grad_branch2, t);
   });
   const int64_t depth = (s.hidden + Operand::kPerWord - 1) / Operand::kPerWord;
   for (int64_t column = 0; column < s.width_padded; column += kPanel) {
@@ -252,16 +244,16 @@ void finish_gradient_rows(const BlockShape& s, const TransposedPointers& weights
       activate_back<Operand>(s, span, row, column, width, panels, t);
     });
   }
-  multiply_panels<Operand>(t.hidden, width_words, spans.rows, weights.mlp_in, s.width, s.hidden_padded,
+  multiply_panels<Operand>(t.grad_mlp_in, width_words, spans.rows, weights.mlp_in, s.width, s.hidden_padded,
                            t.grad_act);
   for_spans(spans, [&](const GradientSpan& span, int64_t row) {
     norm_span<Operand>(s, span, row, true, panels.act2, t);
-    branch_span<Operand>(s, span, row, dropout, 0, panels.out1, t);
-    put_words<Operand>(panels.mixed, span.panel_row, span.tape.mixed + span.first * hidden_words,
+    branch_span<Operand>(s, span, row, dropout, 0, panels.grad_branch1, t);
+    put_words<Operand>(panels.mixed, span.panel_row, span.record.mixed + span.first * hidden_words,
                        hidden_words, span.count);
   });
   multiply_panels<Operand>(t.act, hidden_words, spans.rows, weights.attn_out, s.hidden, s.hidden_padded,
-                           spans.at->mixed);
+                           spans.at->grad_mixed);
 }
 
 template <class Operand>
@@ -279,27 +271,27 @@ void load_head(const BlockShape& s, const uint32_t* words, int64_t head, float* 
 }
 
 template <class Operand>
-void head_gradient(const BlockShape& s, const BlockTape& tape, const SequenceState& seq, int64_t head,
+void head_gradient(const BlockShape& s, const BlockRecord& record, const SequenceState& seq, int64_t head,
                    const GradientRows& rows, BlockGradientScratch& t) {
   constexpr int kPer = Operand::kPerWord;
   float* arrays[kHeadArrays];
   for (int i = 0; i < kHeadArrays; ++i) arrays[i] = t.heads + i * head_array_size(s);
-  load_head<Operand>(s, tape.query, head, arrays[0]);
-  load_head<Operand>(s, tape.key, head, arrays[1]);
-  load_head<Operand>(s, tape.value, head, arrays[2]);
-  if (!in_one_block(head_shape(s))) load_head<Operand>(s, tape.mixed, head, arrays[3]);
+  load_head<Operand>(s, record.query, head, arrays[0]);
+  load_head<Operand>(s, record.key, head, arrays[1]);
+  load_head<Operand>(s, record.value, head, arrays[2]);
+  if (!in_one_block(head_shape(s))) load_head<Operand>(s, record.mixed, head, arrays[3]);
   const int64_t row = s.head_width;
   const HeadGradientInput in = {.q = arrays[0],
                                 .k = arrays[1],
                                 .v = arrays[2],
                                 .out = arrays[3],
-                                .grad_out = rows.mixed + head * s.head_dim,
+                                .grad_out = rows.grad_mixed + head * s.head_dim,
                                 .q_row = row,
                                 .k_row = row,
                                 .v_row = row,
                                 .out_row = row,
                                 .grad_out_row = s.hidden_padded,
-                                .log_sum_exp = tape.log_sum_exp + head * s.length};
+                                .log_sum_exp = record.log_sum_exp + head * s.length};
   attend_backward<Operand>(head_shape(s), in, seq.key_bias, t.attention,
                            {arrays[4], arrays[5], arrays[6], row, row, row});
   const int64_t half = s.head_dim / 2, row_words = round_up(3 * s.hidden, 2 * kLanes) / kPer;
@@ -308,7 +300,7 @@ void head_gradient(const BlockShape& s, const BlockTape& tape, const SequenceSta
       float* source = arrays[4 + part] + r * row;
       if (part < 2 && seq.cos) rotate_back(source, seq.cos + r * half, seq.sin + r * half, half);
       store_row<Operand>(source, s.head_dim,
-                         rows.query_key_value + r * row_words + (part * s.hidden + head * s.head_dim) / kPer);
+                         rows.grad_qkv + r * row_words + (part * s.hidden + head * s.head_dim) / kPer);
     }
 }
 
@@ -316,10 +308,10 @@ template <class Operand>
 void project_gradient_rows(const BlockShape& s, const TransposedPointers& weights, const GradientSpans& spans,
                            const ApplicationPanels& panels, BlockGradientScratch& t) {
   const int64_t row_words = round_up(3 * s.hidden, 2 * kLanes) / Operand::kPerWord;
-  multiply_panels<Operand>(spans.at->query_key_value, row_words, spans.rows, weights.query_key_value,
-                           3 * s.hidden, s.hidden_padded, t.grad_act);
+  multiply_panels<Operand>(spans.at->grad_qkv, row_words, spans.rows, weights.qkv, 3 * s.hidden,
+                           s.hidden_padded, t.grad_act);
   for_spans(spans, [&](const GradientSpan& span, int64_t row) {
-    put_words<Operand>(panels.query_key_value, span.panel_row, span.query_key_value, row_words, span.count);
+    put_words<Operand>(panels.grad_qkv, span.panel_row, span.grad_qkv, row_words, span.count);
     norm_span<Operand>(s, span, row, false, panels.act1, t);
   });
 }
@@ -351,33 +343,36 @@ void weight_gradient(const RowPanels& left, int64_t out, const PanelRange& left_
   }
 }
 
-void finish_gradient(const BlockShape& s, bool narrow, const TransposedPointers& weights,
+void finish_gradient(const BlockShape& s, bool bf16, const TransposedPointers& weights,
                      const Dropout& dropout, const GradientSpans& spans, const ApplicationPanels& panels,
                      void* memory) {
   const TileScope scope;
   BlockGradientScratch t = gradient_scratch(s, memory);
-  narrow ? finish_gradient_rows<Narrow>(s, weights, dropout, spans, panels, t)
-         : finish_gradient_rows<Wide>(s, weights, dropout, spans, panels, t);
+  bf16 ? finish_gradient_rows<Bf16>(s, weights, dropout, spans, panels, t)
+       : finish_gradient_rows<Fp32>(s, weights, dropout, spans, panels, t);
 }
 
-void head_gradient_of(const BlockShape& s, bool narrow, const BlockTape& tape, const SequenceState& seq,
+void head_gradient_of(const BlockShape& s, bool bf16, const BlockRecord& record, const SequenceState& seq,
                       int64_t head, const GradientRows& rows, void* memory) {
   const TileScope scope;
   BlockGradientScratch t = gradient_scratch(s, memory);
-  narrow ? head_gradient<Narrow>(s, tape, seq, head, rows, t)
-         : head_gradient<Wide>(s, tape, seq, head, rows, t);
+  bf16 ? head_gradient<Bf16>(s, record, seq, head, rows, t)
+       : head_gradient<Fp32>(s, record, seq, head, rows, t);
 }
 
-void project_gradient(const BlockShape& s, bool narrow, const TransposedPointers& weights,
+void project_gradient(const BlockShape& s, bool bf16, const TransposedPointers& weights,
                       const GradientSpans& spans, const ApplicationPanels& panels, void* memory) {
   const TileScope scope;
   BlockGradientScratch t = gradient_scratch(s, memory);
-  narrow ? project_gradient_rows<Narrow>(s, weights, spans, panels, t)
-         : project_gradient_rows<Wide>(s, weights, spans, panels, t);
+  bf16 ? project_gradient_rows<Bf16>(s, weights, spans, panels, t)
+       : project_gradient_rows<Fp32>(s, weights, spans, panels, t);
 }
 
-void weight_gradient_of(bool narrow, const RowPanels& left, int64_t out, const PanelRange& left_range,
+void weight_gradient_of(bool bf16, const RowPanels& left, int64_t out, const PanelRange& left_range,
                         const RowPanels& right, const PanelRange& right_range, float* gradient) {
-  narrow ? weight_gradient<Narrow>(left, out, left_range, right, right_range, gradient)
-         : weight_gradient<Wide>(left, out, left_range, right, right_range, gradient);
+  bf16 ? weight_gradient<Bf16>(left, out, left_range, right, right_range, gradient)
+       : weight_gradient<Fp32>(left, out, left_range, right, right_range, gradient);
 }
+
+constexpr LoopedBlocksBackwardKernel table = {gradient_scratch_bytes, finish_gradient, head_gradient_of,
+                                              project_gradient, weight_gradient_of};

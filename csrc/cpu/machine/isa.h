@@ -3,9 +3,20 @@
 
 #include <string>
 
+// of_each(instruction set, ...) for those that this build contains, each a superset of the one before.
+#if defined(__x86_64__)
+#  define LOOPMDM_ISAS(of_each, ...)                                                      \
+    of_each(generic, __VA_ARGS__) of_each(avx2, __VA_ARGS__) of_each(avx512, __VA_ARGS__) \
+        of_each(avx512_bf16, __VA_ARGS__) of_each(amx_bf16, __VA_ARGS__)
+#else
+#  define LOOPMDM_ISAS(of_each, ...) of_each(generic, __VA_ARGS__)
+#endif
+
 namespace loopmdm::cpu {
 
-enum class Isa { generic, avx2, avx512, avx512_bf16, amx_bf16 };
+#define LOOPMDM_ISA_NAME(isa, ...) isa,
+enum class Isa { LOOPMDM_ISAS(LOOPMDM_ISA_NAME) };
+#undef LOOPMDM_ISA_NAME
 
 const char* isa_name(Isa isa);
 
@@ -21,3 +32,16 @@ Isa current_isa();
 std::string usable_isa_names();
 
 }  // namespace loopmdm::cpu
+
+// Declares name(isa), the table of functions that was compiled for an instruction set (see kernel.cpp.in).
+#define LOOPMDM_KERNEL(Table, name)                                                        \
+  LOOPMDM_ISAS(LOOPMDM_DECLARE_TABLE, Table, name)                                         \
+  inline const Table& name(Isa isa) {                                                      \
+    static constexpr const Table* kTables[] = {LOOPMDM_ISAS(LOOPMDM_TABLE_ADDRESS, name)}; \
+    return *kTables[static_cast<int>(isa)];                                                \
+  }
+#define LOOPMDM_DECLARE_TABLE(isa, Table, name) \
+  namespace isa {                               \
+  extern const Table name;                      \
+  }
+#define LOOPMDM_TABLE_ADDRESS(isa, name) &isa::name,

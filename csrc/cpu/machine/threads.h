@@ -5,7 +5,7 @@
 // after each of its operations. Without such a runtime, in a forked child (where its threads do not exist)
 // and with LOOPMDM_CPU_THREADS=std a region starts std::threads instead.
 //
-// Not for *_isa.cpp: this instantiates the C++ library.
+// Not for kernels: this instantiates the C++ library.
 #pragma once
 
 #include <cstdint>

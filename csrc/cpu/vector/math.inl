@@ -1,5 +1,8 @@
-// Elementwise functions of vectors, as accurate as the operands they feed: to fp32 rounding for Wide, well
-// below bf16 rounding for Narrow.
+// Elementwise functions of vectors, as accurate as the operands they feed: to fp32 rounding for Fp32, well
+// below bf16 rounding for Bf16.
+#pragma once
+
+#include "cpu/vector/vec.h"
 
 // 2^f on [-1/2, 1/2]; coefficients minimise the largest relative error: 7.5e-5, and 1.9e-9 before rounding.
 inline Floats exp2_fraction(Floats f, bool coarse) {

@@ -4,12 +4,9 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/machine/isa_table.h"
 #include "cpu/machine/threads.h"
 
 namespace loopmdm::cpu {
-
-LOOPMDM_DECLARE_KERNEL(PeakKernel, peak_kernel)
 
 namespace {
 
@@ -19,7 +16,7 @@ constexpr int64_t kRoundsPerLook = 20000;  // between two looks at the clock: 0.
 
 double peak_flops(bool dtype_is_bf16, Isa isa, int num_threads, double milliseconds) {
   using Clock = std::chrono::steady_clock;
-  const PeakKernel& kernel = LOOPMDM_KERNEL(peak_kernel, isa);
+  const PeakKernel& kernel = peak_kernel(isa);
   const auto chains = dtype_is_bf16 ? kernel.bf16 : kernel.fp32;
   const double flops_per_round = dtype_is_bf16 ? kernel.bf16_flops_per_round : kernel.fp32_flops_per_round;
   std::vector<double> rates(static_cast<size_t>(num_threads));

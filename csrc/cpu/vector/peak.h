@@ -17,6 +17,8 @@ struct PeakKernel {
   double bf16_flops_per_round;
 };
 
+LOOPMDM_KERNEL(PeakKernel, peak_kernel)
+
 // FLOP/s of `num_threads` threads together, each busy for about `milliseconds`; an addition and a
 // multiplication count one each.
 double peak_flops(bool dtype_is_bf16, Isa isa, int num_threads, double milliseconds);

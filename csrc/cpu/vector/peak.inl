@@ -1,4 +1,7 @@
 // The chains of peak.h, in terms of vec.h.
+#pragma once
+
+#include "cpu/vector/tile.inl"
 
 // Enough chains to hide the latency of the multiply-add units (at most 4 units x 4 cycles, or 2 x 6), few
 // enough to stay in registers: AVX2 and SSE have 16, the others 32.
@@ -107,3 +110,5 @@ float bf16_chains(int64_t rounds, float start) { return fp32_chains(rounds, star
 constexpr double kBf16FlopsPerRound = kFp32FlopsPerRound;
 
 #endif
+
+constexpr PeakKernel table = {fp32_chains, bf16_chains, kFp32FlopsPerRound, kBf16FlopsPerRound};

@@ -1,4 +1,7 @@
 // Philox4x32-10 for 2 * kLanes consecutive words.
+#pragma once
+
+#include "cpu/vector/vec.h"
 
 // Words 0..3 of counters (first_group + i, x1, x2, x3) for i = 0 .. kLanes / 2 - 1.
 inline void philox_groups(const PhiloxKey& key, uint32_t first_group, uint32_t counter1, uint32_t counter2,

@@ -1,10 +1,13 @@
 // Matrix products on register tiles, in terms of vec.h.
 //
-// Operands are 32-bit words along the summed dimension: one float (Wide), or a pair of bf16 (Narrow, where an
+// Operands are 32-bit words along the summed dimension: one float (Fp32), or a pair of bf16 (Bf16, where an
 // instruction multiplies them). The left operand is read word by word and broadcast; the right one lies in
 // panels [words][width], width at most kPanel columns, so that a tile reads it from front to back.
 // Every sum runs over the words in an order that depends on their number alone, whatever the shape of the
 // tile: results do not depend on how rows are grouped.
+#pragma once
+
+#include "cpu/vector/vec.h"
 
 #if defined(__AVX512F__)
 constexpr int kTileVecs = 4;
@@ -22,7 +25,7 @@ inline Words load_words(const uint32_t* p) {
 
 inline void store_words(uint32_t* p, Words v) { __builtin_memcpy(p, &v, sizeof v); }
 
-struct Wide {
+struct Fp32 {
   static constexpr int kPerWord = 1;
   static Floats multiply_add(Words a, Words b, Floats sum) {
     return fused_multiply_add(reinterpret_cast<Floats>(a), reinterpret_cast<Floats>(b), sum);
@@ -41,7 +44,7 @@ struct Wide {
 };
 
 #if defined(__AVX512BF16__)
-struct Narrow {
+struct Bf16 {
   static constexpr int kPerWord = 2;
   static Floats multiply_add(Words a, Words b, Floats sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
@@ -63,7 +66,7 @@ struct Narrow {
   }
 };
 #else
-using Narrow = Wide;  // no such instruction: bf16 operands are widened and multiplied as floats
+using Bf16 = Fp32;  // no such instruction: bf16 operands are widened and multiplied as floats
 #endif
 
 // The left operand: word k of row r is at[r * row + k * step].

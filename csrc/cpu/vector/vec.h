@@ -1,5 +1,7 @@
 // Vectors of kLanes floats with the operators of the compiler's vector types, and the few operations that
 // need an instruction by name. Included once per instruction set, inside an anonymous namespace.
+#pragma once
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
