@@ -1,6 +1,5 @@
 #include "cpu/attention/attention.h"
 
-#include <optional>
 #include <string>
 
 #include "bindings/ops.h"

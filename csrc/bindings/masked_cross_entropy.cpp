@@ -2,8 +2,8 @@
 
 #include <optional>
 
-#include "bindings/head.h"
 #include "bindings/ops.h"
+#include "bindings/tensor_view.h"
 #include "cpu/head/head_logits_backward.h"
 
 namespace py = pybind11;

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "bindings/ops.h"
+#include "bindings/tensor_view.h"
 
 namespace py = pybind11;
 
@@ -10,8 +11,7 @@ namespace loopmdm {
 namespace {
 
 double cpu_peak_flops(bool dtype_is_bf16, int num_threads, double milliseconds) {
-  if (num_threads < 1)
-    throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
+  check_num_threads(num_threads);
   if (!(milliseconds > 0) || std::isinf(milliseconds))
     throw py::value_error("milliseconds: expected a finite number > 0, got " + std::to_string(milliseconds));
   const cpu::Isa isa = cpu::current_isa();

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings/ops.h"
+#include "bindings/tensor_view.h"
 
 namespace py = pybind11;
 
@@ -17,8 +18,7 @@ namespace {
 // Returns the counts, one a worker: rounds * workers, unless a barrier let somebody through too early. The
 // worker `failing`, if there is one, throws in round rounds / 2.
 std::vector<int64_t> debug_parallel(int num_threads, int64_t rounds, int failing) {
-  if (num_threads < 1)
-    throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
+  check_num_threads(num_threads);
   const py::gil_scoped_release release;
   std::vector<int64_t> announced(static_cast<size_t>(num_threads), -1), seen(announced.size());
   int workers = 0;
