@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
+
 _LONGEST = 400
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 2
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = _LONGEST
 
 
 def printable(text: object, *, longest: int = _LONGEST) -> str:
@@ -15,6 +20,14 @@ def printable(text: object, *, longest: int = _LONGEST) -> str:
     if len(value) > longest:
         value = value[:longest] + "..."
     return value if value.isprintable() else "".join(map(_visible, value))
+
+
+def shown(value: object) -> str:
+    """The `repr` of a value out of a file, printable and short however large or nested the value is."""
+    try:
+        return printable(_BRIEF.repr(value))
+    except ValueError:  # of more digits than Python prints
+        return f"a {type(value).__name__} too long to print"
 
 
 def printable_lines(text: str) -> str:

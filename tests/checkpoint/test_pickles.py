@@ -20,6 +20,7 @@ import torch
 from loopmdm.formats import pickles
 from loopmdm.formats.pickles import Opaque, StoredTensor, UnsafePickleError, lookup
 from loopmdm.formats.torch_files import TorchFile
+from loopmdm.printable import shown
 from tests.checkpoint.payloads import Call, payloads, torch_zip
 
 NAMES = sorted(payloads(Path("x")))
@@ -214,6 +215,14 @@ def stored(
     return torch_zip(buffer.getvalue(), **{"0": data})
 
 
+def shared_tuple(depth: int) -> tuple[Any, ...]:
+    """A few objects, which are 2^depth for whoever walks all paths to them."""
+    value: tuple[Any, ...] = (0,)
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
 class _Storage:
     pass
 
@@ -231,13 +240,16 @@ STORAGE = _Storage()
         {"stride": (4,)},
         {"shape": (10**9, 10**9), "stride": (0, 0)},
         {"shape": (2.5,)},
+        {"shape": (10**6,) * 10**5, "stride": (0,) * 10**5},
+        {"shape": (shared_tuple(60),)},
+        {"offset": 10**5000},
         {"shape": (2,), "stride": (1, 1)},
         {"offset": None},
         {"numel": 10**12},
         {"numel": -4},
         {"data": b"\0" * 12},
     ],
-    ids=str,
+    ids=lambda layout: shown(layout),
 )
 def test_layouts_outside_the_storage_are_refused(tmp_path: Path, layout: dict[str, Any]) -> None:
     assert read_all(write(tmp_path / "good.pt", stored()))["w"].tolist() == [0.0, 0.0]

@@ -12,7 +12,7 @@ from loopmdm_kernels.reference.head_logits import row_logits, subs_log_probs
 from loopmdm_kernels.testing.tolerance import max_error, rounding_step
 from loopmdm_kernels.types import Head
 from tests.fuzz.harness import Wrong
-from tests.fuzz.op_inputs import Problem, head_of
+from tests.fuzz.op_inputs import KERNEL_DTYPES, Problem, head_of
 
 
 def check(problem: Problem, out: dict[str, Tensor]) -> None:
@@ -68,7 +68,8 @@ def _check_best(token: Tensor, exact: Tensor, slack: float, head: Head, name: st
     for best in token.tolist():
         equal = (head.weight == head.weight[best]).all(dim=1) & (head.bias == head.bias[best])
         equal[max(head.excluded_token, 0)] &= head.excluded_token < 0
-        if int(equal.nonzero()[0]) != best:
+        # Plain PyTorch, which other dtypes go to, may round the same product in two ways.
+        if int(equal.nonzero()[0]) != best and head.weight.dtype in KERNEL_DTYPES:
             raise Wrong(f"{name}: {best}, of equal ones the lowest is {int(equal.nonzero()[0])}")
 
 

@@ -121,20 +121,11 @@ def expected(problem: Problem, wanted: tuple[str, ...], runs: int = 1) -> dict[s
 
 
 def _floors(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
-    """What cancellation leaves of gradients that are 0: of q and k where there is one key, and of what is
-    before a vocabulary whose tokens are all alike, where rounded probabilities do not add up to 1."""
+    """What cancellation leaves where what is added up is larger than the sum: of the gradients of q and k,
+    which are 0 where there is one key, and of the loss's, whose gradients of the logits are rounded once and
+    may add up to 0 over tokens that are alike."""
     if problem.op == "masked_cross_entropy":
-        weight = problem.leaves["weight"]
-        if not bool((weight == weight[0]).all()):
-            return {}
-        rows = exact["nll"].numel() + float(problem.leaves.get("row_weights", exact["nll"]).abs().sum())
-        left = 8 * _unit(problem, "weight") * rows * float(weight.abs().max())
-        steepest = 1e-5**-0.5 if "norm" in problem.leaves else 1.0  # the norm of a constant row
-        return {
-            "gradient of hidden": left * steepest,
-            "gradient of norm": left * 8,
-            "gradient of modulation": left * 8,
-        }
+        return _floors_of_the_loss(problem, exact)
     if problem.op != "attention":
         return {}
     q, k, v = (float(leaf.abs().max()) for leaf in problem.leaves.values())
@@ -142,10 +133,23 @@ def _floors(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
     return {"gradient of q": sums * k, "gradient of k": sums * q}
 
 
+def _floors_of_the_loss(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
+    rows = exact["nll"].numel() + float(problem.leaves.get("row_weights", exact["nll"]).double().abs().sum())
+    left = 4 * _unit(problem, "weight") * rows
+    largest = float(problem.leaves["weight"].abs().max())
+    steepest, size = 1.0, float(problem.leaves["hidden"].abs().max())
+    if "norm" in problem.leaves:
+        variance = problem.leaves["hidden"].double().var(dim=-1, unbiased=False)
+        steepest, size = float((variance + 1e-5).rsqrt().max()), problem.leaves["hidden"].shape[-1] ** 0.5
+    gradients = {"bias": left, "weight": left * size, "hidden": left * largest * steepest}
+    gradients |= dict.fromkeys(("norm", "modulation"), left * largest * size)
+    return {f"gradient of {name}": floor for name, floor in gradients.items()}
+
+
 def _unit(problem: Problem, name: str) -> float:
     """Half a rounding step of a leaf, relative: that of the products, or of the stream."""
     kinds = [problem.leaves[name].dtype]
-    if name not in ("x", "hidden", "row_weights") and problem.op != "attention":
+    if name != "row_weights" and problem.op != "attention":
         first = next(leaf for key, leaf in problem.leaves.items() if key.endswith(("weight", "qkv")))
         kinds.append(problem.given.get("compute_dtype") or first.dtype)
     return max(torch.finfo(kind).eps for kind in kinds) / 2

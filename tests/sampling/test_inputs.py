@@ -165,6 +165,8 @@ BAD = [
     ({"num_samples": True}, TypeError, "num_samples"),
     ({"length": 0}, ValueError, "length"),
     ({"length": 21}, ValueError, "length is 21.*max_length is 20"),
+    ({"length": 2**40}, ValueError, "length is 1099511627776.*max_length is 20"),
+    ({"length": 2**31, "block_length": 4}, ValueError, r"length must be below 2\^31.*got 2147483648"),
     ({"temperature": -0.1}, ValueError, "temperature"),
     ({"temperature": float("nan")}, ValueError, "temperature"),
     ({"temperature": float("inf")}, ValueError, "temperature"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loopmdm.formats import pickles
 from loopmdm.formats.pickles import Storage, StoredTensor
-from loopmdm.printable import printable
+from loopmdm.printable import printable, shown
 
 # First object of the format that torch.save wrote before version 1.6.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -24,6 +24,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 # Different views of one storage may repeat its elements this often: weights beside their flat buffer, parts
 # beside their whole. More would pose a small file as a large model.
 _MAX_REPEATS = 4
+_MOST_DIMENSIONS = 64  # of torch's tensors
 
 
 class TorchFile:
@@ -197,9 +198,11 @@ class TorchFile:
 def _check_layout(name: str, stored: StoredTensor) -> None:
     """Refuse a tensor that reaches outside its storage, or repeats elements to pose few bytes as many."""
     storage, offset, shape, stride = stored
+    if max(len(shape), len(stride)) > _MOST_DIMENSIONS:  # whose products may take for ever
+        raise ValueError(f"{name}: a tensor of {len(shape)} dimensions, at most {_MOST_DIMENSIONS} are read")
     numbers = (offset, *shape, *stride)
     if len(shape) != len(stride) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        layout = printable(f"offset {offset}, shape {shape}, stride {stride}")
+        layout = f"offset {shown(offset)}, shape {shown(shape)}, stride {shown(stride)}"
         raise ValueError(f"{name}: a tensor has an invalid layout: {layout}")
     count = math.prod(shape)
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if count else 0

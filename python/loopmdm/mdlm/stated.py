@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loopmdm.formats.pickles import Opaque, lookup
-from loopmdm.printable import printable
+from loopmdm.printable import printable, shown
 
 # Field of LoopMDMConfig -> where it may be stated, the first place counts.
 _FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -114,4 +114,6 @@ def refuse_foreign(nodes: Iterable[Any], source: str) -> None:
 
 def _refused(source: str, path: tuple[str, ...], value: Any, kind: str) -> ValueError:
     name = printable(".".join(path))
-    return ValueError(f"{source}: states {name} = {value!r}: {kind}, which this package does not compute")
+    return ValueError(
+        f"{source}: states {name} = {shown(value)}: {kind}, which this package does not compute"
+    )

@@ -13,6 +13,7 @@ from loopmdm_kernels.values import positive
 
 DEFAULT_NUM_SAMPLES = 8
 MAX_SEQUENCE_ID = 2**32 - 1
+_MOST_POSITIONS = 2**31 - 1
 PADDING = -1  # behind the end of a sequence that is shorter than others of its batch
 
 
@@ -41,6 +42,7 @@ def make_canvas(
     rows = []
     for index in range(1 if alike else batch):
         size, filled = _of(lengths, index), _of(infills, index)
+        _check_length(config, size, block_length)  # before it takes memory
         if filled is None:
             row = torch.full((config.max_length if size is None else size,), config.mask_token_id)
         else:
@@ -48,15 +50,20 @@ def make_canvas(
         if prompts is not None:
             _write_prompt(config, row, prompts.of(index), index)
         rows.append(row)
+        _check_length(config, row.numel(), block_length)
     sizes = torch.tensor([row.numel() for row in rows])
-    longest = int(sizes.max())
-    if longest > config.max_length and block_length is None:
-        raise ValueError(
-            f"length is {longest}, but the model's max_length is {config.max_length}; a block_length lets it"
-            " write longer sequences, block by block"
-        )
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
     return Canvas(*(field.repeat_interleave(batch // len(rows), dim=0) for field in (tokens, sizes)))
+
+
+def _check_length(config: Any, length: int | None, block_length: int | None) -> None:
+    if length is not None and length > config.max_length and block_length is None:
+        raise ValueError(
+            f"length is {length}, but the model's max_length is {config.max_length}; a block_length lets it"
+            " write longer sequences, block by block"
+        )
+    if length is not None and length > _MOST_POSITIONS:
+        raise ValueError(f"length must be below 2^31, as random numbers are named by position, got {length}")
 
 
 def make_sequence_ids(sequence_ids: Any, num_samples: int) -> Tensor:
