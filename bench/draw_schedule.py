@@ -10,25 +10,25 @@ from typing import NamedTuple
 
 from bench.script import arguments
 from loopmdm_kernels.files import write_file
-from loopmdm_kernels.schedule import BlockShape, Device, Instruction, Phase, Plan, Table, build, choose
+from loopmdm_kernels.schedule import BlockShape, Device, Forward, Instruction, Plan, Table, build, choose
 
 SHAPE = BlockShape(batch=1, length=128, hidden=768, heads=12, mlp=3072, layers=2)
 BLOCKS = 48  # a picture of all 132 would show only more room
 COLORS = {
-    Phase.QKV: "#4477aa",
-    Phase.ATTENTION: "#ee6677",
-    Phase.ATTN_OUT: "#228833",
-    Phase.MLP_IN: "#ccbb44",
-    Phase.MLP_OUT: "#aa3377",
-    Phase.MLP_SUM: "#555555",
+    Forward.QKV: "#4477aa",
+    Forward.ATTENTION: "#ee6677",
+    Forward.ATTN_OUT: "#228833",
+    Forward.MLP_IN: "#ccbb44",
+    Forward.MLP_OUT: "#aa3377",
+    Forward.MLP_SUM: "#555555",
 }
 NAMES = {
-    Phase.QKV: "q, k, v",
-    Phase.ATTENTION: "attention",
-    Phase.ATTN_OUT: "output",
-    Phase.MLP_IN: "MLP in",
-    Phase.MLP_OUT: "MLP out, parts",
-    Phase.MLP_SUM: "their sum",
+    Forward.QKV: "q, k, v",
+    Forward.ATTENTION: "attention",
+    Forward.ATTN_OUT: "output",
+    Forward.MLP_IN: "MLP in",
+    Forward.MLP_OUT: "MLP out, parts",
+    Forward.MLP_SUM: "their sum",
 }
 LEFT, TOP, WIDTH, ROW = 64, 48, 860, 9
 
@@ -46,7 +46,7 @@ def simulate(table: Table, plan: Plan, blocks: int, device: Device = Device()) -
     ready: dict[int, float] = defaultdict(float)  # counter -> when its last tile was complete
     tiles = []
     for number, item in enumerate(table.loop):
-        cost = plan.phases[Phase(item.phase)]
+        cost = plan.phases[Forward(item.phase)]
         block = number % blocks
         inputs = max(ready[counter] for counter in range(item.wait, item.wait + item.wait_number))
         start = max(free[block], inputs + device.wait_seconds if inputs else 0.0)
@@ -77,7 +77,7 @@ def draw() -> str:
         shade = 1.0 if tile.item.layer == 0 else 0.6
         lines.append(
             f'<rect x="{x:.1f}" y="{TOP + tile.block * ROW}" width="{width:.1f}" height="{ROW - 1}" '
-            f'fill="{COLORS[Phase(tile.item.phase)]}" fill-opacity="{shade}"/>'
+            f'fill="{COLORS[Forward(tile.item.phase)]}" fill-opacity="{shade}"/>'
         )
     bottom = TOP + BLOCKS * ROW
     for block in range(0, BLOCKS, 8):

@@ -16,16 +16,18 @@ from loopmdm_kernels.cuda.launch import keep_for_graphs, set_map
 from loopmdm_kernels.cuda.parameters import MAP, address, backward_defines, fields, structure
 from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.cuda.weights import MATRICES, PackedWeights
-from loopmdm_kernels.schedule import BlockShape, device_of, measured
-from loopmdm_kernels.schedule.backward import (
+from loopmdm_kernels.schedule import (
     BackwardPlan,
-    BackwardTable,
     BackwardTiles,
+    BlockShape,
     RowSums,
+    Table,
     WeightSums,
     build_backward,
     choose_backward,
+    device_of,
     finish,
+    measured,
 )
 from loopmdm_kernels.types import BlockWeights
 
@@ -96,9 +98,7 @@ def _loaded(macros: tuple[tuple[str, int], ...], shared_bytes: int, device: int)
 
 
 @lru_cache(maxsize=64)
-def _table(
-    shape: BlockShape, tiles: BackwardTiles, device: torch.device
-) -> tuple[BackwardTable, Tensor, Tensor]:
+def _table(shape: BlockShape, tiles: BackwardTiles, device: torch.device) -> tuple[Table, Tensor, Tensor]:
     """The table, its words and the first state of its counters on the device."""
     table = build_backward(shape, tiles)
     counters = torch.tensor(table.initial_counters(), dtype=torch.int32)
@@ -147,12 +147,13 @@ class BackwardBuffers(NamedTuple):
     stop: Tensor
 
     @classmethod
-    def allocate(cls, table: BackwardTable, kept: Kept, grad: Tensor, counters: Tensor) -> BackwardBuffers:
+    def allocate(cls, table: Table, kept: Kept, grad: Tensor, counters: Tensor) -> BackwardBuffers:
         shape = table.shape
         layers, batch, length, hidden, mlp = (
             shape.layers, shape.batch, shape.length, shape.hidden, shape.mlp,
         )  # fmt: skip
-        parts, rows = table.row_tiles * table.parts, table.row_tiles * table.tiles.rows
+        rows = table.row_tiles * table.tiles.rows
+        parts = rows // table.tiles.part
 
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=grad.device)
@@ -215,7 +216,7 @@ def parameters_of_kernel() -> type[ctypes.Structure]:
     return structure("looped_blocks/backward_config_sm90.cuh", "Parameters")
 
 
-def pack_parameters(table: BackwardTable, buffers: BackwardBuffers, words: Tensor) -> ctypes.Structure:
+def pack_parameters(table: Table, buffers: BackwardBuffers, words: Tensor) -> ctypes.Structure:
     """All but the maps."""
     shape = table.shape
     result = parameters_of_kernel()(

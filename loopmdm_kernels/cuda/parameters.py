@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from loopmdm_kernels.cuda import sources
-from loopmdm_kernels.schedule import BlockShape, Plan, Tiles
-from loopmdm_kernels.schedule.backward import BackwardPlan
-from loopmdm_kernels.schedule.cost import COUNTER_BYTES
+from loopmdm_kernels.schedule import BackwardPlan, BlockShape, Plan, Tiles
+from loopmdm_kernels.schedule.backward import KEY_BLOCK
+from loopmdm_kernels.schedule.device import COUNTER_BYTES
 
 MAP = ctypes.c_uint8 * 128  # a TMA map
 _MAP_ALIGNMENT = 64
@@ -124,4 +124,4 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
 def backward_defines(shape: BlockShape, plan: BackwardPlan) -> dict[str, int]:
     """Those of the backward kernel: the same, with tiles of one width."""
     tiles = Tiles(plan.tiles.rows, *4 * (plan.tiles.columns,))
-    return defines(shape, Plan(tiles, plan.stages, plan.stage_bytes, 128, 0, 1, {}, 0.0, 0.0))
+    return defines(shape, Plan(tiles, plan.stages, plan.stage_bytes, KEY_BLOCK, 0, 1, {}, 0.0, 0.0))

@@ -19,9 +19,8 @@ from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY
 from loopmdm_kernels.cuda.looped_blocks_backward import SOURCE as BACKWARD_SOURCE
 from loopmdm_kernels.cuda.parameters import backward_defines, defines
 from loopmdm_kernels.cuda.targets import SM90, target_of, why_none
-from loopmdm_kernels.schedule import BlockShape, choose, device_of, measured
-from loopmdm_kernels.schedule.backward import choose_backward
-from loopmdm_kernels.schedule.cost import nearest
+from loopmdm_kernels.schedule import BlockShape, choose, choose_backward, device_of, measured
+from loopmdm_kernels.schedule.device import nearest
 
 
 def prebuild(

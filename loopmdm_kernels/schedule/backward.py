@@ -1,64 +1,70 @@
-"""The instruction table of the backward pass: its phases, its counters and how it is made.
+"""The phases of the backward pass, and the table of a shape.
 
 Step j of the backward pass belongs to loop S - 1 - j. It runs that loop again from its input, which the
 forward pass has kept, leaves a record of every layer, and goes back through the layers: the gradient of the
-stream is updated in place, those of weights are added to fp32 sums that live for all steps.
-
-As in the forward table (schedule/table.py) an instruction is one tile of one phase, counters only grow, and
-an instruction of step j waits until its counters have reached count * (j + 1). Two things differ. A tile of
-a weight gradient sums over the tokens of all sequences and waits for all of them. And each step begins when
-the one before is complete: the counter `done` gets a signal from all that nobody else waits for, and starts
-as if a step before the first had ended. Because of this one meeting of all blocks in a step, a record needs
-one place for each layer, whatever S is.
+stream is updated in place, those of weights are added to fp32 sums that live for all steps. A tile of a
+weight gradient sums over the tokens of all sequences and waits for all of them. Because all blocks meet once
+in a step, a record needs one place for each layer, whatever S is.
 
 Work that goes through whole rows (norms, sums over rows) is divided into parts of a row tile, so that there
 are as many tiles of it as of the products.
+
+Buffers have one place for each layer but for those in `SHARED`. The record: `state`, the stream before the
+layer (of the first one: the loop's input, which is never written) and `middle` in it; `rows1`, `qkv`,
+`mixed`, `log_sum_exp`, `branch1`, `rows2`, `mlp_in`, what GELU is applied to, `gelu`, `branch2`. Gradients:
+`grad`, the stream's, which is there from the start; `grad_rows`, of modulated rows, and those of what the
+record has; `inner`, products of attention's output and its gradient. Sums over rows: `sums1` and `sums2` for
+norms, `gate1` and `gate2`, `bias`, and one for the weights of each product. Who writes a sum reads it too,
+after the ones before; so does who writes `grad`. Weights and modulation are never written.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from loopmdm_kernels.schedule.cost import STEP
+from loopmdm_kernels.schedule.table import (
+    BlockShape,
+    Counters,
+    Phase,
+    Region,
+    RegionRows,
+    Table,
+    Work,
+    check_sizes,
+)
 
-from loopmdm_kernels.schedule.table import BlockShape, Instruction
+ROWS, PART = 128, 16  # of a plan's tiles: two warp groups of 64 rows; two rows a warp
+KEY_BLOCK = 128  # keys of a stage
+SHARED = ("grad", "grad_rows")
 
 
-class BackwardPhase(IntEnum):
+class Backward(IntEnum):
     # The loop again, with a record.
-    NORM1 = 0  # norm and modulation, rounded
+    NORM1 = 0
     QKV = 1
-    ATTENTION = 2  # also log-sum-exp
-    ATTN_OUT = 3  # branch; stream after it
+    ATTENTION = 2
+    ATTN_OUT = 3
     NORM2 = 4
-    MLP_IN = 5  # before and after GELU
-    MLP_OUT = 6  # branch; stream after it
+    MLP_IN = 5
+    MLP_OUT = 6
     # Gradients, from the last layer down.
-    TOP = 7  # gate of the last layer's MLP branch
-    GRAD_WIDE = 8  # of what GELU was applied to
-    GRAD_NORM2 = 9  # of the normalised rows
-    MIDDLE = 10  # second norm; gate of the attention branch
-    GRAD_MIXED = 11  # of attention's output; its product with that output
+    TOP = 7
+    GRAD_MLP_IN = 8
+    GRAD_NORM2 = 9
+    MIDDLE = 10
+    GRAD_MIXED = 11
     GRAD_QUERIES = 12
-    GRAD_KEYS = 13  # and values
+    GRAD_KEYS = 13
     GRAD_NORM1 = 14
-    BOTTOM = 15  # first norm; gate of the MLP branch of the layer below
+    BOTTOM = 15
     WEIGHT_MLP_OUT = 16
     WEIGHT_MLP_IN = 17
     WEIGHT_ATTN_OUT = 18
     WEIGHT_QKV = 19
-
-
-P = BackwardPhase
-WEIGHT_PHASES = (P.WEIGHT_MLP_OUT, P.WEIGHT_MLP_IN, P.WEIGHT_ATTN_OUT, P.WEIGHT_QKV)
-ROW_PHASES = (P.NORM1, P.NORM2, P.TOP, P.MIDDLE, P.BOTTOM)
-# Phases that own counters. GRAD_KEYS raises those of GRAD_QUERIES, BOTTOM those of TOP one layer below.
-COUNTED = (
-    P.NORM1, P.QKV, P.ATTENTION, P.ATTN_OUT, P.NORM2, P.MLP_IN, P.MLP_OUT,
-    P.TOP, P.GRAD_WIDE, P.GRAD_NORM2, P.MIDDLE, P.GRAD_MIXED, P.GRAD_QUERIES, P.GRAD_NORM1,
-)  # fmt: skip
 
 
 class BackwardTiles(NamedTuple):
@@ -67,155 +73,214 @@ class BackwardTiles(NamedTuple):
     part: int  # rows of a tile that go through norms together
 
 
-class BackwardTable(NamedTuple):
-    shape: BlockShape
-    tiles: BackwardTiles
-    loop: tuple[Instruction, ...]
-
-    @property
-    def row_tiles(self) -> int:
-        return -(-self.shape.length // self.tiles.rows)
-
-    @property
-    def parts(self) -> int:
-        """Of a row tile."""
-        return self.tiles.rows // self.tiles.part
-
-    @property
-    def done(self) -> int:
-        """Number of the last counter."""
-        return self.shape.layers * len(COUNTED) * self.shape.batch * self.row_tiles
-
-    @property
-    def done_count(self) -> int:
-        """What a step adds to it."""
-        weights = sum(item.phase in WEIGHT_PHASES for item in self.loop)
-        return weights + self.shape.batch * self.row_tiles * self.parts
-
-    def initial_counters(self) -> list[int]:
-        return [0] * self.done + [self.done_count]
-
-    def counter(self, phase: BackwardPhase, layer: int, sequence: int, row: int) -> int:
-        stage = layer * len(COUNTED) + COUNTED.index(phase)
-        return (stage * self.shape.batch + sequence) * self.row_tiles + row
-
-    def encode(self) -> Tensor:
-        """All instructions in order, int32 [instructions, 12]."""
-        return torch.tensor(self.loop, dtype=torch.int32)
-
-    def position(self, number: int, steps: int) -> tuple[int, Instruction | None]:
-        """(step, instruction) at a place of the sequence of positions; beyond its end (steps, None)."""
-        step, index = divmod(number, len(self.loop))
-        return (step, self.loop[index]) if step < steps else (steps, None)
+Size = Callable[[BlockShape], int]
 
 
-def weight_sizes(shape: BlockShape) -> dict[BackwardPhase, tuple[int, int]]:
-    """(out, in) of the matrix whose gradient a phase sums."""
-    return {
-        P.WEIGHT_MLP_OUT: (shape.hidden, shape.mlp),
-        P.WEIGHT_MLP_IN: (shape.mlp, shape.hidden),
-        P.WEIGHT_ATTN_OUT: (shape.hidden, shape.hidden),
-        P.WEIGHT_QKV: (3 * shape.hidden, shape.hidden),
-    }
+def _hidden(shape: BlockShape) -> int:
+    return shape.hidden
 
 
-def build_backward(shape: BlockShape, tiles: BackwardTiles) -> BackwardTable:
+def _mlp(shape: BlockShape) -> int:
+    return shape.mlp
+
+
+def _qkv(shape: BlockShape) -> int:
+    return 3 * shape.hidden
+
+
+def _rows(
+    name: Backward, does: str, before: Backward, row_bytes: int, *, layer: int = 0,
+    signals: Counters | None = None, reads: tuple[Region, ...] = (), writes: tuple[Region, ...] = (),
+) -> Phase:  # fmt: skip
+    """Work on whole rows; `row_bytes` are moved for each of their numbers."""
+    return Phase(
+        name,
+        does,
+        Counters((before,), layer=layer),
+        columns=lambda s, t: (t.rows, t.part),
+        signals=signals,
+        reads=tuple(region._replace(rows="part") for region in reads),
+        writes=tuple(region._replace(rows="part") for region in writes),
+        cost=lambda s, t: Work(0, row_bytes * t.part * s.hidden),
+    )
+
+
+def _product(
+    name: Backward, does: str, before: Backward, width: Size, inner: Size, *,
+    reads: tuple[Region, ...], writes: tuple[Region, ...],
+) -> Phase:  # fmt: skip
+    return Phase(
+        name,
+        does,
+        Counters((before,)),
+        columns=lambda s, t: (width(s), t.columns),
+        reads=reads,
+        writes=writes,
+        cost=lambda s, t: _product_work(t, inner(s)),
+    )
+
+
+def _product_work(tiles: BackwardTiles, inner: int) -> Work:
+    return Work(2 * tiles.rows * tiles.columns * inner, 2 * inner * (tiles.rows + tiles.columns))
+
+
+def _heads(
+    name: Backward, does: str, waits_for: Counters, products: int, own: int, *,
+    signals: Counters | None = None, reads: tuple[Region, ...], writes: tuple[Region, ...],
+) -> Phase:  # fmt: skip
+    """Attention of a head: products of a tile, and how many operands of its own rows it reads."""
+
+    def cost(shape: BlockShape, tiles: BackwardTiles) -> Work:
+        keys = KEY_BLOCK * math.ceil(shape.length / KEY_BLOCK)
+        return Work(
+            2 * products * tiles.rows * keys * shape.head_dim,
+            2 * shape.head_dim * (own * tiles.rows + 2 * shape.length),
+            attention=True,
+        )
+
+    return Phase(
+        name, does, waits_for, columns=lambda s, t: (s.hidden, s.head_dim), signals=signals,
+        reads=reads, writes=writes, cost=cost,
+    )  # fmt: skip
+
+
+def _weight(name: Backward, before: Backward, left: str, right: str, height: Size, width: Size) -> Phase:
+    """The gradient of a matrix [height, width]: that of its product's result, times the left operand."""
+    return Phase(
+        name,
+        "sums over all loops, fp32",
+        Counters((before,), "all"),
+        columns=lambda s, t: (width(s), t.columns),
+        rows=height,
+        signals=Counters(),
+        reads=(Region(left, "rows", "all"), Region(right, "tile", "all")),
+        writes=(Region(name.name.lower(), "tile", "weight"),),
+        cost=lambda s, t: _product_work(t, s.batch * STEP * math.ceil(s.length / STEP)),
+    )
+
+
+def _query_regions(rows: RegionRows) -> tuple[Region, ...]:
+    """What gradients of scores need of queries."""
+    return (
+        Region("qkv", "tile", rows), Region("grad_mixed", "tile", rows),
+        Region("log_sum_exp", "number", rows), Region("inner", "number", rows),
+    )  # fmt: skip
+
+
+def _key_regions(rows: RegionRows) -> tuple[Region, ...]:
+    return Region("qkv", "tile", rows, offset=1), Region("qkv", "tile", rows, offset=2)
+
+
+B = Backward
+PHASES = (
+    _rows(
+        B.NORM1, "norm and modulation, rounded", B.MLP_OUT, 6, layer=-1,
+        reads=(Region("state"),), writes=(Region("rows1"),),
+    ),
+    _product(
+        B.QKV, "product, rotary", B.NORM1, _qkv, _hidden,
+        reads=(Region("rows1"),), writes=(Region("qkv", "tile"),),
+    ),
+    _heads(
+        B.ATTENTION, "queries of one tile by all keys, one head", Counters((B.QKV,), "every"), 2, 1,
+        reads=(Region("qkv", "tile"), *_key_regions("every")),
+        writes=(Region("mixed", "tile"), Region("log_sum_exp", "number")),
+    ),
+    _product(
+        B.ATTN_OUT, "product, gate, residual", B.ATTENTION, _hidden, _hidden,
+        reads=(Region("mixed"), Region("state", "tile")),
+        writes=(Region("branch1", "tile"), Region("middle", "tile")),
+    ),
+    _rows(
+        B.NORM2, "norm and modulation, rounded", B.ATTN_OUT, 6,
+        reads=(Region("middle"),), writes=(Region("rows2"),),
+    ),
+    _product(
+        B.MLP_IN, "product, bias, GELU", B.NORM2, _mlp, _hidden,
+        reads=(Region("rows2"),), writes=(Region("mlp_in", "tile"), Region("gelu", "tile")),
+    ),
+    _product(
+        B.MLP_OUT, "product, bias, gate, residual", B.MLP_IN, _hidden, _mlp,
+        reads=(Region("gelu"), Region("middle", "tile")),
+        writes=(Region("branch2", "tile"), Region("state", "tile", layer=1)),
+    ),
+    _rows(
+        B.TOP, "gradient of the last layer's MLP branch", B.MLP_OUT, 8,
+        reads=(Region("branch2"),),
+        writes=(Region("grad"), Region("grad_branch2"), Region("gate2")),
+    ),
+    _product(
+        B.GRAD_MLP_IN, "product, GELU's slope", B.TOP, _mlp, _hidden,
+        reads=(Region("grad_branch2"), Region("mlp_in", "tile")),
+        writes=(Region("grad_mlp_in", "tile"), Region("bias", "tile")),
+    ),
+    _product(
+        B.GRAD_NORM2, "product: gradient of the modulated rows", B.GRAD_MLP_IN, _hidden, _mlp,
+        reads=(Region("grad_mlp_in"),), writes=(Region("grad_rows", "tile"),),
+    ),
+    _rows(
+        B.MIDDLE, "stream's gradient through the second norm; that of the attention branch", B.GRAD_NORM2, 28,
+        reads=(Region("middle"), Region("grad_rows"), Region("branch1")),
+        writes=(Region("sums2"), Region("grad"), Region("grad_branch1"), Region("gate1")),
+    ),
+    _product(
+        B.GRAD_MIXED, "product; its product with attention's output, by head", B.MIDDLE, _hidden, _hidden,
+        reads=(Region("grad_branch1"), Region("mixed", "tile")),
+        writes=(Region("grad_mixed", "tile"), Region("inner", "heads")),
+    ),
+    _heads(
+        B.GRAD_QUERIES, "gradient of q, turned back", Counters((B.GRAD_MIXED,)), 3, 2,
+        reads=(*_query_regions("own"), *_key_regions("every")),
+        writes=(Region("grad_qkv", "tile"),),
+    ),
+    _heads(
+        B.GRAD_KEYS, "gradients of k, turned back, and v", Counters((B.GRAD_MIXED,), "every"), 4, 2,
+        signals=Counters((B.GRAD_QUERIES,)),
+        reads=(*_query_regions("every"), *_key_regions("own")),
+        writes=(Region("grad_qkv", "tile", offset=1), Region("grad_qkv", "tile", offset=2)),
+    ),
+    _product(
+        B.GRAD_NORM1, "product: gradient of the modulated rows", B.GRAD_QUERIES, _hidden, _qkv,
+        reads=(Region("grad_qkv"),), writes=(Region("grad_rows", "tile"),),
+    ),
+    _rows(
+        B.BOTTOM, "as MIDDLE, through the first norm, to the MLP branch of the layer below", B.GRAD_NORM1, 28,
+        signals=Counters((B.TOP,), layer=-1),
+        reads=(Region("state"), Region("grad_rows"), Region("branch2", layer=-1)),
+        writes=(
+            Region("sums1"), Region("grad"),
+            Region("grad_branch2", layer=-1), Region("gate2", layer=-1),
+        ),
+    ),
+    _weight(B.WEIGHT_MLP_OUT, B.TOP, "grad_branch2", "gelu", _hidden, _mlp),
+    _weight(B.WEIGHT_MLP_IN, B.GRAD_MLP_IN, "grad_mlp_in", "rows2", _mlp, _hidden),
+    _weight(B.WEIGHT_ATTN_OUT, B.MIDDLE, "grad_branch1", "mixed", _hidden, _hidden),
+    _weight(B.WEIGHT_QKV, B.GRAD_QUERIES, "grad_qkv", "rows1", _qkv, _hidden),
+)  # fmt: skip
+# A weight gradient comes behind the phase that follows its operands: it fills the blocks that this leaves
+# idle, and does not hold it up.
+_DOWN = (
+    B.GRAD_MLP_IN, B.WEIGHT_MLP_OUT, B.GRAD_NORM2, B.WEIGHT_MLP_IN, B.MIDDLE, B.GRAD_MIXED,
+    B.WEIGHT_ATTN_OUT, B.GRAD_QUERIES, B.GRAD_KEYS, B.GRAD_NORM1, B.WEIGHT_QKV, B.BOTTOM,
+)  # fmt: skip
+
+
+def build_backward(shape: BlockShape, tiles: BackwardTiles) -> Table:
     """The table of a shape. Neither the number of thread blocks nor that of loops is part of it.
 
     Raises:
         ValueError: a width is no multiple of its tile.
     """
     _check(shape, tiles)
-    table = BackwardTable(shape, tiles, ())
-    wide, narrow = shape.mlp // tiles.columns, shape.hidden // tiles.columns
-    every_row, everything = table.row_tiles, shape.batch * table.row_tiles
-    number = dict.fromkeys(ROW_PHASES, table.parts)
-    number |= {P.QKV: 3 * narrow, P.ATTENTION: shape.heads, P.ATTN_OUT: narrow, P.MLP_IN: wide}
-    number |= {P.MLP_OUT: narrow, P.GRAD_WIDE: wide, P.GRAD_NORM2: narrow, P.GRAD_MIXED: narrow}
-    number |= {P.GRAD_QUERIES: shape.heads, P.GRAD_KEYS: shape.heads, P.GRAD_NORM1: narrow}
-    number |= {
-        phase: -(-height // tiles.rows) * (width // tiles.columns)
-        for phase, (height, width) in weight_sizes(shape).items()
-    }
-    added = {**number, P.GRAD_QUERIES: 2 * shape.heads}
-    # What a phase waits for, and of how many row tiles; the layer of both is the same.
-    before = {
-        P.QKV: (P.NORM1, 1),
-        P.ATTENTION: (P.QKV, every_row),
-        P.ATTN_OUT: (P.ATTENTION, 1),
-        P.NORM2: (P.ATTN_OUT, 1),
-        P.MLP_IN: (P.NORM2, 1),
-        P.MLP_OUT: (P.MLP_IN, 1),
-        P.TOP: (P.MLP_OUT, 1),
-        P.GRAD_WIDE: (P.TOP, 1),
-        P.GRAD_NORM2: (P.GRAD_WIDE, 1),
-        P.MIDDLE: (P.GRAD_NORM2, 1),
-        P.GRAD_MIXED: (P.MIDDLE, 1),
-        P.GRAD_QUERIES: (P.GRAD_MIXED, 1),
-        P.GRAD_KEYS: (P.GRAD_MIXED, every_row),
-        P.GRAD_NORM1: (P.GRAD_QUERIES, 1),
-        P.BOTTOM: (P.GRAD_NORM1, 1),
-        P.WEIGHT_MLP_OUT: (P.TOP, everything),
-        P.WEIGHT_MLP_IN: (P.GRAD_WIDE, everything),
-        P.WEIGHT_ATTN_OUT: (P.MIDDLE, everything),
-        P.WEIGHT_QKV: (P.GRAD_QUERIES, everything),
-    }
-
-    def wait(phase: BackwardPhase, layer: int, sequence: int, row: int) -> tuple[int, int, int]:
-        if phase is P.NORM1 and layer == 0:
-            return table.done, 1, added_when_done
-        earlier, rows = (P.MLP_OUT, 1) if phase is P.NORM1 else before[phase]
-        of_layer = layer - 1 if phase is P.NORM1 else layer
-        if phase in WEIGHT_PHASES or rows > 1:
-            row = 0  # the first of all; that of a weight gradient's tile is none of the tokens
-        return table.counter(earlier, of_layer, sequence, row), rows, added[earlier]
-
-    def signal(phase: BackwardPhase, layer: int, sequence: int, row: int) -> int:
-        if phase in WEIGHT_PHASES or (phase is P.BOTTOM and layer == 0):
-            return table.done
-        if phase is P.BOTTOM:
-            return table.counter(P.TOP, layer - 1, sequence, row)
-        return table.counter(P.GRAD_QUERIES if phase is P.GRAD_KEYS else phase, layer, sequence, row)
-
-    def tile(phase: BackwardPhase, layer: int, sequence: int, row: int, column: int) -> Instruction:
-        signalled = signal(phase, layer, sequence, row)
-        waited = wait(phase, layer, sequence, row)
-        return Instruction(phase, layer, sequence, row, column, *waited, signalled, 1, 0, 0)
-
-    places = [(sequence, row) for sequence in range(shape.batch) for row in range(every_row)]
-
-    def tiles_of(phase: BackwardPhase, layer: int) -> list[Instruction]:
-        if phase in WEIGHT_PHASES:
-            height, width = weight_sizes(shape)[phase]
-            return [
-                tile(phase, layer, 0, row, column)
-                for row in range(-(-height // tiles.rows))
-                for column in range(width // tiles.columns)
-            ]
-        return [tile(phase, layer, *place, column) for place in places for column in range(number[phase])]
-
-    added_when_done = shape.layers * sum(number[phase] for phase in WEIGHT_PHASES) + everything * table.parts
-    order = [(phase, layer) for layer in range(shape.layers) for phase in P if phase <= P.MLP_OUT]
-    for layer in reversed(range(shape.layers)):
-        if layer == shape.layers - 1:
-            order.append((P.TOP, layer))
-        # A weight gradient comes behind the phase that follows its operands: it fills the blocks that this
-        # leaves idle, and does not hold it up.
-        order += [
-            (phase, layer)
-            for phase in (
-                P.GRAD_WIDE, P.WEIGHT_MLP_OUT, P.GRAD_NORM2, P.WEIGHT_MLP_IN, P.MIDDLE, P.GRAD_MIXED,
-                P.WEIGHT_ATTN_OUT, P.GRAD_QUERIES, P.GRAD_KEYS, P.GRAD_NORM1, P.WEIGHT_QKV, P.BOTTOM,
-            )
-        ]  # fmt: skip
-    loop = [item for phase, layer in order for item in tiles_of(phase, layer)]
-    return table._replace(loop=tuple(loop))
+    layers = range(shape.layers)
+    order = [(PHASES[name], layer) for layer in layers for name in range(B.TOP)]
+    order.append((PHASES[B.TOP], shape.layers - 1))
+    order += [(PHASES[name], layer) for layer in reversed(layers) for name in _DOWN]
+    return Table(shape, tiles, PHASES, meets=True).made(order)
 
 
 def _check(shape: BlockShape, tiles: BackwardTiles) -> None:
-    for name, value in (*shape._asdict().items(), *tiles._asdict().items()):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    check_sizes(**shape._asdict(), **tiles._asdict())
     for name, width in (("hidden", shape.hidden), ("mlp", shape.mlp)):
         if width % tiles.columns:
             raise ValueError(f"tiles.columns: got {tiles.columns}, expected a divisor of {name} {width}")

@@ -1,8 +1,160 @@
-"""Makes the instruction table of a shape."""
+"""The phases of the forward pass, and the table of a shape.
+
+Buffers: `stream` x, two halves; `qkv`, two halves; `mixed`, the attention output; `gelu`, the activations
+inside the MLP; `partial`, what the parts of MLP_OUT leave for MLP_SUM; `statistics1` and `statistics2`, mean
+and squared deviations of tile columns for the norms of attention and MLP; `change`, the squared norms that
+EXIT adds up; `stop`, the sequence's number of loops; `out`. Weights and modulation are never written.
+"""
 
 from __future__ import annotations
 
-from loopmdm_kernels.schedule.table import BlockShape, Instruction, Phase, Table, Tiles
+from enum import IntEnum
+from typing import NamedTuple
+
+from loopmdm_kernels.schedule.cost import attention_work, product_work
+from loopmdm_kernels.schedule.table import BlockShape, Counters, Phase, Region, Table, Work, check_sizes
+
+
+class Forward(IntEnum):
+    ENTER = 0
+    QKV = 1
+    ATTENTION = 2
+    ATTN_OUT = 3
+    MLP_IN = 4
+    MLP_OUT = 5
+    MLP_SUM = 6
+    EXIT = 7
+    LEAVE = 8
+
+
+class Tiles(NamedTuple):
+    """Tile sizes: rows (tokens) of every phase, columns of each product, heads of an attention tile.
+
+    The inner dimension of MLP_OUT may be cut into parts, so that few tokens give more tiles.
+    """
+
+    rows: int
+    qkv: int
+    attn_out: int
+    mlp_in: int
+    mlp_out: int
+    heads: int = 1
+    mlp_out_parts: int = 1
+
+
+_LAST = (Forward.MLP_SUM, Forward.MLP_OUT)  # of a layer
+_MLP_OUT = Phase(
+    Forward.MLP_OUT,
+    "product, bias, gate, residual",
+    waits_for=Counters((Forward.MLP_IN,)),
+    columns=lambda s, t: (s.hidden, t.mlp_out),
+    slots=lambda layer: (1, 1),
+    reads=(Region("gelu", "inner"), Region("stream", "tile"), Region("stream", "tile", exits=True)),
+    writes=(
+        Region("stream", "tile"),
+        Region("statistics1", "number"),
+        Region("change", "number", exits=True),
+    ),
+    cost=lambda s, t: product_work(s, t.rows, t.mlp_out, s.mlp),
+)
+# Where the inner dimension is cut: the parts, and what adds them up and does what else MLP_OUT does.
+_MLP_PART = _MLP_OUT._replace(
+    parts=lambda t: t.mlp_out_parts,
+    reads=(Region("gelu", "inner"),),
+    writes=(Region("partial", "tile"),),
+    cost=lambda s, t: product_work(s, t.rows, t.mlp_out, s.mlp // t.mlp_out_parts, written=_part_bytes(s, t)),
+)
+_MLP_SUM = _MLP_OUT._replace(
+    name=Forward.MLP_SUM,
+    does="sum of the parts, bias, gate, residual",
+    waits_for=Counters((Forward.MLP_OUT,)),
+    reads=(Region("partial", "tile"), *_MLP_OUT.reads[1:]),
+    cost=lambda s, t: Work(0, t.mlp_out_parts * _part_bytes(s, t)),
+)
+PHASES = (
+    Phase(
+        Forward.ENTER,
+        "rows of x",
+        waits_for=Counters(),
+        signals=Counters(_LAST, layer=-1),
+        slots=lambda layer: (0, 1),
+        writes=(Region("stream"), Region("statistics1")),
+    ),
+    Phase(
+        Forward.QKV,
+        "norm, modulation, product, rotary",
+        waits_for=Counters(_LAST, layer=-1),
+        columns=lambda s, t: (3 * s.hidden, t.qkv),
+        slots=lambda layer: (int(layer > 0), layer & 1),
+        reads=(Region("stream"), Region("statistics1")),
+        writes=(Region("qkv", "tile"),),
+        cost=lambda s, t: product_work(s, t.rows, t.qkv, s.hidden, left_bytes=4),
+    ),
+    Phase(
+        Forward.ATTENTION,
+        "queries of one tile by all keys, one head",
+        waits_for=Counters((Forward.QKV,), "every"),
+        columns=lambda s, t: (s.hidden, t.heads * s.head_dim),
+        slots=lambda layer: (layer & 1, 0),
+        reads=(
+            Region("qkv", "tile"),
+            Region("qkv", "tile", "every", offset=1),
+            Region("qkv", "tile", "every", offset=2),
+        ),
+        writes=(Region("mixed", "tile"),),
+        cost=attention_work,
+    ),
+    Phase(
+        Forward.ATTN_OUT,
+        "product, gate, residual",
+        waits_for=Counters((Forward.ATTENTION,)),
+        columns=lambda s, t: (s.hidden, t.attn_out),
+        # The first layer's moves the stream to the other half; from there it is updated in place.
+        slots=lambda layer: (int(layer > 0), 1),
+        reads=(Region("mixed"), Region("stream", "tile")),
+        writes=(Region("stream", "tile"), Region("statistics2", "number")),
+        cost=lambda s, t: product_work(s, t.rows, t.attn_out, s.hidden),
+    ),
+    Phase(
+        Forward.MLP_IN,
+        "norm, modulation, product, bias, GELU",
+        waits_for=Counters((Forward.ATTN_OUT,)),
+        columns=lambda s, t: (s.mlp, t.mlp_in),
+        slots=lambda layer: (1, 0),
+        reads=(Region("stream"), Region("statistics2")),
+        writes=(Region("gelu", "tile"),),
+        cost=lambda s, t: product_work(s, t.rows, t.mlp_in, s.hidden, left_bytes=4),
+    ),
+    _MLP_OUT,
+    _MLP_SUM,
+    Phase(
+        Forward.EXIT,
+        "adds the squared changes: does the sequence go on?",
+        waits_for=Counters(_LAST, "every"),
+        once=True,
+        signals=Counters(),
+        reads=(Region("change", rows="every", exits=True),),
+        writes=(Region("stop", rows="once"),),
+    ),
+    Phase(
+        Forward.LEAVE,
+        "rows of the stream",
+        waits_for=Counters(_LAST),
+        signals=Counters(),
+        reads=(Region("stream"),),
+        writes=(Region("out"),),
+    ),
+)
+
+
+def _part_bytes(shape: BlockShape, tiles: Tiles) -> int:
+    return 4 * min(tiles.rows, shape.length) * tiles.mlp_out
+
+
+def phases_of(tiles: Tiles) -> tuple[Phase, ...]:
+    if tiles.mlp_out_parts > 1:
+        return tuple(_MLP_PART if phase is _MLP_OUT else phase for phase in PHASES)
+    return tuple(phase for phase in PHASES if phase is not _MLP_SUM)
 
 
 def build(shape: BlockShape, tiles: Tiles, *, adaptive: bool = False) -> Table:
@@ -15,85 +167,11 @@ def build(shape: BlockShape, tiles: Tiles, *, adaptive: bool = False) -> Table:
         ValueError: a width is no multiple of its tile.
     """
     _check(shape, tiles)
-    table = Table(shape, tiles, adaptive, (), (), ())
-    rows, last, parts = table.row_tiles, shape.layers - 1, tiles.mlp_out_parts
-    final = table.layer_phases[-1]
-    columns = {
-        Phase.QKV: 3 * shape.hidden // tiles.qkv,
-        Phase.ATTENTION: -(-shape.heads // tiles.heads),
-        Phase.ATTN_OUT: shape.hidden // tiles.attn_out,
-        Phase.MLP_IN: shape.mlp // tiles.mlp_in,
-        Phase.MLP_OUT: shape.hidden // tiles.mlp_out,
-        Phase.MLP_SUM: shape.hidden // tiles.mlp_out,
-    }
-    signals = {**columns, Phase.MLP_OUT: parts * columns[Phase.MLP_OUT]}  # to a counter, in each loop
-
-    def tile(phase: Phase, layer: int, sequence: int, row: int, column: int, part: int = 0) -> Instruction:
-        # A phase reads the tiles of the one before it; the loop's first one those of the loop before.
-        before = Phase(phase - 1) if phase is not Phase.QKV else final
-        before_layer = (layer or shape.layers) - 1 if phase is Phase.QKV else layer
-        every_row = phase is Phase.ATTENTION  # keys and values come from all rows
-        return Instruction(
-            phase=phase,
-            layer=layer,
-            sequence=sequence,
-            row=row,
-            column=column,
-            wait=table.counter(before, before_layer, sequence, 0 if every_row else row),
-            wait_number=rows if every_row else 1,
-            wait_count=signals[before],
-            signal=table.counter(phase, layer, sequence, row),
-            signal_count=1,
-            read_slot=slots(phase, layer)[0],
-            write_slot=slots(phase, layer)[1],
-            part=part,
-        )
-
-    def slots(phase: Phase, layer: int) -> tuple[int, int]:
-        # The first layer's ATTN_OUT moves the stream to the other half; from there it is updated in place.
-        stream = 0 if layer == 0 else 1
-        return {
-            Phase.QKV: (stream, layer & 1),
-            Phase.ATTENTION: (layer & 1, 0),
-            Phase.ATTN_OUT: (stream, 1),
-            Phase.MLP_IN: (1, 0),
-            Phase.MLP_OUT: (1, 1),
-            Phase.MLP_SUM: (1, 1),
-        }[phase]
-
-    places = [(sequence, row) for sequence in range(shape.batch) for row in range(rows)]
-    loop = [
-        tile(phase, layer, sequence, row, column, part)
-        for layer in range(shape.layers)
-        for phase in table.layer_phases
-        for sequence, row in places
-        for part in range(parts if phase is Phase.MLP_OUT else 1)
-        for column in range(columns[phase])
-    ]
-    done = signals[final]
-    if adaptive:
-        loop[:0] = [
-            Instruction(
-                Phase.EXIT, last, sequence, 0, 0,
-                table.counter(final, last, sequence, 0), rows, done, -1, 0, 0, 0,
-            )
-            for sequence in range(shape.batch)
-        ]  # fmt: skip
-    enter = [
-        Instruction(
-            Phase.ENTER, 0, sequence, row, 0,
-            -1, 0, 0, table.counter(final, last, sequence, row), done, 0, 1,
-        )
-        for sequence, row in places
-    ]  # fmt: skip
-    leave = [
-        Instruction(
-            Phase.LEAVE, last, sequence, row, 0,
-            table.counter(final, last, sequence, row), 1, done, -1, 0, 0, 0,
-        )
-        for sequence, row in places
-    ]  # fmt: skip
-    return table._replace(enter=tuple(enter), loop=tuple(loop), leave=tuple(leave))
+    enter, *layers, leave_loop, leave = phases_of(tiles)
+    last = shape.layers - 1
+    order = [(leave_loop, last)] * adaptive
+    order += [(phase, layer) for layer in range(shape.layers) for phase in layers]
+    return Table(shape, tiles, phases_of(tiles), adaptive).made(order, [(enter, 0)], [(leave, last)])
 
 
 def _check(shape: BlockShape, tiles: Tiles) -> None:
@@ -111,6 +189,4 @@ def _check(shape: BlockShape, tiles: Tiles) -> None:
         raise ValueError(f"tiles.mlp_out_parts: got {tiles.mlp_out_parts}, expected a divisor of {shape.mlp}")
     if tiles.qkv % shape.head_dim:
         raise ValueError(f"tiles.qkv: got {tiles.qkv}, expected a multiple of the head size {shape.head_dim}")
-    for name, value in (*shape._asdict().items(), ("tiles.rows", tiles.rows), ("tiles.heads", tiles.heads)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    check_sizes(**shape._asdict(), **{"tiles.rows": tiles.rows, "tiles.heads": tiles.heads})

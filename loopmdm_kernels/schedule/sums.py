@@ -15,8 +15,8 @@ class RowSums(NamedTuple):
 
     norms: Tensor  # [n, 2, 2, B, parts, D]: gradient of modulated rows, times the normalised rows and plain
     gates: Tensor  # [n, 2, B, parts, D]: g times the branch
-    of_branch: Tensor  # [n, B, parts, D]: g at the MLP branch, before the gate
-    wide_bias: Tensor  # [n, B, parts of another kind, F]
+    grad_branch: Tensor  # [n, B, parts, D]: g at the MLP branch, before the gate
+    grad_mlp_in_bias: Tensor  # [n, B, parts of another kind, F]
 
 
 class WeightSums(NamedTuple):
@@ -34,28 +34,28 @@ def finish(
     """Gradients of the blocks and of the modulation, in their dtypes."""
     dtype = rows.norms.dtype
     product, plain = rows.norms.sum(-2).unbind(2)  # [n, 2, B, D]
-    gates, of_branch = rows.gates.sum(-2), rows.of_branch.sum(-2)
-    wide = modulation.to(dtype).transpose(1, 2)  # [n, 6, 1 or B, D]
-    of_modulation = plain.new_empty(plain.shape[0], 6, *plain.shape[2:])
+    gates, grad_branch = rows.gates.sum(-2), rows.grad_branch.sum(-2)
+    vectors = modulation.to(dtype).transpose(1, 2)  # [n, 6, 1 or B, D]
+    grad_modulation = plain.new_empty(plain.shape[0], 6, *plain.shape[2:])
     grads = []
     for layer, block in enumerate(blocks):
-        of_norms = (product[layer] * (1 + wide[layer, [1, 4]])).sum(1)
+        grad_norms = (product[layer] * (1 + vectors[layer, [1, 4]])).sum(1)
         for branch, norm in enumerate((block.norm1, block.norm2)):
-            of_modulation[layer, 3 * branch] = plain[layer, branch]
-            of_modulation[layer, 3 * branch + 1] = product[layer, branch] * norm.to(dtype)
-            of_modulation[layer, 3 * branch + 2] = gates[layer, branch]
+            grad_modulation[layer, 3 * branch] = plain[layer, branch]
+            grad_modulation[layer, 3 * branch + 1] = product[layer, branch] * norm.to(dtype)
+            grad_modulation[layer, 3 * branch + 2] = gates[layer, branch]
         in_order = BlockWeights(
-            norm1=of_norms[0],
+            norm1=grad_norms[0],
             qkv=weights.qkv[layer],
             attn_out=weights.attn_out[layer],
-            norm2=of_norms[1],
+            norm2=grad_norms[1],
             mlp_in=weights.mlp_in[layer],
-            mlp_in_bias=rows.wide_bias[layer].flatten(0, -2).sum(0),
+            mlp_in_bias=rows.grad_mlp_in_bias[layer].flatten(0, -2).sum(0),
             mlp_out=weights.mlp_out[layer],
-            mlp_out_bias=(wide[layer, 5] * of_branch[layer]).sum(0),
+            mlp_out_bias=(vectors[layer, 5] * grad_branch[layer]).sum(0),
         )
         grads.append(BlockWeights(*(g.to(w.dtype) for g, w in zip(in_order, block, strict=True))))
-    of_modulation = of_modulation.transpose(1, 2)
+    grad_modulation = grad_modulation.transpose(1, 2)
     if modulation.shape[1] == 1:
-        of_modulation = of_modulation.sum(1, keepdim=True)
-    return grads, of_modulation.to(modulation.dtype)
+        grad_modulation = grad_modulation.sum(1, keepdim=True)
+    return grads, grad_modulation.to(modulation.dtype)

@@ -1,10 +1,10 @@
-"""The instruction table: its words, its counters and the order in which blocks execute it.
+"""The instruction table: its words, its phases and counters, and how it is made of them.
 
-An instruction computes one tile of one phase for one sequence. The table has three parts: `enter` runs once,
-`loop` runs in every loop, `leave` runs once for each sequence after its last loop. Numbering the instructions
-enter, loop 0, loop 1, ..., leave gives one sequence of positions; of G thread blocks, block g executes
-numbers g, g + G, g + 2G, ... of each of these parts, in this order: the same ones in every loop, so that it
-can keep their weights. The table does not depend on G or on S.
+An instruction computes one tile of one phase. The table has three parts: `enter` runs once, `loop` runs in
+every loop, `leave` runs once for each sequence after its last loop. Numbering the instructions enter, loop 0,
+loop 1, ..., leave gives one sequence of positions; of G thread blocks, block g executes numbers g, g + G,
+g + 2G, ... of each of these parts, in this order: the same ones in every loop, so that it can keep their
+weights. The table does not depend on G or on S.
 
 A counter only ever grows. It belongs to one (phase, layer, sequence, row tile), and every loop adds the same
 amount to it. An instruction of loop k may start when each of the counters it waits for has reached
@@ -16,34 +16,25 @@ goes on, and publishes that by raising the sequence's `progress` counter, to k +
 `FINAL` once the number of loops is settled. EXIT waits for progress k, the others for k + 1; after that they
 do nothing if their sequence has stopped. LEAVE waits for `FINAL`. A sequence touches no counter and no buffer
 row of another one.
+
+Where loops meet, as the steps of the backward pass do, each begins when the one before is complete: the last
+counter, `done`, gets a signal from all that nobody else waits for, and starts as if a step before the first
+had ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Phase(IntEnum):
-    ENTER = 0  # copy x into the stream, with the row statistics of the first norm
-    QKV = 1  # norm, modulation, projection to q, k, v; rotary
-    ATTENTION = 2
-    ATTN_OUT = 3  # projection, gate, residual; row statistics of the second norm
-    MLP_IN = 4  # norm, modulation, projection, bias, GELU
-    MLP_OUT = (
-        5  # projection, bias, gate, residual; row statistics of the next norm; or a part of the projection
-    )
-    MLP_SUM = 6  # where MLP_OUT has parts: their sum, and what else MLP_OUT does
-    EXIT = 7  # decide from input and output of the loop before whether the sequence goes on
-    LEAVE = 8  # copy the stream to the output
-
-
 FINAL = 0x7F7F7F7F  # progress of a sequence whose number of loops is settled
-LAYER_PHASES = (Phase.QKV, Phase.ATTENTION, Phase.ATTN_OUT, Phase.MLP_IN, Phase.MLP_OUT, Phase.MLP_SUM)
 
 
 class BlockShape(NamedTuple):
@@ -61,29 +52,14 @@ class BlockShape(NamedTuple):
         return self.hidden // self.heads
 
 
-class Tiles(NamedTuple):
-    """Tile sizes: rows (tokens) of every phase, columns of each product, heads of an attention tile.
-
-    The inner dimension of MLP_OUT may be cut into parts, so that few tokens give more tiles.
-    """
-
-    rows: int
-    qkv: int
-    attn_out: int
-    mlp_in: int
-    mlp_out: int
-    heads: int = 1
-    mlp_out_parts: int = 1
-
-
 class Instruction(NamedTuple):
     """Thirteen int32 words, as the device reads them."""
 
     phase: int
     layer: int
     sequence: int
-    row: int  # row tile of the sequence
-    column: int  # column tile, or head tile in ATTENTION
+    row: int  # row tile of the sequence; of a weight gradient its own
+    column: int  # column tile, head tile or part of the row tile
     wait: int  # first counter waited for; -1: none
     wait_number: int  # how many counters from there
     wait_count: int  # what each loop adds to each of them
@@ -97,56 +73,169 @@ class Instruction(NamedTuple):
 WORDS = len(Instruction._fields)
 
 
+class Counters(NamedTuple):
+    """Counters of the first of these phases that the table has; of none: `done`, where loops meet."""
+
+    phases: tuple[IntEnum, ...] = ()
+    rows: Literal["same", "every", "all"] = "same"  # row tile; of the sequence; of all sequences
+    layer: int = 0  # relative; before the first comes the last of the loop before, or `done`
+
+
+RegionRows = Literal["own", "every", "part", "all", "once", "weight"]
+
+
+class Region(NamedTuple):
+    """What a tile touches of a buffer."""
+
+    buffer: str
+    # The buffer's own width; columns of the tile; its number; numbers of its heads; its part of the inner
+    # dimension; columns that are the tile's rows.
+    columns: Literal["whole", "tile", "number", "heads", "inner", "rows"] = "whole"
+    # The tile's; every one of the sequence; its part of the row tile; those of all sequences; one for a
+    # sequence; one for a row tile of a weight.
+    rows: RegionRows = "own"
+    offset: int = 0  # of the columns, in D
+    layer: int = 0  # relative
+    exits: bool = False  # only in the last layer, where sequences may exit
+
+
+class Work(NamedTuple):
+    """What a tile takes."""
+
+    flops: int
+    bytes: int  # moved
+    weights: int = 0  # bytes of them that are weights
+    attention: bool = False  # its flops are at attention's rate
+
+
+class Phase(NamedTuple):
+    """One kind of tile. Functions of sizes get the shape and the tiles."""
+
+    name: IntEnum
+    does: str
+    waits_for: Counters
+    columns: Callable[[BlockShape, Any], tuple[int, int]] = lambda shape, tiles: (1, 1)  # all, and of a tile
+    rows: Callable[[BlockShape], int] | None = None  # of a weight's gradient, instead of the tokens
+    once: bool = False  # for a sequence, not for each row tile
+    parts: Callable[[Any], int] = lambda tiles: 1  # of the inner dimension
+    signals: Counters | None = None  # None: its own
+    slots: Callable[[int], tuple[int, int]] = lambda layer: (0, 0)  # read and write, by layer
+    reads: tuple[Region, ...] = ()
+    writes: tuple[Region, ...] = ()
+    cost: Callable[[BlockShape, Any], Work] | None = None
+
+    def places(self, table: Table) -> list[tuple[int, int]]:
+        """(sequence, row tile) of its tiles."""
+        batch, rows = table.shape.batch, table.row_tiles
+        if self.rows is not None:
+            batch, rows = 1, math.ceil(self.rows(table.shape) / table.tiles.rows)
+        return [(sequence, row) for sequence in range(batch) for row in range(1 if self.once else rows)]
+
+    def across(self, table: Table) -> tuple[int, int]:
+        """Parts and columns of the tiles of one place."""
+        width, tile = self.columns(table.shape, table.tiles)
+        return self.parts(table.tiles), -(-width // tile)
+
+    def number(self, table: Table) -> int:
+        """Of its tiles in a layer."""
+        parts, columns = self.across(table)
+        return len(self.places(table)) * parts * columns
+
+
 class Table(NamedTuple):
     shape: BlockShape
-    tiles: Tiles
-    adaptive: bool  # has EXIT instructions
-    enter: tuple[Instruction, ...]
-    loop: tuple[Instruction, ...]
-    leave: tuple[Instruction, ...]
+    tiles: Any  # Tiles or BackwardTiles
+    phases: tuple[Phase, ...]
+    adaptive: bool = False  # has EXIT instructions
+    meets: bool = False  # a loop begins when the one before is complete
+    enter: tuple[Instruction, ...] = ()
+    loop: tuple[Instruction, ...] = ()
+    leave: tuple[Instruction, ...] = ()
 
     @property
     def row_tiles(self) -> int:
-        return -(-self.shape.length // self.tiles.rows)
+        rows: int = self.tiles.rows
+        return math.ceil(self.shape.length / rows)
 
     @property
-    def layer_phases(self) -> tuple[Phase, ...]:
-        return LAYER_PHASES if self.tiles.mlp_out_parts > 1 else LAYER_PHASES[:-1]
+    def counted(self) -> list[IntEnum]:
+        """Phases that have counters of their own."""
+        return [phase.name for phase in self.phases if phase.signals is None]
 
     @property
     def num_counters(self) -> int:
-        return self.shape.layers * len(self.layer_phases) * self.shape.batch * self.row_tiles
+        """Without `done`, which comes next."""
+        return self.shape.layers * len(self.counted) * self.shape.batch * self.row_tiles
 
-    def counter(self, phase: Phase, layer: int, sequence: int, row: int) -> int:
+    def initial_counters(self) -> list[int]:
+        done = self.num_counters
+        number = sum(item.signal_count for item in self.loop if item.signal == done)
+        return [0] * done + [number] * self.meets
+
+    def counter(self, phase: IntEnum, layer: int, sequence: int, row: int) -> int:
         """Number of the counter that the tiles of a phase raise."""
-        stage = layer * len(self.layer_phases) + self.layer_phases.index(phase)
+        stage = layer * len(self.counted) + self.counted.index(phase)
         return (stage * self.shape.batch + sequence) * self.row_tiles + row
 
     def encode(self) -> Tensor:
         """All instructions in order, int32 [enter + loop + leave, 13]."""
         return torch.tensor([*self.enter, *self.loop, *self.leave], dtype=torch.int32)
 
-    def position(self, number: int, loops: int) -> tuple[int, Instruction | None]:
-        """(loop, instruction) at a place of the sequence of positions; beyond its end (loops, None).
+    def made(
+        self,
+        order: Iterable[tuple[Phase, int]],
+        enter: Iterable[tuple[Phase, int]] = (),
+        leave: Iterable[tuple[Phase, int]] = (),
+    ) -> Table:
+        """With the instructions of phases and layers in this order."""
+        loop = [item for phase, layer in order for item in self._items(phase, layer)]
+        adds = Counter(item.signal for item in loop)  # to each counter, in a loop
 
-        ENTER counts as loop -1, so that what it adds to a counter is the generation that loop 0 waits for.
-        LEAVE counts as the loop after the last: its sequence's own number of loops.
-        """
-        if number < len(self.enter):
-            return -1, self.enter[number]
-        number -= len(self.enter)
-        loop, index = divmod(number, len(self.loop))
-        if loop < loops:
-            return loop, self.loop[index]
-        number -= loops * len(self.loop)
-        return loops, self.leave[number] if number < len(self.leave) else None
+        def counted(items: Iterable[Instruction], *, signals_all: bool = False) -> tuple[Instruction, ...]:
+            return tuple(
+                Instruction(
+                    *item[:7], adds[item.wait] if item.wait >= 0 else 0,
+                    item.signal, adds[item.signal] if signals_all else item.signal_count, *item[10:],
+                )
+                for item in items
+            )  # fmt: skip
 
-    def share(self, block: int, num_blocks: int, loops: int) -> Iterator[tuple[int, Instruction]]:
-        """What a thread block executes, with loops as `position` gives them."""
-        for items, runs in ((self.enter, [-1]), (self.loop, range(loops)), (self.leave, [loops])):
-            for loop in runs:
-                for item in items[block::num_blocks]:
-                    yield loop, item
+        return self._replace(
+            enter=counted((i for at in enter for i in self._items(*at)), signals_all=True),
+            loop=counted(loop),
+            leave=counted(i for at in leave for i in self._items(*at)),
+        )
+
+    def _items(self, phase: Phase, layer: int) -> Iterator[Instruction]:
+        """The tiles of a phase, which do not know yet what their counters will count."""
+        own = Counters((phase.name,))
+        (parts, columns), slots = phase.across(self), phase.slots(layer)
+        for sequence, row in phase.places(self):
+            wait, waits = self._counters(phase.waits_for, layer, sequence, row)
+            signal, signals = self._counters(phase.signals or own, layer, sequence, row)
+            for part, column in itertools.product(range(parts), range(columns)):
+                yield Instruction(
+                    phase.name, layer, sequence, row, column, wait, waits, 0, signal, signals, *slots, part
+                )
+
+    def _counters(self, counters: Counters, layer: int, sequence: int, row: int) -> tuple[int, int]:
+        """The first of them and their number; (-1, 0): there are none."""
+        layer += counters.layer
+        if self.meets and (layer < 0 or not counters.phases):
+            return self.num_counters, 1
+        there = [name for name in counters.phases if name in self.counted]
+        if not there:
+            return -1, 0
+        row = row if counters.rows == "same" else 0
+        number = {"same": 1, "every": self.row_tiles, "all": self.row_tiles * self.shape.batch}
+        return self.counter(there[0], layer % self.shape.layers, sequence, row), number[counters.rows]
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ValueError if one is not positive."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
 def stream_slot(slot: int, loop: int) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loopmdm_kernels.schedule import BlockShape, Phase, Tiles, build
+from loopmdm_kernels.schedule import BlockShape, Forward, Tiles, build
 from loopmdm_kernels.schedule.table import FINAL, WORDS, qkv_slot, stream_slot
+from loopmdm_kernels.testing.schedule import positions, share
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -151,9 +152,8 @@ def test_positions_equal_those_of_the_table(library):
     items = [*table.enter, *table.loop, *table.leave]
     size = (len(table.enter), len(table.loop), len(table.leave))
     out = (ctypes.c_int32 * 2)()
-    for position in range(size[0] + 3 * size[1] + size[2] + 2):
+    for position, (loop, item) in enumerate([*positions(table, 3), *2 * [(3, None)]]):
         library.place_c(ctypes.c_int64(position), *size, 3, out)
-        loop, item = table.position(position, 3)
         assert out[0] == loop
         assert (None if out[1] < 0 else items[out[1]]) == item
     # Beyond 32 bits: many loops of a large table.
@@ -176,7 +176,7 @@ def test_a_block_executes_its_share(library, num_blocks):
                 break
             if out[1] >= 0:
                 found.append((out[0], items[out[1]]))
-        assert found == list(table.share(block, num_blocks, 3))
+        assert found == list(share(table, block, num_blocks, 3))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3, 132])
@@ -199,7 +199,7 @@ def test_generations_and_halves_equal_those_of_the_table(library):
 def test_words_and_numbers_are_those_of_the_header(library):
     assert library.instruction_bytes() == 4 * WORDS
     header = (CSRC / "common" / "schedule.h").read_text()
-    names = [phase.name.title().replace("_", "") for phase in Phase]
+    names = [phase.name.title().replace("_", "") for phase in Forward]
     assert f"{{ {', '.join('k' + name for name in names)}, kEnd }}" in header
     assert f"kFinal = 0x{FINAL:X}" in header
 

@@ -14,7 +14,7 @@ from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import sources, weights
 from loopmdm_kernels.cuda.parameters import MAP, defines, fields
 from loopmdm_kernels.cuda.targets import SM90
-from loopmdm_kernels.schedule import Device, cost
+from loopmdm_kernels.schedule import Device, plan
 
 EMULATOR = Path(__file__).parents[1] / "csrc" / "emulated_gpu"
 ALIGNMENT = 64  # of the kernel's parameters
@@ -39,7 +39,7 @@ class Fenced(NamedTuple):
 
 def plan_of(inputs, tiles, target=SM90, device=Device(), cluster=1):  # noqa: B008 - immutable
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
-    return shape, cost._plan(shape, device, tiles)._replace(cluster=cluster)
+    return shape, plan._plan(shape, device, tiles)._replace(cluster=cluster)
 
 
 def build(shape, plan, folder, *, target=SM90, optimize=True):

@@ -9,13 +9,12 @@ from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
 from loopmdm_kernels.cuda import weights
 from loopmdm_kernels.cuda.parameters import backward_defines
-from loopmdm_kernels.schedule import Device
-from loopmdm_kernels.schedule.backward import cost, finish
+from loopmdm_kernels.schedule import Device, finish, plan
 
 
 def plan_of(inputs, columns):
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
-    return shape, cost._plan(shape, Device(), columns)
+    return shape, plan._backward_plan(shape, Device(), columns)
 
 
 def build(shape, plan, folder, *, optimize=True):

@@ -7,9 +7,8 @@ from loopmdm_kernels.cuda import prebuild, refresh
 from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
 from loopmdm_kernels.cuda.parameters import backward_defines, defines
 from loopmdm_kernels.cuda.targets import SM80, SM90
-from loopmdm_kernels.schedule import BlockShape, choose
-from loopmdm_kernels.schedule.backward import choose_backward
-from loopmdm_kernels.schedule.cost import ASSUMED
+from loopmdm_kernels.schedule import BlockShape, choose, choose_backward
+from loopmdm_kernels.schedule.device import ASSUMED
 
 SMALL = ["--hidden", "768", "--heads", "12", "--layers", "2", "--lengths"]
 

@@ -16,8 +16,7 @@ import hopper  # noqa: E402
 
 from loopmdm_kernels.cuda.looped_blocks_backward import SOURCE, parameters_of_kernel  # noqa: E402
 from loopmdm_kernels.cuda.parameters import backward_defines  # noqa: E402
-from loopmdm_kernels.schedule import BlockShape  # noqa: E402
-from loopmdm_kernels.schedule.backward import choose_backward  # noqa: E402
+from loopmdm_kernels.schedule import BlockShape, choose_backward  # noqa: E402
 
 CONTRACT = json.loads((HERE / "hopper_backward_contract.json").read_text())
 SHAPES = {

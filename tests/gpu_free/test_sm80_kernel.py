@@ -15,7 +15,7 @@ import hopper  # noqa: E402
 
 from loopmdm_kernels.cuda import compiler, sources, targets  # noqa: E402
 from loopmdm_kernels.schedule import BlockShape, Device, choose  # noqa: E402
-from loopmdm_kernels.schedule.cost import ASSUMED  # noqa: E402
+from loopmdm_kernels.schedule.device import ASSUMED  # noqa: E402
 
 CONTRACT = json.loads((HERE / "sm80_contract.json").read_text())
 needs_nvcc = pytest.mark.skipif(hopper.NVCC is None, reason="nvcc is not on the path")

@@ -7,20 +7,14 @@ import pytest
 import torch
 
 from loopmdm_kernels.reference import looped_blocks
-from loopmdm_kernels.schedule import BlockShape, Instruction, ScheduleError
-from loopmdm_kernels.schedule.backward import (
-    BackwardPhase,
-    BackwardTiles,
-    build_backward,
-    check_backward,
-    interpret_backward,
-)
+from loopmdm_kernels.schedule import Backward, BackwardTiles, BlockShape, Instruction, build_backward
 from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
+from loopmdm_kernels.testing.schedule import ScheduleError, check, interpret_backward
 
 SHAPE = BlockShape(batch=2, length=40, hidden=32, heads=2, mlp=64, layers=2)
 TILES = BackwardTiles(rows=16, columns=16, part=8)
 FEW = SHAPE._replace(length=20, mlp=32)  # for faults: proofs of tables that fail take long
-PHASES = list(BackwardPhase)
+PHASES = list(Backward)
 
 
 def table_for(inputs, rows=32, columns=None, part=8):
@@ -52,15 +46,16 @@ def oracle(inputs, loops, grad):
 
 
 def run(inputs, loops, grad, *, table=None, **options):
-    """By the table. The tape holds NaN for loops that a sequence does not take."""
+    """By the table. The loop inputs hold NaN for loops that a sequence does not take."""
     counts = torch.as_tensor(loops).expand(len(inputs.x))
-    tape = torch.full((int(counts.max()), *inputs.x.shape), torch.nan, dtype=inputs.x.dtype)
+    shape = (int(counts.max()), *inputs.x.shape)
+    loop_inputs = torch.full(shape, torch.nan, dtype=inputs.x.dtype)
     state = inputs.x
-    for loop in range(len(tape)):
-        tape[loop, counts > loop] = state[counts > loop]
+    for loop in range(len(loop_inputs)):
+        loop_inputs[loop, counts > loop] = state[counts > loop]
         state = apply(inputs, 1, state)
     result = interpret_backward(
-        table or table_for(inputs), grad, tape, inputs.blocks, inputs.modulation, counts,
+        table or table_for(inputs), grad, loop_inputs, inputs.blocks, inputs.modulation, counts,
         rotary=inputs.rotary, key_mask=inputs.key_mask, **options,
     )  # fmt: skip
     return named(*result)
@@ -124,20 +119,20 @@ def test_rounding_points_keep_to_the_tolerance_of_bf16():
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 16), (2, 40)])
 def test_built_tables_pass(batch, length, layers):
-    check_backward(build_backward(SHAPE._replace(batch=batch, length=length, layers=layers), TILES))
+    check(build_backward(SHAPE._replace(batch=batch, length=length, layers=layers), TILES))
 
 
 def test_a_table_of_the_small_model_passes():
     shape = BlockShape(1, 200, 768, 12, 3072, 1)
-    check_backward(build_backward(shape, BackwardTiles(128, 128, 16)), steps=2)
+    check(build_backward(shape, BackwardTiles(128, 128, 16)), loops=2)
 
 
 def test_every_tile_occurs_once_and_is_waited_for():
     table = build_backward(SHAPE, TILES)
     places = [(i.phase, i.layer, i.sequence, i.row, i.column) for i in table.loop]
     assert len(set(places)) == len(places)
-    assert {BackwardPhase(item.phase) for item in table.loop} == set(BackwardPhase)
-    raised = [0] * (table.done + 1)
+    assert {Backward(item.phase) for item in table.loop} == set(Backward)
+    raised = [0] * (table.num_counters + 1)
     for item in table.loop:
         raised[item.signal] += item.signal_count
     waited = {
@@ -163,7 +158,7 @@ def change(table, number, **words):
 
 
 def check_with_fault(table):
-    check_backward(table, steps=2)
+    check(table, loops=2)
 
 
 def find(table, phase, layer=0):
@@ -172,7 +167,7 @@ def find(table, phase, layer=0):
 
 
 def layer_of(phase):
-    return 1 if phase in (BackwardPhase.TOP, BackwardPhase.NORM1) else 0
+    return 1 if phase in (Backward.TOP, Backward.NORM1) else 0
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -204,7 +199,7 @@ def test_a_signal_given_twice_is_found(phase):
 
 @pytest.mark.parametrize(
     "phase",
-    [BackwardPhase.ATTENTION, BackwardPhase.GRAD_KEYS, BackwardPhase.WEIGHT_QKV, BackwardPhase.WEIGHT_MLP_IN],
+    [Backward.ATTENTION, Backward.GRAD_KEYS, Backward.WEIGHT_QKV, Backward.WEIGHT_MLP_IN],
 )
 def test_a_wait_for_too_few_rows_is_found(phase):
     table = build_backward(FEW, TILES)
@@ -216,7 +211,7 @@ def test_a_wait_for_too_few_rows_is_found(phase):
 def test_a_step_that_does_not_wait_for_the_one_before_is_found():
     table = build_backward(FEW, TILES)
     loop = [
-        item._replace(wait_number=0) if item.phase == BackwardPhase.NORM1 and item.layer == 0 else item
+        item._replace(wait_number=0) if item.phase == Backward.NORM1 and item.layer == 0 else item
         for item in table.loop
     ]
     with pytest.raises(ScheduleError, match="not ordered"):
@@ -225,7 +220,7 @@ def test_a_step_that_does_not_wait_for_the_one_before_is_found():
 
 def test_an_order_that_reads_ahead_is_found():
     table = build_backward(FEW, TILES)
-    late = find(table, BackwardPhase.GRAD_MIXED)
+    late = find(table, Backward.GRAD_MIXED)
     moved = (table.loop[late], *table.loop[:late], *table.loop[late + 1 :])
     with pytest.raises(ScheduleError, match="deadlock"):
         check_with_fault(table._replace(loop=moved))
@@ -234,7 +229,7 @@ def test_an_order_that_reads_ahead_is_found():
 def test_a_deadlock_ends_the_interpreter():
     inputs = looped_inputs(1, 20, 32, num_heads=2)
     table = table_for(inputs)
-    broken = change(table, find(table, BackwardPhase.QKV), signal=table.done)
+    broken = change(table, find(table, Backward.QKV), signal=table.num_counters)
     with pytest.raises(RuntimeError, match="deadlock"):
         run(inputs, 1, gradient(inputs), table=broken, num_blocks=4)
 

@@ -2,14 +2,16 @@
 
 import pytest
 
-from loopmdm_kernels.schedule import BlockShape, Device, choose
-from loopmdm_kernels.schedule.backward import (
-    BackwardPhase,
+from loopmdm_kernels.schedule import (
+    Backward,
     BackwardTiles,
+    BlockShape,
+    Device,
     build_backward,
-    check_backward,
+    choose,
     choose_backward,
 )
+from loopmdm_kernels.testing.schedule import check
 
 SMALL = BlockShape(batch=8, length=1024, hidden=768, heads=12, mlp=3072, layers=2)
 
@@ -18,17 +20,17 @@ def test_plan_of_a_known_shape():
     plan = choose_backward(SMALL)
     assert plan.tiles == BackwardTiles(rows=128, columns=128, part=16)
     assert (plan.stages, plan.stage_bytes, plan.kept_bytes) == (6, 32768, 32768)
-    weights = plan.phases[BackwardPhase.WEIGHT_MLP_IN]
+    weights = plan.phases[Backward.WEIGHT_MLP_IN]
     # 24 by 6 tiles, each of 128 rows and columns, over 8192 tokens.
     assert (weights.tiles, weights.waves) == (144, 2)
     assert weights.bytes == 144 * 8192 * 2 * (128 + 128)
     assert weights.arithmetic == pytest.approx(2 * 2 * 128 * 128 * 8192 * 132 / 700e12)
-    assert set(plan.phases) == set(BackwardPhase)
+    assert set(plan.phases) == set(Backward)
     assert all(
         plan.phases[phase].tiles == sum(item.phase == phase and item.layer == 1 for item in table.loop)
         for table in (build_backward(SMALL, plan.tiles),)
-        for phase in BackwardPhase
-        if phase != BackwardPhase.TOP
+        for phase in Backward
+        if phase != Backward.TOP
     )
 
 
@@ -40,7 +42,7 @@ def test_plans_are_legal(length, hidden, heads, mlp):
     assert plan.shared_bytes <= 232_448 and plan.stages >= 3 and plan.stage_bytes % 1024 == 0
     table = build_backward(shape, plan.tiles)
     if len(table.loop) < 250:
-        check_backward(table, steps=2)
+        check(table, loops=2)
 
 
 def test_it_takes_about_four_times_the_arithmetic_of_the_forward_pass():

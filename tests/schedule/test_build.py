@@ -2,8 +2,9 @@
 
 import pytest
 
-from loopmdm_kernels.schedule import BlockShape, Phase, Tiles, build
+from loopmdm_kernels.schedule import BlockShape, Forward, Tiles, build
 from loopmdm_kernels.schedule.table import qkv_slot, stream_slot
+from loopmdm_kernels.testing.schedule import positions, share
 
 SHAPE = BlockShape(batch=2, length=20, hidden=32, heads=2, mlp=64, layers=2)
 TILES = Tiles(rows=16, qkv=16, attn_out=16, mlp_in=16, mlp_out=32)
@@ -11,31 +12,27 @@ TILES = Tiles(rows=16, qkv=16, attn_out=16, mlp_in=16, mlp_out=32)
 
 def test_positions_run_through_enter_loops_and_leave():
     table = build(SHAPE, TILES)
-    numbers = [
-        table.position(i, 2) for i in range(len(table.enter) + 2 * len(table.loop) + len(table.leave) + 1)
-    ]
-    assert [loop for loop, _ in numbers] == [-1] * 4 + [0] * len(table.loop) + [1] * len(table.loop) + [2] * 5
-    assert [item for _, item in numbers] == [*table.enter, *table.loop, *table.loop, *table.leave, None]
+    numbers = positions(table, 2)
+    assert [loop for loop, _ in numbers] == [-1] * 4 + [0] * len(table.loop) + [1] * len(table.loop) + [2] * 4
+    assert [item for _, item in numbers] == [*table.enter, *table.loop, *table.loop, *table.leave]
 
 
 def test_a_block_does_the_same_in_every_loop():
     table = build(SHAPE, TILES)
-    shares = [list(table.share(block, 7, 3)) for block in range(7)]
-    for share in shares:
-        loops = [[item for at, item in share if at == loop] for loop in range(3)]
+    shares = [list(share(table, block, 7, 3)) for block in range(7)]
+    for own in shares:
+        loops = [[item for at, item in own if at == loop] for loop in range(3)]
         assert loops[0] == loops[1] == loops[2]
-    positions = [
-        table.position(i, 3) for i in range(len(table.enter) + 3 * len(table.loop) + len(table.leave))
-    ]
-    everything = [at for share in shares for at in share]
-    assert len(everything) == len(positions) and set(everything) == set(positions)
-    for share in shares:
-        assert [positions.index(at) for at in share] == sorted(positions.index(at) for at in share)
+    in_order = positions(table, 3)
+    everything = [at for own in shares for at in own]
+    assert len(everything) == len(in_order) and set(everything) == set(in_order)
+    for own in shares:
+        assert [in_order.index(at) for at in own] == sorted(in_order.index(at) for at in own)
 
 
 def test_every_tile_occurs_once():
     table = build(SHAPE, TILES)
-    count = {Phase.QKV: 6, Phase.ATTENTION: 2, Phase.ATTN_OUT: 2, Phase.MLP_IN: 4, Phase.MLP_OUT: 1}
+    count = {Forward.QKV: 6, Forward.ATTENTION: 2, Forward.ATTN_OUT: 2, Forward.MLP_IN: 4, Forward.MLP_OUT: 1}
     places = [(i.phase, i.layer, i.sequence, i.row, i.column) for i in table.loop]
     assert sorted(places) == sorted(
         (phase, layer, sequence, row, column)
@@ -50,15 +47,19 @@ def test_every_tile_occurs_once():
 def test_parts_of_a_product_and_their_sums():
     """The parts raise one counter, their sums the one that the next layer waits for."""
     table = build(SHAPE, TILES._replace(mlp_out=16, mlp_out_parts=4))
-    parts = [item for item in table.loop if item.phase == Phase.MLP_OUT and item.layer == 1]
-    sums = [item for item in table.loop if item.phase == Phase.MLP_SUM and item.layer == 1]
+    parts = [item for item in table.loop if item.phase == Forward.MLP_OUT and item.layer == 1]
+    sums = [item for item in table.loop if item.phase == Forward.MLP_SUM and item.layer == 1]
     places = [(s, r, p, c) for s in range(2) for r in range(2) for p in range(4) for c in range(2)]
     assert [(i.sequence, i.row, i.part, i.column) for i in parts] == places
     for item in sums:
-        assert item.wait == table.counter(Phase.MLP_OUT, 1, item.sequence, item.row) and item.wait_count == 8
-        assert item.signal == table.counter(Phase.MLP_SUM, 1, item.sequence, item.row)
-    for item in [*table.leave, *(i for i in table.loop if i.phase == Phase.QKV and i.layer == 0)]:
-        assert item.wait == table.counter(Phase.MLP_SUM, 1, item.sequence, item.row) and item.wait_count == 2
+        assert (
+            item.wait == table.counter(Forward.MLP_OUT, 1, item.sequence, item.row) and item.wait_count == 8
+        )
+        assert item.signal == table.counter(Forward.MLP_SUM, 1, item.sequence, item.row)
+    for item in [*table.leave, *(i for i in table.loop if i.phase == Forward.QKV and i.layer == 0)]:
+        assert (
+            item.wait == table.counter(Forward.MLP_SUM, 1, item.sequence, item.row) and item.wait_count == 2
+        )
     assert table.num_counters == 2 * 6 * 4 and build(SHAPE, TILES).num_counters == 2 * 5 * 4
 
 

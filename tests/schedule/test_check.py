@@ -3,17 +3,9 @@
 import pytest
 import torch
 
-from loopmdm_kernels.schedule import (
-    BlockShape,
-    Instruction,
-    Phase,
-    ScheduleError,
-    Tiles,
-    build,
-    check,
-    interpret,
-)
+from loopmdm_kernels.schedule import BlockShape, Forward, Instruction, Tiles, build
 from loopmdm_kernels.testing import looped_inputs
+from loopmdm_kernels.testing.schedule import ScheduleError, check, interpret
 
 SMALL = BlockShape(batch=2, length=40, hidden=32, heads=2, mlp=128, layers=2)
 TILES = Tiles(rows=16, qkv=16, attn_out=16, mlp_in=32, mlp_out=16)
@@ -55,8 +47,8 @@ def first(table, phase, **words):
     raise LookupError(phase)
 
 
-PRODUCTS = (Phase.QKV, Phase.ATTENTION, Phase.ATTN_OUT, Phase.MLP_IN, Phase.MLP_OUT)
-SPLIT = (Phase.QKV, Phase.MLP_OUT, Phase.MLP_SUM)  # what parts of a product change
+PRODUCTS = (Forward.QKV, Forward.ATTENTION, Forward.ATTN_OUT, Forward.MLP_IN, Forward.MLP_OUT)
+SPLIT = (Forward.QKV, Forward.MLP_OUT, Forward.MLP_SUM)  # what parts of a product change
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -88,7 +80,7 @@ def test_a_threshold_too_large_is_found(phase):
 
 def test_attention_that_waits_for_too_few_rows_is_found():
     table = build(SMALL, TILES)
-    number = first(table, Phase.ATTENTION, layer=1)
+    number = first(table, Forward.ATTENTION, layer=1)
     with pytest.raises(ScheduleError, match=r"read of unfinished data.*qkv"):
         check(change(table, number, wait_number=table.row_tiles - 1))
 
@@ -115,13 +107,13 @@ def test_a_signal_left_out_or_given_twice_is_found(phase):
 @pytest.mark.parametrize(
     ("phase", "word"),
     [
-        (Phase.QKV, "read_slot"),
-        (Phase.QKV, "write_slot"),
-        (Phase.ATTENTION, "read_slot"),
-        (Phase.ATTN_OUT, "read_slot"),
-        (Phase.ATTN_OUT, "write_slot"),
-        (Phase.MLP_IN, "read_slot"),
-        (Phase.MLP_OUT, "write_slot"),
+        (Forward.QKV, "read_slot"),
+        (Forward.QKV, "write_slot"),
+        (Forward.ATTENTION, "read_slot"),
+        (Forward.ATTN_OUT, "read_slot"),
+        (Forward.ATTN_OUT, "write_slot"),
+        (Forward.MLP_IN, "read_slot"),
+        (Forward.MLP_OUT, "write_slot"),
     ],
 )
 def test_the_wrong_half_of_a_buffer_is_found(phase, word):
@@ -143,7 +135,7 @@ def test_the_wrong_half_of_a_buffer_is_found(phase, word):
 @pytest.mark.parametrize("phase", SPLIT)
 def test_faults_between_parts_and_sums_are_found(phase):
     table = build(SMALL._replace(batch=1), PARTS)
-    number = first(table, phase, layer=1, row=1, part=2 if phase is Phase.MLP_OUT else 0)
+    number = first(table, phase, layer=1, row=1, part=2 if phase is Forward.MLP_OUT else 0)
     count = table.loop[number].wait_count
     for words in ({"wait": -1, "wait_number": 0}, {"wait_count": count - 1}):
         with pytest.raises(ScheduleError, match="not ordered"):
@@ -157,7 +149,7 @@ def test_faults_between_parts_and_sums_are_found(phase):
 
 def test_a_part_computed_twice_is_found():
     table = build(SMALL._replace(batch=1), PARTS)
-    number = first(table, Phase.MLP_OUT, layer=0, row=0, part=1)
+    number = first(table, Forward.MLP_OUT, layer=0, row=0, part=1)
     with pytest.raises(ScheduleError, match=r"two writes.*partial"):
         check(change(table, number, part=0))
 
@@ -166,8 +158,8 @@ def test_keys_in_one_buffer_would_be_overwritten_while_read():
     """Why q, k and v have two halves: the next layer's come while slow tiles still read this layer's."""
     table = build(SMALL, TILES)
     loop = [
-        item._replace(write_slot=0) if item.phase == Phase.QKV
-        else item._replace(read_slot=0) if item.phase == Phase.ATTENTION
+        item._replace(write_slot=0) if item.phase == Forward.QKV
+        else item._replace(read_slot=0) if item.phase == Forward.ATTENTION
         else item
         for item in table.loop
     ]  # fmt: skip
@@ -177,7 +169,7 @@ def test_keys_in_one_buffer_would_be_overwritten_while_read():
 
 def test_cyclic_waits_are_found():
     table = build(SMALL, TILES)
-    attention, product = first(table, Phase.ATTENTION, layer=0), first(table, Phase.ATTN_OUT, layer=0)
+    attention, product = first(table, Forward.ATTENTION, layer=0), first(table, Forward.ATTN_OUT, layer=0)
     # Attention waits for the projection that waits for it, in the same loop.
     broken = change(
         table, attention, wait=table.loop[product].signal, wait_number=1,
@@ -192,7 +184,7 @@ def test_cyclic_waits_are_found():
 
 def test_an_order_that_reads_ahead_is_found():
     table = build(SMALL, TILES)
-    late = first(table, Phase.MLP_IN, layer=1)
+    late = first(table, Forward.MLP_IN, layer=1)
     moved = (table.loop[late], *table.loop[:late], *table.loop[late + 1 :])
     with pytest.raises(ScheduleError, match="deadlock"):
         check(table._replace(loop=moved))
@@ -200,8 +192,8 @@ def test_an_order_that_reads_ahead_is_found():
 
 def test_sequences_that_share_a_counter_are_found():
     table = build(SMALL, TILES)
-    number = first(table, Phase.MLP_IN, sequence=1, row=0)
-    other = table.loop[first(table, Phase.MLP_IN, sequence=0, row=0)]
+    number = first(table, Forward.MLP_IN, sequence=1, row=0)
+    other = table.loop[first(table, Forward.MLP_IN, sequence=0, row=0)]
     with pytest.raises(ScheduleError, match="of sequence 0"):
         check(change(table, number, wait=other.wait))
 
@@ -219,14 +211,14 @@ def test_entering_too_late_and_leaving_too_early_are_found(adaptive):
 
 def test_an_exit_that_does_not_wait_for_all_rows_is_found():
     table = build(SMALL, TILES, adaptive=True)
-    number = first(table, Phase.EXIT)
+    number = first(table, Forward.EXIT)
     with pytest.raises(ScheduleError, match="not ordered"):
         check(change(table, number, wait_number=1))
 
 
 def test_errors_name_the_instructions():
     table = build(SMALL, TILES)
-    number = first(table, Phase.MLP_OUT, layer=1, sequence=1, row=2)
+    number = first(table, Forward.MLP_OUT, layer=1, sequence=1, row=2)
     with pytest.raises(ScheduleError, match=r"\(loop 0, layer 0, sequence 1, row 2, column 0\)"):
         check(change(table, number, wait=-1, wait_number=0))
 

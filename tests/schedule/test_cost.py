@@ -4,8 +4,11 @@ import itertools
 
 import pytest
 
-from loopmdm_kernels.schedule import BlockShape, Device, Phase, Tiles, build, check, choose, cost, device_of
-from loopmdm_kernels.schedule.cost import ASSUMED
+from loopmdm_kernels.schedule import BlockShape, Device, Forward, Tiles, build, choose, device_of
+from loopmdm_kernels.schedule.cost import key_block
+from loopmdm_kernels.schedule.device import ASSUMED
+from loopmdm_kernels.schedule.plan import _plan as plan_of
+from loopmdm_kernels.testing.schedule import check
 
 SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=2)
 
@@ -13,7 +16,7 @@ SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=
 def test_plan_of_a_known_shape():
     plan = choose(SMALL)
     assert plan.tiles == Tiles(rows=128, qkv=128, attn_out=128, mlp_in=128, mlp_out=128, heads=1)
-    up = plan.phases[Phase.MLP_IN]
+    up = plan.phases[Forward.MLP_IN]
     assert (up.tiles, up.waves) == (192, 2)
     # 8 row tiles by 24 column tiles; each reads 128 rows of fp32 and 128 of bf16, 768 long.
     assert up.bytes == 192 * 768 * (4 * 128 + 2 * 128)
@@ -31,13 +34,13 @@ def test_few_tokens_take_small_tiles():
 def test_few_tokens_cut_the_inner_dimension():
     """24 tiles of 3072 keep 24 SMs busy: parts of them more, for one more wait."""
     plan = choose(SMALL._replace(length=128))
-    assert plan.tiles.mlp_out_parts == 2 and plan.phases[Phase.MLP_OUT].tiles == 48
-    whole = cost._plan(SMALL._replace(length=128), Device(), plan.tiles._replace(mlp_out_parts=1))
-    assert Phase.MLP_SUM not in whole.phases and plan.loop_seconds < whole.loop_seconds - 2e-6
+    assert plan.tiles.mlp_out_parts == 2 and plan.phases[Forward.MLP_OUT].tiles == 48
+    whole = plan_of(SMALL._replace(length=128), Device(), plan.tiles._replace(mlp_out_parts=1))
+    assert Forward.MLP_SUM not in whole.phases and plan.loop_seconds < whole.loop_seconds - 2e-6
     # A part reads half of the rows and columns, and writes its sums; MLP_SUM reads the two.
     moved = 24 * 2 * (1536 * (2 * 64 + 2 * 64) + 4 * 64 * 64)
-    assert plan.phases[Phase.MLP_OUT].bytes == moved
-    assert plan.phases[Phase.MLP_SUM].bytes == 24 * 2 * 4 * 64 * 64
+    assert plan.phases[Forward.MLP_OUT].bytes == moved
+    assert plan.phases[Forward.MLP_SUM].bytes == 24 * 2 * 4 * 64 * 64
     assert choose(SMALL).tiles.mlp_out_parts == 1
 
 
@@ -46,13 +49,13 @@ SUDOKU = BlockShape(batch=1, length=81, hidden=128, heads=4, mlp=512, layers=2)
 
 def test_weights_stay_in_shared_memory_where_they_fit():
     tiles = Tiles(64, 64, 64, 64, 64, 2)
-    plan = cost._plan(SUDOKU, Device(), tiles)
+    plan = plan_of(SUDOKU, Device(), tiles)
     # 80 tiles of a loop on 132 blocks: the largest of them, 64 columns by 512.
     assert plan.resident_bytes == 2 * 64 * 512 and plan.stages >= 4 and plan.shared_bytes <= 232_448
-    assert plan.phases[Phase.MLP_OUT].bytes == 4 * 2 * 64 * 512, "the rows alone"
+    assert plan.phases[Forward.MLP_OUT].bytes == 4 * 2 * 64 * 512, "the rows alone"
     for device in (Device(sms=8), Device(keeps_weights=False)):
-        other = cost._plan(SUDOKU, device, tiles)
-        assert other.resident_bytes == 0 and other.phases[Phase.MLP_OUT].bytes == 2 * 4 * 2 * 64 * 512
+        other = plan_of(SUDOKU, device, tiles)
+        assert other.resident_bytes == 0 and other.phases[Forward.MLP_OUT].bytes == 2 * 4 * 2 * 64 * 512
     assert choose(SMALL._replace(length=32)).resident_bytes == 0, "28 MB do not fit beside a ring"
 
 
@@ -81,17 +84,15 @@ def test_parts_do_not_depend_on_the_batch(length):
 def test_rows_beyond_the_sequence_are_not_moved():
     few, more = (choose(SMALL._replace(length=length)) for length in (16, 64))
     assert few.tiles.rows == more.tiles.rows == 64
-    assert more.phases[Phase.QKV].bytes - few.phases[Phase.QKV].bytes == 18 * 48 * 768 * 4
+    assert more.phases[Forward.QKV].bytes - few.phases[Forward.QKV].bytes == 18 * 48 * 768 * 4
 
 
 def test_few_keys_are_one_small_block():
     blocks = {length: choose(SMALL._replace(length=length)).key_block for length in (1, 64, 65, 1024)}
     assert blocks == {1: 64, 64: 64, 65: 128, 1024: 128}
     few = choose(SMALL._replace(length=64))
-    assert few.phases[Phase.ATTENTION].arithmetic == pytest.approx(4 * 64 * 64 * 128 * 132 / 450e12)
-    assert cost.key_block(SMALL._replace(length=64), few.tiles._replace(rows=128)) == 128, (
-        "a box has more rows"
-    )
+    assert few.phases[Forward.ATTENTION].arithmetic == pytest.approx(4 * 64 * 64 * 128 * 132 / 450e12)
+    assert key_block(SMALL._replace(length=64), few.tiles._replace(rows=128)) == 128, "a box has more rows"
 
 
 def test_the_plan_is_the_best_of_all_tiles():
@@ -100,7 +101,7 @@ def test_the_plan_is_the_best_of_all_tiles():
     for rows, qkv, out, up, down in itertools.product((64, 128), (64, 128), (64, 128), (64, 128), (64, 128)):
         if rows == 128 or qkv == 128:  # with 64 rows a tile of q, k and v is two heads
             parts = best.tiles.mlp_out_parts
-            other = cost._plan(shape, Device(), Tiles(rows, qkv, out, up, down, 128 // rows, parts))
+            other = plan_of(shape, Device(), Tiles(rows, qkv, out, up, down, 128 // rows, parts))
             assert other.loop_seconds >= best.loop_seconds
 
 
@@ -119,10 +120,10 @@ def test_plans_are_legal(length, hidden, heads, mlp):
         check(table)
 
 
-@pytest.mark.parametrize("capability", cost.ASSUMED)
+@pytest.mark.parametrize("capability", ASSUMED)
 @pytest.mark.parametrize(("hidden", "heads"), [(256, 8), (768, 12), (1024, 8)])
 def test_a_plan_fits_the_shared_memory_of_its_device(capability, hidden, heads):
-    device = cost.ASSUMED[capability]
+    device = ASSUMED[capability]
     for length in (32, 1024):
         plan = choose(BlockShape(1, length, hidden, heads, 4 * hidden, 2), device)
         assert plan.shared_bytes <= device.shared_bytes
@@ -138,7 +139,7 @@ def test_no_plan_fits():
 def test_a_device_is_known_by_the_nearest_that_is_not_younger():
     assert device_of((9, 0), 132, 232_448) == Device()
     half = device_of((8, 7), 41, 166_912)
-    known = cost.ASSUMED[8, 6]
+    known = ASSUMED[8, 6]
     assert (half.sms, half.shared_bytes) == (41, 166_912)
     assert half.product_flops == known.product_flops / 2 and half.sm_bytes == known.sm_bytes
     assert device_of((12, 0), 132, 101_376).attention_flops == Device().attention_flops

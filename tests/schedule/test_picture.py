@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 
 from bench import draw_schedule
-from loopmdm_kernels.schedule import Phase, build, choose
+from loopmdm_kernels.schedule import Forward, build, choose
 
 PICTURE = Path(__file__).parents[2] / "docs" / "schedule.svg"
 
@@ -23,7 +23,7 @@ def test_the_simulation_keeps_to_blocks_and_waits():
             own = [tile for tile in tiles if tile.block == block]
             assert all(a.end <= b.start for a, b in itertools.pairwise(own))
         attention = [
-            tile.start for tile in tiles if tile.item.phase == Phase.ATTENTION and tile.item.layer == 0
+            tile.start for tile in tiles if tile.item.phase == Forward.ATTENTION and tile.item.layer == 0
         ]
-        products = [tile.end for tile in tiles if tile.item.phase == Phase.QKV and tile.item.layer == 0]
+        products = [tile.end for tile in tiles if tile.item.phase == Forward.QKV and tile.item.layer == 0]
         assert min(attention) >= max(products)

@@ -1,90 +1,114 @@
-"""What each instruction reads and writes, as intervals of columns of buffer rows.
-
-Buffers: `stream` x, two halves; `qkv`, two halves; `mixed`, the attention output; `wide`, the activations
-inside the MLP; `partial`, what the parts of MLP_OUT leave for MLP_SUM; `statistics1` and `statistics2`, mean
-and squared deviations of tile columns for the norms of attention and MLP; `change`, the squared norms that
-EXIT adds up; `stop`, the sequence's number of loops; `out`. Weights and modulation are never written.
-"""
+"""What each instruction reads and writes, as intervals of columns of buffer rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from loopmdm_kernels.schedule.table import Instruction, Phase, Table, qkv_slot, stream_slot
+from loopmdm_kernels.schedule.backward import SHARED
+from loopmdm_kernels.schedule.forward import Forward
+from loopmdm_kernels.schedule.table import Instruction, Phase, Region, Table, qkv_slot, stream_slot
 
 
 class Access(NamedTuple):
     buffer: str
-    half: int  # of a double buffer; 0 for the others
+    half: int  # of a double buffer, or the layer; 0 for what there is once
     sequence: int
-    row: int  # row tile; 0 for what a sequence has once
+    row: int  # row tile, or part of it; 0 for what a sequence has once
     first: int  # columns [first, last)
     last: int
     writes: bool
 
 
-def accesses(table: Table, item: Instruction, loop: int) -> Iterator[Access]:
+def accesses(table: Table) -> Callable[[int, Instruction], Iterable[Access]]:
+    """Those of an instruction of a loop."""
+    phases = {int(phase.name): phase for phase in table.phases}
+    places = _of_record if table.meets else _of_halves
+
+    def found(loop: int, item: Instruction) -> Iterator[Access]:
+        phase = phases[item.phase]
+        if table.adaptive and phase.name not in (Forward.ENTER, Forward.EXIT):
+            yield Access("stop", 0, item.sequence, 0, 0, 1, False)
+        for writes, regions in ((False, phase.reads), (True, phase.writes)):
+            for region in regions:
+                place = places(table, phase, region, loop, item, writes)
+                if place is None:
+                    continue
+                for first, last in _columns(table, phase, region, item):
+                    for sequence, row in _rows(table, region, item):
+                        yield Access(region.buffer, place, sequence, row, first, last, writes)
+
+    return found
+
+
+def _of_halves(
+    table: Table, phase: Phase, region: Region, loop: int, item: Instruction, writes: bool
+) -> int | None:
+    """The half of the forward pass's double buffers; None: not touched here."""
+    if region.exits and not (table.adaptive and item.layer == table.shape.layers - 1):
+        return None
+    if phase.name is Forward.EXIT and not writes and loop == 0:
+        return None
+    slot = item.write_slot if writes else 0 if region.exits else item.read_slot
+    if region.buffer == "stream":
+        return stream_slot(slot, loop)
+    return qkv_slot(slot, loop, table.shape.layers) if region.buffer == "qkv" else 0
+
+
+def _of_record(
+    table: Table, phase: Phase, region: Region, loop: int, item: Instruction, writes: bool
+) -> int | None:
+    """The layer of the backward pass's buffers; None: there is none."""
+    layer = item.layer + region.layer
+    if not 0 <= layer < table.shape.layers or (region.buffer == "state" and layer == 0):
+        return None
+    return 0 if region.buffer in SHARED else layer
+
+
+def _columns(table: Table, phase: Phase, region: Region, item: Instruction) -> Iterator[tuple[int, int]]:
     shape, tiles = table.shape, table.tiles
-    phase, last_layer = Phase(item.phase), shape.layers - 1
+    width, tile = phase.columns(shape, tiles)
+    first = item.column * tile
+    last = min(first + tile, width)
+    if region.columns == "whole":
+        first, last = 0, _width(table, region.buffer)
+    elif region.columns == "number":
+        first, last = item.column, item.column + 1
+    elif region.columns == "heads":
+        first, last = first // shape.head_dim, last // shape.head_dim
+    elif region.columns == "inner":
+        inner = shape.mlp // tiles.mlp_out_parts
+        first, last = item.part * inner, (item.part + 1) * inner
+    elif region.columns == "rows":
+        assert phase.rows is not None
+        first, last = item.row * tiles.rows, min((item.row + 1) * tiles.rows, phase.rows(shape))
+    offsets = [region.offset]
+    if region.buffer == "partial":  # of each part its own columns
+        offsets = [item.part] if phase.name == Forward.MLP_OUT else list(range(tiles.mlp_out_parts))
+    for offset in offsets:
+        yield offset * shape.hidden + first, offset * shape.hidden + last
 
-    def whole(buffer: str, half: int, columns: int, *, row: int = item.row, writes: bool = False) -> Access:
-        return Access(buffer, half, item.sequence, row, 0, columns, writes)
 
-    def tile(buffer: str, half: int, width: int, *, writes: bool, offset: int = 0) -> Access:
-        first = offset + item.column * width
-        return Access(buffer, half, item.sequence, item.row, first, first + width, writes)
+def _width(table: Table, buffer: str) -> int:
+    shape, tiles = table.shape, table.tiles
+    if buffer in ("statistics1", "change"):
+        return int(shape.hidden // tiles.mlp_out)
+    if buffer == "statistics2":
+        return int(shape.hidden // tiles.attn_out)
+    if buffer in ("gelu", "grad_mlp_in"):
+        return shape.mlp
+    return {"grad_qkv": 3 * shape.hidden, "stop": 1}.get(buffer, shape.hidden)
 
-    def update(width: int) -> Iterator[Access]:
-        yield tile("stream", stream_slot(item.read_slot, loop), width, writes=False)
-        yield tile("stream", stream_slot(item.write_slot, loop), width, writes=True)
 
-    if phase not in (Phase.ENTER, Phase.EXIT) and table.adaptive:
-        yield whole("stop", 0, 1, row=0)
-    if phase is Phase.ENTER:
-        yield whole("stream", stream_slot(item.write_slot, loop), shape.hidden, writes=True)
-        yield whole("statistics1", 0, shape.hidden // tiles.mlp_out, writes=True)
-    elif phase is Phase.QKV:
-        yield whole("stream", stream_slot(item.read_slot, loop), shape.hidden)
-        yield whole("statistics1", 0, shape.hidden // tiles.mlp_out)
-        yield tile("qkv", qkv_slot(item.write_slot, loop, shape.layers), tiles.qkv, writes=True)
-    elif phase is Phase.ATTENTION:
-        half = qkv_slot(item.read_slot, loop, shape.layers)
-        first = item.column * tiles.heads * shape.head_dim
-        last = min(first + tiles.heads * shape.head_dim, shape.hidden)
-        yield Access("qkv", half, item.sequence, item.row, first, last, False)
-        for row in range(table.row_tiles):
-            for offset in (shape.hidden, 2 * shape.hidden):
-                yield Access("qkv", half, item.sequence, row, offset + first, offset + last, False)
-        yield Access("mixed", 0, item.sequence, item.row, first, last, True)
-    elif phase is Phase.ATTN_OUT:
-        yield whole("mixed", 0, shape.hidden)
-        yield from update(tiles.attn_out)
-        yield tile("statistics2", 0, 1, writes=True)
-    elif phase is Phase.MLP_IN:
-        yield whole("stream", stream_slot(item.read_slot, loop), shape.hidden)
-        yield whole("statistics2", 0, shape.hidden // tiles.attn_out)
-        yield tile("wide", 0, tiles.mlp_in, writes=True)
-    elif phase is Phase.MLP_OUT and tiles.mlp_out_parts > 1:
-        width = shape.mlp // tiles.mlp_out_parts
-        yield Access("wide", 0, item.sequence, item.row, item.part * width, (item.part + 1) * width, False)
-        yield tile("partial", 0, tiles.mlp_out, writes=True, offset=item.part * shape.hidden)
-    elif phase in (Phase.MLP_OUT, Phase.MLP_SUM):
-        if phase is Phase.MLP_OUT:
-            yield whole("wide", 0, shape.mlp)
-        else:
-            for part in range(tiles.mlp_out_parts):
-                yield tile("partial", 0, tiles.mlp_out, writes=False, offset=part * shape.hidden)
-        yield from update(tiles.mlp_out)
-        yield tile("statistics1", 0, 1, writes=True)
-        if table.adaptive and item.layer == last_layer:
-            yield tile("stream", stream_slot(0, loop), tiles.mlp_out, writes=False)
-            yield tile("change", 0, 1, writes=True)
-    elif phase is Phase.EXIT:
-        if loop > 0:
-            for row in range(table.row_tiles):
-                yield whole("change", 0, shape.hidden // tiles.mlp_out, row=row)
-        yield whole("stop", 0, 1, row=0, writes=True)
-    else:
-        yield whole("stream", stream_slot(item.read_slot, loop), shape.hidden)
-        yield whole("out", 0, shape.hidden, writes=True)
+def _rows(table: Table, region: Region, item: Instruction) -> Iterator[tuple[int, int]]:
+    """(sequence, row)."""
+    parts = table.tiles.rows // table.tiles.part if table.meets else 1
+    rows = range(item.row * parts, (item.row + 1) * parts)
+    if region.rows in ("every", "all"):
+        rows = range(table.row_tiles * parts)
+    elif region.rows != "own":
+        row = {"part": item.row * parts + item.column, "once": 0, "weight": item.row}[region.rows]
+        rows = range(row, row + 1)
+    for sequence in range(table.shape.batch) if region.rows == "all" else (item.sequence,):
+        for row in rows:
+            yield sequence, row

@@ -23,7 +23,9 @@ execution therefore reads what the execution in order of position reads, which i
 with the reference.
 
 **Any number of loops.** Loop k + 2 is loop k with its targets and double buffers shifted by two, and no wait
-or reuse reaches over more than two loops, so four loops contain every case. **Early exit.** A sequence that
+or reuse reaches over more than two loops, so four loops contain every case. Where loops meet, loop k + 1 is
+loop k, and no wait reaches over more than one: three contain every case, and a loop that a sequence does not
+take part in has the same waits and signals. **Early exit.** A sequence that
 stops after k loops executes what it would have executed with k loops in all, and sequences share no counter
 and no place (checked).
 """
@@ -33,13 +35,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from enum import IntEnum
 from typing import NamedTuple
 
-from loopmdm_kernels.schedule.accesses import Access, accesses
-from loopmdm_kernels.schedule.table import Instruction, Phase, Table
-
-CHECKED_LOOPS = 4
+from loopmdm_kernels.schedule.forward import Forward
+from loopmdm_kernels.schedule.table import Instruction, Table
+from loopmdm_kernels.testing.schedule.accesses import Access, accesses
+from loopmdm_kernels.testing.schedule.order import Instance, positions
 
 
 class ScheduleError(Exception):
@@ -51,68 +52,51 @@ class Wait(NamedTuple):
     target: int
 
 
-Instance = tuple[int, Instruction]  # of a loop
-
-
 class Rules(NamedTuple):
-    """What an instruction of a table means: functions of its loop and itself, and the names of phases."""
+    """What an instruction of a table means: functions of its loop and itself."""
 
     waits: Callable[[int, Instruction], Iterable[Wait]]
     signals: Callable[[int, Instruction], Iterable[tuple[int, int]]]  # counter, amount
     accesses: Callable[[int, Instruction], Iterable[Access]]
-    phases: type[IntEnum]
+    names: dict[int, str]
 
     def name(self, instance: Instance) -> str:
         loop, item = instance
         place = f"layer {item.layer}, sequence {item.sequence}, row {item.row}, column {item.column}"
-        return f"{self.phases(item.phase).name} (loop {loop}, {place})"
+        return f"{self.names[item.phase]} (loop {loop}, {place})"
 
 
-def check(table: Table, loops: int = CHECKED_LOOPS) -> None:
+def check(table: Table, loops: int | None = None) -> None:
     """Raises ScheduleError, naming the instructions, if the table can race or deadlock."""
-    instances = list(_instances(table, loops))
-    rules = Rules(
-        lambda loop, item: _waits(table, loop, item),
-        lambda _, item: _signals(table, item),
-        lambda loop, item: accesses(table, item, loop),
-        Phase,
-    )
-    _check_sequences_apart(instances, rules)
-    prove(instances, rules)
-
-
-def prove(instances: list[Instance], rules: Rules) -> None:
-    """The proof for instructions in the order of their positions. Raises ScheduleError."""
+    instances = positions(table, loops or (3 if table.meets else 4))
+    rules = _rules(table)
+    if not table.meets:
+        _check_sequences_apart(instances, rules)
     _check_buffers(instances, rules, _guaranteed_order(instances, rules))
 
 
-def _instances(table: Table, loops: int) -> Iterator[Instance]:
-    number = 0
-    while True:
-        loop, item = table.position(number, loops)
-        if item is None:
-            return
-        yield loop, item
-        number += 1
+def _rules(table: Table) -> Rules:
+    initial = table.initial_counters()
 
+    def progress(item: Instruction) -> int:
+        return table.num_counters + item.sequence
 
-def _waits(table: Table, loop: int, item: Instruction) -> Iterator[Wait]:
-    for counter in range(item.wait, item.wait + item.wait_number):
-        yield Wait(counter, item.wait_count * (loop + 1))
-    if table.adaptive and item.phase != Phase.ENTER:
-        # EXIT waits for the one before it. LEAVE's loop is the number of loops: the last EXIT settles that.
-        yield Wait(_progress(table, item), loop if item.phase in (Phase.EXIT, Phase.LEAVE) else loop + 1)
+    def waits(loop: int, item: Instruction) -> Iterator[Wait]:
+        for counter in range(item.wait, item.wait + item.wait_number):
+            yield Wait(counter, item.wait_count * (loop + 1) - initial[counter])
+        if table.adaptive and item.phase != Forward.ENTER:
+            # EXIT waits for the one before it. LEAVE's loop is the number of loops: the last EXIT settles it.
+            settled = item.phase in (Forward.EXIT, Forward.LEAVE)
+            yield Wait(progress(item), loop if settled else loop + 1)
 
+    def signals(_: int, item: Instruction) -> Iterator[tuple[int, int]]:
+        if item.signal >= 0:
+            yield item.signal, item.signal_count
+        if table.adaptive and item.phase == Forward.EXIT:
+            yield progress(item), 1
 
-def _signals(table: Table, item: Instruction) -> Iterator[tuple[int, int]]:
-    if item.signal >= 0:
-        yield item.signal, item.signal_count
-    if item.phase == Phase.EXIT:
-        yield _progress(table, item), 1
-
-
-def _progress(table: Table, item: Instruction) -> int:
-    return table.num_counters + item.sequence
+    names = {int(phase.name): phase.name.name for phase in table.phases}
+    return Rules(waits, signals, accesses(table), names)
 
 
 def _guaranteed_order(instances: list[Instance], rules: Rules) -> list[int]:

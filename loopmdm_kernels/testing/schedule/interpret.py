@@ -6,25 +6,17 @@ statistics and the stream are in the dtype of x.
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loopmdm_kernels.reference.attention import apply_rotary
 from loopmdm_kernels.reference.looped_blocks import NORM_EPS
-from loopmdm_kernels.schedule.table import (
-    FINAL,
-    BlockShape,
-    Instruction,
-    Phase,
-    Table,
-    qkv_slot,
-    stream_slot,
-)
+from loopmdm_kernels.schedule.forward import Forward
+from loopmdm_kernels.schedule.table import FINAL, Instruction, Table, qkv_slot, stream_slot
+from loopmdm_kernels.testing.schedule.machine import Machine
+from loopmdm_kernels.testing.schedule.order import interleave
 from loopmdm_kernels.types import BlockWeights, Rotary
 
 
@@ -50,25 +42,7 @@ def interpret(
         RuntimeError: no block can proceed.
     """
     machine = _Machine(table, x, blocks, modulation, num_loops, rotary, key_mask, exit_threshold)
-    longest = int(machine.stop.max())
-    generator = random.Random(seed)
-    shares = [table.share(block, num_blocks, longest) for block in range(num_blocks)]
-    current = [next(share, None) for share in shares]
-    running = list(range(num_blocks))
-    while running:
-        generator.shuffle(running)
-        proceeded = False
-        for block in list(running):
-            at = current[block]
-            if at is None:
-                running.remove(block)
-                proceeded = True
-            elif machine.ready(*at):
-                machine.execute(*at)
-                current[block] = next(shares[block], None)
-                proceeded = True
-        if not proceeded:
-            raise RuntimeError(f"deadlock: blocks {sorted(running)} wait for counters that nobody will raise")
+    interleave(table, int(machine.stop.max()), num_blocks, seed, machine.ready, machine.execute)
     return machine.out, machine.stop
 
 
@@ -86,8 +60,8 @@ def merge_statistics(parts: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return mean, torch.rsqrt(total / (width * means.shape[-1]) + NORM_EPS)
 
 
-class _Machine:
-    """Buffers and counters. What nothing has written is NaN."""
+class _Machine(Machine):
+    """Buffers. What nothing has written is NaN."""
 
     def __init__(
         self,
@@ -100,83 +74,59 @@ class _Machine:
         key_mask: Tensor | None,
         exit_threshold: float | None,
     ) -> None:
-        self.table, self.x, self.blocks = table, x, blocks
-        self.rotary, self.key_mask, self.exit_threshold = rotary, key_mask, exit_threshold
-        self.dtype = blocks[0].qkv.dtype
-        shape = table.shape
-
-        def unwritten(*sizes: int, dtype: torch.dtype = x.dtype) -> Tensor:
-            return torch.full(sizes, math.nan, dtype=dtype)
-
+        super().__init__(table, x.dtype, blocks, modulation, rotary, key_mask)
+        self.x, self.exit_threshold = x, exit_threshold
+        shape, tiles = table.shape, table.tiles
         batch, length, hidden = shape.batch, shape.length, shape.hidden
-        self.stream = unwritten(2, batch, length, hidden)
-        self.qkv = unwritten(2, batch, length, 3 * hidden, dtype=self.dtype)
-        self.mixed = unwritten(batch, length, hidden, dtype=self.dtype)
-        self.wide = unwritten(batch, length, shape.mlp, dtype=self.dtype)
-        self.partial = unwritten(table.tiles.mlp_out_parts, batch, length, hidden)
-        self.statistics1 = unwritten(batch, length, hidden // table.tiles.mlp_out, 2)
-        self.statistics2 = unwritten(batch, length, hidden // table.tiles.attn_out, 2)
-        self.change = unwritten(batch, table.row_tiles, hidden // table.tiles.mlp_out, 2)
-        self.out = unwritten(batch, length, hidden)
+        self.stream = self.unwritten(2, batch, length, hidden)
+        self.qkv = self.unwritten(2, batch, length, 3 * hidden, dtype=self.dtype)
+        self.mixed = self.unwritten(batch, length, hidden, dtype=self.dtype)
+        self.gelu = self.unwritten(batch, length, shape.mlp, dtype=self.dtype)
+        self.partial = self.unwritten(tiles.mlp_out_parts, batch, length, hidden)
+        self.statistics1 = self.unwritten(batch, length, hidden // tiles.mlp_out, 2)
+        self.statistics2 = self.unwritten(batch, length, hidden // tiles.attn_out, 2)
+        self.change = self.unwritten(batch, table.row_tiles, hidden // tiles.mlp_out, 2)
+        self.out = self.unwritten(batch, length, hidden)
         self.stop = torch.as_tensor(num_loops).expand(batch).clone()
-        self.counters = [0] * table.num_counters
         self.progress = [0 if table.adaptive else FINAL] * batch
-        # Norm scale and modulation fold into one gain and one shift, in the stream's dtype.
-        wide = modulation.to(x.dtype)
-        scales = torch.stack([torch.stack((b.norm1, b.norm2)) for b in blocks]).to(x.dtype)[:, None]
-        self.gain = scales * (1 + wide[:, :, [1, 4]])
-        self.shift, self.gate = wide[:, :, [0, 3]], wide[:, :, [2, 5]]
 
     def ready(self, loop: int, item: Instruction) -> bool:
         progress = self.progress[item.sequence]
-        if item.phase == Phase.LEAVE:
+        if item.phase == Forward.LEAVE:
             if progress != FINAL:
                 return False
             loop = int(self.stop[item.sequence])
-        elif item.phase not in (Phase.ENTER, Phase.EXIT) and progress < loop + 1:
+        elif item.phase not in (Forward.ENTER, Forward.EXIT) and progress < loop + 1:
             return False
-        if loop > self.stop[item.sequence] or (
-            loop == self.stop[item.sequence] and item.phase != Phase.LEAVE
-        ):
-            return True  # nothing to do
-        return all(
-            self.counters[counter] >= item.wait_count * (loop + 1)
-            for counter in range(item.wait, item.wait + item.wait_number)
-        )
+        stop = self.stop[item.sequence]
+        nothing_to_do = loop > stop or (loop == stop and item.phase != Forward.LEAVE)
+        return bool(nothing_to_do) or self.reached(loop, item)
 
     def execute(self, loop: int, item: Instruction) -> None:
-        phase = Phase(item.phase)
-        if phase is Phase.LEAVE:
+        phase = Forward(item.phase)
+        if phase is Forward.LEAVE:
             loop = int(self.stop[item.sequence])
-        elif phase is not Phase.ENTER and loop >= self.stop[item.sequence]:
+        elif phase is not Forward.ENTER and loop >= self.stop[item.sequence]:
             return
-        rows = slice(item.row * self.table.tiles.rows, (item.row + 1) * self.table.tiles.rows)
-        getattr(self, f"_{phase.name.lower()}")(loop, item, rows)
-        if item.signal >= 0:
-            self.counters[item.signal] += item.signal_count
+        getattr(self, f"_{phase.name.lower()}")(loop, item, self.rows_of(item))
+        self.signal(item)
 
     def _columns(self, item: Instruction, width: int) -> slice:
         return slice(item.column * width, (item.column + 1) * width)
-
-    def _of(self, values: Tensor, item: Instruction, branch: int) -> Tensor:
-        """The vector [D] of this layer and sequence."""
-        return values[item.layer, item.sequence if values.shape[1] > 1 else 0, branch]
-
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        return left.to(self.dtype).to(self.x.dtype) @ right.to(self.x.dtype).T
 
     def _normalized(self, loop: int, item: Instruction, rows: slice, branch: int) -> Tensor:
         x = self.stream[stream_slot(item.read_slot, loop), item.sequence, rows]
         parts = (self.statistics1, self.statistics2)[branch][item.sequence, rows]
         mean, scale = merge_statistics(parts, x.shape[-1] // parts.shape[1])
-        return (x - mean) * scale * self._of(self.gain, item, branch) + self._of(self.shift, item, branch)
+        gain, shift = (self.vector(values, item.layer, item, branch) for values in (self.gain, self.shift))
+        return (x - mean) * scale * gain + shift
 
     def _update(
         self, loop: int, item: Instruction, rows: slice, width: int, branch: int, value: Tensor
     ) -> Tensor:
         columns = self._columns(item, width)
         old = self.stream[stream_slot(item.read_slot, loop), item.sequence, rows, columns]
-        new = old + self._of(self.gate, item, branch)[columns] * value
+        new = old + self.vector(self.gate, item.layer, item, branch)[columns] * value
         self.stream[stream_slot(item.write_slot, loop), item.sequence, rows, columns] = new
         statistics = (self.statistics2, self.statistics1)[branch]
         statistics[item.sequence, rows, item.column] = column_statistics(new)
@@ -189,50 +139,41 @@ class _Machine:
         self.statistics1[item.sequence, rows] = column_statistics(tiles)
 
     def _qkv(self, loop: int, item: Instruction, rows: slice) -> None:
-        shape, columns = self.table.shape, self._columns(item, self.table.tiles.qkv)
-        product = self._product(self._normalized(loop, item, rows, 0), self.blocks[item.layer].qkv[columns])
-        if self.rotary is not None:
-            angles = Rotary(*(angle[rows] for angle in self.rotary))
-            heads = product.view(len(product), -1, shape.head_dim).transpose(0, 1)
-            rotated = max(0, min(len(heads), (2 * shape.hidden - columns.start) // shape.head_dim))
-            heads = torch.cat((apply_rotary(heads[:rotated], angles), heads[rotated:]))
-            product = heads.transpose(0, 1).flatten(1)
-        self.qkv[qkv_slot(item.write_slot, loop, shape.layers), item.sequence, rows, columns] = product.to(
-            self.dtype
-        )
+        columns = self._columns(item, self.table.tiles.qkv)
+        weight = self.blocks[item.layer].qkv[columns]
+        product = self.rotate(self.product(self._normalized(loop, item, rows, 0), weight.T), rows, columns)
+        slot = qkv_slot(item.write_slot, loop, self.table.shape.layers)
+        self.qkv[slot, item.sequence, rows, columns] = product.to(self.dtype)
 
     def _attention(self, loop: int, item: Instruction, rows: slice) -> None:
-        shape: BlockShape = self.table.shape
-        heads = slice(item.column * self.table.tiles.heads, (item.column + 1) * self.table.tiles.heads)
-        qkv = self.qkv[qkv_slot(item.read_slot, loop, shape.layers), item.sequence].to(self.x.dtype)
+        shape = self.table.shape
+        heads = self._columns(item, self.table.tiles.heads)
+        qkv = self.qkv[qkv_slot(item.read_slot, loop, shape.layers), item.sequence].to(self.exact)
         q, k, v = qkv.view(shape.length, 3, shape.heads, shape.head_dim)[:, :, heads].permute(1, 2, 0, 3)
-        scores = q[:, rows] @ k.transpose(1, 2) / math.sqrt(shape.head_dim)
-        if self.key_mask is not None:
-            scores = scores.masked_fill(~self.key_mask[item.sequence], -math.inf)
+        scores = self.scores(q[:, rows], k, item)
         weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-        mixed = weights.to(self.dtype).to(self.x.dtype) @ v / weights.sum(-1, keepdim=True)
-        width = self.table.tiles.heads * shape.head_dim
-        columns = self._columns(item, width)
+        mixed = self.product(weights, v) / weights.sum(-1, keepdim=True)
+        columns = self._columns(item, self.table.tiles.heads * shape.head_dim)
         self.mixed[item.sequence, rows, columns] = mixed.transpose(0, 1).flatten(1).to(self.dtype)
 
     def _attn_out(self, loop: int, item: Instruction, rows: slice) -> None:
         width = self.table.tiles.attn_out
         weight = self.blocks[item.layer].attn_out[self._columns(item, width)]
-        branch = self._product(self.mixed[item.sequence, rows], weight)
+        branch = self.product(self.mixed[item.sequence, rows], weight.T)
         self._update(loop, item, rows, width, 0, branch)
 
     def _mlp_in(self, loop: int, item: Instruction, rows: slice) -> None:
         weights, columns = self.blocks[item.layer], self._columns(item, self.table.tiles.mlp_in)
-        value = self._product(self._normalized(loop, item, rows, 1), weights.mlp_in[columns])
+        value = self.product(self._normalized(loop, item, rows, 1), weights.mlp_in[columns].T)
         value = F.gelu(value + weights.mlp_in_bias[columns].to(value.dtype), approximate="tanh")
-        self.wide[item.sequence, rows, columns] = value.to(self.dtype)
+        self.gelu[item.sequence, rows, columns] = value.to(self.dtype)
 
     def _mlp_out(self, loop: int, item: Instruction, rows: slice) -> None:
         columns, parts = self._columns(item, self.table.tiles.mlp_out), self.table.tiles.mlp_out_parts
         width = self.table.shape.mlp // parts
         inner = slice(item.part * width, (item.part + 1) * width)
         weight = self.blocks[item.layer].mlp_out[columns, inner]
-        product = self._product(self.wide[item.sequence, rows, inner], weight)
+        product = self.product(self.gelu[item.sequence, rows, inner], weight.T)
         if parts > 1:
             self.partial[item.part, item.sequence, rows, columns] = product
         else:

@@ -1,0 +1,75 @@
+"""What is known of a GPU: measured where it was, else assumed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from loopmdm_kernels.schedule.measured import Table as Measured
+
+COUNTER_BYTES = 1_024  # room for the counters of a cluster in the shared memory of one block
+
+
+class Device(NamedTuple):
+    """What a GPU can do, per second and byte. Defaults: H200, as assumed in docs/kernels/looped_blocks.md."""
+
+    sms: int = 132
+    product_flops: float = 700e12
+    attention_flops: float = 450e12
+    l2_bytes: float = 5.5e12
+    sm_bytes: float = 0.11e12  # one SM alone: 64 bytes a cycle
+    wait_seconds: float = 1e-6  # from the last signal of a phase to the first load of the next
+    shared_bytes: int = 232_448  # what a block may use
+    keeps_weights: bool = True  # its kernel can leave weights in shared memory for all loops
+    cluster: int = 16  # blocks that can signal by the shared memory of one of them; 1: its kernel cannot
+    cluster_wait_seconds: float = 0.6e-6  # instead of wait_seconds: without two ways to L2 and back
+
+    def as_cluster(self) -> Device:
+        """The part of the device that one cluster is."""
+        share = self.cluster / self.sms
+        return self._replace(
+            sms=self.cluster,
+            product_flops=self.product_flops * share,
+            attention_flops=self.attention_flops * share,
+            wait_seconds=self.cluster_wait_seconds,
+            shared_bytes=self.shared_bytes - COUNTER_BYTES,
+        )
+
+
+# By compute capability: A100, RTX 3090, RTX 4090, H200. Peak rates times what their like reach elsewhere;
+# nothing here is measured.
+ASSUMED = {
+    (8, 0): Device(
+        108, 200e12, 150e12, 4.0e12, 0.09e12, shared_bytes=166_912, keeps_weights=False, cluster=1
+    ),
+    (8, 6): Device(82, 50e12, 40e12, 2.0e12, 0.10e12, shared_bytes=101_376, keeps_weights=False, cluster=1),
+    (8, 9): Device(128, 120e12, 90e12, 4.5e12, 0.15e12, shared_bytes=101_376, keeps_weights=False, cluster=1),
+    (9, 0): Device(),
+}
+
+
+def nearest(capability: tuple[int, int]) -> Device:
+    """Of the GPUs something is assumed of, the youngest that is not younger than this."""
+    return ASSUMED[max(known for known in ASSUMED if known <= capability)]
+
+
+def device_of(
+    capability: tuple[int, int],
+    sms: int,
+    shared_bytes: int,
+    *,
+    name: str = "",
+    measured: Measured | None = None,
+) -> Device:
+    """What is known of a GPU: what `measured` has under its name, and what is assumed for the rest.
+
+    Assumed are the rates of the nearest GPU that is not younger, in proportion to the SMs.
+    """
+    assumed = nearest(capability)
+    share = sms / assumed.sms
+    known: dict[str, Any] = {
+        "product_flops": assumed.product_flops * share,
+        "attention_flops": assumed.attention_flops * share,
+        "l2_bytes": assumed.l2_bytes * share,
+        **(measured or {}).get(name, {}),
+    }
+    return assumed._replace(sms=sms, shared_bytes=shared_bytes, **known)

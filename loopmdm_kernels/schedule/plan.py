@@ -1,0 +1,244 @@
+"""Picks the tiles of a shape by what its phases cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+from loopmdm_kernels.schedule import backward
+from loopmdm_kernels.schedule.backward import KEY_BLOCK, PART, ROWS, BackwardTiles
+from loopmdm_kernels.schedule.cost import STEP, PhaseCost, costs, key_block
+from loopmdm_kernels.schedule.device import COUNTER_BYTES, Device
+from loopmdm_kernels.schedule.forward import Forward, Tiles, phases_of
+from loopmdm_kernels.schedule.table import BlockShape, Table
+
+FIXED_BYTES = 2_048  # barriers and instructions, and the ring's alignment
+MAX_STAGES = 8
+ENOUGH_STAGES = 3  # with two a load has only one step of arithmetic to hide behind
+RESIDENT_STAGES = 4  # of the ring, beside weights that stay in shared memory
+ROW_TILES = (64, 128)
+COLUMN_TILES = (
+    64,
+    128,
+)  # with sums of 96 or 192 columns the registers do not suffice: docs/kernels/looped_blocks.md
+PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
+# Share of the time that a split may take, which costs traffic in every batch and may gain in none, and a
+# cluster, which leaves most of the device alone.
+WORTH = 0.9
+
+
+class Plan(NamedTuple):
+    tiles: Tiles
+    stages: int
+    stage_bytes: int
+    key_block: int
+    resident_bytes: int  # of shared memory for weights that stay in it for all loops; 0: they come from L2
+    cluster: int  # blocks, all in one cluster; 1: all that the device holds
+    phases: dict[IntEnum, PhaseCost]  # of one layer
+    loop_seconds: float
+    limit_seconds: float  # the longest of arithmetic and traffic with all SMs busy, and of the waits alone
+
+    @property
+    def shared_bytes(self) -> int:
+        counters = COUNTER_BYTES if self.cluster > 1 else 0
+        return self.stages * self.stage_bytes + self.resident_bytes + FIXED_BYTES + counters
+
+
+class BackwardPlan(NamedTuple):
+    tiles: BackwardTiles
+    stages: int
+    stage_bytes: int
+    kept_bytes: int  # operands of attention beside the ring
+    phases: dict[IntEnum, PhaseCost]  # of one layer
+    loop_seconds: float
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.stages * self.stage_bytes + self.kept_bytes + FIXED_BYTES
+
+
+class _Widths(NamedTuple):
+    """Columns that tiles may have: of q, k and v; of a product with D results; of MLP_IN."""
+
+    qkv: list[int]
+    out: list[int]
+    mlp_in: list[int]
+
+
+def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 - immutable
+    """The fastest plan by the model.
+
+    Raises:
+        ValueError: the tiles divide a width in no way.
+    """
+    fitting = {rows: widths for rows in ROW_TILES if all(widths := _widths(shape, rows))}
+    if not fitting or shape.mlp % STEP:
+        raise ValueError(
+            f"no tiles of {ROW_TILES} rows by {COLUMN_TILES} columns divide the widths of {shape}; "
+            "with 64 rows a tile is two halves, and a tile of q, k and v holds whole heads"
+        )
+    parts = _parts(shape, device, fitting)
+    plan = _fastest_of_all(shape, device, fitting, parts)
+    if _fits_cluster(shape, device, parts):
+        alone = _fastest_of_all(shape, device.as_cluster(), fitting, parts)
+        if alone.stages >= ENOUGH_STAGES and alone.loop_seconds < WORTH * plan.loop_seconds:
+            return alone._replace(cluster=device.cluster)
+    if plan.stages < 2:
+        raise ValueError(
+            f"two stages of {plan.stage_bytes} bytes do not fit the {device.shared_bytes} bytes of shared "
+            f"memory that a block has here, for {shape}"
+        )
+    return plan
+
+
+def _widths(shape: BlockShape, rows: int) -> _Widths:
+    halves = max(ROW_TILES) // rows  # with 64 rows the two groups of warps share the columns, and the heads
+    if shape.heads % halves:
+        return _Widths([], [], [])
+
+    def fitting(width: int, multiple: int = 32) -> list[int]:
+        return [n for n in COLUMN_TILES if width % n == 0 and n % (halves * multiple) == 0]
+
+    return _Widths(
+        fitting(3 * shape.hidden, max(32, shape.head_dim)), fitting(shape.hidden), fitting(shape.mlp)
+    )
+
+
+def _seconds(shape: BlockShape, device: Device, tiles: Tiles, *names: Forward) -> float:
+    """Of some phases, and of the wait after each."""
+    phases = [phase for phase in phases_of(tiles) if phase.name in names]
+    return sum(cost.seconds + device.wait_seconds for cost in costs(phases, shape, tiles, device).values())
+
+
+def _parts(shape: BlockShape, device: Device, fitting: Mapping[int, _Widths]) -> int:
+    """Into how many parts MLP_OUT is cut.
+
+    A sum has other bits for each number of them. It is a function of the sequence alone, so that what a row
+    gives does not depend on its batch.
+    """
+    alone = shape._replace(batch=1)
+
+    def fastest(parts: int) -> float:
+        return min(
+            _seconds(alone, device, Tiles(rows, n, n, n, n, 1, parts), Forward.MLP_OUT, Forward.MLP_SUM)
+            for rows, widths in fitting.items()
+            for n in widths.out
+        )
+
+    best = min((parts for parts in PARTS if shape.mlp % (parts * STEP) == 0), key=fastest)
+    return best if fastest(best) < WORTH * fastest(1) else 1
+
+
+def _fits_cluster(shape: BlockShape, device: Device, parts: int) -> bool:
+    """Whether the counters fit, with the smallest tiles and what is counted beside the table.
+
+    Heads of 128 take the registers that waiting for such counters would need.
+    """
+    smallest = Tiles(min(ROW_TILES), 1, 1, 1, 1, mlp_out_parts=parts)
+    counters = Table(shape, smallest, phases_of(smallest)).num_counters + shape.batch + 2
+    return 1 < device.cluster < device.sms and shape.head_dim <= 64 and 4 * counters <= COUNTER_BYTES
+
+
+def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[int, _Widths], parts: int) -> Plan:
+    plans = [_fastest(shape, device, rows, widths, parts) for rows, widths in fitting.items()]
+    return min(plans, key=lambda plan: (plan.stages < ENOUGH_STAGES, plan.stages < 2, plan.loop_seconds))
+
+
+def _fastest(shape: BlockShape, device: Device, rows: int, widths: _Widths, parts: int) -> Plan:
+    """The fastest columns of each product, which do not depend on each other."""
+    tiles = Tiles(rows, 1, 1, 1, 1, max(ROW_TILES) // rows, parts)
+
+    def fastest(field: str, choices: Sequence[int], *names: Forward) -> int:
+        return min(choices, key=lambda n: _seconds(shape, device, tiles._replace(**{field: n}), *names))
+
+    return _plan(
+        shape,
+        device,
+        tiles._replace(
+            qkv=fastest("qkv", widths.qkv, Forward.QKV),
+            attn_out=fastest("attn_out", widths.out, Forward.ATTN_OUT),
+            mlp_in=fastest("mlp_in", widths.mlp_in, Forward.MLP_IN),
+            mlp_out=fastest("mlp_out", widths.out, Forward.MLP_OUT, Forward.MLP_SUM),
+        ),
+    )
+
+
+def _plan(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
+    taken = costs(phases_of(tiles), shape, tiles, device)
+    stage = stage_bytes(shape, tiles)
+    room = device.shared_bytes - FIXED_BYTES
+    resident = _largest_share(shape.layers, taken, device) if device.keeps_weights else room
+    if resident <= room - RESIDENT_STAGES * stage:
+        taken = {phase: cost.with_resident_weights() for phase, cost in taken.items()}
+    else:
+        resident = 0
+    tokens, hidden = shape.batch * shape.length, shape.hidden
+    products = 2 * tokens * hidden * (4 * hidden + 2 * shape.mlp) / device.product_flops
+    attention = 4 * tokens * shape.length * hidden / device.attention_flops
+    moved = sum(cost.bytes for cost in taken.values()) / device.l2_bytes
+    return Plan(
+        tiles,
+        min(MAX_STAGES, (room - resident) // stage),
+        stage,
+        key_block(shape, tiles),
+        resident,
+        1,
+        taken,
+        shape.layers * sum(cost.seconds + device.wait_seconds for cost in taken.values()),
+        shape.layers * max(products + attention, moved, len(taken) * device.wait_seconds),
+    )
+
+
+def _largest_share(layers: int, taken: Mapping[IntEnum, PhaseCost], device: Device) -> int:
+    """Bytes of weights of all tiles that one block executes in a loop, for the block with the most."""
+    numbers = [(cost.tiles, cost.weights) for _ in range(layers) for cost in taken.values()]
+    if sum(tiles * weights for tiles, weights in numbers) > device.sms * device.shared_bytes:
+        return device.shared_bytes
+    weights = [weights for tiles, weights in numbers for _ in range(tiles)]
+    return max(sum(weights[block :: device.sms]) for block in range(device.sms))
+
+
+def stage_bytes(shape: BlockShape, tiles: Tiles) -> int:
+    """A stage of the ring holds a step of both operands of a product, or a block of keys or of values."""
+    stream, rounded = 4 * STEP * tiles.rows, 2 * STEP * tiles.rows
+    weights = 2 * STEP
+    return max(
+        stream + weights * max(tiles.qkv, tiles.mlp_in),
+        rounded + weights * max(tiles.attn_out, tiles.mlp_out),
+        2 * tiles.heads * shape.head_dim * max(key_block(shape, tiles), tiles.rows),
+    )
+
+
+def choose_backward(shape: BlockShape, device: Device = Device()) -> BackwardPlan:  # noqa: B008 - immutable
+    """The fastest plan by the model.
+
+    Raises:
+        ValueError: the tiles divide a width in no way.
+    """
+    fitting = [
+        columns
+        for columns in COLUMN_TILES
+        if not (shape.hidden % columns or shape.mlp % columns or columns % shape.head_dim)
+    ]
+    if not fitting:
+        raise ValueError(f"no tiles of {COLUMN_TILES} columns divide the widths of {shape} into whole heads")
+    plans = (_backward_plan(shape, device, columns) for columns in fitting)
+    return min(plans, key=lambda plan: plan.loop_seconds)
+
+
+def _backward_plan(shape: BlockShape, device: Device, columns: int) -> BackwardPlan:
+    tiles = BackwardTiles(ROWS, columns, PART)
+    taken = costs(backward.PHASES, shape, tiles, device)
+    stage = max(2 * STEP * (ROWS + columns), 2 * KEY_BLOCK * shape.head_dim)
+    kept = 2 * 2 * ROWS * shape.head_dim
+    # Weight gradients wait for nobody who does not wait for more.
+    waits = sum(phase.rows is None for phase in backward.PHASES)
+    return BackwardPlan(
+        tiles,
+        min(MAX_STAGES, (device.shared_bytes - FIXED_BYTES - kept) // stage),
+        stage,
+        kept,
+        taken,
+        shape.layers * (sum(cost.seconds for cost in taken.values()) + waits * device.wait_seconds),
+    )

@@ -1,0 +1,65 @@
+"""The order in which blocks of threads go through a table, and any interleaving of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from loopmdm_kernels.schedule.table import Instruction, Table
+
+Instance = tuple[int, Instruction]  # of a loop
+
+
+def share(table: Table, block: int, num_blocks: int, loops: int) -> Iterator[Instance]:
+    """What a block executes, each instruction with its loop.
+
+    ENTER counts as loop -1, so that what it adds to a counter is the generation that loop 0 waits for. LEAVE
+    counts as the loop after the last: its sequence's own number of loops.
+    """
+    for items, runs in ((table.enter, [-1]), (table.loop, range(loops)), (table.leave, [loops])):
+        for loop in runs:
+            for item in items[block::num_blocks]:
+                yield loop, item
+
+
+def positions(table: Table, loops: int) -> list[Instance]:
+    """The sequence of positions: what one block alone executes."""
+    return list(share(table, 0, 1, loops))
+
+
+def interleave(
+    table: Table,
+    loops: int,
+    num_blocks: int,
+    seed: int,
+    ready: Callable[[int, Instruction], bool],
+    execute: Callable[[int, Instruction], None],
+) -> None:
+    """Runs all blocks, which take turns in an order drawn from `seed`.
+
+    Raises:
+        RuntimeError: no block can proceed.
+    """
+    generator = random.Random(seed)
+    if table.meets:  # its kernel goes on from loop to loop, wherever in the table a loop begins
+        everything = positions(table, loops)
+        shares = [iter(everything[block::num_blocks]) for block in range(num_blocks)]
+    else:
+        shares = [share(table, block, num_blocks, loops) for block in range(num_blocks)]
+    current = [next(items, None) for items in shares]
+    running = list(range(num_blocks))
+    while running:
+        generator.shuffle(running)
+        proceeded = False
+        for block in list(running):
+            at = current[block]
+            if at is None:
+                running.remove(block)
+            elif ready(*at):
+                execute(*at)
+                current[block] = next(shares[block], None)
+            else:
+                continue
+            proceeded = True
+        if not proceeded:
+            raise RuntimeError(f"deadlock: blocks {sorted(running)} wait for counters that nobody will raise")
