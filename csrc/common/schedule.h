@@ -1,4 +1,4 @@
-// Arithmetic of the instruction table (loopmdm_kernels/schedule/table.py) and of the ring of stages.
+// Phases and arithmetic of the instruction tables (loopmdm_kernels/schedule) and of the ring of stages.
 #pragma once
 
 #include "common/host_device.h"
@@ -6,6 +6,36 @@
 namespace loopmdm {
 
 enum Phase : int32_t { kEnter, kQkv, kAttention, kAttnOut, kMlpIn, kMlpOut, kMlpSum, kExit, kLeave, kEnd };
+
+namespace backward {
+
+// As in loopmdm_kernels/schedule/backward.py.
+enum Phase : int32_t {
+  kNorm1,
+  kQkv,
+  kAttention,
+  kAttnOut,
+  kNorm2,
+  kMlpIn,
+  kMlpOut,
+  kTop,
+  kGradMlpIn,
+  kGradNorm2,
+  kMiddle,
+  kGradMixed,
+  kGradQueries,
+  kGradKeys,
+  kGradNorm1,
+  kBottom,
+  kWeightMlpOut,
+  kWeightMlpIn,
+  kWeightAttnOut,
+  kWeightQkv,
+  kNothing,  // of a sequence that does not take part in the loop: only the signal
+  kEnd
+};
+
+}  // namespace backward
 
 struct Instruction {
   int32_t phase, layer, sequence, row, column;

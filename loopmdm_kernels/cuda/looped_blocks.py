@@ -109,8 +109,8 @@ class _LoopedBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         modulation, *weights = ctx.saved_tensors
-        of_x, of_blocks, of_modulation = gradients(ctx.kept, grad, _blocks(weights), modulation)
-        return of_x, of_modulation, None, *(tensor for block in of_blocks for tensor in block)
+        grad_x, grad_blocks, grad_modulation = gradients(ctx.kept, grad, _blocks(weights), modulation)
+        return grad_x, grad_modulation, None, *(tensor for block in grad_blocks for tensor in block)
 
 
 def _blocks(weights: Sequence[Tensor]) -> list[BlockWeights]:
@@ -210,7 +210,7 @@ class Buffers(NamedTuple):
     stream_values: Tensor  # fp32 [2, B, L, D], or [S + 1, B, L, D] where the loops' inputs are kept
     qkv_values: Tensor  # bf16 [2, B, L, 3 D]
     mixed_values: Tensor  # bf16 [B, L, D]
-    wide_values: Tensor  # bf16 [B, L, F]
+    gelu_values: Tensor  # bf16 [B, L, F]
     partial_values: Tensor | None  # fp32 [B, row tiles, D, parts, rows], in the order of parts.cuh
     statistics1: Tensor  # fp32 [B, L, parts, 2]
     statistics2: Tensor
@@ -262,7 +262,7 @@ class Buffers(NamedTuple):
             stream_values=empty(slots, batch, length, hidden),
             qkv_values=empty(2, batch, length, 3 * hidden, dtype=torch.bfloat16),
             mixed_values=empty(batch, length, hidden, dtype=torch.bfloat16),
-            wide_values=empty(batch, length, shape.mlp, dtype=torch.bfloat16),
+            gelu_values=empty(batch, length, shape.mlp, dtype=torch.bfloat16),
             partial_values=empty(*partial) if tiles.mlp_out_parts > 1 else None,
             statistics1=empty(batch, length, parts, 2),
             statistics2=empty(batch, length, parts, 2),
@@ -297,7 +297,7 @@ def map_layouts(
         "stream": (buffers.stream_values.flatten(0, 1), tiles.rows),
         "qkv": (buffers.qkv_values.flatten(0, 1), tiles.rows),
         "mixed": (buffers.mixed_values, tiles.rows),
-        "wide": (buffers.wide_values, tiles.rows),
+        "gelu": (buffers.gelu_values, tiles.rows),
         "qkv_weight": (weights.qkv, tiles.qkv),
         "attn_out_weight": (weights.attn_out, tiles.attn_out),
         "mlp_in_weight": (weights.mlp_in, tiles.mlp_in),

@@ -41,7 +41,7 @@ _BIAS_PARTS = 8  # of a row tile: the warps that compute
 class Kept(NamedTuple):
     """What the forward pass keeps for the backward pass."""
 
-    tape: Tensor  # fp32 [S or more, B, L, D], inputs of the loops
+    loop_inputs: Tensor  # fp32 [S or more, B, L, D]
     stop: Tensor  # int32: loops of each sequence, then the largest of them
     affine: Tensor
     gate: Tensor
@@ -53,7 +53,7 @@ class Kept(NamedTuple):
 
     @property
     def shape(self) -> BlockShape:
-        _, batch, length, hidden = self.tape.shape
+        _, batch, length, hidden = self.loop_inputs.shape
         layers, mlp, _ = self.weights.mlp_in.shape
         return BlockShape(batch, length, hidden, self.heads, mlp, layers)
 
@@ -108,34 +108,34 @@ def _table(shape: BlockShape, tiles: BackwardTiles, device: torch.device) -> tup
 class BackwardBuffers(NamedTuple):
     """Global memory of one call, in the order of the kernel's pointers."""
 
-    tape: Tensor
+    loop_inputs: Tensor
     grad: Tensor
     middle: Tensor  # fp32 [n, B, L, D]
     state: Tensor
-    top: Tensor  # fp32 [n, B, H, rows of all tiles]
-    rows1_values: Tensor  # bf16 [n, B, L, D], as all to `of_qkv_values` but `of_rows` and `inner`
+    log_sum_exp: Tensor  # fp32 [n, B, H, rows of all tiles]
+    rows1_values: Tensor  # bf16 [n, B, L, D], as all to `grad_qkv_values` but `grad_rows` and `inner`
     qkv_values: Tensor  # 3 D wide
     mixed_values: Tensor
     branch1_values: Tensor
     rows2_values: Tensor
-    before_values: Tensor  # F wide
-    wide_values: Tensor  # F wide
+    mlp_in_values: Tensor  # F wide
+    gelu_values: Tensor  # F wide
     branch2_values: Tensor
-    of_rows: Tensor  # fp32 [B, L, D]
-    inner: Tensor  # like top
-    of_branch2_values: Tensor
-    of_before_values: Tensor  # F wide
-    of_branch1_values: Tensor
-    of_mixed_values: Tensor
-    of_qkv_values: Tensor  # 3 D wide
+    grad_rows: Tensor  # fp32 [B, L, D]
+    inner: Tensor  # like log_sum_exp
+    grad_branch2_values: Tensor
+    grad_mlp_in_values: Tensor  # F wide
+    grad_branch1_values: Tensor
+    grad_mixed_values: Tensor
+    grad_qkv_values: Tensor  # 3 D wide
     norms: Tensor  # the sums, fp32; see RowSums and WeightSums
     gates: Tensor
-    of_branch: Tensor
-    wide_bias: Tensor
-    of_qkv_weight: Tensor
-    of_attn_out_weight: Tensor
-    of_mlp_in_weight: Tensor
-    of_mlp_out_weight: Tensor
+    grad_branch: Tensor
+    grad_mlp_in_bias: Tensor
+    grad_qkv_weight: Tensor
+    grad_attn_out_weight: Tensor
+    grad_mlp_in_weight: Tensor
+    grad_mlp_out_weight: Tensor
     affine: Tensor
     gate: Tensor
     mlp_in_bias: Tensor
@@ -164,21 +164,21 @@ class BackwardBuffers(NamedTuple):
         def record(width: int) -> Tensor:
             return empty(layers, batch, length, width, dtype=torch.bfloat16)
 
-        wide = {name: mlp for name in ("before_values", "wide_values", "of_before_values")}
-        wide |= {name: 3 * hidden for name in ("qkv_values", "of_qkv_values")}
-        records = {name: record(wide.get(name, hidden)) for name in cls._fields if name.endswith("_values")}
+        widths = {name: mlp for name in ("mlp_in_values", "gelu_values", "grad_mlp_in_values")}
+        widths |= {name: 3 * hidden for name in ("qkv_values", "grad_qkv_values")}
+        records = {name: record(widths.get(name, hidden)) for name in cls._fields if name.endswith("_values")}
         return cls(
-            tape=kept.tape,
+            loop_inputs=kept.loop_inputs,
             grad=grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format),
             middle=empty(layers, batch, length, hidden),
             state=empty(layers, batch, length, hidden),
-            top=empty(layers, batch, shape.heads, rows),
-            of_rows=empty(batch, length, hidden),
+            log_sum_exp=empty(layers, batch, shape.heads, rows),
+            grad_rows=empty(batch, length, hidden),
             inner=empty(layers, batch, shape.heads, rows),
             norms=zeros(layers, 2, 2, batch, parts, hidden),
             gates=zeros(layers, 2, batch, parts, hidden),
-            of_branch=zeros(layers, batch, parts, hidden),
-            wide_bias=zeros(layers, batch, table.row_tiles * _BIAS_PARTS, mlp),
+            grad_branch=zeros(layers, batch, parts, hidden),
+            grad_mlp_in_bias=zeros(layers, batch, table.row_tiles * _BIAS_PARTS, mlp),
             affine=kept.affine,
             gate=kept.gate,
             mlp_in_bias=kept.weights.mlp_in_bias,
@@ -189,14 +189,14 @@ class BackwardBuffers(NamedTuple):
             counters=counters.clone(),
             stop=kept.stop,
             **records,
-            **{f"of_{name}_weight": zeros(*getattr(kept.weights, name).shape) for name in MATRICES},
+            **{f"grad_{name}_weight": zeros(*getattr(kept.weights, name).shape) for name in MATRICES},
         )
 
     def row_sums(self) -> RowSums:
-        return RowSums(self.norms, self.gates, self.of_branch, self.wide_bias)
+        return RowSums(self.norms, self.gates, self.grad_branch, self.grad_mlp_in_bias)
 
     def weight_sums(self) -> WeightSums:
-        return WeightSums(*(getattr(self, f"of_{name}_weight") for name in WeightSums._fields))
+        return WeightSums(*(getattr(self, f"grad_{name}_weight") for name in WeightSums._fields))
 
 
 def map_layouts(buffers: BackwardBuffers, weights: PackedWeights) -> dict[str, tensor_maps.Layout]:

@@ -22,8 +22,8 @@ def build(shape, plan, folder, *, optimize=True):
     return emulated.compile_source("looped_blocks_backward_sm90", macros, folder, optimize=optimize)
 
 
-def keep(inputs, loops, tape):
-    """What the forward pass keeps; `tape` [S, B, L, D] are inputs of the loops."""
+def keep(inputs, loops, loop_inputs):
+    """What the forward pass keeps; `loop_inputs` [S, B, L, D] are inputs of the loops."""
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
     columns = max(64, shape.head_dim)
     table = op.build(shape, op.Tiles(128, columns, columns, columns, columns))
@@ -32,7 +32,7 @@ def keep(inputs, loops, tape):
     buffers = op.Buffers.allocate(
         table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask, counters
     )
-    return op.kept_of(buffers._replace(stream_values=tape), packed, inputs.num_heads)
+    return op.kept_of(buffers._replace(stream_values=loop_inputs), packed, inputs.num_heads)
 
 
 def run(library, plan, kept, grad, inputs, *, num_blocks=2, seed=0):
@@ -40,7 +40,7 @@ def run(library, plan, kept, grad, inputs, *, num_blocks=2, seed=0):
     table, words, counters = backward._table(kept.shape, plan.tiles, torch.device("cpu"))
     buffers = backward.BackwardBuffers.allocate(table, kept, grad, counters)
     inputs_of_kernel = {
-        "tape",
+        "loop_inputs",
         "mlp_in_bias",
         "mlp_out_bias",
         "affine",
@@ -49,7 +49,7 @@ def run(library, plan, kept, grad, inputs, *, num_blocks=2, seed=0):
         "sines",
         "key_mask",
     }
-    sums = {"grad", "norms", "gates", "of_branch", "wide_bias", "counters", "stop"}
+    sums = {"grad", "norms", "gates", "grad_branch", "grad_mlp_in_bias", "counters", "stop"}
     fenced = {}
     for name, tensor in buffers._asdict().items():
         if name in inputs_of_kernel | {"counters", "stop"}:

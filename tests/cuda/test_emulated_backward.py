@@ -54,16 +54,16 @@ def gradients(variant, inputs, loops, grad, *, allowed=0, **options):
     """`allowed`: loops that early exit could have taken; nobody took the last of them."""
     library, plan, _ = variant
     counts = torch.as_tensor(loops).expand(len(inputs.x))
-    tape = torch.full((max(int(counts.max()), allowed), *inputs.x.shape), torch.nan)
+    loop_inputs = torch.full((max(int(counts.max()), allowed), *inputs.x.shape), torch.nan)
     state = inputs.x
-    for loop in range(len(tape)):
-        tape[loop, counts > loop] = state[counts > loop]
+    for loop in range(len(loop_inputs)):
+        loop_inputs[loop, counts > loop] = state[counts > loop]
         state = apply(inputs, 1, state)
-    kept = emulated_backward.keep(inputs, loops, tape)
-    kept.stop[-1] = len(tape)
-    of_x, of_blocks, of_modulation = emulated_backward.run(library, plan, kept, grad, inputs, **options)
-    named = {"x": of_x, "modulation": of_modulation}
-    for index, block in enumerate(of_blocks):
+    kept = emulated_backward.keep(inputs, loops, loop_inputs)
+    kept.stop[-1] = len(loop_inputs)
+    grad_x, grad_blocks, grad_modulation = emulated_backward.run(library, plan, kept, grad, inputs, **options)
+    named = {"x": grad_x, "modulation": grad_modulation}
+    for index, block in enumerate(grad_blocks):
         named |= {f"blocks[{index}].{name}": value for name, value in block._asdict().items()}
     return named
 

@@ -187,11 +187,13 @@ FAULTS = {
         "progress.cuh", "wait_for(p.counter(item.wait + i), target);", "(void)target;"
     ),
     "a signal before all warps are done": (
-        "ring_sm90.cuh", "meet<1>(Config::kComputeThreads);", ""
+        "tile/ring_sm90.cuh", "meet<1>(Config::kComputeThreads);", ""
     ),
-    "no wait for a stage": ("ring_sm90.cuh", "barrier_wait(full(place.slot), place.round)", "(void)place"),
+    "no wait for a stage": (
+        "stage_ring_sm90.cuh", "barrier_wait(full(place), place.round)", "(void)place"
+    ),
     "a stage filled while it is read": (
-        "ring_sm90.cuh", "wait_together(empty(place.slot), place.round ^ 1)", "(void)place"
+        "stage_ring_sm90.cuh", "wait_together(empty(place), place.round ^ 1)", "(void)place"
     ),
     "the wrong half of the keys": (
         "loader_sm90.cuh", "qkv_slot(item.read_slot", "qkv_slot(1 - item.read_slot"

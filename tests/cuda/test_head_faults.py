@@ -19,7 +19,7 @@ FAULTS = {
         "stage_ring_sm90.cuh", "barrier_wait(full(place), place.round)", "(void)place"
     ),
     "a stage filled while it is read": (
-        "stage_ring_sm90.cuh", "barrier_wait(empty(place), place.round ^ 1)", "(void)place"
+        "stage_ring_sm90.cuh", "wait_together(empty(place), place.round ^ 1)", "(void)place"
     ),
     "a stage filled while the other block reads it": (
         "stage_ring_sm90.cuh", "kPaired ? 2 * kReaders : kReaders", "kReaders"

@@ -63,7 +63,7 @@ def test_parameters(inputs):
     for name in fields(backward.parameters_of_kernel(), ctypes.c_void_p):
         if name not in ("table", "max_loops"):
             assert getattr(parameters, name) == getattr(buffers, name).data_ptr(), name
-    assert parameters.table == words.data_ptr() and parameters.tape == kept.tape.data_ptr()
+    assert parameters.table == words.data_ptr() and parameters.loop_inputs == kept.loop_inputs.data_ptr()
     assert parameters.max_loops == kept.stop.data_ptr() + 4 * 3
     numbers = (parameters.instructions, parameters.batch, parameters.length, parameters.row_tiles)
     assert numbers == (len(table.loop), 3, 150, 2) and parameters.modulated_sequences == 3
@@ -80,7 +80,7 @@ def test_all_maps_have_boxes_of_64_by_64(inputs):
     assert list(layouts) == fields(backward.parameters_of_kernel(), MAP) and len(layouts) == 14
     assert {layout.box for layout in layouts.values()} == {(64, 64)}
     assert {layout.dtype for layout in layouts.values()} == {torch.bfloat16}
-    assert layouts["of_qkv"].sizes == (384, 150, 6) and layouts["wide"].sizes == (512, 150, 6)
+    assert layouts["grad_qkv"].sizes == (384, 150, 6) and layouts["gelu"].sizes == (512, 150, 6)
     assert layouts["mlp_out_weight"].sizes == (512, 128, 2)
 
 

@@ -4,8 +4,7 @@
 // gradient, the sums of G's columns, is taken from the stages while they are multiplied.
 #include "common/matrix_descriptor.h"
 #include "cuda/head/modulated_row_sm90.cuh"
-#include "cuda/head/stage_ring_sm90.cuh"
-#include "cuda/ptx/warps.cuh"
+#include "cuda/tile/stage_ring_sm90.cuh"
 
 namespace loopmdm {
 
@@ -115,7 +114,8 @@ __device__ inline void multiply_gradient_tiles(const GradientProductParameters& 
     const bool with_bias = Shape::kOfWeight && tile.column == 0;
     float sums[Shape::kColumns / 2];
     float2 bias = make_float2(0, 0);
-    const auto multiply = [&](uint32_t stage, bool add) {
+    const auto multiply = [&](RingPlace at, int step) {
+      const uint32_t stage = ring.stage(at);
 #pragma unroll
       for (int k = 0; k < Shape::kStep / 16; ++k) {
         const uint32_t left = stage + group * Shape::kPanelBytes;
@@ -123,11 +123,11 @@ __device__ inline void multiply_gradient_tiles(const GradientProductParameters& 
             sums,
             Shape::kOfWeight ? outer_major_descriptor(left, Shape::kPanelBytes, k)
                              : inner_major_descriptor(left, k),
-            outer_major_descriptor(stage + Shape::kLeftBytes, Shape::kPanelBytes, k), add || k > 0);
+            outer_major_descriptor(stage + Shape::kLeftBytes, Shape::kPanelBytes, k), step + k > 0);
       }
     };
-    multiply_stages(ring, place, p.steps, multiply, [&](uint32_t stage) {
-      if (with_bias) add_columns(bias, stage + group * Shape::kPanelBytes);
+    multiply_stages(ring, place, p.steps, multiply, [&](RingPlace at) {
+      if (with_bias) add_columns(bias, ring.stage(at) + group * Shape::kPanelBytes);
     });
     pin(sums);
     store_tile(sums, p, tile);
@@ -147,12 +147,8 @@ extern "C" __global__ void __launch_bounds__(loopmdm::GradientProduct::kThreads,
     gradient_product_sm90(const __grid_constant__ loopmdm::GradientProductParameters p) {
   using namespace loopmdm;
   const GradientProduct::Ring ring(dynamic_shared_memory());
-  if (threadIdx.x >= GradientProduct::kComputeThreads) {
-    give_registers<kLoaderRegisters>();
-    if (threadIdx.x < GradientProduct::kComputeThreads + 32) load_gradient_tiles(p, ring);
-  } else {
-    take_registers<kComputeRegisters>();
-    multiply_gradient_tiles(p, ring);
-  }
-  GradientProduct::Ring::leave();
+  if (threadIdx.x == 0) ring.initialise();
+  GradientProduct::Ring::meet_all();
+  load_and_compute<24>([&] { load_gradient_tiles(p, ring); }, [&] { multiply_gradient_tiles(p, ring); });
+  GradientProduct::Ring::meet_all();
 }

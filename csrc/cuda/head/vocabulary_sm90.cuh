@@ -8,9 +8,8 @@
 #include "common/fragment.h"
 #include "common/matrix_descriptor.h"
 #include "common/vocabulary_tiles.h"
-#include "cuda/head/stage_ring_sm90.cuh"
-#include "cuda/ptx/warps.cuh"
 #include "cuda/tile/math.cuh"
+#include "cuda/tile/stage_ring_sm90.cuh"
 
 namespace loopmdm {
 
@@ -103,14 +102,15 @@ __device__ inline void multiply_logits(Logits& sums, const Vocabulary::Ring& rin
   const uint32_t left_offset = group % Vocabulary::kRowGroups * 64 * 128;
   const uint32_t right_offset =
       Vocabulary::kLeftBytes + group / Vocabulary::kRowGroups * Vocabulary::kChunkBytes;
-  const auto multiply = [&](uint32_t stage, bool add) {
+  const auto multiply = [&](RingPlace at, int step) {
+    const uint32_t stage = ring.stage(at);
 #pragma unroll
     for (int k = 0; k < Vocabulary::kStep / 16; ++k) {
       WarpGroupProduct<kChunkTokens>::shared(sums, inner_major_descriptor(stage + left_offset, k),
-                                             inner_major_descriptor(stage + right_offset, k), add || k > 0);
+                                             inner_major_descriptor(stage + right_offset, k), step + k > 0);
     }
   };
-  multiply_stages(ring, place, steps, multiply, [](uint32_t) {});
+  multiply_stages(ring, place, steps, multiply, [](RingPlace) {});
   pin(sums);
 }
 
@@ -149,11 +149,9 @@ __device__ inline void add_bias(Logits& sums, const LogitsProblem& p, const Voca
 template <class Use>
 __device__ void for_each_tile(const LogitsProblem& p, Use use) {
   const Vocabulary::Ring ring(dynamic_shared_memory());
-  if (threadIdx.x >= Vocabulary::kComputeThreads) {
-    give_registers<kLoaderRegisters>();
-    if (threadIdx.x < Vocabulary::kComputeThreads + 32) load_logits(p, ring);
-  } else {
-    take_registers<kComputeRegisters>();
+  if (threadIdx.x == 0) ring.initialise();
+  Vocabulary::Ring::meet_all();
+  const auto compute = [&] {
     RingPlace place{0, 0};
     for (int32_t number = first_tile(); number < p.tiles; number += tile_stride()) {
       const VocabularySeat seat(tile_of(p, number));
@@ -162,8 +160,9 @@ __device__ void for_each_tile(const LogitsProblem& p, Use use) {
       add_bias(logits, p, seat);
       use(logits, seat);
     }
-  }
-  Vocabulary::Ring::leave();
+  };
+  load_and_compute<24>([&] { load_logits(p, ring); }, compute);
+  if (Vocabulary::kPaired) Vocabulary::Ring::meet_all();
 }
 
 }  // namespace loopmdm

@@ -23,13 +23,14 @@ __device__ __forceinline__ void attention(const Parameters& p, const Instruction
                                           RingPlace& place, const Seat& seat) {
   using namespace attention_tile;
   attend(p, item, ring, place, seat, [&](float (&mixed)[kHeadDim / 2], const Running& running) {
-    float* const top = p.top + p.head_rows(item, item.column);
+    float* const log_sum_exp = p.log_sum_exp + p.head_rows(item, item.column);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = item.row * Config::kRows + seat.row + 8 * half;
-      const float value = running.top[half] * score_scale() * kLog2E + fast_log2(quad_sum(running.sum[half]));
+      const float value =
+          running.largest[half] * score_scale() * kLog2E + fast_log2(quad_sum(running.sum[half]));
       // Of a row beyond the sequence every probability is 0.
-      if (seat.thread % 4 == 0) top[row] = row < p.length ? value : LOOPMDM_INFINITY;
+      if (seat.thread % 4 == 0) log_sum_exp[row] = row < p.length ? value : LOOPMDM_INFINITY;
     }
     divide_by_sums(mixed, running);
     store_bf16<kHeadDim>(mixed, p.mixed_values, Config::kHidden, item.column * kHeadDim, p, item,
@@ -38,21 +39,21 @@ __device__ __forceinline__ void attention(const Parameters& p, const Instruction
 }
 
 // Probabilities from scores and gradients of scores from those of probabilities, both rounded as left
-// operands. `top` and `inner` belong to queries, which are rows, or with kOfKeys columns.
+// operands. `log_sum_exp` and `inner` belong to queries, which are rows, or with kOfKeys columns.
 template <bool kOfKeys>
 struct ScoreGradient {
   static constexpr int kSpan = kScoreColumns<kOfKeys>;
   const Parameters& p;
   const uint8_t* key_mask;
-  const float* top;
+  const float* log_sum_exp;
   const float* inner;
-  float own_top[2], own_inner[2];
+  float own_log_sum_exp[2], own_inner[2];
   bool own_seen[2];
 
   __device__ ScoreGradient(const Parameters& parameters, const Instruction& item, const Seat& seat)
       : p(parameters) {
     key_mask = p.key_mask ? p.key_mask + p.token(item.sequence, 0) : nullptr;
-    top = p.top + p.head_rows(item, item.column);
+    log_sum_exp = p.log_sum_exp + p.head_rows(item, item.column);
     inner = p.inner + p.head_rows(item, item.column);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -60,7 +61,7 @@ struct ScoreGradient {
       if (kOfKeys) {
         own_seen[half] = seen(row);
       } else {
-        own_top[half] = __ldcg(top + row);
+        own_log_sum_exp[half] = __ldcg(log_sum_exp + row);
         own_inner[half] = __ldcg(inner + row);
       }
     }
@@ -75,11 +76,11 @@ struct ScoreGradient {
 #pragma unroll
     for (int group = 0; group < kSpan / 8; ++group) {
       const int column = first + seat.column(4 * group);
-      float2 of_top{}, of_inner{};
+      float2 column_log_sum_exp{}, column_inner{};
       bool column_seen[2] = {true, true};
       if (kOfKeys) {
-        of_top = load_pair(top + column);
-        of_inner = load_pair(inner + column);
+        column_log_sum_exp = load_pair(log_sum_exp + column);
+        column_inner = load_pair(inner + column);
       } else {
         column_seen[0] = seen(column);
         column_seen[1] = seen(column + 1);
@@ -91,8 +92,9 @@ struct ScoreGradient {
         for (int i = 0; i < 2; ++i) {
           const int index = 4 * group + 2 * half + i;
           const bool counts = kOfKeys ? own_seen[half] : column_seen[i];
-          const float largest = kOfKeys ? (i ? of_top.y : of_top.x) : own_top[half];
-          const float taken = kOfKeys ? (i ? of_inner.y : of_inner.x) : own_inner[half];
+          const float largest =
+              kOfKeys ? (i ? column_log_sum_exp.y : column_log_sum_exp.x) : own_log_sum_exp[half];
+          const float taken = kOfKeys ? (i ? column_inner.y : column_inner.x) : own_inner[half];
           // Of large scores the difference is rounding and may be above 0, which no weight's logarithm is.
           weight[i] = counts ? fast_exp2(fminf(scores[index] * scale - largest, 0.0f)) : 0.0f;
           gradient[i] = weight[i] * (products[index] - taken);
@@ -139,7 +141,7 @@ __device__ __forceinline__ void attention_gradient(const Parameters& p, const In
 #pragma unroll 1
   for (int block = 0; block < p.length; block += 64) {
     ring.wait_full(place);
-    const uint32_t stage = ring.stage(place.slot);
+    const uint32_t stage = ring.stage(place);
 #pragma unroll 1
     for (int span = 0; span < 64; span += kSpan) {
       float scores[kSpan / 2], products[kSpan / 2];
@@ -163,7 +165,7 @@ __device__ __forceinline__ void attention_gradient(const Parameters& p, const In
       if constexpr (kOfKeys) pin(second);
     }
     ring.release(place);
-    advance(place, Config::kStages);
+    Ring::next(place);
   }
   kept.release();
   advance(kept_place, 1);
@@ -171,10 +173,10 @@ __device__ __forceinline__ void attention_gradient(const Parameters& p, const In
   for (int i = 0; i < kHeadDim / 2; ++i) first[i] *= score_scale();
   if (p.cosines) rotate<kHeadDim, true>(first, p, item, seat);
   const int column = (kOfKeys ? Config::kHidden : 0) + item.column * kHeadDim;
-  store_bf16<kHeadDim>(first, p.of_qkv_values, 3 * Config::kHidden, column, p, item, p.first_token(item),
+  store_bf16<kHeadDim>(first, p.grad_qkv_values, 3 * Config::kHidden, column, p, item, p.first_token(item),
                        seat);
   if constexpr (kOfKeys) {
-    store_bf16<kHeadDim>(second, p.of_qkv_values, 3 * Config::kHidden, Config::kHidden + column, p, item,
+    store_bf16<kHeadDim>(second, p.grad_qkv_values, 3 * Config::kHidden, Config::kHidden + column, p, item,
                          p.first_token(item), seat);
   }
 }

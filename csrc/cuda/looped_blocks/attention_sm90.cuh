@@ -37,9 +37,9 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
 
   uint32_t queries[kHeadDim / 16][4];
   ring.wait_full(place);
-  load_queries(queries, ring.stage(place.slot) + panel * Config::kRows * kHeadPanelBytes, seat);
+  load_queries(queries, ring.stage(place) + panel * Config::kRows * kHeadPanelBytes, seat);
   ring.release(place);
-  advance(place, Config::kStages);
+  Ring::next(place);
 
   float mixed[kHeadDim / 2] = {};
   Running running;
@@ -47,7 +47,7 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
   for (int key = 0; key < p.length; key += kKeys) {
     float scores[kKeys / 2];
     ring.wait_full(place);
-    const uint32_t keys = ring.stage(place.slot) + panel * kKeys * kHeadPanelBytes;
+    const uint32_t keys = ring.stage(place) + panel * kKeys * kHeadPanelBytes;
     products_begin();
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
@@ -61,14 +61,14 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
     products_wait<0>();
     pin(scores);
     ring.release(place);
-    advance(place, Config::kStages);
+    Ring::next(place);
 
     if (key_mask || key + kKeys > p.length) mask_scores(scores, key_mask, key, p.length, seat);
     uint32_t weights[kKeys / 16][4];
     exponentials(scores, weights, running, mixed, scale);
 
     ring.wait_full(place);
-    const uint32_t values = ring.stage(place.slot) + panel * kKeys * kHeadPanelBytes;
+    const uint32_t values = ring.stage(place) + panel * kKeys * kHeadPanelBytes;
     products_begin();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
@@ -80,7 +80,7 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
     products_wait<0>();
     pin(mixed);
     ring.release(place);
-    advance(place, Config::kStages);
+    Ring::next(place);
   }
   finish(mixed, running);
 }

@@ -1,7 +1,6 @@
 // What the backward kernel gets at launch, and how it divides its shared memory.
 #pragma once
 
-#include "common/backward_phases.h"
 #include "cuda/tile/config_sm90.cuh"
 
 namespace loopmdm {
@@ -30,39 +29,39 @@ static_assert((2 + kColumns / 64) * kPanelBytes <= Config::kStageBytes &&
 // Everything of a layer and sequence lies together: [n, B, L, ...].
 struct Parameters {
   // bf16, in boxes of 64 by 64: operands [n B, L, ...], weights [n, out, in].
-  TensorMap rows1, qkv, mixed, rows2, wide, of_branch2, of_before, of_branch1, of_mixed, of_qkv;
+  TensorMap rows1, qkv, mixed, rows2, gelu, grad_branch2, grad_mlp_in, grad_branch1, grad_mixed, grad_qkv;
   TensorMap qkv_weight, attn_out_weight, mlp_in_weight, mlp_out_weight;
-  const float* tape;  // [S or more, B, L, D]: inputs of the loops
-  float* grad;        // [B, L, D]: of the stream; that of the result before, that of x after
+  const float* loop_inputs;  // [S or more, B, L, D]: inputs of the loops
+  float* grad;               // [B, L, D]: of the stream; that of the result before, that of x after
   // Record of a loop.
-  float* middle;  // the stream between attention and MLP
-  float* state;   // the stream before each layer; of the first layer it is the tape's
-  float* top;     // [n, B, H, rows of all tiles]: log-sum-exp to base 2
+  float* middle;       // the stream between attention and MLP
+  float* state;        // the stream before each layer; of the first layer it is the loop's input
+  float* log_sum_exp;  // [n, B, H, rows of all tiles]: to base 2
   uint16_t* rows1_values;
   uint16_t* qkv_values;
   uint16_t* mixed_values;
   uint16_t* branch1_values;
   uint16_t* rows2_values;
-  uint16_t* before_values;
-  uint16_t* wide_values;
+  uint16_t* mlp_in_values;
+  uint16_t* gelu_values;
   uint16_t* branch2_values;
   // Gradients.
-  float* of_rows;  // [B, L, D]: of modulated rows
-  float* inner;    // like `top`: product of attention's output and its gradient
-  uint16_t* of_branch2_values;
-  uint16_t* of_before_values;
-  uint16_t* of_branch1_values;
-  uint16_t* of_mixed_values;
-  uint16_t* of_qkv_values;
+  float* grad_rows;  // [B, L, D]: of modulated rows
+  float* inner;      // like `log_sum_exp`: product of attention's output and its gradient
+  uint16_t* grad_branch2_values;
+  uint16_t* grad_mlp_in_values;
+  uint16_t* grad_branch1_values;
+  uint16_t* grad_mixed_values;
+  uint16_t* grad_qkv_values;
   // Sums over all loops. Parts are of kPart rows; the bias has kWarps of them in a row tile.
-  float* norms;      // [n, 2, 2, B, parts, D]
-  float* gates;      // [n, 2, B, parts, D]
-  float* of_branch;  // [n, B, parts, D]
-  float* wide_bias;  // [n, B, parts, F]
-  float* of_qkv_weight;
-  float* of_attn_out_weight;
-  float* of_mlp_in_weight;
-  float* of_mlp_out_weight;
+  float* norms;             // [n, 2, 2, B, parts, D]
+  float* gates;             // [n, 2, B, parts, D]
+  float* grad_branch;       // [n, B, parts, D]
+  float* grad_mlp_in_bias;  // [n, B, parts, F]
+  float* grad_qkv_weight;
+  float* grad_attn_out_weight;
+  float* grad_mlp_in_weight;
+  float* grad_mlp_out_weight;
   // As in the forward kernel.
   const float4* affine;
   const float* gate;
@@ -104,7 +103,7 @@ struct Parameters {
   }
   // The stream before a layer, of one sequence.
   __device__ const float* before_layer(const Instruction& item, int32_t loop) const {
-    const float* const first = item.layer == 0 ? tape + token(loop * batch, 0) * Config::kHidden
+    const float* const first = item.layer == 0 ? loop_inputs + token(loop * batch, 0) * Config::kHidden
                                                : state + token(place(item.layer, 0), 0) * Config::kHidden;
     return first + token(item.sequence, 0) * Config::kHidden;
   }

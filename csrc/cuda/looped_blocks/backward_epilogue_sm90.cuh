@@ -87,9 +87,9 @@ __device__ inline float gelu_slope(float x) {
 __device__ inline void through_gelu(float (&sums)[kSums], const Parameters& p, const Instruction& item,
                                     const Seat& seat) {
   const Lines lines(p, item, seat, Config::kMlp);
-  const uint16_t* const before = p.before_values + p.first_token(item) * Config::kMlp;
+  const uint16_t* const before = p.mlp_in_values + p.first_token(item) * Config::kMlp;
   float* const bias =
-      p.wide_bias +
+      p.grad_mlp_in_bias +
       p.part(item.layer, item.sequence, item.row, 4 * seat.row_group + seat.thread / 32) * Config::kMlp +
       item.column * kColumns + seat.column(0);
 #pragma unroll
@@ -123,8 +123,8 @@ __device__ inline void through_gelu(float (&sums)[kSums], const Parameters& p, c
 }
 
 // Stores the gradient of attention's output, and of each of its heads the product with that output.
-__device__ inline void store_of_mixed(const float (&sums)[kSums], const Parameters& p,
-                                      const Instruction& item, const Seat& seat) {
+__device__ inline void store_grad_mixed(const float (&sums)[kSums], const Parameters& p,
+                                        const Instruction& item, const Seat& seat) {
   constexpr int kHeadGroups = Config::kHeadDim / 8;
   const Lines lines(p, item, seat, Config::kHidden);
   const uint16_t* const mixed = p.mixed_values + p.first_token(item) * Config::kHidden;
@@ -147,13 +147,13 @@ __device__ inline void store_of_mixed(const float (&sums)[kSums], const Paramete
       if (seat.thread % 4 == 0) heads[lines.row[half]] = lines.inside[half] ? inner : 0.0f;
     }
   }
-  store_record(sums, p.of_mixed_values, Config::kHidden, p, item, seat);
+  store_record(sums, p.grad_mixed_values, Config::kHidden, p, item, seat);
 }
 
-__device__ inline void store_of_rows(const float (&sums)[kSums], const Parameters& p, const Instruction& item,
-                                     const Seat& seat) {
+__device__ inline void store_grad_rows(const float (&sums)[kSums], const Parameters& p,
+                                       const Instruction& item, const Seat& seat) {
   const Lines lines(p, item, seat, Config::kHidden);
-  float* const target = p.of_rows + p.token(item.sequence, 0) * Config::kHidden;
+  float* const target = p.grad_rows + p.token(item.sequence, 0) * Config::kHidden;
 #pragma unroll
   for (int group = 0; group < kColumns / 8; ++group) {
 #pragma unroll

@@ -41,23 +41,23 @@ class Loader {
       case kMlpIn:
         return product(item, step, loop, p_.rows2, p_.mlp_in_weight, kHidden, false);
       case kMlpOut:
-        return product(item, step, loop, p_.wide, p_.mlp_out_weight, kMlp, false);
-      case kGradWide:
-        return product(item, step, loop, p_.of_branch2, p_.mlp_out_weight, kHidden, true);
+        return product(item, step, loop, p_.gelu, p_.mlp_out_weight, kMlp, false);
+      case kGradMlpIn:
+        return product(item, step, loop, p_.grad_branch2, p_.mlp_out_weight, kHidden, true);
       case kGradNorm2:
-        return product(item, step, loop, p_.of_before, p_.mlp_in_weight, kMlp, true);
+        return product(item, step, loop, p_.grad_mlp_in, p_.mlp_in_weight, kMlp, true);
       case kGradMixed:
-        return product(item, step, loop, p_.of_branch1, p_.attn_out_weight, kHidden, true);
+        return product(item, step, loop, p_.grad_branch1, p_.attn_out_weight, kHidden, true);
       case kGradNorm1:
-        return product(item, step, loop, p_.of_qkv, p_.qkv_weight, 3 * kHidden, true);
+        return product(item, step, loop, p_.grad_qkv, p_.qkv_weight, 3 * kHidden, true);
       case kWeightMlpOut:
-        return weight_gradient(item, step, loop, p_.of_branch2, p_.wide);
+        return weight_gradient(item, step, loop, p_.grad_branch2, p_.gelu);
       case kWeightMlpIn:
-        return weight_gradient(item, step, loop, p_.of_before, p_.rows2);
+        return weight_gradient(item, step, loop, p_.grad_mlp_in, p_.rows2);
       case kWeightAttnOut:
-        return weight_gradient(item, step, loop, p_.of_branch1, p_.mixed);
+        return weight_gradient(item, step, loop, p_.grad_branch1, p_.mixed);
       case kWeightQkv:
-        return weight_gradient(item, step, loop, p_.of_qkv, p_.rows1);
+        return weight_gradient(item, step, loop, p_.grad_qkv, p_.rows1);
       case kAttention:
         return attention(item, step, loop);
       case kGradQueries:
@@ -81,13 +81,13 @@ class Loader {
   // Makes the stage at `place` ready for this many boxes and returns where they go.
   __device__ uint32_t open(RingPlace place, int boxes) const {
     ring_.wait_empty(place);
-    if (leader_) barrier_arrive_expect(ring_.full(place.slot), boxes * kPanelBytes);
-    return ring_.stage(place.slot);
+    if (leader_) barrier_arrive_expect(ring_.full(place), boxes * kPanelBytes);
+    return ring_.stage(place);
   }
 
   __device__ void box(uint32_t target, RingPlace place, const TensorMap& map, int column, int row,
                       int matrix) const {
-    if (leader_) load_box(target, &map, ring_.full(place.slot), column, row, matrix);
+    if (leader_) load_box(target, &map, ring_.full(place), column, row, matrix);
   }
 
   // Rows times a weight, or its transpose: then rows of the weight are the inner dimension. The weights of
@@ -98,7 +98,7 @@ class Loader {
     RingPlace ahead = place_;
     for (int i = 0; i < first_steps; ++i) {
       weights(ahead, weight, item, i, transposed);
-      advance(ahead, Config::kStages);
+      Ring::next(ahead);
     }
     wait_and_issue(item, step, loop);
     const int matrix = p_.place(item.layer, item.sequence);
@@ -106,10 +106,10 @@ class Loader {
     for (int i = 0; i < steps; ++i) {
       if (i >= first_steps) weights(place_, weight, item, i, transposed);
       for (int half = 0; half < 2; ++half) {
-        box(ring_.stage(place_.slot) + half * kPanelBytes, place_, left, 64 * i,
+        box(ring_.stage(place_) + half * kPanelBytes, place_, left, 64 * i,
             item.row * Config::kRows + 64 * half, matrix);
       }
-      advance(place_, Config::kStages);
+      Ring::next(place_);
     }
   }
 
@@ -119,7 +119,7 @@ class Loader {
     if (!leader_) return;
     for (int panel = 0; panel < kColumns / 64; ++panel) {
       const int outer = item.column * kColumns + 64 * panel, inner = 64 * step;
-      load_box(target + panel * kPanelBytes, &weight, ring_.full(place.slot), transposed ? outer : inner,
+      load_box(target + panel * kPanelBytes, &weight, ring_.full(place), transposed ? outer : inner,
                transposed ? inner : outer, item.layer, keep_);
     }
   }
@@ -140,7 +140,7 @@ class Loader {
           box(target + (2 + panel) * kPanelBytes, place_, right, item.column * kColumns + 64 * panel, row,
               matrix);
         }
-        advance(place_, Config::kStages);
+        Ring::next(place_);
       }
     }
   }
@@ -164,7 +164,7 @@ class Loader {
             row + 64 * half, p_.place(item.layer, item.sequence));
       }
     }
-    advance(place_, Config::kStages);
+    Ring::next(place_);
   }
 
   __device__ static int head_column(const Instruction& item, int part) {
@@ -177,7 +177,7 @@ class Loader {
     wait_and_issue(item, step, loop);
     const int matrix = p_.place(item.layer, item.sequence);
     const auto source = [&](int pair, int operand) -> const TensorMap& {
-      return pair == 0 && operand == 1 ? p_.of_mixed : p_.qkv;
+      return pair == 0 && operand == 1 ? p_.grad_mixed : p_.qkv;
     };
     const auto column = [&](int pair, int operand) {
       return pair == 0 ? head_column(item, 0) : head_column(item, 1 + operand);
@@ -203,7 +203,7 @@ class Loader {
               column(1 - own, operand) + 64 * panel, row, matrix);
         }
       }
-      advance(place_, Config::kStages);
+      Ring::next(place_);
     }
   }
 

@@ -9,10 +9,6 @@ namespace loopmdm {
 
 namespace backward {
 
-__device__ inline float2 unpack_bf16(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
-}
-
 __device__ inline uint32_t load_bf16_pair(const uint16_t* address) {
   return __ldcg(reinterpret_cast<const uint32_t*>(address));
 }
@@ -108,7 +104,7 @@ __device__ inline void normalise(const Parameters& p, const Instruction& item, i
 
 // What the norm's gradient needs to know of each row.
 __device__ inline void gather_rows(const Parameters& p, const Instruction& item, const Kept& kept,
-                                   const float* x, const float* of_rows, const float4* affine) {
+                                   const float* x, const float* grad_rows, const float4* affine) {
   const PartRows rows(p, item);
   const int thread = hidden_thread();
 #pragma unroll 1
@@ -119,7 +115,7 @@ __device__ inline void gather_rows(const Parameters& p, const Instruction& item,
 #pragma unroll
     for (int i = 0; i < WarpRow::kPairs; ++i) {
       const int column = values.column(i);
-      const float2 grad = load_pair(of_rows + line + column);
+      const float2 grad = load_pair(grad_rows + line + column);
       const float2 gain = load_constant_pair(&affine[column / 2].x);
       const float a = grad.x * gain.x, b = grad.y * gain.y;
       plain += a + b;
@@ -142,16 +138,16 @@ struct Branch {
   const uint16_t* values;
   uint16_t* gradient;
   const float* gate;
-  float* of_gate;
+  float* grad_gate;
   float* plain;  // sum of the stream's gradient, or null
 
   __device__ Branch(const Parameters& p, const Instruction& item, int layer, int branch) {
     const int64_t first = p.token(p.place(layer, item.sequence), 0) * Config::kHidden;
     values = (branch ? p.branch2_values : p.branch1_values) + first;
-    gradient = (branch ? p.of_branch2_values : p.of_branch1_values) + first;
+    gradient = (branch ? p.grad_branch2_values : p.grad_branch1_values) + first;
     gate = p.gate_of(layer, item.sequence, branch);
-    of_gate = p.gates + p.part(2 * layer + branch, item.sequence, item.row, item.column) * Config::kHidden;
-    plain = branch ? p.of_branch + p.part(layer, item.sequence, item.row, item.column) * Config::kHidden
+    grad_gate = p.gates + p.part(2 * layer + branch, item.sequence, item.row, item.column) * Config::kHidden;
+    plain = branch ? p.grad_branch + p.part(layer, item.sequence, item.row, item.column) * Config::kHidden
                    : nullptr;
   }
 };
@@ -172,10 +168,10 @@ __device__ inline void down_columns(const Parameters& p, const Instruction& item
   for (int column = 2 * hidden_thread(); column < kHidden; column += 2 * Config::kComputeThreads) {
     const float4 vectors = through_norm ? __ldg(p.affine_of(item, norm) + column / 2) : float4{};
     const float2 gate = to_branch ? load_constant_pair(branch.gate + column) : float2{};
-    float2 product{}, plain{}, of_gate{}, of_branch{};
+    float2 product{}, plain{}, grad_gate{}, grad_branch{};
 #pragma unroll 1
     for (int row = 0; row < rows.last - rows.first; row += kTogether) {
-      float2 grads[kTogether], values[kTogether], of_rows[kTogether];
+      float2 grads[kTogether], values[kTogether], grad_rows[kTogether];
       uint32_t branches[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
@@ -184,7 +180,7 @@ __device__ inline void down_columns(const Parameters& p, const Instruction& item
             static_cast<int64_t>(min(row + i, rows.last - rows.first - 1)) * kHidden + column;
         grads[i] = load_pair(p.grad + first + line);
         if (through_norm) values[i] = load_pair(x + inside + line);
-        if (through_norm) of_rows[i] = load_pair(p.of_rows + first + line);
+        if (through_norm) grad_rows[i] = load_pair(p.grad_rows + first + line);
         if (to_branch) branches[i] = load_bf16_pair(branch.values + inside + line);
       }
 #pragma unroll
@@ -193,30 +189,31 @@ __device__ inline void down_columns(const Parameters& p, const Instruction& item
         const int64_t line = static_cast<int64_t>(row + i) * kHidden + column;
         float2 grad = grads[i];
         if (through_norm) {
-          const float4 of_row = kept.barriers->rows[row + i];
-          const float a = (values[i].x - of_row.x) * of_row.y, b = (values[i].y - of_row.x) * of_row.y;
-          product.x += of_rows[i].x * a;
-          product.y += of_rows[i].y * b;
-          plain.x += of_rows[i].x;
-          plain.y += of_rows[i].y;
-          grad.x += (of_rows[i].x * vectors.x - of_row.z - a * of_row.w) * of_row.y;
-          grad.y += (of_rows[i].y * vectors.y - of_row.z - b * of_row.w) * of_row.y;
+          const float4 row_numbers = kept.barriers->rows[row + i];
+          const float a = (values[i].x - row_numbers.x) * row_numbers.y,
+                      b = (values[i].y - row_numbers.x) * row_numbers.y;
+          product.x += grad_rows[i].x * a;
+          product.y += grad_rows[i].y * b;
+          plain.x += grad_rows[i].x;
+          plain.y += grad_rows[i].y;
+          grad.x += (grad_rows[i].x * vectors.x - row_numbers.z - a * row_numbers.w) * row_numbers.y;
+          grad.y += (grad_rows[i].y * vectors.y - row_numbers.z - b * row_numbers.w) * row_numbers.y;
           store_pair(p.grad + first + line, grad);
         }
         if (to_branch) {
           const float2 value = unpack_bf16(branches[i]);
-          of_gate.x += grad.x * value.x;
-          of_gate.y += grad.y * value.y;
-          of_branch.x += grad.x;
-          of_branch.y += grad.y;
+          grad_gate.x += grad.x * value.x;
+          grad_gate.y += grad.y * value.y;
+          grad_branch.x += grad.x;
+          grad_branch.y += grad.y;
           store_bf16_pair(branch.gradient + inside + line, {grad.x * gate.x, grad.y * gate.y});
         }
       }
     }
     if (through_norm) add_to(product_sum + column, product);
     if (through_norm) add_to(plain_sum + column, plain);
-    if (to_branch) add_to(branch.of_gate + column, of_gate);
-    if (to_branch && branch.plain) add_to(branch.plain + column, of_branch);
+    if (to_branch) add_to(branch.grad_gate + column, grad_gate);
+    if (to_branch && branch.plain) add_to(branch.plain + column, grad_branch);
   }
 }
 
@@ -228,7 +225,7 @@ __device__ inline void stream_gradient(const Parameters& p, const Instruction& i
   const int norm = first ? 0 : 1, layer = first ? item.layer - 1 : item.layer;
   const float* const x = norm_input(p, item, loop, first);
   if (through_norm) {
-    gather_rows(p, item, kept, x, p.of_rows + p.token(item.sequence, 0) * Config::kHidden,
+    gather_rows(p, item, kept, x, p.grad_rows + p.token(item.sequence, 0) * Config::kHidden,
                 p.affine_of(item, norm));
     meet<1>(Config::kComputeThreads);
   }

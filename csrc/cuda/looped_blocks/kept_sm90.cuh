@@ -21,9 +21,8 @@ struct Kept {
   Barriers* barriers;
 
   __device__ explicit Kept(const Ring& ring) {
-    uint8_t* const end = reinterpret_cast<uint8_t*>(ring.barriers);
-    barriers = reinterpret_cast<Barriers*>(end + sizeof(Ring::Barriers));
-    operands = shared_address(end) + 1024;
+    barriers = reinterpret_cast<Barriers*>(ring.queue + 1);
+    operands = ring.beside() + 1024;
   }
 
   __device__ void initialise() const {
@@ -41,7 +40,7 @@ struct Kept {
     if (threadIdx.x % 32 == 0) barrier_arrive(empty());
   }
 };
-static_assert(sizeof(Ring::Barriers) % 16 == 0 && sizeof(Ring::Barriers) + sizeof(Kept::Barriers) <= 1024,
+static_assert(kBarrierBytes % 16 == 0 && kBarrierBytes + sizeof(Kept::Barriers) <= 1024,
               "between the ring's stages and the operands");
 
 }  // namespace backward

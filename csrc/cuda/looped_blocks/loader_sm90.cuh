@@ -71,7 +71,7 @@ class Loader {
                                                                   p_.mlp_in_weight);
       case kMlpOut:
         return product<2, Config::kMlp / Config::kMlpOutParts, Config::kMlpOutColumns>(
-            item, loop, resident, p_.wide, item.sequence, p_.mlp_out_weight);
+            item, loop, resident, p_.gelu, item.sequence, p_.mlp_out_weight);
       default:
         wait_and_issue(item, loop);
     }
@@ -97,13 +97,13 @@ class Loader {
     RingPlace ahead = place_;
     for (int step = 0; step < kAhead; ++step) {
       fill(ahead, step);
-      advance(ahead, Config::kStages);
+      Ring::next(ahead);
     }
     wait_and_issue(item, loop, resident);
     for (int step = 0; step < kSteps; ++step) {
       if (step >= kAhead) fill(place_, step);
       rows<kLeftBytes>(left, item, matrix, first + step);
-      advance(place_, Config::kStages);
+      Ring::next(place_);
     }
   }
 
@@ -115,11 +115,11 @@ class Loader {
     static_assert(kLeft + kRight <= Config::kStageBytes, "a stage holds both operands");
     ring_.wait_empty(place);
     if (!leader_) return;
-    const uint32_t full = ring_.full(place.slot);
+    const uint32_t full = ring_.full(place);
     if (Config::kResidentBytes > 0 && resident >= 0 && loaded) return barrier_arrive_expect(full, kLeft);
     barrier_arrive_expect(full, kLeft + kRight);
-    load_box(ring_.right(place.slot, kLeft, resident, step, kRight), &weight, full,
-             (first + step) * Config::kStep, item.column * kColumns, item.layer, keep_);
+    load_box(ring_.right(place, kLeft, resident, step, kRight), &weight, full, (first + step) * Config::kStep,
+             item.column * kColumns, item.layer, keep_);
   }
 
   template <int kLeftBytes>
@@ -128,7 +128,7 @@ class Loader {
     constexpr int kPanel = 128 / kLeftBytes;  // columns of a box
 #pragma unroll
     for (int panel = 0; panel < Config::kStep / kPanel; ++panel) {
-      load_box(ring_.stage(place_.slot) + panel * 128 * Config::kRows, &left, ring_.full(place_.slot),
+      load_box(ring_.stage(place_) + panel * 128 * Config::kRows, &left, ring_.full(place_),
                step * Config::kStep + panel * kPanel, item.row * Config::kRows, matrix);
     }
   }
@@ -151,16 +151,16 @@ class Loader {
     static_assert(kPanels * kNumber * kBytes <= Config::kStageBytes, "a stage holds a block of keys");
     ring_.wait_empty(place_);
     if (leader_) {
-      const uint32_t full = ring_.full(place_.slot);
+      const uint32_t full = ring_.full(place_);
       barrier_arrive_expect(full, kPanels * kNumber * kBytes);
       for (int panel = 0; panel < kPanels; ++panel) {
         for (int box = 0; box < kNumber; box += Config::kRows) {
-          load_box(ring_.stage(place_.slot) + (panel * kNumber + box) * kBytes, &p_.qkv, full,
+          load_box(ring_.stage(place_) + (panel * kNumber + box) * kBytes, &p_.qkv, full,
                    column + kBytes / 2 * panel, row + box, matrix);
         }
       }
     }
-    advance(place_, Config::kStages);
+    Ring::next(place_);
   }
 
   const KernelParameters& p_;

@@ -1,5 +1,5 @@
 // Gradients of a stack of blocks applied S times, as one kernel that never leaves the GPU
-// (loopmdm_kernels/schedule/backward): from the last loop to the first it runs a loop again, keeping a record
+// (loopmdm_kernels/schedule/backward.py): from the last loop to the first it runs a loop again, keeping a record
 // of each layer, and goes back through it. Gradients of weights are added to fp32 sums in device memory.
 #include "cuda/looped_blocks/attention_backward_sm90.cuh"
 #include "cuda/looped_blocks/backward_loader_sm90.cuh"
@@ -16,8 +16,7 @@ class Worker {
   __device__ __forceinline__ void run() {
     RingPlace read{0, 0};
     while (true) {
-      barrier_wait(ring_.issued(read.slot), read.round);
-      const Issued issued = ring_.barriers->instructions[read.slot];
+      const Issued issued = ring_.take(read);
       if (issued.item.phase == kEnd) return;
       execute(issued.item, issued.loop, Seat());
       ring_.complete(read, [&](int32_t number) { return p_.counters + number; });
@@ -48,7 +47,7 @@ class Worker {
       case kMlpIn:
       case kMlpOut:
         return times_transposed_weight(item, loop, seat);
-      case kGradWide:
+      case kGradMlpIn:
       case kGradMixed:
       case kGradNorm2:
       case kGradNorm1:
@@ -77,10 +76,10 @@ class Worker {
       store_record(sums, p_.qkv_values, 3 * kHidden, p_, item, seat);
     } else if (item.phase == kMlpIn) {
       add_bias(sums, p_.mlp_in_bias + item.layer * kMlp, item, seat);
-      store_record(sums, p_.before_values, kMlp, p_, item, seat);
+      store_record(sums, p_.mlp_in_values, kMlp, p_, item, seat);
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = gelu(sums[i]);
-      store_record(sums, p_.wide_values, kMlp, p_, item, seat);
+      store_record(sums, p_.gelu_values, kMlp, p_, item, seat);
     } else {
       const bool of_attention = item.phase == kAttnOut;
       if (!of_attention) add_bias(sums, p_.mlp_out_bias + item.layer * kHidden, item, seat);
@@ -100,13 +99,13 @@ class Worker {
                       : item.phase == kGradNorm1 ? 3 * Config::kHidden
                                                  : Config::kHidden;
     shared_product<kColumns, false, true>(sums, ring_, place_, seat, inner / Config::kStep);
-    if (item.phase == kGradWide) {
+    if (item.phase == kGradMlpIn) {
       through_gelu(sums, p_, item, seat);
-      store_record(sums, p_.of_before_values, Config::kMlp, p_, item, seat);
+      store_record(sums, p_.grad_mlp_in_values, Config::kMlp, p_, item, seat);
     } else if (item.phase == kGradMixed) {
-      store_of_mixed(sums, p_, item, seat);
+      store_grad_mixed(sums, p_, item, seat);
     } else {
-      store_of_rows(sums, p_, item, seat);
+      store_grad_rows(sums, p_, item, seat);
     }
   }
 
@@ -118,10 +117,10 @@ class Worker {
     Sums sums;
     shared_product<kColumns, true, true>(sums, ring_, place_, seat, sequences * ((p_.length + 63) / 64));
     const int phase = item.phase;
-    float* const gradient = phase == kWeightMlpOut    ? p_.of_mlp_out_weight
-                            : phase == kWeightMlpIn   ? p_.of_mlp_in_weight
-                            : phase == kWeightAttnOut ? p_.of_attn_out_weight
-                                                      : p_.of_qkv_weight;
+    float* const gradient = phase == kWeightMlpOut    ? p_.grad_mlp_out_weight
+                            : phase == kWeightMlpIn   ? p_.grad_mlp_in_weight
+                            : phase == kWeightAttnOut ? p_.grad_attn_out_weight
+                                                      : p_.grad_qkv_weight;
     const int height = phase == kWeightMlpIn ? kMlp : phase == kWeightQkv ? 3 * kHidden : kHidden;
     add_to_weight(sums, gradient, height, phase == kWeightMlpOut ? kMlp : kHidden, item, seat);
   }
@@ -142,16 +141,10 @@ extern "C" __global__ void __launch_bounds__(loopmdm::kThreads, 1)
   const Ring ring(dynamic_shared_memory());
   const backward::Kept kept(ring);
   if (threadIdx.x == 0) {
-    ring.initialise();
     kept.initialise();
-    barrier_init_fence();
+    ring.initialise();
   }
   __syncthreads();
-  if (threadIdx.x >= Config::kComputeThreads) {
-    give_registers<kLoadRegisters>();
-    if (threadIdx.x < Config::kComputeThreads + 32) backward::Loader(parameters, ring, kept).run();
-  } else {
-    take_registers<kComputeRegisters>();
-    backward::Worker(parameters, ring, kept).run();
-  }
+  load_and_compute<kLoadRegisters>([&] { backward::Loader(parameters, ring, kept).run(); },
+                                   [&] { backward::Worker(parameters, ring, kept).run(); });
 }

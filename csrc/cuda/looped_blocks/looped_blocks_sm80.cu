@@ -24,7 +24,7 @@ __device__ void project_qkv(const KernelParameters& p, Walk& walk, const Seat& s
                        p.token(slot * p.batch + item.sequence, 0), seat);
 }
 
-__device__ void project_attention(const KernelParameters& p, Walk& walk, const Seat& seat) {
+__device__ void project_attn_out(const KernelParameters& p, Walk& walk, const Seat& seat) {
   const Instruction& item = walk.item();
   const auto operands = walk.operands<2, Config::kHidden, Config::kAttnOutColumns>(
       p.mixed_values, 0, p.attn_out_weight, Config::kHidden);
@@ -37,7 +37,7 @@ __device__ void project_attention(const KernelParameters& p, Walk& walk, const S
                           p.gate_of(item, 0), p.statistics2, nullptr);
 }
 
-__device__ void widen(const KernelParameters& p, Walk& walk, const Seat& seat) {
+__device__ void project_mlp_in(const KernelParameters& p, Walk& walk, const Seat& seat) {
   const Instruction& item = walk.item();
   const auto operands = walk.operands<4, Config::kHidden, Config::kMlpInColumns>(
       p.stream_values, stream_slot(item.read_slot, walk.loop(), p.keep), p.mlp_in_weight, Config::kMlp);
@@ -48,10 +48,10 @@ __device__ void widen(const KernelParameters& p, Walk& walk, const Seat& seat) {
   walk.read_all();
   const int column = (item.column * Config::kColumnGroups + seat.column_group) * kColumns;
   add_bias_gelu<kColumns>(sums, p.mlp_in_bias + item.layer * Config::kMlp + column, seat);
-  store_bf16<kColumns>(sums, p.wide_values, Config::kMlp, column, p, item, p.token(item.sequence, 0), seat);
+  store_bf16<kColumns>(sums, p.gelu_values, Config::kMlp, column, p, item, p.token(item.sequence, 0), seat);
 }
 
-__device__ void narrow(const KernelParameters& p, Walk& walk, const Seat& seat) {
+__device__ void project_mlp_out(const KernelParameters& p, Walk& walk, const Seat& seat) {
   const Instruction& item = walk.item();
   constexpr int kColumns = Config::kMlpOutColumns / Config::kColumnGroups;
   float sums[kColumns / 2] = {};
@@ -60,7 +60,7 @@ __device__ void narrow(const KernelParameters& p, Walk& walk, const Seat& seat) 
     add_parts<kColumns>(sums, p, item, seat);
   } else {
     const auto operands = walk.operands<2, Config::kMlp, Config::kMlpOutColumns, Config::kMlpOutParts>(
-        p.wide_values, 0, p.mlp_out_weight, Config::kHidden);
+        p.gelu_values, 0, p.mlp_out_weight, Config::kHidden);
     shared_product(sums, operands, walk.stages(), seat);
     walk.read_all();
     if (Config::kMlpOutParts > 1) return store_part<kColumns>(sums, p, item, seat);
@@ -83,12 +83,12 @@ __device__ void execute(const KernelParameters& p, Walk& walk) {
     case kAttention:
       return attention(p, item, walk.loop(), walk.stages(), seat, [&walk] { walk.read_all(); });
     case kAttnOut:
-      return project_attention(p, walk, seat);
+      return project_attn_out(p, walk, seat);
     case kMlpIn:
-      return widen(p, walk, seat);
+      return project_mlp_in(p, walk, seat);
     case kMlpOut:
     case kMlpSum:
-      return narrow(p, walk, seat);
+      return project_mlp_out(p, walk, seat);
     case kExit:
       return decide(p, item, walk.loop());
     case kLeave:

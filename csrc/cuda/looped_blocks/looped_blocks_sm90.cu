@@ -31,8 +31,8 @@ __device__ void project_qkv(const Parameters& p, const Instruction& item, int32_
                        p.token(slot * p.batch + item.sequence, 0), seat);
 }
 
-__device__ void project_attention(const Parameters& p, const Instruction& item, int32_t loop,
-                                  int32_t resident, const Ring& ring, RingPlace& place, const Seat& seat) {
+__device__ void project_attn_out(const Parameters& p, const Instruction& item, int32_t loop, int32_t resident,
+                                 const Ring& ring, RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kAttnOutColumns>::kColumns;
   float sums[kColumns / 2];
   shared_product<kColumns>(sums, ring, place, seat, Config::kHidden / Config::kStep, resident);
@@ -40,19 +40,19 @@ __device__ void project_attention(const Parameters& p, const Instruction& item, 
                           nullptr, p.gate_of(item, 0), p.statistics2, nullptr);
 }
 
-__device__ void widen(const Parameters& p, const Instruction& item, int32_t resident, const Ring& ring,
-                      RingPlace& place, const Seat& seat) {
+__device__ void project_mlp_in(const Parameters& p, const Instruction& item, int32_t resident,
+                               const Ring& ring, RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kMlpInColumns>::kColumns;
   const int column = Share<Config::kMlpInColumns>::part(item, seat) * kColumns;
   const auto rows = RowScales::load(p, item, p.statistics2, seat);
   float sums[kColumns / 2];
   stream_product<kColumns>(sums, ring, place, seat, resident, rows, p.affine_of(item, 1));
   add_bias_gelu<kColumns>(sums, p.mlp_in_bias + item.layer * Config::kMlp + column, seat);
-  store_bf16<kColumns>(sums, p.wide_values, Config::kMlp, column, p, item, p.token(item.sequence, 0), seat);
+  store_bf16<kColumns>(sums, p.gelu_values, Config::kMlp, column, p, item, p.token(item.sequence, 0), seat);
 }
 
-__device__ void narrow(const Parameters& p, const Instruction& item, int32_t loop, int32_t resident,
-                       const Ring& ring, RingPlace& place, const Seat& seat) {
+__device__ void project_mlp_out(const Parameters& p, const Instruction& item, int32_t loop, int32_t resident,
+                                const Ring& ring, RingPlace& place, const Seat& seat) {
   constexpr int kColumns = Share<Config::kMlpOutColumns>::kColumns;
   float sums[kColumns / 2];
   if (Config::kMlpOutParts > 1 && item.phase == kMlpSum) {
@@ -71,9 +71,8 @@ __device__ void narrow(const Parameters& p, const Instruction& item, int32_t loo
 __device__ void compute(const Parameters& p, const Ring& ring) {
   RingPlace place{0, 0}, read{0, 0};
   while (true) {
-    barrier_wait(ring.issued(read.slot), read.round);
+    const Issued issued = ring.take(read);
     const Seat seat;
-    const Issued issued = ring.barriers->instructions[read.slot];
     const Instruction& item = issued.item;
     switch (item.phase) {
       case kEnter:
@@ -86,14 +85,14 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
         attention(p, item, ring, place, seat);
         break;
       case kAttnOut:
-        project_attention(p, item, issued.loop, issued.resident, ring, place, seat);
+        project_attn_out(p, item, issued.loop, issued.resident, ring, place, seat);
         break;
       case kMlpIn:
-        widen(p, item, issued.resident, ring, place, seat);
+        project_mlp_in(p, item, issued.resident, ring, place, seat);
         break;
       case kMlpOut:
       case kMlpSum:
-        narrow(p, item, issued.loop, issued.resident, ring, place, seat);
+        project_mlp_out(p, item, issued.loop, issued.resident, ring, place, seat);
         break;
       case kExit:
         decide(p, item, issued.loop);
@@ -129,12 +128,7 @@ extern "C" __global__ void __launch_bounds__(loopmdm::kThreads, 1)
   using namespace loopmdm;
   const Ring ring(dynamic_shared_memory() + kCounterBytes);
   begin(parameters, ring);
-  if (threadIdx.x >= Config::kComputeThreads) {
-    give_registers<kLoadRegisters>();
-    if (threadIdx.x < Config::kComputeThreads + 32) Loader(parameters, ring).run();
-  } else {
-    take_registers<kComputeRegisters>();
-    compute(parameters, ring);
-  }
+  load_and_compute<kLoadRegisters>([&] { Loader(parameters, ring).run(); },
+                                   [&] { compute(parameters, ring); });
   end();
 }

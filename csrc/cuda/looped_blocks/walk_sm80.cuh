@@ -79,7 +79,7 @@ class Walk {
     int32_t loop;
     int32_t verdict;  // see joins
   };
-  static_assert(sizeof(Current) + 1024 <= 2048, "FIXED_BYTES of loopmdm_kernels/schedule/cost.py");
+  static_assert(sizeof(Current) + 1024 <= 2048, "FIXED_BYTES of loopmdm_kernels/schedule/plan.py");
 
   template <int kInner, int kTileColumns, int kParts>
   __device__ static const uint16_t* tile_of(const uint16_t* weight, int width, const Instruction& item) {

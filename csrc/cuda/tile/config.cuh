@@ -46,7 +46,7 @@ struct Parameters {
   float* stream_values;         // [2, B, L, D]; see `keep`
   uint16_t* qkv_values;         // [2, B, L, 3 D]
   uint16_t* mixed_values;       // [B, L, D]
-  uint16_t* wide_values;        // [B, L, F]
+  uint16_t* gelu_values;        // [B, L, F]
   float4* partial_values;       // see parts.cuh
   PartStatistics* statistics1;  // [B, L, kParts]
   PartStatistics* statistics2;

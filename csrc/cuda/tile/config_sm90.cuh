@@ -13,9 +13,8 @@ constexpr int kCounterBytes = LOOPMDM_COUNTER_BYTES;
 #else
 constexpr int kCounterBytes = 0;
 #endif
-// Of a thread; those of 384 threads together are 64512. Waiting for counters of a cluster takes more.
+// Of a thread that loads. Waiting for counters of a cluster takes more.
 constexpr int kLoadRegisters = kCounterBytes > 0 ? 72 : 56;
-constexpr int kComputeRegisters = kCounterBytes > 0 ? 216 : 224;
 constexpr int kInstructions = 4;  // how many the loader may be ahead
 
 // A head in shared memory: panels of 128 bytes, or one as narrow as the head.
@@ -28,7 +27,7 @@ static_assert(Config::kHeadDim == 16 || Config::kHeadDim == 32 || Config::kHeadD
 
 struct KernelParameters : Parameters {
   // Boxes: 32 columns of fp32 or 64 of bf16, kRows rows; of weights 64 by the tile's columns.
-  TensorMap stream, qkv, mixed, wide;  // [2 B, L, D] fp32; [2 B, L, 3 D], [B, L, D], [B, L, F] bf16
+  TensorMap stream, qkv, mixed, gelu;  // [2 B, L, D] fp32; [2 B, L, 3 D], [B, L, D], [B, L, F] bf16
   TensorMap qkv_weight, attn_out_weight, mlp_in_weight, mlp_out_weight;  // [n, out, in] bf16
 };
 

@@ -23,10 +23,10 @@ __device__ void stream_product(float (&sums)[kColumns / 2], const Ring& ring, Ri
 
   const auto stage = [&](uint32_t (&operand)[4][4], int step) {
     ring.wait_full(place);
-    const uint32_t left = ring.stage(place.slot);
+    const uint32_t left = ring.stage(place);
     reader.read_stage(operand, left, step * Config::kStep, rows);
     const uint32_t right =
-        ring.right(place.slot, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
+        ring.right(place, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
     products_begin();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -37,7 +37,7 @@ __device__ void stream_product(float (&sums)[kColumns / 2], const Ring& ring, Ri
     products_wait<1>();
     if (step > 0) ring.release(before);
     before = place;
-    advance(place, Config::kStages);
+    Ring::next(place);
   };
 
 #pragma unroll 1
@@ -59,14 +59,9 @@ __device__ void shared_product(float (&sums)[kColumns / 2], const Ring& ring, Ri
   constexpr uint32_t kPanel = 64 * 128;
   constexpr uint32_t kLeft = 2 * Config::kRows * Config::kStep,
                      kRight = Config::kColumnGroups * kColumns * 128;
-  RingPlace before = place;
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    ring.wait_full(place);
-    const uint32_t left = ring.stage(place.slot) + seat.row_group * kPanel;
-    const uint32_t right =
-        ring.right(place.slot, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
-    products_begin();
+  const auto multiply = [&](RingPlace at, int step) {
+    const uint32_t left = ring.stage(at) + seat.row_group * kPanel;
+    const uint32_t right = ring.right(at, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint64_t rows =
@@ -75,15 +70,9 @@ __device__ void shared_product(float (&sums)[kColumns / 2], const Ring& ring, Ri
           kRightOuter ? outer_major_descriptor(right, kPanel, k) : inner_major_descriptor(right, k);
       WarpGroupProduct<kColumns>::template shared<kLeftOuter, kRightOuter>(sums, rows, columns, step + k > 0);
     }
-    products_commit();
-    products_wait<1>();
-    if (step > 0) ring.release(before);
-    before = place;
-    advance(place, Config::kStages);
-  }
-  products_wait<0>();
+  };
+  multiply_stages(ring, place, steps, multiply, [](RingPlace) {});
   pin(sums);
-  ring.release(before);
 }
 
 }  // namespace loopmdm

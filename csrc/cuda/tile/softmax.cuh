@@ -25,25 +25,25 @@ __device__ inline void mask_scores(float (&scores)[kKeys / 2], const uint8_t* ke
 
 // Largest score and sum of the exponentials of the thread's two rows; the sum is over its own columns.
 struct Running {
-  float top[2] = {-LOOPMDM_INFINITY, -LOOPMDM_INFINITY}, sum[2] = {0, 0};
+  float largest[2] = {-LOOPMDM_INFINITY, -LOOPMDM_INFINITY}, sum[2] = {0, 0};
 };
 
-// exp(score - top) of a block, rounded, as left operand; brings sums and `mixed` to the new maxima.
+// exp(score - largest) of a block, rounded, as left operand; brings sums and `mixed` to the new maxima.
 __device__ inline void exponentials(float (&scores)[kKeys / 2], uint32_t (&weights)[kKeys / 16][4],
                                     Running& running, float (&mixed)[kHeadDim / 2], float scale) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float top = running.top[half];
+    float largest = running.largest[half];
 #pragma unroll
     for (int group = 0; group < kKeys / 8; ++group) {
-      top = fmaxf(top, fmaxf(scores[4 * group + 2 * half], scores[4 * group + 2 * half + 1]));
+      largest = fmaxf(largest, fmaxf(scores[4 * group + 2 * half], scores[4 * group + 2 * half + 1]));
     }
-    top = quad_max(top);
+    largest = quad_max(largest);
     // Of a row without keys so far, all differences would be infinity minus infinity. The difference is taken
     // first: scaled scores are off by their rounding, and of large ones the largest would not come out as 0.
-    const float base = top == -LOOPMDM_INFINITY ? 0.0f : top;
-    const float shrink = fast_exp2((running.top[half] - base) * scale);
-    running.top[half] = top;
+    const float base = largest == -LOOPMDM_INFINITY ? 0.0f : largest;
+    const float shrink = fast_exp2((running.largest[half] - base) * scale);
+    running.largest[half] = largest;
     running.sum[half] *= shrink;
 #pragma unroll
     for (int group = 0; group < kHeadDim / 8; ++group) {
