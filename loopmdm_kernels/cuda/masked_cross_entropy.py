@@ -36,17 +36,17 @@ _PAIR_ROWS = _PAIR * _TILE[0]
 _INNER = 64  # of its inner dimension, a stage
 _PRODUCT_BYTES = 4 * 2 * _INNER * sum(_TILE) + 2048
 OF_ROWS, OF_WEIGHT = (
-    Kernel("head/gradient_product_sm90.cu", 384, _PRODUCT_BYTES, (("LOOPMDM_OF_WEIGHT", of_weight),), _PAIR)
+    Kernel("head/masked_cross_entropy_product_sm90.cu", 384, _PRODUCT_BYTES, (("LOOPMDM_OF_WEIGHT", of_weight),), _PAIR)
     for of_weight in (0, 1)
 )
 _PART = 32  # rows of a block on the way back through the norm
 ROWS_BACKWARD = Kernel("head/modulated_rows_backward_sm90.cu", ROW_THREADS, 16 * _PART)
 _GROUP_ELEMENTS = 1 << 28  # of logit gradients in memory at a time
 
-ForwardParameters = structure(FORWARD, "CrossEntropyParameters")
-CombineParameters = structure(COMBINE.source, "CrossEntropyCombineParameters")
-BackwardParameters = structure(BACKWARD.source, "CrossEntropyBackwardParameters")
-ProductParameters = structure(OF_ROWS.source, "GradientProductParameters")
+ForwardParameters = structure(FORWARD, "MaskedCrossEntropyParameters")
+CombineParameters = structure(COMBINE.source, "MaskedCrossEntropyCombineParameters")
+BackwardParameters = structure(BACKWARD.source, "MaskedCrossEntropyBackwardParameters")
+ProductParameters = structure(OF_ROWS.source, "MaskedCrossEntropyProductParameters")
 RowsBackwardParameters = structure(ROWS_BACKWARD.source, "ModulatedRowsBackwardParameters")
 
 

@@ -20,8 +20,8 @@ COMBINE = Kernel("head/sample_rows_combine_sm90.cu", ROW_THREADS)
 _RECORD_BYTES = 32
 _ROWS_WITH_LOGITS = 256
 
-Parameters = structure(SOURCE, "SampleParameters")
-CombineParameters = structure(COMBINE.source, "SampleCombineParameters")
+Parameters = structure(SOURCE, "SampleRowsParameters")
+CombineParameters = structure(COMBINE.source, "SampleRowsCombineParameters")
 
 
 def supports(*, hidden: Tensor, head: Head, compute_dtype: torch.dtype | None = None) -> str | None:

@@ -25,7 +25,7 @@ FAULTS = {
         "stage_ring_sm90.cuh", "kPaired ? 2 * kReaders : kReaders", "kReaders"
     ),
     "panels of the right operand too near": (
-        "head/gradient_product_sm90.cu",
+        "head/masked_cross_entropy_product_sm90.cu",
         "outer_major_descriptor(stage + Shape::kLeftBytes, Shape::kPanelBytes, k)",
         "outer_major_descriptor(stage + Shape::kLeftBytes, Shape::kPanelBytes / 2, k)",
     ),

@@ -4,7 +4,7 @@
 
 namespace loopmdm {
 
-struct CrossEntropyBackwardParameters {
+struct MaskedCrossEntropyBackwardParameters {
   LogitsProblem problem;
   const int64_t* targets;  // [T]
   const int64_t* rows;     // [R]
@@ -15,7 +15,7 @@ struct CrossEntropyBackwardParameters {
   int64_t pitch;          // V, rounded up to whole chunks
 };
 
-__device__ inline void store_gradients(const CrossEntropyBackwardParameters& p, const Logits& logits,
+__device__ inline void store_gradients(const MaskedCrossEntropyBackwardParameters& p, const Logits& logits,
                                        const VocabularySeat& seat, int half) {
   const int row = seat.row_of(half), known = min(row, p.problem.num_rows - 1);
   const float top = __ldg(p.top + known), log_total = __ldg(p.log_total + known);
@@ -48,7 +48,8 @@ __device__ inline void store_gradients(const CrossEntropyBackwardParameters& p, 
 }  // namespace loopmdm
 
 extern "C" __global__ void __launch_bounds__(loopmdm::Vocabulary::kThreads, 1)
-    masked_cross_entropy_backward_sm90(const __grid_constant__ loopmdm::CrossEntropyBackwardParameters p) {
+    masked_cross_entropy_backward_sm90(
+        const __grid_constant__ loopmdm::MaskedCrossEntropyBackwardParameters p) {
   using namespace loopmdm;
   for_each_tile(p.problem, [&](const Logits& logits, const VocabularySeat& seat) {
     store_gradients(p, logits, seat, 0);

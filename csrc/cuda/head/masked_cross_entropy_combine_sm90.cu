@@ -4,7 +4,7 @@
 
 namespace loopmdm {
 
-struct CrossEntropyCombineParameters {
+struct MaskedCrossEntropyCombineParameters {
   const float2* records;      // [chunks, R]
   const float* target_logit;  // [R]
   float* nll;                 // [R]
@@ -18,7 +18,8 @@ constexpr int kCrossEntropyCombineThreads = 256;
 }  // namespace loopmdm
 
 extern "C" __global__ void __launch_bounds__(loopmdm::kCrossEntropyCombineThreads)
-    masked_cross_entropy_combine_sm90(const __grid_constant__ loopmdm::CrossEntropyCombineParameters p) {
+    masked_cross_entropy_combine_sm90(
+        const __grid_constant__ loopmdm::MaskedCrossEntropyCombineParameters p) {
   using namespace loopmdm;
   const int row = blockIdx.x * (kCrossEntropyCombineThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;

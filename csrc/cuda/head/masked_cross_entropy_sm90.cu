@@ -4,7 +4,7 @@
 
 namespace loopmdm {
 
-struct CrossEntropyParameters {
+struct MaskedCrossEntropyParameters {
   LogitsProblem problem;
   const int64_t* targets;  // [T]
   const int64_t* rows;     // [R]
@@ -30,7 +30,7 @@ __device__ inline float2 reduce_chunk(const Logits& logits, int half) {
 }  // namespace loopmdm
 
 extern "C" __global__ void __launch_bounds__(loopmdm::Vocabulary::kThreads, 1)
-    masked_cross_entropy_sm90(const __grid_constant__ loopmdm::CrossEntropyParameters p) {
+    masked_cross_entropy_sm90(const __grid_constant__ loopmdm::MaskedCrossEntropyParameters p) {
   using namespace loopmdm;
   for_each_tile(p.problem, [&](const Logits& logits, const VocabularySeat& seat) {
 #pragma unroll

@@ -23,20 +23,18 @@ struct ModulatedRows {
   }
 };
 
-__device__ inline float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ inline float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-
 __device__ inline float4 load_row(const float* row, int column) {
   return __ldg(reinterpret_cast<const float4*>(row + column));
 }
 
 __device__ inline float4 load_bf16_row(const uint16_t* row, int column) {
   const uint2 words = __ldg(reinterpret_cast<const uint2*>(row + column));
-  return {low_bf16(words.x), high_bf16(words.x), low_bf16(words.y), high_bf16(words.y)};
+  const float2 first = unpack_bf16(words.x), second = unpack_bf16(words.y);
+  return {first.x, first.y, second.x, second.y};
 }
 
 // 1 + scale, rounded to bf16 as the reference model does.
-__device__ inline float one_plus(float scale) { return low_bf16(pack_bf16(1.0f + scale, 0.0f)); }
+__device__ inline float one_plus(float scale) { return unpack_bf16(pack_bf16(1.0f + scale, 0.0f)).x; }
 
 struct RowMoments {
   float mean, inverse_deviation;

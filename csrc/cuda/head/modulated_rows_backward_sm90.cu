@@ -29,7 +29,8 @@ __device__ inline void row_backward(const ModulatedRows& source, int64_t token, 
   const float* const x = source.hidden + token * source.size;
   const uint16_t* const scale = source.shift(token) + source.size;
   const auto inner = [&](int column) {
-    return __ldg(grad + column) * __ldg(source.norm + column) * one_plus(low_bf16(__ldg(scale + column)));
+    return __ldg(grad + column) * __ldg(source.norm + column) *
+           one_plus(unpack_bf16(__ldg(scale + column)).x);
   };
   float total = 0, with_row = 0;
   for (int column = lane; column < source.size; column += 32) {

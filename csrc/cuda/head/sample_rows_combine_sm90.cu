@@ -1,9 +1,9 @@
 // The chunks of each row, one warp a row: its token and the statistics of its distribution.
-#include "cuda/head/sample_record_sm90.cuh"
+#include "cuda/head/sample_rows_record_sm90.cuh"
 
 namespace loopmdm {
 
-struct SampleCombineParameters {
+struct SampleRowsCombineParameters {
   const SampleRecord* records;  // [chunks, R]
   int64_t* token;               // [R], as all that follow
   float* log_prob;
@@ -21,7 +21,7 @@ constexpr int kCombineThreads = 256;
 }  // namespace loopmdm
 
 extern "C" __global__ void __launch_bounds__(loopmdm::kCombineThreads)
-    sample_rows_combine_sm90(const __grid_constant__ loopmdm::SampleCombineParameters p) {
+    sample_rows_combine_sm90(const __grid_constant__ loopmdm::SampleRowsCombineParameters p) {
   using namespace loopmdm;
   const int row = blockIdx.x * (kCombineThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= p.num_rows) return;

@@ -3,12 +3,12 @@
 // combines the chunks of a row.
 #include "common/philox.h"
 #include "common/race.h"
-#include "cuda/head/sample_record_sm90.cuh"
+#include "cuda/head/sample_rows_record_sm90.cuh"
 #include "cuda/head/vocabulary_sm90.cuh"
 
 namespace loopmdm {
 
-struct SampleParameters {
+struct SampleRowsParameters {
   LogitsProblem problem;
   float inverse_temperature;  // 0: no race
   const int64_t* sequence;    // [R], as step and position
@@ -58,7 +58,7 @@ __device__ inline void add_exponentials(const Logits& logits, int half, SampleRe
 struct Racer {
   uint32_t position, step, sequence;
 
-  __device__ Racer(const SampleParameters& p, int row) {
+  __device__ Racer(const SampleRowsParameters& p, int row) {
     const int known = min(row, p.problem.num_rows - 1);
     position = static_cast<uint32_t>(__ldg(p.position + known));
     step = static_cast<uint32_t>(__ldg(p.step + known));
@@ -90,8 +90,9 @@ __device__ inline void race_words(uint32_t (&high)[4], const Racer& racer, Philo
 }
 
 // The tokens whose high word is so small that their time needs 64 random bits: once in 2^24.
-__device__ inline void race_of_the_fastest(Best (&best)[2], const Logits& logits, const SampleParameters& p,
-                                           const VocabularySeat& seat, const Racer& racer, PhiloxKey key) {
+__device__ inline void race_of_the_fastest(Best (&best)[2], const Logits& logits,
+                                           const SampleRowsParameters& p, const VocabularySeat& seat,
+                                           const Racer& racer, PhiloxKey key) {
 #pragma unroll 1
   for (int group = 0; group < kChunkTokens / 8; ++group) {
     uint32_t high[4];
@@ -115,7 +116,7 @@ __device__ inline void race_of_the_fastest(Best (&best)[2], const Logits& logits
   }
 }
 
-__device__ inline void race(Best (&best)[2], const Logits& logits, const SampleParameters& p,
+__device__ inline void race(Best (&best)[2], const Logits& logits, const SampleRowsParameters& p,
                             const VocabularySeat& seat) {
   const PhiloxKey key = philox_key(p.seed);
   const Racer racer(p, seat.row_of(seat.thread & 1));
@@ -149,7 +150,7 @@ __device__ inline void race(Best (&best)[2], const Logits& logits, const SampleP
 }  // namespace loopmdm
 
 extern "C" __global__ void __launch_bounds__(loopmdm::Vocabulary::kThreads, 1)
-    sample_rows_sm90(const __grid_constant__ loopmdm::SampleParameters p) {
+    sample_rows_sm90(const __grid_constant__ loopmdm::SampleRowsParameters p) {
   using namespace loopmdm;
   for_each_tile(p.problem, [&](const Logits& logits, const VocabularySeat& seat) {
     Best drawn[2] = {{-LOOPMDM_INFINITY, -LOOPMDM_INFINITY, -1}, {-LOOPMDM_INFINITY, -LOOPMDM_INFINITY, -1}};

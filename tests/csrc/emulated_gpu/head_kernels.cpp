@@ -1,5 +1,5 @@
 // The kernels of the vocabulary head on the CPU, for one value of each of their macros.
-#include "cuda/head/gradient_product_sm90.cu"
+#include "cuda/head/masked_cross_entropy_product_sm90.cu"
 #include "cuda/head/head_logits_sm90.cu"
 #include "cuda/head/masked_cross_entropy_backward_sm90.cu"
 #include "cuda/head/masked_cross_entropy_combine_sm90.cu"
@@ -24,7 +24,7 @@ int run(void (*kernel)(Parameters), const void* given, int blocks, int threads, 
 EXPORT(masked_cross_entropy_backward_sm90)
 EXPORT(masked_cross_entropy_combine_sm90)
 EXPORT(masked_cross_entropy_sm90)
-EXPORT(gradient_product_sm90)
+EXPORT(masked_cross_entropy_product_sm90)
 EXPORT(head_logits_sm90)
 EXPORT(modulated_rows_backward_sm90)
 EXPORT(modulated_rows_sm90)

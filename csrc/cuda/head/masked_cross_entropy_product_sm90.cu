@@ -3,7 +3,7 @@
 // dimension, and of the weight's gradient the left one too: nothing is transposed in memory. The bias's
 // gradient, the sums of G's columns, is taken from the stages while they are multiplied.
 #include "common/matrix_descriptor.h"
-#include "cuda/head/modulated_row_sm90.cuh"
+#include "cuda/tile/math.cuh"
 #include "cuda/tile/stage_ring_sm90.cuh"
 
 namespace loopmdm {
@@ -17,7 +17,7 @@ struct GradientProduct {
   using Ring = StageRing<kStages, kStageBytes, kComputeThreads / 32, true>;
 };
 
-struct GradientProductParameters {
+struct MaskedCrossEntropyProductParameters {
   TensorMap left, right;  // [1, r, V]; [1, V, D] or [1, r, D], boxes of 64 by 64, of a left one by rows 128
   float* out;             // [rows, columns]
   float* bias_parts;      // of the weight: [4, rows up to whole pairs], sums over every fourth 16 of r
@@ -28,12 +28,12 @@ struct GradientProductParameters {
 struct GradientTile {
   int row, column;
 
-  __device__ GradientTile(const GradientProductParameters& p, int32_t number)
+  __device__ GradientTile(const MaskedCrossEntropyProductParameters& p, int32_t number)
       : row((2 * (number / p.column_tiles) + rank_in_cluster()) * GradientProduct::kRows),
         column(number % p.column_tiles * GradientProduct::kColumns) {}
 };
 
-__device__ inline void load_gradient_tiles(const GradientProductParameters& p,
+__device__ inline void load_gradient_tiles(const MaskedCrossEntropyProductParameters& p,
                                            const GradientProduct::Ring& ring) {
   using Shape = GradientProduct;
   const bool leader = threadIdx.x % 32 == 0;
@@ -69,15 +69,15 @@ __device__ inline void add_columns(float2& sum, uint32_t panel) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int row = 0; row < 16; ++row) {
-    const uint32_t pair = load_shared(panel + panel_offset(16 * warp + row, 2 * lane, 64, 2));
-    sum.x += low_bf16(pair);
-    sum.y += high_bf16(pair);
+    const float2 pair = unpack_bf16(load_shared(panel + panel_offset(16 * warp + row, 2 * lane, 64, 2)));
+    sum.x += pair.x;
+    sum.y += pair.y;
   }
 }
 
 // Sums of the launches before are loaded 16 pairs at a time: a load cannot overtake the stores before it.
 __device__ inline void store_tile(const float (&sums)[GradientProduct::kColumns / 2],
-                                  const GradientProductParameters& p, GradientTile tile) {
+                                  const MaskedCrossEntropyProductParameters& p, GradientTile tile) {
   constexpr int kBatch = 16;
   const int thread = threadIdx.x % 128, group = warp_group();
 #pragma unroll
@@ -104,7 +104,7 @@ __device__ inline void store_tile(const float (&sums)[GradientProduct::kColumns 
   }
 }
 
-__device__ inline void multiply_gradient_tiles(const GradientProductParameters& p,
+__device__ inline void multiply_gradient_tiles(const MaskedCrossEntropyProductParameters& p,
                                                const GradientProduct::Ring& ring) {
   using Shape = GradientProduct;
   const int group = warp_group();
@@ -144,7 +144,8 @@ __device__ inline void multiply_gradient_tiles(const GradientProductParameters& 
 }  // namespace loopmdm
 
 extern "C" __global__ void __launch_bounds__(loopmdm::GradientProduct::kThreads, 1)
-    gradient_product_sm90(const __grid_constant__ loopmdm::GradientProductParameters p) {
+    masked_cross_entropy_product_sm90(
+        const __grid_constant__ loopmdm::MaskedCrossEntropyProductParameters p) {
   using namespace loopmdm;
   const GradientProduct::Ring ring(dynamic_shared_memory());
   if (threadIdx.x == 0) ring.initialise();
