@@ -1,16 +1,29 @@
 """Draws one loop of the Hopper kernel's schedule, by the times of the cost model: docs/schedule.svg.
 
-python -m bench.draw_schedule docs/schedule.svg
+python -m bench.draw_schedule docs/schedule.svg    the picture; the tables of phases are printed
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from bench.script import arguments
 from loopmdm_kernels.files import write_file
-from loopmdm_kernels.schedule import BlockShape, Device, Forward, Instruction, Plan, Table, build, choose
+from loopmdm_kernels.schedule import (
+    BlockShape,
+    Device,
+    Forward,
+    Instruction,
+    Phase,
+    Plan,
+    Table,
+    backward,
+    build,
+    choose,
+    forward,
+)
 
 SHAPE = BlockShape(batch=1, length=128, hidden=768, heads=12, mlp=3072, layers=2)
 BLOCKS = 48  # a picture of all 132 would show only more room
@@ -90,5 +103,31 @@ def draw() -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_of(phases: Sequence[Phase]) -> str:
+    """Phases as the documents list them."""
+    rows = ["| phase | waits for | a tile does | reads | writes |", "|---|---|---|---|---|"]
+    for phase in phases:
+        cells = [phase.name.name, waits(phase, phases), phase.does]
+        for regions in (phase.reads, phase.writes):
+            cells.append(", ".join(dict.fromkeys(region.buffer for region in regions)))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def waits(phase: Phase, phases: Sequence[Phase]) -> str:
+    """Whose tiles raise the counters that a phase waits for."""
+    waited = phase.waits_for
+    if not waited.phases:
+        return ""
+    before = " of the layer before" if waited.layer else ""
+    names = [" or ".join(name.name for name in waited.phases) + before]
+    for other in phases:
+        if other.cost and other.signals and set(other.signals.phases) & set(waited.phases):
+            names.append(other.name.name + (" of the layer above" if other.signals.layer else ""))
+    rows = {"same": "same rows", "every": "all rows of the sequence", "all": "all rows"}[waited.rows]
+    return f"{', '.join(names)}; {rows}"
+
+
 if __name__ == "__main__":
     write_file(*arguments(__doc__, "picture"), draw())
+    print(table_of(forward.PHASES), table_of(backward.PHASES), sep="\n")

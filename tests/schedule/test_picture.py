@@ -3,14 +3,24 @@
 import itertools
 from pathlib import Path
 
-from bench import draw_schedule
-from loopmdm_kernels.schedule import Forward, build, choose
+import pytest
 
-PICTURE = Path(__file__).parents[2] / "docs" / "schedule.svg"
+from bench import draw_schedule
+from loopmdm_kernels.schedule import Forward, backward, build, choose, forward
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_committed_picture_is_drawn_from_this_schedule():
-    assert PICTURE.read_text() == draw_schedule.draw(), "python -m bench.draw_schedule docs/schedule.svg"
+    assert (DOCS / "schedule.svg").read_text() == draw_schedule.draw(), (
+        "python -m bench.draw_schedule docs/schedule.svg"
+    )
+
+
+@pytest.mark.parametrize("phases", [forward.PHASES, backward.PHASES], ids=["forward", "backward"])
+def test_the_tables_of_phases_are_those_of_the_schedule(phases):
+    page = DOCS / "kernels" / "looped_blocks.md"
+    assert draw_schedule.table_of(phases) in page.read_text(), "python -m bench.draw_schedule prints them"
 
 
 def test_the_simulation_keeps_to_blocks_and_waits():
