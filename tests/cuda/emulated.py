@@ -21,6 +21,18 @@ ALIGNMENT = 64  # of the kernel's parameters
 FENCE = 64 * 1024  # elements
 
 
+def plant(fault, folder, monkeypatch):
+    """Puts a copy of the sources in their place, with one text of a file replaced."""
+    name, text, replacement = fault
+    copy = folder / "csrc"
+    shutil.copytree(sources.folder(), copy)
+    (path,) = copy.rglob(name)
+    source = path.read_text()
+    assert text in source, "the test looks for source that is not there"
+    path.write_text(source.replace(text, replacement))
+    monkeypatch.setattr(sources, "folder", lambda: copy)
+
+
 class Fenced(NamedTuple):
     """A tensor of NaN, and memory on both sides of it that nobody may write to."""
 

@@ -38,7 +38,7 @@ def keep(inputs, loops, loop_inputs):
 def run(library, plan, kept, grad, inputs, *, num_blocks=2, seed=0):
     """Gradients as the kernel computes them; what nobody has written is NaN."""
     table, words, counters = backward._table(kept.shape, plan.tiles, torch.device("cpu"))
-    buffers = backward.BackwardBuffers.allocate(table, kept, grad, counters)
+    buffers = backward.allocate(table, kept, grad, counters)
     inputs_of_kernel = {
         "loop_inputs",
         "mlp_in_bias",
@@ -51,13 +51,13 @@ def run(library, plan, kept, grad, inputs, *, num_blocks=2, seed=0):
     }
     sums = {"grad", "norms", "gates", "grad_branch", "grad_mlp_in_bias", "counters", "stop"}
     fenced = {}
-    for name, tensor in buffers._asdict().items():
+    for name, tensor in buffers.items():
         if name in inputs_of_kernel | {"counters", "stop"}:
             continue
         fenced[name] = emulated.Fenced.like(tensor)
         if name in sums or name.endswith("_weight"):
             fenced[name].inside.copy_(tensor)
-    buffers = buffers._replace(**{name: fence.inside for name, fence in fenced.items()})
+    buffers |= {name: fence.inside for name, fence in fenced.items()}
     parameters = backward.pack_parameters(table, buffers, words)
     layouts = backward.map_layouts(buffers, kept.weights)
     with emulated.placed(parameters, layouts) as address:
@@ -65,5 +65,4 @@ def run(library, plan, kept, grad, inputs, *, num_blocks=2, seed=0):
             "all threads wait"
         )
     assert all(fence.intact() for fence in fenced.values()), "written outside of a buffer"
-    grads = finish(buffers.row_sums(), buffers.weight_sums(), inputs.blocks, inputs.modulation)
-    return buffers.grad, *grads
+    return buffers["grad"], *finish(*backward.sums_of(buffers), inputs.blocks, inputs.modulation)

@@ -1,6 +1,5 @@
 """The backward kernel's own source, all of its threads on the CPU, against autograd of the oracle."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -158,14 +157,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_noticed(fault, tmp_path, monkeypatch):
-    name, text, replacement = FAULTS[fault]
-    copy = tmp_path / "csrc"
-    shutil.copytree(emulated.sources.folder(), copy)
-    (path,) = copy.rglob(name)
-    source = path.read_text()
-    assert text in source, "the test looks for source that is not there"
-    path.write_text(source.replace(text, replacement))
-    monkeypatch.setattr(emulated.sources, "folder", lambda: copy)
+    emulated.plant(FAULTS[fault], tmp_path, monkeypatch)
     columns, *sizes = 64, 128, 2
     inputs = make(sizes, 1, 40, num_blocks=1)
     shape, plan = emulated_backward.plan_of(inputs, columns)

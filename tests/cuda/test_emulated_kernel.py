@@ -4,7 +4,6 @@ What this cannot show is the GPU: that the instructions do what the emulation ta
 the rest: tiles, swizzles, descriptors, fragments, epilogues, barriers, counters, early exit.
 """
 
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -226,14 +225,7 @@ FAULTS_SM80 = {
     + [("sm80, 64 rows", name) for name in FAULTS_SM80],
 )
 def test_planted_faults_are_noticed(variant, fault, tmp_path, monkeypatch):
-    name, text, replacement = (FAULTS_SM80 if "sm80" in variant else FAULTS)[fault]
-    copy = tmp_path / "csrc"
-    shutil.copytree(emulated.sources.folder(), copy)
-    (path,) = copy.rglob(name)
-    source = path.read_text()
-    assert text in source, "the test looks for source that is not there"
-    path.write_text(source.replace(text, replacement))
-    monkeypatch.setattr(emulated.sources, "folder", lambda: copy)
+    emulated.plant((FAULTS_SM80 if "sm80" in variant else FAULTS)[fault], tmp_path, monkeypatch)
     loops = 2 if fault == STAYING else 1
     inputs = make(VARIANTS[variant].sizes, 1, 40)
     built = build(VARIANTS[variant], tmp_path, optimize=False)

@@ -1,7 +1,5 @@
 """Faults planted in the kernels of the vocabulary head, which their emulation must notice."""
 
-import shutil
-
 import emulated
 import emulated_head
 import pytest
@@ -59,14 +57,7 @@ def test_without_a_fault(gpu):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_noticed(fault, tmp_path, monkeypatch):
-    name, text, replacement = FAULTS[fault]
-    copy = tmp_path / "csrc"
-    shutil.copytree(emulated.sources.folder(), copy)
-    (path,) = copy.rglob(name)
-    source = path.read_text()
-    assert text in source, "the test looks for source that is not there"
-    path.write_text(source.replace(text, replacement))
-    monkeypatch.setattr(emulated.sources, "folder", lambda: copy)
+    emulated.plant(FAULTS[fault], tmp_path, monkeypatch)
     with emulated_head.emulation(tmp_path) as state:
         state.multiprocessors = 2  # one pair of blocks has all tiles
         for seed in range(3):

@@ -29,32 +29,33 @@ def prepared(inputs, loops=2):
     plan = choose_backward(kept.shape)
     table, words, counters = backward._table(kept.shape, plan.tiles, torch.device("cpu"))
     grad = torch.ones(inputs.x.shape, dtype=torch.float64)
-    return kept, table, words, grad, backward.BackwardBuffers.allocate(table, kept, grad, counters)
+    return kept, table, words, grad, backward.allocate(table, kept, grad, counters)
 
 
 def test_what_is_kept_has_the_shape_of_the_call(inputs):
     kept, table, words, _, buffers = prepared(inputs)
     assert kept.shape == table.shape == BlockShape(3, 150, 128, 2, 512, 2)
     assert torch.equal(words, build_backward(kept.shape, table.tiles).encode())
-    assert buffers.counters.tolist() == table.initial_counters()
-    buffers.counters.fill_(7)  # a call raises its own copy
-    assert prepared(inputs)[4].counters[0] == 0
+    assert buffers["counters"].tolist() == table.initial_counters()
+    buffers["counters"].fill_(7)  # a call raises its own copy
+    assert prepared(inputs)[4]["counters"][0] == 0
 
 
 def test_the_gradient_is_copied_before_it_is_changed(inputs):
     _, _, _, grad, buffers = prepared(inputs)
-    assert buffers.grad.dtype == torch.float32 and torch.equal(buffers.grad.double(), grad)
-    buffers.grad.zero_()
+    assert buffers["grad"].dtype == torch.float32 and torch.equal(buffers["grad"].double(), grad)
+    buffers["grad"].zero_()
     assert (grad == 1).all()
 
 
 def test_sums_begin_at_zero(inputs):
     _, table, _, _, buffers = prepared(inputs)
-    for sums in (*buffers.row_sums(), *buffers.weight_sums()):
+    rows, weights = backward.sums_of(buffers)
+    for sums in (*rows, *weights):
         assert sums.dtype == torch.float32 and not sums.any()
     parts = table.row_tiles * 128 // 16
-    assert buffers.norms.shape == (2, 2, 2, 3, parts, 128) and parts == 16
-    assert buffers.weight_sums().mlp_out.shape == (2, 128, 512)
+    assert rows.norms.shape == (2, 2, 2, 3, parts, 128) and parts == 16
+    assert weights.mlp_out.shape == (2, 128, 512)
 
 
 def test_parameters(inputs):
@@ -62,7 +63,7 @@ def test_parameters(inputs):
     parameters = backward.pack_parameters(table, buffers, words)
     for name in fields(backward.parameters_of_kernel(), ctypes.c_void_p):
         if name not in ("table", "max_loops"):
-            assert getattr(parameters, name) == getattr(buffers, name).data_ptr(), name
+            assert getattr(parameters, name) == buffers[name].data_ptr(), name
     assert parameters.table == words.data_ptr() and parameters.loop_inputs == kept.loop_inputs.data_ptr()
     assert parameters.max_loops == kept.stop.data_ptr() + 4 * 3
     numbers = (parameters.instructions, parameters.batch, parameters.length, parameters.row_tiles)
