@@ -37,14 +37,7 @@ _INNER = 64  # of its inner dimension, a stage
 _PRODUCT = "head/masked_cross_entropy_product_sm90.cu"
 _PRODUCT_BYTES = 4 * 2 * _INNER * sum(_TILE) + 2048
 OF_ROWS, OF_WEIGHT = (
-    Kernel(
-        "head/masked_cross_entropy_product_sm90.cu",
-        384,
-        _PRODUCT_BYTES,
-        (("LOOPMDM_OF_WEIGHT", of_weight),),
-        _PAIR,
-    )
-    for of_weight in (0, 1)
+    Kernel(_PRODUCT, 384, _PRODUCT_BYTES, (("LOOPMDM_OF_WEIGHT", of_weight),), _PAIR) for of_weight in (0, 1)
 )
 _PART = 32  # rows of a block on the way back through the norm
 ROWS_BACKWARD = Kernel("head/modulated_rows_backward_sm90.cu", ROW_THREADS, 16 * _PART)

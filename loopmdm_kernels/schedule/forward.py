@@ -73,17 +73,11 @@ _MLP_SUM = _MLP_OUT._replace(
 )
 PHASES = (
     Phase(
-        Forward.ENTER,
-        "rows of x",
-        waits_for=Counters(),
-        signals=Counters(_LAST, layer=-1),
-        slots=lambda layer: (0, 1),
+        Forward.ENTER, "rows of x", Counters(), signals=Counters(_LAST, layer=-1), slots=lambda layer: (0, 1),
         writes=(Region("stream"), Region("statistics1")),
     ),
     Phase(
-        Forward.QKV,
-        "norm, modulation, product, rotary",
-        waits_for=Counters(_LAST, layer=-1),
+        Forward.QKV, "norm, modulation, product, rotary", Counters(_LAST, layer=-1),
         columns=lambda s, t: (3 * s.hidden, t.qkv),
         slots=lambda layer: (int(layer > 0), layer & 1),
         reads=(Region("stream"), Region("statistics1")),
@@ -91,23 +85,18 @@ PHASES = (
         cost=lambda s, t: product_work(s, t.rows, t.qkv, s.hidden, left_bytes=4),
     ),
     Phase(
-        Forward.ATTENTION,
-        "queries of one tile by all keys, one head",
-        waits_for=Counters((Forward.QKV,), "every"),
+        Forward.ATTENTION, "queries of one tile by all keys, one head", Counters((Forward.QKV,), "every"),
         columns=lambda s, t: (s.hidden, t.heads * s.head_dim),
         slots=lambda layer: (layer & 1, 0),
         reads=(
             Region("qkv", "tile"),
-            Region("qkv", "tile", "every", offset=1),
-            Region("qkv", "tile", "every", offset=2),
+            Region("qkv", "tile", "every", offset=1), Region("qkv", "tile", "every", offset=2),
         ),
         writes=(Region("mixed", "tile"),),
         cost=attention_work,
     ),
     Phase(
-        Forward.ATTN_OUT,
-        "product, gate, residual",
-        waits_for=Counters((Forward.ATTENTION,)),
+        Forward.ATTN_OUT, "product, gate, residual", Counters((Forward.ATTENTION,)),
         columns=lambda s, t: (s.hidden, t.attn_out),
         # The first layer's moves the stream to the other half; from there it is updated in place.
         slots=lambda layer: (int(layer > 0), 1),
@@ -116,9 +105,7 @@ PHASES = (
         cost=lambda s, t: product_work(s, t.rows, t.attn_out, s.hidden),
     ),
     Phase(
-        Forward.MLP_IN,
-        "norm, modulation, product, bias, GELU",
-        waits_for=Counters((Forward.ATTN_OUT,)),
+        Forward.MLP_IN, "norm, modulation, product, bias, GELU", Counters((Forward.ATTN_OUT,)),
         columns=lambda s, t: (s.mlp, t.mlp_in),
         slots=lambda layer: (1, 0),
         reads=(Region("stream"), Region("statistics2")),
@@ -128,23 +115,15 @@ PHASES = (
     _MLP_OUT,
     _MLP_SUM,
     Phase(
-        Forward.EXIT,
-        "adds the squared changes: does the sequence go on?",
-        waits_for=Counters(_LAST, "every"),
-        once=True,
-        signals=Counters(),
-        reads=(Region("change", rows="every", exits=True),),
-        writes=(Region("stop", rows="once"),),
+        Forward.EXIT, "adds the squared changes: does the sequence go on?", Counters(_LAST, "every"),
+        once=True, signals=Counters(),
+        reads=(Region("change", rows="every", exits=True),), writes=(Region("stop", rows="once"),),
     ),
     Phase(
-        Forward.LEAVE,
-        "rows of the stream",
-        waits_for=Counters(_LAST),
-        signals=Counters(),
-        reads=(Region("stream"),),
-        writes=(Region("out"),),
+        Forward.LEAVE, "rows of the stream", Counters(_LAST), signals=Counters(),
+        reads=(Region("stream"),), writes=(Region("out"),),
     ),
-)
+)  # fmt: skip
 
 
 def _part_bytes(shape: BlockShape, tiles: Tiles) -> int:
@@ -167,9 +146,9 @@ def build(shape: BlockShape, tiles: Tiles, *, adaptive: bool = False) -> Table:
         ValueError: a width is no multiple of its tile.
     """
     _check(shape, tiles)
-    enter, *layers, leave_loop, leave = phases_of(tiles)
+    enter, *layers, exits, leave = phases_of(tiles)
     last = shape.layers - 1
-    order = [(leave_loop, last)] * adaptive
+    order = [(exits, last)] * adaptive
     order += [(phase, layer) for layer in range(shape.layers) for phase in layers]
     return Table(shape, tiles, phases_of(tiles), adaptive).made(order, [(enter, 0)], [(leave, last)])
 
