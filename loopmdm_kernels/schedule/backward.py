@@ -28,10 +28,12 @@ from typing import NamedTuple
 from loopmdm_kernels.schedule.cost import STEP
 from loopmdm_kernels.schedule.table import (
     BlockShape,
+    Cost,
     Counters,
     Phase,
     Region,
     RegionRows,
+    Sizes,
     Table,
     Work,
     check_sizes,
@@ -88,83 +90,52 @@ def _qkv(shape: BlockShape) -> int:
     return 3 * shape.hidden
 
 
-def _rows(
-    name: Backward, does: str, before: Backward, row_bytes: int, *, layer: int = 0,
-    signals: Counters | None = None, reads: tuple[Region, ...] = (), writes: tuple[Region, ...] = (),
-) -> Phase:  # fmt: skip
-    """Work on whole rows; `row_bytes` are moved for each of their numbers."""
-    return Phase(
-        name,
-        does,
-        Counters((before,), layer=layer),
-        columns=lambda s, t: (t.rows, t.part),
-        signals=signals,
-        reads=tuple(region._replace(rows="part") for region in reads),
-        writes=tuple(region._replace(rows="part") for region in writes),
-        cost=lambda s, t: Work(0, row_bytes * t.part * s.hidden),
-    )
+def _rows(row_bytes: int) -> tuple[Sizes, Cost]:
+    """Work on whole rows: so many bytes are moved for each of their numbers."""
+    return lambda s, t: (t.rows, t.part), lambda s, t: Work(0, row_bytes * t.part * s.hidden)
 
 
-def _product(
-    name: Backward, does: str, before: Backward, width: Size, inner: Size, *,
-    reads: tuple[Region, ...], writes: tuple[Region, ...],
-) -> Phase:  # fmt: skip
-    return Phase(
-        name,
-        does,
-        Counters((before,)),
-        columns=lambda s, t: (width(s), t.columns),
-        reads=reads,
-        writes=writes,
-        cost=lambda s, t: _product_work(t, inner(s)),
-    )
+def _product(width: Size, inner: Size) -> tuple[Sizes, Cost]:
+    def cost(shape: BlockShape, tiles: BackwardTiles) -> Work:
+        rows, columns = tiles.rows, tiles.columns
+        return Work(2 * rows * columns * inner(shape), 2 * inner(shape) * (rows + columns))
+
+    return lambda s, t: (width(s), t.columns), cost
 
 
-def _product_work(tiles: BackwardTiles, inner: int) -> Work:
-    return Work(2 * tiles.rows * tiles.columns * inner, 2 * inner * (tiles.rows + tiles.columns))
-
-
-def _heads(
-    name: Backward, does: str, waits_for: Counters, products: int, own: int, *,
-    signals: Counters | None = None, reads: tuple[Region, ...], writes: tuple[Region, ...],
-) -> Phase:  # fmt: skip
+def _heads(products: int, own: int) -> tuple[Sizes, Cost]:
     """Attention of a head: products of a tile, and how many operands of its own rows it reads."""
 
     def cost(shape: BlockShape, tiles: BackwardTiles) -> Work:
         keys = KEY_BLOCK * math.ceil(shape.length / KEY_BLOCK)
-        return Work(
-            2 * products * tiles.rows * keys * shape.head_dim,
-            2 * shape.head_dim * (own * tiles.rows + 2 * shape.length),
-            attention=True,
-        )
+        flops = 2 * products * tiles.rows * keys * shape.head_dim
+        return Work(flops, 2 * shape.head_dim * (own * tiles.rows + 2 * shape.length), attention=True)
 
-    return Phase(
-        name, does, waits_for, columns=lambda s, t: (s.hidden, s.head_dim), signals=signals,
-        reads=reads, writes=writes, cost=cost,
-    )  # fmt: skip
+    return lambda s, t: (s.hidden, s.head_dim), cost
+
+
+def _tokens(shape: BlockShape) -> int:
+    return shape.batch * STEP * math.ceil(shape.length / STEP)
 
 
 def _weight(name: Backward, before: Backward, left: str, right: str, height: Size, width: Size) -> Phase:
     """The gradient of a matrix [height, width]: that of its product's result, times the left operand."""
     return Phase(
-        name,
-        "sums over all loops, fp32",
-        Counters((before,), "all"),
-        columns=lambda s, t: (width(s), t.columns),
-        rows=height,
-        signals=Counters(),
+        name, "sums over all loops, fp32", Counters((before,), "all"), *_product(width, _tokens),
+        rows=height, signals=Counters(),
         reads=(Region(left, "rows", "all"), Region(right, "tile", "all")),
         writes=(Region(name.name.lower(), "tile", "weight"),),
-        cost=lambda s, t: _product_work(t, s.batch * STEP * math.ceil(s.length / STEP)),
-    )
+    )  # fmt: skip
+
+
+def _part(*buffers: str, layer: int = 0) -> tuple[Region, ...]:
+    return tuple(Region(buffer, rows="part", layer=layer) for buffer in buffers)
 
 
 def _query_regions(rows: RegionRows) -> tuple[Region, ...]:
     """What gradients of scores need of queries."""
-    return (
-        Region("qkv", "tile", rows), Region("grad_mixed", "tile", rows),
-        Region("log_sum_exp", "number", rows), Region("inner", "number", rows),
-    )  # fmt: skip
+    numbers = (Region(buffer, "number", rows) for buffer in ("log_sum_exp", "inner"))
+    return Region("qkv", "tile", rows), Region("grad_mixed", "tile", rows), *numbers
 
 
 def _key_regions(rows: RegionRows) -> tuple[Region, ...]:
@@ -173,84 +144,83 @@ def _key_regions(rows: RegionRows) -> tuple[Region, ...]:
 
 B = Backward
 PHASES = (
-    _rows(
-        B.NORM1, "norm and modulation, rounded", B.MLP_OUT, 6, layer=-1,
-        reads=(Region("state"),), writes=(Region("rows1"),),
+    Phase(
+        B.NORM1, "norm and modulation, rounded", Counters((B.MLP_OUT,), layer=-1), *_rows(6),
+        reads=_part("state"), writes=_part("rows1"),
     ),
-    _product(
-        B.QKV, "product, rotary", B.NORM1, _qkv, _hidden,
+    Phase(
+        B.QKV, "product, rotary", Counters((B.NORM1,)), *_product(_qkv, _hidden),
         reads=(Region("rows1"),), writes=(Region("qkv", "tile"),),
     ),
-    _heads(
-        B.ATTENTION, "queries of one tile by all keys, one head", Counters((B.QKV,), "every"), 2, 1,
+    Phase(
+        B.ATTENTION, "queries of one tile by all keys, one head", Counters((B.QKV,), "every"), *_heads(2, 1),
         reads=(Region("qkv", "tile"), *_key_regions("every")),
         writes=(Region("mixed", "tile"), Region("log_sum_exp", "number")),
     ),
-    _product(
-        B.ATTN_OUT, "product, gate, residual", B.ATTENTION, _hidden, _hidden,
+    Phase(
+        B.ATTN_OUT, "product, gate, residual", Counters((B.ATTENTION,)), *_product(_hidden, _hidden),
         reads=(Region("mixed"), Region("state", "tile")),
         writes=(Region("branch1", "tile"), Region("middle", "tile")),
     ),
-    _rows(
-        B.NORM2, "norm and modulation, rounded", B.ATTN_OUT, 6,
-        reads=(Region("middle"),), writes=(Region("rows2"),),
+    Phase(
+        B.NORM2, "norm and modulation, rounded", Counters((B.ATTN_OUT,)), *_rows(6),
+        reads=_part("middle"), writes=_part("rows2"),
     ),
-    _product(
-        B.MLP_IN, "product, bias, GELU", B.NORM2, _mlp, _hidden,
+    Phase(
+        B.MLP_IN, "product, bias, GELU", Counters((B.NORM2,)), *_product(_mlp, _hidden),
         reads=(Region("rows2"),), writes=(Region("mlp_in", "tile"), Region("gelu", "tile")),
     ),
-    _product(
-        B.MLP_OUT, "product, bias, gate, residual", B.MLP_IN, _hidden, _mlp,
+    Phase(
+        B.MLP_OUT, "product, bias, gate, residual", Counters((B.MLP_IN,)), *_product(_hidden, _mlp),
         reads=(Region("gelu"), Region("middle", "tile")),
         writes=(Region("branch2", "tile"), Region("state", "tile", layer=1)),
     ),
-    _rows(
-        B.TOP, "gradient of the last layer's MLP branch", B.MLP_OUT, 8,
-        reads=(Region("branch2"),),
-        writes=(Region("grad"), Region("grad_branch2"), Region("gate2")),
+    Phase(
+        B.TOP, "gradient of the last layer's MLP branch", Counters((B.MLP_OUT,)), *_rows(8),
+        reads=_part("branch2"), writes=_part("grad", "grad_branch2", "gate2"),
     ),
-    _product(
-        B.GRAD_MLP_IN, "product, GELU's slope", B.TOP, _mlp, _hidden,
+    Phase(
+        B.GRAD_MLP_IN, "product, GELU's slope", Counters((B.TOP,)), *_product(_mlp, _hidden),
         reads=(Region("grad_branch2"), Region("mlp_in", "tile")),
         writes=(Region("grad_mlp_in", "tile"), Region("bias", "tile")),
     ),
-    _product(
-        B.GRAD_NORM2, "product: gradient of the modulated rows", B.GRAD_MLP_IN, _hidden, _mlp,
+    Phase(
+        B.GRAD_NORM2, "product: gradient of the modulated rows", Counters((B.GRAD_MLP_IN,)),
+        *_product(_hidden, _mlp),
         reads=(Region("grad_mlp_in"),), writes=(Region("grad_rows", "tile"),),
     ),
-    _rows(
-        B.MIDDLE, "stream's gradient through the second norm; that of the attention branch", B.GRAD_NORM2, 28,
-        reads=(Region("middle"), Region("grad_rows"), Region("branch1")),
-        writes=(Region("sums2"), Region("grad"), Region("grad_branch1"), Region("gate1")),
+    Phase(
+        B.MIDDLE, "stream's gradient through the second norm; that of the attention branch",
+        Counters((B.GRAD_NORM2,)), *_rows(28),
+        reads=_part("middle", "grad_rows", "branch1"),
+        writes=_part("sums2", "grad", "grad_branch1", "gate1"),
     ),
-    _product(
-        B.GRAD_MIXED, "product; its product with attention's output, by head", B.MIDDLE, _hidden, _hidden,
+    Phase(
+        B.GRAD_MIXED, "product; its product with attention's output, by head", Counters((B.MIDDLE,)),
+        *_product(_hidden, _hidden),
         reads=(Region("grad_branch1"), Region("mixed", "tile")),
         writes=(Region("grad_mixed", "tile"), Region("inner", "heads")),
     ),
-    _heads(
-        B.GRAD_QUERIES, "gradient of q, turned back", Counters((B.GRAD_MIXED,)), 3, 2,
-        reads=(*_query_regions("own"), *_key_regions("every")),
-        writes=(Region("grad_qkv", "tile"),),
+    Phase(
+        B.GRAD_QUERIES, "gradient of q, turned back", Counters((B.GRAD_MIXED,)), *_heads(3, 2),
+        reads=(*_query_regions("own"), *_key_regions("every")), writes=(Region("grad_qkv", "tile"),),
     ),
-    _heads(
-        B.GRAD_KEYS, "gradients of k, turned back, and v", Counters((B.GRAD_MIXED,), "every"), 4, 2,
+    Phase(
+        B.GRAD_KEYS, "gradients of k, turned back, and v", Counters((B.GRAD_MIXED,), "every"), *_heads(4, 2),
         signals=Counters((B.GRAD_QUERIES,)),
         reads=(*_query_regions("every"), *_key_regions("own")),
         writes=(Region("grad_qkv", "tile", offset=1), Region("grad_qkv", "tile", offset=2)),
     ),
-    _product(
-        B.GRAD_NORM1, "product: gradient of the modulated rows", B.GRAD_QUERIES, _hidden, _qkv,
+    Phase(
+        B.GRAD_NORM1, "product: gradient of the modulated rows", Counters((B.GRAD_QUERIES,)),
+        *_product(_hidden, _qkv),
         reads=(Region("grad_qkv"),), writes=(Region("grad_rows", "tile"),),
     ),
-    _rows(
-        B.BOTTOM, "as MIDDLE, through the first norm, to the MLP branch of the layer below", B.GRAD_NORM1, 28,
-        signals=Counters((B.TOP,), layer=-1),
-        reads=(Region("state"), Region("grad_rows"), Region("branch2", layer=-1)),
-        writes=(
-            Region("sums1"), Region("grad"),
-            Region("grad_branch2", layer=-1), Region("gate2", layer=-1),
-        ),
+    Phase(
+        B.BOTTOM, "as MIDDLE, through the first norm, to the MLP branch of the layer below",
+        Counters((B.GRAD_NORM1,)), *_rows(28), signals=Counters((B.TOP,), layer=-1),
+        reads=(*_part("state", "grad_rows"), *_part("branch2", layer=-1)),
+        writes=(*_part("sums1", "grad"), *_part("grad_branch2", "gate2", layer=-1)),
     ),
     _weight(B.WEIGHT_MLP_OUT, B.TOP, "grad_branch2", "gelu", _hidden, _mlp),
     _weight(B.WEIGHT_MLP_IN, B.GRAD_MLP_IN, "grad_mlp_in", "rows2", _mlp, _hidden),

@@ -108,13 +108,18 @@ class Work(NamedTuple):
     attention: bool = False  # its flops are at attention's rate
 
 
+Sizes = Callable[[BlockShape, Any], tuple[int, int]]
+Cost = Callable[[BlockShape, Any], Work]
+
+
 class Phase(NamedTuple):
     """One kind of tile. Functions of sizes get the shape and the tiles."""
 
     name: IntEnum
     does: str
     waits_for: Counters
-    columns: Callable[[BlockShape, Any], tuple[int, int]] = lambda shape, tiles: (1, 1)  # all, and of a tile
+    columns: Sizes = lambda shape, tiles: (1, 1)  # all, and of a tile
+    cost: Cost | None = None
     rows: Callable[[BlockShape], int] | None = None  # of a weight's gradient, instead of the tokens
     once: bool = False  # for a sequence, not for each row tile
     parts: Callable[[Any], int] = lambda tiles: 1  # of the inner dimension
@@ -122,7 +127,6 @@ class Phase(NamedTuple):
     slots: Callable[[int], tuple[int, int]] = lambda layer: (0, 0)  # read and write, by layer
     reads: tuple[Region, ...] = ()
     writes: tuple[Region, ...] = ()
-    cost: Callable[[BlockShape, Any], Work] | None = None
 
     def places(self, table: Table) -> list[tuple[int, int]]:
         """(sequence, row tile) of its tiles."""
