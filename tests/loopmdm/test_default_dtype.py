@@ -8,11 +8,11 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm import LoopMDM, LoopMDMConfig, sample
 from loopmdm.quality.likelihood import evaluate_nll
+from loopmdm.sampling import ORDERS
 from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.types import Head
 
 DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]
-ORDERS = ["ancestral", "first_hitting", "confidence", "margin", "entropy", "random", "left_to_right"]
 CONFIG = LoopMDMConfig(
     vocab_size=12, mask_token_id=11, hidden_size=32, num_heads=2, num_layers=4, cond_dim=16,
     max_length=10, loop_start=1, loop_end=3, max_loops=3, dropout=0.1,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loopmdm import ComputePlan, sample
 from loopmdm.exits import ExitGate, HiddenChange
-from loopmdm.sampling import Remasking
+from loopmdm.sampling import ORDERS, Remasking
 
 MASK = 11  # of the tests' small models: vocab_size 12, max_length 20
 KINDS = {
@@ -21,11 +21,7 @@ KINDS = {
     "wide": {"time_conditioning": True, "hidden_size": 32, "cond_dim": 32, "positions": "learned"},
 }
 ANY_PACE = ("steps", "tokens_per_step", "threshold", "entropy_bound")
-PACES = {
-    "ancestral": ("steps",),
-    "first_hitting": ("tokens_per_step",),
-    **dict.fromkeys(("confidence", "margin", "entropy", "random", "left_to_right"), ANY_PACE),
-}
+PACES = dict.fromkeys(ORDERS, ANY_PACE) | {"ancestral": ("steps",), "first_hitting": ("tokens_per_step",)}
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "steps": st.integers(1, 24),
     "tokens_per_step": st.integers(1, 4),

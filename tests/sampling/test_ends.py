@@ -7,8 +7,7 @@ import torch
 from scipy import stats
 
 from loopmdm import ComputePlan, sample
-
-ORDERS = ["ancestral", "first_hitting", "confidence", "margin", "entropy", "random", "left_to_right"]
+from loopmdm.sampling import ORDERS
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -9,8 +9,8 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm import ComputePlan, sample
+from loopmdm.sampling import ORDERS
 
-ORDERS = ["ancestral", "first_hitting", "confidence", "margin", "entropy", "random", "left_to_right"]
 WAYS = [
     *({"order": order, "steps": 16} for order in ORDERS if order != "first_hitting"),
     {"order": "first_hitting"},
