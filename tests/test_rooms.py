@@ -2,6 +2,7 @@
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,26 @@ LEVELS = {
     "csrc": [["common"], ["cpu", "cuda"], ["bindings"]],
     "csrc/cpu": [["machine"], ["vector"], ["linear"], ["attention"], ["looped_blocks", "head"]],
     "csrc/cuda": [["ptx"], ["tile"], ["looped_blocks", "head"]],
+}
+# Rooms of the model, and of its studies: folders, and modules that stand alone.
+MODULE_LEVELS = {
+    "loopmdm": [
+        ["_sudoku", "lazy", "printable"],
+        ["formats", "terminal"],
+        ["data", "model"],
+        ["exits"],
+        ["mdlm", "plan"],
+        ["sampling"],
+        ["quality", "solve", "train", "view"],
+        ["evaluate", "hf"],
+        ["runs"],
+        ["study"],
+        ["cli"],
+    ],
+    "loopmdm.study": [
+        ["kit"],
+        ["adaptive", "attention", "importance", "scaling", "schedules", "training", "trajectories"],
+    ],
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
@@ -42,11 +63,52 @@ def test_sources_include_no_room_above_or_beside(folder):
 
 
 def imported(path):
+    """Modules, and names taken from them; also in functions, and for types alone."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules_read(package):
+    """{module: modules of `package` that its file imports}."""
+    folder = ROOT / "python" / Path(*package.split("."))
+    files = {}
+    for path in (*folder.rglob("*.py"), *folder.rglob("*.pyi")):
+        parts = path.relative_to(ROOT / "python").with_suffix("").parts
+        files[".".join(parts).removesuffix(".__init__")] = path
+    return {
+        module: {
+            name if name in files else name.rpartition(".")[0]
+            for name in imported(path)
+            if name.startswith(f"{package}.")
+        }
+        for module, path in files.items()
+    }
+
+
+@pytest.mark.parametrize("package", MODULE_LEVELS)
+def test_modules_import_no_room_above_or_beside(package):
+    level = {f"{package}.{room}": n for n, rooms in enumerate(MODULE_LEVELS[package]) for room in rooms}
+    depth = package.count(".") + 2
+    above = {package, f"{package}.__main__"}
+    for module, read in modules_read(package).items():
+        if module in above:
+            continue
+        room = ".".join(module.split(".")[:depth])
+        assert room in level, f"{room}: a room that the list does not know"
+        for other in read - above:
+            to = ".".join(other.split(".")[:depth])
+            assert to == room or level[to] < level[room], f"{module} imports {other}"
+        assert package not in read, f"{module} imports {package}, which names what stands above it"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    modules = modules_read("loopmdm")
+    assert len(modules) > 150
+    order = TopologicalSorter(modules).static_order()  # raises an error that names the circle
+    assert set(order) >= set(modules)
 
 
 def test_the_kernels_do_not_know_the_model():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loopmdm.lazy import lazily
+from loopmdm.model.readers import READERS
 
 if TYPE_CHECKING:
     from loopmdm.mdlm import patch
@@ -28,6 +29,15 @@ __getattr__ = lazily(
         "sample": "loopmdm.sampling",
     },
 )
+
+
+def _from_mdlm(*args: Any, **options: Any) -> Any:
+    from loopmdm.mdlm import from_mdlm
+
+    return from_mdlm(*args, **options)
+
+
+READERS["mdlm"] = _from_mdlm
 
 
 def __dir__() -> list[str]:

@@ -13,8 +13,8 @@ import torch
 
 from loopmdm import LoopMDM
 from loopmdm.cli import family
-from loopmdm.cli.runs import FILES
 from loopmdm.runs import jobs
+from loopmdm.runs.run_file import FILES
 from loopmdm.study.kit.folder import FIGURE_FILE, PLAN_FILES, TABLE_CSV, TABLE_JSON, StudyFolder
 from loopmdm.train import RunFolder, read_metrics
 from loopmdm_kernels.locks import LOCK_FILE, Lock, LockedError

@@ -19,8 +19,8 @@ from loopmdm.cli.output import print_json, print_table, show
 from loopmdm.cli.parser import set_up
 from loopmdm.cli.runs import described_run, process_group, refuse, train_run
 from loopmdm.data.batches import Batch
+from loopmdm.formats.folders import read_json
 from loopmdm.model import LoopMDM
-from loopmdm.model.checkpoint import read_json
 from loopmdm.quality.likelihood import nll_by_sequence, ratio_of_sums
 from loopmdm.runs import text_data
 from loopmdm.runs.boards import blanks, held_out_puzzles

@@ -17,21 +17,17 @@ import torch
 import torch.distributed as dist
 
 from loopmdm.cli.parser import INTERRUPTED, TERMINATED
-from loopmdm.data.tokenizer import BACKEND_FILE
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.runs.jobs import Job, read_corpus, sudoku_job, text_job, text_tokenizer
 from loopmdm.runs.options import UsageError
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
-from loopmdm.runs.run_file import RUN_FILE, RunFile
-from loopmdm.runs.text_data import TOKENIZER_FILE, load_tokenizer, located
+from loopmdm.runs.run_file import FILES, RunFile, replaced_by
+from loopmdm.runs.text_data import load_tokenizer, located
 from loopmdm.terminal import note
 from loopmdm.train import RunFolder, TrainConfig, Trainer
-from loopmdm.train import loop as training
-from loopmdm.train.plot import PLOT_FILE
 from loopmdm.train.state import STATE_FILE
 from loopmdm_kernels.files import refuse_files
 
-FILES = (*training.FILES, RUN_FILE, PLOT_FILE, TOKENIZER_FILE, BACKEND_FILE)
 _DATA_FIELDS = (
     "preset",
     "data",
@@ -94,15 +90,6 @@ def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> Trai
 def _begun(args: argparse.Namespace) -> bool:
     """Whether the options continue the run in the folder; else they begin one there."""
     return bool(args.resume) and RunFile.read(args.out) is not None
-
-
-def replaced_by(run: RunFile, folder: Path) -> tuple[str, ...]:
-    """What a run that begins must not find in its folder.
-
-    Of tokenizers those without our file are foreign; others are compared with that of the run.
-    """
-    ours = run.data is None or (folder / TOKENIZER_FILE).exists()
-    return tuple(name for name in FILES if name not in (TOKENIZER_FILE, *([BACKEND_FILE] if ours else [])))
 
 
 @contextmanager

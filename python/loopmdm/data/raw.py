@@ -12,11 +12,12 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias, cast
+from typing import Any, BinaryIO, Literal, TypeAlias, cast
 
 from loopmdm.printable import printable
 
 Errors: TypeAlias = Literal["strict", "replace"]
+_NAMES_SHOWN, _NAME_SHOWN = 20, 40
 
 # Formats by their first bytes: a name may say less than the file, or something else.
 _COMPRESSED = (
@@ -150,3 +151,14 @@ _DECODERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     "xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),  # noqa: SIM115
     "zstd": _open_zstd,
 }
+
+
+def no_field(text_field: str, names: Any, what: str) -> str:
+    """What a message says about a record without the field of the text."""
+    return f"no {what} {text_field!r}; {known(names, what)}; choose one with text_field"
+
+
+def known(names: Any, what: str) -> str:
+    """The fields or columns that there are, the first of many."""
+    shown = [name if len(name) < _NAME_SHOWN else f"{name[:_NAME_SHOWN]}..." for name in map(str, names)]
+    return f"its {what}s: {', '.join(map(repr, shown[:_NAMES_SHOWN])) or 'none'}"

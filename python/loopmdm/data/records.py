@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loopmdm.data.files import SAVED, DataFile, is_archive
-from loopmdm.data.raw import Errors, PointerError, bad_bytes, decode, encoding_of, open_raw
+from loopmdm.data.raw import (
+    Errors,
+    PointerError,
+    bad_bytes,
+    decode,
+    encoding_of,
+    known,
+    no_field,
+    open_raw,
+)
 from loopmdm.printable import printable
 
 _BINARY_PROBE = 8192  # a NUL byte this early marks a binary file, as in git
 _DELIMITERS = {"CSV": ",;\t|", "TSV": "\t,;|"}  # the usual one first
 _SPACE = re.compile(r"[ \t\r\n]*")
-_NAMES_SHOWN, _NAME_SHOWN = 20, 40
 
 
 class NotText(ValueError):
@@ -73,16 +81,6 @@ def text_of(record: Any, text_field: str, where: str, errors: Errors) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{where}: field {text_field!r} is a {type(text).__name__}; accepted: a string")
     return whole(text, f"{where}: field {text_field!r}", errors)
-
-
-def no_field(text_field: str, names: Any, what: str) -> str:
-    """What a message says about a record without the field of the text."""
-    return f"no {what} {text_field!r}; {_known(names, what)}; choose one with text_field"
-
-
-def _known(names: Any, what: str) -> str:
-    shown = [name if len(name) < _NAME_SHOWN else f"{name[:_NAME_SHOWN]}..." for name in map(str, names)]
-    return f"its {what}s: {', '.join(map(repr, shown[:_NAMES_SHOWN])) or 'none'}"
 
 
 def whole(text: str, what: str, errors: Errors) -> str:
@@ -165,7 +163,7 @@ def _json(path: Path, text_field: str, errors: Errors) -> Iterator[str]:
         )
     if text_field not in first:
         message = f"{where}: {no_field(text_field, first, 'field')}"
-        raise NotText(message, f"JSON file(s) without field {text_field!r}", _known(first, "field"))
+        raise NotText(message, f"JSON file(s) without field {text_field!r}", known(first, "field"))
     column, second = first[text_field], next(values, None)
     if second is None and isinstance(column, (list, dict)):  # {"text": [...]}, or {"0": ...} as pandas writes
         for row, value in enumerate(column.values() if isinstance(column, dict) else column):
@@ -224,7 +222,7 @@ def _table(path: Path, delimiters: str, text_field: str, errors: Errors) -> Iter
     delimiter, names = _header(first, delimiters, text_field, f"{path}, line {number}")
     if text_field not in names:
         message = f"{path}, line {number}: {no_field(text_field, names, 'column')}"
-        raise NotText(message, f"table(s) without column {text_field!r}", _known(names, "column"))
+        raise NotText(message, f"table(s) without column {text_field!r}", known(names, "column"))
     column = names.index(text_field)
     rows = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
     start = number + 1

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loopmdm.data.dataset_folders import index_files, saved_files
-from loopmdm.data.raw import Errors, bad_bytes, is_plain, open_raw
-from loopmdm.data.records import no_field
+from loopmdm.data.raw import Errors, bad_bytes, is_plain, no_field, open_raw
 from loopmdm.printable import printable
 
 _FILE_MAGIC = b"ARROW1"  # an arrow file; without it a stream, which is what datasets writes

@@ -5,7 +5,7 @@ Sequences that stop leave the batch between loops.
 
 from __future__ import annotations
 
-from loopmdm.exits.loop import loop_to_threshold, run_with_exit
+from loopmdm.exits.loop import loop_to_threshold
 from loopmdm.exits.rules import (
     ArgmaxStable,
     ExitCost,
@@ -25,5 +25,4 @@ __all__ = [
     "OutputChange",
     "loop_to_threshold",
     "make_rule",
-    "run_with_exit",
 ]

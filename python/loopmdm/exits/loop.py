@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from loopmdm.exits.rules import ExitRule
+from loopmdm.exits.judges import Judge
 from loopmdm.model.stages import Stages
-from loopmdm_kernels.values import integer
-
-
-def run_with_exit(
-    stages: Stages, num_loops: int | Tensor, rule: ExitRule, min_loops: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Residual stream [B, L, D] behind the tail, and the loops used, int64 [B].
-
-    Args:
-        num_loops: the most loops, of all or of each sequence [B].
-        rule: ends a sequence earlier, after loop `min_loops` at the earliest.
-    """
-    if not isinstance(rule, ExitRule):
-        raise TypeError(f"exit must be an ExitRule such as HiddenChange(0.1), got {type(rule).__name__}")
-    least = int(num_loops.min()) if isinstance(num_loops, Tensor) else num_loops
-    earliest = integer("min_loops", min_loops)
-    if not 1 <= earliest <= least:
-        raise ValueError(f"min_loops must be in 1..{least}, the most loops of a sequence, got {min_loops}")
-    if rule.threshold is None:
-        return _loop_by_loop(stages, num_loops, rule, earliest)
-    return loop_to_threshold(stages, num_loops, rule.threshold, earliest)
 
 
 def loop_to_threshold(
@@ -37,7 +18,7 @@ def loop_to_threshold(
     min_loops: int = 1,
     max_loops: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`run_with_exit` of a rule that is a threshold of the op; max_loops is as in `Stages.loop`."""
+    """`ExitRule.run` of a rule that is a threshold of the op; max_loops is as in `Stages.loop`."""
     hidden, free = stages.head(), min_loops - 1
     if free:
         hidden = stages.loop(hidden, free)
@@ -46,10 +27,15 @@ def loop_to_threshold(
     return stages.tail(hidden), used + free
 
 
-def _loop_by_loop(
-    stages: Stages, num_loops: int | Tensor, rule: ExitRule, min_loops: int
+def loop_by_loop(
+    stages: Stages,
+    num_loops: int | Tensor,
+    min_loops: int,
+    lookback: int,
+    judge_of: Callable[[Stages, Tensor], Judge],
 ) -> tuple[Tensor, Tensor]:
-    loop = max(0, min_loops - rule.lookback)
+    """`ExitRule.run` of any other rule: `judge_of` is its `judge`, which looks so many loops back."""
+    loop = max(0, min_loops - lookback)
     hidden = stages.head()
     if loop:
         hidden = stages.loop(hidden, loop)
@@ -58,7 +44,7 @@ def _loop_by_loop(
     most = num_loops if isinstance(num_loops, Tensor) else torch.full_like(active, num_loops)
     used = most.clone()
     out = torch.empty_like(hidden)
-    judge = rule.judge(stages, hidden)
+    judge = judge_of(stages, hidden)
 
     def leave(gone: Tensor, state: Tensor) -> Tensor:
         """Write the state of those who go; returns who stays, and forgets the others."""

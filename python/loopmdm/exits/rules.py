@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from loopmdm.exits.judges import ArgmaxJudge, ChangeJudge, Judge, OutputJudge
-from loopmdm.model.stages import Stages
+from loopmdm.exits.loop import loop_by_loop, loop_to_threshold
+from loopmdm.model.stages import Exit, Stages
 from loopmdm.printable import printable
-from loopmdm_kernels.values import meant, positive, real
+from loopmdm_kernels.values import integer, meant, positive, real
 
 LEAST_CHANGE = 1e-12  # of a change whose logarithm is taken
 
@@ -27,7 +28,7 @@ class ExitCost(NamedTuple):
     projections: Tensor  # times that its masked positions went through the vocabulary head
 
 
-class ExitRule(ABC):
+class ExitRule(Exit):
     """Stops a sequence after a loop. The first loop that may be the last is loop `min_loops`."""
 
     kind: ClassVar[str]
@@ -45,6 +46,17 @@ class ExitRule(ABC):
     @abstractmethod
     def judge(self, stages: Stages, hidden: Tensor) -> Judge:
         """A judge that has seen the state before the first loop it is asked about."""
+
+    def run(self, stages: Stages, num_loops: int | Tensor, min_loops: int = 1) -> tuple[Tensor, Tensor]:
+        least = int(num_loops.min()) if isinstance(num_loops, Tensor) else num_loops
+        earliest = integer("min_loops", min_loops)
+        if not 1 <= earliest <= least:
+            raise ValueError(
+                f"min_loops must be in 1..{least}, the most loops of a sequence, got {min_loops}"
+            )
+        if self.threshold is None:
+            return loop_by_loop(stages, num_loops, earliest, self.lookback, self.judge)
+        return loop_to_threshold(stages, num_loops, self.threshold, earliest)
 
     def cost(self, used: Tensor, most: Tensor, min_loops: int) -> ExitCost:
         """What deciding cost sequences that used so many loops of at most `most`, both int64 [B]."""

@@ -63,6 +63,18 @@ def check(path: Path) -> bool:
     return True
 
 
+def read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file whose digest, if stated, is right; tied ones under each name."""
+    check(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tied = aliases(file.metadata(), set(tensors))
+            return {**tensors, **{alias: tensors[kept] for alias, kept in tied.items()}}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {printable(error)}") from error
+
+
 def aliases(metadata: Mapping[str, str] | None, names: set[str]) -> dict[str, str]:
     """Tensors that are not in the file, and which of it stands for each."""
     stated = (metadata or {}).items()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from loopmdm.formats import safetensors_files
+from loopmdm.formats.folders import WEIGHTS_FILE, locate, read_json
 from loopmdm.formats.pickles import StoredTensor
 from loopmdm.formats.torch_files import TorchFile
-from loopmdm.model import checkpoint
 from loopmdm.printable import printable
 
 _LONGEST_NAME = 255  # of a file, in characters
@@ -19,7 +20,7 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 def find_index(folder: Path) -> str | None:
     """The name of a local folder's index; None where its weights are in one file, or there are none."""
-    if (folder / checkpoint.WEIGHTS_FILE).is_file():
+    if (folder / WEIGHTS_FILE).is_file():
         return None
     return next((name for name in INDEX_FILES if (folder / name).is_file()), None)
 
@@ -31,8 +32,8 @@ def read_shards(folder: str | os.PathLike[str], index: str, revision: str | None
         FileNotFoundError: shards are missing; all of them are named.
         ValueError: a damaged index, a tensor that its shard lacks, or one that the index does not know.
     """
-    path = checkpoint.locate(folder, index, revision)
-    shard_of = checkpoint.read_json(path).get("weight_map")
+    path = locate(folder, index, revision)
+    shard_of = read_json(path).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(f"{path}: has no weight_map, which names the shard of each tensor")
     for name, shard in shard_of.items():
@@ -48,7 +49,7 @@ def read_shards(folder: str | os.PathLike[str], index: str, revision: str | None
             )
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        held = _read_shard(checkpoint.locate(folder, shard, revision))
+        held = _read_shard(locate(folder, shard, revision))
         stated = {name for name, file in shard_of.items() if file == shard}
         if set(held) != stated:
             differing = ", ".join(sorted(set(held) ^ stated)[:5])
@@ -61,7 +62,7 @@ def read_shards(folder: str | os.PathLike[str], index: str, revision: str | None
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        return checkpoint.read_safetensors(path)
+        return safetensors_files.read(path)
     with contextlib.closing(TorchFile(path)) as file:
         root = file.root
         if not isinstance(root, dict) or not all(isinstance(leaf, StoredTensor) for leaf in root.values()):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.formats import shards
+from loopmdm.formats.folders import CONFIG_FILE, WEIGHTS_FILE
 from loopmdm.mdlm import likeness
 from loopmdm.mdlm import stated as mdlm_stated
 from loopmdm.mdlm import weights as mdlm_weights
@@ -224,10 +225,10 @@ def convert_checkpoint(src: Any, dst: str | os.PathLike[str], **options: Any) ->
         ValueError: `dst` holds a checkpoint already; else as `from_mdlm`.
         OSError: it cannot be written.
     """
-    names = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, *shards.INDEX_FILES)
+    names = (CONFIG_FILE, WEIGHTS_FILE, *shards.INDEX_FILES)
     refuse_files(dst, names, "the converted checkpoint")
     model = from_mdlm(LoopMDM, src, **options)
-    checkpoint.save_pretrained(model, dst)
+    model.save_pretrained(dst)
     return model.config
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from loopmdm.formats import safetensors_files, shards
+from loopmdm.formats.folders import CONFIG_FILE, WEIGHTS_FILE, locate, read_json
 from loopmdm.formats.pickles import Opaque, StoredTensor
 from loopmdm.formats.torch_files import TorchFile
 from loopmdm.mdlm import stated as mdlm_stated
@@ -99,21 +100,19 @@ def read_weights(source: Any, *, ema: bool = True) -> MDLMWeights:
     index = shards.find_index(path) if path.is_dir() else None
     if index is not None:
         weights = _from_tree(shards.read_shards(path, index), _tensor_itself, ema, str(path / index))
-    elif (
-        path.is_dir() and not (path / checkpoint.WEIGHTS_FILE).is_file() and (path / _TORCH_WEIGHTS).is_file()
-    ):
+    elif path.is_dir() and not (path / WEIGHTS_FILE).is_file() and (path / _TORCH_WEIGHTS).is_file():
         weights = _from_file(path / _TORCH_WEIGHTS, ema)
     else:
-        weights = _from_file(checkpoint.locate(source, checkpoint.WEIGHTS_FILE), ema)
-    if path.is_dir() and not (path / checkpoint.CONFIG_FILE).is_file():
+        weights = _from_file(locate(source, WEIGHTS_FILE), ema)
+    if path.is_dir() and not (path / CONFIG_FILE).is_file():
         return weights
-    config = checkpoint.read_json(checkpoint.locate(source, checkpoint.CONFIG_FILE))
+    config = read_json(locate(source, CONFIG_FILE))
     return weights._replace(fields=_stated([config], str(source)))
 
 
 def _from_file(path: Path, ema: bool) -> MDLMWeights:
     if path.suffix == ".safetensors":
-        return _from_tree(checkpoint.read_safetensors(path), _tensor_itself, ema, str(path))
+        return _from_tree(safetensors_files.read(path), _tensor_itself, ema, str(path))
     with contextlib.closing(TorchFile(path)) as file:
         return _from_tree(file.root, file.tensor, ema, str(path))
 

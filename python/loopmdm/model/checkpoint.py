@@ -7,121 +7,124 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from loopmdm.formats import hub, safetensors_files
+from loopmdm.formats import safetensors_files, shards
+from loopmdm.formats.folders import CONFIG_FILE, WEIGHTS_FILE, locate, read_json
 from loopmdm.printable import printable
 from loopmdm_kernels.files import write_files
-from loopmdm_kernels.values import parse_json
 
-if TYPE_CHECKING:
-    from loopmdm.model import LoopMDM
-    from loopmdm.quality.causal import CausalLM
-
-    Model = TypeVar("Model", LoopMDM, CausalLM)
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 # What config.json may name as its model_type (LoopMDM where it names none), and how it is used.
 MODEL_TYPES = {
     "loopmdm": "a diffusion model, which LoopMDM.from_pretrained reads",
     "loopmdm-causal": "an autoregressive scorer (loopmdm train --autoregressive): it rates samples and makes"
     " none (loopmdm.quality.load_scorer)",
 }
+Model = TypeVar("Model", bound="Trainable")
 _SHOWN_DIFFERENCES = 20
 _FEWEST_TENSORS_OF_A_BLOCK = 4
 
 
-def save_pretrained(model: LoopMDM | CausalLM, path: str | os.PathLike[str]) -> None:
-    """Write `model` into the folder `path` (made if missing); existing files are replaced whole or kept.
+class Trainable(nn.Module):
+    """A network with a loss that `Trainer` trains, kept in a folder as config.json and model.safetensors."""
 
-    Raises:
-        OSError: the files cannot be written (full disk, permissions); no partial file is left.
-    """
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"path: got the file {folder}, expected a folder")
-    tensors = model.state_dict()
-    write_files(
-        {
-            folder / WEIGHTS_FILE: lambda temporary: safetensors_files.write(
-                temporary, tensors, {"format": "pt"}
-            ),
-            folder / CONFIG_FILE: _config_text(model),
-        }
-    )
+    model_type: ClassVar[str]
+    config_class: ClassVar[Any]
+    config: Any
+    recompute: bool
+    loss: Callable[..., Any]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False  # keep for backward what a loop or a block begins with, and no more
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors into the folder `path`, each one whole or not at all.
+
+        Raises:
+            OSError: the files cannot be written (full disk, permissions); no partial file is left.
+        """
+        folder = Path(path)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"path: got the file {folder}, expected a folder")
+        tensors = self.state_dict()
+        write_files(
+            {
+                folder / WEIGHTS_FILE: lambda temporary: safetensors_files.write(
+                    temporary, tensors, {"format": "pt"}
+                ),
+                folder / CONFIG_FILE: _config_text(self),
+            }
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_hub_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        config: Any = None,
+        **overrides: Any,
+    ) -> Model:
+        """Load what `save_pretrained` wrote, from a folder or a Hugging Face hub id, on the CPU in eval mode.
+
+        Half-precision files are widened to fp32; float64 stays float64.
+
+        Args:
+            path_or_hub_id: a local folder, or "owner/name" on the Hugging Face hub.
+            revision: branch, tag or commit on the hub.
+            config: in place of a config.json, which checkpoints of other trainers may lack; None: the file's.
+            overrides: replace fields of the stored configuration (such as `max_loops`, `dropout`).
+
+        Raises:
+            FileNotFoundError: no such folder or file.
+            ValueError: damaged or foreign files, unknown fields, tensors that do not fit, NaN or infinity.
+        """
+        if config is None:
+            config = _read_config(cls, path_or_hub_id, revision, overrides)
+        else:
+            config = cls.config_class.from_dict({**config.to_dict(), **overrides})
+        path, tensors = _read_weights(path_or_hub_id, revision)
+        _check_sizes(config, tensors, str(path))
+        with torch.device("meta"):
+            model = cls(config)
+        fill(model, tensors, str(path))
+        return model.eval()
 
 
-def write_config(model: LoopMDM | CausalLM, path: str | os.PathLike[str]) -> None:
+def write_config(model: Trainable, path: str | os.PathLike[str]) -> None:
     """Write config.json alone into the folder `path`, beside weights that another trainer has written."""
     write_files({Path(path) / CONFIG_FILE: _config_text(model)})
 
 
-def _config_text(model: LoopMDM | CausalLM) -> str:
+def _config_text(model: Trainable) -> str:
     return json.dumps({"model_type": model.model_type, **model.config.to_dict()}, indent=2) + "\n"
-
-
-def load_pretrained(
-    cls: type[Model],
-    path_or_hub_id: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    config: Any = None,
-    **config_overrides: Any,
-) -> Model:
-    """Load what `save_pretrained` wrote, on the CPU, in eval mode.
-
-    Half-precision files are widened to fp32; float64 stays float64.
-
-    Args:
-        cls: the model class, called with its `config_class`.
-        path_or_hub_id: a local folder, or "owner/name" on the Hugging Face hub.
-        revision: branch, tag or commit on the hub.
-        config: of the `config_class`, in place of config.json; None: that file is read.
-        config_overrides: replace fields of the stored configuration (such as `max_loops`, `dropout`).
-
-    Raises:
-        FileNotFoundError: no such folder or file.
-        ValueError: damaged or foreign files, unknown fields, tensors that do not fit, NaN or infinity.
-    """
-    if config is None:
-        config = _read_config(cls, path_or_hub_id, revision, config_overrides)
-    else:
-        config = cls.config_class.from_dict({**config.to_dict(), **config_overrides})
-    weights_path, tensors = _read_weights(path_or_hub_id, revision)
-    if config.num_layers * _FEWEST_TENSORS_OF_A_BLOCK > len(tensors):
-        raise ValueError(
-            f"{weights_path}: num_layers is {config.num_layers}, but the weights are {len(tensors)} tensors"
-        )
-    _check_sizes(config, tensors, str(weights_path))
-    with torch.device("meta"):
-        model = cls(config)
-    fill(model, tensors, str(weights_path))
-    return model.eval()
 
 
 def _read_weights(
     path_or_hub_id: str | os.PathLike[str], revision: str | None
 ) -> tuple[Path, dict[str, Tensor]]:
     """The tensors of a folder, in one file or in shards, and the path to name in errors."""
-    from loopmdm.formats import shards
-
     index = shards.find_index(Path(path_or_hub_id))
     if index is None:
         path = locate(path_or_hub_id, WEIGHTS_FILE, revision)
-        return path, read_safetensors(path)
+        return path, safetensors_files.read(path)
     return Path(path_or_hub_id) / index, shards.read_shards(path_or_hub_id, index, revision)
 
 
 def _check_sizes(config: Any, tensors: Mapping[str, Tensor], source: str) -> None:
     """Before anything of the configuration's size is made: no size may exceed the elements of the file."""
+    if config.num_layers * _FEWEST_TENSORS_OF_A_BLOCK > len(tensors):
+        raise ValueError(
+            f"{source}: num_layers is {config.num_layers}, but the weights are {len(tensors)} tensors"
+        )
     elements = sum(tensor.numel() for tensor in tensors.values())
     for name in ("hidden_size", "vocab_size", "cond_dim", "mlp_ratio", "num_layers"):
         size = getattr(config, name)
@@ -135,7 +138,10 @@ def _check_sizes(config: Any, tensors: Mapping[str, Tensor], source: str) -> Non
 
 
 def _read_config(
-    cls: type[Model], path_or_hub_id: str | os.PathLike[str], revision: str | None, overrides: dict[str, Any]
+    cls: type[Trainable],
+    path_or_hub_id: str | os.PathLike[str],
+    revision: str | None,
+    overrides: dict[str, Any],
 ) -> Any:
     config_path = locate(path_or_hub_id, CONFIG_FILE, revision)
     fields = read_json(config_path)
@@ -152,7 +158,7 @@ def _read_config(
         raise type(error)(f"{config_path}: {error}") from error
 
 
-def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Give `model` (which may be on the meta device) copies of `tensors`, if names and shapes fit exactly.
 
     Those that are the same memory become one parameter.
@@ -206,43 +212,3 @@ def check_same(
     raise ValueError(
         f"{source}: {len(rows)} of {len(expected)} tensors do not fit the model\n" + "\n".join(lines)
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file whose digest, if stated, is right; tied ones under each name."""
-    safetensors_files.check(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            tied = safetensors_files.aliases(file.metadata(), set(tensors))
-            return {**tensors, **{alias: tensors[kept] for alias, kept in tied.items()}}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {printable(error)}") from error
-
-
-def locate(path_or_hub_id: str | os.PathLike[str], name: str, revision: str | None = None) -> Path:
-    """The local path of file `name` of a checkpoint folder, downloaded from the hub if it is not local."""
-    folder = Path(path_or_hub_id)
-    if folder.is_dir():
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {name}; a checkpoint folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
-            )
-        return folder / name
-    if folder.exists() or not hub.is_hub_id(path_or_hub_id):
-        raise FileNotFoundError(
-            f"path_or_hub_id: got {str(path_or_hub_id)!r}, "
-            "expected a checkpoint folder or a hub id such as 'owner/name'"
-        )
-    missing = f"path_or_hub_id: {str(path_or_hub_id)!r} is not a local folder"
-    return hub.fetch(str(path_or_hub_id), name, revision=revision, missing=missing)

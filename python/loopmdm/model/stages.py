@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,14 +17,25 @@ from loopmdm.model import draws
 from loopmdm.model.cut import why_global
 from loopmdm.model.masks import boolean
 from loopmdm.model.modules import DDiTBlock, by_row
+from loopmdm.model.network import Network
 from loopmdm.model.parallel import refuse_split, with_whole_weights
 from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
 from loopmdm_kernels.types import Rotary
 
-if TYPE_CHECKING:
-    from loopmdm.model import LoopMDM
-
 _SEED_BITS = 0x7FFF_FFFF_FFFF_FFFF
+
+
+class Exit(ABC):
+    """What may end the loop of a sequence early: the rules of `loopmdm.exits`."""
+
+    @abstractmethod
+    def run(self, stages: Stages, num_loops: int | Tensor, min_loops: int = 1) -> tuple[Tensor, Tensor]:
+        """Residual stream [B, L, D] behind the tail, and the loops used, int64 [B].
+
+        Args:
+            num_loops: the most loops, of all or of each sequence [B].
+            min_loops: a sequence ends after this loop at the earliest.
+        """
 
 
 class Stages:
@@ -35,7 +47,7 @@ class Stages:
 
     def __init__(
         self,
-        model: LoopMDM,
+        model: Network,
         tokens: Tensor,
         sigma: Tensor | None,
         attention_mask: Tensor | None,

@@ -8,7 +8,6 @@ probability, the first one too: log p(x) is that of the whole sequence, on the t
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from loopmdm.model import vocabulary
+from loopmdm.model.checkpoint import Trainable
 from loopmdm.model.config import from_fields
 from loopmdm.model.cut import named, say, why_global, why_linear, why_norm
 from loopmdm.model.masks import boolean
@@ -103,16 +103,15 @@ class CausalBlock(nn.Module):
         return out
 
 
-class CausalLM(nn.Module):
+class CausalLM(Trainable):
     """p(x) = prod over i of p(x_i | x_<i); trained by `loopmdm.train.Trainer` as a `LoopMDM` is."""
 
     model_type: ClassVar[str] = "loopmdm-causal"
     config_class: ClassVar[type[CausalConfig]] = CausalConfig
+    config: CausalConfig
 
     def __init__(self, config: CausalConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.recompute = False  # keep block inputs only for backward
+        super().__init__(config)
         self.vocab_embed = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.rotary_emb = RotaryEmbedding(config.hidden_size // config.num_heads)
         self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.num_layers))
@@ -218,19 +217,6 @@ class CausalLM(nn.Module):
             raise ValueError("attention_mask, prompt_mask: no token is left to count")
         nll_sum = self.token_nll(input_ids, counted).sum()
         return CausalLoss(nll_sum / num_tokens, nll_sum.detach(), num_tokens)
-
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors into the folder `path`, each one whole or not at all."""
-        from loopmdm.model.checkpoint import save_pretrained
-
-        save_pretrained(self, path)
-
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str]) -> CausalLM:
-        """Load what `save_pretrained` wrote, on the CPU in eval mode."""
-        from loopmdm.model.checkpoint import load_pretrained
-
-        return load_pretrained(cls, path_or_hub_id)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

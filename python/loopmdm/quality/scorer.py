@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from loopmdm.data import tokenizer as tokenizers
 from loopmdm.data.tokenizer import Tokenizer
-from loopmdm.model.checkpoint import CONFIG_FILE, MODEL_TYPES, locate, read_json
+from loopmdm.formats.folders import CONFIG_FILE, locate, read_json
+from loopmdm.model.checkpoint import MODEL_TYPES
 from loopmdm.model.modes import evaluating
 from loopmdm.quality.causal import CausalLM
 from loopmdm.quality.samples import check_samples, lengths
 
 BATCH = 16
+_CONTEXT = 1024  # of a model of `transformers` whose configuration names none
 
 # (ids [B, W], counted [B, W]) -> -log p of the counted ids given those before them in the window, [B, W]
 TokenNLL = Callable[[Tensor, Tensor], Tensor]
@@ -66,6 +68,66 @@ class CausalScorer:
         return score_rows(token_nll, rows, context=config.max_length, unscored=0, filler=filler)
 
 
+class TransformersScorer:
+    """Any causal language model of `transformers` in a local folder.
+
+    Its tokens are not those of the samples: they are decoded to text and encoded again.
+
+    Perplexity is then per token of the scorer, and comparable between figures of the same scorer only; bits
+    per byte are comparable between all. Marks of begin and end are no text and are left out. Where the scorer
+    has a begin-of-text token it is put in front and every token is counted, else all but the first.
+    """
+
+    def __init__(self, model: Any, encoder: Any, tokenizer: Tokenizer, name: str) -> None:
+        """Take what `AutoModelForCausalLM` and `AutoTokenizer` give, and the tokenizer of the samples."""
+        self.model, self.encoder, self.tokenizer, self.name = model, encoder, tokenizer, name
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], tokenizer: Tokenizer | None, device: torch.device | str
+    ) -> TransformersScorer:
+        """See `load_scorer`; nothing is downloaded."""
+        if tokenizer is None:
+            raise ValueError(
+                f"tokenizer: the scorer {path} reads text; give the tokenizer the samples were made with"
+            )
+        try:
+            import transformers
+        except ImportError as error:
+            raise ImportError(
+                f"the scorer {path} is a model of transformers, which is not installed:"
+                " pip install 'loopmdm-kernels[hf]'"
+            ) from error
+        try:
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+            encoder = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(f"transformers cannot read the scorer {path}: {error}") from error
+        return cls(model.to(device), encoder, tokenizer, str(path))
+
+    def nll(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Scorer.nll`; text longer than the model's context is read in overlapping windows."""
+        tokens = check_samples(tokens, self.tokenizer.mask_token_id)
+        texts = [
+            self.tokenizer.decode(row[:size])
+            for row, size in zip(tokens, lengths(tokens).tolist(), strict=True)
+        ]
+        opening = [] if self.encoder.bos_token_id is None else [self.encoder.bos_token_id]
+        encoded = self.encoder(texts, add_special_tokens=False)["input_ids"]
+        rows = [torch.tensor([*opening, *ids], dtype=torch.int64) for ids in encoded]
+        context = getattr(self.model.config, "max_position_embeddings", None) or _CONTEXT
+        return score_rows(self._token_nll, rows, context=context, unscored=1, filler=0)
+
+    def _token_nll(self, ids: Tensor, counted: Tensor) -> Tensor:
+        ids = ids.to(self.model.device)
+        # Attention is causal and the filler is at the end, so no mask is needed.
+        with evaluating([self.model]):
+            logits = self.model(ids).logits[:, :-1]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = -wide.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return torch.cat([torch.zeros_like(nll[:, :1]), nll], dim=1)
+
+
 def load_scorer(
     path: str | os.PathLike[str],
     tokenizer: Tokenizer | None = None,
@@ -88,8 +150,6 @@ def load_scorer(
         raise FileNotFoundError(f"path: got {str(path)!r}, expected the folder of a scorer")
     model_type = read_json(locate(path, CONFIG_FILE)).get("model_type", next(iter(MODEL_TYPES)))
     if model_type not in MODEL_TYPES:
-        from loopmdm.quality.transformers_scorer import TransformersScorer
-
         return TransformersScorer.load(path, tokenizer, device)
     model = CausalLM.from_pretrained(path).to(device)
     if (Path(path) / tokenizers.CONFIG_FILE).is_file():

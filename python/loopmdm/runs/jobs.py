@@ -19,7 +19,7 @@ from loopmdm.runs.models import default_loops
 from loopmdm.runs.options import usage_errors
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.runs.run_file import RunFile
-from loopmdm.train import TrainableModel, TrainConfig
+from loopmdm.train import Trainable, TrainConfig
 from loopmdm_kernels.files import refuse_files
 
 Evaluate = Callable[[Any], dict[str, Any]]
@@ -33,7 +33,7 @@ _TIMES_PER_WINDOW = 4
 class Job(NamedTuple):
     """A run ready to start; `run` describes it completely."""
 
-    model: TrainableModel
+    model: Trainable
     data: Any
     config: TrainConfig
     evaluate: Evaluate | None

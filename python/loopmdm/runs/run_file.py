@@ -7,16 +7,22 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from loopmdm.model.checkpoint import read_json
+from loopmdm.data.tokenizer import BACKEND_FILE
+from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
+from loopmdm.formats.folders import read_json
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.printable import printable
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
+from loopmdm.train import loop as training
 from loopmdm.train.config import TrainConfig
+from loopmdm.train.plot import PLOT_FILE
 from loopmdm_kernels.files import write_files
 from loopmdm_kernels.values import meant
 
 RUN_FILE = "run.json"
 VALIDATION = 0.05
+# Files of the folder of a run.
+FILES = (*training.FILES, RUN_FILE, PLOT_FILE, TOKENIZER_FILE, BACKEND_FILE)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,15 @@ class RunFile:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
         return cls(**values)
+
+
+def replaced_by(run: RunFile, folder: Path) -> tuple[str, ...]:
+    """What a run that begins must not find in its folder.
+
+    Of tokenizers those without our file are foreign; others are compared with that of the run.
+    """
+    ours = run.data is None or (folder / TOKENIZER_FILE).exists()
+    return tuple(name for name in FILES if name not in (TOKENIZER_FILE, *([BACKEND_FILE] if ours else [])))
 
 
 def _check(values: dict[str, Any]) -> None:

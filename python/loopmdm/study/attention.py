@@ -29,7 +29,7 @@ from loopmdm.quality.bootstrap import Bootstrap
 from loopmdm.runs.options import UsageError, loop_counts
 from loopmdm.study.kit import figures
 from loopmdm.study.kit.folder import Row, StudyFolder
-from loopmdm.study.kit.inputs import Noisy, at_times
+from loopmdm.study.kit.inputs import Noisy, at_times, times
 from loopmdm.study.kit.sources import (
     Denoiser,
     add_data,
@@ -71,17 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_whole_boards(parser)
     add_data(parser)
-
-
-def times(text: str) -> list[float]:
-    """An option's times in (0, 1], each once, in order."""
-    try:
-        values = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        values = []
-    if not values or not all(0 < value <= 1 for value in values):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected times such as 0.25,0.5, each in (0, 1]")
-    return values
 
 
 def attention_probabilities(model: LoopMDM, index: int, x: Tensor, noisy: Noisy) -> Tensor:

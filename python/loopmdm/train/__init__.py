@@ -1,11 +1,12 @@
 """Training: `Trainer`, its configuration and what it leaves behind."""
 
 from loopmdm.data.batches import Batch
+from loopmdm.model.checkpoint import Trainable
 from loopmdm.train.batches import BatchSource, batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.folder import RunFolder
-from loopmdm.train.loop import Counters, NonFiniteError, TrainableModel, Trainer
+from loopmdm.train.loop import Counters, NonFiniteError, Trainer
 from loopmdm.train.metrics import read_metrics
 from loopmdm.train.plot import plot_loss
 from loopmdm.train.state import CheckpointError
@@ -19,7 +20,7 @@ __all__ = [
     "NonFiniteError",
     "RunFolder",
     "TrainConfig",
-    "TrainableModel",
+    "Trainable",
     "Trainer",
     "batch_source",
     "plot_loss",

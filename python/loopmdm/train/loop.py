@@ -9,20 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from loopmdm.data.batches import Batch
-from loopmdm.model import LoopMDM, flops
-from loopmdm.model.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
-from loopmdm.model.checkpoint import WEIGHTS_FILE, read_json
+from loopmdm.formats.folders import CONFIG_FILE as MODEL_CONFIG_FILE
+from loopmdm.formats.folders import WEIGHTS_FILE, read_json
+from loopmdm.model import flops
+from loopmdm.model.checkpoint import Trainable
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.model.modes import evaluating
 from loopmdm.model.seeds import derive_seed
-from loopmdm.quality.causal import CausalLM
 from loopmdm.train.batches import Prefetcher, batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
@@ -34,7 +34,6 @@ from loopmdm_kernels.files import refuse_files, write_files
 
 CONFIG_FILE = "train_config.json"
 FILES = (STATE_FILE, WEIGHTS_FILE, MODEL_CONFIG_FILE, CONFIG_FILE, METRICS_FILE)
-TrainableModel: TypeAlias = LoopMDM | CausalLM
 
 
 class NonFiniteError(RuntimeError):
@@ -55,7 +54,7 @@ class Counters:
 class _Loss(nn.Module):
     """`model.loss` as a forward pass, which is what DistributedDataParallel can wrap."""
 
-    def __init__(self, model: TrainableModel) -> None:
+    def __init__(self, model: Trainable) -> None:
         super().__init__()
         self.model = model
 
@@ -91,7 +90,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: TrainableModel,
+        model: Trainable,
         data: Any,
         config: TrainConfig,
         out_dir: str | Path | RunFolder,

@@ -16,7 +16,6 @@ from loopmdm.study.adaptive.gates import fit_gate
 from loopmdm.study.adaptive.policies import (
     Outcome,
     Stops,
-    bins_of,
     call_flops,
     fixed_stops,
     mixed_fixed,
@@ -25,7 +24,7 @@ from loopmdm.study.adaptive.policies import (
     table_stops,
 )
 from loopmdm.study.adaptive.tables import best_tables, bin_losses
-from loopmdm.study.kit.traces import Floats, Trace
+from loopmdm.study.kit.traces import Floats, Trace, bins_of
 
 FIXED, TABLE = "fixed S", "table S(t)"
 HIDDEN, OUTPUT, ARGMAX, GATE = "hidden change", "output change", "argmax stable", "exit gate"

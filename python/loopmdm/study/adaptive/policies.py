@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from loopmdm.exits import ArgmaxStable, ExitGate, ExitRule, HiddenChange, OutputChange
 from loopmdm.exits.rules import LEAST_CHANGE
 from loopmdm.model import flops
-from loopmdm.study.kit.traces import Floats, Trace
+from loopmdm.study.kit.traces import Floats, Trace, bins_of
 
 Stops = NDArray[np.int64]  # [N, J] in 1..K; 1 where there is no state
 
@@ -33,12 +33,6 @@ def table_stops(trace: Trace, loops: Sequence[int]) -> Stops:
         raise ValueError(f"loops must be a list of 1..{trace.max_loops}, got {list(loops)}")
     stops: Stops = np.where(trace.there, table[bins_of(trace, len(table))], 1)
     return stops
-
-
-def bins_of(trace: Trace, bins: int) -> Stops:
-    """The bin of each state's place, [N, J]; 0 where there is no state."""
-    place = np.nan_to_num(trace.place)
-    return np.minimum((place * bins).astype(np.int64), bins - 1)
 
 
 def rule_stops(trace: Trace, rule: ExitRule, max_loops: int) -> Stops:

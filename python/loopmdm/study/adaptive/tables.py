@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from loopmdm.study.adaptive.policies import bins_of
-from loopmdm.study.kit.traces import Floats, Trace
+from loopmdm.study.kit.traces import Floats, Trace, bins_of
 
 # The budget is cut into so many parts, and costs are rounded up to whole ones: no table exceeds the budget,
 # and what the rounding forbids is below a hundredth of a loop.

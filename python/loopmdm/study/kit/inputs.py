@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -92,3 +93,14 @@ def masked_log_probs(model: LoopMDM, hidden: Tensor, noisy: Noisy) -> Iterator[T
         logits = logits[0].double()
         logits[:, model.config.mask_token_id] = -torch.inf
         yield logits.log_softmax(-1)
+
+
+def times(text: str) -> list[float]:
+    """An option's times in (0, 1], each once, in order."""
+    try:
+        values = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        values = []
+    if not values or not all(0 < value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected times such as 0.25,0.5, each in (0, 1]")
+    return values

@@ -233,3 +233,9 @@ def _listed(array: Floats) -> Any:
     if array.ndim == 1:
         return [None if np.isnan(v) else float(f"{v:.{_DIGITS}g}") for v in array.tolist()]
     return [_listed(row) for row in array]
+
+
+def bins_of(trace: Trace, bins: int) -> NDArray[np.int64]:
+    """The bin of each state's place, [N, J]; 0 where there is no state."""
+    place = np.nan_to_num(trace.place)
+    return np.minimum((place * bins).astype(np.int64), bins - 1)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from loopmdm.quality.bootstrap import Floats
-from loopmdm.study.adaptive.policies import bins_of
 from loopmdm.study.kit.folder import StudyFolder
 from loopmdm.study.kit.sources import Denoiser, HeldOut
-from loopmdm.study.kit.traces import Trace, record_trace
+from loopmdm.study.kit.traces import Trace, bins_of, record_trace
 from loopmdm.study.schedules.segments import Schedule, borders
 
 

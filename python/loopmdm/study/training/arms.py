@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from loopmdm.cli.runs import FILES, replaced_by
 from loopmdm.model import LoopMDM, flops
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.flops import DEFAULT_CONVENTION, Convention, Dimensions
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.runs.jobs import Job, sudoku_job, text_job, text_tokenizer
 from loopmdm.runs.recipes import SUDOKU_RECIPES
-from loopmdm.runs.run_file import RunFile
+from loopmdm.runs.run_file import FILES, RunFile, replaced_by
 from loopmdm.train import RunFolder, Trainer
 from loopmdm_kernels.files import refuse_files
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from loopmdm.study.kit import figures
 from loopmdm.study.kit.folder import Row
-from loopmdm.study.trajectories.study import CONTEXT
+from loopmdm.study.trajectories import CONTEXT
 
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "→", "$": r"\$"}  # $ would start a formula
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"

@@ -22,11 +22,11 @@ from torch import Tensor
 from loopmdm.model import LoopMDM
 from loopmdm.quality.bootstrap import Bootstrap
 from loopmdm.runs.options import UsageError, count, positive_int
-from loopmdm.study.attention import times
 from loopmdm.study.kit import figures
 from loopmdm.study.kit.folder import Row, StudyFolder
-from loopmdm.study.kit.inputs import Noisy, at_times, masked_log_probs
+from loopmdm.study.kit.inputs import Noisy, at_times, masked_log_probs, times
 from loopmdm.study.kit.sources import HeldOut, add_data, add_whole_boards, held_out, load_denoisers
+from loopmdm.study.trajectories import CONTEXT
 from loopmdm.view.symbols import MASK_TEXT
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ EPILOG = """examples:
   loopmdm study trajectories sudoku6 --loops 12 --out trajectories-sudoku
 """
 KINDS = ("stays right", "becomes right", "becomes wrong", "stays wrong")
-CONTEXT = 9  # positions shown on either side of a token
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
