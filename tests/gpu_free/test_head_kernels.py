@@ -77,7 +77,7 @@ def test_nvrtc(name, tmp_path):
 def test_operands_along_their_outer_dimension_are_those_that_triton_writes():
     """64 rows, and 256 columns in panels of 8 KB, by 64 of the inner dimension: both from one layout."""
     code = subprocess.run(
-        [sys.executable, str(HERE / "triton_gradient_descriptors.py")],
+        [sys.executable, str(HERE / "triton_descriptors.py"), "logit_gradients"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     found = json.loads(code.stdout)

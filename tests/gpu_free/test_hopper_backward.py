@@ -65,10 +65,12 @@ def test_parameters_lie_as_the_kernel_reads_them(tmp_path):
 def test_operands_read_across_are_described_as_triton_describes_them(tmp_path):
     """A weight gradient: both operands lie with the tokens, its inner dimension, in rows."""
     code = subprocess.run(
-        [sys.executable, str(HERE / "triton_weight_gradient.py")], capture_output=True, text=True, check=True
-    )
+        [sys.executable, str(HERE / "triton_descriptors.py"), "weight_gradient"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
     found = json.loads(code.stdout)
-    assert found["read across"] == [[1, 1]], "both, in the instruction's last two words"
+    across = {tuple(words) for _, *words in found["products"]}
+    assert across == {("1", "1")}, "both, in the instruction's last two words"
     library = tmp_path / "descriptors.so"
     source = HERE.parent / "csrc" / "device_functions.cpp"
     options = ["-std=c++17", "-shared", "-fPIC", f"-I{hopper.sources.folder()}"]

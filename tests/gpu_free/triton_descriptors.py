@@ -1,7 +1,8 @@
-"""Prints the matrix descriptors in the PTX that Triton makes of a product with keys and one with values."""
+"""Prints how the PTX that Triton makes of a kind of products describes their operands, as JSON."""
 
 import json
 import re
+import sys
 
 import triton
 import triton.language as tl
@@ -20,18 +21,41 @@ def product(left, right, out, keys: tl.constexpr, width: tl.constexpr, transpose
     tl.store(out + rows[:, None] * width + columns[None, :], tl.dot(a, b))
 
 
-def descriptors(transposed, keys=128, width=128):
-    signature = {"left": "*bf16", "right": "*bf16", "out": "*fp32"}
-    constants = {"keys": keys, "width": width, "transposed": transposed}
-    source = ASTSource(product, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
+@triton.jit
+def gradient(left, right, out, height: tl.constexpr, steps: tl.constexpr, width: tl.constexpr):
+    """Both operands lie along their outer dimension."""
+    rows, inner, columns = tl.arange(0, height), tl.arange(0, steps), tl.arange(0, width)
+    a = tl.load(left + inner[:, None] * height + rows[None, :]).trans()
+    b = tl.load(right + inner[:, None] * width + columns[None, :])
+    tl.store(out + rows[:, None] * width + columns[None, :], tl.dot(a, b))
+
+
+def described(kernel, steps, *numbers):
+    """Constant fields, steps of addresses by their pattern, and shapes and transpositions of products."""
+    constants = dict(zip(kernel.arg_names[3:], numbers, strict=True))
+    types = {"left": "*bf16", "right": "*bf16", "out": "*fp32", **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(kernel, types, constants)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-    fields = sorted({int(word) % 2**64 for word in re.findall(r"or\.b64 .*, (-?\d{15,});", ptx)})
-    steps = [int(word) for word in re.findall(r"(?:or\.b32|add\.s32) .*, (67\d{6});", ptx)]
-    return {"fields": fields, "steps": steps}
+    return {
+        "fields": sorted({int(word) % 2**64 for word in re.findall(r"or\.b64 .*, (-?\d{15,});", ptx)}),
+        "steps": sorted({int(word) for word in re.findall(rf"(?:or\.b32|add\.s32) .*, ({steps});", ptx)}),
+        "products": re.findall(r"wgmma\.mma_async\S*(m64n\d+k16)\S* .*, (\d), (\d);", ptx),
+    }
 
 
-result = {"inner": descriptors(True), "outer": descriptors(False)}
-for size in (16, 32):  # heads of a narrow panel: keys [128, size] and values [128, size]
-    result[f"inner of {size}"] = descriptors(True, size, 128)
-    result[f"outer of {size}"] = descriptors(False, 128, size)
-print(json.dumps(result))
+def attention():
+    """A product with keys and one with values; in heads of a narrow panel too."""
+    found = {"inner": described(product, r"67\d{6}", 128, 128, True)}
+    found["outer"] = described(product, r"67\d{6}", 128, 128, False)
+    for size in (16, 32):  # keys [128, size] and values [128, size]
+        found[f"inner of {size}"] = described(product, r"67\d{6}", size, 128, True)
+        found[f"outer of {size}"] = described(product, r"67\d{6}", 128, size, False)
+    return found
+
+
+KINDS = {
+    "attention": attention,
+    "weight_gradient": lambda: described(gradient, r"3355\d{4}", 128, 64, 128),
+    "logit_gradients": lambda: described(gradient, r"\d{7,9}", 64, 64, 256),
+}
+print(json.dumps(KINDS[sys.argv[1]]()))
