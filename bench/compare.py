@@ -19,18 +19,27 @@ FEW, LEAST, MOST = 3, 5, 25  # repeats
 
 def contenders(medians: Mapping[str, float]) -> list[str]:
     """Ours and the peers that may be the best of all peers."""
-    best = min(seconds for name, seconds in medians.items() if name != OURS)
-    return [name for name, seconds in medians.items() if name == OURS or seconds <= CONTENDER * best]
+    limit = CONTENDER * medians[best_peer(medians)]
+    return [name for name, seconds in medians.items() if name.startswith(OURS) or seconds <= limit]
 
 
-def measure(variants: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of each variant. The first call compiles what is to be compiled and is not timed."""
-    times = interleaved_times(variants, repeats=FEW, warmup=1)
+def best_peer(medians: Mapping[str, float]) -> str:
+    return min((name for name in medians if not name.startswith(OURS)), key=lambda name: medians[name])
+
+
+def measure(
+    variants: Mapping[str, Callable[[], Any]], *, few: int = FEW, repeats: int | None = None
+) -> dict[str, float]:
+    """Median seconds of each variant. The first call compiles what is to be compiled and is not timed.
+
+    few: times of each; repeats: times of those that decide, None: as many as fit into SECONDS.
+    """
+    times = interleaved_times(variants, repeats=few, warmup=1)
     medians = {name: statistics.median(values) for name, values in times.items()}
     chosen = contenders(medians)
-    repeats = int(SECONDS / sum(medians[name] for name in chosen))
-    repeats = min(MOST, max(LEAST, repeats)) - FEW
-    more = interleaved_times({name: variants[name] for name in chosen}, repeats=repeats, warmup=0)
+    if repeats is None:
+        repeats = min(MOST, max(LEAST, int(SECONDS / sum(medians[name] for name in chosen))))
+    more = interleaved_times({name: variants[name] for name in chosen}, repeats=repeats - few, warmup=0)
     return {name: statistics.median(values + more.get(name, [])) for name, values in times.items()}
 
 
@@ -39,7 +48,7 @@ def figures(
 ) -> dict[str, Any]:
     """What is reported; `flops` are those of the model, whatever an implementation computes twice."""
     ours = medians[OURS]
-    best = min((name for name in medians if name != OURS), key=lambda name: medians[name])
+    best = best_peer(medians)
     result: dict[str, Any] = {
         "milliseconds": {name: round(1e3 * value, 4) for name, value in medians.items()},
         "best_peer": best,

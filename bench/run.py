@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.testing import LoopedInputs, head_inputs, interleaved_medians, looped_inputs, row_rng
-from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Head, Rotary, RowRng
+from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Head, RowRng
 
 BF16 = torch.bfloat16
 Call = Callable[[], Any]
@@ -56,14 +56,7 @@ class Run(NamedTuple):
         self, batch: int, length: int, dtype: torch.dtype = BF16, *, grad: bool = False
     ) -> LoopedInputs:
         inputs = looped_inputs(batch, length, self.sizes.hidden, self.sizes.heads, 2)
-        assert inputs.rotary is not None
-        moved = inputs._replace(
-            x=inputs.x.to(self.device),
-            blocks=[BlockWeights(*(w.to(self.device) for w in block)) for block in inputs.blocks],
-            modulation=inputs.modulation.to(self.device),
-            rotary=Rotary(*(angle.to(self.device) for angle in inputs.rotary)),
-        )
-        return moved.to(dtype, requires_grad=grad)
+        return inputs.to(dtype, requires_grad=grad, device=self.device)
 
     def head(
         self, batch: int, length: int, dtype: torch.dtype = BF16, *, grad: bool = False

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 import loopmdm_kernels as lk
 from bench import reference_sampler
-from bench.compare import OURS
+from bench.compare import OURS, best_peer, figures, measure
 from bench.peers import EAGER, compiled, compiled_pieces, plain_ops
 from bench.run import BF16, REAL, Call, Calls, Run
 from loopmdm import LoopMDM, LoopMDMConfig, sample
 from loopmdm.model.flops import forward_flops
 from loopmdm_kernels.graphs import captured_by
-from loopmdm_kernels.testing import RecordedGraphs, interleaved_medians, interleaved_times
+from loopmdm_kernels.testing import RecordedGraphs, interleaved_medians
 from loopmdm_kernels.types import Head
 
 LENGTH, STEPS, VOCAB = 1024, 1024, REAL.vocab_size
 # Of T = L steps a share 1 - (1 - 1/T)^L = .632 reveals something in a sequence: 5 of 8, nearly. All variants
 # take 8 steps and compute in 5, whatever they draw.
 TIMED_STEPS, TIMED_CALLS = 8, (0, 1, 3, 4, 6)
-CONTENDER, REPEATS = 1.5, 3
+REPEATS = 3  # of those that decide; the others are timed once
 
 
 class Enough(Exception):
@@ -80,22 +80,6 @@ def theirs(model: LoopMDM, num_loops: int, functions: Any, *, compile_tail: bool
     return run
 
 
-def best(medians: dict[str, float], names: list[str]) -> str:
-    return min(names, key=lambda name: medians[name])
-
-
-def median_times(variants: dict[str, Any]) -> dict[str, float]:
-    """Median seconds; peers that are out of the running after one run are not timed again."""
-    first = {name: times[0] for name, times in interleaved_times(variants, repeats=1, warmup=1).items()}
-    limit = CONTENDER * min(seconds for name, seconds in first.items() if not name.startswith(OURS))
-    again = {n: run for n, run in variants.items() if n.startswith(OURS) or first[n] <= limit}
-    times = interleaved_times(again, repeats=REPEATS - 1, warmup=0)
-    return {
-        name: sorted([seconds, *times.get(name, [])])[len(times.get(name, [])) // 2]
-        for name, seconds in first.items()
-    }
-
-
 @pytest.mark.parametrize("num_loops", [1, 12], ids=["S1", "S12"])
 def test_sampling(benchmark, num_loops):
     config = LoopMDMConfig.preset(
@@ -120,19 +104,14 @@ def test_sampling(benchmark, num_loops):
     if narrow:  # without the instructions torch's product is slower in bf16 than in fp32 (the limits say so)
         variants["eager bf16"] = theirs(rounded, num_loops, EAGER, compile_tail=False)
         variants["compiled bf16"] = theirs(rounded, num_loops, compiled_pieces(), compile_tail=True)
-    medians = median_times(variants)
-    peer = best(medians, [name for name in medians if not name.startswith(OURS)])
-    eager = best(medians, [name for name in medians if name.startswith("eager")])
+    medians = measure(variants, few=1, repeats=REPEATS)
+    peer = best_peer(medians)
+    eager = min(seconds for name, seconds in medians.items() if name.startswith("eager"))
     calls = STEPS * (1 - (1 - 1 / STEPS) ** LENGTH)
+    flops = len(TIMED_CALLS) * forward_flops(config, LENGTH, num_loops, "blocks")
     benchmark.extra_info.update(
-        milliseconds={name: round(1e3 * value, 1) for name, value in medians.items()},
-        best_peer=peer,
-        speedup=round(medians[peer] / medians[OURS], 3),
-        speedup_of_the_sampler_alone=round(medians[eager] / medians["ours on plain PyTorch"], 3),
-        dtype="bf16" if narrow else "fp32",
-        gflops=round(
-            len(TIMED_CALLS) * forward_flops(config, LENGTH, num_loops, "blocks") / medians[OURS] / 1e9, 1
-        ),
+        figures(medians, flops=flops, dtype=torch.bfloat16 if narrow else torch.float32),
+        speedup_of_the_sampler_alone=round(eager / medians["ours on plain PyTorch"], 3),
         hours_to_1024_steps={
             name: round(medians[name] / len(TIMED_CALLS) * calls / 3600, 3) for name in (OURS, peer)
         },

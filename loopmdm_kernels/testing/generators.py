@@ -20,18 +20,27 @@ class LoopedInputs(NamedTuple):
     key_mask: Tensor | None
     num_heads: int
 
-    def to(self, dtype: torch.dtype, *, requires_grad: bool = False) -> LoopedInputs:
-        """Weights and modulation in `dtype`, the stream x and the norms in float32 or wider."""
+    def to(
+        self,
+        dtype: torch.dtype,
+        *,
+        requires_grad: bool = False,
+        device: torch.device | str | None = None,
+    ) -> LoopedInputs:
+        """Weights and modulation in `dtype`, the stream x and the norms in float32 or wider, on `device`."""
         stream = torch.promote_types(dtype, torch.float32)
 
         def leaf(value: Tensor, kind: torch.dtype) -> Tensor:
-            return value.detach().to(kind).clone().requires_grad_(requires_grad)
+            return value.detach().to(device, kind).clone().requires_grad_(requires_grad)
 
         return self._replace(
             x=leaf(self.x, stream),
             blocks=[BlockWeights(*(leaf(w, dtype) for w in block)) for block in self.blocks],
             modulation=leaf(self.modulation, dtype),
-            rotary=None if self.rotary is None else Rotary(*(angle.to(stream) for angle in self.rotary)),
+            rotary=None
+            if self.rotary is None
+            else Rotary(*(angle.to(device, stream) for angle in self.rotary)),
+            key_mask=None if self.key_mask is None else self.key_mask.to(device),
         )
 
     def leaves(self) -> dict[str, Tensor]:
