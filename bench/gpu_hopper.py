@@ -28,7 +28,7 @@ import torch
 import loopmdm_kernels as lk
 from bench import looped_blocks, masked_cross_entropy, model, sample_rows
 from bench.gpu import RESULTS, ROOT, sanitizer, under_sanitizer
-from bench.probes import hopper_facts, hopper_multicast
+from bench.probes import hopper_facts
 from bench.probes.hopper_facts import SMALL, Run
 from bench.report import write
 from bench.run import REAL, TINY, Call, Calls, Figure, Figures
@@ -195,7 +195,7 @@ PHASES: dict[str, Callable[[Run], Figures]] = {
     "barriers": hopper_facts.barriers,
     "clusters": hopper_facts.clusters,
     "l2_reads": hopper_facts.l2_reads,
-    "multicast": hopper_multicast.multicast,
+    "multicast": hopper_facts.multicast,
     "attention_peers": hopper_facts.attention_peers,
     "products": hopper_facts.products,
     "gaps": hopper_facts.gaps,

@@ -23,7 +23,7 @@ import loopmdm_kernels as lk
 from bench.attention import by_torch
 from bench.run import Call, Calls, Figure, Figures
 from bench.run import Run as GpuRun
-from loopmdm_kernels.cuda import compiler, driver, targets
+from loopmdm_kernels.cuda import compiler, driver, targets, tensor_maps
 from loopmdm_kernels.schedule import BlockShape
 
 HERE = Path(__file__).parent
@@ -36,6 +36,10 @@ READS = 20  # of all weights
 CHAIN = 100  # kernels
 REPEATS = 10  # of a call in a graph
 CLUSTERS = (2, 4, 8, 16)
+STAGE_ROWS, ROW_BYTES = 128, 128  # as in hopper_multicast.cu
+RING_BYTES = 8 * STAGE_ROWS * ROW_BYTES + 1024
+LOADERS = 64  # threads
+SHARING = {"alone": 1, "pairs": 2, "fours": 4}
 
 
 class Arguments(ctypes.Structure):
@@ -45,6 +49,15 @@ class Arguments(ctypes.Structure):
         ("sink", ctypes.c_void_p),
         ("vectors", ctypes.c_int64),
         ("rounds", ctypes.c_int32),
+    )
+
+
+class SharedReads(ctypes.Structure):
+    _fields_ = (
+        ("map", ctypes.c_uint8 * 128),
+        ("stages", ctypes.c_int32),
+        ("rounds", ctypes.c_int32),
+        ("unused", ctypes.c_uint8 * 56),  # the map's alignment is 64
     )
 
 
@@ -172,6 +185,28 @@ def l2_reads(run: Run) -> Figures:
     if not run.dry:
         driver.release_l2(0)
     return {name: rate(READS * cases[name][0] * WEIGHT_BYTES, seconds) for name, seconds in times.items()}
+
+
+def multicast(run: Run) -> Figures:
+    """Bytes a second that SMs get from L2 when blocks of a cluster load the same rows, alone or for all.
+
+    Decides whether the ring of the kernels should load by multicast: docs/kernels/looped_blocks.md.
+    """
+    kernel = run.probe("read_together", "hopper_multicast.cu", shared_bytes=RING_BYTES)
+    buffer = torch.zeros(
+        1, WEIGHT_BYTES // ROW_BYTES, ROW_BYTES // 2, dtype=torch.bfloat16, device=run.device
+    )
+    blocks = {name: size * (kernel.active_clusters(size, LOADERS) or 1) for name, size in SHARING.items()}
+
+    def reading(name: str, size: int) -> Callable[[], Any]:
+        arguments = SharedReads(stages=buffer.shape[1] // STAGE_ROWS, rounds=READS)
+        described = tensor_maps.layout(buffer, STAGE_ROWS // size)
+        if not run.dry:
+            arguments.map[:] = tensor_maps.encode(described)
+        return lambda: kernel.launch(blocks[name], LOADERS, run.stream, arguments, cluster=size)
+
+    times = run.seconds({name: reading(name, size) for name, size in SHARING.items()})
+    return {name: rate(READS * blocks[name] * WEIGHT_BYTES, seconds) for name, seconds in times.items()}
 
 
 def attention_peers(run: Run) -> Figures:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import gpu_hopper
-from bench.probes import hopper_facts, hopper_multicast
+from bench.probes import hopper_facts
 from loopmdm_kernels.schedule import Device, choose, measured
 
 needs_nvrtc = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
@@ -124,7 +124,7 @@ def test_what_the_profiler_says():
 def test_the_probes_read_their_arguments_where_they_are_written():
     offsets = [getattr(hopper_facts.Arguments, name).offset for name, _ in hopper_facts.Arguments._fields_]
     assert offsets == [0, 8, 16, 24, 32] and ctypes.sizeof(hopper_facts.Arguments) == 40
-    fields = hopper_multicast.SharedReads
+    fields = hopper_facts.SharedReads
     assert [fields.stages.offset, fields.rounds.offset, ctypes.sizeof(fields)] == [128, 132, 192]
 
 
