@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from loopmdm import ComputePlan, sample
 from loopmdm.runs.boards import held_out_puzzles
 from loopmdm.runs.models import SHIPPED, load_model
-from loopmdm_kernels.testing import interleaved_times
+from loopmdm_kernels.testing import interleaved_medians
 
 BATCH, REPEATS = 16, 5
 
@@ -39,9 +38,7 @@ def test_adaptive_saving_reaches_the_clock(benchmark, name, eps):
         ledgers[kind] = result.ledger
 
     runs = {kind: (lambda kind=kind: solve(kind)) for kind in plans}
-    seconds = {
-        kind: median(times) for kind, times in interleaved_times(runs, repeats=REPEATS, warmup=1).items()
-    }
+    seconds = interleaved_medians(runs, repeats=REPEATS, warmup=1)
     flops_saved, time_saved = (
         {kind: 1 - of[kind] / of["cap"] for kind in ("adaptive", "one loop")}
         for of in ({kind: ledger.flops("blocks") for kind, ledger in ledgers.items()}, seconds)
