@@ -2,7 +2,6 @@
 
 import ctypes
 
-import emulated
 import torch
 
 from loopmdm_kernels.cuda import looped_blocks as op
@@ -10,6 +9,7 @@ from loopmdm_kernels.cuda import looped_blocks_backward as backward
 from loopmdm_kernels.cuda import weights
 from loopmdm_kernels.cuda.parameters import backward_defines
 from loopmdm_kernels.schedule import Device, finish, plan
+from tests.cuda import emulated
 
 
 def plan_of(inputs, columns):

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from emulated import ALIGNMENT, compile_source, encode
 
+from loopmdm_kernels import backends
 from loopmdm_kernels.cuda import driver, launch, tensor_maps
+from tests.cuda.emulated import ALIGNMENT, compile_source, encode
 
 MACROS = {"LOOPMDM_ROWS": (64, 128), "LOOPMDM_OF_WEIGHT": (0, 1)}  # of the two variants that are built
 
@@ -52,6 +53,8 @@ def emulation(folder, *, multiprocessors=6):
         return SimpleNamespace(sms=state.multiprocessors)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "why_unavailable", lambda capability: None)
+        patch.setitem(backends._DEVICE_OF, "cuda", "cpu")
         patch.setattr(launch, "loaded", loaded)
         patch.setattr(driver, "facts", facts)
         patch.setattr(tensor_maps, "encode", encode)

@@ -1,19 +1,13 @@
 """The backward kernel's own source, all of its threads on the CPU, against autograd of the oracle."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path
-import emulated
-import emulated_backward
 
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.reference import looped_blocks
 from loopmdm_kernels.schedule import Tiles
 from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
+from tests.cuda import emulated, emulated_backward
 
 # Columns of the products, hidden size, heads. Of 192 rows of a weight a tile has the last 64; products have
 # fewer steps than the ring has stages, and more. A head of 128 has two panels.

@@ -4,21 +4,17 @@ What this cannot show is the GPU: that the instructions do what the emulation ta
 the rest: tiles, swizzles, descriptors, fragments, epilogues, barriers, counters, early exit.
 """
 
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path
-import emulated
 
 from loopmdm_kernels.cuda.targets import SM80, SM90, Target
 from loopmdm_kernels.reference import looped_blocks
 from loopmdm_kernels.schedule import Device, Tiles
 from loopmdm_kernels.schedule.device import ASSUMED
 from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
+from tests.cuda import emulated
 
 
 class Variant(NamedTuple):

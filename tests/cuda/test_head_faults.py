@@ -1,7 +1,5 @@
 """Faults planted in the kernels of the vocabulary head, which their emulation must notice."""
 
-import emulated
-import emulated_head
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ from loopmdm_kernels.cuda.masked_cross_entropy import masked_cross_entropy
 from loopmdm_kernels.cuda.sample_rows import sample_rows
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
+from tests.cuda import emulated, emulated_head
 
 # What replaces what, in which file.
 FAULTS = {

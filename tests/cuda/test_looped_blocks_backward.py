@@ -1,20 +1,16 @@
 """The host side of the backward kernel as far as it needs no GPU: buffers, maps, parameters, refusals."""
 
 import ctypes
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path
-import emulated_backward
 
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
 from loopmdm_kernels.cuda.parameters import MAP, fields
 from loopmdm_kernels.schedule import BlockShape, build_backward, choose_backward
 from loopmdm_kernels.testing import looped_inputs
+from tests.cuda import emulated_backward
 
 
 @pytest.fixture

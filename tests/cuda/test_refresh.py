@@ -1,17 +1,13 @@
 """Packed weights after writes that no version shows: the kernel's source on the CPU, and who launches it."""
 
 import ctypes
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path
-import emulated
-
 from loopmdm_kernels.cuda import launch, refresh, weights
 from loopmdm_kernels.testing import looped_inputs
+from tests.cuda import emulated
 
 
 @pytest.fixture(scope="module")

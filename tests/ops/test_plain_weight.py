@@ -8,7 +8,7 @@ import loopmdm_kernels as lk
 from loopmdm_kernels.testing import assert_matches_oracle, row_rng
 
 BF16, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
-BACKENDS = ("reference", "cpu")
+ON_TWO = pytest.mark.backends("reference", "best")
 
 
 def case(dtype, size=(2, 21, 40, 301), bias=False):
@@ -36,16 +36,15 @@ def plain(kind, hidden, weight, targets, bias):
     return gradients(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), leaves)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@ON_TWO
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_it_is_linear_and_cross_entropy(backend, dtype, bias):
     hidden, weight, targets, added = case(dtype, bias=bias)
     leaves = [t.detach().requires_grad_() for t in (hidden, weight)]
     head = lk.Head.of(leaves[1], bias=added) if bias else leaves[1]
-    with lk.use_backend(backend):
-        total, nll = lk.masked_cross_entropy(leaves[0], head, targets)
-        logits = lk.head_logits(leaves[0], head)
+    total, nll = lk.masked_cross_entropy(leaves[0], head, targets)
+    logits = lk.head_logits(leaves[0], head)
     assert nll.shape == (42,)
     out = gradients(total, leaves)
     baseline, oracle = (plain(kind, hidden, weight, targets, added) for kind in (dtype, DOUBLE))
@@ -83,14 +82,13 @@ def test_modulation_without_a_norm(dtype):
         assert_matches_oracle(*values)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@ON_TWO
 def test_draws_without_a_norm(backend):
     hidden, weight, _, _ = case(FLOAT)
     rows = torch.arange(42)
     log_probs = F.linear(hidden, weight).log_softmax(-1).flatten(0, 1)
-    with lk.use_backend(backend):
-        best = lk.sample_rows(hidden, weight, rows, row_rng(42), temperature=0.0)
-        drawn = lk.sample_rows(hidden, weight, rows, row_rng(42), top_k=5)
+    best = lk.sample_rows(hidden, weight, rows, row_rng(42), temperature=0.0)
+    drawn = lk.sample_rows(hidden, weight, rows, row_rng(42), top_k=5)
     assert torch.equal(best.token, log_probs.argmax(-1))
     expected = log_probs.gather(1, drawn.token[:, None])[:, 0]
     torch.testing.assert_close(drawn.log_prob, expected, rtol=1e-4, atol=1e-4)

@@ -8,16 +8,12 @@ import loopmdm_kernels as lk
 from loopmdm_kernels.ops import checks
 from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.types import Head
-from tests.ops.test_sample_rows import BACKENDS
 
 EXCLUDED = 0  # the lowest id, which a tie would go to
 RESTRICTIONS = [{}, {"top_k": 1}, {"top_k": 3}, {"top_k": 50}, {"top_p": 1e-300}, {"top_p": 0.5, "top_k": 5}]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with lk.use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.backends("reference", "best")
 
 
 def head_case(spread: float = 2.0) -> tuple[torch.Tensor, Head]:

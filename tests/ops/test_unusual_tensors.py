@@ -7,13 +7,8 @@ import loopmdm_kernels as lk
 from loopmdm_kernels.ops import checks
 from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.types import Rotary
-from tests.ops.test_sample_rows import BACKENDS
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with lk.use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.backends("reference", "best")
 
 
 class Named(torch.Tensor):

@@ -9,30 +9,11 @@ import time
 import pytest
 import torch
 
-from loopmdm_kernels.cpu.sample_rows import sample_rows
-from loopmdm_kernels.testing import head_inputs
-from loopmdm_kernels.types import Head, RowRng
+import loopmdm_kernels as lk
+from loopmdm_kernels.types import SampledRows
+from tests.sample_rows.cases import BF16, FLOAT, case, some
 
-NUM_ROWS = 300  # more than two batches of 128
-
-
-@pytest.fixture
-def threads():
-    """Sets torch's number of threads, and puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def case(weight_dtype=torch.float32, vocab_size=6300):
-    hidden, head = head_inputs(
-        batch=4, length=100, hidden=40, vocab_size=vocab_size, per_sequence_modulation=True
-    )
-    head = Head(
-        head.norm.float(), head.weight.to(weight_dtype), head.bias.float(), head.modulation.float(), 7
-    )
-    rows = torch.randperm(400, generator=torch.Generator().manual_seed(2))[:NUM_ROWS]
-    return hidden.float(), head, rows, RowRng(3, rows, rows + 1, rows + 2)
+MANY = {"size": (40, 6300), "num_rows": 300}  # more than two batches of 128 rows on the CPU
 
 
 def assert_equal(a, b):
@@ -40,54 +21,57 @@ def assert_equal(a, b):
         assert torch.equal(x, y), name
 
 
-def some(rng, index):
-    return RowRng(rng.seed, rng.sequence[index], rng.step[index], rng.position[index])
+def assert_close(a, b):
+    """Of plain PyTorch, whose products have other bits for other sizes."""
+    assert torch.equal(a.token, b.token) and torch.equal(a.top1_token, b.top1_token)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batch(isa, dtype):
-    hidden, head, rows, rng = case(dtype)
-    whole = sample_rows(hidden, head, rows, rng)
-    for index in (
-        torch.tensor([0]),
-        torch.tensor([299]),
-        torch.tensor([130, 7, 7, 250, 1]),
-        torch.arange(NUM_ROWS).flip(0),
-    ):
-        part = sample_rows(hidden, head, rows[index], some(rng, index))
-        assert_equal(part, type(whole)(*(t[index] for t in whole)))
+def rows_of(result, index):
+    return SampledRows(*(value[index] for value in result))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_number_of_threads(isa, dtype, threads):
-    hidden, head, rows, rng = case(dtype)
+@pytest.mark.by_backend("dtype", reference=[FLOAT], cpu=[FLOAT, BF16], triton=[FLOAT], cuda=[BF16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_batch(backend, dtype, temperature):
+    inputs = case(backend, dtype, **(MANY if backend.name == "cpu" else {}))
+    whole = lk.sample_rows(*inputs, temperature=temperature)
+    assert_same = assert_close if backend.kind == "reference" else assert_equal
+    number = len(inputs[2])
+    few = torch.tensor([number // 2, 7, 7, number - 1, 1], device=backend.device)
+    more = () if backend.emulated else (slice(number - 1, number), slice(20, 190), slice(None, None, 3))
+    for index in (slice(0, 1), few, slice(3, 20), *more):
+        assert_same(lk.sample_rows(*some(inputs, index), temperature=temperature), rows_of(whole, index))
+
+
+@pytest.mark.backends("cpu")
+def test_number_of_threads(backend, dtype, threads):
+    inputs = case(backend, dtype, **MANY)
     threads(1)
-    one = sample_rows(hidden, head, rows, rng)
+    one = lk.sample_rows(*inputs)
     for number in (2, 3, 8):
         threads(number)
-        assert_equal(one, sample_rows(hidden, head, rows, rng))
+        assert_equal(one, lk.sample_rows(*inputs))
 
 
-def test_more_rows_than_one_group(threads):
+@pytest.mark.backends("best")
+def test_more_rows_than_one_group(backend, threads):
     """Rows beyond the 4096 that are held at one time."""
     threads(2)
-    hidden, head, rows, _ = case(vocab_size=20)
-    rows = rows.repeat(30)
-    name = torch.arange(len(rows))
-    rng = RowRng(3, name, name, name)
-    whole = sample_rows(hidden, head, rows, rng)
-    last = sample_rows(hidden, head, rows[4090:4100], some(rng, slice(4090, 4100)))
-    assert_equal(last, type(whole)(*(t[4090:4100] for t in whole)))
+    inputs = case(backend, size=(40, 20), num_rows=9000)
+    part = slice(4090, 4100)
+    assert_equal(lk.sample_rows(*some(inputs, part)), rows_of(lk.sample_rows(*inputs), part))
 
 
-def test_two_python_threads_at_once(threads):
+@pytest.mark.backends("best")
+def test_two_python_threads_at_once(backend, threads):
     threads(2)
-    hidden, head, rows, rng = case()
-    expected = sample_rows(hidden, head, rows, rng)
-    results = []
+    inputs = case(backend, **MANY)
+    expected, results = lk.sample_rows(*inputs), []
 
     def work():
-        results.extend(sample_rows(hidden, head, rows, rng) for _ in range(5))
+        results.extend(lk.sample_rows(*inputs) for _ in range(5))
 
     workers = [threading.Thread(target=work) for _ in range(2)]
     for worker in workers:
@@ -99,11 +83,11 @@ def test_two_python_threads_at_once(threads):
         assert_equal(result, expected)
 
 
-def test_other_python_threads_run_meanwhile(threads):
+@pytest.mark.backends("best")
+def test_other_python_threads_run_meanwhile(backend, threads):
     """The GIL is released: another thread counts on during a call."""
     threads(1)
-    hidden, head, _, _ = case(vocab_size=20_000)
-    rows = torch.arange(400)
+    inputs = case(backend, size=(40, 20_000), num_rows=400)
     ticks, done = [], threading.Event()
 
     def tick():
@@ -114,7 +98,7 @@ def test_other_python_threads_run_meanwhile(threads):
     ticker = threading.Thread(target=tick)
     ticker.start()
     start = time.monotonic()
-    sample_rows(hidden, head, rows, RowRng(0, rows, rows, rows))
+    lk.sample_rows(*inputs)
     end = time.monotonic()
     done.set()
     ticker.join()

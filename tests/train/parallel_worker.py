@@ -203,7 +203,7 @@ def main(backend: str) -> None:
         if backend == "triton":
             from triton.runtime import interpreter
 
-            from tests.triton.conftest import PatchOnce
+            from tests.triton.interpreted import PatchOnce
 
             interpreter._patch_lang = PatchOnce(interpreter._patch_lang)
             ddp(1, recompute=True, static_graph=True)

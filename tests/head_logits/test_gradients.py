@@ -1,0 +1,147 @@
+"""Gradients of head_logits: against float64, with frozen leaves, rows in several groups; as an operator."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import loopmdm_kernels as lk
+from loopmdm_kernels.testing import assert_head_gradients, head_gradients, head_inputs, reference
+from loopmdm_kernels.types import Head
+from tests.head_logits.cases import BF16, FLOAT, HALF, case
+
+ALL = pytest.mark.backends("reference", "cpu", "triton")
+SMALL = (2, 5, 18, 71)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """What torch.empty gives is filled with NaN, so that a number which a kernel leaves out is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# (B, L, D, V) around the widths of lanes, panels, tiles (192 tokens), chunks (768) and groups (512 rows).
+@pytest.mark.by_backend(
+    "size",
+    reference=[SMALL],
+    cpu=[
+        (1, 1, 1, 1), (2, 3, 7, 15), (1, 33, 33, 193), (3, 11, 64, 257), (2, 67, 37, 1543), (1, 130, 96, 97),
+        (2, 291, 24, 61),
+    ],
+    triton=[(1, 1, 1, 1), SMALL, (3, 11, 33, 131), (1, 70, 40, 128)],
+)  # fmt: skip
+@pytest.mark.by_backend(
+    "dtypes",
+    reference=[(FLOAT, None), (BF16, None)],
+    cpu=[(FLOAT, None), (BF16, None), (FLOAT, BF16)],
+    triton=[(FLOAT, None), (BF16, None), (HALF, None), (FLOAT, BF16)],
+)
+def test_gradients(backend, size, dtypes):
+    dtype, compute_dtype = dtypes
+    assert_head_gradients(lk.head_logits, *case(backend, size, dtype), compute_dtype=compute_dtype)
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [FLOAT, BF16])
+def test_one_modulation(backend, dtype):
+    assert_head_gradients(lk.head_logits, *case(backend, (3, 7, 40, 70), dtype, per_sequence=False))
+
+
+@pytest.mark.by_backend("dtype", reference=[FLOAT], cpu=[FLOAT, BF16], triton=[FLOAT])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (0, 3), (2, 4)], ids=str)
+def test_frozen_leaves(backend, wanted, dtype):
+    inputs = case(backend, SMALL if backend.emulated else (2, 21, 40, 301), dtype)
+    everything, some = (head_gradients(lk.head_logits, *inputs, wanted=each) for each in (range(5), wanted))
+    for index, (one, other) in enumerate(zip(some[1:], everything[1:], strict=True)):
+        assert (one is not None) == (index in wanted)
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.backends("triton")
+def test_rows_in_groups(backend, monkeypatch):
+    from loopmdm_kernels.triton import head_gradients as module
+
+    monkeypatch.setattr(module, "_GROUP_ELEMENTS", 1)
+    assert module.rows_at_once(71, 300) == 128
+    assert_head_gradients(lk.head_logits, *case(backend, (2, 150, 18, 71)))
+
+
+@pytest.mark.backends("cpu")
+def test_bits_do_not_depend_on_threads(backend, dtype, threads):
+    inputs, results = case(backend, (2, 300, 40, 2001), dtype), []
+    for count in (1, 2, 3, 3):
+        threads(count)
+        results.append(head_gradients(lk.head_logits, *inputs))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@ALL
+def test_strides(backend):
+    hidden, head = case(backend, (2, 9, 24, 70))
+    strided = (hidden.mT.contiguous().mT, head._replace(weight=head.weight.T.contiguous().T))
+    for one, other in zip(
+        head_gradients(lk.head_logits, *strided), head_gradients(lk.head_logits, hidden, head), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    logits = lk.head_logits(hidden.requires_grad_(), head)
+    ones = torch.ones_like(logits)
+    every_other = torch.ones(2, 9, 140, device=backend.device)[..., ::2]
+    first, second = (
+        torch.autograd.grad(logits, hidden, grad, retain_graph=True)[0] for grad in (every_other, ones)
+    )
+    assert torch.equal(first, second)
+
+
+@ALL
+def test_nan_stays_in_its_row_and_column(backend):
+    hidden, head = case(backend, (1, 5, 16, 300))
+    head.weight.requires_grad_()
+    logits = lk.head_logits(hidden.requires_grad_(), head)
+    grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(backend.device)
+    grad[0, 2, 70] = float("nan")
+    of_hidden, of_weight = torch.autograd.grad(logits, (hidden, head.weight), grad)
+    assert of_hidden.isnan().all(-1)[0].tolist() == [False, False, True, False, False]
+    assert of_weight.isnan().any(-1).nonzero().flatten().tolist() == [70]
+
+
+def test_gradcheck_of_the_reference():
+    hidden, head = head_inputs(2, 3, 5, 7, per_sequence_modulation=True)
+    leaves = [t.requires_grad_() for t in (hidden, *head[:4])]
+    assert torch.autograd.gradcheck(lambda x, *rest: lk.head_logits(x, Head(*rest)), leaves, fast_mode=True)
+
+
+@pytest.mark.by_backend("dtype", best=[FLOAT, BF16], triton=[FLOAT])
+def test_compiled(backend, dtype):
+    inputs = case(backend, SMALL, dtype)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lk.head_logits, fullgraph=True, backend=counter)
+    out = head_gradients(compiled, *inputs)
+    expected = head_gradients(lk.head_logits, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    frozen = head_gradients(compiled, *inputs, wanted=(2,))
+    assert torch.equal(frozen[3], expected[3])
+    names = [str(node.target) for node in counter.graphs[0].graph.nodes]
+    assert any("loopmdm.head_logits" in name for name in names)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, torch.float64])
+def test_operator(dtype):
+    hidden, head = head_inputs(2, 3, 8, 11, per_sequence_modulation=True)
+    norm, weight, bias, modulation = (t.to(dtype).requires_grad_() for t in head[:4])
+    arguments = (hidden.to(dtype).requires_grad_(), norm, weight, None, bias, modulation, dtype)
+    torch.library.opcheck(torch.ops.loopmdm.head_logits, arguments)
+
+
+@ALL
+def test_operator_backward(backend):
+    hidden, head = case(backend, (2, 5, 16, 33))
+    grad = torch.randn(2, 5, 33, generator=torch.Generator().manual_seed(0)).to(backend.device)
+    arguments = (grad, (True, True, True, True, False), hidden, *head[:2], None, *head[2:4], FLOAT)
+    out = torch.ops.loopmdm.head_logits_backward(*arguments)
+    assert out[-1].numel() == 0
+    expected = reference.head_logits_backward(grad, hidden, head, (True,) * 5)
+    for name, one, other in zip(("hidden", *Head._fields), out[:-1], expected, strict=False):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5, msg=name)
