@@ -62,7 +62,7 @@ class Backend(NamedTuple):
         return f"{self.name}_{self.isa}" if self.isa else self.kind
 
 
-def _backends(kinds: tuple[str, ...]) -> list[Backend]:
+def _backends(kinds: list[str]) -> list[Backend]:
     found = []
     for kind in kinds:
         if kind in ("cpu", "best"):
@@ -72,14 +72,12 @@ def _backends(kinds: tuple[str, ...]) -> list[Backend]:
     return found
 
 
-def _kinds(lists: list[dict[str, object]]) -> tuple[str, ...]:
-    """Those that all arguments have values for; best in place of cpu where one of them names it."""
-    named = [set(values) | ({"gpu"} if "cuda" in values else set()) for values in lists]
-    all_kinds = ALL
-    if any("best" in names for names in named):
-        all_kinds = tuple("best" if kind == "cpu" else kind for kind in ALL)
-        named = [names | ({"best"} if "cpu" in names else set()) for names in named]
-    return tuple(kind for kind in all_kinds if all(kind in names for names in named))
+def _kinds(chosen: tuple[str, ...], lists: list[dict[str, object]]) -> list[str]:
+    """Of the chosen ones, those that all arguments have values for; best for cpu where one names it."""
+    if any("best" in values for values in lists):
+        chosen = tuple("best" if kind == "cpu" else kind for kind in chosen)
+    instead = {"best": "cpu", "gpu": "cuda"}
+    return [kind for kind in chosen if all(kind in v or instead.get(kind) in v for v in lists)]
 
 
 def _of(values: dict[str, object], backend: Backend) -> object:
@@ -99,7 +97,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for marker in metafunc.definition.iter_markers("by_backend"):
         lists[marker.args[0]] = marker.kwargs
     chosen = metafunc.definition.get_closest_marker("backends")
-    kinds = chosen.args if chosen else _kinds(list(lists.values()))
+    kinds = _kinds(chosen.args if chosen else ALL, list(lists.values()))
     if "dtype" in metafunc.fixturenames and "dtype" not in lists and not _parametrized(metafunc, "dtype"):
         lists["dtype"] = DTYPES
     rows = []

@@ -11,7 +11,7 @@ from tests.sample_rows.cases import counts, plain_case
 
 # The interpreter and the emulation are slow; a GPU is not.
 MANY = pytest.mark.by_backend(
-    "num", reference=[200_000], cpu=[300_000], triton=[1200], cuda=[1200], gpu=[1_000_000]
+    "num", reference=[200_000], cpu=[300_000], triton=[300], cuda=[1200], gpu=[1_000_000]
 )
 
 
@@ -41,10 +41,7 @@ def test_rare_tokens(backend):
     assert stats.binomtest(int(low), int(low + high), 0.5).pvalue > 1e-3
 
 
-RESTRICTED = pytest.mark.by_backend("num", reference=[20_000], cpu=[20_000], triton=[2000], cuda=[2000])
-
-
-@RESTRICTED
+@pytest.mark.by_backend("num", reference=[20_000], cpu=[20_000], triton=[200], cuda=[1000])
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -67,6 +64,11 @@ def test_restricted_draws(backend, num, options, expected):
         assert chi_square_p(drawn[: len(expected)], np.array(expected)) > 0.01
 
 
+# The other backends make the logits; what is kept of them, the reference says.
+WITH_A_KERNEL = pytest.mark.backends("reference", "cpu")
+
+
+@WITH_A_KERNEL
 def test_restricted_draws_take_the_lowest_ids_on_ties(backend):
     drawn = counts(backend, torch.zeros(7), 3000, seed=5, top_k=3)
     assert drawn[3:].sum() == 0 and (drawn[:3] > 900).all()
@@ -74,6 +76,7 @@ def test_restricted_draws_take_the_lowest_ids_on_ties(backend):
     assert drawn[4:].sum() == 0 and (drawn[:4] > 650).all()
 
 
+@WITH_A_KERNEL
 def test_a_restriction_to_everything_is_none(backend):
     """The race among some tokens uses the numbers of the race among all."""
     logits = torch.randn(1500, generator=torch.Generator().manual_seed(1))
@@ -85,6 +88,7 @@ def test_a_restriction_to_everything_is_none(backend):
         torch.testing.assert_close(some.entropy, full.entropy, rtol=1e-5, atol=1e-6)
 
 
+@WITH_A_KERNEL
 def test_a_nucleus_of_more_than_a_thousand_tokens(backend):
     token = lk.sample_rows(*plain_case(backend, torch.zeros(4000), 3000), top_p=0.5).token
     assert token.max() < 2000 + 2  # to the rounding of sums of 2000 probabilities
