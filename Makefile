@@ -69,7 +69,7 @@ gpu-ready: $(VENV)/.installed-test
 
 gpu-tests: gpu-ready
 	$(BIN)/python -m pytest -m gpu tests bench
-	$(BIN)/python -m pytest tests/triton --ignore=tests/triton/test_dry_run.py
+	$(BIN)/python -m pytest -m "not gpu" tests/triton --ignore=tests/triton/test_dry_run.py
 
 gpu-triton: gpu-ready
 	$(BIN)/python -m bench.gpu

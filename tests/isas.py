@@ -7,8 +7,8 @@ The modes, each with the folders whose verdicts can depend on it:
 - AVX2 in all libraries at once: whatever computes with floating-point numbers;
 - OpenBLAS as on other processors: what multiplies with numpy, such as interpreted Triton kernels;
 - each other instruction set of the CPU kernels below what sits on them; without vectors, which takes many
-  times as long, below the ops and MDLM's model alone. tests/cpu runs over instruction sets by itself, AVX2
-  has the first mode, and the best one is what `make test` uses.
+  times as long, below the ops and MDLM's model alone. tests/cpu and the folder of an op run over instruction
+  sets by themselves, AVX2 has the first mode, and the best one is what `make test` uses.
 
 Left out are tests that cannot depend on it: sudoku, data_text and schedule compute with integers or in
 Python, gpu_free and cuda compile or emulate device code, csrc and build test sources with flags of their own,
@@ -34,10 +34,11 @@ from typing import NamedTuple
 from loopmdm_kernels import _C
 
 ROOT = Path(__file__).resolve().parents[1]
+OPS = ["attention", "head_logits", "looped_blocks", "masked_cross_entropy", "sample_rows"]
 ON_KERNELS = ["ops", "mdlm", "loopmdm", "sampling", "study", "train", "quality", "tools"]
 WITHOUT_VECTORS = ["ops", "mdlm"]
-WITH_NUMPY = ["ops", "triton", "loopmdm", "study", "train"]
-ALL = ["cpu", "triton", *ON_KERNELS]
+WITH_NUMPY = ["ops", *OPS, "triton", "loopmdm", "study", "train"]
+ALL = ["cpu", *OPS, "triton", *ON_KERNELS]
 VARIABLES = (
     "LOOPMDM_CPU_ISA",
     "ATEN_CPU_CAPABILITY",

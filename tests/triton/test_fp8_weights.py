@@ -9,14 +9,18 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm import LoopMDM
 from loopmdm.data import sudoku
-from loopmdm_kernels import reference
-from loopmdm_kernels.testing import assert_matches_oracle, head_inputs, looped_inputs, row_rng
+from loopmdm_kernels.testing import assert_matches_oracle, head_inputs, looped_inputs, reference, row_rng
 from loopmdm_kernels.triton import head as head_module
 from loopmdm_kernels.triton.launch import Processor
 from loopmdm_kernels.types import FP8, Fp8BlockWeights, Fp8Head, Fp8Weight, Head, RowRng
-from tests.triton.looped_cases import on, run, triton
+from tests.looped_blocks.cases import on, run
 
 BF16, HALF = torch.bfloat16, torch.float16
+
+
+def triton(*args, **options):
+    with lk.use_backend("triton"):
+        return lk.looped_blocks(*args, **options)
 
 
 @pytest.fixture(params=["e4m3", "bytes"])
@@ -55,11 +59,11 @@ def test_looped_blocks(device, dtype, loaded_as):
     inputs, blocks = case(device, dtype)
     plain = inputs._replace(blocks=[block.dequantized(dtype) for block in blocks])
     narrow = inputs._replace(blocks=blocks)
-    out = run(narrow, 2, compute_dtype=dtype)
+    out = run(narrow, 2, triton, compute_dtype=dtype)
     oracle = run(plain.to(torch.float64), 2, reference.looped_blocks)
     assert_matches_oracle(out, run(plain, 2, reference.looped_blocks), oracle)
     if dtype == BF16:
-        assert torch.equal(out, run(plain, 2))
+        assert torch.equal(out, run(plain, 2, triton))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, HALF], ids=str)

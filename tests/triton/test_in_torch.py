@@ -6,7 +6,7 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.types import Head, RowRng
-from tests.triton.looped_cases import on
+from tests.looped_blocks.cases import on
 
 
 @pytest.fixture(autouse=True)
