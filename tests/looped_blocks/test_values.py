@@ -115,11 +115,10 @@ def test_large_scores(backend, dtype):
     check(inputs, 1, dtype)
 
 
-@WITHOUT_TRITON
-@pytest.mark.parametrize("dtype", [FLOAT, BF16])
+@pytest.mark.backends("cpu")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_huge_scores_stay_finite(backend, dtype, recompute):
-    """And their gradients."""
+    """And their gradients, where PyTorch's own are not."""
     inputs = looped_inputs(length=24)
     blocks = [b._replace(qkv=torch.cat((b.qkv[:64] * 3e4, b.qkv[64:]))) for b in inputs.blocks]
     inputs = inputs._replace(blocks=blocks).to(dtype, requires_grad=True)

@@ -7,6 +7,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels import philox
+from loopmdm_kernels.testing import reference
 from tests.sample_rows.cases import BF16, FLOAT, HALF, STATISTICS, case, check, plain_case, some
 
 # D and V around the widths of lanes, tiles (96 tokens) and chunks (3072) on the CPU; of steps and chunks.
@@ -45,6 +46,14 @@ def test_dtypes_and_temperatures(backend, size, dtypes, temperature):
 def test_many_rows(backend, temperature):
     """More than one tile of rows."""
     check(backend, case(backend, num_rows=200), temperature=temperature)
+
+
+@pytest.mark.backends("reference", "cpu", "triton")
+def test_fp32_decides_as_float64_does_on_the_same_random_bits(backend):
+    hidden, head, rows, rng = case(backend, size=(32, 301 if backend.emulated else 1003), num_rows=64)
+    exact = head._replace(**{name: getattr(head, name).double() for name in head._fields[:4]})
+    drawn = lk.sample_rows(hidden, head, rows, rng).token
+    assert torch.equal(drawn, reference.sample_rows(hidden.double(), exact, rows, rng).token)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])

@@ -164,6 +164,12 @@ def test_grids_of_huge_tensors():
         assert launch.grid[0] < 2**31 and all(n < 2**16 for n in launch.grid[1:]), launch.kernel
 
 
+def test_heads_that_attention_cannot_do(device):
+    q = torch.zeros(1, 1, 4, 257, device=device)
+    with lk.use_backend("triton"), pytest.raises(RuntimeError, match="the head size may be 256, got 257"):
+        lk.attention(q, q, q)
+
+
 def test_offsets_beyond_32_bits(device):
     """Rows of q more than 2^31 elements apart: only the pages that are used are ever there."""
     try:
