@@ -91,19 +91,6 @@ def test_masked_cross_entropy(num_rows):
         torch.testing.assert_close(a, b)
 
 
-def test_attention():
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(2, 3, 8, 4, generator=generator) for _ in range(3)]
-    results = []
-    for call in (lk.attention, torch.compile(lk.attention, fullgraph=True, backend="aot_eager")):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        out = call(*leaves)
-        out.square().sum().backward()
-        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_opcheck():
     """torch's own checks of the registration: schema, fake tensors, autograd, dynamic shapes."""
     hidden, head = head_inputs(vocab_size=20, excluded_token=19)
