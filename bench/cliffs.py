@@ -26,6 +26,7 @@ import torch
 
 import loopmdm_kernels as lk
 from bench.looped_blocks import applied
+from bench.run import DTYPES
 from loopmdm_kernels.files import write_file
 from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.types import Head
@@ -48,7 +49,6 @@ RESTRICTIONS: tuple[dict[str, Any], ...] = (
     {"top_p": 0.9},
     {"top_p": 0.99},
 )
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Variants = dict[str, Callable[[], Any]]
 
 

@@ -7,11 +7,11 @@ import torch
 
 import loopmdm_kernels as lk
 from bench import peers
+from bench.run import DTYPES, REAL
 from loopmdm_kernels.testing import head_inputs
 from loopmdm_kernels.types import Head
 
-LENGTH, HIDDEN, VOCAB = 512, 768, 50258
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LENGTH, HIDDEN, VOCAB = 512, REAL.hidden, REAL.vocab_size
 
 
 def logits_and_gradients(function, dtype, backward):

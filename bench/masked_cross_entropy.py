@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
-from bench import peers
-from bench.run import REAL, Calls, Run, gradients_of
-from bench.script import arguments
+from bench import peers, script
+from bench.run import DTYPES, REAL, Calls, Run, gradients_of
 from loopmdm_kernels.types import Head
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LENGTH, NUM_ROWS, HIDDEN, VOCAB = 1024, 512, REAL.hidden, REAL.vocab_size
 
 
@@ -121,7 +119,7 @@ def peak_memory(name: str) -> float:
     return (measured["weight_bytes"] + measured["rise_bytes"]) / (2 * measured["weight_bytes"])
 
 
-@pytest.mark.parametrize("name", DTYPES, ids=["bf16-parameters", "fp32-parameters"])
+@pytest.mark.parametrize("name", DTYPES, ids=[f"{name}-parameters" for name in DTYPES])
 def test_masked_cross_entropy(compare, name):
     dtype, variants = DTYPES[name], {}
     for kind, compute_dtype in DTYPES.items():
@@ -141,4 +139,4 @@ def test_masked_cross_entropy(compare, name):
 
 
 if __name__ == "__main__":
-    print(json.dumps(memory_of_this_process(*(DTYPES[name] for name in arguments(__doc__, "dtype")))))
+    print(json.dumps(memory_of_this_process(*(DTYPES[name] for name in script.arguments(__doc__, "dtype")))))

@@ -13,6 +13,7 @@ from loopmdm_kernels.testing import LoopedInputs, head_inputs, interleaved_media
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Head, RowRng
 
 BF16 = torch.bfloat16
+DTYPES = {"fp32": torch.float32, "bf16": BF16}
 Call = Callable[[], Any]
 Calls = Mapping[str, Call]  # by the name of the implementation
 Figure = float | str | None  # None: a dry run; a string says why a GPU has no figure

@@ -9,7 +9,7 @@ import torch
 
 import loopmdm_kernels as lk
 from bench import peers
-from bench.run import BF16, REAL, Calls, Run, head_in_fp8
+from bench.run import BF16, DTYPES, REAL, Calls, Run, head_in_fp8
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
 
@@ -43,14 +43,14 @@ def test_sample_rows(compare, num_rows):
     hidden = hidden.float()
     rows = torch.arange(num_rows) * (LENGTH // num_rows)
     rng = row_rng(num_rows)
+    heads = {name: Head(*(t.to(dtype) for t in exact[:4]), VOCAB - 1) for name, dtype in DTYPES.items()}
     variants = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        head = Head(*(tensor.to(dtype) for tensor in exact[:4]), VOCAB - 1)
+    for name, head in heads.items():
         variants[f"eager {name}"] = partial(peers.sample_rows, hidden, head, rows)
         variants[f"compiled {name}"] = partial(peers.compiled(peers.sample_rows), hidden, head, rows)
     with torch.no_grad():
         compare(
-            lambda: lk.sample_rows(hidden, head, rows, rng),
+            partial(lk.sample_rows, hidden, heads["bf16"], rows, rng),
             variants,
             flops=2.0 * num_rows * HIDDEN * VOCAB,
             dtype=torch.bfloat16,
