@@ -81,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--clues",
         metavar="C",
-        help="given cells of training boards: minimal (no cell can go), LO:HI of them, or none: boards masked"
-        " anywhere (default: sudoku 28:40, sudoku6 minimal)",
+        help="given cells of training boards: minimal (no cell can go), LO:HI of them, or full (or none):"
+        " boards masked anywhere (default: sudoku 28:40, sudoku6 minimal)",
     )
     what.add_argument(
         "--autoregressive",

@@ -25,6 +25,7 @@ from loopmdm.data.sudoku import (
     read_puzzles,
 )
 from loopmdm.data.sudoku.boards import Cells
+from loopmdm.data.sudoku.clues import Clues
 from loopmdm.data.sudoku.layouts import looks_like_board
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
@@ -37,23 +38,6 @@ SEVERAL = 2  # solutions of a puzzle are counted up to here
 _BATCH = 64
 _LINES_NAMED = 10
 SHARE_COLUMNS = ("order", "loops S", "solved", "± s.e.", "network calls", "loops run", "seconds")
-
-
-def parse_clues(text: str, spec: SudokuSpec) -> tuple[int, int] | str | None:
-    """The clues of training boards that `loopmdm train --clues` names, in the form `SudokuData` takes.
-
-    Raises:
-        ValueError: neither "minimal", "none" nor two counts that a puzzle of this size can have.
-    """
-    if text in ("minimal", "none"):
-        return None if text == "minimal" else "full"
-    low, _, high = text.partition(":")
-    if low.isdecimal() and high.isdecimal() and spec.min_clues <= int(low) <= int(high) <= spec.cells:
-        return int(low), int(high)
-    raise ValueError(
-        f"--clues: got {text!r}, expected minimal, none or LO:HI with"
-        f" {spec.min_clues} <= LO <= HI <= {spec.cells}"
-    )
 
 
 class Solved(NamedTuple):
@@ -115,7 +99,7 @@ def share_row(solved: dict[str, Any]) -> tuple[str, ...]:
 
 def held_out_puzzles(spec: SudokuSpec, num: int, threads: int = 1) -> Puzzles:
     """Puzzles of the test split: 9x9 with 30 to 40 clues, 6x6 with as few as they can have (about 10)."""
-    clues = (30, 40) if spec == NINE else None
+    clues: Clues = (30, 40) if spec == NINE else "minimal"
     return generate(spec, num, seed=HELD_OUT_SEED, clues=clues, split="test", threads=threads)
 
 

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loopmdm.data.sudoku.clues import parse_clues
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.quality.causal import CausalLM
 from loopmdm.quality.likelihood import evaluate_autoregressive, evaluate_nll
 from loopmdm.runs import likelihood, text_data
-from loopmdm.runs.boards import ORDERS, greedy, held_out_puzzles, parse_clues, solve_all
+from loopmdm.runs.boards import ORDERS, greedy, held_out_puzzles, solve_all
 from loopmdm.runs.models import default_loops
 from loopmdm.runs.options import usage_errors
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from loopmdm.data import sudoku
+from loopmdm.data.sudoku.clues import Clues
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
 from loopmdm.model.config import PRESETS, LoopMDMConfig
@@ -18,14 +19,14 @@ from loopmdm.train.config import TrainConfig
 
 @dataclass(frozen=True)
 class SudokuRecipe:
-    """One preset. `clues` as in `SudokuData`; `position_scale` as in `grid_positions`.
+    """One preset. `clues` as in `as_clues`; `position_scale` as in `grid_positions`.
 
     embedding_scale: standard deviation of the token embedding at the start; None: the model's own, U(±1/√D).
     A larger one keeps the input visible in the residual stream over many loops.
     """
 
     spec: sudoku.SudokuSpec
-    clues: tuple[int, int] | str | None
+    clues: Clues
     position_scale: float
     training: TrainConfig
     pool_size: int = 100_000
@@ -120,7 +121,7 @@ SUDOKU_RECIPES: dict[str, SudokuRecipe] = {
     ),
     "sudoku6": SudokuRecipe(
         spec=sudoku.SIX,
-        clues=None,  # minimal puzzles
+        clues="minimal",
         position_scale=0.5,
         embedding_scale=0.5,
         training=TrainConfig(

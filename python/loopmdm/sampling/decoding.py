@@ -196,7 +196,7 @@ def _token_ids(tokens: Any) -> tuple[int, ...]:
             "forbidden must be token ids, got a string: encode it with the model's tokenizer first"
         )
     try:
-        given = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        given = list(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
     except TypeError as error:
         raise TypeError(f"forbidden must be a list of token ids, got {tokens!r}") from error
     return tuple(sorted({_token_id("forbidden", token) for token in given}))

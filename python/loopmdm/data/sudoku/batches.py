@@ -8,16 +8,16 @@ from torch import Tensor
 
 from loopmdm import _sudoku
 from loopmdm.data.sudoku.boards import Cells, SudokuSpec
+from loopmdm.data.sudoku.clues import Clues, as_clues
 from loopmdm.data.sudoku.puzzles import as_seed, generate_cells
 
 
 class SudokuData:
     """Endless training batches of the train split.
 
-    clues "full": fresh random full grids without a prompt. (lo, hi), or None for minimal puzzles: a pool of
-    `pool_size` puzzles with one solution each, made here (seconds), from which each batch element draws one
-    and takes a random image under relabelling, row, column, band and stack moves and (square boxes)
-    transposition.
+    clues as in `as_clues`. "full": fresh random full grids without a prompt. Else a pool of `pool_size`
+    puzzles with one solution each, made here (seconds), from which each batch element draws one and takes a
+    random image under relabelling, row, column, band and stack moves and (square boxes) transposition.
     """
 
     def __init__(
@@ -25,13 +25,12 @@ class SudokuData:
         spec: SudokuSpec,
         *,
         seed: int,
-        clues: tuple[int, int] | str | None = "full",
+        clues: Clues | None = "full",
         pool_size: int = 100_000,
         batch_size: int = 128,
         threads: int = 1,
     ) -> None:
-        if isinstance(clues, str) and clues != "full":
-            raise ValueError(f'clues must be (lo, hi), None (minimal puzzles) or "full", got {clues!r}')
+        wanted = as_clues(spec, clues)
         if not 1 <= pool_size < 2**31:
             raise ValueError(f"pool_size must be in 1..2^31-1, got {pool_size}")
         self.spec = spec
@@ -39,9 +38,9 @@ class SudokuData:
         self.batch_size = batch_size
         self.threads = threads
         self._pool: tuple[Cells, Cells] | None = None
-        if not isinstance(clues, str):
+        if wanted != "full":
             solutions, given = generate_cells(
-                spec, pool_size, seed=self.seed, clues=clues, split="train", threads=threads
+                spec, pool_size, seed=self.seed, clues=wanted, split="train", threads=threads
             )
             self._pool = given, solutions
 
@@ -55,9 +54,8 @@ class SudokuData:
         numbers = [as_seed(step, "step"), as_seed(micro_step, "micro_step"), as_seed(rank, "rank")]
         seed = _batch_seed(self.seed, *numbers)
         if self._pool is None:
-            full = (self.spec.cells, self.spec.cells)
             solutions, _ = generate_cells(
-                self.spec, size, seed=seed, clues=full, split="train", threads=self.threads
+                self.spec, size, seed=seed, clues="full", split="train", threads=self.threads
             )
             prompt = np.zeros(solutions.shape, dtype=bool)
         else:

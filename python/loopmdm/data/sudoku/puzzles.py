@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from loopmdm import _sudoku
 from loopmdm.data.sudoku.boards import Cells, SudokuSpec, check_cells
+from loopmdm.data.sudoku.clues import Clues, as_clues
 from loopmdm_kernels.values import whole
 
 _SPLITS = {None: -1, "train": 0, "test": 1}
@@ -39,7 +40,7 @@ def generate(
     num: int,
     *,
     seed: int,
-    clues: tuple[int, int] | None,
+    clues: Clues | None,
     split: str | None = None,
     threads: int = 1,
 ) -> Puzzles:
@@ -47,9 +48,7 @@ def generate(
 
     Puzzle i depends on (seed, i) and the other settings, never on `num` or `threads`.
 
-    clues: (lo, hi), the number of clues aimed uniformly at lo..hi and never above hi; None for minimal
-    puzzles (no clue can go), about 24.4 clues at 9x9 and 10.1 at 6x6. (cells, cells) gives full grids. Below
-    about 22 clues at 9x9 a puzzle takes many tries (20 is about the least within reach).
+    clues: "minimal" or None, (lo, hi), or "full", as `as_clues` says.
     split: "train", "test", or None for both.
     """
     solutions, given = generate_cells(spec, num, seed=seed, clues=clues, split=split, threads=threads)
@@ -63,7 +62,7 @@ def generate_cells(
     num: int,
     *,
     seed: int,
-    clues: tuple[int, int] | None,
+    clues: Clues | None,
     split: str | None,
     threads: int,
 ) -> tuple[Cells, Cells]:
@@ -72,7 +71,9 @@ def generate_cells(
         raise ValueError(f"num must be at least 0, got {num}")
     if split not in _SPLITS:
         raise ValueError(f'split must be "train", "test" or None, got {split!r}')
-    fewest, most = _clue_range(spec, clues)
+    wanted = as_clues(spec, clues)
+    words = {"minimal": (0, 0), "full": (spec.cells, spec.cells)}
+    fewest, most = words[wanted] if isinstance(wanted, str) else wanted
     solutions = np.empty((num, spec.cells), dtype=np.uint8)
     given = np.empty_like(solutions)
     for first in range(0, num, _CHUNK):
@@ -85,7 +86,7 @@ def generate_cells(
             num=part.stop - first,
             fewest=fewest,
             most=most,
-            minimal=clues is None,
+            minimal=wanted == "minimal",
             split=_SPLITS[split],
             threads=_threads(threads),
         )
@@ -126,20 +127,6 @@ def grid_ids(spec: SudokuSpec, solutions: ArrayLike, *, threads: int = 1) -> NDA
 def in_test_split(ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Which ids [N] belong to the test split."""
     return _sudoku.in_test_split(np.ascontiguousarray(ids, dtype=np.uint64))
-
-
-def _clue_range(spec: SudokuSpec, clues: tuple[int, int] | None) -> tuple[int, int]:
-    if clues is None:
-        return 0, 0
-    if not isinstance(clues, (tuple, list)) or len(clues) != 2:
-        raise TypeError(f"clues must be (lo, hi) or None for minimal puzzles, got {clues!r}")
-    fewest, most = clues
-    if not 0 <= fewest <= most <= spec.cells or most < spec.min_clues:
-        raise ValueError(
-            f"clues must be (lo, hi) with 0 <= lo <= hi and hi in {spec.min_clues}..{spec.cells} for {spec}, "
-            f"got {clues!r}"
-        )
-    return fewest, most
 
 
 def _search(spec: SudokuSpec, clues: ArrayLike, limit: int, threads: int) -> tuple[Cells, NDArray[np.int32]]:

@@ -11,7 +11,8 @@ import torch
 from loopmdm.model import LoopMDM
 from loopmdm.model.flops import DEFAULT_CONVENTION
 from loopmdm.plan import ComputePlan
-from loopmdm.sampling import sample
+from loopmdm.sampling import Decoding
+from loopmdm.sampling.sampler import sample_with
 from loopmdm.study.kit.folder import StudyFolder
 from loopmdm.study.kit.sources import HeldOut
 
@@ -64,14 +65,13 @@ def clock(
 def _sample(model: LoopMDM, data: HeldOut, plan: ComputePlan, steps: int, seed: int) -> dict[str, Any]:
     batch = data.batches[0]
     if not data.puzzles:
-        count, length = batch.input_ids.shape
-        result = sample(model, count, length, steps, plan=plan, seed=seed, progress=False)
+        decoding = Decoding(steps=steps, plan=plan, seed=seed)
+        result = sample_with(model, decoding, *batch.input_ids.shape, progress=False)
     else:
         assert batch.prompt_mask is not None
         puzzles = torch.where(batch.prompt_mask, batch.input_ids, model.config.mask_token_id)
-        result = sample(
-            model, infill=puzzles, order="left_to_right", plan=plan, temperature=0.0, progress=False
-        )
+        decoding = Decoding(order="left_to_right", plan=plan, temperature=0.0)
+        result = sample_with(model, decoding, infill=puzzles, progress=False)
     return {
         "seconds": result.seconds,
         "flops": result.ledger.flops(DEFAULT_CONVENTION),

@@ -6,6 +6,7 @@ All plans of a study draw the same random numbers for the same sample, so their 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from loopmdm.plan import ComputePlan
 from loopmdm.quality import Scorer, distinct_n, load_scorer, self_bleu, unigram_entropy
 from loopmdm.quality.bootstrap import Floats
 from loopmdm.runs.options import UsageError, usage_errors
-from loopmdm.sampling import SampleResult, sample
+from loopmdm.sampling import Decoding, SampleResult
+from loopmdm.sampling.sampler import sample_with
 from loopmdm.study.kit.sources import BATCH, HeldOut
 
 Values = dict[str, Any]
@@ -30,11 +32,21 @@ class Scoring(ABC):
 
     measure: str
     perplexity = False  # whether the measure is exp of the mean loss
-    model: LoopMDM
+
+    def __init__(self, model: LoopMDM, decoding: Decoding) -> None:
+        self.model, self._decoding = model, decoding
 
     @abstractmethod
+    def given(self, first: int, count: int) -> dict[str, Any]:
+        """What `sample` is given of samples number first..first + count - 1."""
+
     def draw(self, plan: ComputePlan, first: int, count: int) -> SampleResult:
         """Samples number first..first + count - 1."""
+        ids = list(range(first, first + count))
+        decoding = replace(self._decoding, plan=plan)
+        return sample_with(
+            self.model, decoding, count, sequence_ids=ids, progress=False, **self.given(first, count)
+        )
 
     @abstractmethod
     def losses(self, tokens: Tensor) -> Floats:
@@ -69,17 +81,11 @@ class BoardScoring(Scoring):
     measure = "share of boards not solved"
 
     def __init__(self, model: LoopMDM, spec: SudokuSpec, puzzles: Tensor) -> None:
-        self.model, self._spec, self._puzzles = model, spec, puzzles
+        super().__init__(model, Decoding(order="left_to_right", temperature=0.0))
+        self._spec, self._puzzles = spec, puzzles
 
-    def draw(self, plan: ComputePlan, first: int, count: int) -> SampleResult:
-        return sample(
-            self.model,
-            infill=self._puzzles[first : first + count],
-            order="left_to_right",
-            plan=plan,
-            temperature=0.0,
-            progress=False,
-        )
+    def given(self, first: int, count: int) -> dict[str, Any]:
+        return {"infill": self._puzzles[first : first + count]}
 
     def losses(self, tokens: Tensor) -> Floats:
         boards = (tokens.cpu().numpy() + 1).astype(np.uint8)
@@ -92,19 +98,11 @@ class WholeBoardScoring(Scoring):
     measure = "rows, columns and boxes wrong"
 
     def __init__(self, model: LoopMDM, spec: SudokuSpec, steps: int, seed: int) -> None:
-        self.model, self._spec, self._steps, self._seed = model, spec, steps, seed
+        super().__init__(model, Decoding(steps=steps, seed=seed))
+        self._spec = spec
 
-    def draw(self, plan: ComputePlan, first: int, count: int) -> SampleResult:
-        return sample(
-            self.model,
-            count,
-            self._spec.cells,
-            self._steps,
-            plan=plan,
-            seed=self._seed,
-            sequence_ids=list(range(first, first + count)),
-            progress=False,
-        )
+    def given(self, first: int, count: int) -> dict[str, Any]:
+        return {"length": self._spec.cells}
 
     def losses(self, tokens: Tensor) -> Floats:
         return np.asarray(1.0 - complete_units(self._spec, tokens.cpu().numpy() + 1).mean(-1))
@@ -126,21 +124,12 @@ class TextScoring(Scoring):
         prefixes: Tensor | None = None,
     ) -> None:
         """prefixes: [N, P] tokens the samples start with; their own loss is not counted."""
-        self.model, self._scorer, self._prefixes = model, scorer, prefixes
-        self._length, self._steps, self._seed = length, steps, seed
+        super().__init__(model, Decoding(steps=steps, seed=seed))
+        self._scorer, self._length, self._prefixes = scorer, length, prefixes
 
-    def draw(self, plan: ComputePlan, first: int, count: int) -> SampleResult:
-        return sample(
-            self.model,
-            count,
-            self._length,
-            self._steps,
-            plan=plan,
-            prompt=None if self._prefixes is None else self._prefixes[first : first + count],
-            seed=self._seed,
-            sequence_ids=list(range(first, first + count)),
-            progress=False,
-        )
+    def given(self, first: int, count: int) -> dict[str, Any]:
+        prompt = None if self._prefixes is None else self._prefixes[first : first + count]
+        return {"length": self._length, "prompt": prompt}
 
     def losses(self, tokens: Tensor) -> Floats:
         nll, counted = self._scorer.nll(tokens)

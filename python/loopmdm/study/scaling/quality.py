@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from loopmdm.data.sudoku import SudokuSpec
+from loopmdm.plan import as_plan
 from loopmdm.quality import Scorer, generative_perplexity, unigram_entropy
 from loopmdm.quality.bootstrap import Bootstrap
 from loopmdm.runs.boards import ORDERS, held_out_puzzles
-from loopmdm.sampling import sample
+from loopmdm.sampling import Decoding
+from loopmdm.sampling.sampler import sample_with
 from loopmdm.solve import solve_puzzles
 from loopmdm.study.kit.folder import Row, StudyFolder
 from loopmdm.study.kit.sources import Denoiser
@@ -34,9 +36,8 @@ def text_rows(
 
     def measure(key: str) -> dict[str, Any]:
         num_steps, num_loops = (int(word) for word in key.split()[1::2])
-        result = sample(
-            denoiser.model, num, length, steps=num_steps, plan=num_loops, seed=seed, progress=False
-        )
+        decoding = Decoding(steps=num_steps, plan=as_plan(num_loops), seed=seed)
+        result = sample_with(denoiser.model, decoding, num, length, progress=False)
         tokens = result.tokens.cpu()
         values: dict[str, Any] = {"entropy": unigram_entropy(tokens).tolist()}
         if scorer is not None:
