@@ -89,6 +89,8 @@ def option_set(rng: random.Random) -> dict[str, Any]:
         options[pace] = rng.randint(1, 12 if pace == "steps" else 4)
     elif pace is not None:
         options[pace] = rng.choice((0, 0.0, 0.15, 0.5, 1.0))
+    if pace in (None, "steps") and order not in PACES:
+        options["counts"] = rng.choice(("even", "llada"))
     extra = rng.choice((None, None, "block_length", "window", "remask", "reference_numerics"))
     if extra == "block_length":
         options[extra] = rng.randint(1, LONGEST)

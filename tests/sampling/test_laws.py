@@ -68,7 +68,7 @@ def test_what_is_left_is_drawn_and_not_the_most_probable(make_fixed):
 
 
 def loop_order(steps: int, **settings: float) -> Remasked:
-    slots = Slots.of(torch.full((1, 4), 9), 9, torch.tensor([0]))
+    slots = Slots(torch.full((1, 4), 9), 9, torch.tensor([0]))
     return Remasked(slots, steps, 0, Remasking("loop", **settings))
 
 
@@ -192,7 +192,7 @@ def test_counts(make_fixed, order):
 
 def test_counts_of_llada_for_many_sizes():
     for positions in range(1, 40):
-        slots = Slots.of(torch.full((1, positions), 9), 9, torch.tensor([0]))
+        slots = Slots(torch.full((1, positions), 9), 9, torch.tensor([0]))
         for steps in range(1, 50):
             spread = Spread(slots.blocks, Pace(steps=steps, counts="llada"))
             step_of = spread.step_of(slots.blocks.rank(), slots.blocks.of_slot)
@@ -375,7 +375,7 @@ def test_top_k_comes_before_top_p():
 
 def test_each_step_has_the_width_of_the_grid():
     """The hazard of step i is 1 / (T - i). On bd3lms' grid it is (T - 1) / (T (T - 1 - i))."""
-    ours = Ancestral(Slots.of(torch.full((1, 3), 9), 9, torch.tensor([0])), 10, 0)
+    ours = Ancestral(Slots(torch.full((1, 3), 9), 9, torch.tensor([0])), 10, 0)
     for step in range(10):
         assert float(ours.times(step)) == pytest.approx(1 - step / 10)
     times = torch.linspace(1, 0, 10, dtype=torch.float64)

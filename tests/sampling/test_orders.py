@@ -101,7 +101,7 @@ def test_no_mask_is_left_and_each_position_is_revealed_once(model, order, steps)
 
 def test_even_spread_agrees_with_its_definition():
     for masked in range(1, 12):
-        slots = Slots.of(torch.full((1, masked), 9), 9, torch.tensor([0]))
+        slots = Slots(torch.full((1, masked), 9), 9, torch.tensor([0]))
         for steps in range(1, 15):
             spread = Spread(slots.blocks, Pace(steps=steps))
             due = [(i + 1) * masked // steps - i * masked // steps for i in range(steps)]
@@ -111,7 +111,7 @@ def test_even_spread_agrees_with_its_definition():
 
 def test_slots_are_named_by_sequence_and_position():
     canvas = torch.tensor([[9, 1, 9], [2, 2, 2], [0, 9, 9]])
-    slots = Slots.of(canvas, 9, torch.tensor([7, 8, 100]))
+    slots = Slots(canvas, 9, torch.tensor([7, 8, 100]))
     assert slots.sequence.tolist() == [0, 0, 2, 2]
     assert slots.position.tolist() == [0, 2, 1, 2]
     assert slots.sequence_id.tolist() == [7, 7, 100, 100]

@@ -17,6 +17,8 @@ from loopmdm_kernels.values import meant, real, whole
 
 MAX_STEPS = 2**30 - 1  # the step is one word of the random number's name
 _COUNTS = ("steps", "tokens_per_step", "block_length", "window", "max_batch", "top_k")
+_PACES = ("steps", "tokens_per_step", "threshold", "entropy_bound")
+_REFERENCE = "reference_numerics: the reference's sampler has none"
 _NOT_THE_REFERENCES = ("remask", "block_length", "temperature", "top_p", "top_k", "cuda_graphs")
 
 
@@ -76,24 +78,21 @@ class Decoding:
     def _check_names(self) -> None:
         if not isinstance(self.counts, str):
             raise TypeError(f"counts must be a name, {' or '.join(COUNTS)}, got {self.counts!r}")
-        for name, value, accepted in (
-            ("counts", self.counts, COUNTS),
-            ("order", self.order, sorted(ORDERS)),
-        ):
+        for name, accepted in (("counts", COUNTS), ("order", sorted(ORDERS))):
+            value = getattr(self, name)
             if value not in accepted:
-                raise ValueError(
-                    f"unknown {name} {value!r}, accepted are {', '.join(accepted)}{meant(value, accepted)}"
-                )
+                close = meant(value, accepted)
+                raise ValueError(f"unknown {name} {value!r}, accepted are {', '.join(accepted)}{close}")
         if self.dtype not in (None, torch.bfloat16):
             raise ValueError(f"dtype must be None or torch.bfloat16, got {self.dtype}")
 
     def _check_pace(self) -> None:
-        given = self._own_pace.given
+        given = self._given(*_PACES)
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given, but each alone says how much a step reveals")
         if self.counts != "even" and given and self.steps is None:
             raise ValueError(
-                f"counts={self.counts!r} says how steps share positions, but {next(iter(given))} is given"
+                f"counts={self.counts!r} says how steps share positions, but {given[0]} is given"
             )
         if self.threshold is not None and self.order != "entropy" and self.threshold > 1:
             raise ValueError(f"threshold must be a probability in [0, 1], got {self.threshold}")
@@ -103,28 +102,22 @@ class Decoding:
             raise ValueError(
                 "block_length and window are both given: blocks follow each other, a window slides"
             )
-        if self.remask is not None:
-            for name in ("block_length", "eos_token_id"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} does not go with remasking, which may take back any token")
-            if self.order != "ancestral":
-                raise ValueError(f"remasking goes with the order ancestral, got {self.order}")
-        if self.reference_numerics:
-            if self.order != "ancestral":
-                raise ValueError(f"reference_numerics goes with the order ancestral, got {self.order}")
-            for name in _NOT_THE_REFERENCES:
-                if getattr(self, name) != getattr(Decoding, name):
-                    raise ValueError(
-                        f"{name} does not go with reference_numerics: the reference's sampler has none"
-                    )
+        drawn = f"the order {self.order}, which draws its reveal times"
+        own = {"ancestral": "steps", "first_hitting": "tokens_per_step"}.get(self.order)
+        for wanted, why, names in (
+            (self.remask, "remasking, which may take back any token", ("block_length", "eos_token_id")),
+            (self.reference_numerics, _REFERENCE, _NOT_THE_REFERENCES),
+            (own, drawn, [name for name in (*_PACES, "window", "counts") if name != own]),
+        ):
+            if wanted and (given := self._given(*names)):
+                raise ValueError(f"{given[0]} does not go with {why}")
+        for wanted, what in ((self.remask, "remasking"), (self.reference_numerics, "reference_numerics")):
+            if wanted and self.order != "ancestral":
+                raise ValueError(f"{what} goes with the order ancestral, got {self.order}")
 
-        accepted = {"ancestral": "steps", "first_hitting": "tokens_per_step"}.get(self.order)
-        if accepted is not None:
-            for name in (*self._own_pace.given, "window", "counts"):
-                if name != accepted and getattr(self, name) not in (None, "even"):
-                    raise ValueError(
-                        f"{name} does not go with the order {self.order}, which draws its reveal times"
-                    )
+    def _given(self, *names: str) -> list[str]:
+        """Which of these are not at their default."""
+        return [name for name in names if getattr(self, name) != getattr(Decoding, name)]
 
     def check_for(self, config: Any) -> None:
         """Raise ValueError where a model of this configuration cannot do it."""
@@ -144,16 +137,11 @@ class Decoding:
             )
 
     @property
-    def _own_pace(self) -> Pace:
-        return Pace(*(getattr(self, name) for name in Pace._fields))
-
-    @property
     def pace(self) -> Pace:
         """How much a step reveals: what is given, else the plan's number of steps."""
-        pace = self._own_pace
-        if not pace.given and self.order != "first_hitting":
-            return pace._replace(steps=self.plan.num_steps)
-        return pace
+        pace = Pace(*(getattr(self, name) for name in Pace._fields))
+        planned = not self._given(*_PACES) and self.order != "first_hitting"
+        return pace._replace(steps=self.plan.num_steps) if planned else pace
 
     @property
     def draws_from_the_model(self) -> bool:

@@ -128,19 +128,8 @@ def sample(
             are not finite (NaN in weights).
     """
     arguments = locals()
-    decoding = Decoding(**{field.name: arguments[field.name] for field in fields(Decoding)})
-    return sample_with(
-        model,
-        decoding,
-        num_samples,
-        length,
-        prompt,
-        infill,
-        sequence_ids=sequence_ids,
-        on_step=on_step,
-        history=history,
-        progress=progress,
-    )
+    decoding = Decoding(**{field.name: arguments.pop(field.name) for field in fields(Decoding)})
+    return sample_with(decoding=decoding, **arguments)
 
 
 def sample_with(
@@ -164,7 +153,7 @@ def sample_with(
     canvas = make_canvas(config, num_samples, length, prompt, infill, decoding.block_length)
     batch, longest = canvas.tokens.shape
     ids = make_sequence_ids(sequence_ids, batch)
-    slots = Slots.of(canvas.tokens, config.mask_token_id, ids, decoding.block_length, canvas.lengths)
+    slots = Slots(canvas.tokens, config.mask_token_id, ids, decoding.block_length, canvas.lengths)
     order = _make_order(slots, decoding)
     make_network = GraphNetwork if decoding.cuda_graphs else Network
     network = make_network(model, decoding, batch=batch, context=min(longest, config.max_length))

@@ -26,11 +26,6 @@ class Pace(NamedTuple):
     window: int | None = None  # it reveals among the so many leftmost masks
 
     @property
-    def given(self) -> list[str]:
-        """Which of the first four are set."""
-        return [name for name, value in zip(self._fields[:4], self, strict=False) if value is not None]
-
-    @property
     def adaptive(self) -> bool:
         return self.threshold is not None or self.entropy_bound is not None
 

@@ -17,12 +17,14 @@ class Slots:
 
     def __init__(
         self,
-        masked: Tensor,
+        canvas: Tensor,
+        mask_token_id: int,
         sequence_ids: Tensor,
         block_length: int | None = None,
         lengths: Tensor | None = None,
     ) -> None:
-        """masked: [B, L] bool, the positions to fill; sequence_ids: [B] int64; lengths: [B], None: all L."""
+        """canvas: [B, L], the mask at the positions to fill; sequence_ids, lengths: [B], None: all L."""
+        masked = canvas == mask_token_id
         self.sequence, self.position = masked.nonzero(as_tuple=True)  # [N] row of the batch, position
         self.sequence_id = sequence_ids[self.sequence]  # [N] names the random numbers
         self.counts = masked.sum(dim=1)  # [B] slots of each sequence
@@ -30,22 +32,8 @@ class Slots:
         self.lengths = torch.full_like(self.counts, width) if lengths is None else lengths  # [B]
         self.masked = torch.ones_like(self.sequence, dtype=torch.bool)
         self.closed = torch.zeros_like(self.masked)
-        self.first = (
-            self.counts.cumsum(0) - self.counts
-        )  # [B] each sequence's first slot, or where it would be
+        self.first = self.counts.cumsum(0) - self.counts  # [B] first slot of each, or where it would be
         self.blocks = Blocks(self, block_length)
-
-    @classmethod
-    def of(
-        cls,
-        canvas: Tensor,
-        mask_token_id: int,
-        sequence_ids: Tensor,
-        block_length: int | None = None,
-        lengths: Tensor | None = None,
-    ) -> Slots:
-        """The slots of canvas [B, L]: every position that holds the mask token."""
-        return cls(canvas == mask_token_id, sequence_ids, block_length, lengths)
 
     @property
     def num_sequences(self) -> int:
