@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loopmdm import LoopMDM, LoopMDMConfig
+from loopmdm.sampling import SampleResult
 from loopmdm_kernels.types import Head
 
 NORM_EPS = 1e-5
@@ -109,6 +110,30 @@ def random_model(**overrides: Any) -> LoopMDM:
             for gain in (block.norm1.weight, block.norm2.weight, block.adaLN_modulation.bias):
                 gain.add_(1)
     return model
+
+
+def reveal_steps(out: SampleResult) -> Tensor:
+    """The step that revealed each position [B, L], -1 where none did."""
+    assert out.history is not None
+    steps = torch.full(out.tokens.shape, -1)
+    for event in out.history:
+        steps[event.sequence, event.positions] = event.step
+    return steps
+
+
+@pytest.fixture
+def seen_sigmas(monkeypatch: pytest.MonkeyPatch) -> Callable[[LoopMDM], list[Tensor]]:
+    """Watches a model: the noise levels of its calls from now on."""
+
+    def watch(model: LoopMDM) -> list[Tensor]:
+        seen: list[Tensor] = []
+        hidden = model.hidden
+        monkeypatch.setattr(
+            model, "hidden", lambda ids, sigma, **k: seen.append(sigma) or hidden(ids, sigma, **k)
+        )
+        return seen
+
+    return watch
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from scipy import stats
 from torch import Tensor
 
 from loopmdm import sample
-from loopmdm.sampling.reference_numerics import race, survival
+from loopmdm.sampling.reference_numerics import race
 
 
 def test_forbidden_tokens_are_never_drawn(make_fixed):
@@ -48,6 +48,12 @@ def test_top_k(make_fixed):
     assert counts[2:].sum() == 0
     assert stats.chisquare(counts[:2], logits[0, :2].double().softmax(0) * 20_000).pvalue > 0.01
     assert (sample(make_fixed(logits), 50, top_k=1).tokens == 0).all()
+
+
+def survival(probability: Tensor, t: float, s: float, bits: int) -> Tensor:
+    """f(r) of `reference_numerics`, float64, for uniforms of so many bits."""
+    ratio = 2.0**bits * probability.double() * (t - s) / s
+    return 1.0 / (ratio * torch.expm1(1.0 / ratio))
 
 
 def raced(probs: Tensor, t: float, s: float, bits: int, num: int) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 import loopmdm_kernels as lk
 from loopmdm import sample
 
+from .conftest import reveal_steps
+
 
 def joint_law(length: int, num_tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(3)
@@ -106,8 +108,6 @@ def test_reveal_steps_are_uniform_and_independent(make_fixed):
     """The hazard of the two-stage form: of the positions still masked at step i, 1/(T - i) are revealed."""
     steps, num_samples = 5, 20_000
     out = sample(make_fixed(torch.zeros(2, 3)), num_samples, steps=steps, seed=1, history=True)
-    reveal = torch.empty(num_samples, 2, dtype=torch.int64)
-    for event in out.history:
-        reveal[event.sequence, event.positions] = event.step
+    reveal = reveal_steps(out)
     table = torch.bincount(reveal[:, 0] * steps + reveal[:, 1], minlength=steps**2)
     assert stats.chisquare(table).pvalue > 0.01

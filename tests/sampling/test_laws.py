@@ -23,6 +23,8 @@ from loopmdm.sampling.orders.pace import Spread
 from loopmdm.sampling.remasking import Remasked
 from loopmdm_kernels.reference.nucleus import restriction
 
+from .conftest import reveal_steps
+
 PAGE = Path(__file__).parents[2] / "docs" / "laws.md"
 
 
@@ -38,16 +40,9 @@ def test_every_difference_of_the_page_names_tests_that_exist():
             assert f"def {name}(" in text, (module, name)
 
 
-def reveal_steps(out, batch: int, length: int) -> torch.Tensor:
-    steps = torch.full((batch, length), -1)
-    for event in out.history:
-        steps[event.sequence, event.positions] = event.step
-    return steps
-
-
 def test_the_last_step_is_like_every_other(make_fixed):
     """T equal steps down to t = 0, the last of which draws what is left. Dream's has eps more."""
-    steps = reveal_steps(sample(make_fixed(torch.zeros(4, 3)), 8000, steps=8, seed=3, history=True), 8000, 4)
+    steps = reveal_steps(sample(make_fixed(torch.zeros(4, 3)), 8000, steps=8, seed=3, history=True))
     counts = steps.flatten().bincount(minlength=8)
     assert stats.chisquare(counts).pvalue > 0.01
 

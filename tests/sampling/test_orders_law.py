@@ -81,14 +81,10 @@ def test_rated_orders_follow_their_enumerated_law(make_posterior, order):
     assert chi_square_p(out.tokens, expected) > 0.01
 
 
-def test_first_hitting_times_are_order_statistics(make_model, monkeypatch):
+def test_first_hitting_times_are_order_statistics(make_model, seen_sigmas):
     """t' = t u^{1/n}: before the j-th of n reveals (t'_j / t'_{j-1})^{n-j+1} is uniform."""
     model = make_model(time_conditioning=True, max_length=6)
-    seen = []
-    hidden = model.hidden
-    monkeypatch.setattr(
-        model, "hidden", lambda ids, sigma, **kw: seen.append(sigma) or hidden(ids, sigma, **kw)
-    )
+    seen = seen_sigmas(model)
     sample(model, 4000, length=6, order="first_hitting", plan=1, seed=3)
     times = -torch.expm1(-torch.stack(seen)) / 0.999  # [6, B]
     assert (times.diff(dim=0) < 0).all()

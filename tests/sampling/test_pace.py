@@ -9,6 +9,8 @@ import torch
 
 from loopmdm import ComputePlan, sample
 
+from .conftest import reveal_steps
+
 MASK = 3
 # Probabilities by position. Confidence ranks 3 > 0 > 5 > 1 > 4 > 2, margin 3 > 0 > 5 > 4 > 1 > 2 and entropy,
 # the least first, 3 > 0 > 1 > 5 > 4 > 2.
@@ -194,22 +196,16 @@ def test_plans_follow_each_sequences_own_time(make_model):
 def test_ancestral_in_blocks_keeps_the_grid_of_each_block(make_fixed):
     """Reveal steps of a block are uniform on its share of the steps."""
     out = sample(make_fixed(torch.zeros(4, 3)), 8000, steps=10, block_length=2, seed=6, history=True)
-    reveal = torch.empty(8000, 4, dtype=torch.int64)
-    for event in out.history:
-        reveal[event.sequence, event.positions] = event.step
+    reveal = reveal_steps(out)
     for position, start in ((0, 0), (1, 0), (2, 5), (3, 5)):
         counts = torch.bincount(reveal[:, position] - start, minlength=5)
         assert counts.numel() == 5
         assert float(((counts - 1600.0) ** 2 / 1600).sum()) < 20  # chi-square, 4 degrees of freedom
 
 
-def test_times_in_blocks_are_the_expected_share_of_masks(make_model, monkeypatch):
+def test_times_in_blocks_are_the_expected_share_of_masks(make_model, seen_sigmas):
     model = make_model(time_conditioning=True)
-    seen = []
-    hidden = model.hidden
-    monkeypatch.setattr(
-        model, "hidden", lambda ids, sigma, **kw: seen.append(sigma) or hidden(ids, sigma, **kw)
-    )
+    seen = seen_sigmas(model)
     sample(model, 1, length=8, steps=8, block_length=4, seed=8, skip_unchanged=False)
     times = -torch.expm1(-torch.cat(seen)) / 0.999
     assert torch.allclose(times, 1 - torch.arange(8) / 8, atol=1e-5)

@@ -161,13 +161,9 @@ def test_adaptive_bounds_e13(model, order, criterion):
     assert (first_step[-1] < first_step[0]).any()
 
 
-def test_time_conditioning_follows_the_grid(make_model, monkeypatch):
+def test_time_conditioning_follows_the_grid(make_model, seen_sigmas):
     model = make_model(time_conditioning=True)
-    seen = []
-    hidden = model.hidden
-    monkeypatch.setattr(
-        model, "hidden", lambda ids, sigma, **kw: seen.append(sigma) or hidden(ids, sigma, **kw)
-    )
+    seen = seen_sigmas(model)
     out = sample(model, 1, length=6, steps=4, history=True, seed=8)
     times = torch.tensor([1 - event.step / 4 for event in out.history])
     assert torch.allclose(torch.cat(seen), -torch.log1p(-0.999 * times))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from loopmdm.model import vocabulary
 from loopmdm.model.stages import Stages
-from loopmdm_kernels.types import RowRng
 
 
 class Judge(ABC):
@@ -101,16 +100,10 @@ class ArgmaxJudge(Judge):
         rows = stages.masked.flatten().nonzero().squeeze(1)
         tokens = torch.full_like(stages.tokens, -1)
         if rows.numel():
-            unnamed = torch.zeros_like(rows)  # nothing is drawn at temperature 0
-            sampled = vocabulary.sample_rows(
-                tails,
-                model.head(stages.sigma),
-                rows,
-                RowRng(0, unnamed, unnamed, unnamed),
-                temperature=0.0,
-                compute_dtype=model.compute_dtype,
+            found = vocabulary.most_probable(
+                tails, model.head(stages.sigma), rows, compute_dtype=model.compute_dtype
             )
-            tokens.view(-1)[rows] = sampled.top1_token
+            tokens.view(-1)[rows] = found.top1_token
         return tokens
 
 

@@ -112,6 +112,15 @@ def sample_rows(
         )
 
 
+def most_probable(
+    hidden: Tensor, head: AnyHead, rows: Tensor, *, compute_dtype: torch.dtype | None = None
+) -> SampledRows:
+    """`sample_rows` at temperature 0, where nothing is drawn."""
+    unnamed = torch.zeros_like(rows)
+    rng = RowRng(0, unnamed, unnamed, unnamed)
+    return sample_rows(hidden, head, rows, rng, temperature=0.0, compute_dtype=compute_dtype)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _called(hidden: Tensor, head: CalledHead) -> Tensor:
     logits = head.layer(hidden, head.condition)

@@ -32,12 +32,6 @@ _GENERATOR_STREAM = 3 << 29  # in the step word, beside those of reveals and dro
 _ROWS = 64  # logits in memory at once
 
 
-def survival(probability: Tensor, t: float, s: float, bits: int = 24) -> Tensor:
-    """f(r) of the module's docstring, float64, for uniforms of so many bits."""
-    ratio = 2.0**bits * probability.double() * (t - s) / s
-    return 1.0 / (ratio * torch.expm1(1.0 / ratio))
-
-
 def race(probs: Tensor, mask_token_id: int, t: float, s: float, uniform: Tensor) -> Tensor:
     """Winner [n] among tokens of probability probs [n, V] and the mask, in a step from t to s."""
     chances = probs * (t - s)

@@ -13,7 +13,6 @@ from loopmdm.model import diffusion, vocabulary
 from loopmdm.plan import ComputePlan, StepCompute
 from loopmdm.sampling import StepEvent
 from loopmdm.view.replay import Replay
-from loopmdm_kernels.types import RowRng
 
 
 class LoopPredictions(NamedTuple):
@@ -98,17 +97,9 @@ def _predict(model: Any, row: Tensor, loops: int, mask: int, to_fill: int) -> tu
         num_loops=torch.arange(1, loops + 1, device=device),
     )
     rows = (torch.arange(loops)[:, None] * row.numel() + positions).flatten().to(device)
-    unnamed = torch.zeros_like(rows)  # nothing is drawn at temperature 0
-    sampled = vocabulary.sample_rows(
-        hidden,
-        model.head(sigma),
-        rows,
-        RowRng(0, unnamed, unnamed, unnamed),
-        temperature=0.0,
-        compute_dtype=model.compute_dtype,
-    )
+    found = vocabulary.most_probable(hidden, model.head(sigma), rows, compute_dtype=model.compute_dtype)
     shape = (loops, positions.numel())
-    return sampled.top1_token.cpu().view(shape), sampled.top1_prob.float().cpu().view(shape)
+    return found.top1_token.cpu().view(shape), found.top1_prob.float().cpu().view(shape)
 
 
 def _spread(count: int, most: int) -> set[int]:

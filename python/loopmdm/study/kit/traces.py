@@ -30,7 +30,6 @@ from loopmdm.study.kit.inputs import stratified
 from loopmdm.study.kit.sources import BATCH, HeldOut
 
 Floats = NDArray[np.float64]
-_NEVER = -1e30  # logit of the mask token: finite, so that no difference of two is NaN
 _DIGITS = 6  # of what is kept of a number: traces are stored as text
 
 
@@ -116,7 +115,7 @@ def _log_probs(stages: Stages, hidden: Tensor) -> Tensor:
         stages.tail(hidden), model.head(stages.sigma), compute_dtype=model.compute_dtype
     )
     rows = logits[stages.masked].float()
-    rows[:, model.config.mask_token_id] = _NEVER
+    rows[:, model.config.mask_token_id] = vocabulary.NEVER
     return rows.log_softmax(1)
 
 
