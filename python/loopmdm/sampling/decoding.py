@@ -102,6 +102,9 @@ class Decoding:
             raise ValueError(
                 "block_length and window are both given: blocks follow each other, a window slides"
             )
+        for asked, what in ((self.remask, "remasking"), (self.reference_numerics, "reference_numerics")):
+            if asked and self.order != "ancestral":
+                raise ValueError(f"{what} goes with the order ancestral, got {self.order}")
         drawn = f"the order {self.order}, which draws its reveal times"
         own = {"ancestral": "steps", "first_hitting": "tokens_per_step"}.get(self.order)
         for wanted, why, names in (
@@ -111,9 +114,6 @@ class Decoding:
         ):
             if wanted and (given := self._given(*names)):
                 raise ValueError(f"{given[0]} does not go with {why}")
-        for wanted, what in ((self.remask, "remasking"), (self.reference_numerics, "reference_numerics")):
-            if wanted and self.order != "ancestral":
-                raise ValueError(f"{what} goes with the order ancestral, got {self.order}")
 
     def _given(self, *names: str) -> list[str]:
         """Which of these are not at their default."""
