@@ -139,8 +139,13 @@ def head_cases(dtype: torch.dtype) -> Iterator[tuple[str, Variants]]:
             yield f"{name} {size}", on_backends(call)
         head.weight.requires_grad_()
         for name, call in calls.items():
-            step = partial(lambda call, weight: torch.autograd.grad(call().sum(), weight), call, head.weight)
+            step = partial(weight_gradient, call, head.weight)
             yield f"{name} step {size}", on_backends(step, grad=True)
+
+
+def weight_gradient(call: Callable[[], torch.Tensor], weight: torch.Tensor) -> Any:
+    out = call()
+    return torch.autograd.grad(out.sum() if out.ndim else out, weight)
 
 
 def sweep(threads: list[int], dtypes: list[str], seconds: float, only: str = "") -> dict[str, Any]:
