@@ -134,10 +134,12 @@ template <class Operand>
 inline void add_branch(const BlockShape& s, const float* bias, const float* gate, const Dropout& dropout,
                        uint32_t branch, int64_t first_element, int64_t rows, int64_t column, int width,
                        const float* sums, int64_t sums_row, float* x, uint32_t* record) {
-  alignas(64) uint32_t words[kPanel];
+  // Behind the row's last number all is dropped: a NaN there would stay, and spoil the row's next norm.
+  alignas(64) uint32_t words[kPanel] = {};
+  const int64_t drawn = std::min<int64_t>(width, s.hidden - column);
   for (int64_t r = 0; r < rows; ++r) {
     if (dropout.threshold)
-      dropout_words(dropout, branch, first_element + r * s.hidden + column, width, words);
+      dropout_words(dropout, branch, first_element + r * s.hidden + column, drawn, words);
     for (int j = 0; j < width; j += 2 * kLanes) {
       Floats y[2];
       for (int half = 0; half < 2; ++half) {
