@@ -179,3 +179,17 @@ def test_dropout_is_unbiased(backend):
     torch.testing.assert_close(dropped[kept], (branch / 0.75)[kept], rtol=1e-3, atol=1e-5)
     share = kept.float().mean().item()
     assert abs(share - 0.75) < 4 * (0.75 * 0.25 / kept.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("hidden", [4, 12])
+def test_nan_leaves_rows_that_are_dropped_whole(backend, hidden):
+    """The columns that pad such a row have none either, which its next norm would see."""
+    given = looped_inputs(8, 8, hidden, num_heads=1, num_blocks=1)
+    given = given.to(FLOAT, device=backend.device)
+    given.blocks[0].norm1[1] = float("nan")
+    options = {"num_heads": 1, "dropout": 0.8, "dropout_seed": 3}
+    with lk.use_backend("reference"):
+        want = lk.looped_blocks(given.x, given.blocks, given.modulation, 2, **options)
+    got = lk.looped_blocks(given.x, given.blocks, given.modulation, 2, **options)
+    assert 0 < int(want.isnan().sum()) < want.numel()
+    assert torch.equal(got.isnan(), want.isnan())
