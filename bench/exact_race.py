@@ -20,6 +20,7 @@ from torch import Tensor
 import loopmdm_kernels as lk
 from bench.report import write
 from bench.script import arguments
+from loopmdm_kernels import calls
 from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.testing import chi_square_p
 from loopmdm_kernels.types import Head, RowRng
@@ -49,8 +50,7 @@ def drawer(backend: str, device: str, log_probs: Tensor) -> Draw:
         @torch.compile
         def plain(sequences: Tensor) -> Tensor:
             logits = log_probs.expand(len(sequences), -1)
-            options = {"temperature": 1.0, "top_p": 1.0, "top_k": None}
-            return sample_logits(logits, -1, names(sequences), **options).token
+            return sample_logits(logits, -1, calls.Draw(names(sequences))).token
 
         return plain
     one, nothing = torch.ones(2, device=device), torch.zeros(1, 1, 2, device=device)

@@ -31,8 +31,7 @@ from bench.looped_blocks import applied
 from bench.report import write
 from bench.run import BF16, TINY, Calls, Run, head_in_fp8, in_fp8
 from bench.targets import GPU_TARGETS, MEMORY_TARGET
-from loopmdm_kernels import reference
-from loopmdm_kernels.testing import assert_matches_oracle, interleaved_medians
+from loopmdm_kernels.testing import assert_matches_oracle, interleaved_medians, reference
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
+from bench import peers
 from bench.peers import compiled
 from bench.roofline import NAMES
 from bench.run import BF16, Calls, gradients_of, in_fp8
-from loopmdm_kernels import reference
 from loopmdm_kernels.testing import LoopedInputs, looped_inputs
 
 NUM_LOOPS = 12
@@ -41,7 +41,7 @@ def applied(op: Callable[..., Any], inputs: LoopedInputs, num_loops: int, **opti
 
 
 def plain(inputs: LoopedInputs, num_loops: int) -> Tensor:
-    return applied(reference.looped_blocks, inputs, num_loops)
+    return applied(peers.looped_blocks, inputs, num_loops)
 
 
 def one_by_one(inputs: LoopedInputs, num_loops: int, fast: Callable[..., Tensor]) -> Tensor:

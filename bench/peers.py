@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import loopmdm_kernels as lk
-from loopmdm_kernels import reference
-from loopmdm_kernels.reference.looped_blocks import norm_modulate
+from loopmdm_kernels.calls import LoopedCall
+from loopmdm_kernels.reference.looped_blocks import Dropout, norm_modulate
 from loopmdm_kernels.types import Head
 
 Functions = Mapping[str, Callable[..., Any]]
@@ -37,6 +37,13 @@ def possible(head: Head) -> Tensor:
     """The bias, with -inf at the excluded token: costs no pass over the logits."""
     token = torch.tensor([head.excluded_token], device=head.bias.device)
     return head.bias.index_fill(0, token, float("-inf"))
+
+
+def looped_blocks(*args: Any, **kwargs: Any) -> Any:
+    """The arithmetic alone, without the checks of the public op."""
+    call = LoopedCall(*args, **kwargs)
+    out, used = _LOOPED_BLOCKS.run(call)
+    return out if call.exit_threshold is None else (out, used)
 
 
 def head_logits(hidden: Tensor, head: Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:
@@ -97,7 +104,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 EAGER: Functions = {
     "block": _LOOPED_BLOCKS.block,
-    "looped_blocks": _without_autocast(reference.looped_blocks),
+    "looped_blocks": _without_autocast(looped_blocks),
     "head_logits": _without_autocast(head_logits),
     "masked_cross_entropy": _without_autocast(masked_cross_entropy),
 }
@@ -116,9 +123,9 @@ def compiled_pieces() -> Functions:
     """The blocks too: one block is one graph, however often it is applied."""
     fast_block = compiled(_LOOPED_BLOCKS.block)
 
-    def one_block(x: Tensor, *args: Any, application: int = 0, **kwargs: Any) -> Tensor:
+    def one_block(x: Tensor, *args: Any, dropout: Dropout, **kwargs: Any) -> Tensor:
         # Without dropout the number of the application is not used, and must not be compiled in.
-        return fast_block(x, *args, **kwargs)
+        return fast_block(x, *args, dropout=dropout._replace(application=0), **kwargs)
 
     return {**compiled_head(), "block": one_block}
 

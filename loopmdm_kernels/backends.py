@@ -1,17 +1,17 @@
 """Which implementations of the ops exist here, and which one a call uses.
 
-An op goes to the first backend of `PREFERENCE` that has a kernel for it, works on the tensors' device and
-supports the arguments; `reference` has every op. `use_backend` or the environment variable LOOPMDM_BACKEND
-forces one instead, which then does the work or says why it cannot, or several in order ("cuda,triton"): a
-call that goes past one of them says so, once. A LOOPMDM_CPU_ISA that this machine has not is an error of
-every op that might have run on the CPU kernels.
+An op goes to the first backend of `PREFERENCE` that says it can do the call; `reference` can do every one.
+`use_backend` or the environment variable LOOPMDM_BACKEND forces one instead, which then does the work or says
+why it cannot, or several in order ("cuda,triton"): a call that goes past one of them says so, once. A
+LOOPMDM_CPU_ISA that this machine has not is an error of every op that might have run on the CPU kernels.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from functools import cache, wraps
 from importlib import import_module
@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from loopmdm_kernels import reference
+from loopmdm_kernels.calls import Call
 from loopmdm_kernels.tracing import transformed
 from loopmdm_kernels.values import meant
 
@@ -32,31 +32,20 @@ PREFERENCE = ("cpu",)  # not triton and cuda: their kernels have not run on a de
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _WITH_FP8_WEIGHTS = ("triton",)
 
-# The ops of each backend. A kernel module holds a function named like the op, and
-# supports(**arguments) -> str | None: why it cannot take these arguments, or None.
-_KERNEL_MODULES = {
-    "cpu": {
-        "attention": "loopmdm_kernels.cpu.attention",
-        "head_logits": "loopmdm_kernels.cpu.head_logits",
-        "head_logits_backward": "loopmdm_kernels.cpu.head_logits",
-        "looped_blocks": "loopmdm_kernels.cpu.looped_blocks",
-        "masked_cross_entropy": "loopmdm_kernels.cpu.masked_cross_entropy",
-        "sample_rows": "loopmdm_kernels.cpu.sample_rows",
-    },
-    "triton": {
-        "attention": "loopmdm_kernels.triton.attention",
-        "head_logits": "loopmdm_kernels.triton.head_logits",
-        "head_logits_backward": "loopmdm_kernels.triton.head_logits",
-        "looped_blocks": "loopmdm_kernels.triton.looped_blocks",
-        "masked_cross_entropy": "loopmdm_kernels.triton.masked_cross_entropy",
-        "sample_rows": "loopmdm_kernels.triton.sample_rows",
-    },
-    "cuda": {
-        "head_logits": "loopmdm_kernels.cuda.head_logits",
-        "looped_blocks": "loopmdm_kernels.cuda.looped_blocks",
-        "masked_cross_entropy": "loopmdm_kernels.cuda.masked_cross_entropy",
-        "sample_rows": "loopmdm_kernels.cuda.sample_rows",
-    },
+# The ops of each backend; `reference` has all. Its module of that name holds why_not(call), which says why
+# it cannot do a call, or None, and run(call), which does it (run_backward for `head_logits_backward`).
+_OPS = (
+    "attention",
+    "head_logits",
+    "head_logits_backward",
+    "looped_blocks",
+    "masked_cross_entropy",
+    "sample_rows",
+)
+_KERNELS = {
+    "cpu": _OPS,
+    "triton": _OPS,
+    "cuda": ("head_logits", "looped_blocks", "masked_cross_entropy", "sample_rows"),
 }
 
 _forced: ContextVar[tuple[str, ...]] = ContextVar("loopmdm_backend", default=())
@@ -129,35 +118,38 @@ def forced() -> tuple[str, ...]:
     return _forced.get() or (tuple(name.strip() for name in asked.split(",")) if asked else ())
 
 
-def implementation(
-    op: str, device: torch.device, *, fp8_weights: bool = False, **arguments: Any
-) -> Callable[..., Any]:
-    """The function that performs `op` on tensors of `device`.
+def run(op: str, call: Call) -> Any:
+    """What the first backend that can do the call makes of it.
 
-    `fp8_weights`: matrices are e4m3, which the reference and some backends take. `arguments` are those of the
-    op on which a kernel's support depends.
+    The same op gives answers of the same shape from every backend.
     """
+    implementation, device = choose(op, call), call.first.device
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return implementation(call)
+    with torch.autocast(device.type, enabled=False):
+        return implementation(call)
+
+
+def choose(op: str, call: Call) -> Callable[[Any], Any]:
+    """The function of the backend that does the call."""
     asked = forced()
-    _check_names("LOOPMDM_BACKEND", asked or PREFERENCE)
-    if "cpu" in (asked or PREFERENCE):
+    order = asked or PREFERENCE
+    _check_names("LOOPMDM_BACKEND", order)
+    if "cpu" in order[1:]:  # or it is the first and asked below
         _check_instruction_set()
+    reasons: dict[str, str] = {}
+    for name in order:
+        reason = _why_not(name, op, call)
+        if reason is None:
+            for passed, why in reasons.items() if asked else ():
+                _say_once(op, passed, why, name)
+            return kernel(name, op)
+        if name == "cpu":
+            _check_instruction_set()
+        reasons[name] = reason
     if asked:
-        reasons: dict[str, str | None] = {}
-        for name in asked:
-            if name == "reference":
-                reason = None
-            else:
-                reason = _why_unavailable(name) or _why_not(name, op, device, fp8_weights, arguments)
-            if reason is None:
-                for passed, why in reasons.items():
-                    _say_once(op, passed, str(why), name)
-                return _reference(op) if name == "reference" else _kernel(name, op)
-            reasons[name] = reason
         raise RuntimeError(f"{op}: " + _refusals("was asked for and cannot do this", reasons))
-    for name in PREFERENCE:
-        if _why_not(name, op, device, fp8_weights, arguments) is None and _why_unavailable(name) is None:
-            return _kernel(name, op)
-    return _reference(op)
+    return kernel("reference", op)
 
 
 def _check_instruction_set() -> None:
@@ -182,7 +174,7 @@ def _check_names(source: str, names: tuple[str, ...]) -> None:
             raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}{close}")
 
 
-def _refusals(what: str, reasons: dict[str, str | None]) -> str:
+def _refusals(what: str, reasons: Mapping[str, str | None]) -> str:
     return "; ".join(f"backend {name!r} {what}: {reason}" for name, reason in reasons.items())
 
 
@@ -227,36 +219,36 @@ def _why_no_triton() -> str | None:
     return None
 
 
-def _why_not(
-    name: str, op: str, device: torch.device, fp8_weights: bool, arguments: dict[str, Any]
-) -> str | None:
-    if op not in _KERNEL_MODULES[name]:
+def _why_not(name: str, op: str, call: Call) -> str | None:
+    if name == "reference":
+        return None
+    reason = _why_unavailable(name)
+    if reason is not None:
+        return reason
+    if op not in _KERNELS[name]:
         return f"it has no kernel for {op}"
     if transformed():
         return "transforms of torch.func and forward-mode derivatives see plain PyTorch only"
-    if fp8_weights and name not in _WITH_FP8_WEIGHTS:
+    if call.fp8 and name not in _WITH_FP8_WEIGHTS:
         return "it has no kernels for fp8 weights"
     wanted = "cpu" if name == "triton" and _interpreted() else _DEVICE_OF[name]
-    if device.type != wanted:
-        return f"its tensors must be on a {wanted} device, got {device}"
-    reason: str | None = _kernel_module(name, op).supports(**arguments)
-    return reason
+    if call.first.device.type != wanted:
+        return f"its tensors must be on a {wanted} device, got {call.first.device}"
+    why_not: str | None = _module(name, op).why_not(call)
+    return why_not
 
 
 def _extension() -> Any:
-    return import_module("loopmdm_kernels._C")
+    return sys.modules.get("loopmdm_kernels._C") or import_module("loopmdm_kernels._C")
 
 
 @cache
-def _kernel_module(name: str, op: str) -> Any:
-    return import_module(_KERNEL_MODULES[name][op])
+def _module(name: str, op: str) -> Any:
+    return import_module(f"loopmdm_kernels.{name}.{op.removesuffix('_backward')}")
 
 
-def _kernel(name: str, op: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(_kernel_module(name, op), op)
-    return function
-
-
-def _reference(op: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(reference, op)
+def kernel(name: str, op: str) -> Callable[[Any], Any]:
+    """The function by which a backend does an op."""
+    module = _module(name, op)
+    function: Callable[[Any], Any] = module.run_backward if op.endswith("_backward") else module.run
     return function

@@ -35,7 +35,7 @@ def traced(*tensors: Tensor) -> bool:
         and (
             torch._C._len_torch_dispatch_stack() > 0
             or torch._C._get_tracing_state() is not None
-            or any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
+            or any([tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors])
         )
     )
 

@@ -152,3 +152,15 @@ class SampledRows(NamedTuple):
     top1_prob: Tensor  # [R]
     top2_prob: Tensor  # [R]
     entropy: Tensor  # [R] nats
+
+    @classmethod
+    def empty(
+        cls, num_rows: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> SampledRows:
+        """Memory for so many rows."""
+        return cls(
+            *(
+                torch.empty(num_rows, dtype=torch.int64 if name.endswith("token") else dtype, device=device)
+                for name in cls._fields
+            )
+        )

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import AttentionCall, CrossEntropyCall, Draw, HeadCall, LoopedCall, SampleCall
 from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
-from loopmdm_kernels.triton.attention import attention
-from loopmdm_kernels.triton.head_logits import head_logits
+from loopmdm_kernels.triton import attention, head_logits, looped_blocks, masked_cross_entropy, sample_rows
 from loopmdm_kernels.triton.launch import Launch, Processor, recording
-from loopmdm_kernels.triton.looped_blocks import looped_blocks
-from loopmdm_kernels.triton.masked_cross_entropy import masked_cross_entropy
-from loopmdm_kernels.triton.sample_rows import sample_rows
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Fp8Weight, Head, Rotary, RowRng
 
 PROCESSORS = {80: Processor(80, 108), 90: Processor(90, 132), 100: Processor(100, 148)}
@@ -59,47 +56,38 @@ def preset_launches(shape: str, dtype: torch.dtype, processor: Processor) -> lis
     targets = torch.empty(batch, length, dtype=torch.int64, device="meta")
     shared = {"num_heads": heads, "rotary": Rotary(angle, angle)}
     with recording(processor) as launches:
-        out = looped_blocks(x, blocks, modulation, 1, **shared, recompute=True)
-        assert isinstance(out, Tensor)
-        out.sum().backward()
-        looped_blocks(x, blocks, modulation, 1, **shared, dropout=0.1)[0].sum().backward()
+        call = LoopedCall(x, blocks, modulation, 1, **shared)
+        looped_blocks.run(replace(call, recompute=True))[0].sum().backward()
+        looped_blocks.run(replace(call, dropout=0.1))[0].sum().backward()
         with torch.no_grad():
-            looped_blocks(x, blocks, modulation, 1, **shared, key_mask=mask, exit_threshold=0.1)
-            sample_rows(x, head, rows, names)
-            head_logits(x, head)
-        total, _ = masked_cross_entropy(x, head, targets, rows, weights)
-        total.backward()
+            looped_blocks.run(replace(call, key_mask=mask, exit_threshold=0.1))
+            sample_rows.run(SampleCall(x, head, None, rows, Draw(names)))
+            head_logits.run(HeadCall(x, head, None))
+        loss = CrossEntropyCall(x, head, None, targets, rows, weights)
+        masked_cross_entropy.run(loss)[0].backward()
         if dtype == torch.bfloat16 and hidden_size == SHAPES["small"][0]:
-            fp8_calls(x.detach(), blocks[0], head, targets, rows, names, shared)
+            fp8_calls(call, loss, names)
         q = torch.empty(batch, heads, length, hidden_size // heads, dtype=dtype, device="meta")
-        attention(q.requires_grad_(), q, q, key_mask=mask).sum().backward()
+        attention.run(AttentionCall(q.requires_grad_(), q, q, mask)).sum().backward()
     return launches
 
 
-def fp8_calls(
-    x: Tensor,
-    block: BlockWeights,
-    head: Head,
-    targets: Tensor,
-    rows: Tensor,
-    names: RowRng,
-    shared: Mapping[str, Any],
-) -> None:
+def fp8_calls(call: LoopedCall, loss: CrossEntropyCall, names: RowRng) -> None:
     """The ops that take e4m3 matrices, with those of these shapes."""
 
     def fp8(weight: Tensor) -> Fp8Weight:
         scale = torch.empty(weight.shape[0], device="meta")
         return Fp8Weight(weight.detach().to(torch.float8_e4m3fn), scale)
 
-    narrow = Fp8BlockWeights(*(fp8(w) if w.ndim == 2 else w.detach() for w in block))
-    narrow_head = Fp8Head(*(t.detach() for t in head[:4]), head.excluded_token)
-    narrow_head = narrow_head._replace(weight=fp8(head.weight))
+    x, head = call.x.detach(), loss.head
+    blocks = [Fp8BlockWeights(*(fp8(w) if w.ndim == 2 else w.detach() for w in call.plain_blocks[0]))]
+    narrow = Fp8Head(*(t.detach() for t in head[:4]), head.excluded_token)._replace(weight=fp8(head.weight))
     modulation = head.modulation.new_empty(1, head.modulation.shape[0], 6, x.shape[2])
-    looped_blocks(x, [narrow], modulation, 1, **shared, compute_dtype=torch.bfloat16)
-    sample_rows(x, narrow_head, rows, names, compute_dtype=torch.bfloat16)
-    head_logits(x, narrow_head, compute_dtype=torch.bfloat16)
-    weights = torch.empty(rows.shape[0], device="meta")
-    masked_cross_entropy(x, narrow_head, targets, rows, weights, compute_dtype=torch.bfloat16)
+    dtype = torch.bfloat16
+    looped_blocks.run(replace(call, x=x, blocks=blocks, modulation=modulation, compute_dtype=dtype))
+    sample_rows.run(SampleCall(x, narrow, dtype, loss.rows, Draw(names)))
+    head_logits.run(HeadCall(x, narrow, dtype))
+    masked_cross_entropy.run(replace(loss, hidden=x, head=narrow, compute_dtype=dtype))
 
 
 def all_launches(archs: tuple[int, ...], shapes: tuple[str, ...]) -> Iterator[tuple[str, Launch]]:

@@ -2,81 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.cpu.head import head_arguments, why_not
-from loopmdm_kernels.cpu.head_gradients import HeadGradients, head_problem
-from loopmdm_kernels.tracing import once_differentiable
-from loopmdm_kernels.types import Head
+from loopmdm_kernels.calls import HeadCall, LogitsBackwardCall
+from loopmdm_kernels.cpu.head import HeadGradients, packed_operands, plain_operands, why_not
+from loopmdm_kernels.gradients import Kept, differentiable
+
+__all__ = ["run", "run_backward", "why_not"]
 
 
-def supports(*, hidden: Tensor, head: Head, compute_dtype: torch.dtype | None = None) -> str | None:
-    """Why these arguments need another backend, or None."""
-    return why_not(hidden, head, compute_dtype)
+def run(call: HeadCall) -> Tensor:
+    if call.trains:
+        logits: Tensor = differentiable(call, lambda call, _: (_forward(call), Kept()), _backward)
+        return logits
+    return _forward(call)
 
 
-def head_logits(hidden: Tensor, head: Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:
-    dtype = compute_dtype or head.weight.dtype
-    logits: Tensor = _HeadLogits.apply(hidden, *head[:4], dtype)  # type: ignore[no-untyped-call]
+def _forward(call: HeadCall) -> Tensor:
+    from loopmdm_kernels import _C
+
+    batch, length, _ = call.hidden.shape
+    logits = torch.empty(batch, length, call.vocab_size, dtype=call.dtype)  # no view: callers write into it
+    operands = packed_operands(call, torch.arange(batch * length))
+    _C.head_logits(*operands, torch.get_num_threads(), logits.flatten(0, 1))
     return logits
 
 
-def head_logits_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    head: Head,
-    wanted: tuple[bool, ...],
-    *,
-    compute_dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, norm, weight, bias and modulation, where wanted, from those of the logits."""
+def _backward(
+    call: HeadCall, _: Kept, wanted: Sequence[bool], grads: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    return run_backward(LogitsBackwardCall(call.hidden, call.head, call.dtype, grads[0], wanted))
+
+
+def run_backward(call: LogitsBackwardCall) -> Sequence[Tensor | None]:
     from loopmdm_kernels import _C
 
-    dtype = compute_dtype or head.weight.dtype
-    num_rows = hidden.shape[0] * hidden.shape[1]
-    leaves = (hidden, *head[:4])
+    num_rows = call.hidden.shape[0] * call.hidden.shape[1]
     with torch.no_grad():
-        grads = HeadGradients(leaves, wanted, num_rows)
-        if any(wanted):
+        grads = HeadGradients(call, call.wanted, num_rows)
+        if any(call.wanted):
             _C.head_logits_backward(
-                **head_problem(leaves, torch.arange(num_rows), dtype == torch.bfloat16),
-                grad_logits=grad.to(dtype).reshape(num_rows, -1).contiguous(),
+                **plain_operands(call, torch.arange(num_rows)),
+                grad_logits=call.grad.to(call.dtype).reshape(num_rows, -1).contiguous(),
                 **grads.arguments(),
             )
         return grads.results()
-
-
-class _HeadLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        norm: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        modulation: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        from loopmdm_kernels import _C
-
-        batch, length, _ = hidden.shape
-        rows = torch.arange(batch * length)
-        logits = torch.empty(batch, length, weight.shape[0], dtype=dtype)  # no view: callers write into it
-        head = Head(norm, weight, bias, modulation)
-        _C.head_logits(
-            *head_arguments(hidden, head, rows, dtype), torch.get_num_threads(), logits.flatten(0, 1)
-        )
-        ctx.save_for_backward(hidden, norm, weight, bias, modulation)
-        ctx.dtype = dtype
-        return logits
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, *leaves = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:5]
-        grads = head_logits_backward(grad, hidden, Head(*leaves), wanted, compute_dtype=ctx.dtype)
-        return (*grads, None)

@@ -5,160 +5,107 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import LoopedCall
+from loopmdm_kernels.cpu.operands import DTYPES, vector
 from loopmdm_kernels.cpu.packing import packed_linear
-from loopmdm_kernels.tracing import once_differentiable
-from loopmdm_kernels.types import BlockWeights, Rotary
+from loopmdm_kernels.gradients import Kept, differentiable
+from loopmdm_kernels.types import BlockWeights
 
-_DTYPES = (torch.float32, torch.bfloat16)
-_TENSORS = len(BlockWeights._fields)
 _MAX_ELEMENTS = 2**34  # of x with dropout: its masks count groups of four in 32 bits
 
 
-def supports(
-    *,
-    x: Tensor,
-    blocks: Sequence[BlockWeights],
-    num_loops: int | Tensor,
-    num_heads: int | None = None,
-    compute_dtype: torch.dtype | None = None,
-    dropout: float = 0.0,
-    exit_threshold: float | None = None,
-) -> str | None:
-    """Why these arguments need another backend, or None."""
+def why_not(call: LoopedCall) -> str | None:
+    x = call.x
     if x.dtype != torch.float32:
         return f"x must be float32, got {x.dtype}"
-    if (compute_dtype or blocks[0].qkv.dtype) not in _DTYPES:
-        return f"compute_dtype must be float32 or bfloat16, got {compute_dtype or blocks[0].qkv.dtype}"
-    for weights in blocks:
-        for name, weight in zip(BlockWeights._fields, weights, strict=True):
-            if weight.dtype not in _DTYPES:
+    if call.dtype not in DTYPES:
+        return f"compute_dtype must be float32 or bfloat16, got {call.dtype}"
+    for weights in call.blocks:
+        for name, weight in weights._asdict().items():
+            if weight.dtype not in DTYPES:
                 return f"{name} must be float32 or bfloat16, got {weight.dtype}"
-    if dropout and (isinstance(num_loops, Tensor) or exit_threshold is not None):
+    if call.dropout and not call.same_loops:
         return "with dropout every sequence must have the same number of loops"
-    if dropout and x.numel() > _MAX_ELEMENTS:
+    if call.dropout and x.numel() > _MAX_ELEMENTS:
         return f"with dropout x may have {_MAX_ELEMENTS} elements, got {x.numel()}"
     return None
 
 
-class _Options(NamedTuple):
-    """What both directions need beside tensors that have gradients."""
-
-    num_heads: int
-    cos: Tensor | None
-    sin: Tensor | None
-    key_mask: Tensor | None
-    bf16: bool
-    dropout: float
-    dropout_seed: int
+def run(call: LoopedCall) -> tuple[Tensor, Tensor]:
+    if call.trains:
+        out, used = differentiable(call, _with_records, _backward)
+        return out, used
+    return _forward(call, call.x, _packed(call), _loops(call), call.exit_threshold)
 
 
-def looped_blocks(
-    x: Tensor,
-    blocks: Sequence[BlockWeights],
-    modulation: Tensor,
-    num_loops: int | Tensor,
-    *,
-    num_heads: int,
-    max_loops: int | None = None,
-    rotary: Rotary | None = None,
-    key_mask: Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
-    dropout: float = 0.0,
-    dropout_seed: int = 0,
-    exit_threshold: float | None = None,
-    recompute: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    reason = supports(
-        x=x,
-        blocks=blocks,
-        num_loops=num_loops,
-        compute_dtype=compute_dtype,
-        dropout=dropout,
-        exit_threshold=exit_threshold,
-    )
-    if reason is not None:
-        raise ValueError(f"looped_blocks on the CPU: {reason}")
-    loops = num_loops if isinstance(num_loops, Tensor) else torch.full((x.shape[0],), num_loops)
-    cos, sin = (None, None) if rotary is None else (_vector(angle) for angle in rotary)
-    options = _Options(
-        num_heads,
-        cos,
-        sin,
-        None if key_mask is None else key_mask.contiguous(),
-        (compute_dtype or blocks[0].qkv.dtype) == torch.bfloat16,
-        dropout,
-        dropout_seed,
-    )
-    weights = [weight for block in blocks for weight in block]
-    threshold = -1.0 if exit_threshold is None else exit_threshold
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, modulation, *weights)):
-        out, used = _LoopedBlocks.apply(  # type: ignore[no-untyped-call]
-            x, modulation, loops, options, threshold, recompute, *weights
-        )
-    else:
-        out, used = _forward(x, weights, modulation, loops.contiguous(), options, threshold)
-    return out if exit_threshold is None else (out, used)
+def _loops(call: LoopedCall) -> Tensor:
+    if isinstance(call.num_loops, Tensor):
+        return call.num_loops.contiguous()
+    return torch.full((call.x.shape[0],), call.num_loops)
 
 
-def _vector(tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.float32 and tensor.is_contiguous():
-        return tensor
-    return tensor.detach().float().contiguous()
+def _is_bf16(call: LoopedCall) -> bool:
+    return call.dtype == torch.bfloat16
 
 
-def _packed(weights: Sequence[Tensor], options: _Options) -> list[Tensor]:
-    """The tensors of all blocks as the kernel reads them."""
-    tensors: list[Tensor] = []
-    for i in range(0, len(weights), _TENSORS):
-        b = BlockWeights(*weights[i : i + _TENSORS])
-        bf16 = options.bf16
-        tensors += [
-            _vector(b.norm1),
-            packed_linear(b.qkv, bf16=bf16, heads=options.num_heads, parts=3),
+def _options(
+    call: LoopedCall,
+) -> tuple[int, Tensor | None, Tensor | None, Tensor | None, bool, float, int]:
+    """What both kernels take in the same place."""
+    cos, sin = (None, None) if call.rotary is None else map(vector, call.rotary)
+    mask = None if call.key_mask is None else call.key_mask.contiguous()
+    return call.num_heads, cos, sin, mask, _is_bf16(call), call.dropout, int(call.dropout_seed)
+
+
+def _packed(call: LoopedCall) -> list[Tensor]:
+    """The tensors of all blocks as the kernels read them."""
+    bf16 = _is_bf16(call)
+    return [
+        tensor
+        for b in call.plain_blocks
+        for tensor in (
+            vector(b.norm1),
+            packed_linear(b.qkv, bf16=bf16, heads=call.num_heads, parts=3),
             packed_linear(b.attn_out, bf16=bf16),
-            _vector(b.norm2),
+            vector(b.norm2),
             packed_linear(b.mlp_in, bf16=bf16),
-            _vector(b.mlp_in_bias),
+            vector(b.mlp_in_bias),
             packed_linear(b.mlp_out, bf16=bf16),
-            _vector(b.mlp_out_bias),
-        ]
-    return tensors
+            vector(b.mlp_out_bias),
+        )
+    ]
 
 
 def _forward(
+    call: LoopedCall,
     x: Tensor,
-    weights: Sequence[Tensor],
-    modulation: Tensor,
+    packed: list[Tensor],
     loops: Tensor,
-    options: _Options,
-    threshold: float = -1.0,
+    threshold: float | None,
     first_loop: int = 0,
     loop_inputs: Tensor | None = None,
     records: Tensor | None = None,
-    packed: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     from loopmdm_kernels import _C
 
     x = x.detach().contiguous()
     out, used = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.int64)
     _C.looped_blocks(
-        x,
-        _packed(weights, options) if packed is None else packed,
-        _vector(modulation),
-        loops,
-        *options,
-        first_loop,
-        threshold,
-        torch.get_num_threads(),
-        out,
-        used,
-        loop_inputs,
-        records,
+        *(x, packed, vector(call.modulation), loops, *_options(call)),
+        *(
+            first_loop,
+            -1.0 if threshold is None else threshold,
+            torch.get_num_threads(),
+            out,
+            used,
+            loop_inputs,
+            records,
+        ),
     )
     return out, used
 
@@ -216,102 +163,64 @@ class _Gradients(NamedTuple):
         ], of_modulation
 
 
-class _LoopedBlocks(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        modulation: Tensor,
-        loops: Tensor,
-        options: _Options,
-        threshold: float,
-        recompute: bool,
-        *weights: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        most, num_blocks = int(loops.max()), len(weights) // _TENSORS
-        loop_inputs = torch.empty(most, *x.shape, dtype=torch.float32) if recompute else None
-        memory = None if recompute else _RecordMemory(_record_shape(x, weights, options, most * num_blocks))
-        out, used = _forward(
-            x,
-            weights,
-            modulation,
-            loops.contiguous(),
-            options,
-            threshold,
-            loop_inputs=loop_inputs,
-            records=None if memory is None else memory.records,
+def _with_records(call: LoopedCall, _: Sequence[bool]) -> tuple[tuple[Tensor, Tensor], Kept]:
+    loops = _loops(call)
+    most, loop_inputs, memory = int(loops.max()), None, None
+    if call.recompute:
+        loop_inputs = torch.empty(most, *call.x.shape, dtype=torch.float32)
+    else:
+        memory = _RecordMemory(_record_shape(call, most * len(call.blocks)))
+    records = None if memory is None else memory.records
+    out, used = _forward(
+        call, call.x, _packed(call), loops, call.exit_threshold, loop_inputs=loop_inputs, records=records
+    )
+    return (out, used), Kept((used,), (loop_inputs, memory))
+
+
+def _backward(call: LoopedCall, kept: Kept, _: Sequence[bool], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    (used,), (loop_inputs, memory) = kept
+    blocks = call.plain_blocks
+    gradients = [_Gradients.zeros(block, call.modulation.shape[1]) for block in blocks]
+    packed, bf16 = _packed(call), _is_bf16(call)
+    grad = grads[0].resolve_neg().float().clone(memory_format=torch.contiguous_format)
+    transposed = [
+        packed_linear(weight, bf16=bf16, transposed=True)
+        for block in blocks
+        for weight in (block.qkv, block.attn_out, block.mlp_in, block.mlp_out)
+    ]
+    sums = [tensor for gradient in gradients for tensor in gradient]
+
+    def back(first_loop: int, loops: Tensor, records: Tensor) -> None:
+        from loopmdm_kernels import _C
+
+        _C.looped_blocks_backward(
+            *(grad, packed, transposed, vector(call.modulation), loops, *_options(call)),
+            *(first_loop, torch.get_num_threads(), records, sums),
         )
-        ctx.mark_non_differentiable(used)
-        ctx.save_for_backward(x, modulation, used, *weights)
-        ctx.options, ctx.loop_inputs, ctx.record_memory = options, loop_inputs, memory
-        return out, used
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, modulation, used, *weights = ctx.saved_tensors
-        options: _Options = ctx.options
-        blocks = [BlockWeights(*weights[i : i + _TENSORS]) for i in range(0, len(weights), _TENSORS)]
-        gradients = [_Gradients.zeros(block, modulation.shape[1]) for block in blocks]
-        packed = _packed(weights, options)
-        grad = grad.resolve_neg().float().clone(memory_format=torch.contiguous_format)
-        transposed = [
-            packed_linear(weight, bf16=options.bf16, transposed=True)
-            for block in blocks
-            for weight in (block.qkv, block.attn_out, block.mlp_in, block.mlp_out)
-        ]
-
-        def run(first_loop: int, loops: Tensor, records: Tensor) -> None:
-            from loopmdm_kernels import _C
-
-            _C.looped_blocks_backward(
-                grad,
-                packed,
-                transposed,
-                _vector(modulation),
-                loops,
-                *options,
-                first_loop,
-                torch.get_num_threads(),
-                records,
-                [tensor for gradient in gradients for tensor in gradient],
-            )
-
-        most = int(used.max())  # fewer than were allowed where every sequence stopped early
-        if ctx.record_memory is not None:
-            run(0, used, ctx.record_memory.records[: most * len(blocks)])
-        else:
-            memory = _RecordMemory(_record_shape(x, weights, options, len(blocks)))
-            for loop in reversed(range(most)):
-                once = (used > loop).long()
-                _forward(
-                    ctx.loop_inputs[loop],
-                    weights,
-                    modulation,
-                    once,
-                    options,
-                    first_loop=loop,
-                    records=memory.records,
-                    packed=packed,
-                )
-                run(loop, once, memory.records)
-        grad_weights: list[Tensor] = []
-        grad_modulation = torch.empty_like(modulation)
-        for index, (block, gradient) in enumerate(zip(blocks, gradients, strict=True)):
-            of_block, of_modulation = gradient.finish(block, modulation[index].detach())
-            grad_weights += of_block
-            grad_modulation[index] = of_modulation
-        return grad, grad_modulation, None, None, None, None, *grad_weights
+    most = int(used.max())  # fewer than were allowed where every sequence stopped early
+    if memory is not None:
+        back(0, used, memory.records[: most * len(blocks)])
+    else:
+        memory = _RecordMemory(_record_shape(call, len(blocks)))
+        for loop in reversed(range(most)):
+            once = (used > loop).long()
+            _forward(call, loop_inputs[loop], packed, once, None, loop, records=memory.records)
+            back(loop, once, memory.records)
+    grad_weights: list[Tensor] = []
+    grad_modulation = torch.empty_like(call.modulation)
+    for index, (block, gradient) in enumerate(zip(blocks, gradients, strict=True)):
+        of_block, grad_modulation[index] = gradient.finish(block, call.modulation[index].detach())
+        grad_weights += of_block
+    return grad, *grad_weights, grad_modulation
 
 
-def _record_shape(
-    x: Tensor, weights: Sequence[Tensor], options: _Options, applications: int
-) -> tuple[int, ...]:
+def _record_shape(call: LoopedCall, applications: int) -> tuple[int, ...]:
     from loopmdm_kernels import _C
 
-    batch, length, hidden = x.shape
-    width = BlockWeights(*weights[:_TENSORS]).mlp_in.shape[0]
-    return applications, batch, _C.record_bytes(length, hidden, width, options.num_heads, options.bf16)
+    batch, length, hidden = call.x.shape
+    width = call.blocks[0].mlp_in.shape[0]
+    return applications, batch, _C.record_bytes(length, hidden, width, call.num_heads, _is_bf16(call))
 
 
 class _RecordMemory:

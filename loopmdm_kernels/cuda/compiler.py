@@ -110,6 +110,16 @@ def with_nvcc(source: Path, options: list[str], architecture: str) -> bytes:
         return target.read_bytes()
 
 
+def why_none() -> str | None:
+    """Why no kernel can be made here: there is no compiler, and the package holds none that are made."""
+    try:
+        if not PACKAGED.is_dir():
+            _compiler()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 @cache
 def _compiler() -> tuple[str, Callable[[Path, list[str], str], bytes]]:
     try:

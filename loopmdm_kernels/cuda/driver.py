@@ -6,6 +6,7 @@ import ctypes
 from functools import cache
 from typing import Any, NamedTuple
 
+from loopmdm_kernels.cuda import compiler
 from loopmdm_kernels.cuda.targets import why_none
 
 OLDEST_DRIVER = 12000  # TMA and clusters
@@ -45,7 +46,7 @@ def why_unavailable(capability: tuple[int, int] | None) -> str | None:
         bindings()
     except RuntimeError as error:
         return str(error)
-    return None
+    return compiler.why_none()
 
 
 def check(result: tuple[Any, ...], what: str) -> Any:

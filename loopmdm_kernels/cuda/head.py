@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import HeadCall
 from loopmdm_kernels.cuda.launch import Kernel, launch, multiprocessors, set_map
 from loopmdm_kernels.cuda.parameters import address, structure
 from loopmdm_kernels.cuda.tensor_maps import layout
-from loopmdm_kernels.types import Head
 
 CAPABILITY = (9, 0)
 OPERAND = torch.bfloat16
@@ -29,18 +29,17 @@ ModulatedRows = structure("head/modulated_row_sm90.cuh", "ModulatedRows")
 ModulatedRowsParameters = structure(MODULATED_ROWS.source, "ModulatedRowsParameters")
 
 
-def why_not(hidden: Tensor, head: Head, compute_dtype: torch.dtype | None) -> str | None:
-    """Why these arguments need another backend, or None."""
+def why_not(call: HeadCall) -> str | None:
+    hidden = call.hidden
     reason = why_not_on(hidden.device)
     if reason is not None:
         return reason
-    if head.norm is None:
+    if call.head.norm is None:
         return "it has no kernel for a head without a norm"
     if hidden.dtype != torch.float32:
         return f"hidden must be float32, got {hidden.dtype}"
-    dtype = compute_dtype or head.weight.dtype
-    if dtype != OPERAND:
-        return f"compute_dtype must be bfloat16, got {dtype}"
+    if call.dtype != OPERAND:
+        return f"compute_dtype must be bfloat16, got {call.dtype}"
     if hidden.shape[0] * hidden.shape[1] >= 2**31:
         return f"hidden may have 2^31 - 1 tokens, got {hidden.shape[0] * hidden.shape[1]}"
     if hidden.shape[-1] % 8:
@@ -65,9 +64,10 @@ def with_logits(source: str, rows_of_tile: int) -> Kernel:
 class Operands:
     """Rows and head as the kernels take them; keeps alive what their parameters point to."""
 
-    def __init__(self, hidden: Tensor, head: Head, rows: Tensor) -> None:
-        self.hidden, self.rows = _aligned(hidden.detach()), rows.contiguous()
-        assert head.norm is not None  # or this backend is not asked, see why_not
+    def __init__(self, call: HeadCall, rows: Tensor) -> None:
+        head = call.head
+        self.hidden, self.rows = _aligned(call.hidden.detach()), rows.contiguous()
+        assert head.norm is not None and isinstance(head.weight, Tensor)  # see why_not
         self.norm, self.bias = (_aligned(t.detach().float()) for t in (head.norm, head.bias))
         self.modulation = _aligned(head.modulation.detach().to(OPERAND))
         self.weight = _aligned(head.weight.detach().to(OPERAND))

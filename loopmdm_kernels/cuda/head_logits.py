@@ -5,27 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.cuda.head import Operands, why_not
+from loopmdm_kernels.calls import HeadCall
+from loopmdm_kernels.cuda import head
+from loopmdm_kernels.cuda.head import Operands
 from loopmdm_kernels.cuda.parameters import structure
-from loopmdm_kernels.types import Head
 
 SOURCE = "head/head_logits_sm90.cu"
 Parameters = structure(SOURCE, "HeadLogitsParameters")
 _ROWS = 1024  # whose logits are in fp32 at a time
 
 
-def supports(*, hidden: Tensor, head: Head, compute_dtype: torch.dtype | None = None) -> str | None:
-    """Why these arguments need another backend, or None."""
-    tensors = (hidden, head.norm, head.weight, head.bias, head.modulation)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return "it has no gradients"
-    return why_not(hidden, head, compute_dtype)
+def why_not(call: HeadCall) -> str | None:
+    return "it has no gradients" if call.trains else head.why_not(call)
 
 
-def head_logits(hidden: Tensor, head: Head, *, compute_dtype: torch.dtype | None = None) -> Tensor:
+def run(call: HeadCall) -> Tensor:
+    hidden = call.hidden
     batch, length, _ = hidden.shape
     rows = torch.arange(batch * length, device=hidden.device)
-    operands = Operands(hidden, head._replace(excluded_token=-1), rows)  # whose logit is wanted too
+    operands = Operands(call, rows)
+    operands.excluded_token = -1  # its logit is wanted too
     out = hidden.new_empty(batch * length, operands.vocab_size, dtype=torch.bfloat16)
     for part in operands.parts(_ROWS):
         out[part] = row_logits(operands, part)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.cuda import driver, tensor_maps
 from loopmdm_kernels.cuda.compiler import limited
 from loopmdm_kernels.cuda.launch import keep_for_graphs, loaded, set_map
@@ -17,44 +18,34 @@ from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, K
 from loopmdm_kernels.cuda.parameters import MAP, address, defines, fields
 from loopmdm_kernels.cuda.targets import Target, target_of
 from loopmdm_kernels.cuda.weights import MATRICES, PackedWeights, packed
-from loopmdm_kernels.schedule import BlockShape, Plan, Table, Tiles, build, choose, device_of, measured
+from loopmdm_kernels.gradients import Kept as Saved
+from loopmdm_kernels.gradients import differentiable
+from loopmdm_kernels.schedule import (
+    BlockShape,
+    Device,
+    Plan,
+    Table,
+    Tiles,
+    build,
+    choose,
+    choose_backward,
+    device_of,
+    measured,
+)
 from loopmdm_kernels.schedule.table import FINAL
-from loopmdm_kernels.tracing import once_differentiable
-from loopmdm_kernels.types import BlockWeights, Rotary
+from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
 
 STATISTICS_COLUMNS = 32  # of a row, whatever the tiles
 
 
-def supports(
-    *,
-    x: Tensor,
-    blocks: Sequence[BlockWeights],
-    num_loops: int | Tensor,
-    num_heads: int | None = None,
-    compute_dtype: torch.dtype | None = None,
-    dropout: float = 0.0,
-    exit_threshold: float | None = None,
-) -> str | None:
-    """Why these arguments need another backend, or None."""
-    if x.dtype != torch.float32:
-        return f"x must be float32, got {x.dtype}"
-    dtype = compute_dtype or blocks[0].qkv.dtype
-    if dtype != torch.bfloat16:
-        return f"compute_dtype must be bfloat16, got {dtype}"
-    if dropout:
+def why_not(call: LoopedCall) -> str | None:
+    if call.x.dtype != torch.float32:
+        return f"x must be float32, got {call.x.dtype}"
+    if call.dtype != torch.bfloat16:
+        return f"compute_dtype must be bfloat16, got {call.dtype}"
+    if call.dropout:
         return "it has no dropout"
-    if num_heads is None:
-        return None
-    capability = torch.cuda.get_device_capability(x.device)
-    return _why_not(x.shape[-1] // num_heads, capability, _trains(x, *(t for block in blocks for t in block)))
-
-
-def _trains(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _why_not(head_dim: int, capability: tuple[int, int], trains: bool) -> str | None:
-    """Why the kernels of a GPU cannot do heads of this size, or their backward pass."""
+    capability, head_dim, trains = torch.cuda.get_device_capability(call.x.device), call.head_dim, call.trains
     target = target_of(capability)
     if head_dim not in target.head_dims:
         return f"the head size must be one of {target.head_dims}, got {head_dim}"
@@ -63,62 +54,40 @@ def _why_not(head_dim: int, capability: tuple[int, int], trains: bool) -> str | 
         return f"its backward pass has heads of size {HEAD_DIMS}, got {head_dim}; {without}"
     if trains and capability != CAPABILITY:
         return "its backward pass needs compute capability 9.0 (H100, H200); call it under torch.no_grad()"
+    shape = shape_of(call.x, call.blocks, call.num_heads)
+    return _why_no_plan(shape, target, call.x.device.index, trains)
+
+
+@lru_cache(maxsize=64)
+def _why_no_plan(shape: BlockShape, target: Target, device: int, trains: bool) -> str | None:
+    known = target.used_of(_known(driver.facts(device)))
+    try:
+        choose(shape, known)
+        if trains:
+            choose_backward(shape, known)
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def looped_blocks(
-    x: Tensor,
-    blocks: Sequence[BlockWeights],
-    modulation: Tensor,
-    num_loops: int | Tensor,
-    *,
-    num_heads: int,
-    rotary: Rotary | None = None,
-    key_mask: Tensor | None = None,
-    exit_threshold: float | None = None,
-    **_: object,
-) -> Tensor | tuple[Tensor, Tensor]:
+def run(call: LoopedCall) -> tuple[Tensor, Tensor]:
     """Backward always runs the loops again: only their inputs are kept, whatever `recompute` says."""
-    call = (num_loops, num_heads, rotary, key_mask, exit_threshold)
-    weights = [tensor for block in blocks for tensor in block]
-    trains = _trains(x, modulation, *weights)
-    reason = _why_not(x.shape[-1] // num_heads, torch.cuda.get_device_capability(x.device), trains)
-    if reason is not None:
-        raise RuntimeError(f"looped_blocks: backend 'cuda' was asked for and cannot do this: {reason}")
-    if trains:
-        out, used = _LoopedBlocks.apply(x, modulation, call, *weights)  # type: ignore[no-untyped-call]
-    else:
-        buffers, _packed = run_forward(x, blocks, modulation, *call)
-        out, used = buffers.output, buffers.stop[: len(x)].long()
-    return out if exit_threshold is None else (out, used)
+    if call.trains:
+        out, used = differentiable(call, _with_inputs, _backward)
+        return out, used
+    buffers, _ = run_forward(call)
+    return buffers.output, buffers.stop[: len(call.x)].long()
 
 
-class _LoopedBlocks(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, modulation: Tensor, call: _Call, *weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        buffers, packed_weights = run_forward(x, _blocks(weights), modulation, *call, keep=True)
-        ctx.kept = kept_of(buffers, packed_weights, num_heads=call[1])
-        ctx.save_for_backward(modulation, *weights)
-        used = buffers.stop[: len(x)].long()
-        ctx.mark_non_differentiable(used)
-        return buffers.output, used
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        modulation, *weights = ctx.saved_tensors
-        grad_x, grad_blocks, grad_modulation = gradients(ctx.kept, grad, _blocks(weights), modulation)
-        return grad_x, grad_modulation, None, *(tensor for block in grad_blocks for tensor in block)
+def _with_inputs(call: LoopedCall, _: Sequence[bool]) -> tuple[tuple[Tensor, Tensor], Saved]:
+    buffers, weights = run_forward(call, keep=True)
+    kept = kept_of(buffers, weights, call.num_heads)
+    return (buffers.output, buffers.stop[: len(call.x)].long()), Saved(rest=kept)
 
 
-def _blocks(weights: Sequence[Tensor]) -> list[BlockWeights]:
-    number = len(BlockWeights._fields)
-    return [BlockWeights(*weights[i : i + number]) for i in range(0, len(weights), number)]
-
-
-_Call = tuple[int | Tensor, int, Rotary | None, Tensor | None, float | None]
+def _backward(call: LoopedCall, kept: Saved, _: Sequence[bool], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    grad_x, grad_blocks, grad_modulation = gradients(kept.rest, grads[0], call.plain_blocks, call.modulation)
+    return grad_x, *(tensor for block in grad_blocks for tensor in block), grad_modulation
 
 
 def kept_of(buffers: Buffers, weights: PackedWeights, num_heads: int) -> Kept:
@@ -128,32 +97,18 @@ def kept_of(buffers: Buffers, weights: PackedWeights, num_heads: int) -> Kept:
     )  # fmt: skip
 
 
-def run_forward(
-    x: Tensor,
-    blocks: Sequence[BlockWeights],
-    modulation: Tensor,
-    num_loops: int | Tensor,
-    num_heads: int,
-    rotary: Rotary | None,
-    key_mask: Tensor | None,
-    exit_threshold: float | None,
-    *,
-    keep: bool = False,
-) -> tuple[Buffers, PackedWeights]:
+def run_forward(call: LoopedCall, *, keep: bool = False) -> tuple[Buffers, PackedWeights]:
     """One call of the kernel; with `keep` its stream holds the inputs of all loops."""
-    target = target_of(torch.cuda.get_device_capability(x.device))
-    shape = shape_of(x, blocks, num_heads)
-    adaptive = exit_threshold is not None
-    device = x.device.index
+    x, shape = call.x, shape_of(call.x, call.blocks, call.num_heads)
+    target, device = target_of(torch.cuda.get_device_capability(x.device)), x.device.index
     with torch.cuda.device(x.device):
         kernel, plan, limits = _kernel(shape, target, device)
-        table, words, counters = _table(shape, plan.tiles, adaptive, x.device)
+        table, words, counters = _table(shape, plan.tiles, call.exit_threshold is not None, x.device)
         keep_for_graphs(words, counters)
-        weights = packed(blocks)
-        buffers = Buffers.allocate(
-            table, x, weights, modulation, num_loops, rotary, key_mask, counters, keep=keep
-        )
-        parameters = pack_parameters(target, table, buffers, weights, words, exit_threshold)
+        weights = packed(call.plain_blocks)
+        given = (call.num_loops, call.rotary, call.key_mask)
+        buffers = Buffers.allocate(table, x, weights, call.modulation, *given, counters, keep=keep)
+        parameters = pack_parameters(target, table, buffers, weights, words, call.exit_threshold)
         if fields(target.parameters, MAP):
             for name, described in map_layouts(shape, plan, buffers, weights).items():
                 set_map(parameters, name, described)
@@ -165,18 +120,21 @@ def run_forward(
     return buffers, weights
 
 
-def shape_of(x: Tensor, blocks: Sequence[BlockWeights], num_heads: int) -> BlockShape:
+def shape_of(x: Tensor, blocks: Sequence[BlockWeights | Fp8BlockWeights], num_heads: int) -> BlockShape:
     batch, length, hidden = x.shape
     return BlockShape(batch, length, hidden, num_heads, blocks[0].mlp_in.shape[0], len(blocks))
+
+
+def _known(limits: driver.Facts) -> Device:
+    return device_of(
+        limits.capability, limits.sms, limits.shared_bytes, name=limits.name, measured=measured.table()
+    )
 
 
 @lru_cache(maxsize=64)
 def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kernel, Plan, driver.Facts]:
     limits = driver.facts(device)
-    known = device_of(
-        limits.capability, limits.sms, limits.shared_bytes, name=limits.name, measured=measured.table()
-    )
-    known = target.used_of(known)
+    known = target.used_of(_known(limits))
     plan = choose(shape, known)
     kernel = _loaded(target, shape, plan, device)
     if plan.cluster > 1 and not kernel.active_clusters(plan.cluster, target.threads):

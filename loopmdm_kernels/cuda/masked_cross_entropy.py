@@ -7,11 +7,12 @@ only a row that is listed twice adds to the stream's gradient with atomics.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import CrossEntropyCall
 from loopmdm_kernels.cuda.head import (
     CHUNK,
     ROW_THREADS,
@@ -24,8 +25,9 @@ from loopmdm_kernels.cuda.head import (
 from loopmdm_kernels.cuda.launch import Kernel, launch, multiprocessors, set_map
 from loopmdm_kernels.cuda.parameters import structure
 from loopmdm_kernels.cuda.tensor_maps import layout
-from loopmdm_kernels.tracing import once_differentiable
-from loopmdm_kernels.types import Head
+from loopmdm_kernels.gradients import Kept, differentiable
+
+__all__ = ["run", "why_not"]
 
 FORWARD = "head/masked_cross_entropy_sm90.cu"
 BACKWARD = with_logits("head/masked_cross_entropy_backward_sm90.cu", 128)  # the kernel of 64 rows spills
@@ -50,104 +52,73 @@ ProductParameters = structure(OF_ROWS.source, "MaskedCrossEntropyProductParamete
 RowsBackwardParameters = structure(ROWS_BACKWARD.source, "ModulatedRowsBackwardParameters")
 
 
-def supports(*, hidden: Tensor, head: Head, compute_dtype: torch.dtype | None = None) -> str | None:
-    """Why these arguments need another backend, or None."""
-    return why_not(hidden, head, compute_dtype)
+def run(call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
+    if call.trains:
+        total, nll = differentiable(call, _forward, _backward)
+        return total, nll
+    return _forward(call, ())[0]
 
 
-def masked_cross_entropy(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    rows: Tensor,
-    row_weights: Tensor,
-    *,
-    compute_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    total, nll = _MaskedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, *head, targets.contiguous(), rows, row_weights
+def _forward(call: CrossEntropyCall, _: Sequence[bool]) -> tuple[tuple[Tensor, Tensor], Kept]:
+    operands = Operands(call, call.rows)
+    records = call.hidden.new_empty(operands.chunks, operands.num_rows, 2)
+    target_logit, nll, top, log_total = call.hidden.new_empty(4, operands.num_rows).unbind()
+    operands.reduce_logits(
+        operands.with_logits(FORWARD),
+        ForwardParameters,
+        targets=call.targets.contiguous(),
+        rows=operands.rows,
+        records=records,
+        target_logit=target_logit,
     )
-    return total, nll
+    combined = {"nll": nll, "top": top, "log_total": log_total}
+    parameters = CombineParameters(
+        **pointers({"records": records, "target_logit": target_logit, **combined}),
+        num_rows=operands.num_rows,
+        chunks=operands.chunks,
+    )
+    launch(COMBINE, parameters, operands.row_blocks, operands.device)
+    return ((nll * call.row_weights.float()).sum(), nll), Kept((nll, top, log_total))
 
 
-class _MaskedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        norm: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        modulation: Tensor,
-        excluded_token: int,
-        targets: Tensor,
-        rows: Tensor,
-        row_weights: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        operands = Operands(hidden, Head(norm, weight, bias, modulation, excluded_token), rows)
-        records = hidden.new_empty(operands.chunks, operands.num_rows, 2)
-        target_logit, nll, top, log_total = hidden.new_empty(4, operands.num_rows).unbind()
-        operands.reduce_logits(
-            operands.with_logits(FORWARD),
-            ForwardParameters,
-            targets=targets,
-            rows=operands.rows,
-            records=records,
-            target_logit=target_logit,
+def _backward(
+    call: CrossEntropyCall, kept: Kept, wanted: Sequence[bool], grads: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    nll, *_ = kept.tensors
+    grad_total, grad_nll = grads
+    grad_rows = (grad_total * nll).to(call.row_weights.dtype) if wanted[5] else None
+    found: list[Tensor | None] = [None] * 5
+    if any(wanted[:5]):
+        operands, head = Operands(call, call.rows), call.head
+        upstream = grad_total * call.row_weights.float() + grad_nll
+        of_rows, of_weight, of_bias = _products(
+            operands,
+            call.targets.contiguous(),
+            kept,
+            upstream,
+            of_rows=wanted[0] or wanted[1] or wanted[4],
+            of_weight=wanted[2] or wanted[3],
         )
-        combined = {"nll": nll, "top": top, "log_total": log_total}
-        parameters = CombineParameters(
-            **pointers({"records": records, "target_logit": target_logit, **combined}),
-            num_rows=operands.num_rows,
-            chunks=operands.chunks,
-        )
-        launch(COMBINE, parameters, operands.row_blocks, operands.device)
-        ctx.save_for_backward(
-            hidden, norm, weight, bias, modulation, targets, rows, row_weights, nll, top, log_total
-        )
-        ctx.excluded_token = excluded_token
-        return (nll * row_weights.float()).sum(), nll
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, norm, weight, bias, modulation, targets, rows, row_weights, nll, top, log_total = (
-            ctx.saved_tensors
-        )
-        wanted = ctx.needs_input_grad
-        grad_rows = (grad_total * nll).to(row_weights.dtype) if wanted[8] else None
-        grads: list[Tensor | None] = [None] * 5
-        if any(wanted[:5]):
-            operands = Operands(hidden, Head(norm, weight, bias, modulation, ctx.excluded_token), rows)
-            upstream = grad_total * row_weights.float() + grad_nll
-            of_rows, of_weight, of_bias = _products(
-                operands,
-                targets,
-                top,
-                log_total,
-                upstream,
-                of_rows=wanted[0] or wanted[1] or wanted[4],
-                of_weight=wanted[2] or wanted[3],
-            )
-            if of_weight is not None and of_bias is not None:
-                grads[2:4] = of_weight.to(weight.dtype), of_bias.to(bias.dtype)
-            if of_rows is not None:
-                grads[0], of_norm, of_modulation = _rows_backward(operands, of_rows)
-                grads[1], grads[4] = of_norm.to(norm.dtype), of_modulation.to(modulation.dtype)
-        return (*grads, None, None, None, grad_rows)
+        if of_weight is not None and of_bias is not None:
+            found[2:4] = of_weight.to(head.weight.dtype), of_bias.to(head.bias.dtype)
+        if of_rows is not None and head.norm is not None:
+            found[0], of_norm, of_modulation = _rows_backward(operands, of_rows)
+            found[1], found[4] = of_norm.to(head.norm.dtype), of_modulation.to(head.modulation.dtype)
+    return *found, grad_rows
 
 
 def _products(
     operands: Operands,
     targets: Tensor,
-    top: Tensor,
-    log_total: Tensor,
+    kept: Kept,
     upstream: Tensor,
     *,
     of_rows: bool,
     of_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the modulated rows, of weight and of bias, in fp32."""
+    _, top, log_total = kept.tensors
+    assert top is not None and log_total is not None
     num_rows, vocab_size, size = operands.num_rows, operands.vocab_size, operands.weight.shape[1]
     pitch = CHUNK * operands.chunks
     # Groups of one size, whole tiles.

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import Call
 from loopmdm_kernels.tracing import can_read
 from loopmdm_kernels.types import (
     FP8,
@@ -57,19 +58,27 @@ def tensor(
 
 
 def plain(value: Value) -> Value:
-    """The same tensors, in tuples or lists of any depth, without torch's lazy negative bit.
+    """The same tensors, in calls, tuples or lists of any depth, without torch's lazy negative bit.
 
     Kernels read memory, which for such a tensor (the `imag` of a conjugate is one) holds the opposite sign.
     """
-    result: Any = value
+    return value if torch.compiler.is_compiling() else cast("Value", _plain(value))
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
-        if not torch.compiler.is_compiling() and value.is_neg():
-            result = value.resolve_neg()
+        return value.resolve_neg() if value.is_neg() else value
+    if isinstance(value, Call):
+        items: Sequence[Any] = [*vars(value).values()]
     elif isinstance(value, tuple | list):
-        items = [plain(item) for item in value]
-        if any(new is not old for new, old in zip(items, value, strict=True)):
-            result = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return cast("Value", result)
+        items = value
+    else:
+        return value
+    changed = [*map(_plain, items)]
+    if all(map(operator.is_, changed, items)):
+        return value
+    named = isinstance(value, Call) or hasattr(value, "_fields")
+    return type(value)(*changed) if named else type(value)(changed)
 
 
 def number(name: str, value: Any, accepted: str) -> Any:
@@ -161,9 +170,12 @@ def for_inference(name: str, compute_dtype: torch.dtype | None, **tensors: Tenso
 
 
 def _fits(got: Sequence[int], wanted: Sequence[Any]) -> bool:
+    # A list, not a generator: checks are a good part of a small call.
     return len(got) == len(wanted) and all(
-        isinstance(want, str) or size == want or (isinstance(want, tuple) and size in want)
-        for size, want in zip(got, wanted, strict=True)
+        [
+            isinstance(want, str) or size == want or (isinstance(want, tuple) and size in want)
+            for size, want in zip(got, wanted, strict=True)
+        ]
     )
 
 

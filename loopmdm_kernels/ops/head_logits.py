@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from loopmdm_kernels import backends
+from loopmdm_kernels.calls import HeadCall, LogitsBackwardCall
 from loopmdm_kernels.ops import checks
-from loopmdm_kernels.ops.library import differentiable, register, register_autograd, register_flops
-from loopmdm_kernels.tracing import traced, without_autocast
-from loopmdm_kernels.types import Fp8Head, Fp8Weight, Head
+from loopmdm_kernels.ops.library import Operator
+from loopmdm_kernels.types import Fp8Head, Head
 
 
 def head_logits(
@@ -34,92 +33,24 @@ def head_logits(
     checks.compute_dtype(compute_dtype)
     if isinstance(head, Fp8Head):
         checks.for_inference("head", compute_dtype, hidden=hidden)
-    hidden, head = checks.plain((hidden, head))
-    if traced(hidden):
-        norm, weight, bias, modulation, _ = head
-        values, scale = weight if isinstance(weight, Fp8Weight) else (weight, None)
-        dtype = compute_dtype or head.weight.dtype
-        out: Tensor = torch.ops.loopmdm.head_logits(hidden, norm, values, scale, bias, modulation, dtype)
-        return out
-    return _run(hidden, head, compute_dtype)
-
-
-def _run(hidden: Tensor, head: Head | Fp8Head, compute_dtype: torch.dtype | None) -> Tensor:
-    implementation = _implementation("head_logits", hidden, head, compute_dtype)
-    with without_autocast(hidden.device):
-        logits: Tensor = implementation(hidden, head, compute_dtype=compute_dtype)
+    logits: Tensor = OPERATOR(checks.plain(HeadCall(hidden, head, compute_dtype)))
     return logits
 
 
-def _implementation(
-    op: str, hidden: Tensor, head: Head | Fp8Head, compute_dtype: torch.dtype | None
-) -> Callable[..., Any]:
-    return backends.implementation(
-        op,
-        hidden.device,
-        fp8_weights=isinstance(head, Fp8Head),
-        hidden=hidden,
-        head=head,
-        compute_dtype=compute_dtype,
+def _backward(call: HeadCall, wanted: Sequence[bool], grads: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Without the logits, which are not needed."""
+    found: Sequence[Tensor | None] = backends.run(
+        "head_logits_backward", LogitsBackwardCall(call.hidden, call.head, call.dtype, grads[0], wanted)
     )
+    return found
 
 
-def _forward_run(hidden: Tensor, *args: Any) -> Tensor:
-    norm, weight, scale, bias, modulation, compute_dtype = args
-    if scale is None:
-        return _run(hidden, Head(norm, weight, bias, modulation), compute_dtype)
-    return _run(hidden, Fp8Head(norm, Fp8Weight(weight, scale), bias, modulation), compute_dtype)
-
-
-def _backward_run(grad: Tensor, wanted: Sequence[bool], hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of hidden, norm, weight, bias and modulation; [0] where not wanted."""
-    norm, weight, _, bias, modulation, compute_dtype = args
-    head = Head(norm, weight, bias, modulation)
-    implementation = _implementation("head_logits_backward", hidden, head, compute_dtype)
-    with differentiable(), without_autocast(hidden.device):
-        grads = implementation(grad, hidden, head, tuple(wanted), compute_dtype=compute_dtype)
-    return tuple(hidden.new_empty(0) if value is None else value for value in grads)
-
-
-def _fake(hidden: Tensor, norm: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    return hidden.new_empty(*hidden.shape[:2], weight.shape[0], dtype=args[-1])
-
-
-def _backward_fake(grad: Tensor, wanted: Sequence[bool], *args: Any) -> tuple[Tensor, ...]:
-    leaves = [args[i] for i in (0, 1, 2, 4, 5)]
-    return tuple(
-        leaf.new_empty(leaf.shape) if want else args[0].new_empty(0)
-        for leaf, want in zip(leaves, wanted, strict=True)
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.compute_dtype = inputs[6]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    of_leaves = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5)]
-    grads = torch.ops.loopmdm.head_logits_backward(grad, of_leaves, *ctx.saved_tensors, ctx.compute_dtype)
-    hidden, norm, weight, bias, modulation = (
-        value if want else None for value, want in zip(grads, of_leaves, strict=True)
-    )
-    return hidden, norm, weight, None, bias, modulation, None
-
-
-_ARGUMENTS = (
-    "Tensor hidden, Tensor? norm, Tensor weight, Tensor? weight_scale, Tensor bias, Tensor modulation, "
-    "ScalarType compute_dtype"
-)
-register(f"head_logits({_ARGUMENTS}) -> Tensor", _forward_run, _fake)
-register(
-    f"head_logits_backward(Tensor grad, bool[] wanted, {_ARGUMENTS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward_run,
-    _backward_fake,
-)
-register_autograd("head_logits", _backward, _setup_context)
-register_flops(
-    "head_logits",
-    lambda hidden, norm, weight, *rest, out_val=None: 2 * hidden.shape[0] * hidden.shape[1] * weight.numel(),
+OPERATOR = Operator(
+    HeadCall,
+    "head_logits(Tensor hidden, Tensor? norm, Tensor weight, Tensor? weight_scale, Tensor bias, "
+    "Tensor modulation, ScalarType compute_dtype) -> Tensor",
+    fake=lambda call: call.hidden.new_empty(*call.hidden.shape[:2], call.vocab_size, dtype=call.dtype),
+    flops=lambda call, _: 2 * call.hidden.shape[0] * call.hidden.shape[1] * call.head.weight.shape.numel(),
+    leaves=(0, 1, 2, 4, 5),
+    backward=_backward,
 )

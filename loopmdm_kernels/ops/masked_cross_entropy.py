@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from loopmdm_kernels import backends
+from loopmdm_kernels.calls import CrossEntropyCall
 from loopmdm_kernels.ops import checks
-from loopmdm_kernels.ops.library import differentiable, register, register_autograd, register_flops
+from loopmdm_kernels.ops.library import Operator
 from loopmdm_kernels.tracing import can_read, traced
 from loopmdm_kernels.types import Fp8Head, Head
 
@@ -60,110 +61,46 @@ def masked_cross_entropy(
     if isinstance(head, Fp8Head):
         checks.for_inference("head", compute_dtype, hidden=hidden, row_weights=row_weights)
     # Before reading: indexing by a tensor with the lazy negative bit takes the numbers in its memory.
-    hidden, head, targets, rows, row_weights = checks.plain((hidden, head, targets, rows, row_weights))
-    if can_read(targets):
-        wanted = targets[rows] if rows.dtype == torch.bool else targets.flatten()[rows]
+    call = checks.plain(CrossEntropyCall(hidden, head, compute_dtype, targets, rows, row_weights))
+    if can_read(call.targets):
+        wanted = (
+            call.targets[call.rows] if call.rows.dtype == torch.bool else call.targets.flatten()[call.rows]
+        )
         checks.in_range("targets", wanted, 0, vocab_size)
         if bool((wanted == head.excluded_token).any()):
             raise ValueError(f"targets: a row's target is the excluded token {head.excluded_token}")
-    if traced(hidden):
-        if isinstance(head, Fp8Head):
-            head = head.dequantized(compute_dtype or hidden.dtype)
-        total, nll = torch.ops.loopmdm.masked_cross_entropy(
-            hidden, *head, targets, rows, row_weights, compute_dtype or head.weight.dtype
-        )
-        return total, nll
-    return _run(hidden, head, targets, rows, row_weights, compute_dtype)
-
-
-def _run(
-    hidden: Tensor,
-    head: Head | Fp8Head,
-    targets: Tensor,
-    rows: Tensor,
-    row_weights: Tensor,
-    compute_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    if rows.dtype == torch.bool:
-        chosen = rows.flatten().nonzero().squeeze(1)
-        total, nll = _run(hidden, head, targets, chosen, row_weights.flatten()[chosen], compute_dtype)
-        return total, nll.new_zeros(rows.numel()).index_copy(0, chosen, nll).view(rows.shape)
-    implementation = backends.implementation(
-        "masked_cross_entropy",
-        hidden.device,
-        fp8_weights=isinstance(head, Fp8Head),
-        hidden=hidden,
-        head=head,
-        compute_dtype=compute_dtype,
-    )
-    with torch.autocast(hidden.device.type, enabled=False):
-        total, nll = implementation(hidden, head, targets, rows, row_weights, compute_dtype=compute_dtype)
+    if isinstance(call.head, Fp8Head) and traced(call.hidden):  # the operator has no scale
+        call = replace(call, head=call.head.dequantized(call.dtype))
+    total, nll = OPERATOR(call)
     return total, nll
 
 
-def _forward_run(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _run(hidden, Head(*args[:5]), *args[5:])
+def _run(call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
+    if call.rows.dtype != torch.bool:
+        total, nll = backends.run("masked_cross_entropy", call)
+        return total, nll
+    chosen = call.rows.flatten().nonzero().squeeze(1)
+    total, nll = _run(replace(call, rows=chosen, row_weights=call.row_weights.flatten()[chosen]))
+    return total, nll.new_zeros(call.rows.numel()).index_copy(0, chosen, nll).view(call.rows.shape)
 
 
-def _backward_run(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of hidden, norm, weight, bias, modulation and row_weights."""
-    hidden, norm, weight, bias, modulation, excluded_token, targets, rows, row_weights, compute_dtype = args
-    with differentiable():
-        given = (hidden, norm, weight, bias, modulation, row_weights)
-        leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in given]
-        hidden, norm, weight, bias, modulation, row_weights = leaves
-        head = Head(norm, weight, bias, modulation, excluded_token)
-        outputs = _run(hidden, head, targets, rows, row_weights, compute_dtype)
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        grads = iter(torch.autograd.grad(outputs, wanted, (grad_total, grad_nll)))
-    return tuple(given[0].new_empty(0) if leaf is None else next(grads) for leaf in leaves)
+def _fake(call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(call.hidden.dtype, call.dtype), torch.float32)
+    return call.hidden.new_empty((), dtype=dtype), call.hidden.new_empty(call.rows.shape, dtype=dtype)
 
 
-def _fake(hidden: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    rows, compute_dtype = rest[3], rest[5]
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, compute_dtype), torch.float32)
-    return hidden.new_empty((), dtype=dtype), hidden.new_empty(rows.shape, dtype=dtype)
+def _flops(call: CrossEntropyCall, _: object) -> int:
+    known = call.rows.dtype == torch.bool and not traced(call.rows)
+    return 2 * call.head.weight.shape.numel() * (int(call.rows.sum()) if known else call.rows.numel())
 
 
-def _backward_fake(grad_total: Tensor, grad_nll: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    leaves = [args[i] for i in (0, 1, 2, 3, 4, 8)]
-    return tuple(args[0].new_empty(0) if leaf is None else torch.empty_like(leaf) for leaf in leaves)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, norm, weight, bias, modulation, excluded_token, targets, rows, row_weights, compute_dtype = inputs
-    ctx.save_for_backward(hidden, norm, weight, bias, modulation, targets, rows, row_weights)
-    ctx.excluded_token, ctx.compute_dtype = excluded_token, compute_dtype
-
-
-def _backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Any, ...]:
-    *tensors, targets, rows, row_weights = ctx.saved_tensors
-    grads = torch.ops.loopmdm.masked_cross_entropy_backward(
-        grad_total, grad_nll, *tensors, ctx.excluded_token, targets, rows, row_weights, ctx.compute_dtype
-    )
-    of_hidden, of_norm, *others, of_row_weights = grads
-    of_norm = None if tensors[1] is None else of_norm
-    return (of_hidden, of_norm, *others, None, None, None, of_row_weights, None)
-
-
-_ARGUMENTS = (
-    "Tensor hidden, Tensor? norm, Tensor weight, Tensor bias, Tensor modulation, int excluded_token, "
-    "Tensor targets, Tensor rows, Tensor row_weights, ScalarType compute_dtype"
+OPERATOR = Operator(
+    CrossEntropyCall,
+    "masked_cross_entropy(Tensor hidden, Tensor? norm, Tensor weight, Tensor bias, Tensor modulation, "
+    "int excluded_token, Tensor targets, Tensor rows, Tensor row_weights, ScalarType compute_dtype)"
+    " -> (Tensor, Tensor)",
+    fake=_fake,
+    flops=_flops,
+    run=_run,
+    leaves=(0, 1, 2, 3, 4, 8),
 )
-register(f"masked_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor)", _forward_run, _fake)
-register(
-    f"masked_cross_entropy_backward(Tensor grad_total, Tensor grad_nll, {_ARGUMENTS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward_run,
-    _backward_fake,
-)
-register_autograd("masked_cross_entropy", _backward, _setup_context)
-
-
-def _flops(hidden: Tensor, norm: Tensor, weight: Tensor, *rest: Any, out_val: Any = None) -> int:
-    rows = rest[4]
-    known = rows.dtype == torch.bool and not traced(rows)
-    return 2 * weight.numel() * (int(rows.sum()) if known else rows.numel())
-
-
-register_flops("masked_cross_entropy", _flops)

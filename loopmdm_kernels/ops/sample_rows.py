@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from loopmdm_kernels import backends
+from loopmdm_kernels.calls import Draw, SampleCall
 from loopmdm_kernels.ops import checks
-from loopmdm_kernels.ops.library import register, register_flops
-from loopmdm_kernels.tracing import traced
-from loopmdm_kernels.types import Fp8Head, Fp8Weight, Head, RowRng, SampledRows
+from loopmdm_kernels.ops.library import Operator
+from loopmdm_kernels.types import Fp8Head, Head, RowRng, SampledRows
 
 
 def sample_rows(
@@ -58,74 +56,29 @@ def sample_rows(
     checks.compute_dtype(compute_dtype)
     if isinstance(head, Fp8Head):
         checks.for_inference("head", compute_dtype)
-    hidden, head, rows, rng = checks.plain((hidden, head, rows, rng))
-    if traced(hidden):
-        norm, weight, *rest = head
-        values, scale = weight if isinstance(weight, Fp8Weight) else (weight, None)
-        options = (temperature, top_p, top_k, compute_dtype or head.weight.dtype)
-        return SampledRows(
-            *torch.ops.loopmdm.sample_rows(hidden, norm, values, scale, *rest, rows, *rng, *options)
-        )
-    return _run(hidden, head, rows, rng, temperature, top_p, top_k, compute_dtype)
+    draw = Draw(rng, temperature, top_p, top_k)
+    return SampledRows(*OPERATOR(checks.plain(SampleCall(hidden, head, compute_dtype, rows, draw))))
 
 
-def _run(
-    hidden: Tensor,
-    head: Head | Fp8Head,
-    rows: Tensor,
-    rng: RowRng,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    compute_dtype: torch.dtype | None,
-) -> SampledRows:
-    implementation = backends.implementation(
-        "sample_rows",
-        hidden.device,
-        fp8_weights=isinstance(head, Fp8Head),
-        hidden=hidden,
-        head=head,
-        compute_dtype=compute_dtype,
-    )
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        sampled: SampledRows = implementation(
-            hidden,
-            head,
-            rows,
-            rng,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            compute_dtype=compute_dtype,
-        )
+def _run(call: SampleCall) -> SampledRows:
+    with torch.no_grad():
+        sampled: SampledRows = backends.run("sample_rows", call)
     return sampled
 
 
-def _operator(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    norm, weight, scale, *rest = args[:6]
-    rows, rng, options = args[6], RowRng(*args[7:11]), args[11:]
-    head = Head(norm, weight, *rest) if scale is None else Fp8Head(norm, Fp8Weight(weight, scale), *rest)
-    # The results of an operator may not share memory.
-    return tuple(field.clone() for field in _run(hidden, head, rows, rng, *options))
+def _fake(call: SampleCall) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(torch.promote_types(call.hidden.dtype, call.dtype), torch.float32)
+    return SampledRows.empty(call.rows.shape[0], call.hidden.device, dtype)
 
 
-def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    rows, compute_dtype = args[6], args[14]
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, compute_dtype), torch.float32)
-    tokens = [hidden.new_empty(rows.shape[0], dtype=torch.int64) for _ in range(2)]
-    numbers = [hidden.new_empty(rows.shape[0], dtype=dtype) for _ in range(4)]
-    return tuple(SampledRows(tokens[0], numbers[0], tokens[1], *numbers[1:]))
-
-
-register(
+OPERATOR = Operator(
+    SampleCall,
     "sample_rows(Tensor hidden, Tensor? norm, Tensor weight, Tensor? weight_scale, Tensor bias, "
     "Tensor modulation, int excluded_token, Tensor rows, SymInt seed, Tensor sequence, Tensor step, "
     "Tensor position, float temperature, float top_p, SymInt? top_k, ScalarType compute_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _operator,
-    _fake,
-)
-register_flops(
-    "sample_rows",
-    lambda hidden, norm, weight, *rest, out_val=None: 2 * rest[4].shape[0] * weight.numel(),
+    fake=_fake,
+    flops=lambda call, _: 2 * call.rows.shape[0] * call.head.weight.shape.numel(),
+    run=_run,
+    traced=lambda _, sampled: tuple(field.clone() for field in sampled),
 )

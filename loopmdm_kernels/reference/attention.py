@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loopmdm_kernels.calls import AttentionCall
 from loopmdm_kernels.tracing import transformed
 from loopmdm_kernels.types import Rotary
 
@@ -22,9 +23,11 @@ def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, rotary: Rotary | None = None
-) -> Tensor:
+def run(call: AttentionCall) -> Tensor:
+    return attention(call.q, call.k, call.v, key_mask=call.key_mask, rotary=call.rotary)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None, rotary: Rotary | None) -> Tensor:
     if rotary is not None:
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
     if q.dtype == torch.float64 or transformed():  # PyTorch's fused attention has no rules for transforms

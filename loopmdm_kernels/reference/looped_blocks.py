@@ -7,7 +7,7 @@ linear, the rotated q and k, the gated branch before it is added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.philox import dropout_keep
 from loopmdm_kernels.reference.attention import attention
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
@@ -112,15 +113,11 @@ def block(
     num_heads: int,
     rotary: Rotary | None,
     key_mask: Tensor | None,
-    dtype: torch.dtype,
-    dropout: float = 0.0,
-    dropout_seed: int = 0,
-    application: int = 0,
+    dropout: Dropout,
 ) -> Tensor:
-    """One block of plain weights. x [B, L, D]; modulation [1 or B, 6, D]."""
+    """One block of plain weights. x [B, L, D]; modulation [1 or B, 6, D], in the dtype of the products."""
     attend = partial(attention, key_mask=key_mask, rotary=rotary)
-    drawn = Dropout(dropout, dropout_seed, application)
-    return apply_block(x, _parts(weights, dtype), modulation.to(dtype), num_heads, attend, drawn)
+    return apply_block(x, _parts(weights, modulation.dtype), modulation, num_heads, attend, dropout)
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
@@ -129,62 +126,45 @@ def relative_change(new: Tensor, old: Tensor) -> Tensor:
     return change / size
 
 
-def looped_blocks(
-    x: Tensor,
-    blocks: Sequence[BlockWeights | Fp8BlockWeights],
-    modulation: Tensor,
-    num_loops: int | Tensor,
-    *,
-    num_heads: int,
-    max_loops: int | None = None,
-    rotary: Rotary | None = None,
-    key_mask: Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
-    dropout: float = 0.0,
-    dropout_seed: int = 0,
-    exit_threshold: float | None = None,
-    recompute: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    dtype = compute_dtype or blocks[0].qkv.dtype
+def run(call: LoopedCall) -> tuple[Tensor, Tensor | None]:
+    dtype = call.dtype
     # Cast once, not once a loop: the casts are identities where the weights already have the dtype.
-    plain = [b.dequantized(dtype) if isinstance(b, Fp8BlockWeights) else b for b in blocks]
+    plain = [b.dequantized(dtype) if isinstance(b, Fp8BlockWeights) else b for b in call.blocks]
     cast = [
         BlockWeights(*(w if w.ndim == 1 and i in (0, 3) else w.to(dtype) for i, w in enumerate(b)))
         for b in plain
     ]
-    modulation = modulation.to(dtype)
+    modulation = call.modulation.to(dtype)
 
     def one_loop(state: Tensor, active: Tensor | None, loop: int) -> Tensor:
         mod = modulation if active is None or modulation.shape[1] == 1 else modulation[:, active]
-        mask = key_mask if active is None or key_mask is None else key_mask[active]
+        mask = call.key_mask if active is None or call.key_mask is None else call.key_mask[active]
         for index, weights in enumerate(cast):
+            dropout = Dropout(call.dropout, int(call.dropout_seed), loop * len(cast) + index)
             state = block(
                 state,
                 weights,
                 mod[index],
-                num_heads=num_heads,
-                rotary=rotary,
+                num_heads=call.num_heads,
+                rotary=call.rotary,
                 key_mask=mask,
-                dtype=dtype,
                 dropout=dropout,
-                dropout_seed=dropout_seed,
-                application=loop * len(cast) + index,
             )
         return state
 
-    return run_loops(one_loop, x, num_loops, exit_threshold=exit_threshold, recompute=recompute)
+    return run_loops(one_loop, call.x, call.num_loops, call.exit_threshold, recompute=call.recompute)
 
 
 def run_loops(
     one_loop: Callable[[Tensor, Tensor | None, int], Tensor],
     x: Tensor,
     num_loops: int | Tensor,
-    *,
     exit_threshold: float | None,
+    *,
     recompute: bool,
     preserve_rng_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """H(S) from H(0) = x [B, L, D], as `looped_blocks` returns it.
+) -> tuple[Tensor, Tensor | None]:
+    """H(S) from H(0) = x [B, L, D], and the loops of each sequence; None: `num_loops` for all of them.
 
     one_loop(state, active, loop) is H(loop + 1) from H(loop) of the sequences `active`, int64 [b]; None: of
     all. With `recompute` its inputs are kept for the backward pass, and torch's random state if asked for.
@@ -201,7 +181,7 @@ def run_loops(
     if isinstance(num_loops, int) and exit_threshold is None:
         for loop in range(num_loops):
             x = apply(x, None, loop)
-        return x
+        return x, None
 
     # Sequences end at different loops: those that are done leave the batch.
     batch = x.shape[0]
@@ -219,4 +199,4 @@ def run_loops(
         if exit_threshold is not None:
             going &= ~(relative_change(new.detach(), old.detach()) < exit_threshold)
         active = active[going]
-    return x if exit_threshold is None else (x, used)
+    return x, used

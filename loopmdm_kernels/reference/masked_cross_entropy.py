@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import CrossEntropyCall
 from loopmdm_kernels.reference.head_logits import row_logits, subs_log_probs
-from loopmdm_kernels.types import Head
 
 
-def masked_cross_entropy(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    rows: Tensor,
-    row_weights: Tensor,
-    *,
-    compute_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    log_probs = subs_log_probs(row_logits(hidden, head, rows, compute_dtype), head.excluded_token)
-    nll = -log_probs.gather(1, targets.flatten()[rows][:, None]).squeeze(1)
-    return (nll * row_weights.to(nll.dtype)).sum(), nll
+def run(call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
+    log_probs = subs_log_probs(row_logits(call, call.rows), call.head.excluded_token)
+    nll = -log_probs.gather(1, call.targets.flatten()[call.rows][:, None]).squeeze(1)
+    return (nll * call.row_weights.to(nll.dtype)).sum(), nll

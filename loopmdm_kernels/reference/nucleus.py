@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import Draw
 from loopmdm_kernels.philox import race_times_of
-from loopmdm_kernels.types import RowRng
 
 _LIKELY_TOKENS = 1024  # a nucleus is seldom larger, and sorting so many is cheap
 
@@ -46,18 +46,15 @@ def _most_probable(values: Tensor, best: Tensor, count: Tensor) -> Tensor:
     return above | (level & (level.cumsum(dim=-1) <= left))
 
 
-def draw_restricted(
-    log_probs: Tensor, temperature: float, top_p: float, top_k: int | None, rng: RowRng
-) -> Tensor:
-    """Tokens [R] drawn from softmax(log_probs / temperature), restricted to the most probable."""
-    return draw_from(restriction(log_probs, temperature, top_p, top_k), log_probs, temperature, rng)
+def draw_restricted(log_probs: Tensor, draw: Draw) -> Tensor:
+    """Tokens [R] drawn from softmax(log_probs / temperature), restricted to the most probable.
 
-
-def draw_from(allowed: Tensor, log_probs: Tensor, temperature: float, rng: RowRng) -> Tensor:
-    """Winner [R] of the exponential race among the allowed tokens [R, V], with the times of the full race."""
+    The winners of the exponential race among them, with the times of the full race.
+    """
+    allowed, rng = restriction(log_probs, *draw[1:]), draw.rng
     row, token = allowed.nonzero(as_tuple=True)
     times = race_times_of(rng.seed, rng.sequence[row], rng.step[row], rng.position[row], token)
-    scores = log_probs[row, token].double() / temperature - times.log()
+    scores = log_probs[row, token].double() / draw.temperature - times.log()
     best = torch.full(allowed.shape[:1], -torch.inf, dtype=torch.float64, device=allowed.device)
     best.scatter_reduce_(0, row, scores, "amax")
     winner = torch.full_like(best, allowed.shape[-1], dtype=torch.int64)

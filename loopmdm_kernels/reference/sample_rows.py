@@ -12,10 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import Draw, SampleCall
 from loopmdm_kernels.philox import race_times
 from loopmdm_kernels.reference.head_logits import row_logits, subs_log_probs
 from loopmdm_kernels.reference.nucleus import draw_restricted
-from loopmdm_kernels.types import Head, RowRng, SampledRows
+from loopmdm_kernels.types import SampledRows
 
 
 def _first_argmax(scores: Tensor) -> Tensor:
@@ -25,30 +26,15 @@ def _first_argmax(scores: Tensor) -> Tensor:
     return torch.where(scores == best, index, scores.shape[-1]).amin(dim=-1)
 
 
-def sample_rows(
-    hidden: Tensor,
-    head: Head,
-    rows: Tensor,
-    rng: RowRng,
-    *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    compute_dtype: torch.dtype | None = None,
-) -> SampledRows:
-    logits = row_logits(hidden, head, rows, compute_dtype)
-    return sample_logits(logits, head.excluded_token, rng, temperature=temperature, top_p=top_p, top_k=top_k)
+def run(call: SampleCall) -> SampledRows:
+    return sample_logits(row_logits(call, call.rows), call.head.excluded_token, call.draw)
 
 
 def sample_logits(
     logits: Tensor,
     excluded_token: int,
-    rng: RowRng,
-    *,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    draw: Callable[[Tensor, float, float, int | None, RowRng], Tensor] = draw_restricted,
+    how: Draw,
+    draw: Callable[[Tensor, Draw], Tensor] = draw_restricted,
 ) -> SampledRows:
     """One draw for each row of logits [R, V], and the statistics of the row.
 
@@ -57,13 +43,12 @@ def sample_logits(
     log_probs = subs_log_probs(logits, excluded_token)
     vocab_size = logits.shape[-1]
     top1_token = _first_argmax(log_probs).clamp_max(vocab_size - 1)
-    if temperature == 0:
+    if how.temperature == 0:
         token = top1_token
-    elif top_p < 1.0 or top_k is not None:
-        token = draw(log_probs, temperature, top_p, top_k, rng)
+    elif how.restricted:
+        token = draw(log_probs, how)
     else:
-        times = race_times(rng.seed, rng.sequence, rng.step, rng.position, vocab_size, logits.dtype)
-        scores = logits / temperature - times.log()
+        scores = logits / how.temperature - race_times(*how.rng, vocab_size, logits.dtype).log()
         scores = scores.masked_fill(log_probs == -math.inf, -math.inf)
         token = _first_argmax(scores).clamp_max(vocab_size - 1)
     probs = log_probs.exp()
@@ -77,3 +62,18 @@ def sample_logits(
         top2_prob=top[:, 1] if vocab_size > 1 else torch.zeros_like(top[:, 0]),
         entropy=-plogp.sum(dim=-1),
     )
+
+
+def sample_in_parts(
+    call: SampleCall,
+    rows: int,
+    logits: Callable[[slice], Tensor],
+    draw: Callable[[Tensor, Draw], Tensor] = draw_restricted,
+) -> SampledRows:
+    """`sample_logits` of so many rows at a time, whose logits [., V] are made for it."""
+    slices = [slice(first, first + rows) for first in range(0, max(call.rows.shape[0], 1), rows)]
+    parts = [
+        sample_logits(logits(part), call.head.excluded_token, call.draw.of_rows(part), draw)
+        for part in slices
+    ]
+    return SampledRows(*(torch.cat(fields) for fields in zip(*parts, strict=True)))

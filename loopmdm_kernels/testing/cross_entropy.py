@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loopmdm_kernels import reference
+from loopmdm_kernels.testing import reference
 from loopmdm_kernels.testing.generators import head_inputs
 from loopmdm_kernels.testing.tolerance import assert_matches_oracle
 from loopmdm_kernels.types import Head

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from loopmdm_kernels import backends
+from loopmdm_kernels.calls import Call
 
 
 class RecordedGraphs:
@@ -96,22 +97,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def recording_kernels(self) -> Iterator[None]:
         """Inside, kernels that torch's dispatcher does not see are written down too."""
-        choose = backends.implementation
+        choose = backends.choose
 
-        def implementation(op: str, device: torch.device, **arguments: Any) -> Callable[..., Any]:
-            function = choose(op, device, **arguments)
-            if function.__module__.startswith("loopmdm_kernels.triton"):
-                return function
-            return lambda *args, **options: self.record(
-                lambda: self._hidden(lambda: function(*args, **options)), (args, options)
-            )
+        def recorded(op: str, call: Call) -> Callable[[Call], Any]:
+            run = choose(op, call)
+            if run.__module__.startswith("loopmdm_kernels.triton"):
+                return run
+            return lambda call: self.record(lambda: self._hidden(lambda: run(call)), call.arguments())
 
         def on(device: torch.device, run: Callable[[], None]) -> None:
             self.record(lambda: self._hidden(run), ())
 
         with ExitStack() as patches:
             patches.enter_context(patch("loopmdm_kernels.ops.checks.can_read", lambda value: False))
-            patches.enter_context(patch("loopmdm_kernels.backends.implementation", implementation))
+            patches.enter_context(patch("loopmdm_kernels.backends.choose", recorded))
             if backends.forced() == ("triton",):
                 patches.enter_context(patch("loopmdm_kernels.triton.launch._on", on))
             yield

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from loopmdm_kernels import reference
+from loopmdm_kernels.testing import reference
 from loopmdm_kernels.testing.generators import LoopedInputs
 from loopmdm_kernels.testing.tolerance import max_error, rounding_step
 

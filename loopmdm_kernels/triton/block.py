@@ -6,15 +6,14 @@ that wrote them. Bias, GELU, dropout, gate and residual are applied before a res
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.triton.attention import attention_forward, rest_of
+from loopmdm_kernels.calls import LoopedCall
+from loopmdm_kernels.triton.attention import Positions, Result, attention_forward
 from loopmdm_kernels.triton.config import tiles
-from loopmdm_kernels.triton.head import matrix, operand
 from loopmdm_kernels.triton.kernels.looped_blocks import (
     norm_linear_kernel,
     residual_linear_kernel,
@@ -22,6 +21,7 @@ from loopmdm_kernels.triton.kernels.looped_blocks import (
 )
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
 from loopmdm_kernels.triton.linear import persistent_grid
+from loopmdm_kernels.triton.operands import matrix, operand
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Weight
 
 STATISTICS_GROUP = 64  # as in kernels/common.py
@@ -63,15 +63,35 @@ class Options(NamedTuple):
     num_heads: int
     length: int
     modulation_stride: int  # from a sequence to the next one; 0: one modulation for all
-    cos: Tensor | None
-    sin: Tensor | None
-    mask: Tensor | None
+    positions: Positions
     dtype: torch.dtype
-    dropout: float
-    dropout_seed: int
+    dropout: float = 0.0
+    dropout_seed: int = 0
+
+    @classmethod
+    def of(cls, call: LoopedCall) -> Options:
+        return cls(
+            call.num_heads,
+            call.x.shape[1],
+            0 if call.modulation.shape[1] == 1 else 6 * call.x.shape[2],
+            Positions.of(call.key_mask, call.rotary, call.dtype),
+            call.dtype,
+            call.dropout,
+            int(call.dropout_seed),
+        )
 
     def dropout_arguments(self, application: int) -> tuple[int, int, int, float]:
         return self.dropout_seed, application, round(self.dropout * 2**32), 1.0 / (1.0 - self.dropout)
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [B, H, L, K] where they are in [T, 3 D]."""
+        parts = qkv.view(-1, self.length, 3, self.num_heads, qkv.shape[1] // 3 // self.num_heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind()
+        return q, k, v
+
+    def by_heads(self, mixed: Tensor) -> Tensor:
+        """[T, D] as [B, H, L, K]."""
+        return mixed.view(-1, self.length, self.num_heads, mixed.shape[1] // self.num_heads).transpose(1, 2)
 
 
 class Exit(NamedTuple):
@@ -88,8 +108,7 @@ class Record(NamedTuple):
     h1: Tensor
     qkv: Tensor
     mixed: Tensor
-    rest: Tensor | None  # what rounding took from mixed
-    log_sum_exp: Tensor
+    attention: Result  # `out` is mixed
     branch1: Tensor
     middle: Tensor  # [T, D] fp32
     h2: Tensor
@@ -98,49 +117,15 @@ class Record(NamedTuple):
     branch2: Tensor
 
 
-def fp8_weights(
-    blocks: Sequence[BlockWeights | Fp8BlockWeights], dtype: torch.dtype
-) -> list[Fp8BlockWeights]:
-    """Those in fp8: biases in the dtype of the products; norms and matrices as they are."""
-    return [
-        block._replace(
-            norm1=block.norm1.contiguous(),
-            norm2=block.norm2.contiguous(),
-            mlp_in_bias=operand(block.mlp_in_bias, dtype),
-            mlp_out_bias=operand(block.mlp_out_bias, dtype),
-        )
-        for block in blocks
-        if isinstance(block, Fp8BlockWeights)
-    ]
+def cast_weights(call: LoopedCall) -> list[BlockWeights | Fp8BlockWeights]:
+    """Matrices and biases in the dtype of the products, once a call; norms and fp8 matrices as they are."""
 
+    def cast(name: str, weight: Any) -> Any:
+        if isinstance(weight, Fp8Weight):
+            return weight
+        return weight.detach().contiguous() if name.startswith("norm") else operand(weight, call.dtype)
 
-def cast_weights(blocks: Sequence[BlockWeights], dtype: torch.dtype) -> list[BlockWeights]:
-    """Matrices and biases in the dtype of the products, once a call; norms as they are."""
-    norms = {"norm1", "norm2"}
-    return [
-        BlockWeights(
-            *(
-                w.detach().contiguous() if name in norms else operand(w, dtype)
-                for name, w in block._asdict().items()
-            )
-        )
-        for block in blocks
-    ]
-
-
-def heads_of(qkv: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [B, H, L, K] where they are in [T, 3 D]."""
-    hidden = qkv.shape[1] // 3
-    parts = qkv.view(-1, options.length, 3, options.num_heads, hidden // options.num_heads)
-    q, k, v = parts.permute(2, 0, 3, 1, 4).unbind()
-    return q, k, v
-
-
-def one_head_a_column(mixed: Tensor, options: Options) -> Tensor:
-    """[T, D] as [B, H, L, K]."""
-    return mixed.view(-1, options.length, options.num_heads, mixed.shape[1] // options.num_heads).transpose(
-        1, 2
-    )
+    return [type(block)(*map(cast, block._fields, block)) for block in call.blocks]
 
 
 def residual_columns(rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -168,46 +153,21 @@ def block_forward(
         stream, weights.norm1, modulation[:, 0], weights.qkv, None, options, computed, gelu=False, keep=keep
     )
     mixed = torch.empty(stream.x.shape, dtype=options.dtype, device=stream.x.device)
-    rest = rest_of(mixed) if keep else None
-    log_sum_exp = attention_forward(
-        *heads_of(qkv, options),
-        options.mask,
-        options.cos,
-        options.sin,
-        one_head_a_column(mixed, options),
-        None if rest is None else one_head_a_column(rest, options),
-        computed,
-    )
+    result = Result.empty(options.by_heads(mixed), keep=keep)
+    attention_forward(*options.split(qkv), options.positions, result, computed)
     middle, branch1 = residual_linear(
-        mixed, weights.attn_out, None, modulation[:, 2], stream, options, application, 0, active, None, keep
+        mixed, weights.attn_out, None, modulation[:, 2], stream, options, (application, 0), active, None, keep
     )
+    up, down = (weights.mlp_in, weights.mlp_in_bias), (weights.mlp_out, weights.mlp_out_bias)
     h2, activated, before = norm_linear(
-        middle,
-        weights.norm2,
-        modulation[:, 3],
-        weights.mlp_in,
-        weights.mlp_in_bias,
-        options,
-        computed,
-        gelu=True,
-        keep=keep,
+        middle, weights.norm2, modulation[:, 3], *up, options, computed, gelu=True, keep=keep
     )
     end, branch2 = residual_linear(
-        activated,
-        weights.mlp_out,
-        weights.mlp_out_bias,
-        modulation[:, 5],
-        middle,
-        options,
-        application,
-        1,
-        active,
-        exit_to,
-        keep,
+        activated, *down, modulation[:, 5], middle, options, (application, 1), active, exit_to, keep
     )
     if h1 is None or h2 is None or branch1 is None or branch2 is None or before is None:
         return end, None
-    kept = (stream.x, h1, qkv, mixed, rest, log_sum_exp, branch1, middle.x, h2, before, activated, branch2)
+    kept = (stream.x, h1, qkv, mixed, result, branch1, middle.x, h2, before, activated, branch2)
     return end, Record(*kept)
 
 
@@ -232,28 +192,12 @@ def norm_linear(
     launch(
         norm_linear_kernel,
         persistent_grid(tile, rows, columns, out.device),
-        *stream,
-        norm,
-        modulation,
-        *matrix(weight, options.dtype),
-        bias,
-        active,
-        h,
-        before,
-        out,
-        rows,
-        columns,
-        depth,
-        options.length,
-        options.modulation_stride,
+        *(*stream, norm, modulation, *matrix(weight, options.dtype), bias, active, h, before, out),
+        *(rows, columns, depth, options.length, options.modulation_stride),
         GELU=gelu,
         ONE_SEQUENCE=options.modulation_stride == 0 or options.length % tile.m == 0,
         GROUPS=power_of_two(stream.mean.shape[1]),
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
     )
     return h, out, before
 
@@ -265,13 +209,16 @@ def residual_linear(
     gate: Tensor,
     stream: Stream,
     options: Options,
-    application: int,
-    branch: int,
+    place: tuple[int, int],
     active: Tensor | None,
     exit_to: Exit | None,
     keep: bool,
 ) -> tuple[Stream, Tensor | None]:
-    """x + gate * dropout(a weight^T + bias); with `keep` also what the gate multiplies."""
+    """x + gate * dropout(a weight^T + bias); with `keep` also what the gate multiplies.
+
+    place: number of the application, and of the branch: 0 attention, 1 MLP.
+    """
+    application, branch = place
     (rows, depth), columns = a.shape, weight.shape[0]
     out = Stream.like(stream.x)
     kept = torch.empty(rows, columns, dtype=options.dtype, device=a.device) if keep else None
@@ -279,29 +226,11 @@ def residual_linear(
     launch(
         residual_linear_kernel,
         persistent_grid(tile, rows, columns, a.device),
-        a,
-        *matrix(weight, options.dtype),
-        bias,
-        gate,
-        stream.x,
-        active,
-        kept,
-        *(exit_to or (None, None)),
-        out.mean,
-        out.square,
-        out.x,
-        rows,
-        columns,
-        depth,
-        options.length,
-        options.modulation_stride,
+        *(a, *matrix(weight, options.dtype), bias, gate, stream.x, active, kept, *(exit_to or (None, None))),
+        *(out.mean, out.square, out.x, rows, columns, depth, options.length, options.modulation_stride),
         *options.dropout_arguments(application),
         BRANCH=branch,
         DROPOUT=options.dropout > 0.0,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
     )
     return out, kept

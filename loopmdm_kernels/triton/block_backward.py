@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.triton.attention import attention_backward
-from loopmdm_kernels.triton.block import Options, Record, heads_of, one_head_a_column
+from loopmdm_kernels.triton.block import Options, Record
 from loopmdm_kernels.triton.kernels.looped_blocks_backward import branch_backward_kernel
 from loopmdm_kernels.triton.kernels.modulated_rows import modulated_rows_backward_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two
@@ -74,32 +74,25 @@ def block_backward(
     weights: BlockWeights,
     modulation: Tensor,
     options: Options,
-    application: int,
-    loop: int,
+    place: tuple[int, int],
     used: Tensor | None,
     sums: Gradients,
 ) -> None:
     """Turns grad [T, D] fp32 of the block's result into that of its input, in place, and adds to `sums`.
 
-    used: [B] loops of each sequence; those that did not take this one pass their gradient through.
+    place: number of the application, and of the loop. used: [B] loops of each sequence; those that did not
+    take this one pass their gradient through.
     """
+    application, loop = place
+    batch, parts, size = sums.gates.shape[1:]
 
     def of_branch(branch: Tensor, index: int) -> Tensor:
         out = torch.empty_like(branch)
-        batch, parts, size = sums.gates.shape[1:]
         launch(
             branch_backward_kernel,
             (batch * parts,),
-            grad,
-            branch,
-            modulation[:, 3 * index + 2],
-            used,
-            out,
-            sums.gates[index],
-            size,
-            options.length,
-            options.modulation_stride,
-            loop,
+            *(grad, branch, modulation[:, 3 * index + 2], used, out, sums.gates[index]),
+            *(size, options.length, options.modulation_stride, loop),
             *options.dropout_arguments(application),
             BRANCH=index,
             DROPOUT=options.dropout > 0.0,
@@ -111,21 +104,11 @@ def block_backward(
         return out
 
     def of_norm(x: Tensor, norm: Tensor, grad_h: Tensor, index: int) -> None:
-        batch, parts, size = sums.gates.shape[1:]
         launch(
             modulated_rows_backward_kernel,
             (batch * parts,),
-            x,
-            None,
-            norm,
-            modulation[:, 3 * index],
-            grad_h,
-            grad,
-            *sums.norms[index],
-            options.length,
-            size,
-            options.length,
-            options.modulation_stride,
+            *(x, None, norm, modulation[:, 3 * index], grad_h, grad, *sums.norms[index]),
+            *(options.length, size, options.length, options.modulation_stride),
             PART=_PART,
             HAS_ROWS=False,
             OWN_ROWS=False,
@@ -145,17 +128,8 @@ def block_backward(
     weight_gradient(of_result, record.mixed, sums.attn_out, accumulate=True)
     of_mixed = linear(of_result, weights.attn_out, transposed=True)
     of_qkv = torch.empty_like(record.qkv)
-    attention_backward(
-        *heads_of(record.qkv, options),
-        options.mask,
-        options.cos,
-        options.sin,
-        one_head_a_column(record.mixed, options),
-        None if record.rest is None else one_head_a_column(record.rest, options),
-        record.log_sum_exp,
-        one_head_a_column(of_mixed, options),
-        *heads_of(of_qkv, options),
-    )
+    of_heads, of_each = options.by_heads(of_mixed), options.split(of_qkv)
+    attention_backward(*options.split(record.qkv), options.positions, record.attention, of_heads, of_each)
     weight_gradient(of_qkv, record.h1, sums.qkv, accumulate=True)
     of_h = linear(of_qkv, weights.qkv, transposed=True, out_dtype=torch.float32)
     of_norm(record.start, weights.norm1, of_h, 0)

@@ -30,6 +30,11 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def options(self, sizes: str = "MNK") -> dict[str, int]:
+        """What a kernel is launched with, whose sizes have these letters."""
+        blocks = {f"BLOCK_{letter}": size for letter, size in zip(sizes, self, strict=False)}
+        return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 PRODUCTS = ("linear", "norm_linear", "residual_linear", "weight_gradient")
 KERNELS = (*PRODUCTS, "vocabulary", "sample", "attention")

@@ -8,13 +8,14 @@ nothing for them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.tracing import once_differentiable
-from loopmdm_kernels.triton.attention import MAX_HEAD_DIM, angles, mask_bytes
+from loopmdm_kernels.calls import LoopedCall
+from loopmdm_kernels.gradients import Kept, differentiable
+from loopmdm_kernels.triton.attention import why_not_heads
 from loopmdm_kernels.triton.block import (
     Exit,
     Options,
@@ -22,130 +23,78 @@ from loopmdm_kernels.triton.block import (
     Stream,
     block_forward,
     cast_weights,
-    fp8_weights,
     residual_columns,
 )
 from loopmdm_kernels.triton.block_backward import Gradients, block_backward
-from loopmdm_kernels.triton.head import OPERANDS
 from loopmdm_kernels.triton.kernels.looped_blocks import exit_kernel
 from loopmdm_kernels.triton.launch import ceil_div, launch
-from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Weight, Rotary
-
-_TENSORS = len(BlockWeights._fields)
-_MAX_HIDDEN = 8192  # a row is held in registers where gradients of norms are summed
+from loopmdm_kernels.triton.operands import DTYPES, MAX_HIDDEN
+from loopmdm_kernels.types import BlockWeights
 
 
-def supports(
-    *,
-    x: Tensor,
-    blocks: Sequence[BlockWeights | Fp8BlockWeights],
-    num_loops: int | Tensor,
-    num_heads: int | None = None,
-    compute_dtype: torch.dtype | None = None,
-    dropout: float = 0.0,
-    exit_threshold: float | None = None,
-) -> str | None:
-    """Why these arguments need another backend, or None."""
+def why_not(call: LoopedCall) -> str | None:
+    x = call.x
     if x.dtype != torch.float32:
         return f"x must be float32, got {x.dtype}"
-    if (compute_dtype or blocks[0].qkv.dtype) not in OPERANDS:
-        return (
-            f"compute_dtype must be float32, bfloat16 or float16, got {compute_dtype or blocks[0].qkv.dtype}"
-        )
-    for weights in blocks:
-        named: dict[str, Tensor | Fp8Weight] = weights._asdict()
-        for name, weight in named.items():
-            if weight.dtype not in OPERANDS and not isinstance(weight, Fp8Weight):
+    if call.dtype not in DTYPES:
+        return f"compute_dtype must be float32, bfloat16 or float16, got {call.dtype}"
+    for weights in call.blocks:
+        for name, weight in weights._asdict().items():
+            if isinstance(weight, Tensor) and weight.dtype not in DTYPES:
                 return f"{name} must be float32, bfloat16 or float16, got {weight.dtype}"
-    if x.shape[-1] > _MAX_HIDDEN:
-        return f"x may be {_MAX_HIDDEN} wide, got {x.shape[-1]}"
-    if dropout and (isinstance(num_loops, Tensor) or exit_threshold is not None):
+    if x.shape[-1] > MAX_HIDDEN:
+        return f"x may be {MAX_HIDDEN} wide, got {x.shape[-1]}"
+    if call.dropout and not call.same_loops:
         return "with dropout every sequence must have the same number of loops"
-    if dropout and x.shape[-1] % 4:
+    if call.dropout and x.shape[-1] % 4:
         return f"with dropout the width of x must be a multiple of 4, got {x.shape[-1]}"
-    return None
+    return why_not_heads(call.head_dim)
 
 
-def looped_blocks(
-    x: Tensor,
-    blocks: Sequence[BlockWeights | Fp8BlockWeights],
-    modulation: Tensor,
-    num_loops: int | Tensor,
-    *,
-    num_heads: int,
-    max_loops: int | None = None,
-    rotary: Rotary | None = None,
-    key_mask: Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
-    dropout: float = 0.0,
-    dropout_seed: int = 0,
-    exit_threshold: float | None = None,
-    recompute: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    dtype = compute_dtype or blocks[0].qkv.dtype
-    if x.shape[-1] // num_heads > MAX_HEAD_DIM:
-        raise ValueError(
-            f"looped_blocks in Triton: the head size may be {MAX_HEAD_DIM}, got {x.shape[-1] // num_heads}"
-        )
-    options = Options(
-        num_heads,
-        x.shape[1],
-        0 if modulation.shape[1] == 1 else 6 * x.shape[2],
-        *angles(rotary, dtype),
-        mask_bytes(key_mask),
-        dtype,
-        dropout,
-        dropout_seed,
-    )
-    plain = [block for block in blocks if isinstance(block, BlockWeights)]
-    weights = [weight for block in plain for weight in block]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, modulation, *weights)):
-        out, used = _LoopedBlocks.apply(  # type: ignore[no-untyped-call]
-            x, modulation, num_loops, max_loops, options, exit_threshold, recompute, *weights
-        )
-    else:
-        ready = cast_weights(plain, dtype) or fp8_weights(blocks, dtype)
-        out, used, _, _ = _forward(x, modulation, num_loops, max_loops, options, exit_threshold, ready)
-    return out if exit_threshold is None or used is None else (out, used)
+def run(call: LoopedCall) -> tuple[Tensor, Tensor | None]:
+    if call.trains:
+        out, used = differentiable(call, _with_records, _backward)
+        return out, used
+    out, used, _ = _forward(call)
+    return out, used
+
+
+class Records(NamedTuple):
+    """Inputs of the loops, or what every application has kept."""
+
+    starts: list[Stream]
+    blocks: list[Record]
 
 
 def _forward(
-    x: Tensor,
-    modulation: Tensor,
-    num_loops: int | Tensor,
-    max_loops: int | None,
-    options: Options,
-    threshold: float | None,
-    blocks: Sequence[BlockWeights | Fp8BlockWeights],
-    *,
-    keep_starts: bool = False,
-    keep_records: bool = False,
-) -> tuple[Tensor, Tensor | None, list[Stream], list[Record]]:
-    """Result, loops used (None: all of them), and for backward the inputs of the loops or all records."""
-    batch, length, hidden = x.shape
-    narrow = modulation.detach().to(options.dtype).contiguous()
-    if isinstance(num_loops, int):
-        max_loops = num_loops
+    call: LoopedCall, *, keep_starts: bool = False, keep_records: bool = False
+) -> tuple[Tensor, Tensor | None, Records]:
+    """Result, loops used (None: all of them), and what is kept for backward."""
+    batch, length, hidden = call.x.shape
+    options, blocks = Options.of(call), cast_weights(call)
+    narrow = call.modulation.detach().to(options.dtype).contiguous()
+    limits, max_loops = call.num_loops, call.max_loops
+    if isinstance(limits, int):
+        max_loops = limits
     elif max_loops is None:
-        max_loops = int(num_loops.max())
-    active = used = limits = change = None
-    if threshold is not None or not isinstance(num_loops, int):
-        if isinstance(num_loops, int):
-            limits = torch.full((batch,), num_loops, dtype=torch.int64, device=x.device)
-        else:
-            limits = num_loops.to(x.device).contiguous()
-        active = torch.ones(batch, dtype=torch.int8, device=x.device)
-        used = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    if threshold is not None:
+        max_loops = int(limits.max())
+    active = used = change = None
+    if not call.same_loops:
+        if isinstance(limits, int):
+            limits = torch.full((batch,), limits, dtype=torch.int64, device=call.x.device)
+        limits = limits.to(call.x.device).contiguous()
+        active = torch.ones(batch, dtype=torch.int8, device=call.x.device)
+        used = torch.zeros(batch, dtype=torch.int64, device=call.x.device)
+    if call.exit_threshold is not None:
         rows, width = batch * length, blocks[-1].mlp_out.shape[1]
-        columns = residual_columns(rows, hidden, width, options.dtype, x.device)
-        change = x.new_empty(2, rows, ceil_div(hidden, columns))
-    stream = Stream.of(x.detach().contiguous().view(-1, hidden))
-    starts, records = [], []
+        columns = residual_columns(rows, hidden, width, options.dtype, call.x.device)
+        change = call.x.new_empty(2, rows, ceil_div(hidden, columns))
+    stream = Stream.of(call.x.detach().contiguous().view(-1, hidden))
+    kept = Records([], [])
     for loop in range(max_loops):
         start = stream
         if keep_starts:
-            starts.append(start)
+            kept.starts.append(start)
         for index, weights in enumerate(blocks):
             last = index == len(blocks) - 1
             stream, record = block_forward(
@@ -159,101 +108,54 @@ def _forward(
                 keep=keep_records,
             )
             if record is not None:
-                records.append(record)
-        if limits is not None:
+                kept.blocks.append(record)
+        if used is not None:
             launch(
                 exit_kernel,
                 (batch,),
-                change,
-                limits,
-                active,
-                used,
-                batch * length,
-                length,
-                0 if change is None else change.shape[2],
-                0.0 if threshold is None else threshold,
+                *(change, limits, active, used, batch * length, length),
+                *(0 if change is None else change.shape[2], call.exit_threshold or 0.0),
                 BLOCK=256,
                 num_warps=4,
                 num_stages=1,
             )
-    return stream.x.view(x.shape), used, starts, records
+    return stream.x.view(call.x.shape), used, kept
 
 
-class _LoopedBlocks(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        modulation: Tensor,
-        num_loops: int | Tensor,
-        max_loops: int | None,
-        options: Options,
-        threshold: float | None,
-        recompute: bool,
-        *weights: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        blocks = _blocks(weights)
-        out, used, starts, records = _forward(
-            x,
-            modulation,
-            num_loops,
-            max_loops,
-            options,
-            threshold,
-            cast_weights(blocks, options.dtype),
-            keep_starts=recompute,
-            keep_records=not recompute,
-        )
-        if used is not None:
-            ctx.mark_non_differentiable(used)
-        ctx.save_for_backward(x, modulation, used, *weights)
-        ctx.options, ctx.starts, ctx.records = options, starts, records
-        return out, used
+def _with_records(call: LoopedCall, _: Sequence[bool]) -> tuple[tuple[Tensor, Tensor | None], Kept]:
+    out, used, kept = _forward(call, keep_starts=call.recompute, keep_records=not call.recompute)
+    return (out, used), Kept((used,), kept)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        _, modulation, used, *weights = ctx.saved_tensors
-        options: Options = ctx.options
-        blocks = _blocks(weights)
-        cast = cast_weights(blocks, options.dtype)
-        narrow = modulation.to(options.dtype).contiguous()
-        batch, length, hidden = grad.shape
-        sums = [Gradients.zeros(block, batch, length) for block in blocks]
-        grad = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format).view(-1, hidden)
-        number = len(blocks)
-        loops = len(ctx.starts) or len(ctx.records) // number
-        for loop in reversed(range(loops)):
-            records: list[Record] = ctx.records[loop * number : (loop + 1) * number]
-            if ctx.starts:
-                stream = ctx.starts[loop]
-                for index in range(number):
-                    stream, record = block_forward(
-                        stream, cast[index], narrow[index], options, loop * number + index, keep=True
-                    )
-                    assert record is not None
-                    records.append(record)
-            for index in reversed(range(number)):
-                block_backward(
-                    grad,
-                    records[index],
-                    cast[index],
-                    narrow[index],
-                    options,
-                    loop * number + index,
-                    loop,
-                    used,
-                    sums[index],
+
+def _backward(call: LoopedCall, kept: Kept, _: Sequence[bool], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    (used,), (starts, every_record) = kept
+    options, modulation, number = Options.of(call), call.modulation, len(call.blocks)
+    cast: list[BlockWeights] = cast_weights(call)  # type: ignore[assignment]  # fp8 weights do not train
+    narrow = modulation.to(options.dtype).contiguous()
+    batch, length, hidden = grads[0].shape
+    sums = [Gradients.zeros(block, batch, length) for block in cast]
+    grad = grads[0].to(torch.float32, copy=True, memory_format=torch.contiguous_format).view(-1, hidden)
+    for loop in reversed(range(len(starts) or len(every_record) // number)):
+        records: list[Record] = every_record[loop * number : (loop + 1) * number]
+        if starts:
+            stream = starts[loop]
+            for index in range(number):
+                application = loop * number + index
+                stream, record = block_forward(
+                    stream, cast[index], narrow[index], options, application, keep=True
                 )
-        grad_weights: list[Tensor] = []
-        of_modulation = []
-        for block, gradient in zip(blocks, sums, strict=True):
-            of_block, of_its_modulation = gradient.finish(block, modulation.shape[1])
-            grad_weights += of_block
-            of_modulation.append(of_its_modulation)
-        grad_modulation = torch.stack(of_modulation).to(modulation.dtype)
-        return grad.view(batch, length, hidden), grad_modulation, *[None] * 5, *grad_weights
-
-
-def _blocks(weights: Sequence[Tensor]) -> list[BlockWeights]:
-    return [BlockWeights(*weights[i : i + _TENSORS]) for i in range(0, len(weights), _TENSORS)]
+                assert record is not None
+                records.append(record)
+        for index in reversed(range(number)):
+            place = (loop * number + index, loop)
+            block_backward(
+                grad, records[index], cast[index], narrow[index], options, place, used, sums[index]
+            )
+    grad_weights: list[Tensor] = []
+    of_modulation = []
+    for block, gradient in zip(call.plain_blocks, sums, strict=True):
+        of_block, of_its_modulation = gradient.finish(block, modulation.shape[1])
+        grad_weights += of_block
+        of_modulation.append(of_its_modulation)
+    grad_modulation = torch.stack(of_modulation).to(modulation.dtype)
+    return grad.view(batch, length, hidden), *grad_weights, grad_modulation

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.triton.launch import processor, recording
-from loopmdm_kernels.triton.looped_blocks import looped_blocks
+from loopmdm_kernels.triton.looped_blocks import run
 from loopmdm_kernels.types import BlockWeights
 
 
@@ -25,15 +26,10 @@ def launches(
 
     hidden = weights.norm1.shape[0]
     with torch.no_grad(), recording(processor(device)) as recorded:
-        looped_blocks(
-            torch.empty(batch, length, hidden, device="meta", dtype=torch.float32),
-            [BlockWeights(*map(meta, weights))],
-            torch.empty(1, 1, 6, hidden, device="meta", dtype=torch.float32),
-            1,
-            num_heads=num_heads,
-            compute_dtype=dtype,
-            exit_threshold=0.0,
-        )
+        x = torch.empty(batch, length, hidden, device="meta", dtype=torch.float32)
+        modulation = torch.empty(1, 1, 6, hidden, device="meta", dtype=torch.float32)
+        blocks = [BlockWeights(*map(meta, weights))]
+        run(LoopedCall(x, blocks, modulation, 1, num_heads, compute_dtype=dtype, exit_threshold=0.0))
     return [
         (launch.kernel, launch.options, {name: v for name, v in launch.arguments.items() if name.isupper()})
         for launch in recorded

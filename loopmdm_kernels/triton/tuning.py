@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import CrossEntropyCall, Draw, SampleCall
 from loopmdm_kernels.files import write_file
 from loopmdm_kernels.graphs import Capture, CudaGraphs
 from loopmdm_kernels.testing import head_inputs, interleaved_medians, row_rng
-from loopmdm_kernels.triton.attention import attention_backward, attention_forward
+from loopmdm_kernels.triton import masked_cross_entropy, sample_rows
+from loopmdm_kernels.triton.attention import Positions, Result, attention_backward, attention_forward
 from loopmdm_kernels.triton.block import Options, Stream, norm_linear, residual_linear
 from loopmdm_kernels.triton.config import PRODUCTS, Tiles, default_tiles, key, read_table, trying
 from loopmdm_kernels.triton.launch import processor
 from loopmdm_kernels.triton.linear import linear, weight_gradient
-from loopmdm_kernels.triton.masked_cross_entropy import masked_cross_entropy
-from loopmdm_kernels.triton.sample_rows import sample_rows
 from loopmdm_kernels.types import Head, RowRng
 
 DTYPE = torch.bfloat16
@@ -114,8 +114,10 @@ def problems(workload: Workload, device: torch.device) -> Iterator[Problem]:
     every = torch.arange(0, batch * length, 2, device=device)
     weights = torch.ones(every.shape[0], device=device, dtype=torch.float32)
     shape = (vocab_size, hidden)
-    yield Problem("vocabulary", shape, lambda: masked_cross_entropy(x, head, targets, every, weights))
-    yield Problem("sample", shape, lambda: sample_rows(x, head, rows, names))
+    loss = CrossEntropyCall(x, head, None, targets, every, weights)
+    yield Problem("vocabulary", shape, lambda: masked_cross_entropy.run(loss))
+    sampled = SampleCall(x, head, None, rows, Draw(names))
+    yield Problem("sample", shape, lambda: sample_rows.run(sampled))
 
 
 def _block_problems(
@@ -127,7 +129,7 @@ def _block_problems(
         return torch.randn(*shape, device=device, dtype=torch.float32).to(DTYPE)
 
     angle = torch.rand(length, hidden // heads // 2, device=device, dtype=torch.float32).to(DTYPE)
-    options = Options(heads, length, 0, angle.cos(), angle.sin(), None, DTYPE, 0.0, 0)
+    options = Options(heads, length, 0, Positions(None, angle.cos(), angle.sin()), DTYPE)
     stream = Stream.of(torch.randn(rows, hidden, device=device, dtype=torch.float32))
     modulation, norm = normal(1, 2, hidden), torch.ones(hidden, device=device, dtype=torch.float32)
     narrow, broad = normal(rows, hidden), normal(rows, wide)
@@ -151,7 +153,7 @@ def _block_problems(
 
         def back(a: Tensor = a, weight: Tensor = weight) -> Any:
             return residual_linear(
-                a, weight, None, modulation[:, 0], stream, options, 0, 0, None, None, keep=False
+                a, weight, None, modulation[:, 0], stream, options, (0, 0), None, None, keep=False
             )
 
         yield Problem("residual_linear", (rows, hidden, a.shape[1]), back)
@@ -178,17 +180,17 @@ def _attention_problems(
     tensors = torch.randn(5, *shape, device=device, dtype=torch.float32).to(DTYPE).transpose(2, 3)
     q, k, v, out, grad = tensors.unbind()
     grads = torch.empty_like(tensors[:3]).unbind()
-    cos, sin = options.cos, options.sin
-    rest = torch.empty_like(out)
-    log_sum_exp = attention_forward(q, k, v, None, cos, sin, out, rest)
-    yield Problem(
-        "attention", (shape[1], shape[3], 0), lambda: attention_forward(q, k, v, None, cos, sin, out, rest)
-    )
-    yield Problem(
-        "attention",
-        (shape[1], shape[3], 1),
-        lambda: attention_backward(q, k, v, None, cos, sin, out, rest, log_sum_exp, grad, *grads),
-    )
+    positions, result = options.positions, Result.empty(out, keep=True)
+
+    def forward() -> None:
+        attention_forward(q, k, v, positions, result)
+
+    def backward() -> None:
+        attention_backward(q, k, v, positions, result, grad, grads)
+
+    forward()  # what the backward pass reads
+    yield Problem("attention", (shape[1], shape[3], 0), forward)
+    yield Problem("attention", (shape[1], shape[3], 1), backward)
 
 
 def _ready(

@@ -3,17 +3,22 @@
 import pytest
 import torch
 
+import loopmdm_kernels as lk
 from loopmdm_kernels import _C
-from loopmdm_kernels.cpu.attention import attention, supports
+from loopmdm_kernels.calls import AttentionCall
+from loopmdm_kernels.cpu.attention import why_not
 
 
 def test_says_what_it_supports():
-    assert supports(q=torch.zeros(1)) is None
-    assert supports(q=torch.zeros(1).bfloat16()) is None
     half = torch.zeros(1, 1, 2, 4).half()
-    assert "q must be float32 or bfloat16, got torch.float16" in supports(q=half)
-    with pytest.raises(ValueError, match="attention on the CPU: q must be float32 or bfloat16"):
-        attention(half, half, half)
+    for q in (half.float(), half.bfloat16()):
+        assert why_not(AttentionCall(q, q, q)) is None
+    assert why_not(AttentionCall(half, half, half)) == "q must be float32 or bfloat16, got torch.float16"
+    with (
+        lk.use_backend("cpu"),
+        pytest.raises(RuntimeError, match=r"attention: backend 'cpu' .*: q must be float32 or bfloat16"),
+    ):
+        lk.attention(half, half, half)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,12 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm.cli import main
-from loopmdm_kernels import _C, backends, reference
-from loopmdm_kernels.cpu.attention import attention as cpu_attention
-from loopmdm_kernels.cpu.sample_rows import sample_rows as cpu_sample_rows
-from loopmdm_kernels.testing import head_inputs, row_rng
+from loopmdm_kernels import _C, backends
+from loopmdm_kernels.calls import AttentionCall, Draw, HeadCall, SampleCall
+from loopmdm_kernels.testing import head_inputs, reference, row_rng
 from loopmdm_kernels.types import Head
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +32,24 @@ def arguments(dtype=torch.float32, **options):
     return {"hidden": hidden.to(dtype), "head": head, "compute_dtype": None, **options}
 
 
+def sampling(device=CPU, **options):
+    call = arguments(**options)
+    rows = torch.arange(6, device=device)
+    call["hidden"] = call["hidden"].to(device)
+    return SampleCall(**call, rows=rows, draw=Draw(row_rng(6)))
+
+
+def attending(dtype=torch.float32):
+    q = torch.zeros(1, 1, 1, 2, dtype=dtype)
+    return AttentionCall(q, q, q)
+
+
 def chosen(**options):
-    return backends.implementation("sample_rows", CPU, **arguments(**options))
+    return backends.choose("sample_rows", sampling(**options))
+
+
+def run_of(backend, op="sample_rows"):
+    return backends.kernel(backend, op)
 
 
 def test_available_backends():
@@ -50,7 +65,7 @@ def test_interpreted_triton_is_for_those_who_ask(monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert lk.available_backends()["triton"] is True
-    assert chosen() is cpu_sample_rows
+    assert chosen() is run_of("cpu")
     with lk.use_backend("triton"):
         assert chosen().__module__ == "loopmdm_kernels.triton.sample_rows"
         with pytest.raises(RuntimeError, match="hidden must be float32"):
@@ -66,47 +81,47 @@ def test_an_older_gpu_is_a_reason(monkeypatch):
 
 
 def test_compiled_kernel_where_it_can_and_reference_elsewhere():
-    assert chosen() is cpu_sample_rows
-    assert chosen(dtype=torch.float64) is reference.sample_rows
-    assert chosen(compute_dtype=torch.float16) is reference.sample_rows
-    assert backends.implementation("attention", CPU, q=torch.zeros(1)) is cpu_attention
-    assert backends.implementation("attention", CPU, q=torch.zeros(1).half()) is reference.attention
-    assert backends.implementation("sample_rows", CUDA, **arguments()) is reference.sample_rows
+    assert chosen() is run_of("cpu")
+    assert chosen(dtype=torch.float64) is run_of("reference")
+    assert chosen(compute_dtype=torch.float16) is run_of("reference")
+    assert backends.choose("attention", attending()) is run_of("cpu", "attention")
+    assert backends.choose("attention", attending(torch.float16)) is run_of("reference", "attention")
+    assert backends.choose("sample_rows", sampling("meta")) is run_of("reference")
 
 
 def test_use_backend():
     with lk.use_backend("reference"):
-        assert chosen() is reference.sample_rows
+        assert chosen() is run_of("reference")
         with lk.use_backend("cpu"):
-            assert chosen() is cpu_sample_rows
-        assert chosen() is reference.sample_rows
-    assert chosen() is cpu_sample_rows
+            assert chosen() is run_of("cpu")
+        assert chosen() is run_of("reference")
+    assert chosen() is run_of("cpu")
 
 
 def test_use_backend_ends_with_an_exception():
     with pytest.raises(KeyError), lk.use_backend("reference"):
         raise KeyError
-    assert chosen() is cpu_sample_rows
+    assert chosen() is run_of("cpu")
 
 
 def test_forced_backend_never_falls_back(monkeypatch):
-    monkeypatch.delitem(backends._KERNEL_MODULES["cpu"], "head_logits")
+    monkeypatch.setitem(backends._KERNELS, "cpu", ("attention", "sample_rows"))
     with lk.use_backend("cpu"):
         with pytest.raises(RuntimeError, match=r"sample_rows: backend 'cpu' .* hidden must be float32"):
             chosen(dtype=torch.float64)
         with pytest.raises(RuntimeError, match=r"head_logits: backend 'cpu' .* no kernel for head_logits"):
-            backends.implementation("head_logits", CPU)
+            backends.choose("head_logits", HeadCall(**arguments()))
         with pytest.raises(RuntimeError, match=r"attention: backend 'cpu' .* q must be float32 or bfloat16"):
-            backends.implementation("attention", CPU, q=torch.zeros(1).double())
-        with pytest.raises(RuntimeError, match="must be on a cpu device, got cuda"):
-            backends.implementation("sample_rows", CUDA, **arguments())
+            backends.choose("attention", attending(torch.float64))
+        with pytest.raises(RuntimeError, match="must be on a cpu device, got meta"):
+            chosen(device="meta")
 
 
 def test_environment_forces(monkeypatch):
     monkeypatch.setenv("LOOPMDM_BACKEND", "reference")
-    assert chosen() is reference.sample_rows
+    assert chosen() is run_of("reference")
     with lk.use_backend("cpu"):
-        assert chosen() is cpu_sample_rows
+        assert chosen() is run_of("cpu")
     monkeypatch.setenv("LOOPMDM_BACKEND", "tpu")
     with pytest.raises(
         ValueError, match="LOOPMDM_BACKEND: got 'tpu', expected one of reference, cpu, triton, cuda"
@@ -131,7 +146,7 @@ def test_choice_belongs_to_the_thread():
         thread = threading.Thread(target=lambda: seen.append(chosen()))
         thread.start()
         thread.join()
-    assert seen == [cpu_sample_rows]
+    assert seen == [run_of("cpu")]
 
 
 def test_choice_belongs_to_the_task():
@@ -141,7 +156,7 @@ def test_choice_belongs_to_the_task():
             return chosen() is expected
 
     async def both():
-        return await asyncio.gather(work("reference", reference.sample_rows), work("cpu", cpu_sample_rows))
+        return await asyncio.gather(work("reference", run_of("reference")), work("cpu", run_of("cpu")))
 
     assert asyncio.run(both()) == [True, True]
 
@@ -149,7 +164,7 @@ def test_choice_belongs_to_the_task():
 def test_without_the_extension(monkeypatch):
     monkeypatch.setitem(sys.modules, "loopmdm_kernels._C", None)
     assert "the extension is not built" in str(lk.available_backends()["cpu"])
-    assert chosen() is reference.sample_rows
+    assert chosen() is run_of("reference")
     with pytest.raises(RuntimeError, match="the extension is not built"), lk.use_backend("cpu"):
         pass
 
@@ -159,21 +174,21 @@ def test_wrong_instruction_set_is_an_error_of_every_op(monkeypatch, name):
     monkeypatch.setenv("LOOPMDM_CPU_ISA", name)
     accepted = f"LOOPMDM_CPU_ISA: got '{name}'; this machine accepts: {_C.usable_cpu_isas()}"
     assert lk.available_backends()["cpu"] == accepted
-    for op, options in {"sample_rows": arguments(), "attention": {"q": torch.zeros(1)}}.items():
+    for op, call in {"sample_rows": sampling(), "attention": attending()}.items():
         with pytest.raises(ValueError, match=re.escape(accepted)):
-            backends.implementation(op, CPU, **options)
+            backends.choose(op, call)
     with pytest.raises(ValueError, match="LOOPMDM_CPU_ISA"):
         chosen(dtype=torch.float64)
     with pytest.raises(RuntimeError, match=re.escape(accepted)):
         lk.use_backend("cpu")
     with lk.use_backend("reference"):
-        assert chosen() is reference.sample_rows
+        assert chosen() is run_of("reference")
     monkeypatch.setenv("LOOPMDM_BACKEND", "cpu,reference")
     with pytest.raises(ValueError, match="LOOPMDM_CPU_ISA"):
         chosen()
     monkeypatch.delenv("LOOPMDM_BACKEND")
     monkeypatch.setenv("LOOPMDM_CPU_ISA", "")
-    assert chosen() is cpu_sample_rows
+    assert chosen() is run_of("cpu")
 
 
 def test_wrong_instruction_set_on_the_command_line(monkeypatch, capsys):
@@ -197,7 +212,7 @@ def test_use_backend_that_is_not_entered_says_so():
     with pytest.warns(RuntimeWarning, match=r"use_backend\('reference'\): does nothing by itself"):
         lk.use_backend("reference")
         gc.collect()
-    assert chosen() is cpu_sample_rows
+    assert chosen() is run_of("cpu")
 
 
 def test_use_backend_as_a_decorator_and_again():
@@ -205,14 +220,14 @@ def test_use_backend_as_a_decorator_and_again():
     def inside(dtype):
         return chosen(dtype=dtype)
 
-    assert inside(torch.float32) is inside(dtype=torch.float32) is reference.sample_rows
-    assert chosen() is cpu_sample_rows
+    assert inside(torch.float32) is inside(dtype=torch.float32) is run_of("reference")
+    assert chosen() is run_of("cpu")
     again = lk.use_backend("reference")
     with again, again:
-        assert chosen() is reference.sample_rows
+        assert chosen() is run_of("reference")
     with again:
-        assert chosen() is reference.sample_rows
-    assert chosen() is cpu_sample_rows
+        assert chosen() is run_of("reference")
+    assert chosen() is run_of("cpu")
 
 
 def test_public_op_goes_through_the_dispatch():
@@ -257,11 +272,11 @@ def test_the_first_of_several_that_can_do_a_call_does_it_and_says_so_once(
     with forced:
         said = r"sample_rows: backend 'cuda' cannot do this \(too old a driver\), 'cpu' does"
         with pytest.warns(UserWarning, match=said) as record:
-            assert chosen() is cpu_sample_rows
+            assert chosen() is run_of("cpu")
         assert len(record) == 1
-        assert chosen() is cpu_sample_rows  # warnings are errors
+        assert chosen() is run_of("cpu")  # warnings are errors
         with pytest.warns(UserWarning, match="backend 'cpu' cannot do this"):
-            assert chosen(dtype=torch.float64) is reference.sample_rows
+            assert chosen(dtype=torch.float64) is run_of("reference")
 
 
 def test_several_of_which_none_can(monkeypatch, nothing_said):

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+import loopmdm_kernels as lk
 from loopmdm_kernels import _C
-from loopmdm_kernels.cpu import sample_rows as cpu
+from loopmdm_kernels.calls import HeadCall
+from loopmdm_kernels.cpu import head as cpu
 from loopmdm_kernels.cpu.packing import packed_linear
 from loopmdm_kernels.types import Head, RowRng, SampledRows
 
@@ -142,13 +144,26 @@ def head(dtype=torch.float32):
     ],
 )
 def test_says_what_it_supports(hidden_dtype, weight_dtype, options, reason):
-    arguments = {"hidden": torch.zeros(1, 1, 8, dtype=hidden_dtype), "head": head(weight_dtype), **options}
-    answer = cpu.supports(**arguments)
+    hidden = torch.zeros(1, 1, 8, dtype=hidden_dtype)
+    answer = cpu.why_not(HeadCall(hidden, head(weight_dtype), options.get("compute_dtype")))
     assert answer is None if reason is None else reason in answer
     if reason is not None:
         zero = torch.zeros(1, dtype=torch.int64)
-        with pytest.raises(ValueError, match=reason):
-            cpu.sample_rows(**arguments, rows=zero, rng=RowRng(0, zero, zero, zero))
+        rng = RowRng(0, zero, zero, zero)
+        with lk.use_backend("cpu"), pytest.raises(RuntimeError, match=reason):
+            lk.sample_rows(hidden, head(weight_dtype), zero, rng, **options)
+
+
+def test_a_vocabulary_beyond_the_numbers_of_its_tokens_is_a_reason():
+    tokens = 2**31 - 1024
+    many = Head(
+        torch.ones(8),
+        torch.zeros(1, 8).expand(tokens, 8),
+        torch.zeros(1).expand(tokens),
+        torch.zeros(1, 2, 8),
+    )
+    reason = cpu.why_not(HeadCall(torch.zeros(1, 1, 8), many, None))
+    assert reason == f"head.weight may have {tokens - 1} tokens, got {tokens}"
 
 
 def test_unknown_instruction_set(monkeypatch):

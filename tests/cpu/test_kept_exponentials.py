@@ -8,7 +8,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels import _C
-from loopmdm_kernels.cpu import head_gradients
+from loopmdm_kernels.cpu import head as shared
 from loopmdm_kernels.cpu import masked_cross_entropy as cpu
 from loopmdm_kernels.testing import LEAVES
 from loopmdm_kernels.testing import cross_entropy_results as run
@@ -16,6 +16,8 @@ from loopmdm_kernels.types import Head
 from tests.conftest import Backend
 from tests.masked_cross_entropy.cases import BF16, FLOAT, assert_same, check
 from tests.masked_cross_entropy.cases import case as sized_case
+
+masked_cross_entropy = lk.use_backend("cpu")(lk.masked_cross_entropy)
 
 
 def case(width=48, vocab_size=389, num_rows=40, dtype=FLOAT):
@@ -34,7 +36,7 @@ def memories(monkeypatch):
         made.append(memory)
         return memory
 
-    for module in (cpu, head_gradients):
+    for module in (cpu, shared):
         monkeypatch.setattr(module, "weight_gradient_memory", spy)
     return made
 
@@ -64,7 +66,7 @@ def keep_nothing(monkeypatch):
 def loss_of(leaves, targets, rows, excluded_token):
     hidden, norm, weight, bias, modulation, row_weights = leaves.values()
     head = Head(norm, weight, bias, modulation, excluded_token)
-    return cpu.masked_cross_entropy(hidden, head, targets, rows, row_weights)
+    return masked_cross_entropy(hidden, head, targets, rows, row_weights)
 
 
 @pytest.mark.parametrize("width", [3, 130, 320])
@@ -80,21 +82,21 @@ def test_the_share_changes_no_bits(isa, monkeypatch, memories, width, dtype, com
         backward(**arguments)
 
     monkeypatch.setattr(_C, "masked_cross_entropy_backward", spy)
-    out = run(cpu.masked_cross_entropy, *inputs, compute_dtype=compute_dtype)
+    out = run(masked_cross_entropy, *inputs, compute_dtype=compute_dtype)
     # Whole panels of 8 to 64 rows; 150 rows are at most 160 with the padding.
     room = memories[0][0].nbytes // compute_dtype.itemsize
     low, high = (150, 160) if room >= 160 else (8, room) if room >= 64 else (0, 0)
     assert low <= kept[0] <= high
     keep_nothing(monkeypatch)
-    assert_same(out, run(cpu.masked_cross_entropy, *inputs, compute_dtype=compute_dtype))
+    assert_same(out, run(masked_cross_entropy, *inputs, compute_dtype=compute_dtype))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 def test_only_the_first_group_of_rows_is_kept(isa, monkeypatch, dtype):
     inputs = case(600, 211, _C.CROSS_ENTROPY_GROUP_ROWS + 70, dtype)
-    out = run(cpu.masked_cross_entropy, *inputs)
+    out = run(masked_cross_entropy, *inputs)
     keep_nothing(monkeypatch)
-    assert_same(out, run(cpu.masked_cross_entropy, *inputs))
+    assert_same(out, run(masked_cross_entropy, *inputs))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import loopmdm_kernels as lk
 from loopmdm_kernels import _C
 from loopmdm_kernels.cpu import packing
 from loopmdm_kernels.cpu.packing import packed_linear
@@ -335,8 +336,6 @@ def test_python_threads():
 
 def test_training_steps_of_the_op(isa):
     """After fused steps the op gives the bits that fresh copies of the weights give."""
-    from loopmdm_kernels.cpu.looped_blocks import looped_blocks
-
     hidden = 32
 
     def parameter(*shape):
@@ -357,7 +356,7 @@ def test_training_steps_of_the_op(isa):
 
     def run(weights):
         with torch.no_grad():
-            return looped_blocks(x, [weights], modulation, 2, num_heads=4, compute_dtype=torch.bfloat16)
+            return lk.looped_blocks(x, [weights], modulation, 2, num_heads=4, compute_dtype=torch.bfloat16)
 
     outputs = []
     for _ in range(4):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from loopmdm_kernels import _C
+from loopmdm_kernels.calls import Draw
 from loopmdm_kernels.cpu.sample_rows import draw_restricted
 from loopmdm_kernels.reference import nucleus
 from loopmdm_kernels.types import RowRng
@@ -48,15 +49,15 @@ def test_tokens_of_the_reference(isa, vocab_size, kind):
             for top_k in (None, 7, vocab_size // 2 + 1, 100_000):
                 if top_p == 1.0 and top_k is None:
                     continue
-                arguments = log_probs, temperature, top_p, top_k, names(len(log_probs), number)
+                arguments = log_probs, Draw(names(len(log_probs), number), temperature, top_p, top_k)
                 token = draw_restricted(*arguments)
-                assert torch.equal(token, nucleus.draw_restricted(*arguments)), arguments[1:4]
+                assert torch.equal(token, nucleus.draw_restricted(*arguments)), arguments[1]
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-31, 1e-20, 1e20])
 def test_extreme_temperatures(isa, temperature):
     for top_p, top_k in ((0.5, None), (1.0, 4), (0.7, 9)):
-        arguments = rows(300, "normal"), temperature, top_p, top_k, names(4)
+        arguments = rows(300, "normal"), Draw(names(4), temperature, top_p, top_k)
         assert torch.equal(draw_restricted(*arguments), nucleus.draw_restricted(*arguments))
 
 
@@ -64,7 +65,7 @@ def test_rows_of_nan(isa):
     log_probs = rows(3000, "normal")
     log_probs[2] = torch.nan
     for top_p, top_k in ((0.5, None), (1.0, 40), (0.5, 40)):
-        arguments = log_probs, 1.0, top_p, top_k, names(4)
+        arguments = log_probs, Draw(names(4), 1.0, top_p, top_k)
         token = draw_restricted(*arguments)
         assert torch.equal(token, nucleus.draw_restricted(*arguments)) and token[2] == 2999
 
@@ -76,11 +77,11 @@ def test_a_row_is_its_own_on_any_number_of_threads():
         results = []
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            results.append(draw_restricted(log_probs, 1.0, 0.9, None, rng))
+            results.append(draw_restricted(log_probs, Draw(rng, 1.0, 0.9)))
         assert all(torch.equal(result, results[0]) for result in results)
         for i in range(0, 40, 13):
-            one = RowRng(rng.seed, *(name[i : i + 1] for name in rng[1:]))
-            assert draw_restricted(log_probs[i : i + 1], 1.0, 0.9, None, one)[0] == results[0][i]
+            part = slice(i, i + 1)
+            assert draw_restricted(log_probs[part], Draw(rng, 1.0, 0.9).of_rows(part))[0] == results[0][i]
     finally:
         torch.set_num_threads(before)
 

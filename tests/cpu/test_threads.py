@@ -113,8 +113,9 @@ print(len(seen))
 
 DRAW = """
 import os, torch
-from loopmdm_kernels.cpu.sample_rows import sample_rows
+import loopmdm_kernels as lk
 from loopmdm_kernels.types import Head, RowRng
+sample_rows = lk.use_backend("cpu")(lk.sample_rows)
 generator = torch.Generator().manual_seed(0)
 weight = torch.randn(7000, 64, generator=generator)
 head = Head(torch.ones(64), weight, torch.zeros(7000), torch.zeros(1, 2, 64))
@@ -198,8 +199,9 @@ def test_workers_take_the_denormal_mode_of_the_caller():
     code = """
 import sys, torch
 from loopmdm_kernels import _C
-from loopmdm_kernels.cpu.sample_rows import sample_rows
+import loopmdm_kernels as lk
 from loopmdm_kernels.types import Head, RowRng
+sample_rows = lk.use_backend("cpu")(lk.sample_rows)
 _C.debug_parallel(2, 1)  # the threads exist before the mode changes
 V, row = 200_000, torch.zeros(1, dtype=torch.int64)
 tokens = torch.arange(V)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import loopmdm_kernels as lk
+from loopmdm_kernels import backends
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import sources, weights
 from loopmdm_kernels.cuda.parameters import MAP, defines, fields
@@ -47,6 +49,17 @@ class Fenced(NamedTuple):
 
     def intact(self):
         return bool((self.whole[:FENCE] == 5.0).all() and (self.whole[-FENCE:] == 5.0).all())
+
+
+def on_cuda(op):
+    """The public op by these kernels, wherever its tensors are."""
+
+    def run(*arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backends, "choose", lambda name, call: backends.kernel("cuda", name))
+            return getattr(lk, op)(*arguments, **options)
+
+    return run
 
 
 def plan_of(inputs, tiles, target=SM90, device=Device(), cluster=1):  # noqa: B008 - immutable

@@ -42,6 +42,7 @@ def test_reasons(install, monkeypatch):
         "the kernels need a GPU of compute capability 8.0 or later (A100, RTX 30, L4, H100), got 7.5"
     )
     install(fake())
+    monkeypatch.setattr(compiler, "why_none", lambda: None)
     assert driver.why_unavailable((9, 0)) is None and driver.why_unavailable((8, 6)) is None
     install(fake(version=11080))
     reason = driver.why_unavailable((9, 0))
@@ -77,6 +78,20 @@ def test_no_compiler(monkeypatch):
     with pytest.raises(RuntimeError, match=r"no CUDA compiler: cuda-python is not installed.*nvcc is not on"):
         compiler.compile_kernel("looped_blocks/looped_blocks_sm90.cu", {}, "sm_90a")
     compiler._compiler.cache_clear()
+
+
+def test_a_machine_without_a_compiler_cannot_use_the_backend(install, monkeypatch, tmp_path):
+    """Unless the package holds kernels that are made."""
+
+    def none():
+        raise RuntimeError("no CUDA compiler: NVRTC cannot be loaded; and nvcc is not on the path")
+
+    install(fake())
+    monkeypatch.setattr(compiler, "_compiler", none)
+    monkeypatch.setattr(compiler, "PACKAGED", tmp_path / "cubins")
+    assert driver.why_unavailable((9, 0)).startswith("no CUDA compiler")
+    (tmp_path / "cubins").mkdir()
+    assert driver.why_unavailable((9, 0)) is None
 
 
 def test_compilers_say_what_is_wrong(tmp_path):

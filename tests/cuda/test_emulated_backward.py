@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from loopmdm_kernels.cuda import looped_blocks as op
-from loopmdm_kernels.reference import looped_blocks
 from loopmdm_kernels.schedule import Tiles
 from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
+from loopmdm_kernels.testing.reference import looped_blocks
 from tests.cuda import emulated, emulated_backward
 
 # Columns of the products, hidden size, heads. Of 192 rows of a weight a tile has the last 64; products have
@@ -102,12 +102,12 @@ def test_training_takes_both_kernels(variant, tmp_path, monkeypatch):
     shape, forward_plan = emulated.plan_of(inputs, Tiles(128, 128, 64, 64, 64))
     forward = emulated.build(shape, forward_plan, tmp_path, optimize=False)
 
-    def run_forward(x, blocks, modulation, loops, num_heads, rotary, key_mask, threshold, *, keep):
-        given = inputs._replace(x=x.detach(), blocks=blocks, modulation=modulation.detach())
+    def run_forward(call, *, keep):
+        given = inputs._replace(x=call.x.detach(), blocks=call.blocks, modulation=call.modulation.detach())
         buffers = emulated.run_buffers(
-            forward, given, forward_plan, loops, exit_threshold=threshold, keep=keep
+            forward, given, forward_plan, call.num_loops, exit_threshold=call.exit_threshold, keep=keep
         )
-        return buffers, emulated.weights.packed(blocks)
+        return buffers, emulated.weights.packed(call.blocks)
 
     def run_backward(kept, grad, blocks, modulation):
         given = inputs._replace(blocks=blocks, modulation=modulation)
@@ -118,7 +118,7 @@ def test_training_takes_both_kernels(variant, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     grad, grads = gradient(inputs), []
     for function, dtype in (
-        (op.looped_blocks, torch.bfloat16),
+        (emulated.on_cuda("looped_blocks"), torch.bfloat16),
         (looped_blocks, torch.bfloat16),
         (looped_blocks, torch.float64),
     ):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from loopmdm_kernels.cuda.targets import SM80, SM90, Target
-from loopmdm_kernels.reference import looped_blocks
 from loopmdm_kernels.schedule import Device, Tiles
 from loopmdm_kernels.schedule.device import ASSUMED
 from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
+from loopmdm_kernels.testing.reference import looped_blocks
 from tests.cuda import emulated
 
 

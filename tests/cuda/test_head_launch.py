@@ -11,6 +11,7 @@ import torch
 from loopmdm_kernels.cuda import compiler, driver, head, launch, sample_rows, tensor_maps
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
+from tests.cuda.emulated import on_cuda
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed")
 from cuda.bindings import driver as real
@@ -68,7 +69,7 @@ def test_a_draw(notes, num_rows, rows_of_tile, blocks):
     hidden, weights = head_inputs(1, 3000, 72, 2500)
     head_ = Head(*(t.to(torch.bfloat16) for t in weights[:4]), 2499)
     rng = row_rng(num_rows, seed=3)
-    sample_rows.sample_rows(hidden.float(), head_, torch.arange(num_rows), rng)
+    on_cuda("sample_rows")(hidden.float(), head_, torch.arange(num_rows), rng)
 
     names = [name for name, _, _ in notes.launches]
     assert names == ["modulated_rows_sm90", "sample_rows_sm90", "sample_rows_combine_sm90"]
@@ -107,7 +108,7 @@ def test_a_draw(notes, num_rows, rows_of_tile, blocks):
 def test_nothing_is_launched_for_no_rows(notes):
     hidden, weights = head_inputs(1, 8, 72, 300)
     head_ = Head(*(t.to(torch.bfloat16) for t in weights[:4]))
-    sample_rows.sample_rows(hidden.float(), head_, torch.arange(0), row_rng(0))
+    on_cuda("sample_rows")(hidden.float(), head_, torch.arange(0), row_rng(0))
     assert not notes.launches and not notes.compiled
 
 

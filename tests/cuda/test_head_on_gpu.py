@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import loopmdm_kernels as lk
-from loopmdm_kernels import reference
-from loopmdm_kernels.testing import assert_matches_oracle, head_inputs, row_rng
+from loopmdm_kernels.testing import assert_matches_oracle, head_inputs, reference, row_rng
 from loopmdm_kernels.types import Head, RowRng
 
 pytestmark = pytest.mark.gpu

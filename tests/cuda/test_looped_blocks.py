@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.cuda import driver, launch, tensor_maps, weights
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda.parameters import MAP, defines, fields
@@ -15,6 +16,7 @@ from loopmdm_kernels.reference.looped_blocks import norm_modulate
 from loopmdm_kernels.schedule import BlockShape, Tiles, build, choose, device_of
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.testing import looped_inputs
+from tests.cuda.emulated import on_cuda
 
 
 @pytest.fixture
@@ -149,12 +151,13 @@ def test_maps_cover_what_the_loader_loads(inputs):
 
 
 def test_what_it_does_not_do(inputs, monkeypatch):
-    arguments = {"x": inputs.x, "blocks": inputs.blocks, "num_loops": 2}
-    with torch.no_grad():
-        assert op.supports(**arguments) is None
-        assert "x must be float32" in op.supports(**{**arguments, "x": inputs.x.double()})
-        assert "must be bfloat16, got torch.float32" in op.supports(**arguments, compute_dtype=torch.float32)
-        assert "dropout" in op.supports(**arguments, dropout=0.1)
+    def why_not(heads=2, x=inputs.x, **options):
+        return op.why_not(LoopedCall(x, inputs.blocks, inputs.modulation, 2, heads, **options))
+
+    monkeypatch.setattr(driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 0, 0))
+    assert "x must be float32" in why_not(x=inputs.x.double())
+    assert "must be bfloat16, got torch.float32" in why_not(compute_dtype=torch.float32)
+    assert "dropout" in why_not(dropout=0.1)
     for capability, heads, reason in (
         ((9, 0), 16, "the head size must be one of (16, 32, 64, 128), got 8"),
         ((9, 0), 8, None),
@@ -163,13 +166,28 @@ def test_what_it_does_not_do(inputs, monkeypatch):
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, known=capability: known)
         with torch.no_grad():
-            assert op.supports(**arguments, num_heads=heads) == reason
+            assert why_not(heads) == reason
+    assert why_not() is None
+    for leaf in (inputs.modulation, inputs.blocks[1].norm2, inputs.x):  # any of them trains
+        leaf.requires_grad_()
+        assert "needs compute capability 9.0" in why_not()
+        leaf.requires_grad_(False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     inputs.x.requires_grad_()
-    assert "needs compute capability 9.0" in op.supports(**arguments, num_heads=2)
-    with pytest.raises(
-        RuntimeError, match=r"cannot do this: the head size must be one of \(32, 64, 128\), got 16"
-    ):
-        op.looped_blocks(inputs.x, inputs.blocks, inputs.modulation, 2, num_heads=8)
+    assert why_not() is None and "backward pass has heads of size (64, 128), got 32" in why_not(4)
+
+
+def test_widths_that_no_tiles_divide_are_a_reason(monkeypatch):
+    """The plan of a kernel is asked before it is chosen, that of the backward pass too."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 0, 0))
+    inputs = looped_inputs(1, 8, 192, num_heads=3, mlp_ratio=1).to(torch.bfloat16)
+    call = LoopedCall(inputs.x, inputs.blocks, inputs.modulation, 2, 3)
+    reasons = []
+    for trains in (False, True):
+        inputs.x.requires_grad_(trains)
+        reasons.append(op.why_not(call))
+    print(reasons)
 
 
 def test_what_a_graph_reads_outlives_the_cache(inputs, monkeypatch):
@@ -287,7 +305,8 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
     monkeypatch.setattr(tensor_maps, "encode", lambda described: encoded.append(described) or bytes(128))
     op._kernel.cache_clear()
     launch.loaded.cache_clear()
-    out = op.looped_blocks(inputs.x, inputs.blocks, inputs.modulation, 2, num_heads=inputs.num_heads)
+    run = on_cuda("looped_blocks")
+    out = run(inputs.x, inputs.blocks, inputs.modulation, 2, num_heads=inputs.num_heads)
     op._kernel.cache_clear()
     launch.loaded.cache_clear()
     target = target_of(capability)

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import loopmdm_kernels as lk
-from loopmdm_kernels import reference
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda.targets import SM80, target_of
-from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
+from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs, reference
 
 pytestmark = pytest.mark.gpu
 

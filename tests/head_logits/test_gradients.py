@@ -61,7 +61,7 @@ def test_frozen_leaves(backend, wanted, dtype):
 
 @pytest.mark.backends("triton")
 def test_rows_in_groups(backend, monkeypatch):
-    from loopmdm_kernels.triton import head_gradients as module
+    from loopmdm_kernels.triton import head as module
 
     monkeypatch.setattr(module, "_GROUP_ELEMENTS", 1)
     assert module.rows_at_once(71, 300) == 128
@@ -139,7 +139,7 @@ def test_operator(dtype):
 def test_operator_backward(backend):
     hidden, head = case(backend, (2, 5, 16, 33))
     grad = torch.randn(2, 5, 33, generator=torch.Generator().manual_seed(0)).to(backend.device)
-    arguments = (grad, (True, True, True, True, False), hidden, *head[:2], None, *head[2:4], FLOAT)
+    arguments = ([grad], (True, True, True, True, False), hidden, *head[:2], None, *head[2:4], FLOAT)
     out = torch.ops.loopmdm.head_logits_backward(*arguments)
     assert out[-1].numel() == 0
     leaves = [t.requires_grad_() for t in (hidden, *head.tensors)]

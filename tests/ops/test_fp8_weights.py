@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import loopmdm_kernels as lk
-from loopmdm_kernels import reference
-from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
+from loopmdm_kernels.testing import head_inputs, looped_inputs, reference, row_rng
 from loopmdm_kernels.types import Fp8BlockWeights, Fp8Head, Fp8Weight, Head
 
 BF16 = torch.bfloat16

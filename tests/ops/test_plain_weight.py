@@ -130,9 +130,10 @@ def test_bad_heads():
 
 
 def test_backends_without_a_kernel_say_so():
+    from loopmdm_kernels.calls import HeadCall
     from loopmdm_kernels.cuda.head import why_not as cuda
     from loopmdm_kernels.triton.head import why_not as triton
 
     hidden, weight, _, _ = case(FLOAT)
     for why_not in (cuda, triton):
-        assert "without a norm" in why_not(hidden, lk.Head.of(weight), BF16)
+        assert "without a norm" in why_not(HeadCall(hidden, lk.Head.of(weight), BF16))

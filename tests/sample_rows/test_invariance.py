@@ -109,8 +109,9 @@ def test_other_python_threads_run_meanwhile(backend, threads):
 
 FORK = """
 import os, torch
-from loopmdm_kernels.cpu.sample_rows import sample_rows
+import loopmdm_kernels as lk
 from loopmdm_kernels.types import Head, RowRng
+sample_rows = lk.use_backend("cpu")(lk.sample_rows)
 torch.set_num_threads(2)
 generator = torch.Generator().manual_seed(0)
 weight = torch.randn(7000, 64, generator=generator)

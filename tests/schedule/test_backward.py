@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loopmdm_kernels.reference import looped_blocks
 from loopmdm_kernels.schedule import Backward, BackwardTiles, BlockShape, Instruction, build_backward
 from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
+from loopmdm_kernels.testing.reference import looped_blocks
 from loopmdm_kernels.testing.schedule import ScheduleError, check, interpret_backward
 
 SHAPE = BlockShape(batch=2, length=40, hidden=32, heads=2, mlp=64, layers=2)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from loopmdm_kernels.reference import looped_blocks
 from loopmdm_kernels.schedule import BlockShape, Tiles, build
 from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
+from loopmdm_kernels.testing.reference import looped_blocks
 from loopmdm_kernels.testing.schedule import interpret
 
 ROWS = 64

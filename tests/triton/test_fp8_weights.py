@@ -10,7 +10,7 @@ import loopmdm_kernels as lk
 from loopmdm import LoopMDM
 from loopmdm.data import sudoku
 from loopmdm_kernels.testing import assert_matches_oracle, head_inputs, looped_inputs, reference, row_rng
-from loopmdm_kernels.triton import head as head_module
+from loopmdm_kernels.triton import operands as head_module
 from loopmdm_kernels.triton.launch import Processor
 from loopmdm_kernels.types import FP8, Fp8BlockWeights, Fp8Head, Fp8Weight, Head, RowRng
 from tests.looped_blocks.cases import on, run

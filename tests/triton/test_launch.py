@@ -7,14 +7,12 @@ import pytest
 import torch
 
 import loopmdm_kernels as lk
-from loopmdm_kernels import reference
-from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
+from loopmdm_kernels.calls import CrossEntropyCall, Draw, LoopedCall, SampleCall
+from loopmdm_kernels.testing import head_inputs, looped_inputs, reference, row_rng
 from loopmdm_kernels.triton import launch as launching
+from loopmdm_kernels.triton import looped_blocks, masked_cross_entropy, sample_rows
 from loopmdm_kernels.triton.config import KERNELS, Tiles, default_tiles, key, tiles
 from loopmdm_kernels.triton.launch import Processor, recording
-from loopmdm_kernels.triton.looped_blocks import looped_blocks
-from loopmdm_kernels.triton.masked_cross_entropy import masked_cross_entropy
-from loopmdm_kernels.triton.sample_rows import sample_rows
 from loopmdm_kernels.types import BlockWeights, Head, RowRng
 
 H200 = Processor(90, 132)
@@ -61,7 +59,7 @@ def test_recorded_launches_are_those_of_the_processor():
     rows = torch.arange(64, device="meta")
     rng = RowRng(0, *(name.to("meta") for name in row_rng(64)[1:]))
     with recording(H200) as launches:
-        out = sample_rows(hidden.float().to("meta"), head, rows, rng)
+        out = sample_rows.run(SampleCall(hidden.float().to("meta"), head, None, rows, Draw(rng)))
     assert out.token.shape == (64,)
     sample = launches[1]
     tile = default_tiles("sample", (4096, 32), BF16, H200)
@@ -155,11 +153,12 @@ def test_grids_of_huge_tensors():
     rng = RowRng(0, *(rows for _ in range(3)))
     with recording(H200) as launches:
         modulation = small.modulation.detach().to("meta")
-        looped_blocks(x, [block], modulation, 1, num_heads=8, exit_threshold=0.1)[0].sum().backward()
-        total, _ = masked_cross_entropy(x, head, rows.view(batch, length), rows, rows.float())
-        total.backward()
-        sample_rows(x, head, rows, rng)
-    assert len({launch.kernel.__name__ for launch in launches}) == 17
+        call = LoopedCall(x, [block], modulation, 1, num_heads=8, exit_threshold=0.1)
+        looped_blocks.run(call)[0].sum().backward()
+        loss = CrossEntropyCall(x, head, None, rows.view(batch, length), rows, rows.float())
+        masked_cross_entropy.run(loss)[0].backward()
+        sample_rows.run(SampleCall(x, head, None, rows, Draw(rng)))
+    assert len({launch.kernel.__name__ for launch in launches}) == 16
     for launch in launches:
         assert launch.grid[0] < 2**31 and all(n < 2**16 for n in launch.grid[1:]), launch.kernel
 

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import loopmdm_kernels as lk
 from loopmdm.mdlm import likeness_static, trial
 from loopmdm.mdlm.trial import CannotRunError, Mode, Ran
 from loopmdm.model.modules import SigmaEmbedding, rotary_angles, weights_of
-from loopmdm_kernels.reference.looped_blocks import layer_norm, looped_blocks, modulate
+from loopmdm_kernels.reference.looped_blocks import layer_norm, modulate
 from loopmdm_kernels.types import BlockWeights, Rotary
 
 _BATCH, _LENGTH = 2, 29
@@ -215,15 +216,16 @@ def _compare_block(network: Any, index: int, block: Any, shell: _Shell, owner: s
 
     def op(dtype: torch.dtype) -> Any:
         wide = torch.promote_types(dtype, torch.float32)
-        return looped_blocks(
-            x.to(wide),
-            [BlockWeights(*(weight.to(wide) for weight in weights_of(block)))],
-            modulation.to(wide),
-            1,
-            num_heads=hidden // (2 * len(inv_freq)),
-            rotary=Rotary(*(part.to(wide) for part in rotary_angles(inv_freq, _LENGTH, x.device))),
-            compute_dtype=dtype,
-        )
+        with lk.use_backend("reference"):
+            return lk.looped_blocks(
+                x.to(wide),
+                [BlockWeights(*(weight.to(wide) for weight in weights_of(block)))],
+                modulation.to(wide),
+                1,
+                num_heads=hidden // (2 * len(inv_freq)),
+                rotary=Rotary(*(part.to(wide) for part in rotary_angles(inv_freq, _LENGTH, x.device))),
+                compute_dtype=dtype,
+            )
 
     for gate in _SCALES[::-1]:  # a small one lets the eps of the second norm count
         for parameter in block.adaLN_modulation.parameters():

@@ -258,11 +258,7 @@ class Stages:
 
         if isinstance(loops, Tensor) and loops.shape == (1,) and loops.device.type == "cpu":
             loops = int(loops)  # drawn in a compiled graph: one for all
-        return run_loops(
-            one_loop,
-            x,
-            loops,
-            exit_threshold=exit_threshold,
-            recompute=model.recompute,
-            preserve_rng_state=True,
+        out, used = run_loops(
+            one_loop, x, loops, exit_threshold, recompute=model.recompute, preserve_rng_state=True
         )
+        return out if exit_threshold is None else (out, used)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
+from loopmdm_kernels.calls import Draw
 from loopmdm_kernels.reference.head_logits import subs_log_probs
 from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.types import Fp8Head, Head, RowRng, SampledRows
@@ -107,9 +108,7 @@ def sample_rows(
         )
     with torch.no_grad():
         logits = _row_logits(hidden, head, rows)
-        return sample_logits(
-            logits, head.excluded_token, rng, temperature=temperature, top_p=top_p, top_k=top_k
-        )
+        return sample_logits(logits, head.excluded_token, Draw(rng, temperature, top_p, top_k))
 
 
 def most_probable(
