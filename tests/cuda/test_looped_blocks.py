@@ -177,17 +177,18 @@ def test_what_it_does_not_do(inputs, monkeypatch):
     assert why_not() is None and "backward pass has heads of size (64, 128), got 32" in why_not(4)
 
 
-def test_widths_that_no_tiles_divide_are_a_reason(monkeypatch):
-    """The plan of a kernel is asked before it is chosen, that of the backward pass too."""
+@pytest.mark.parametrize("trains", [False, True])
+def test_widths_that_no_tiles_divide_are_a_reason(inputs, monkeypatch, trains):
+    """The plan of a kernel is asked for before the backend is chosen, that of the backward pass too."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 0, 0))
-    inputs = looped_inputs(1, 8, 192, num_heads=3, mlp_ratio=1).to(torch.bfloat16)
-    call = LoopedCall(inputs.x, inputs.blocks, inputs.modulation, 2, 3)
-    reasons = []
-    for trains in (False, True):
-        inputs.x.requires_grad_(trains)
-        reasons.append(op.why_not(call))
-    print(reasons)
+    narrow = [
+        b._replace(mlp_in=b.mlp_in[:160], mlp_in_bias=b.mlp_in_bias[:160], mlp_out=b.mlp_out[:, :160])
+        for b in inputs.blocks
+    ]
+    inputs.x.requires_grad_(trains)
+    assert op.why_not(LoopedCall(inputs.x, inputs.blocks, inputs.modulation, 2, 2)) is None
+    assert "columns divide the widths" in op.why_not(LoopedCall(inputs.x, narrow, inputs.modulation, 2, 2))
 
 
 def test_what_a_graph_reads_outlives_the_cache(inputs, monkeypatch):
