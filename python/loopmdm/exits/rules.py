@@ -151,8 +151,16 @@ class HiddenChange(ExitRule):
         return _ratio(moved.sqrt(), size.sqrt()).sum(dim=1) / counted.clamp_min(1)
 
 
+class PredictionRule(ExitRule):
+    """Looks at what the model predicts, after every loop from the first that is looked back on."""
+
+    def cost(self, used: Tensor, most: Tensor, min_loops: int) -> ExitCost:
+        tails = used - max(0, min_loops - self.lookback)
+        return ExitCost(tails, tails + (used < most))  # at `most` no prediction is needed
+
+
 @dataclass(frozen=True)
-class OutputChange(ExitRule):
+class OutputChange(PredictionRule):
     """Stops when the predictions move little: the mean over masked positions of KL(p_k || p_(k-1)) < eps.
 
     Every loop is followed by the blocks behind it and the vocabulary head, so the ledger of a run counts
@@ -173,12 +181,9 @@ class OutputChange(ExitRule):
     def judge(self, stages: Stages, hidden: Tensor) -> Judge:
         return OutputJudge(self.eps, stages, hidden)
 
-    def cost(self, used: Tensor, most: Tensor, min_loops: int) -> ExitCost:
-        return _cost_of_predictions(used, most, min_loops, self.lookback)
-
 
 @dataclass(frozen=True)
-class ArgmaxStable(ExitRule):
+class ArgmaxStable(PredictionRule):
     """Stops when no masked position's most probable token changed during the last `patience` loops.
 
     Costs as much as `OutputChange`, without its memory.
@@ -197,9 +202,6 @@ class ArgmaxStable(ExitRule):
 
     def judge(self, stages: Stages, hidden: Tensor) -> Judge:
         return ArgmaxJudge(self.patience, stages, hidden)
-
-    def cost(self, used: Tensor, most: Tensor, min_loops: int) -> ExitCost:
-        return _cost_of_predictions(used, most, min_loops, self.lookback)
 
 
 @dataclass(frozen=True)
@@ -264,12 +266,6 @@ def make_rule(criterion: str | ExitRule, eps: float | None) -> ExitRule:
     if eps is None:
         raise ValueError(f"the criterion {criterion} needs a threshold eps")
     return makers[criterion](eps)
-
-
-def _cost_of_predictions(used: Tensor, most: Tensor, min_loops: int, lookback: int) -> ExitCost:
-    """Predictions after every loop from the first that is looked back on; at `most` none is needed."""
-    tails = used - max(0, min_loops - lookback)
-    return ExitCost(tails, tails + (used < most))
 
 
 def _row_squares(x: Tensor, where: Tensor | None) -> Tensor:

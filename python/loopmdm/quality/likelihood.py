@@ -25,7 +25,7 @@ from loopmdm.model.modes import evaluating
 from loopmdm.model.seeds import derive_seed
 from loopmdm.quality.causal import CausalLM
 from loopmdm_kernels.ops import checks
-from loopmdm_kernels.values import real, whole
+from loopmdm_kernels.values import positive, real, whole
 
 _STREAM = 0x45564C  # "EVL": keeps these draws apart from those of training with the same seed
 
@@ -234,12 +234,7 @@ def _measure(
     min_loops: int = 1,
 ) -> dict[int, _Sums]:
     loop_counts = _loop_counts(num_loops)
-    times = whole(num_t)
-    if times is None:
-        raise TypeError(f"num_t must be an int, got {num_t!r}")
-    if times < 1:
-        raise ValueError(f"num_t must be at least 1, got {times}")
-    num_t, seed = times, checks.seed("seed", seed)
+    num_t, seed = positive("num_t", num_t), checks.seed("seed", seed)
     parts: dict[int, list[_Sums]] = {loops: [] for loops in loop_counts}
     device = next(model.parameters()).device
     done = 0
