@@ -15,7 +15,7 @@ from loopmdm.data.sudoku.boards import Cells, check_cells
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.sampling import Decoding, SampleResult
 from loopmdm.sampling.sampler import sample_with
-from loopmdm_kernels.values import whole
+from loopmdm_kernels.values import positive
 
 
 @dataclass
@@ -97,9 +97,7 @@ def solve_with(
     cells = check_cells(spec, puzzles, "puzzles")
     if cells.ndim != 2 or not len(cells):
         raise ValueError(f"puzzles must be [N, {spec.cells}] with N >= 1, got shape {list(cells.shape)}")
-    size = whole(batch_size)
-    if size is None or size < 1:
-        raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
+    size = positive("batch_size", batch_size)
     config = model.config
     if (config.vocab_size, config.mask_token_id) != (spec.vocab_size, spec.mask_token_id):
         raise ValueError(

@@ -41,7 +41,6 @@ COLUMNS = (
     *("more than heavy", "± s.e. (paired)"),
 )
 ROLES = ("light", "heavy")
-_SET_HERE = {"num_layers": "--layers", "autoregressive": "--autoregressive"}
 _PLAIN = {"loop": (0, 1), "max_loops": 1}
 # As `loopmdm eval` measures where nothing else is asked for.
 _WINDOWS, _PUZZLES, _TIMES, _SEED = 64, 100, 16, 0

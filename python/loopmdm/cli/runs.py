@@ -203,9 +203,7 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
         trainer.request_stop()
         # print is not safe in a signal handler, and the terminal may be gone
         with suppress(OSError):
-            os.write(
-                2, b"\nstopping after this step, then a checkpoint is written (once more: stop at once)\n"
-            )
+            os.write(2, _STOPPING)
 
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -16,13 +16,14 @@ from loopmdm.formats.folders import CONFIG_FILE, WEIGHTS_FILE
 from loopmdm.mdlm import likeness
 from loopmdm.mdlm import stated as mdlm_stated
 from loopmdm.mdlm import weights as mdlm_weights
-from loopmdm.mdlm.patching import check_num_loops, patch, unpatch
+from loopmdm.mdlm.patching import patch, unpatch
 from loopmdm.mdlm.weights import MDLMWeights
 from loopmdm.model import LoopMDM, checkpoint, cut, draws, vocabulary
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.modules import check_frequencies
 from loopmdm.printable import printable
 from loopmdm_kernels.files import refuse_files
+from loopmdm_kernels.values import positive
 
 __all__ = ["DIT", "MDLM", "MaskedLMOutput", "convert_checkpoint", "from_mdlm", "patch", "unpatch"]
 
@@ -67,7 +68,7 @@ class DIT(LoopMDM):
         self.called_with_time: bool | None = called_with_time  # for `from_mdlm`; None: as `config` says
 
     def default_loops(self, seed: int | None = None) -> int:
-        return check_num_loops(self.num_loops)
+        return positive("num_loops", self.num_loops)
 
     def _say_if_trained(self, out: Tensor) -> None:
         """Nothing: S is the same in both modes."""

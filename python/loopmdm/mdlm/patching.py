@@ -15,7 +15,7 @@ from loopmdm.mdlm.trial import StandIn
 from loopmdm.mdlm.weights import NETWORK_ATTRIBUTES
 from loopmdm.model import LoopMDM, cut
 from loopmdm.model.modules import rotary_angles, weights_of
-from loopmdm_kernels.values import whole
+from loopmdm_kernels.values import positive
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -62,7 +62,7 @@ def patch(reference_module: Module, num_loops: int = 12, loop: tuple[int, int] =
     count = len(network.blocks)
     if not 0 <= loop[0] < loop[1] <= count:
         raise ValueError(f"loop: got {loop}, expected 0 <= start < end <= {count} (the number of blocks)")
-    loops = check_num_loops(num_loops)
+    loops = positive("num_loops", num_loops)
     left_out = likeness.check_blocks(network, range(count), _named(network))
     unpatch(reference_module)
     reference_module.num_loops = loops  # type: ignore[assignment]
@@ -100,15 +100,6 @@ def _find_network(module: nn.Module) -> Any:
     return found
 
 
-def check_num_loops(num_loops: Any) -> int:
-    loops = whole(num_loops)
-    if loops is None:
-        raise TypeError(f"num_loops: got {num_loops!r}, expected an int")
-    if loops < 1:
-        raise ValueError(f"num_loops: got {loops}, expected at least 1")
-    return loops
-
-
 class _LoopedBlocks:
     """What the blocks of a patched module call: the first of a stage runs all of it, the others pass on."""
 
@@ -140,7 +131,7 @@ class _LoopedBlocks:
     def stages(self, index: int) -> Iterator[tuple[int, int, int]]:
         """Stages (start, end, S) that the call of block `index` runs."""
         start, end = self.loop
-        count, num_loops = len(self.network.blocks), check_num_loops(self.owner.num_loops)
+        count, num_loops = len(self.network.blocks), positive("num_loops", self.owner.num_loops)
         if self.every_state:
             # All loops but the last in one go, then block by block: looped blocks report their last state.
             if index == start and num_loops > 1:

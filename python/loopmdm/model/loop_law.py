@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from loopmdm.model.flops import Convention, Dimensions, forward_flops
-from loopmdm_kernels.values import whole
+from loopmdm_kernels.values import integer, positive
 
 POISSON_SIGMA = 0.5
-MAX_LOOPS = 10_000  # a larger count is a typing error, not a law
+MAX_LOOPS = 1024  # far beyond what helps any model: more is a slip of the pen, and would run for hours
 _STREAM = 0x4C4F4F50  # "LOOP": keeps these draws apart from every other use of the same seed
 
 
@@ -74,19 +74,19 @@ class LoopLaw:
     @classmethod
     def uniform(cls, max_loops: int) -> LoopLaw:
         """U{1..max_loops}."""
-        max_loops = _loops("max_loops", max_loops)
+        max_loops = loop_count("max_loops", max_loops)
         return cls("uniform", (1 / max_loops,) * max_loops)
 
     @classmethod
     def fixed(cls, num_loops: int) -> LoopLaw:
         """Always `num_loops`."""
-        num_loops = _loops("num_loops", num_loops)
+        num_loops = loop_count("num_loops", num_loops)
         return cls(f"fixed:{num_loops}", (0.0,) * (num_loops - 1) + (1.0,))
 
     @classmethod
     def poisson(cls, max_loops: int, rbar: float | None = None) -> LoopLaw:
         """Huginn's log-normal Poisson law given S <= max_loops (E[S] without this bound: rbar + 1)."""
-        max_loops = _loops("max_loops", max_loops)
+        max_loops = loop_count("max_loops", max_loops)
         rbar = (max_loops + 1) / 2 if rbar is None else float(rbar)
         if not 0 < rbar < math.inf:
             raise ValueError(f"rbar of the poisson law is {rbar}; accepted: a positive number")
@@ -102,7 +102,7 @@ class LoopLaw:
     @classmethod
     def flops(cls, max_loops: int, dims: Dimensions, length: int, convention: Convention) -> LoopLaw:
         """p(S) proportional to 1 / F(S) for S = 1..max_loops."""
-        max_loops = _loops("max_loops", max_loops)
+        max_loops = loop_count("max_loops", max_loops)
         cost = [forward_flops(dims, length, s, convention) for s in range(1, max_loops + 1)]
         return cls("flops", _normalised(1 / np.array(cost)))
 
@@ -119,9 +119,7 @@ class LoopLaw:
     def sample(self, seed: int, step: int) -> int:
         """S of optimizer step `step`: a pure function of (seed, step), the same in every process."""
         for name, value in (("seed", seed), ("step", step)):
-            number = whole(value)
-            if number is None:
-                raise TypeError(f"{name} is {value!r}; accepted: an integer")
+            number = integer(name, value)
             if not 0 <= number < 2**64:
                 raise ValueError(f"{name} is {number}; accepted: 0 to 2**64 - 1")
         bits = np.random.Philox(
@@ -149,10 +147,9 @@ def _number(spec: str, text: str, kind: type[int] | type[float]) -> int | float:
         raise ValueError(f"loop law {spec!r}: {text!r} is not a number; accepted: {_ACCEPTED}") from None
 
 
-def _loops(name: str, value: Any) -> int:
-    loops = whole(value)
-    if loops is None:
-        raise TypeError(f"{name} is {value!r}; accepted: an integer of at least 1")
-    if not 1 <= loops <= MAX_LOOPS:
-        raise ValueError(f"{name} is {loops}; accepted: 1 to {MAX_LOOPS}")
+def loop_count(name: str, value: Any) -> int:
+    """A whole number in 1..MAX_LOOPS, or an error that names it."""
+    loops = positive(name, value)
+    if loops > MAX_LOOPS:
+        raise ValueError(f"{name} must be in 1..{MAX_LOOPS}, got {loops}")
     return loops

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loopmdm.plan.compute import MAX_LOOPS, Segment, StepCompute
+from loopmdm.model.loop_law import MAX_LOOPS
+from loopmdm.plan.compute import Segment, StepCompute
 from loopmdm.plan.plan import ComputePlan, as_plan
 
 __all__ = ["MAX_LOOPS", "ComputePlan", "Segment", "StepCompute", "as_plan"]

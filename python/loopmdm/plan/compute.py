@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from loopmdm.exits import ExitRule, HiddenChange
-from loopmdm_kernels.values import positive, whole
-
-MAX_LOOPS = 1024  # far beyond what helps any model: more is a slip of the pen, and would run for hours
+from loopmdm.model.loop_law import loop_count
+from loopmdm_kernels.values import whole
 
 
 class StepCompute(NamedTuple):
@@ -47,14 +46,6 @@ class Segment(NamedTuple):
     name: str
     steps: int | None
     compute: StepCompute
-
-
-def loop_count(name: str, value: Any) -> int:
-    """An int in 1..MAX_LOOPS."""
-    loops = positive(name, value)
-    if loops > MAX_LOOPS:
-        raise ValueError(f"{name} must be in 1..{MAX_LOOPS}, got {loops}")
-    return loops
 
 
 def make_compute(

@@ -24,7 +24,7 @@ from loopmdm.model.masks import boolean
 from loopmdm.model.modules import RotaryEmbedding, TokenEmbedding
 from loopmdm.model.vocabulary import CalledHead
 from loopmdm_kernels.types import Head, Rotary
-from loopmdm_kernels.values import whole
+from loopmdm_kernels.values import integer
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ class CausalConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            number = whole(value)
-            if number is None:
-                raise TypeError(f"{field.name}: got {value!r}, expected int")
+            number = integer(field.name, value)
             object.__setattr__(self, field.name, number)
             if number < 1 and field.name != "mask_token_id":
                 raise ValueError(f"{field.name}: got {value}, expected at least 1")

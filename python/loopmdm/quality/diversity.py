@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loopmdm.quality.samples import check_samples, lengths
-from loopmdm_kernels.values import whole
+from loopmdm_kernels.values import positive
 
 SMOOTHING = 0.1  # matches an order without any is credited with (Chen & Cherry 2014, method 1)
 
@@ -35,7 +35,7 @@ def distinct_n(tokens: Tensor, n: int, *, mask_token_id: int | None = None) -> T
         ValueError: a sample has fewer than n tokens.
     """
     tokens = check_samples(tokens, mask_token_id)
-    _check_order(n)
+    positive("n", n)
     total = lengths(tokens) - n + 1
     if int(total.min()) < 1:
         raise ValueError(
@@ -57,7 +57,7 @@ def self_bleu(tokens: Tensor, n: int = 4, *, mask_token_id: int | None = None) -
         ValueError: fewer than two samples.
     """
     tokens = check_samples(tokens, mask_token_id, least=2)
-    _check_order(n)
+    positive("n", n)
     sizes = lengths(tokens)
     log_precision = torch.zeros(len(tokens), dtype=torch.float64)
     for order in range(1, n + 1):
@@ -127,8 +127,3 @@ def _brevity(sizes: Tensor) -> Tensor:
         if nearest > size:
             penalty[sizes == size] = 1 - nearest / size
     return penalty
-
-
-def _check_order(n: int) -> None:
-    if (whole(n) or 0) < 1:
-        raise ValueError(f"n: got {n!r}, expected an integer of at least 1")

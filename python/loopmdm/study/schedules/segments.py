@@ -12,7 +12,7 @@ from itertools import combinations, groupby
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from loopmdm_kernels.values import whole
+from loopmdm_kernels.values import integer, positive
 
 Schedule = tuple[bool, ...]
 Floats = NDArray[np.float64]
@@ -36,10 +36,8 @@ def hand_schedules() -> dict[str, Schedule]:
 
 def enumerate_schedules(segments: int, light: int) -> list[Schedule]:
     """All schedules with `light` light segments: (10, 4) has 210."""
-    number, chosen_of = whole(segments), whole(light)
-    if number is None or number < 1:
-        raise ValueError(f"segments must be an integer of at least 1, got {segments!r}")
-    if chosen_of is None or not 0 <= chosen_of <= number:
+    number, chosen_of = positive("segments", segments), integer("light", light)
+    if not 0 <= chosen_of <= number:
         raise ValueError(f"light must be an integer in 0..{number}, got {light!r}")
     return [tuple(j in chosen for j in range(number)) for chosen in combinations(range(number), chosen_of)]
 
