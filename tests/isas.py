@@ -10,9 +10,9 @@ The modes, each with the folders whose verdicts can depend on it:
   times as long, below the ops and MDLM's model alone. tests/cpu and the folder of an op run over instruction
   sets by themselves, AVX2 has the first mode, and the best one is what `make test` uses.
 
-Left out are tests that cannot depend on it: sudoku, data_text and schedule compute with integers or in
+Left out are tests that cannot depend on it: data and schedule compute with integers or in
 Python, gpu_free and cuda compile or emulate device code, csrc and build test sources with flags of their own,
-view, bench, files, fuzz, checkpoint and cli have text, files and processes as results, and what stands beside
+view, bench, files, fuzz, formats and cli have text, files and processes as results, and what stands beside
 the folders looks at documents.
 
 A mode has a cache of its own for torch.compile: its code is kept by source, and code for AVX-512 that is
@@ -35,9 +35,9 @@ from loopmdm_kernels import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ["attention", "head_logits", "looped_blocks", "masked_cross_entropy", "sample_rows"]
-ON_KERNELS = ["ops", "mdlm", "loopmdm", "sampling", "study", "train", "quality", "tools"]
+ON_KERNELS = ["ops", "mdlm", "model", "sampling", "study", "train", "quality", "tools"]
 WITHOUT_VECTORS = ["ops", "mdlm"]
-WITH_NUMPY = ["ops", *OPS, "triton", "loopmdm", "study", "train"]
+WITH_NUMPY = ["ops", *OPS, "triton", "model", "study", "train"]
 ALL = ["cpu", *OPS, "triton", *ON_KERNELS]
 VARIABLES = (
     "LOOPMDM_CPU_ISA",

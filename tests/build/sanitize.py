@@ -23,7 +23,7 @@ FLAGS = {"address": "address,undefined", "thread": "thread"}
 
 _OPS = ("attention", "head_logits", "looped_blocks", "masked_cross_entropy", "sample_rows")
 QUICK_FOLDERS = ("tests/cpu", "tests/looped_blocks", "tests/sample_rows")
-FOLDERS = ("tests/cpu", "tests/ops", *(f"tests/{op}" for op in _OPS), "tests/csrc", "tests/sudoku")
+FOLDERS = ("tests/cpu", "tests/ops", *(f"tests/{op}" for op in _OPS), "tests/csrc", "tests/data/sudoku")
 
 # A process under a sanitizer starts none, and ThreadSanitizer can follow neither forks nor torch's threads.
 # Other backends run in Python, or as code that is compiled without a sanitizer.

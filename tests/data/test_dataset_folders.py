@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loopmdm.data.text import documents_in, found_files, read_documents
-from tests.data_text.folders import arrow, lines, read, saved, write
+from tests.data.folders import arrow, lines, read, saved, write
 
 
 def test_saved_data_set_is_the_files_that_its_state_names(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loopmdm.data.text import read_documents
-from tests.data_text.folders import read, saved, write
+from tests.data.folders import read, saved, write
 
 # Links, pipes and names of one file.
 

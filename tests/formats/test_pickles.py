@@ -21,7 +21,7 @@ from loopmdm.formats import pickles
 from loopmdm.formats.pickles import Opaque, StoredTensor, UnsafePickleError, lookup
 from loopmdm.formats.torch_files import TorchFile
 from loopmdm.printable import shown
-from tests.checkpoint.payloads import Call, payloads, torch_zip
+from tests.formats.payloads import Call, payloads, torch_zip
 
 NAMES = sorted(payloads(Path("x")))
 # Refused although nothing in them is outside the allow-list: they misuse what is inside.

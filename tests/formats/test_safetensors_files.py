@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from loopmdm import LoopMDM, LoopMDMConfig
 from loopmdm.train.state import read_metadata
-from tests.checkpoint.test_pretrained import same, small
+from tests.model.test_pretrained import same, small
 
 
 def test_every_flipped_bit_of_weights_is_refused(tmp_path: Path) -> None:

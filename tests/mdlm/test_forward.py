@@ -239,7 +239,7 @@ def test_loop_of_dit_can_be_moved_and_changed() -> None:
     torch.testing.assert_close(model(ids, sigma), reference(ids, sigma.double()))
     model.num_loops = 0
     for call in (model, model.forward_with_states):
-        with pytest.raises(ValueError, match="num_loops: got 0"):
+        with pytest.raises(ValueError, match="num_loops must be at least 1, got 0"):
             call(ids, sigma)
 
 

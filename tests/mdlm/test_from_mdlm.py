@@ -16,7 +16,7 @@ from loopmdm import LoopMDM
 from loopmdm.formats.pickles import UnsafePickleError
 from loopmdm.mdlm import DIT, convert_checkpoint, from_mdlm
 from loopmdm.mdlm.weights import parameter_names
-from tests.checkpoint.payloads import Call, payloads
+from tests.formats.payloads import Call, payloads
 from tests.mdlm.files import VOCAB, averaged, diffusion, write_lightning
 from tests.mdlm.reference_dit import ReferenceDIT, reference_config
 

@@ -175,7 +175,7 @@ def test_bad_arguments() -> None:
     assert torch.equal(module(ids, sigma), oracle(ids, sigma))
     patch(module)
     module.num_loops = 0
-    with pytest.raises(ValueError, match="num_loops: got 0"):
+    with pytest.raises(ValueError, match="num_loops must be at least 1, got 0"):
         module(ids, sigma)
     module.num_loops = 2
     with pytest.raises(ValueError, match="takes"):

@@ -13,7 +13,6 @@ import torch
 from loopmdm import ComputePlan, LoopMDM, LoopMDMConfig, sample
 from loopmdm.data.sudoku import SIX
 from loopmdm.exits import HiddenChange
-from loopmdm.mdlm.patching import check_num_loops
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.quality.causal import CausalConfig
 from loopmdm.quality.diversity import distinct_n
@@ -23,7 +22,7 @@ from loopmdm.solve import solve_puzzles
 from loopmdm.study.schedules.segments import enumerate_schedules
 from loopmdm.train import TrainConfig
 from loopmdm_kernels import use_backend
-from loopmdm_kernels.values import meant, real, whole
+from loopmdm_kernels.values import meant, positive, real, whole
 
 SIZES = {"hidden_size": 32, "num_heads": 2, "num_layers": 3, "cond_dim": 8, "max_length": 16}
 
@@ -156,7 +155,7 @@ def test_numpy_numbers_of_everything_else(model: LoopMDM) -> None:
     sudoku = LoopMDM(LoopMDMConfig.preset("sudoku6"))
     solved = solve_puzzles(sudoku, boards, SIX, batch_size=one, num_loops=one)
     assert (solved.boards == solve_puzzles(sudoku, boards, SIX, batch_size=2, num_loops=1).boards).all()
-    assert check_num_loops(two) == 2 and type(check_num_loops(two)) is int
+    assert positive("num_loops", two) == 2 and type(positive("num_loops", two)) is int
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_saved_and_loaded_strictly(tmp_path: Path) -> None:
     [
         ({"vocab_size": 5}, ValueError, "missing configuration fields"),
         ({"vocab_size": 5, "mask_token_id": 5}, ValueError, "mask_token_id: got 5, expected 0..4"),
-        ({"vocab_size": 5.0, "mask_token_id": 4}, TypeError, "vocab_size: got 5.0, expected int"),
+        ({"vocab_size": 5.0, "mask_token_id": 4}, TypeError, "vocab_size must be an int, got 5.0"),
         ({"vocab_size": 5, "mask_token_id": 4, "num_layers": 0}, ValueError, "num_layers: got 0"),
         ({"vocab_size": 5, "mask_token_id": 4, "hidden_size": 10}, ValueError, "hidden_size: got 10"),
     ],

@@ -98,7 +98,7 @@ def test_bad_samples(tokens: Tensor, error: type[Exception], message: str) -> No
 def test_bad_orders() -> None:
     with pytest.raises(ValueError, match="got 1 samples, expected at least 2"):
         self_bleu(torch.tensor([[1, 2, 3]]))
-    with pytest.raises(ValueError, match="n: got 0, expected an integer of at least 1"):
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         self_bleu(torch.tensor([[1], [2]]), 0)
     with pytest.raises(ValueError, match="n: got 3, but sample 1 has 2 tokens"):
         distinct_n(torch.tensor([[1, 2, 3], [1, 2, -1]]), 3)

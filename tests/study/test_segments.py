@@ -77,7 +77,7 @@ def test_statistics_take_resamples_along_leading_axes() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"light must be an integer in 0\.\.10, got 11"):
         enumerate_schedules(10, 11)
-    with pytest.raises(ValueError, match="segments must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="segments must be at least 1, got 0"):
         enumerate_schedules(0, 0)
     with pytest.raises(ValueError, match="steps is 9: 10 segments need at least one step each"):
         borders(10, 9)

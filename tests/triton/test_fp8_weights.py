@@ -103,7 +103,7 @@ def test_no_gradients(device):
 
 
 def test_model(device):
-    """The tolerance of tests/loopmdm/test_fp8_weights.py holds for the kernels with bf16 operands."""
+    """The tolerance of tests/model/test_fp8_weights.py holds for the kernels with bf16 operands."""
     model = LoopMDM.from_pretrained(str(files("loopmdm") / "checkpoints" / "sudoku6")).to(device)
     puzzle = sudoku.generate(sudoku.SIX, 1, seed=5, clues=(16, 20))
     tokens = torch.from_numpy(puzzle.solutions.astype(np.int64)).to(device) - 1
