@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 from loopmdm.exits import ExitRule, make_rule
 from loopmdm.model import flops
+from loopmdm.model.loop_law import loop_count
 from loopmdm.plan import storage
 from loopmdm.plan import text as plan_text
-from loopmdm.plan.compute import Segment, StepCompute, compute_of, loop_count, make_compute
+from loopmdm.plan.compute import Segment, StepCompute, compute_of, make_compute
 from loopmdm_kernels.files import write_file
 from loopmdm_kernels.values import positive, whole
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from loopmdm.plan.compute import Segment, StepCompute, compute_of, loop_count
+from loopmdm.model.loop_law import loop_count
+from loopmdm.plan.compute import Segment, StepCompute, compute_of
 from loopmdm_kernels.values import positive
 
 _LETTERS = ("L", "H")
