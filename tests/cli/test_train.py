@@ -243,7 +243,7 @@ def test_options_reach_the_configuration(call: Call, tmp_path: Path, corpus: Pat
         (["--data", "CORPUS", "--tokenizer", "bpe:x"], 2, "expected bpe:VOCAB"),
         (["--data", "CORPUS", "--tokenizer", "bpe:9"], 1, "vocab_size is 9; accepted: at least 258"),
         (["--data", "CORPUS", "--tokenizer", "./nothere"], 1, "is no tokenizer"),
-        (["--data", "CORPUS", "--loop-law", "fixed:0"], 2, "num_loops is 0; accepted: 1 to"),
+        (["--data", "CORPUS", "--loop-law", "fixed:0"], 2, "num_loops must be at least 1, got 0"),
         (["--data", "CORPUS", "--loop-law", "odd"], 2, "loop law is 'odd'; accepted: 'uniform'"),
         (["--data", "CORPUS", "--device", "tpu"], 2, "--device: got 'tpu', expected cpu, cuda or cuda:N"),
         (["--data", "CORPUS", "--device", "cuda:99"], 1, "--device cuda:99: torch finds"),

@@ -127,9 +127,9 @@ def test_bad_spec(spec: str, message: str) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="max_loops is 0"):
+    with pytest.raises(ValueError, match="max_loops must be at least 1, got 0"):
         LoopLaw.uniform(0)
-    with pytest.raises(TypeError, match=r"max_loops is 2\.5"):
+    with pytest.raises(TypeError, match=r"max_loops must be an int, got 2\.5"):
         LoopLaw.uniform(2.5)
     with pytest.raises(TypeError, match="loop law is a int"):
         LoopLaw.parse(3, 12)

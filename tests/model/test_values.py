@@ -202,7 +202,7 @@ def test_numpy_numbers_of_everything_else(model: LoopMDM) -> None:
         (lambda m: TrainConfig.from_dict({"step": 1}), ValueError, "did you mean 'steps'"),
         (lambda m: TrainConfig(steps=1, schedule="cosin"), ValueError, "did you mean 'cosine'"),
         (lambda m: ComputePlan.adaptive(0.1, criterion="hiden"), ValueError, "did you mean 'hidden'"),
-        (lambda m: LoopLaw.uniform(2).sample("a", 0), TypeError, "seed is 'a'"),
+        (lambda m: LoopLaw.uniform(2).sample("a", 0), TypeError, "seed must be an int, got 'a'"),
         (lambda m: use_backend("tritn"), ValueError, "did you mean 'triton'"),
     ],
 )  # fmt: skip
