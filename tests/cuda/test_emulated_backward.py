@@ -144,7 +144,7 @@ FAULTS = {
         "backward_loader_sm90.cuh", "Ring::wait_together(kept_.empty(), kept_place_.round ^ 1);", ""
     ),
     "a weight read along where it lies across": (
-        "looped_blocks_backward_sm90.cu", "shared_product<kColumns, false, true>", "shared_product<kColumns>"
+        "looped_blocks_backward_sm90.cu", "shared_product<false, true>", "shared_product"
     ),
 }  # fmt: skip
 

@@ -7,6 +7,9 @@ import subprocess
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from loopmdm_kernels.cuda import sources
 from loopmdm_kernels.cuda.parameters import defines
@@ -43,6 +46,11 @@ HOPPER = Device()
 
 def macros(shape: BlockShape, device: Device = HOPPER) -> list[str]:
     return [f"-D{name}={value}" for name, value in defines(shape, choose(shape, device)).items()]
+
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
+needs_nvrtc = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
+needs_cuobjdump = pytest.mark.skipif(tool("cuobjdump") is None, reason="there is no cuobjdump")
 
 
 def nvcc(
@@ -97,6 +105,23 @@ def instructions(cubin: Path) -> Counter[str]:
     )
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", listing.stdout)
     return Counter(names)
+
+
+def assert_as_declared(cubin: Path, expected: dict[str, Any], products: str = "HGMMA") -> Counter[str]:
+    """Registers and products are these, nothing is in local memory. Returns how often instructions occur."""
+    used = resources(cubin)
+    assert used["REG"] == expected["registers"] and used["STACK"] == 0 and used["LOCAL"] == 0
+    counts = instructions(cubin)
+    local = [name for name in counts if re.match(r"(STL|LDL)\b", name)]
+    assert not local, "registers do not suffice, and sums go through local memory"
+    assert {name: n for name, n in counts.items() if name.startswith(products)} == expected["products"]
+    return counts
+
+
+def assert_nothing_serialised(messages: str) -> None:
+    """By what the assembler says."""
+    assert "0 bytes spill stores, 0 bytes spill loads" in messages
+    assert "wgmma" not in messages, "the assembler says why products wait for each other"
 
 
 def resources(cubin: Path) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """The kernels of the vocabulary head compile without a GPU to the machine code they are meant to be."""
 
 import json
-import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -17,20 +16,13 @@ import hopper  # noqa: E402
 from loopmdm_kernels.cuda import compiler, sources  # noqa: E402
 
 CONTRACT = json.loads((HERE / "head_contract.json").read_text())
-needs_nvcc = pytest.mark.skipif(hopper.NVCC is None, reason="nvcc is not on the path")
-needs_nvrtc = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
-needs_cuobjdump = pytest.mark.skipif(hopper.tool("cuobjdump") is None, reason="there is no cuobjdump")
 
 
 def assert_contract(cubin, name):
     """Registers and shared memory as declared, WGMMA and TMA as meant, nothing in local memory."""
     expected = CONTRACT[name]
     assert head_kernels.KERNELS[name].shared_bytes == expected["shared_bytes"]
-    used = hopper.resources(cubin)
-    assert used["REG"] == expected["registers"] and used["STACK"] == 0 and used["LOCAL"] == 0
-    counts = hopper.instructions(cubin)
-    assert not [name for name in counts if re.match(r"(STL|LDL)\b", name)], "registers do not suffice"
-    assert {name: n for name, n in counts.items() if name.startswith("HGMMA")} == expected["products"]
+    counts = hopper.assert_as_declared(cubin, expected)
     assert counts["UTMALDG.3D"] == expected["loads"]
     assert counts["UTMALDG.3D.MULTICAST"] == expected["loads_for_pair"]
     assert counts["USETMAXREG.TRY_ALLOC.CTAPOOL"] == (1 if expected["products"] else 0)
@@ -50,20 +42,19 @@ def source_of(name, folder):
     return path
 
 
-@needs_nvcc
-@needs_cuobjdump
+@hopper.needs_nvcc
+@hopper.needs_cuobjdump
 @pytest.mark.parametrize("name", [name for name in head_kernels.KERNELS if name not in head_kernels.BY_NVRTC])
 def test_nvcc(name, tmp_path):
     cubin = tmp_path / "kernel.cubin"
     options = [f"-D{key}={value}" for key, value in head_kernels.KERNELS[name].macros]
     messages = hopper.nvcc_source(str(source_of(name, tmp_path)), options, cubin)
-    assert "0 bytes spill stores, 0 bytes spill loads" in messages
-    assert "wgmma" not in messages, "the assembler says why products wait for each other"
+    hopper.assert_nothing_serialised(messages)
     assert_contract(cubin, name)
 
 
-@needs_nvrtc
-@needs_cuobjdump
+@hopper.needs_nvrtc
+@hopper.needs_cuobjdump
 @pytest.mark.parametrize("name", head_kernels.BY_NVRTC)
 def test_nvrtc(name, tmp_path):
     kernel = head_kernels.KERNELS[name]

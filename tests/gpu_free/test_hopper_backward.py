@@ -23,37 +23,30 @@ SHAPES = {
     "small": hopper.SHAPES["small, 1024 tokens"],
     "1024 wide": BlockShape(1, 1024, 1024, 16, 4096, 2),
 }
-needs_nvcc = pytest.mark.skipif(hopper.NVCC is None, reason="nvcc is not on the path")
 
 
 def macros(shape):
     return [f"-D{name}={value}" for name, value in backward_defines(shape, choose_backward(shape)).items()]
 
 
-@needs_nvcc
-@pytest.mark.skipif(hopper.tool("cuobjdump") is None, reason="there is no cuobjdump")
+@hopper.needs_nvcc
+@hopper.needs_cuobjdump
 @pytest.mark.parametrize("name", SHAPES)
 def test_contract(name, tmp_path):
     """Registers and shared memory as declared; WGMMA, TMA, moving registers; nothing in local memory."""
     shape, expected = SHAPES[name], CONTRACT[name]
     cubin = tmp_path / "kernel.cubin"
     messages = hopper.nvcc_source(SOURCE, macros(shape), cubin)
-    assert "0 bytes spill stores, 0 bytes spill loads" in messages
-    assert "wgmma" not in messages, "the assembler says why products wait for each other"
+    hopper.assert_nothing_serialised(messages)
     assert choose_backward(shape).shared_bytes == expected["shared_bytes"]
-    used = hopper.resources(cubin)
-    assert used["REG"] == expected["registers"] and used["STACK"] == 0 and used["LOCAL"] == 0
-    counts = hopper.instructions(cubin)
-    assert not [name for name in counts if re.match(r"(STL|LDL)\b", name)]
-    products = {name: count for name, count in counts.items() if name.startswith("HGMMA")}
-    assert products == expected["products"]
+    counts = hopper.assert_as_declared(cubin, expected)
     assert counts["UTMALDG.3D"] > 0 and counts["USETMAXREG.TRY_ALLOC.CTAPOOL"] == 1
     assert counts["REDG.E.ADD.S32.STRONG.GPU"] >= 1
     assert counts["LDG.E.STRONG.GPU"] > 0 and counts["FENCE.VIEW.ASYNC.G"] > 0
     assert not [name for name in counts if re.match(r"(RED|ATOM)\w*\.E\.ADD\.F", name)], "sums have an order"
 
 
-@needs_nvcc
+@hopper.needs_nvcc
 def test_parameters_lie_as_the_kernel_reads_them(tmp_path):
     checks = hopper.layout(parameters_of_kernel(), "loopmdm::backward::Parameters")
     source = tmp_path / "offsets.cu"

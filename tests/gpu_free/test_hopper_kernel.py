@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -23,22 +22,13 @@ from loopmdm_kernels.schedule import choose  # noqa: E402
 
 CONTRACT = json.loads((HERE / "hopper_contract.json").read_text())
 BY_NVRTC = "small, 128 tokens"  # the others by nvcc: a compilation takes seconds
-needs_nvcc = pytest.mark.skipif(hopper.NVCC is None, reason="nvcc is not on the path")
-needs_nvrtc = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
-needs_cuobjdump = pytest.mark.skipif(hopper.tool("cuobjdump") is None, reason="there is no cuobjdump")
 
 
 def assert_contract(cubin, name):
     """Registers and shared memory as declared; WGMMA, TMA, moving registers; nothing in local memory."""
     plan, expected = choose(hopper.SHAPES[name]), CONTRACT[name]
     assert plan.shared_bytes == expected["shared_bytes"]
-    used = hopper.resources(cubin)
-    assert used["REG"] == expected["registers"] and used["STACK"] == 0 and used["LOCAL"] == 0
-    counts = hopper.instructions(cubin)
-    local = [name for name in counts if re.match(r"(STL|LDL)\b", name)]
-    assert not local, "registers do not suffice, and sums go through local memory"
-    products = {name: count for name, count in counts.items() if name.startswith("HGMMA")}
-    assert products == expected["products"]
+    counts = hopper.assert_as_declared(cubin, expected)
     assert counts["UTMALDG.3D"] > 0 and counts["USETMAXREG.TRY_ALLOC.CTAPOOL"] == 1
     # Signals are releases at the scope of the GPU, waits acquires; TMA must not overtake either.
     assert counts["FENCE.VIEW.ASYNC.G"] > 0
@@ -49,19 +39,18 @@ def assert_contract(cubin, name):
         assert counts["REDG.E.ADD.S32.STRONG.GPU"] >= 2 and counts["LDG.E.STRONG.GPU"] > 0
 
 
-@needs_nvcc
-@needs_cuobjdump
+@hopper.needs_nvcc
+@hopper.needs_cuobjdump
 @pytest.mark.parametrize("name", [name for name in hopper.SHAPES if name != BY_NVRTC])
 def test_nvcc(name, tmp_path):
     cubin = tmp_path / "kernel.cubin"
     messages = hopper.nvcc(hopper.SHAPES[name], cubin)
-    assert "0 bytes spill stores, 0 bytes spill loads" in messages
-    assert "wgmma" not in messages, "the assembler says why products wait for each other"
+    hopper.assert_nothing_serialised(messages)
     assert_contract(cubin, name)
 
 
-@needs_nvrtc
-@needs_cuobjdump
+@hopper.needs_nvrtc
+@hopper.needs_cuobjdump
 def test_nvrtc(tmp_path):
     options = ["-std=c++17", *hopper.macros(hopper.SHAPES[BY_NVRTC])]
     cubin = tmp_path / "kernel.cubin"
@@ -69,7 +58,7 @@ def test_nvrtc(tmp_path):
     assert_contract(cubin, BY_NVRTC)
 
 
-@needs_nvcc
+@hopper.needs_nvcc
 @pytest.mark.parametrize("target", [targets.SM80, targets.SM90], ids=lambda target: target.architecture)
 def test_parameters_lie_as_the_kernel_reads_them(target, tmp_path):
     config = target.entry.replace("looped_blocks", "config")

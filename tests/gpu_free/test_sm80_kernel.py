@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +17,6 @@ from loopmdm_kernels.schedule import BlockShape, Device, choose  # noqa: E402
 from loopmdm_kernels.schedule.device import ASSUMED  # noqa: E402
 
 CONTRACT = json.loads((HERE / "sm80_contract.json").read_text())
-needs_nvcc = pytest.mark.skipif(hopper.NVCC is None, reason="nvcc is not on the path")
-needs_nvrtc = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
-needs_cuobjdump = pytest.mark.skipif(hopper.tool("cuobjdump") is None, reason="there is no cuobjdump")
 
 
 class Case(NamedTuple):
@@ -43,13 +39,7 @@ def assert_contract(cubin, name):
     case, expected = CASES[name], CONTRACT[name]
     plan = choose(case.shape, case.device)
     assert plan.shared_bytes == expected["shared_bytes"] <= case.device.shared_bytes
-    used = hopper.resources(cubin)
-    assert used["REG"] == expected["registers"] and used["STACK"] == 0 and used["LOCAL"] == 0
-    counts = hopper.instructions(cubin)
-    local = [name for name in counts if re.match(r"(STL|LDL)\b", name)]
-    assert not local, "registers do not suffice, and sums go through local memory"
-    products = {name: count for name, count in counts.items() if name.startswith("HMMA")}
-    assert products == expected["products"]
+    counts = hopper.assert_as_declared(cubin, expected, "HMMA")
     # Copies past L1, which may hold old lines; operands by ldmatrix, values transposed on the way.
     copies = [name for name in counts if name.startswith("LDGSTS")]
     assert copies and all("BYPASS" in name for name in copies)
@@ -59,18 +49,18 @@ def assert_contract(cubin, name):
     assert counts["LDG.E.STRONG.GPU"] > 0
 
 
-@needs_nvcc
-@needs_cuobjdump
+@hopper.needs_nvcc
+@hopper.needs_cuobjdump
 @pytest.mark.parametrize("name", [name for name in CASES if name != BY_NVRTC])
 def test_nvcc(name, tmp_path):
     cubin, case = tmp_path / "kernel.cubin", CASES[name]
     messages = hopper.nvcc(case.shape, cubin, targets.SM80.source, case.arch, case.device)
-    assert "0 bytes spill stores, 0 bytes spill loads" in messages
+    hopper.assert_nothing_serialised(messages)
     assert_contract(cubin, name)
 
 
-@needs_nvrtc
-@needs_cuobjdump
+@hopper.needs_nvrtc
+@hopper.needs_cuobjdump
 def test_nvrtc(tmp_path):
     cubin, case = tmp_path / "kernel.cubin", CASES[BY_NVRTC]
     options = ["-std=c++17", *hopper.macros(case.shape, case.device)]

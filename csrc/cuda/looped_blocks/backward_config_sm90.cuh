@@ -92,15 +92,6 @@ struct Parameters {
     return (static_cast<int64_t>(vectors) * batch + sequence) * row_tiles * (Config::kRows / kPart) +
            row * (Config::kRows / kPart) + column;
   }
-  __device__ int modulation(int layer, int sequence, int branch) const {
-    return (layer * modulated_sequences + (modulated_sequences > 1 ? sequence : 0)) * 2 + branch;
-  }
-  __device__ const float4* affine_of(const Instruction& item, int branch) const {
-    return affine + modulation(item.layer, item.sequence, branch) * (Config::kHidden / 2);
-  }
-  __device__ const float* gate_of(int layer, int sequence, int branch) const {
-    return gate + modulation(layer, sequence, branch) * Config::kHidden;
-  }
   // The stream before a layer, of one sequence.
   __device__ const float* before_layer(const Instruction& item, int32_t loop) const {
     const float* const first = item.layer == 0 ? loop_inputs + token(loop * batch, 0) * Config::kHidden

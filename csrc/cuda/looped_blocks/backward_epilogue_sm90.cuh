@@ -34,20 +34,6 @@ __device__ inline void store_record(const float (&sums)[kSums], uint16_t* values
   store_bf16<kColumns>(sums, values, width, item.column * kColumns, p, item, p.first_token(item), seat);
 }
 
-__device__ inline void add_bias(float (&sums)[kSums], const float* bias, const Instruction& item,
-                                const Seat& seat) {
-  const float* const own = bias + item.column * kColumns + seat.column(0);
-#pragma unroll
-  for (int group = 0; group < kColumns / 8; ++group) {
-    const float2 value = load_constant_pair(own + 8 * group);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      sums[4 * group + 2 * half] += value.x;
-      sums[4 * group + 2 * half + 1] += value.y;
-    }
-  }
-}
-
 // The stream of the sequence after the branch that the sums are.
 __device__ inline void add_branch(const float (&sums)[kSums], const Parameters& p, const Instruction& item,
                                   const Seat& seat, const float* gate, const float* before, float* after) {

@@ -77,7 +77,7 @@ __device__ inline void normalise(const Parameters& p, const Instruction& item, i
   const float* const x = norm_input(p, item, loop, first);
   uint16_t* const target = (first ? p.rows1_values : p.rows2_values) + p.first_token(item) * Config::kHidden;
   const PartRows rows(p, item);
-  const float4* const affine = p.affine_of(item, branch);
+  const float4* const affine = affine_of(p, item, branch);
   const int thread = hidden_thread();
 #pragma unroll 1
   for (int row = rows.first + thread / 32; row < rows.last; row += kWarps) {
@@ -145,7 +145,7 @@ struct Branch {
     const int64_t first = p.token(p.place(layer, item.sequence), 0) * Config::kHidden;
     values = (branch ? p.branch2_values : p.branch1_values) + first;
     gradient = (branch ? p.grad_branch2_values : p.grad_branch1_values) + first;
-    gate = p.gate_of(layer, item.sequence, branch);
+    gate = gate_of(p, layer, item.sequence, branch);
     grad_gate = p.gates + p.part(2 * layer + branch, item.sequence, item.row, item.column) * Config::kHidden;
     plain = branch ? p.grad_branch + p.part(layer, item.sequence, item.row, item.column) * Config::kHidden
                    : nullptr;
@@ -166,7 +166,7 @@ __device__ inline void down_columns(const Parameters& p, const Instruction& item
       p.norms + p.part((2 * item.layer + norm) * 2 + 1, item.sequence, item.row, item.column) * kHidden;
 #pragma unroll 1
   for (int column = 2 * hidden_thread(); column < kHidden; column += 2 * Config::kComputeThreads) {
-    const float4 vectors = through_norm ? __ldg(p.affine_of(item, norm) + column / 2) : float4{};
+    const float4 vectors = through_norm ? __ldg(affine_of(p, item, norm) + column / 2) : float4{};
     const float2 gate = to_branch ? load_constant_pair(branch.gate + column) : float2{};
     float2 product{}, plain{}, grad_gate{}, grad_branch{};
 #pragma unroll 1
@@ -226,7 +226,7 @@ __device__ inline void stream_gradient(const Parameters& p, const Instruction& i
   const float* const x = norm_input(p, item, loop, first);
   if (through_norm) {
     gather_rows(p, item, kept, x, p.grad_rows + p.token(item.sequence, 0) * Config::kHidden,
-                p.affine_of(item, norm));
+                affine_of(p, item, norm));
     meet<1>(Config::kComputeThreads);
   }
   const Branch branch(p, item, layer < 0 ? 0 : layer, item.phase == kMiddle ? 0 : 1);

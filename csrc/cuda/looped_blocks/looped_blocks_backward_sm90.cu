@@ -1,6 +1,7 @@
 // Gradients of a stack of blocks applied S times, as one kernel that never leaves the GPU
-// (loopmdm_kernels/schedule/backward.py): from the last loop to the first it runs a loop again, keeping a record
-// of each layer, and goes back through it. Gradients of weights are added to fp32 sums in device memory.
+// (loopmdm_kernels/schedule/backward.py): from the last loop to the first it runs a loop again, keeping a
+// record of each layer, and goes back through it. Gradients of weights are added to fp32 sums in device
+// memory.
 #include "cuda/looped_blocks/attention_backward_sm90.cuh"
 #include "cuda/looped_blocks/backward_loader_sm90.cuh"
 
@@ -69,24 +70,24 @@ class Worker {
     constexpr int kHidden = Config::kHidden, kMlp = Config::kMlp;
     Sums sums;
     const int inner = item.phase == kMlpOut ? kMlp : kHidden;
-    shared_product<kColumns>(sums, ring_, place_, seat, inner / Config::kStep);
+    shared_product(sums, ring_, place_, seat, inner / Config::kStep);
     const int64_t first = p_.first_token(item) * kHidden;
     if (item.phase == kQkv) {
       if (p_.cosines && item.column * kColumns < 2 * kHidden) rotate<kColumns>(sums, p_, item, seat);
       store_record(sums, p_.qkv_values, 3 * kHidden, p_, item, seat);
     } else if (item.phase == kMlpIn) {
-      add_bias(sums, p_.mlp_in_bias + item.layer * kMlp, item, seat);
+      add_bias<kColumns>(sums, p_.mlp_in_bias + item.layer * kMlp + item.column * kColumns, seat);
       store_record(sums, p_.mlp_in_values, kMlp, p_, item, seat);
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] = gelu(sums[i]);
+      apply_gelu(sums);
       store_record(sums, p_.gelu_values, kMlp, p_, item, seat);
     } else {
       const bool of_attention = item.phase == kAttnOut;
-      if (!of_attention) add_bias(sums, p_.mlp_out_bias + item.layer * kHidden, item, seat);
+      const float* const bias = p_.mlp_out_bias + item.layer * kHidden + item.column * kColumns;
+      if (!of_attention) add_bias<kColumns>(sums, bias, seat);
       store_record(sums, of_attention ? p_.branch1_values : p_.branch2_values, kHidden, p_, item, seat);
       if (!of_attention && item.layer + 1 == Config::kLayers) return;  // nobody reads the loop's output
       const int64_t next = p_.token(p_.place(item.layer + 1, item.sequence), 0) * kHidden;
-      add_branch(sums, p_, item, seat, p_.gate_of(item.layer, item.sequence, of_attention ? 0 : 1),
+      add_branch(sums, p_, item, seat, gate_of(p_, item.layer, item.sequence, of_attention ? 0 : 1),
                  norm_input(p_, item, loop, of_attention),
                  of_attention ? p_.middle + first : p_.state + next);
     }
@@ -98,7 +99,7 @@ class Worker {
     const int inner = item.phase == kGradNorm2   ? Config::kMlp
                       : item.phase == kGradNorm1 ? 3 * Config::kHidden
                                                  : Config::kHidden;
-    shared_product<kColumns, false, true>(sums, ring_, place_, seat, inner / Config::kStep);
+    shared_product<false, true>(sums, ring_, place_, seat, inner / Config::kStep);
     if (item.phase == kGradMlpIn) {
       through_gelu(sums, p_, item, seat);
       store_record(sums, p_.grad_mlp_in_values, Config::kMlp, p_, item, seat);
@@ -115,7 +116,7 @@ class Worker {
     for (int i = 0; i < p_.batch; ++i) sequences += __ldg(p_.stop + i) > loop;
     if (sequences == 0) return;  // with early exit the last loops may be nobody's
     Sums sums;
-    shared_product<kColumns, true, true>(sums, ring_, place_, seat, sequences * ((p_.length + 63) / 64));
+    shared_product<true, true>(sums, ring_, place_, seat, sequences * ((p_.length + 63) / 64));
     const int phase = item.phase;
     float* const gradient = phase == kWeightMlpOut    ? p_.grad_mlp_out_weight
                             : phase == kWeightMlpIn   ? p_.grad_mlp_in_weight

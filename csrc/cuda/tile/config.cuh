@@ -82,17 +82,20 @@ struct Parameters {
   __device__ int64_t token(int sequence, int row) const {
     return static_cast<int64_t>(sequence) * length + row;
   }
-
-  // Number of the vector of attention (0) or MLP (1) that an instruction needs.
-  __device__ int modulation(const Instruction& item, int branch) const {
-    return (item.layer * modulated_sequences + (modulated_sequences > 1 ? item.sequence : 0)) * 2 + branch;
-  }
-  __device__ const float4* affine_of(const Instruction& item, int branch) const {
-    return affine + modulation(item, branch) * (Config::kHidden / 2);
-  }
-  __device__ const float* gate_of(const Instruction& item, int branch) const {
-    return gate + modulation(item, branch) * Config::kHidden;
-  }
 };
+
+// The vectors of attention (0) or MLP (1) of a layer and sequence, of either pass.
+template <class Launch>
+__device__ int modulation(const Launch& p, int layer, int sequence, int branch) {
+  return (layer * p.modulated_sequences + (p.modulated_sequences > 1 ? sequence : 0)) * 2 + branch;
+}
+template <class Launch>
+__device__ const float4* affine_of(const Launch& p, const Instruction& item, int branch) {
+  return p.affine + modulation(p, item.layer, item.sequence, branch) * (Config::kHidden / 2);
+}
+template <class Launch>
+__device__ const float* gate_of(const Launch& p, int layer, int sequence, int branch) {
+  return p.gate + modulation(p, layer, sequence, branch) * Config::kHidden;
+}
 
 }  // namespace loopmdm

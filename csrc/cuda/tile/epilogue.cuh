@@ -68,17 +68,22 @@ __device__ void rotate(float (&sums)[kColumns / 2], const Launch& p, const Instr
 }
 
 template <int kColumns>
-__device__ void add_bias_gelu(float (&sums)[kColumns / 2], const float* bias, const Seat& seat) {
+__device__ void add_bias(float (&sums)[kColumns / 2], const float* bias, const Seat& seat) {
 #pragma unroll
   for (int group = 0; group < kColumns / 8; ++group) {
     const float2 b = load_constant_pair(bias + seat.column(4 * group));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float* const pair = &sums[4 * group + 2 * half];
-      pair[0] = gelu(pair[0] + b.x);
-      pair[1] = gelu(pair[1] + b.y);
+      sums[4 * group + 2 * half] += b.x;
+      sums[4 * group + 2 * half + 1] += b.y;
     }
   }
+}
+
+template <int kSums>
+__device__ void apply_gelu(float (&sums)[kSums]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sums[i] = gelu(sums[i]);
 }
 
 // stream = stream + gate * (sums + bias); statistics of the new columns; squared norms of them and of their

@@ -34,6 +34,12 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
+template <int kSums>
+__device__ void clear(float (&sums)[kSums]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sums[i] = 0;
+}
+
 // x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)): one exponential and no cancellation where tanh is near -1.
 __device__ inline float gelu(float x) {
   const float u = 0.7978845608028654f * x * (1.0f + 0.044715f * x * x);

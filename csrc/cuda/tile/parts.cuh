@@ -35,8 +35,7 @@ __device__ void store_part(const float (&sums)[kColumns / 2], const Parameters& 
 template <int kColumns>
 __device__ void add_parts(float (&sums)[kColumns / 2], const Parameters& p, const Instruction& item,
                           const Seat& seat) {
-#pragma unroll
-  for (int i = 0; i < kColumns / 2; ++i) sums[i] = 0;
+  clear(sums);
   if (!has_rows(p, item, seat)) return;
 #pragma unroll 1
   for (int part = 0; part < Config::kMlpOutParts; ++part) {

@@ -10,10 +10,10 @@ namespace loopmdm {
 
 // norm(x) * gain + shift, times weights. The left operand is made in registers while the products of the
 // stage before run; two sets of registers alternate.
-template <int kColumns>
-__device__ void stream_product(float (&sums)[kColumns / 2], const Ring& ring, RingPlace& place,
-                               const Seat& seat, int32_t resident, const RowScales& rows,
-                               const float4* affine) {
+template <int kSums>
+__device__ void stream_product(float (&sums)[kSums], const Ring& ring, RingPlace& place, const Seat& seat,
+                               int32_t resident, const RowScales& rows, const float4* affine) {
+  constexpr int kColumns = 2 * kSums;
   constexpr uint32_t kLeft = 4 * Config::kRows * Config::kStep,
                      kRight = Config::kColumnGroups * kColumns * 128;
   constexpr int kSteps = Config::kHidden / Config::kStep;
@@ -53,9 +53,10 @@ __device__ void stream_product(float (&sums)[kColumns / 2], const Ring& ring, Ri
 
 // Both operands from shared memory, in panels of 64 rows, or of 64 columns where these are the outer
 // dimension.
-template <int kColumns, bool kLeftOuter = false, bool kRightOuter = false>
-__device__ void shared_product(float (&sums)[kColumns / 2], const Ring& ring, RingPlace& place,
-                               const Seat& seat, int steps, int32_t resident = -1) {
+template <bool kLeftOuter = false, bool kRightOuter = false, int kSums>
+__device__ void shared_product(float (&sums)[kSums], const Ring& ring, RingPlace& place, const Seat& seat,
+                               int steps, int32_t resident = -1) {
+  constexpr int kColumns = 2 * kSums;
   constexpr uint32_t kPanel = 64 * 128;
   constexpr uint32_t kLeft = 2 * Config::kRows * Config::kStep,
                      kRight = Config::kColumnGroups * kColumns * 128;
