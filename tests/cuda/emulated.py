@@ -69,7 +69,15 @@ def plan_of(inputs, tiles, target=SM90, device=Device(), cluster=1):  # noqa: B0
 
 def build(shape, plan, folder, *, target=SM90, optimize=True):
     """The kernel for this shape's widths and these tiles, as a library."""
-    return compile_source(target.entry, defines(shape, plan), folder, optimize=optimize)
+    return compile_kernel(target.source, defines(shape, plan), folder, optimize=optimize)
+
+
+def compile_kernel(source, macros, folder, *, optimize=True):
+    """A library of this one kernel of csrc/cuda."""
+    macros = {**macros, "LOOPMDM_SOURCE": f'"cuda/{source}"', "LOOPMDM_KERNEL": Path(source).stem}
+    loaded = compile_source("kernel", macros, folder, optimize=optimize)
+    loaded.loaded_weight_bytes.restype = ctypes.c_int64
+    return loaded
 
 
 def compile_source(name, macros, folder, *, optimize=True):
@@ -89,10 +97,7 @@ def compile_source(name, macros, folder, *, optimize=True):
     flags += [f"-D{key}={value}" for key, value in macros.items()]
     command = [compiler, *flags, *include, str(EMULATOR / f"{name}.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(str(library))
-    if hasattr(loaded, "loaded_weight_bytes"):
-        loaded.loaded_weight_bytes.restype = ctypes.c_int64
-    return loaded
+    return ctypes.CDLL(str(library))
 
 
 def encode(layout):
@@ -146,7 +151,7 @@ def run_buffers(
     parameters = op.pack_parameters(target, table, buffers, packed, words, exit_threshold)
     maps = op.map_layouts(shape, plan, buffers, packed) if fields(target.parameters, MAP) else {}
     with placed(parameters, maps) as address:
-        finished = library.run_looped_blocks(ctypes.c_void_p(address), num_blocks, seed)
+        finished = library.run_kernel(ctypes.c_void_p(address), num_blocks, target.threads, seed)
     assert finished, "all threads wait"
     assert all(fenced.intact() for fenced in written.values()), "written outside of a buffer"
     return buffers

@@ -8,6 +8,7 @@ from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
 from loopmdm_kernels.cuda import weights
 from loopmdm_kernels.cuda.parameters import backward_defines
+from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.schedule import Device, finish, plan
 from tests.cuda import emulated
 
@@ -19,7 +20,7 @@ def plan_of(inputs, columns):
 
 def build(shape, plan, folder, *, optimize=True):
     macros = backward_defines(shape, plan)
-    return emulated.compile_source("looped_blocks_backward_sm90", macros, folder, optimize=optimize)
+    return emulated.compile_kernel(backward.SOURCE, macros, folder, optimize=optimize)
 
 
 def keep(inputs, loops, loop_inputs):
@@ -61,8 +62,7 @@ def run(library, plan, kept, grad, inputs, *, num_blocks=2, seed=0):
     parameters = backward.pack_parameters(table, buffers, words)
     layouts = backward.map_layouts(buffers, kept.weights)
     with emulated.placed(parameters, layouts) as address:
-        assert library.run_looped_blocks_backward(ctypes.c_void_p(address), num_blocks, seed), (
-            "all threads wait"
-        )
+        finished = library.run_kernel(ctypes.c_void_p(address), num_blocks, SM90.threads, seed)
+    assert finished, "all threads wait"
     assert all(fence.intact() for fence in fenced.values()), "written outside of a buffer"
     return buffers["grad"], *finish(*backward.sums_of(buffers), inputs.blocks, inputs.modulation)

@@ -12,13 +12,13 @@ from tests.cuda import emulated
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return emulated.compile_source("refresh_weights", {}, tmp_path_factory.mktemp("refresh"))
+    return emulated.compile_kernel(refresh.SOURCE, {}, tmp_path_factory.mktemp("refresh"))
 
 
 def run(library, work):
-    number = len(work.chunks)
-    pointers = (ctypes.c_void_p(work.chunks.data_ptr()), ctypes.c_void_p(work.fingerprints.data_ptr()))
-    assert library.run_refresh_weights(*pointers, number), "all threads wait"
+    arguments = refresh.Arguments(work.chunks.data_ptr(), work.fingerprints.data_ptr())
+    finished = library.run_kernel(ctypes.byref(arguments), len(work.chunks), refresh.THREADS, 0)
+    assert finished, "all threads wait"
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
