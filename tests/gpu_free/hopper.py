@@ -1,9 +1,11 @@
 """Compiling the kernels without a GPU, and reading what came out."""
 
 import ctypes
+import json
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +53,26 @@ def macros(shape: BlockShape, device: Device = HOPPER) -> list[str]:
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
 needs_nvrtc = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
 needs_cuobjdump = pytest.mark.skipif(tool("cuobjdump") is None, reason="there is no cuobjdump")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def described_by_triton(kind: str) -> dict[str, Any]:
+    """How Triton describes the operands of these products."""
+    script = Path(__file__).with_name("triton_descriptors.py")
+    command = [sys.executable, str(script), kind]
+    found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return found
+
+
+def device_functions(folder: Path) -> ctypes.CDLL:
+    """The functions of csrc/common with C names."""
+    source = Path(__file__).parents[1] / "csrc" / "device_functions.cpp"
+    options = ["-std=c++17", "-shared", "-fPIC", f"-I{sources.folder()}"]
+    library = folder / "descriptors.so"
+    subprocess.run(["g++", *options, str(source), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.inner_major_c.restype = loaded.outer_major_c.restype = ctypes.c_uint64
+    return loaded
 
 
 def nvcc(

@@ -1,9 +1,7 @@
 """The kernels of the vocabulary head compile without a GPU to the machine code they are meant to be."""
 
 import json
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -64,14 +62,10 @@ def test_nvrtc(name, tmp_path):
     assert_contract(cubin, name)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@hopper.needs_triton
 def test_operands_along_their_outer_dimension_are_those_that_triton_writes():
     """64 rows, and 256 columns in panels of 8 KB, by 64 of the inner dimension: both from one layout."""
-    code = subprocess.run(
-        [sys.executable, str(HERE / "triton_descriptors.py"), "logit_gradients"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    found = json.loads(code.stdout)
+    found = hopper.described_by_triton("logit_gradients")
     # As outer_major_descriptor makes them (tests/csrc/test_device_functions.py): 2 KB for 16 of the inner.
     assert found["fields"] == [1 << 62 | (1024 >> 4) << 32]
     assert found["steps"] == [(8192 >> 4) << 16 | (2048 * step) >> 4 for step in range(4)]

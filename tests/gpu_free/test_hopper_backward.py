@@ -1,11 +1,8 @@
 """The backward kernel compiles without a GPU, and its machine code is what it is meant to be."""
 
-import ctypes
 import json
 import re
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -54,22 +51,13 @@ def test_parameters_lie_as_the_kernel_reads_them(tmp_path):
     hopper.nvcc_source(str(source), macros(SHAPES["small"]), tmp_path / "out")
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@hopper.needs_triton
 def test_operands_read_across_are_described_as_triton_describes_them(tmp_path):
     """A weight gradient: both operands lie with the tokens, its inner dimension, in rows."""
-    code = subprocess.run(
-        [sys.executable, str(HERE / "triton_descriptors.py"), "weight_gradient"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    found = json.loads(code.stdout)
+    found = hopper.described_by_triton("weight_gradient")
     across = {tuple(words) for _, *words in found["products"]}
     assert across == {("1", "1")}, "both, in the instruction's last two words"
-    library = tmp_path / "descriptors.so"
-    source = HERE.parent / "csrc" / "device_functions.cpp"
-    options = ["-std=c++17", "-shared", "-fPIC", f"-I{hopper.sources.folder()}"]
-    subprocess.run(["g++", *options, str(source), "-o", str(library)], check=True)
-    describe = ctypes.CDLL(str(library)).outer_major_c
-    describe.restype = ctypes.c_uint64
+    describe = hopper.device_functions(tmp_path).outer_major_c
     high, panel = 0xFFFFFFFF00000000, 64 * 128
     assert found["fields"] == [describe(0, panel, 0, 128) & high]
     # 64 tokens of 128 columns: two panels of 64 rows; four steps of 16 rows.

@@ -1,10 +1,7 @@
 """The Hopper kernel compiles without a GPU, and its machine code is what it is meant to be."""
 
-import ctypes
 import json
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -69,32 +66,14 @@ def test_parameters_lie_as_the_kernel_reads_them(target, tmp_path):
     hopper.nvcc(shape, tmp_path / "out", str(source), target.architecture)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@hopper.needs_triton
 def test_descriptors_are_those_that_triton_writes(tmp_path):
     """Keys and values as operands, against another compiler's layout of the same operands.
 
     Triton puts constant fields in one `or` and address steps in additions.
     """
-    code = subprocess.run(
-        [sys.executable, str(HERE / "triton_descriptors.py"), "attention"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    found = json.loads(code.stdout)
-    library = tmp_path / "descriptors.so"
-    source = Path(__file__).parents[1] / "csrc" / "device_functions.cpp"
-    command = [
-        "g++",
-        "-std=c++17",
-        "-shared",
-        "-fPIC",
-        f"-I{sources.folder()}",
-        str(source),
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.inner_major_c.restype = loaded.outer_major_c.restype = ctypes.c_uint64
+    found = hopper.described_by_triton("attention")
+    loaded = hopper.device_functions(tmp_path)
     high = 0xFFFFFFFF00000000
     assert found["inner"]["fields"] == [loaded.inner_major_c(0, 0, 128) & high]
     assert found["outer"]["fields"] == [loaded.outer_major_c(0, 128 * 128, 0, 128) & high]

@@ -73,7 +73,7 @@ __device__ inline float gelu_slope(float x) {
 __device__ inline void through_gelu(float (&sums)[kSums], const Parameters& p, const Instruction& item,
                                     const Seat& seat) {
   const Lines lines(p, item, seat, Config::kMlp);
-  const uint16_t* const before = p.mlp_in_values + p.first_token(item) * Config::kMlp;
+  const uint16_t* const mlp_in = p.mlp_in_values + p.first_token(item) * Config::kMlp;
   float* const bias =
       p.grad_mlp_in_bias +
       p.part(item.layer, item.sequence, item.row, 4 * seat.row_group + seat.thread / 32) * Config::kMlp +
@@ -84,7 +84,7 @@ __device__ inline void through_gelu(float (&sums)[kSums], const Parameters& p, c
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       for (int half = 0; half < 2; ++half)
-        words[i][half] = load_bf16_pair(before + lines.offset[half] + 8 * (batch + i));
+        words[i][half] = load_bf16_pair(mlp_in + lines.offset[half] + 8 * (batch + i));
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
