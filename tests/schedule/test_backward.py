@@ -9,11 +9,10 @@ import torch
 from loopmdm_kernels.schedule import Backward, BackwardTiles, BlockShape, Instruction, build_backward
 from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
 from loopmdm_kernels.testing.reference import looped_blocks
-from loopmdm_kernels.testing.schedule import ScheduleError, check, interpret_backward
+from loopmdm_kernels.testing.schedule import interpret_backward
 
 SHAPE = BlockShape(batch=2, length=40, hidden=32, heads=2, mlp=64, layers=2)
 TILES = BackwardTiles(rows=16, columns=16, part=8)
-FEW = SHAPE._replace(length=20, mlp=32)  # for faults: proofs of tables that fail take long
 PHASES = list(Backward)
 
 
@@ -116,17 +115,6 @@ def test_rounding_points_keep_to_the_tolerance_of_bf16():
         assert_matches_oracle(ours[name], baseline[name], expected, name=name)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 16), (2, 40)])
-def test_built_tables_pass(batch, length, layers):
-    check(build_backward(SHAPE._replace(batch=batch, length=length, layers=layers), TILES))
-
-
-def test_a_table_of_the_small_model_passes():
-    shape = BlockShape(1, 200, 768, 12, 3072, 1)
-    check(build_backward(shape, BackwardTiles(128, 128, 16)), loops=2)
-
-
 def test_every_tile_occurs_once_and_is_waited_for():
     table = build_backward(SHAPE, TILES)
     places = [(i.phase, i.layer, i.sequence, i.row, i.column) for i in table.loop]
@@ -151,85 +139,14 @@ def test_phases_are_those_of_the_header():
     assert named == [*(phase.name.title().replace("_", "") for phase in PHASES), "Nothing"]
 
 
-def change(table, number, **words):
-    loop = list(table.loop)
-    loop[number] = loop[number]._replace(**words)
-    return table._replace(loop=tuple(loop))
-
-
-def check_with_fault(table):
-    check(table, loops=2)
-
-
-def find(table, phase, layer=0):
-    """The last but one instruction of a phase: for tiles, neither the first row nor the first column."""
-    return [n for n, item in enumerate(table.loop) if item.phase == phase and item.layer == layer][-2]
-
-
-def layer_of(phase):
-    return 1 if phase in (Backward.TOP, Backward.NORM1) else 0
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_missing_wait_or_a_threshold_too_small_is_found(phase):
-    table = build_backward(FEW, TILES)
-    number = find(table, phase, layer_of(phase))
-    with pytest.raises(ScheduleError, match="not ordered"):
-        check_with_fault(change(table, number, wait_number=0))
-    with pytest.raises(ScheduleError, match="not ordered"):
-        check_with_fault(change(table, number, wait_count=table.loop[number].wait_count - 1))
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_threshold_too_large_or_a_signal_left_out_is_found(phase):
-    table = build_backward(FEW, TILES)
-    number = find(table, phase, layer_of(phase))
-    with pytest.raises(ScheduleError, match="deadlock"):
-        check_with_fault(change(table, number, wait_count=table.loop[number].wait_count + 1))
-    with pytest.raises(ScheduleError, match="deadlock"):
-        check_with_fault(change(table, number, signal=-1))
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_signal_given_twice_is_found(phase):
-    table = build_backward(FEW, TILES)
-    with pytest.raises(ScheduleError, match="not ordered"):
-        check_with_fault(change(table, find(table, phase, layer_of(phase)), signal_count=2))
-
-
-@pytest.mark.parametrize(
-    "phase",
-    [Backward.ATTENTION, Backward.GRAD_KEYS, Backward.WEIGHT_QKV, Backward.WEIGHT_MLP_IN],
-)
-def test_a_wait_for_too_few_rows_is_found(phase):
-    table = build_backward(FEW, TILES)
-    number = find(table, phase)
-    with pytest.raises(ScheduleError, match="read of unfinished data"):
-        check_with_fault(change(table, number, wait_number=table.loop[number].wait_number - 1))
-
-
-def test_a_step_that_does_not_wait_for_the_one_before_is_found():
-    table = build_backward(FEW, TILES)
-    loop = [
-        item._replace(wait_number=0) if item.phase == Backward.NORM1 and item.layer == 0 else item
-        for item in table.loop
-    ]
-    with pytest.raises(ScheduleError, match="not ordered"):
-        check_with_fault(table._replace(loop=tuple(loop)))
-
-
-def test_an_order_that_reads_ahead_is_found():
-    table = build_backward(FEW, TILES)
-    late = find(table, Backward.GRAD_MIXED)
-    moved = (table.loop[late], *table.loop[:late], *table.loop[late + 1 :])
-    with pytest.raises(ScheduleError, match="deadlock"):
-        check_with_fault(table._replace(loop=moved))
-
-
 def test_a_deadlock_ends_the_interpreter():
     inputs = looped_inputs(1, 20, 32, num_heads=2)
     table = table_for(inputs)
-    broken = change(table, find(table, Backward.QKV), signal=table.num_counters)
+    loop = [
+        item._replace(signal=table.num_counters) if item.phase == Backward.QKV else item
+        for item in table.loop
+    ]
+    broken = table._replace(loop=tuple(loop))
     with pytest.raises(RuntimeError, match="deadlock"):
         run(inputs, 1, gradient(inputs), table=broken, num_blocks=4)
 

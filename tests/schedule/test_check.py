@@ -3,13 +3,24 @@
 import pytest
 import torch
 
-from loopmdm_kernels.schedule import BlockShape, Forward, Instruction, Tiles, build
+from loopmdm_kernels.schedule import (
+    Backward,
+    BackwardTiles,
+    BlockShape,
+    Forward,
+    Instruction,
+    Tiles,
+    build,
+    build_backward,
+)
 from loopmdm_kernels.testing import looped_inputs
 from loopmdm_kernels.testing.schedule import ScheduleError, check, interpret
 
 SMALL = BlockShape(batch=2, length=40, hidden=32, heads=2, mlp=128, layers=2)
 TILES = Tiles(rows=16, qkv=16, attn_out=16, mlp_in=32, mlp_out=16)
 PARTS = TILES._replace(mlp_out_parts=4)
+FEW = BlockShape(batch=2, length=20, hidden=32, heads=2, mlp=32, layers=2)  # failing proofs take long
+BACKWARD_TILES = BackwardTiles(rows=16, columns=16, part=8)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -32,6 +43,18 @@ def test_tables_of_the_small_model_pass(length):
     check(build(BlockShape(1, length, 768, 12, 3072, 2), tiles, adaptive=length == 81))
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 16), (2, 40)])
+def test_built_tables_of_the_backward_pass_pass(batch, length, layers):
+    shape = FEW._replace(batch=batch, length=length, mlp=64, layers=layers)
+    check(build_backward(shape, BACKWARD_TILES))
+
+
+def test_a_backward_table_of_the_small_model_passes():
+    shape = BlockShape(1, 200, 768, 12, 3072, 1)
+    check(build_backward(shape, BackwardTiles(128, 128, 16)), loops=2)
+
+
 def change(table, number, **words):
     """The table with other words in one instruction of the loop."""
     loop = list(table.loop)
@@ -47,35 +70,79 @@ def first(table, phase, **words):
     raise LookupError(phase)
 
 
+def last_but_one(table, phase, layer):
+    """Of the instructions of a phase: for tiles, neither the first row nor the first column."""
+    return [n for n, item in enumerate(table.loop) if item.phase == phase and item.layer == layer][-2]
+
+
 PRODUCTS = (Forward.QKV, Forward.ATTENTION, Forward.ATTN_OUT, Forward.MLP_IN, Forward.MLP_OUT)
 SPLIT = (Forward.QKV, Forward.MLP_OUT, Forward.MLP_SUM)  # what parts of a product change
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("phase", PRODUCTS)
-def test_a_missing_wait_is_found(phase, layer):
-    table = build(SMALL, TILES)
-    number = first(table, phase, layer=layer, row=1)
+# In which phase, of which layer, faults are planted.
+PLACES = (
+    [("forward", phase, layer) for phase in PRODUCTS for layer in (0, 1)]
+    + [("parts", phase, 1) for phase in SPLIT]
+    + [("backward", phase, int(phase in (Backward.TOP, Backward.NORM1))) for phase in Backward]
+)
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: f"{place[0]}-{place[1].name}-{place[2]}")
+def place(request):
+    """An instruction, and the check of its table with other words in it."""
+    kind, phase, layer = request.param
+    if kind == "backward":
+        table, loops = build_backward(FEW, BACKWARD_TILES), 2
+        number = last_but_one(table, phase, layer)
+    else:
+        parts = kind == "parts"
+        table, loops = build(SMALL._replace(batch=1), PARTS) if parts else build(SMALL, TILES), None
+        number = first(table, phase, layer=layer, row=1, part=2 if parts and phase is Forward.MLP_OUT else 0)
+    return table.loop[number], lambda **words: check(change(table, number, **words), loops)
+
+
+def test_a_missing_wait_or_a_threshold_too_small_is_found(place):
+    item, check_with = place
     with pytest.raises(ScheduleError, match="not ordered"):
-        check(change(table, number, wait=-1, wait_number=0))
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("phase", PRODUCTS)
-def test_a_threshold_too_small_is_found(phase, layer):
-    table = build(SMALL, TILES)
-    number = first(table, phase, layer=layer, row=2)
-    count = table.loop[number].wait_count
+        check_with(wait_number=0)
     with pytest.raises(ScheduleError, match="not ordered"):
-        check(change(table, number, wait_count=count - 1))
+        check_with(wait_count=item.wait_count - 1)
 
 
-@pytest.mark.parametrize("phase", PRODUCTS)
-def test_a_threshold_too_large_is_found(phase):
-    table = build(SMALL, TILES)
-    number = first(table, phase, layer=1)
+def test_a_threshold_too_large_or_a_signal_left_out_is_found(place):
+    item, check_with = place
     with pytest.raises(ScheduleError, match="deadlock"):
-        check(change(table, number, wait_count=table.loop[number].wait_count + 1))
+        check_with(wait_count=item.wait_count + 1)
+    with pytest.raises(ScheduleError, match="deadlock"):
+        check_with(signal=-1)
+
+
+def test_a_signal_given_twice_is_found(place):
+    """The others' last signal is not needed any more to reach the target."""
+    _, check_with = place
+    with pytest.raises(ScheduleError, match="not ordered"):
+        check_with(signal_count=2)
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [Backward.ATTENTION, Backward.GRAD_KEYS, Backward.WEIGHT_QKV, Backward.WEIGHT_MLP_IN],
+)
+def test_a_wait_for_too_few_rows_is_found(phase):
+    table = build_backward(FEW, BACKWARD_TILES)
+    number = last_but_one(table, phase, 0)
+    with pytest.raises(ScheduleError, match="read of unfinished data"):
+        check(change(table, number, wait_number=table.loop[number].wait_number - 1), 2)
+
+
+def test_a_step_that_does_not_wait_for_the_one_before_is_found():
+    table = build_backward(FEW, BACKWARD_TILES)
+    loop = [
+        item._replace(wait_number=0) if item.phase == Backward.NORM1 and item.layer == 0 else item
+        for item in table.loop
+    ]
+    with pytest.raises(ScheduleError, match="not ordered"):
+        check(table._replace(loop=tuple(loop)), 2)
 
 
 def test_attention_that_waits_for_too_few_rows_is_found():
@@ -91,17 +158,6 @@ def test_a_wait_for_another_row_is_found(phase):
     number = first(table, phase, layer=1, row=0)
     with pytest.raises(ScheduleError):
         check(change(table, number, wait=table.loop[number].wait + 1))
-
-
-@pytest.mark.parametrize("phase", PRODUCTS)
-def test_a_signal_left_out_or_given_twice_is_found(phase):
-    table = build(SMALL, TILES)
-    number = first(table, phase, layer=1)
-    with pytest.raises(ScheduleError, match="deadlock"):
-        check(change(table, number, signal=-1))
-    # Given twice, the others' last signal is not needed any more to reach the target.
-    with pytest.raises(ScheduleError, match="not ordered"):
-        check(change(table, number, signal_count=2))
 
 
 @pytest.mark.parametrize(
@@ -130,21 +186,6 @@ def test_the_wrong_half_of_a_buffer_is_found(phase, word):
         return
     out, _ = interpret(broken, *arguments)
     assert not torch.equal(out, expected)
-
-
-@pytest.mark.parametrize("phase", SPLIT)
-def test_faults_between_parts_and_sums_are_found(phase):
-    table = build(SMALL._replace(batch=1), PARTS)
-    number = first(table, phase, layer=1, row=1, part=2 if phase is Forward.MLP_OUT else 0)
-    count = table.loop[number].wait_count
-    for words in ({"wait": -1, "wait_number": 0}, {"wait_count": count - 1}):
-        with pytest.raises(ScheduleError, match="not ordered"):
-            check(change(table, number, **words))
-    for words in ({"wait_count": count + 1}, {"signal": -1}):
-        with pytest.raises(ScheduleError, match="deadlock"):
-            check(change(table, number, **words))
-    with pytest.raises(ScheduleError, match="not ordered"):
-        check(change(table, number, signal_count=2))
 
 
 def test_a_part_computed_twice_is_found():
@@ -182,12 +223,14 @@ def test_cyclic_waits_are_found():
         interpret(broken, inputs.x, inputs.blocks, inputs.modulation, 1, num_blocks=4)
 
 
-def test_an_order_that_reads_ahead_is_found():
-    table = build(SMALL, TILES)
-    late = first(table, Forward.MLP_IN, layer=1)
+@pytest.mark.parametrize("phase", [Forward.MLP_IN, Backward.GRAD_MIXED], ids=["forward", "backward"])
+def test_an_order_that_reads_ahead_is_found(phase):
+    forward = isinstance(phase, Forward)
+    table = build(SMALL, TILES) if forward else build_backward(FEW, BACKWARD_TILES)
+    late = first(table, phase, layer=1)
     moved = (table.loop[late], *table.loop[:late], *table.loop[late + 1 :])
     with pytest.raises(ScheduleError, match="deadlock"):
-        check(table._replace(loop=moved))
+        check(table._replace(loop=moved), None if forward else 2)
 
 
 def test_sequences_that_share_a_counter_are_found():
