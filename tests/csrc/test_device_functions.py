@@ -3,8 +3,6 @@
 import ctypes
 import itertools
 import random
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +12,7 @@ from loopmdm_kernels.schedule import BlockShape, Forward, Tiles, build
 from loopmdm_kernels.schedule.table import FINAL, WORDS, qkv_slot, stream_slot
 from loopmdm_kernels.testing.schedule import positions, share
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    target = tmp_path_factory.mktemp("device") / "libdevice.so"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-shared"]
-    source = str(HERE / "device_functions.cpp")
-    subprocess.run([compiler, *flags, f"-I{CSRC}", source, "-o", str(target)], check=True)
-    loaded = ctypes.CDLL(str(target))
-    loaded.inner_major_c.restype = loaded.outer_major_c.restype = ctypes.c_uint64
-    loaded.first_leaving_c.restype = ctypes.c_int64
-    return loaded
+CSRC = Path(__file__).parents[2] / "csrc"
 
 
 def tma_box(rows, columns, element_bytes, row_bytes=128):

@@ -3,33 +3,10 @@
 import ctypes
 import itertools
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
 TOGETHER = 16  # kRowTilesTogether
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    target = tmp_path_factory.mktemp("vocabulary") / "libvocabulary.so"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-shared"]
-    source = str(HERE / "vocabulary_functions.cpp")
-    subprocess.run([compiler, *flags, f"-I{CSRC}", source, "-o", str(target)], check=True)
-    loaded = ctypes.CDLL(str(target))
-    for name in ("small_uniform", "small_race_time_c", "uniform_coarse_c", "uniform_refined_c"):
-        getattr(loaded, name).restype = ctypes.c_float
-    loaded.small_race_time_c.argtypes = [ctypes.c_float]
-    loaded.uniform_coarse_c.argtypes = [ctypes.c_uint32]
-    loaded.uniform_refined_c.argtypes = [ctypes.c_uint32, ctypes.c_uint32]
-    return loaded
 
 
 def test_small_race_times_keep_their_precision(library):

@@ -45,7 +45,7 @@ __device__ void execute(const KernelParameters& p, Walk& walk) {
                             with_norm(walk.operands<4, kHidden, Config::kMlpInColumns>(
                                 p.stream_values, slot, p.mlp_in_weight, kMlp)));
     case kMlpSum:
-      walk.read_all();
+      if (Config::kMlpOutParts > 1) walk.read_all();
       [[fallthrough]];
     case kMlpOut:
       return project_mlp_out(p, item, loop, seat,
