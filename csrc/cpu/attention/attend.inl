@@ -19,7 +19,7 @@ static_assert(kKeyBlock % kPanel == 0 && kPanel % (2 * kLanes) == 0);
 
 struct HeadShape {
   int64_t length;      // L
-  int64_t keys;        // L rounded up to pairs of vectors
+  int64_t keys;        // L rounded up to whole vectors, pairs of them for pairs of bf16
   int64_t head_dim;    // K
   int64_t head_width;  // K rounded up to whole vectors
 };
@@ -60,14 +60,22 @@ inline float soften_row(const float* scores, const float* bias, int64_t count, f
   constexpr bool kCoarse = Operand::kPerWord == 2;
   const Floats factor = broadcast(scale), shift = broadcast(-largest);
   Floats sum[2] = {};
-  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+  const auto softened = [&](int64_t at) {
+    return probability(exponent<Masked>(scores + at, bias + at, factor, shift), kCoarse);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
     Floats p[2];
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = i + half * kLanes;
-      p[half] = probability(exponent<Masked>(scores + at, bias + at, factor, shift), kCoarse);
+      p[half] = softened(i + half * kLanes);
       sum[half] += p[half];
     }
     Operand::store(probs + i / Operand::kPerWord, p[0], p[1]);
+  }
+  if (i < count) {
+    const Floats p = softened(i);
+    sum[0] += p;
+    Operand::store(probs + i / Operand::kPerWord, p, Floats{});
   }
   return sum_lanes(sum[0] + sum[1]);
 }
@@ -77,12 +85,15 @@ template <bool Masked>
 inline float largest_score(const float* scores, const float* bias, int64_t count) {
   const Floats lowest = broadcast(-LOOPMDM_INFINITY);
   Floats largest[2] = {lowest, lowest};
-  for (int64_t i = 0; i < count; i += 2 * kLanes)
-    for (int half = 0; half < 2; ++half) {
-      Floats x = load(scores + i + half * kLanes);
-      if (Masked) x = load(bias + i + half * kLanes) < Floats{} ? lowest : x;
-      largest[half] = larger(x, largest[half]);
-    }
+  const auto take = [&](int64_t at, Floats& so_far) {
+    Floats x = load(scores + at);
+    if (Masked) x = load(bias + at) < Floats{} ? lowest : x;
+    so_far = larger(x, so_far);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes)
+    for (int half = 0; half < 2; ++half) take(i + half * kLanes, largest[half]);
+  if (i < count) take(i, largest[0]);
   return largest_lane(larger(largest[0], largest[1]));
 }
 
@@ -108,11 +119,11 @@ void pack_key_panels(const HeadShape& shape, const Source* x, int64_t row, int64
   }
 }
 
-// out: [rows][head_width] floats. log_sum_exp: [rows] in base 2, or null.
+// out: [rows] of head_width floats, out_row apart. log_sum_exp: [rows] in base 2, or null.
 template <class Operand>
 void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, int64_t rows,
             const uint32_t* keys, const uint32_t* values, const float* bias, AttentionScratch& scratch,
-            float* out, float* log_sum_exp) {
+            float* out, int64_t out_row, float* log_sum_exp) {
   constexpr int kPer = Operand::kPerWord;
   const int64_t head_words = (shape.head_dim + kPer - 1) / kPer, width = shape.head_width;
   const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(shape.head_dim));
@@ -129,7 +140,7 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
       for (int64_t first = group; first < last; first += kRowsAtOnce) {
         const int n = static_cast<int>(last - first < kRowsAtOnce ? last - first : kRowsAtOnce);
         const Left q = {queries + first * query_row, query_row, 1};
-        float* sums = out + first * width;
+        float* sums = out + first * out_row;
         for (int64_t key = 0; key < real; key += kPanel)
           multiply<Operand>(q, n, keys + (begin + key) * head_words, key_panel_width(real, key), head_words,
                             scratch.scores + key, kKeyBlock);
@@ -149,7 +160,7 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
               const float factor =
                   probability(broadcast(row_largest * scale - block_largest * scale), false)[0];
               before *= factor;
-              multiply_row(sums + r * width, factor);
+              multiply_row(sums + r * out_row, factor);
               row_largest = block_largest;
             }
           }
@@ -167,12 +178,12 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
         for (int64_t column = 0; column < width; column += kPanel) {
           const int panel = panel_width(width, column);
           multiply<Operand>(p, n, values + column * (shape.keys / kPer) + begin / kPer * panel, panel,
-                            (real + kPer - 1) / kPer, sums + column, width, begin > 0);
+                            (real + kPer - 1) / kPer, sums + column, out_row, begin > 0);
         }
       }
     }
     for (int64_t r = group; r < last; ++r) {
-      multiply_row(out + r * width, 1.0f / total[r - group]);
+      multiply_row(out + r * out_row, 1.0f / total[r - group]);
       if (log_sum_exp) log_sum_exp[r] = largest[r - group] * scale + __builtin_log2f(total[r - group]);
     }
   }

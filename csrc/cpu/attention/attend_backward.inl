@@ -114,14 +114,16 @@ template <bool Masked>
 inline QueryScale soften_whole_row(float* scores, const float* grad_probs, const float* bias, int64_t count,
                                    float base2_scale, float scale, float log_sum_exp, bool coarse) {
   Floats sum[2] = {}, product[2] = {};
-  for (int64_t i = 0; i < count; i += 2 * kLanes)
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = i + half * kLanes;
-      const Floats p = score_probability<Masked>(scores + at, bias + at, base2_scale, log_sum_exp, coarse);
-      store(scores + at, p);
-      sum[half] += p;
-      product[half] = fused_multiply_add(p, load(grad_probs + at), product[half]);
-    }
+  const auto soften = [&](int64_t at, int half) {
+    const Floats p = score_probability<Masked>(scores + at, bias + at, base2_scale, log_sum_exp, coarse);
+    store(scores + at, p);
+    sum[half] += p;
+    product[half] = fused_multiply_add(p, load(grad_probs + at), product[half]);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes)
+    for (int half = 0; half < 2; ++half) soften(i + half * kLanes, half);
+  if (i < count) soften(i, 0);
   const float weight = 1.0f / sum_lanes(sum[0] + sum[1]);
   return {log_sum_exp, weight, scale * weight * sum_lanes(product[0] + product[1])};
 }
@@ -137,7 +139,7 @@ inline void score_gradients(const float* scores, const float* grad_probs, const 
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
     Floats p[2][2] = {}, g[2][2] = {};
     for (int64_t q = 0; q < queries; ++q)
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2 && i + half * kLanes < count; ++half) {
         const int64_t at = q * kGradKeys + i + half * kLanes;
         p[q][half] = Softened ? load(scores + at) * query[q].weight
                               : score_probability<Masked>(scores + at, bias + i + half * kLanes, base2_scale,
@@ -177,9 +179,21 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
                          : bias     ? score_gradients<Operand, true, false>
                                     : score_gradients<Operand, false, false>;
 
+  // A float is an operand as it is, and whole vectors of gradients are written where they belong.
+  const Left queries = kPer > 1 ? Left{t.query_rows, head_words, 1}
+                                : Left{reinterpret_cast<const uint32_t*>(in.q), in.q_row, 1};
+  const Left grads = kPer > 1 ? Left{t.grad_rows, head_words, 1}
+                              : Left{reinterpret_cast<const uint32_t*>(in.grad_out), in.grad_out_row, 1};
+  const bool direct = head_dim == width;
+  float* const grad_q = direct ? out.grad_q : t.grad_q;
+  const int64_t grad_q_row = direct ? out.grad_q_row : width, grad_k_row = direct ? out.grad_k_row : width,
+                grad_v_row = direct ? out.grad_v_row : width;
+
   for (int64_t r = 0; r < length; ++r) {
-    pack_row<Operand>(in.q + r * in.q_row, head_dim, t.query_rows + r * head_words);
-    pack_row<Operand>(in.grad_out + r * in.grad_out_row, head_dim, t.grad_rows + r * head_words);
+    if constexpr (kPer > 1) {
+      pack_row<Operand>(in.q + r * in.q_row, head_dim, t.query_rows + r * head_words);
+      pack_row<Operand>(in.grad_out + r * in.grad_out_row, head_dim, t.grad_rows + r * head_words);
+    }
     if (!whole_rows)
       t.offset[r] = scale * dot_product(in.grad_out + r * in.grad_out_row, in.out + r * in.out_row, head_dim);
   }
@@ -195,6 +209,8 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
   for (int64_t begin = 0; begin < length; begin += kGradKeys) {
     const int64_t count = shape.keys - begin < kGradKeys ? shape.keys - begin : kGradKeys;
     const int64_t real = length - begin < count ? length - begin : count;
+    float* const grad_k = direct ? out.grad_k + begin * grad_k_row : t.grad_k;
+    float* const grad_v = direct ? out.grad_v + begin * grad_v_row : t.grad_v;
     // Of keys in a vector that no panel has: their probability is 0, what it is multiplied with finite.
     for (int64_t key = (real + kLanes - 1) / kLanes * kLanes; key < count; key += kLanes)
       for (int r = 0; r < kRowsAtOnce; ++r) store(t.grad_probs + r * kGradKeys + key, Floats{});
@@ -202,8 +218,8 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
       const int64_t rows = length - first < kGradRows ? length - first : kGradRows;
       for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
         const int64_t n = rows - row < kRowsAtOnce ? rows - row : kRowsAtOnce;
-        const Left q = {t.query_rows + (first + row) * head_words, head_words, 1};
-        const Left grad = {t.grad_rows + (first + row) * head_words, head_words, 1};
+        const Left q = {queries.at + (first + row) * queries.row, queries.row, 1};
+        const Left grad = {grads.at + (first + row) * grads.row, grads.row, 1};
         for (int64_t key = 0; key < real; key += kPanel) {
           const int panel = key_panel_width(real, key);
           multiply<Operand>(q, n, t.keys + (begin + key) * head_words, panel, head_words, t.scores + key,
@@ -231,17 +247,19 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
       for (int64_t column = 0; column < width; column += kPanel) {
         const int panel = panel_width(width, column);
         const int64_t at = column * query_words + first / kPer * panel;
-        multiply<Operand>({t.probs, 1, kGradKeys}, real, t.grad_pairs + at, panel, words, t.grad_v + column,
-                          width, first > 0);
+        multiply<Operand>({t.probs, 1, kGradKeys}, real, t.grad_pairs + at, panel, words, grad_v + column,
+                          grad_v_row, first > 0);
         multiply<Operand>({t.grad_scores, 1, kGradKeys}, real, t.query_pairs + at, panel, words,
-                          t.grad_k + column, width, first > 0);
+                          grad_k + column, grad_k_row, first > 0);
         multiply<Operand>({t.grad_score_rows, kGradKeys / kPer, 1}, rows,
                           t.key_pairs + column * key_words + begin / kPer * panel, panel,
-                          (real + kPer - 1) / kPer, t.grad_q + first * width + column, width, begin > 0);
+                          (real + kPer - 1) / kPer, grad_q + first * grad_q_row + column, grad_q_row,
+                          begin > 0);
       }
     }
+    if (direct) continue;
     copy_rows(t.grad_k, width, real, head_dim, out.grad_k + begin * out.grad_k_row, out.grad_k_row);
     copy_rows(t.grad_v, width, real, head_dim, out.grad_v + begin * out.grad_v_row, out.grad_v_row);
   }
-  copy_rows(t.grad_q, width, length, head_dim, out.grad_q, out.grad_q_row);
+  if (!direct) copy_rows(t.grad_q, width, length, head_dim, out.grad_q, out.grad_q_row);
 }

@@ -33,14 +33,22 @@ void attention(const AttentionProblem& p, const AttentionOutput& out, Isa isa, i
   const auto packed = aligned_buffer<char>(packed_bytes * wanted);
   parallel(wanted, [&](Worker& worker) {
     char* const mine = scratch.get() + worker.index * scratch_bytes;
-    const int64_t alone = heads / worker.count * worker.count, rest = heads - alone;
-    worker.share(alone, [&](int64_t head) {
-      char* const own = packed.get() + worker.index * packed_bytes;
+    char* const own = packed.get() + worker.index * packed_bytes;
+    const auto attend_alone = [&](int64_t head) {
       for (int64_t block = 0; block < key_blocks; ++block)
         kernel.pack(p, head, block * kernel.key_rows, own, mine);
       for (int64_t block = 0; block < query_blocks; ++block)
         kernel.attend(p, out, head, block * kernel.query_rows, own, mine);
-    });
+    };
+    if (p.length == 1 && p.key_mask == nullptr)
+      return worker.share(blocks_of(heads, kernel.single_heads), [&](int64_t group) {
+        const int64_t first = group * kernel.single_heads;
+        const int64_t count = std::min(kernel.single_heads, heads - first);
+        if (kernel.single(p, out, first, count, mine)) return;
+        for (int64_t head = first; head < first + count; ++head) attend_alone(head);
+      });
+    const int64_t alone = heads / worker.count * worker.count, rest = heads - alone;
+    worker.share(alone, attend_alone);
     worker.share(rest * key_blocks, [&](int64_t task) {
       const int64_t index = task / key_blocks;
       kernel.pack(p, alone + index, task % key_blocks * kernel.key_rows, packed.get() + index * packed_bytes,

@@ -39,11 +39,15 @@ struct AttentionGradients {
 // A head is named by b * H + h.
 struct AttentionKernel {
   int64_t key_rows, query_rows;                      // of a task; key_rows is whole panels
+  int64_t single_heads;                              // of a call of single, at most
   int64_t (*packed_bytes)(const AttentionProblem&);  // keys, values and bias of one head
   int64_t (*scratch_bytes)(const AttentionProblem&);
   int64_t (*backward_scratch_bytes)(const AttentionProblem&);
   // Keys [first, first + key_rows) and what pads the last ones.
   void (*pack)(const AttentionProblem&, int64_t head, int64_t first, void* packed, void* scratch);
+  // Heads [first, first + count) of sequences of one token; false if it left them to pack and attend.
+  bool (*single)(const AttentionProblem&, const AttentionOutput&, int64_t first, int64_t count,
+                 void* scratch);
   // Queries [first, first + query_rows).
   void (*attend)(const AttentionProblem&, const AttentionOutput&, int64_t head, int64_t first,
                  const void* packed, void* scratch);

@@ -8,8 +8,8 @@ constexpr int kAttendRows = 96;   // queries of a task
 static_assert(kPackedRows % kPanel == 0 && kAttendRows % kRowsAtOnce == 0);
 
 inline HeadShape head_shape(const AttentionProblem& p) {
-  constexpr int64_t kPair = 2 * kLanes;
-  return {p.length, (p.length + kPair - 1) / kPair * kPair, p.head_dim,
+  const int64_t unit = kLanes * (p.is_bf16 ? Bf16::kPerWord : Fp32::kPerWord);
+  return {p.length, (p.length + unit - 1) / unit * unit, p.head_dim,
           (p.head_dim + kLanes - 1) / kLanes * kLanes};
 }
 
@@ -36,6 +36,7 @@ struct HeadScratch {
   AttentionScratch* attention;
   uint32_t* queries;  // [kAttendRows, head words]
   float* rows;        // [kPackedRows, head width]: rotated rows, or results
+  uint32_t* columns;  // [2][head words][kLanes] of single tokens: queries and keys, heads across
   int64_t bytes;
 };
 
@@ -46,6 +47,7 @@ inline HeadScratch head_scratch(const HeadShape& s, void* memory) {
   t.attention = layout.take<AttentionScratch>(1);
   t.queries = layout.take<uint32_t>(rows_of(kAttendRows) * s.head_dim);
   t.rows = layout.take<float>(rows_of(kPackedRows) * s.head_width);
+  t.columns = layout.take<uint32_t>(s.length == 1 ? 2 * s.head_dim * kLanes : 0);
   t.bytes = layout.bytes();
   return t;
 }
@@ -149,7 +151,7 @@ void pack_head_of(const AttentionProblem& p, int64_t head, int64_t first, void* 
   }
   pack_row_pairs<Operand>(v.at + first * v.stride, v.stride, real, s.head_dim, s.head_width, s.keys / kPer,
                           first / kPer, (real + kPer - 1) / kPer, packed.values);
-  fill_bias(p, head, first, count, packed.bias);
+  if (has_bias(p, s)) fill_bias(p, head, first, count, packed.bias);
 }
 
 template <class Operand, class Element>
@@ -162,18 +164,91 @@ void attend_head_of(const AttentionProblem& p, const AttentionOutput& out, int64
   const int64_t head_words = (s.head_dim + kPer - 1) / kPer;
   const int64_t count = s.length - first < kAttendRows ? s.length - first : kAttendRows;
   const Rows<const Element> q = rows_of<const Element>(p, p.q, head);
-  if (p.cos) read_rows(p, q, first, count, true, t.rows, s.head_dim);
-  for (int64_t r = 0; r < count; ++r)
-    if (p.cos)
-      pack_row<Operand>(t.rows + r * s.head_dim, s.head_dim, t.queries + r * head_words);
-    else
-      pack_row<Operand>(q.at + (first + r) * q.stride, s.head_dim, t.queries + r * head_words);
-  attend<Operand>(s, t.queries, head_words, count, packed.keys, packed.values,
-                  has_bias(p, s) ? packed.bias : nullptr, *t.attention, t.rows,
-                  out.log_sum_exp ? out.log_sum_exp + head * p.length + first : nullptr);
   const Rows<Element> to = rows_of<Element>(p, out.out, head);
+  const uint32_t* queries = t.queries;
+  int64_t query_row = head_words, out_row = s.head_width;
+  float* sums = t.rows;
+  if constexpr (sizeof(Element) ==
+                sizeof(float)) {  // an operand as it is, and so are whole vectors of results
+    if (p.cos) {
+      read_rows(p, q, first, count, true, reinterpret_cast<float*>(t.queries), s.head_dim);
+    } else {
+      queries = reinterpret_cast<const uint32_t*>(q.at + first * q.stride);
+      query_row = q.stride;
+    }
+    if (s.head_dim == s.head_width) {
+      sums = to.at + first * to.stride;
+      out_row = to.stride;
+    }
+  } else {
+    if (p.cos) read_rows(p, q, first, count, true, t.rows, s.head_dim);
+    for (int64_t r = 0; r < count; ++r)
+      if (p.cos)
+        pack_row<Operand>(t.rows + r * s.head_dim, s.head_dim, t.queries + r * head_words);
+      else
+        pack_row<Operand>(q.at + (first + r) * q.stride, s.head_dim, t.queries + r * head_words);
+  }
+  attend<Operand>(s, queries, query_row, count, packed.keys, packed.values,
+                  has_bias(p, s) ? packed.bias : nullptr, *t.attention, sums, out_row,
+                  out.log_sum_exp ? out.log_sum_exp + head * p.length + first : nullptr);
+  if (sums != t.rows) return;
   for (int64_t r = 0; r < count; ++r)
     write_row(t.rows + r * s.head_width, s.head_dim, to.at + (first + r) * to.stride);
+}
+
+// Heads of single tokens, one in each lane: in attend() each would be a chain of K dependent steps. The same
+// sums, exponentials and products, but for exponents that attend() restates.
+template <class Operand, class Element>
+bool attend_single_of(const AttentionProblem& p, const AttentionOutput& out, int64_t first, int64_t count,
+                      void* scratch) {
+  constexpr int kPer = Operand::kPerWord;
+#if defined(__AMX_BF16__)
+  if (kPer == 2) return false;  // its products round elsewhere
+#endif
+  const HeadShape s = head_shape(p);
+  const HeadScratch t = head_scratch(s, scratch);
+  const int64_t words = (s.head_dim + kPer - 1) / kPer;
+  for (int side = 0; side < 2; ++side) {
+    const uint32_t* heads[kLanes];
+    for (int64_t h = 0; h < count; ++h) {
+      const Rows<const Element> x = rows_of<const Element>(p, side == 0 ? p.q : p.k, first + h);
+      uint32_t* const own = t.queries + h * words;
+      heads[h] = own;
+      if constexpr (sizeof(Element) == sizeof(float)) {
+        if (p.cos)
+          read_rows(p, x, 0, 1, true, reinterpret_cast<float*>(own), s.head_dim);
+        else
+          heads[h] = reinterpret_cast<const uint32_t*>(x.at);
+      } else if (p.cos) {
+        read_rows(p, x, 0, 1, true, t.rows, s.head_dim);
+        pack_row<Operand>(t.rows, s.head_dim, own);
+      } else {
+        pack_row<Operand>(x.at, s.head_dim, own);
+      }
+    }
+    pack_columns_of(static_cast<int>(count), words, kLanes, t.columns + side * words * kLanes,
+                    [&](int h, int64_t k) { return load_row_words(heads[h] + k, words - k); });
+  }
+  const uint32_t *queries = t.columns, *keys = t.columns + words * kLanes;
+  Floats score = {};
+  for (int64_t k = 0; k < words; ++k)
+    score = Operand::multiply_add(load_words(queries + k * kLanes), load_words(keys + k * kLanes), score);
+  const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(s.head_dim));
+  const Floats shift = score * scale;
+  if (lanes_not_at_most(shift < 0.0f ? -shift : shift, broadcast(kLargeExponent)) != 0) return false;
+  const Floats prob = probability(fused_multiply_add(score, broadcast(scale), -shift), kPer == 2);
+  const Words weights = Operand::zip(prob, Floats{});
+  const Floats inverse = 1.0f / prob;
+  for (int64_t h = 0; h < count; ++h) {
+    const Element* const value = rows_of<const Element>(p, p.v, first + h).at;
+    for (int64_t i = 0; i < s.head_dim; i += kLanes) {
+      const Words here = Operand::zip(load_some(value + i, s.head_dim - i), Floats{});
+      store(t.rows + i, Operand::multiply_add(Words{} + weights[h], here, Floats{}) * inverse[h]);
+    }
+    write_row(t.rows, s.head_dim, rows_of<Element>(p, out.out, first + h).at);
+    if (out.log_sum_exp) out.log_sum_exp[first + h] = shift[h] + __builtin_log2f(prob[h]);
+  }
+  return true;
 }
 
 // Float copies of the head's tensors, and its gradients.
@@ -223,7 +298,7 @@ void backward_head_of(const AttentionProblem& p, const AttentionOutput& forward,
   const auto out = in_one_block(s) ? Rows<const float>{} : read(forward.out, false, t.out);
   const auto grad_q = place(g.grad_q, true, t.grad_q), grad_k = place(g.grad_k, true, t.grad_k),
              grad_v = place(g.grad_v, false, t.grad_v);
-  fill_bias(p, head, 0, s.keys, t.bias);
+  if (has_bias(p, s)) fill_bias(p, head, 0, s.keys, t.bias);
   attend_backward<Operand>(s,
                            {q.at, k.at, v.at, out.at, grad_out.at, q.stride, k.stride, v.stride, out.stride,
                             grad_out.stride, forward.log_sum_exp + head * p.length},
@@ -252,6 +327,12 @@ void pack_head(const AttentionProblem& p, int64_t head, int64_t first, void* pac
             : pack_head_of<Fp32, float>(p, head, first, packed, scratch);
 }
 
+bool attend_single(const AttentionProblem& p, const AttentionOutput& out, int64_t first, int64_t count,
+                   void* scratch) {
+  return p.is_bf16 ? attend_single_of<Bf16, uint16_t>(p, out, first, count, scratch)
+                   : attend_single_of<Fp32, float>(p, out, first, count, scratch);
+}
+
 void attend_head(const AttentionProblem& p, const AttentionOutput& out, int64_t head, int64_t first,
                  const void* packed, void* scratch) {
   const TileScope scope;
@@ -266,5 +347,6 @@ void backward_head(const AttentionProblem& p, const AttentionOutput& forward, co
             : backward_head_of<Fp32, float>(p, forward, g, head, scratch);
 }
 
-constexpr AttentionKernel table = {kPackedRows,         kAttendRows, packed_head_bytes, head_scratch_bytes,
-                                   backward_head_bytes, pack_head,   attend_head,       backward_head};
+constexpr AttentionKernel table = {kPackedRows,        kAttendRows,         kLanes,    packed_head_bytes,
+                                   head_scratch_bytes, backward_head_bytes, pack_head, attend_single,
+                                   attend_head,        backward_head};

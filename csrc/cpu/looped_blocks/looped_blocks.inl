@@ -236,7 +236,8 @@ void attend_span(const BlockShape& s, const RowSpan& span, int parity, uint32_t*
     attend<Operand>(shape, head_of(s, seq.queries, span.first, head), s.hidden_words(), span.count,
                     in_rows ? t.keys : seq.keys[parity] + head * key_size,
                     in_rows ? t.values : seq.values[parity] + head * value_size, seq.key_bias, *t.attention,
-                    t.sums, recorded ? span.record.log_sum_exp + head * s.length + span.first : nullptr);
+                    t.sums, s.head_width,
+                    recorded ? span.record.log_sum_exp + head * s.length + span.first : nullptr);
     for (int64_t r = 0; r < span.count; ++r)
       store_row<Operand>(t.sums + r * s.head_width, s.head_dim, head_of(s, mixed, r, head));
   }

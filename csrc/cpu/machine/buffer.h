@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <type_traits>
 
 #if defined(__linux__)
@@ -14,10 +13,14 @@
 
 namespace loopmdm::cpu {
 
-constexpr std::align_val_t kBufferAlign{64};
+// Memory of at least `bytes`, on a cache line; the thread's own of an earlier call where some is left, since
+// fresh pages cost more than many a small call. Sets `bytes` to what there is.
+void* take_memory(int64_t& bytes);
+void give_memory(void* memory, int64_t bytes);
 
 struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, kBufferAlign); }
+  int64_t bytes = 0;
+  void operator()(void* p) const { give_memory(p, bytes); }
 };
 
 template <class T>
@@ -41,10 +44,9 @@ inline void prefer_large_pages(void* memory, int64_t bytes) {
 template <class T>
 AlignedBuffer<T> aligned_buffer(int64_t count) {
   static_assert(std::is_trivially_destructible_v<T>);
-  const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-  void* memory = ::operator new(static_cast<size_t>(bytes), kBufferAlign);
-  prefer_large_pages(memory, bytes);
-  return AlignedBuffer<T>(static_cast<T*>(memory));
+  int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+  void* memory = take_memory(bytes);
+  return AlignedBuffer<T>(static_cast<T*>(memory), AlignedDelete{bytes});
 }
 
 template <class T>
