@@ -44,7 +44,7 @@ def _backward(
 
     out, log_sum_exp = kept.tensors
     grad = _rows(grads[0].resolve_neg())  # an incoming gradient may have the lazy negative bit
-    found = [_like(call.q) for _ in range(3)]
+    found = [torch.empty_like(out) for _ in range(3)]  # laid out like it
     _C.attention_backward(*_operands(call), out, log_sum_exp, grad, *found)
     return found
 
