@@ -1,4 +1,4 @@
-"""Kernels for looped masked diffusion language models: three fused ops, one oracle, several backends."""
+"""Kernels for looped masked diffusion language models: five ops, one oracle, several backends."""
 
 from loopmdm_kernels.backends import available_backends, use_backend
 from loopmdm_kernels.ops.attention import attention
