@@ -1,8 +1,7 @@
 import pytest
 
 from loopmdm_kernels import _C
-
-USABLE_ISAS = _C.usable_cpu_isas().split(", ")
+from tests.conftest import USABLE_ISAS
 
 
 @pytest.fixture(params=USABLE_ISAS)

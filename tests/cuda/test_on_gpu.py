@@ -30,14 +30,7 @@ def target(request, monkeypatch):
 
 
 def inputs_on_gpu(batch, length, hidden=768, heads=12, **options):
-    inputs = looped_inputs(batch, length, hidden, heads, **options).to(torch.bfloat16)
-    return inputs._replace(
-        x=inputs.x.cuda(),
-        modulation=inputs.modulation.cuda(),
-        blocks=[type(block)(*(tensor.cuda() for tensor in block)) for block in inputs.blocks],
-        rotary=inputs.rotary and type(inputs.rotary)(*(angle.cuda() for angle in inputs.rotary)),
-        key_mask=None if inputs.key_mask is None else inputs.key_mask.cuda(),
-    )
+    return looped_inputs(batch, length, hidden, heads, **options).to(torch.bfloat16, device="cuda")
 
 
 def apply(op, inputs, loops, **options):

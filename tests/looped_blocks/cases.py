@@ -8,24 +8,14 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels.testing import LoopedInputs, assert_matches_oracle, looped_inputs, reference
-from loopmdm_kernels.types import BlockWeights, Rotary
+from loopmdm_kernels.types import BlockWeights
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 
 
-def on(inputs: LoopedInputs, device) -> LoopedInputs:
-    return inputs._replace(
-        x=inputs.x.to(device),
-        blocks=[BlockWeights(*(w.to(device) for w in block)) for block in inputs.blocks],
-        modulation=inputs.modulation.to(device),
-        rotary=None if inputs.rotary is None else Rotary(*(a.to(device) for a in inputs.rotary)),
-        key_mask=None if inputs.key_mask is None else inputs.key_mask.to(device),
-    )
-
-
 def case(backend, *sizes, **options) -> LoopedInputs:
     """`looped_inputs` on the backend's device."""
-    return on(looped_inputs(*sizes, **options), backend.device)
+    return looped_inputs(*sizes, **options).to(torch.float64, device=backend.device)
 
 
 def part_of(inputs: LoopedInputs, index: slice) -> LoopedInputs:
@@ -87,7 +77,7 @@ def shrinking(backend, batch, length, *sizes) -> LoopedInputs:
     inputs = looped_inputs(batch, length, *sizes, per_sequence_modulation=True)
     scales = torch.logspace(-0.5, 0.2, batch, dtype=torch.float64)
     inputs.modulation[:, :, [2, 5]] *= 0.5
-    return on(inputs._replace(x=inputs.x * scales[:, None, None]), backend.device)
+    return inputs._replace(x=inputs.x * scales[:, None, None]).to(torch.float64, device=backend.device)
 
 
 def thresholds(inputs: LoopedInputs, num_loops):

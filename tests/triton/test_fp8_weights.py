@@ -13,7 +13,7 @@ from loopmdm_kernels.testing import assert_matches_oracle, head_inputs, looped_i
 from loopmdm_kernels.triton import operands as head_module
 from loopmdm_kernels.triton.launch import Processor
 from loopmdm_kernels.types import FP8, Fp8BlockWeights, Fp8Head, Fp8Weight, Head, RowRng
-from tests.looped_blocks.cases import on, run
+from tests.looped_blocks.cases import run
 
 BF16, HALF = torch.bfloat16, torch.float16
 
@@ -31,8 +31,7 @@ def loaded_as(request, monkeypatch):
 
 
 def case(device, dtype):
-    inputs = on(looped_inputs(1, 9, 48, 3, 1, 2), device)
-    inputs = inputs.to(dtype)
+    inputs = looped_inputs(1, 9, 48, 3, 1, 2).to(dtype, device=device)
     return inputs, [Fp8BlockWeights.of(block) for block in inputs.blocks]
 
 

@@ -6,7 +6,6 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.types import Head, RowRng
-from tests.looped_blocks.cases import on
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +31,7 @@ def head_case(device):
 def test_compiled_training_step(device):
     results = []
     for compile_it in (False, True):
-        inputs = on(looped_inputs(1, 5, 16, 2, 1, 1), device).to(torch.float32, requires_grad=True)
+        inputs = looped_inputs(1, 5, 16, 2, 1, 1).to(torch.float32, device=device, requires_grad=True)
         function = torch.compile(looped, fullgraph=True, backend="aot_eager") if compile_it else looped
         function(inputs).square().sum().backward()
         results.append({name: leaf.grad for name, leaf in inputs.leaves().items()})
@@ -61,7 +60,7 @@ def test_compiled_head(device):
 
 
 def test_autocast_changes_nothing(device):
-    inputs = on(looped_inputs(1, 5, 16, 2, 1, 1), device).to(torch.float32)
+    inputs = looped_inputs(1, 5, 16, 2, 1, 1).to(torch.float32, device=device)
     hidden, head = head_case(device)
     arguments = (hidden, head, torch.zeros(1, 5, dtype=torch.int64, device=device))
     rows, weights = torch.tensor([1, 4], device=device), torch.ones(2, device=device)
