@@ -1,6 +1,6 @@
 """The AMX level of the CPU kernels on emulated instructions, which any machine with AVX-512 can run.
 
-Where the machine has AMX, the tests of tests/cpu run the level itself.
+Where the machine has AMX, the tests of tests/cpu and of the ops run the level itself.
 """
 
 import ctypes
