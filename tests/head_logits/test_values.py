@@ -46,7 +46,7 @@ def test_bf16_products_of_a_float32_weight(backend):
     assert_matches_oracle(logits, plain, exact_logits(hidden, head))
 
 
-@pytest.mark.backends("cpu", "triton", "cuda")
+@pytest.mark.by_backend("dtype", cpu=[FLOAT, BF16], triton=[BF16], cuda=[BF16])
 def test_a_row_does_not_depend_on_its_batch_or_the_threads(backend, dtype, threads):
     length, vocab_size = (150, 300) if backend.emulated else (300, 1500)
     hidden, head = case(backend, (1, length, 48, vocab_size), dtype)

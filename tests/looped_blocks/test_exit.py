@@ -49,7 +49,8 @@ def test_exit_with_limits_of_each_sequence(backend, dtype):
     inputs, most = settling(backend)
     threshold, loops = thresholds(inputs, most)[0]
     limits = torch.tensor([1, 4, 2, 3] if backend.emulated else [1, 8, 2, 5, 3, 8], device=backend.device)
-    check(inputs, limits, dtype, exit_threshold=threshold)
+    if not backend.emulated:
+        check(inputs, limits, dtype, exit_threshold=threshold)
     _, used = run(inputs.to(dtype), limits, exit_threshold=threshold)
     assert used.tolist() == [min(pair) for pair in zip(limits.tolist(), loops, strict=True)]
 

@@ -41,7 +41,7 @@ def test_rare_tokens(backend):
     assert stats.binomtest(int(low), int(low + high), 0.5).pvalue > 1e-3
 
 
-@pytest.mark.by_backend("num", reference=[20_000], cpu=[20_000], triton=[200], cuda=[1000])
+@pytest.mark.by_backend("num", reference=[20_000], cpu=[20_000], cuda=[1000])
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -88,8 +88,8 @@ def test_a_restriction_to_everything_is_none(backend):
         torch.testing.assert_close(some.entropy, full.entropy, rtol=1e-5, atol=1e-6)
 
 
-@WITH_A_KERNEL
-def test_a_nucleus_of_more_than_a_thousand_tokens(backend):
-    token = lk.sample_rows(*plain_case(backend, torch.zeros(4000), 3000), top_p=0.5).token
+@pytest.mark.by_backend("num", reference=[600], cpu=[3000])
+def test_a_nucleus_of_more_than_a_thousand_tokens(backend, num):
+    token = lk.sample_rows(*plain_case(backend, torch.zeros(4000), num), top_p=0.5).token
     assert token.max() < 2000 + 2  # to the rounding of sums of 2000 probabilities
-    assert token.unique().numel() > 1400
+    assert token.unique().numel() > num * 1400 / 3000

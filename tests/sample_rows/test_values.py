@@ -42,6 +42,7 @@ def test_dtypes_and_temperatures(backend, size, dtypes, temperature):
     check(backend, case(backend, weight, size), temperature=temperature, compute_dtype=computed)
 
 
+@pytest.mark.backends("reference", "cpu", "cuda", "gpu")
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_many_rows(backend, temperature):
     """More than one tile of rows."""
