@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,3 +31,7 @@ class Batch(NamedTuple):
             None if attention_mask is None else function(attention_mask),
             None if prompt_mask is None else function(prompt_mask),
         )
+
+
+# (step, micro_step, rank, world_size, batch_size) -> Batch. Pure, so that a resumed run sees the same data.
+BatchSource: TypeAlias = Callable[[int, int, int, int, int], Batch]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loopmdm.data.array_cache import Array, cached_arrays
+from loopmdm.data.batches import Batch, BatchSource
 from loopmdm.data.tokenizer import Tokenizer
 
 GROUP_SIZE = 1000  # documents that are concatenated before they are cut, as in the reference
@@ -206,6 +207,15 @@ class TextData:
             rows[filled : filled + len(part)] = part
             filled += len(part)
         return self._gather(rows)
+
+    def source(self, accumulation: int) -> BatchSource:
+        """The batches as a trainer asks for them, which has to accumulate as many micro-batches."""
+        if self.accumulation != accumulation:
+            raise ValueError(
+                f"data was made for accumulation {self.accumulation}, the run accumulates {accumulation}"
+                " micro-batches: sequences would be skipped or repeated"
+            )
+        return lambda *place: Batch(*self.batch(*place))
 
     def examples(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Sequences start..stop-1 in stored order, in the form of `batch`: for evaluation."""

@@ -1,8 +1,8 @@
 """Training: `Trainer`, its configuration and what it leaves behind."""
 
-from loopmdm.data.batches import Batch
+from loopmdm.data.batches import Batch, BatchSource
 from loopmdm.model.checkpoint import Trainable
-from loopmdm.train.batches import BatchSource, batch_source
+from loopmdm.train.batches import batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.folder import RunFolder

@@ -1,18 +1,14 @@
-"""One form for the batches of every data set."""
+"""Batches made one ahead of the step that reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import torch
 
-from loopmdm.data.batches import Batch
+from loopmdm.data.batches import Batch, BatchSource
 from loopmdm.train.config import TrainConfig
-
-# (step, micro_step, rank, world_size, batch_size) -> Batch. Pure, so that a resumed run sees the same data.
-BatchSource: TypeAlias = Callable[[int, int, int, int, int], Batch]
 
 
 class Prefetcher:
@@ -55,29 +51,8 @@ def batch_source(data: Any, accumulation: int = 1) -> BatchSource:
     if callable(data):
         source: BatchSource = data
         return source
-    from loopmdm.data.sudoku import SudokuData
-
-    if isinstance(data, SudokuData):
-
-        def sudoku(step: int, micro_step: int, rank: int, world_size: int, batch_size: int) -> Batch:
-            tokens, prompt_mask = data.batch(step, micro_step, rank, batch_size)
-            return Batch(tokens, prompt_mask=prompt_mask)
-
-        return sudoku
-    from loopmdm.data.packing import TextData
-
-    if isinstance(data, TextData):
-        if data.accumulation != accumulation:
-            raise ValueError(
-                f"data was made for accumulation {data.accumulation}, the run accumulates {accumulation}"
-                " micro-batches: sequences would be skipped or repeated"
-            )
-
-        def text(step: int, micro_step: int, rank: int, world_size: int, batch_size: int) -> Batch:
-            input_ids, attention_mask = data.batch(step, micro_step, rank, world_size, batch_size)
-            return Batch(input_ids, attention_mask=attention_mask)
-
-        return text
+    if hasattr(data, "source"):
+        return cast(BatchSource, data.source(accumulation))
     raise TypeError(
         "data must be a SudokuData, a TextData or a function (step, micro_step, rank, world_size, batch_size)"
         f" -> Batch, got {type(data).__name__}"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from loopmdm import _sudoku
+from loopmdm.data.batches import Batch, BatchSource
 from loopmdm.data.sudoku.boards import Cells, SudokuSpec
 from loopmdm.data.sudoku.clues import Clues, as_clues
 from loopmdm.data.sudoku.puzzles import as_seed, generate_cells
@@ -64,6 +65,15 @@ class SudokuData:
             )
             prompt = given != 0
         return torch.from_numpy(solutions).long() - 1, torch.from_numpy(prompt)
+
+    def source(self, accumulation: int) -> BatchSource:
+        """The batches as a trainer asks for them; no two of a run are alike, whatever it accumulates."""
+
+        def batch(step: int, micro_step: int, rank: int, world_size: int, batch_size: int) -> Batch:
+            tokens, prompt_mask = self.batch(step, micro_step, rank, batch_size)
+            return Batch(tokens, prompt_mask=prompt_mask)
+
+        return batch
 
 
 def _batch_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
