@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from loopmdm_kernels.calls import Call, apart, together
 from loopmdm_kernels.tracing import once_differentiable
@@ -31,10 +31,12 @@ def differentiable(
     wanted: of which of `call.leaves`, in whose order gradients are returned. The call that backward is given
     is made again from its operator's arguments.
     """
-    return _Differentiable.apply(call, forward, backward, *call.leaves)  # type: ignore[no-untyped-call]
+    # Function's own `apply` looks out for transforms of torch.func first, which see no backend but reference.
+    apply = super(Function, _Differentiable).apply
+    return apply(call, forward, backward, *call.leaves)  # type: ignore[no-untyped-call]
 
 
-class _Differentiable(torch.autograd.Function):
+class _Differentiable(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, forward: Any, backward: Any, *leaves: Tensor | None) -> Any:
         outputs, kept = forward(call, ctx.needs_input_grad[3:])

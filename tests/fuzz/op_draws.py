@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.calls import HeadCall
 from loopmdm_kernels.philox import race_times
 from loopmdm_kernels.reference.head_logits import row_logits, subs_log_probs
 from loopmdm_kernels.testing.tolerance import max_error, rounding_step
@@ -23,9 +24,9 @@ def check(problem: Problem, out: dict[str, Tensor]) -> None:
     head = Head.of(head) if isinstance(head, Tensor) else head
     vocab, excluded = head.weight.shape[0], head.excluded_token
     hidden = problem.leaves["hidden"]
-    plain = subs_log_probs(row_logits(hidden, head, rows, given["compute_dtype"]), excluded)
+    plain = subs_log_probs(row_logits(HeadCall(hidden, head, given["compute_dtype"]), rows), excluded)
     wide = Head(None if head.norm is None else head.norm.double(), *(t.double() for t in head[1:4]), excluded)
-    exact = subs_log_probs(row_logits(hidden.double(), wide, rows), excluded)
+    exact = subs_log_probs(row_logits(HeadCall(hidden.double(), wide, None), rows), excluded)
     slack = 2 * max_error(plain, exact) + 2.0**-20 * (1 + float(exact[exact.isfinite()].abs().max()))
     _check_statistics(out, exact, plain, slack)
     for name in ("token", "top1_token"):
