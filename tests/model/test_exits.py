@@ -56,7 +56,7 @@ def inputs(model: LoopMDM, chosen: slice | list[int] = slice(None)) -> dict[str,
 def states(model: LoopMDM) -> tuple[Stages, list[Tensor]]:
     """The pass of all sequences, and H(0)..H(MOST)."""
     stages = model.stages(**inputs(model))
-    hidden = [stages.head()]
+    hidden = [stages.before()]
     for _ in range(MOST):
         hidden.append(stages.loop(hidden[-1]))
     return stages, hidden
@@ -64,7 +64,7 @@ def states(model: LoopMDM) -> tuple[Stages, list[Tensor]]:
 
 def predictions(model: LoopMDM, stages: Stages, hidden: Tensor) -> Tensor:
     """Log-probabilities [B, L, V - 1] in float64."""
-    logits = lk.head_logits(stages.tail(hidden), model.head(stages.sigma), compute_dtype=torch.float32)
+    logits = lk.head_logits(stages.after(hidden), model.head(stages.sigma), compute_dtype=torch.float32)
     return logits[:, :, :MASK].double().log_softmax(dim=2)
 
 
@@ -205,8 +205,8 @@ def test_bounds_and_order_of_thresholds_e13(model, make):
 def test_cost_is_what_is_executed(model, name, min_loops, monkeypatch):
     rule, _ = make_case(name, model)
     tails, rows = [], []
-    tail = Stages.tail
-    monkeypatch.setattr(Stages, "tail", lambda self, h: tails.append(len(h)) or tail(self, h))
+    after = Stages.after
+    monkeypatch.setattr(Stages, "after", lambda self, h: tails.append(len(h)) or after(self, h))
     for op, count in (
         ("head_logits", lambda h, head, **_: h.shape[0] * h.shape[1]),
         ("sample_rows", lambda h, head, rows, *_, **__: rows.numel()),

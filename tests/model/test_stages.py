@@ -62,7 +62,7 @@ def test_stages_are_the_whole_pass(changes, num_loops):
     model = make(**changes)
     given = inputs(model)
     stages = model.stages(**given)
-    cut = stages.tail(stages.loop(stages.head(), num_loops))
+    cut = stages.after(stages.loop(stages.before(), num_loops))
     assert torch.equal(cut, model.hidden(**given, num_loops=num_loops))
     assert torch.equal(stages.masked, given["input_ids"] == 22)
 
@@ -74,13 +74,13 @@ def test_loop_by_loop_with_sequences_leaving(changes):
     model = make(**changes)
     given, wanted = inputs(model), torch.tensor([3, 1, 5, 2])
     stages = model.stages(**given)
-    out = stages.head()
+    out = stages.before()
     active, part = torch.arange(4), stages
     for loop in range(1, 6):
         out[active] = part.loop(out[active])
         keep = wanted[active] > loop
         active, part = active[keep], part.subset(keep)
-    assert torch.equal(stages.tail(out), model.hidden(**given, num_loops=wanted))
+    assert torch.equal(stages.after(out), model.hidden(**given, num_loops=wanted))
 
 
 @MODELS
@@ -90,11 +90,11 @@ def test_subset_is_the_pass_of_those_sequences(changes):
     given, chosen = inputs(model), torch.tensor([3, 1])
     part = model.stages(**given).subset(chosen)
     alone = model.stages(**{k: None if v is None else v[chosen] for k, v in given.items()})
-    h = part.head()
+    h = part.before()
     close = {"rtol": 1e-4, "atol": 1e-4} if model.config.time_conditioning else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(h, alone.head(), **close)
+    torch.testing.assert_close(h, alone.before(), **close)
     torch.testing.assert_close(part.loop(h, 2), alone.loop(h, 2), **close)
-    torch.testing.assert_close(part.tail(h), alone.tail(h), **close)
+    torch.testing.assert_close(part.after(h), alone.after(h), **close)
     assert torch.equal(part.tokens, alone.tokens)
 
 
@@ -102,7 +102,7 @@ def test_subset_is_the_pass_of_those_sequences(changes):
 def test_threshold_counts_the_loops_of_each_sequence():
     model = make()
     stages = model.stages(**inputs(model))
-    states = [stages.head()]
+    states = [stages.before()]
     for _ in range(5):
         states.append(stages.loop(states[-1]))
     change = torch.stack(
@@ -122,7 +122,7 @@ def test_dropout_is_named_by_the_seed():
     given = inputs(model)
     first = model.hidden(**given, num_loops=3, dropout_seed=5)
     stages = model.stages(**given, dropout_seed=5)
-    assert torch.equal(stages.tail(stages.loop(stages.head(), 3)), first)
+    assert torch.equal(stages.after(stages.loop(stages.before(), 3)), first)
     assert not torch.equal(model.hidden(**given, num_loops=3, dropout_seed=6), first)
 
 
@@ -133,7 +133,7 @@ def test_gradients_pass_through_the_stages():
     expected = [p.grad.clone() for p in model.blocks.parameters()]
     model.zero_grad()
     stages = model.stages(**given)
-    stages.tail(stages.loop(stages.loop(stages.head()))).square().mean().backward()
+    stages.after(stages.loop(stages.loop(stages.before()))).square().mean().backward()
     for parameter, grad in zip(model.blocks.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-6)
 
@@ -146,7 +146,7 @@ def test_bad_input_is_named():
         model.stages(torch.zeros(2, 3, dtype=torch.int64), attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="num_loops"):
         stages = model.stages(torch.zeros(2, 3, dtype=torch.int64))
-        stages.loop(stages.head(), 0)
+        stages.loop(stages.before(), 0)
 
 
 @torch.no_grad()

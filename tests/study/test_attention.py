@@ -68,7 +68,7 @@ def scores_of(model: LoopMDM, index: int, x: Tensor, noisy: Noisy, sequence: int
 @torch.no_grad()
 def test_probabilities_are_those_of_single_pairs(make: Build, fields: dict[str, Any]) -> None:
     model, noisy = make(0, **fields), noisy_batch()
-    x = noisy.stages(model).head()
+    x = noisy.stages(model).before()
     got = attention_probabilities(model, 1, x, noisy)
     for sequence, head in ((0, 1), (2, 0)):
         expected = scores_of(model, 1, x, noisy, sequence, head)
@@ -83,7 +83,7 @@ def test_mass_is_counted_at_the_states_of_the_loop(make: Build, fields: dict[str
     assert mass.shape == (2, 2, 3)
     stages = noisy.stages(model)
     for row, loops in enumerate((1, 3)):
-        x = stages.head() if loops == 1 else stages.loop(stages.head(), loops - 1)
+        x = stages.before() if loops == 1 else stages.loop(stages.before(), loops - 1)
         for layer, index in enumerate((1, 2)):
             probabilities = attention_probabilities(model, index, x, noisy)
             for sequence in range(3):
@@ -96,7 +96,7 @@ def test_mass_is_counted_at_the_states_of_the_loop(make: Build, fields: dict[str
                 )
                 assert float(mass[row, layer, sequence]) == pytest.approx(expected, rel=1e-5)
             x = apply_block(model, index, x, noisy)
-        torch.testing.assert_close(x, stages.loop(stages.head(), loops))  # the blocks are the loop
+        torch.testing.assert_close(x, stages.loop(stages.before(), loops))  # the blocks are the loop
 
 
 @torch.no_grad()

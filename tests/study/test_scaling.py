@@ -64,7 +64,7 @@ def test_l7_change_is_of_the_states(make: Build) -> None:
     noisy = stratified(batches()[0], 2, seed=0, first=0)[1]
     _, changes = over_loops(model, noisy, [4])
     stages = noisy.stages(model)
-    states = [stages.head()]
+    states = [stages.before()]
     for _ in range(4):
         states.append(stages.loop(states[-1], 1))
     for k in range(1, 5):

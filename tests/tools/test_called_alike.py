@@ -76,7 +76,7 @@ def test_exits(rule: Any, changes: Any) -> None:
     def call() -> Any:
         if isinstance(rule, float):
             stages = model.stages(TOKENS, sigma)
-            return stages.loop(stages.head(), 4, exit_threshold=rule)
+            return stages.loop(stages.before(), 4, exit_threshold=rule)
         return model.hidden(TOKENS, sigma, num_loops=4, exit=rule)
 
     (plain, used), (hooked, hooked_used) = both(model, call, WHERE["all"])

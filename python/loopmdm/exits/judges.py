@@ -61,7 +61,7 @@ class OutputJudge(Judge):
         self._sequence = (going.cumsum(0) - 1)[self._sequence[stays]]
 
     def _predict(self, stages: Stages, hidden: Tensor) -> Tensor:
-        tails = self.tails = stages.tail(hidden)
+        tails = self.tails = stages.after(hidden)
         model = stages.model
         head = model.head(stages.sigma)
         rows = tails[stages.masked]
@@ -95,7 +95,7 @@ class ArgmaxJudge(Judge):
         self._tokens, self._lasted = self._tokens[going], self._lasted[going]
 
     def _predict(self, stages: Stages, hidden: Tensor) -> Tensor:
-        tails = self.tails = stages.tail(hidden)
+        tails = self.tails = stages.after(hidden)
         model = stages.model
         rows = stages.masked.flatten().nonzero().squeeze(1)
         tokens = torch.full_like(stages.tokens, -1)

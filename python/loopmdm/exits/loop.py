@@ -19,12 +19,12 @@ def loop_to_threshold(
     max_loops: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ExitRule.run` of a rule that is a threshold of the op; max_loops is as in `Stages.loop`."""
-    hidden, free = stages.head(), min_loops - 1
+    hidden, free = stages.before(), min_loops - 1
     if free:
         hidden = stages.loop(hidden, free)
     most = None if max_loops is None else max_loops - free
     hidden, used = stages.loop(hidden, num_loops - free, exit_threshold=threshold, max_loops=most)
-    return stages.tail(hidden), used + free
+    return stages.after(hidden), used + free
 
 
 def loop_by_loop(
@@ -36,7 +36,7 @@ def loop_by_loop(
 ) -> tuple[Tensor, Tensor]:
     """`ExitRule.run` of any other rule: `judge_of` is its `judge`, which looks so many loops back."""
     loop = max(0, min_loops - lookback)
-    hidden = stages.head()
+    hidden = stages.before()
     if loop:
         hidden = stages.loop(hidden, loop)
     batch = hidden.shape[0]
@@ -65,7 +65,7 @@ def loop_by_loop(
             state = new
             if judge.tails is not None:
                 state = torch.empty_like(new)
-                state[over] = stages.subset(over).tail(new[over])
+                state[over] = stages.subset(over).after(new[over])
             going = leave(over, state)
             hidden, new = hidden[going], new[going]
         if not active.numel():
@@ -74,4 +74,4 @@ def loop_by_loop(
         if loop >= min_loops and bool(stop.any()):
             new = new[leave(stop, new if judge.tails is None else judge.tails)]
         hidden = new
-    return (everyone.tail(out) if judge.tails is None else out), used
+    return (everyone.after(out) if judge.tails is None else out), used

@@ -22,9 +22,9 @@ LEAST_CHANGE = 1e-12  # of a change whose logarithm is taken
 
 
 class ExitCost(NamedTuple):
-    """What a rule computed of each sequence beside the loops and one tail, int64 [B]."""
+    """What a rule computed of each sequence beside the loops and the blocks after them, int64 [B]."""
 
-    tails: Tensor  # passes of the blocks behind the loop
+    tails: Tensor  # passes of the blocks after the loop
     projections: Tensor  # times that its masked positions went through the vocabulary head
 
 

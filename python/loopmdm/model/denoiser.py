@@ -1,6 +1,7 @@
 """LoopMDM: MDLM's diffusion transformer whose early-middle blocks are applied S times.
 
-The network is three calls of `looped_blocks` (head, loop, tail: see `stages`) and one op on the vocabulary.
+The network is three calls of `looped_blocks` (before, in and after the loop: see `stages`) and one op on
+the vocabulary.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class LoopMDM(Network):
                     f"exit must be an ExitRule such as HiddenChange(0.1), got {type(exit).__name__}"
                 )
             return exit.run(stages, loops, min_loops)
-        hidden = stages.tail(stages.loop(stages.head(), loops))
+        hidden = stages.after(stages.loop(stages.before(), loops))
         if num_loops is None and not torch.compiler.is_compiling():
             self._say_if_trained(hidden)
         return hidden

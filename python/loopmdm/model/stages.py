@@ -30,7 +30,7 @@ class Exit(ABC):
 
     @abstractmethod
     def run(self, stages: Stages, num_loops: int | Tensor, min_loops: int = 1) -> tuple[Tensor, Tensor]:
-        """Residual stream [B, L, D] behind the tail, and the loops used, int64 [B].
+        """Residual stream [B, L, D] after the last block, and the loops used, int64 [B].
 
         Args:
             num_loops: the most loops, of all or of each sequence [B].
@@ -39,9 +39,9 @@ class Exit(ABC):
 
 
 class Stages:
-    """The residual stream of `tokens` [B, L] from stage to stage: head, loop, tail. Made by `LoopMDM.stages`.
+    """The residual stream of `tokens` [B, L] in stages: before, loop, after. Made by `LoopMDM.stages`.
 
-    `tail(loop(head(), S))` is `LoopMDM.hidden` with S loops, bit for bit, and loop(loop(h, j), k) is
+    `after(loop(before(), S))` is `LoopMDM.hidden` with S loops, bit for bit, and loop(loop(h, j), k) is
     loop(h, j + k) but for dropout, whose masks begin anew with every call of `loop`.
     """
 
@@ -75,7 +75,7 @@ class Stages:
         """The positions that hold the mask token, bool [B, L]."""
         return self.tokens == self.model.config.mask_token_id
 
-    def head(self) -> Tensor:
+    def before(self) -> Tensor:
         """H(0) [B, L, D], float32 or wider: the embedding and the blocks before the loop."""
         out: Tensor = self._run(self.embedded(), 0, self.model.config.loop_start, 1)
         return out
@@ -107,7 +107,7 @@ class Stages:
         """H(k + num_loops) from H(k) [B, L, D]; with `exit_threshold`, (it, loops used int64 [B]).
 
         Args:
-            hidden: of `head` or of `loop`.
+            hidden: of `before` or of `loop`.
             num_loops: loops to add, at least 1: one number or one for each sequence, int64 [B].
             exit_threshold: a sequence stops after a loop that changes its hidden state by less, relative to
                 the new state (Frobenius norms over all positions).
@@ -116,7 +116,7 @@ class Stages:
         config = self.model.config
         return self._run(hidden, config.loop_start, config.loop_end, num_loops, exit_threshold, max_loops)
 
-    def tail(self, hidden: Tensor) -> Tensor:
+    def after(self, hidden: Tensor) -> Tensor:
         """The residual stream [B, L, D] that the vocabulary head reads: the blocks behind the loop."""
         config = self.model.config
         out: Tensor = self._run(hidden, config.loop_end, config.num_layers, 1)

@@ -132,9 +132,9 @@ class GraphNetwork(Network):
             )
             outputs.loops.copy_(used)
         elif alike:
-            hidden = stages.tail(stages.loop(stages.head(), most))
+            hidden = stages.after(stages.loop(stages.before(), most))
         else:
-            hidden = stages.tail(stages.loop(stages.head(), inputs.limits, max_loops=most))
+            hidden = stages.after(stages.loop(stages.before(), inputs.limits, max_loops=most))
         if self._stream is not None:
             self._hidden(model, layout).copy_(hidden)
         if not layout.rows:

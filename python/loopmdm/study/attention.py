@@ -107,7 +107,7 @@ def mask_to_mask(model: LoopMDM, noisy: Noisy, loops: Sequence[int]) -> Tensor:
     """
     stages = noisy.stages(model)
     masked = noisy.masked.to(model.device)
-    state, results = stages.head(), []
+    state, results = stages.before(), []
     for loop in range(1, max(loops) + 1):
         if loop in loops:
             x, layers = state, []

@@ -95,7 +95,7 @@ def compare(heavy: Denoiser, others: Sequence[Denoiser], noisy: Noisy, kl: str =
     for denoiser in (heavy, *others):
         stages = noisy.stages(denoiser.model)
         read.add(digest(stages.tokens))
-        passes.append(stages.tail(stages.loop(stages.head(), denoiser.num_loops)))
+        passes.append(stages.after(stages.loop(stages.before(), denoiser.num_loops)))
     if read != {digest(torch.where(noisy.masked, heavy.model.config.mask_token_id, noisy.clean))}:
         raise RuntimeError(f"the models read different tokens: {sorted(read)}")
     sums = torch.zeros(len(others), len(MEASURES), len(noisy.t), dtype=torch.float64)

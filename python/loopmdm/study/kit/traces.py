@@ -96,7 +96,7 @@ def loop_states(stages: Stages, max_loops: int) -> Iterator[LoopStates]:
     def summed(rows: Tensor) -> Tensor:
         return torch.zeros_like(masked).index_add(0, sequence, rows.double())
 
-    hidden = stages.head()
+    hidden = stages.before()
     before = _log_probs(stages, hidden)
     for _ in range(max_loops):
         new = stages.loop(hidden)
@@ -112,7 +112,7 @@ def _log_probs(stages: Stages, hidden: Tensor) -> Tensor:
     """log p at the masked positions of all sequences, [R, V] float32."""
     model = stages.model
     logits = vocabulary.head_logits(
-        stages.tail(hidden), model.head(stages.sigma), compute_dtype=model.compute_dtype
+        stages.after(hidden), model.head(stages.sigma), compute_dtype=model.compute_dtype
     )
     rows = logits[stages.masked].float()
     rows[:, model.config.mask_token_id] = vocabulary.NEVER

@@ -88,14 +88,14 @@ def default_loops(most: int) -> list[int]:
 def over_loops(model: LoopMDM, noisy: Noisy, loops: Iterable[int]) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over the masked tokens [len(loops), B], and r_k [K, B], float64.
 
-    K is the largest of `loops`; one forward pass of K loops, and the tail for each of `loops`.
+    K is the largest of `loops`; one forward pass of K loops, and the blocks after them for each of `loops`.
     """
     wanted = sorted(loops)
     stages = noisy.stages(model)
     rows = noisy.masked.flatten().nonzero().squeeze(1).to(model.device)
     ones = torch.ones(len(rows), device=model.device, dtype=torch.float32)
     size, length = noisy.clean.shape
-    state = stages.head()
+    state = stages.before()
     sums, changes = [], []
     for loop in range(1, wanted[-1] + 1):
         previous, state = state, stages.loop(state, 1)
@@ -103,7 +103,7 @@ def over_loops(model: LoopMDM, noisy: Noisy, loops: Iterable[int]) -> tuple[Tens
         changes.append(norms[0] / norms[1])
         if loop in wanted:
             _, nll = vocabulary.masked_cross_entropy(
-                stages.tail(state),
+                stages.after(state),
                 model.head(stages.sigma),
                 noisy.clean.to(model.device),
                 rows,

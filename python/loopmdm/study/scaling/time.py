@@ -40,7 +40,7 @@ def rows_of_time(
     Every round has all loop counts; other work on the machine only ever adds time.
     """
     stages = model.stages(tokens)
-    state = stages.head()
+    state = stages.before()
     calls: list[Callable[[], object]] = [partial(model, tokens, num_loops=s) for s in loops]
     calls.append(partial(stages.loop, state, 1))
 

@@ -1,6 +1,6 @@
 """What single tokens become while the loop runs: prediction and -log p(truth) after k = 1..K loops.
 
-LoopMDM, Fig. 8. The masked positions of one sequence are decoded from tail(H(k)) for every k of one forward
+LoopMDM, Fig. 8. The masked positions of one sequence are decoded from after(H(k)) for every k of one forward
 pass; the states are those of separate runs with k loops, bit for bit, which the study checks. Shown are the
 positions whose -log p(truth) changes most over the loops, in either direction, or those of --positions. The
 shares over all sequences say how typical they are: tokens that become right, become wrong, or stay.
@@ -84,11 +84,11 @@ def positions(text: str) -> list[int]:
 def trajectories(model: LoopMDM, noisy: Noisy, most: int) -> list[tuple[Tensor, Tensor]]:
     """For each sequence, predictions and -log p(truth) [K, R] of its masked positions after 1..K loops."""
     stages = noisy.stages(model)
-    state = stages.head()
+    state = stages.before()
     steps = []
     for _ in range(most):
         state = stages.loop(state, 1)
-        steps.append(_decoded(model, stages.tail(state), noisy))
+        steps.append(_decoded(model, stages.after(state), noisy))
     return [
         (torch.stack([tokens for tokens, _ in one]), torch.stack([nll for _, nll in one]))
         for one in zip(*steps, strict=True)
