@@ -15,6 +15,7 @@ import loopmdm_kernels as lk
 from loopmdm.cli import demo, doctor
 from loopmdm.runs import models
 from loopmdm_kernels import _C
+from loopmdm_kernels.calls import HeadCall
 from loopmdm_kernels.reference.head_logits import row_logits, subs_log_probs
 
 from .conftest import Call
@@ -164,5 +165,5 @@ def test_the_timed_reference_draws_from_the_same_law() -> None:
     torch.manual_seed(0)
     for tokens in (demo._plain_draw(copies[0], head), lk.sample_rows(copies, head, rows, names).token):
         shares = tokens.bincount(minlength=6) / 20_000
-        expected = subs_log_probs(row_logits(copies[:, :1], head, rows[:1]), 5)
+        expected = subs_log_probs(row_logits(HeadCall(copies[:, :1], head, None), rows[:1]), 5)
         torch.testing.assert_close(shares, expected[0].exp(), atol=0.02, rtol=0)
