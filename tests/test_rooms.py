@@ -17,7 +17,7 @@ LEVELS = {
 # Rooms of the model, and of its studies: folders, and modules that stand alone.
 MODULE_LEVELS = {
     "loopmdm": [
-        ["_sudoku", "lazy", "printable"],
+        ["_sudoku", "lazy", "moved", "printable"],
         ["formats", "terminal"],
         ["data", "model"],
         ["exits"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loopmdm import moved
 from loopmdm.lazy import lazily
 from loopmdm.model.readers import READERS
 
@@ -38,6 +39,7 @@ def _from_mdlm(*args: Any, **options: Any) -> Any:
 
 
 READERS["mdlm"] = _from_mdlm
+moved.answer()
 
 
 def __dir__() -> list[str]:

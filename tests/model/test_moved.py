@@ -1,0 +1,26 @@
+"""Old names of modules give the modules themselves, not copies."""
+
+from importlib import import_module
+
+import pytest
+
+import loopmdm
+from loopmdm.moved import MOVED
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_an_old_name_is_the_module_that_stands_elsewhere_now(name):
+    now = import_module(MOVED[name])
+    assert import_module(name) is now
+    assert now.__spec__ is not None and now.__spec__.name == MOVED[name]
+
+
+def test_names_that_never_were_are_not_found():
+    from loopmdm import pickles
+
+    assert pickles.__name__ == "loopmdm.formats.pickles"
+    assert loopmdm.pickles is pickles
+    with pytest.raises(ModuleNotFoundError, match=r"loopmdm\.pickle_files"):
+        import_module("loopmdm.pickle_files")
+    with pytest.raises(ImportError, match="cannot import name 'pickle_files'"):
+        from loopmdm import pickle_files  # noqa: F401
