@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
 from loopmdm.printable import printable_lines
@@ -102,6 +103,12 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """A line about the way to the result."""
     say(printable_lines(text))
+
+
+def note_waiting(path: Path) -> None:
+    """Say so where reading a path waits for another process."""
+    if path.is_fifo():
+        note(f"{path} is a pipe: waiting for what is written to it")
 
 
 def console() -> Console:

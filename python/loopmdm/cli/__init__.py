@@ -7,6 +7,7 @@ output is gone (as SIGPIPE ends other tools; files are written all the same).
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import traceback
 import warnings
@@ -31,6 +32,8 @@ COMMANDS = {
     "convert": "turn a reference (MDLM) checkpoint into config.json and model.safetensors",
     "doctor": "say what works on this machine, and why the rest does not",
 }
+# In the errors of numpy and of torch, on a CPU and on a GPU.
+_ALLOCATION = re.compile(r"[Aa]llocate (\d[\d.]* \w+)")
 _BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
 
@@ -126,6 +129,10 @@ class _Version(argparse.Action):
 def _describe(error: Exception) -> str:
     """The message of an error; with its type where the message alone may say little."""
     text = str(error).strip()
+    wanted = _ALLOCATION.search(text)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and wanted):
+        asked = f": {wanted[1]} were asked for at once" if wanted else ""
+        return f"not enough memory{asked}; a smaller batch, length or model takes less"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     expected = isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and text

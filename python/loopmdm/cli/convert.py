@@ -13,7 +13,8 @@ from typing import Any
 from loopmdm.cli.output import print_json, show
 from loopmdm.cli.parser import add_json
 from loopmdm.mdlm import convert_checkpoint
-from loopmdm.runs.options import count, loop_range, positive_int
+from loopmdm.model.loop_law import loop_count
+from loopmdm.runs.options import count, loop_range, positive_int, usage_errors
 from loopmdm.runs.run_file import RUN_FILE
 from loopmdm.train.loop import FILES
 from loopmdm_kernels.files import refuse_files
@@ -48,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.max_loops is not None:
+        with usage_errors():
+            loop_count("--max-loops", args.max_loops)
     options: dict[str, Any] = {} if args.max_length is None else {"max_length": args.max_length}
     refuse_files(args.target, (*FILES, RUN_FILE), "the converted checkpoint")
     config = convert_checkpoint(

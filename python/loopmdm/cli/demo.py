@@ -27,7 +27,7 @@ from loopmdm.data.sudoku.boards import Cells
 from loopmdm.model import LoopMDM
 from loopmdm.runs.boards import ORDERS, SHARE_COLUMNS, greedy, held_out_puzzles, share_row, solve_all
 from loopmdm.runs.models import SHIPPED, default_loops, load_model
-from loopmdm.runs.options import positive_int
+from loopmdm.runs.options import thread_count
 from loopmdm.runs.recipes import SUDOKU_RECIPES
 from loopmdm.sampling import StepEvent
 from loopmdm.sampling.sampler import sample_with
@@ -48,7 +48,7 @@ _REPEATS = 7
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "all figures")
-    parser.add_argument("--threads", type=positive_int, help="processor threads (default: those of torch)")
+    parser.add_argument("--threads", type=thread_count, help="processor threads (default: those of torch)")
 
 
 def run(args: argparse.Namespace) -> int:

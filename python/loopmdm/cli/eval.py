@@ -45,6 +45,13 @@ EPILOG = """examples:
   loopmdm eval run --samples 64 --scorer scorer --steps 64 --loops 1,4
   loopmdm eval sudoku9 --num 200 --json
 """
+# Options about the other kind of model, with their defaults.
+_OF_SUDOKU = {"num": 100, "order": "both"}
+_OF_TEXT = dict.fromkeys(("part", "length", "tokenizer")) | {
+    "windows": 64,
+    "text_field": "text",
+    "errors": "strict",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +91,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--data: {args.model} solves {spec} Sudoku; give --puzzles FILE")
     if spec is None and args.puzzles is not None:
         raise UsageError(f"--puzzles: {args.model} is a model of text; give --data PATH")
+    for name, default in (_OF_TEXT if spec is not None else _OF_SUDOKU).items():
+        if getattr(args, name) != default:
+            kind = "a model of text" if spec is None else f"one of {spec} Sudoku"
+            raise UsageError(f"--{name.replace('_', '-')}: {args.model} is {kind}, to which it means nothing")
     eval_samples.check(args, text=spec is None)
     if args.samples is not None:
         return _samples(args, model, loops)

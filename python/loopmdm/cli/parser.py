@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loopmdm.printable import printable_lines
-from loopmdm.runs.options import Sources, UsageError, positive_int
+from loopmdm.runs.options import Sources, UsageError, thread_count
 
 if TYPE_CHECKING:
     import torch
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 _CELLS = re.compile(r"-[-.0-9_*xX\s|+]{15,}")
+_MAY_BE_EMPTY = ("prompt", "infill")  # text
 # In a wheel the documents that help names lie in the package, in a checkout beside its sources.
 _PACKAGE = Path(__file__).resolve().parents[1]
 DOCS = _PACKAGE / "docs" if (_PACKAGE / "docs").is_dir() else _PACKAGE.parents[1] / "docs"
@@ -50,6 +51,12 @@ class Parser(argparse.ArgumentParser):
     def _parse_optional(self, arg_string: str) -> Any:
         # A Sudoku board may begin with a dash for a blank; no option looks like that.
         return None if _CELLS.fullmatch(arg_string) else super()._parse_optional(arg_string)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # An empty path would be the working directory: what is left of "$UNSET" in a script.
+        if not arg_string and action.dest not in _MAY_BE_EMPTY and action.nargs != argparse.PARSER:
+            raise argparse.ArgumentError(action, "got '', expected something")
+        return super()._get_value(action, arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -86,7 +93,7 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     """Where to compute, and on how many threads."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
-    group.add_argument("--threads", type=positive_int, help="processor threads (default: those of torch)")
+    group.add_argument("--threads", type=thread_count, help="processor threads (default: those of torch)")
 
 
 def set_up(args: argparse.Namespace) -> torch.device:

@@ -122,6 +122,8 @@ def described_run(args: argparse.Namespace) -> RunFile:
     evaluation = {} if args.eval_size is None else {"size": args.eval_size}
     if args.out.exists() and not args.out.is_dir():
         raise NotADirectoryError(f"--out: {args.out} is a file, expected a folder")
+    if args.cache is not None and args.cache.exists() and not args.cache.is_dir():
+        raise NotADirectoryError(f"--cache: {args.cache} is a file, expected a folder")
     stored = RunFile.read(args.out) if args.resume else None
     if stored is not None:
         for name, value in (given_data | given_model).items():

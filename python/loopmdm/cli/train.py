@@ -8,6 +8,7 @@ to resume from, metrics.jsonl and loss.png. Ctrl-C stops after the present step 
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
         if trained.signal is not None:
             note(
                 f"stopped after step {trained.steps} of {trained.job.config.steps}; checkpoint written;"
-                f" continue with: loopmdm train --resume --out {args.out}"
+                f" continue with: loopmdm train --resume --out {shlex.quote(str(args.out))}"
             )
             return trained.status
         _report(args, trained.job)
@@ -197,14 +198,17 @@ def _report(args: argparse.Namespace, job: Job) -> None:
             f"{job.config.steps} steps, {last['tokens']:,} tokens in {last['seconds']:.0f} s:"
             f" loss {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at the end\n"
         )
+    if not evaluation:
+        note("nothing was held out (--validation 0), so nothing is measured")
     if "held_out" in evaluation:
         print("held-out text, averaged weights:")
         print_table(likelihood.COLUMNS, likelihood.rows(evaluation["held_out"]))
     if "solved" in evaluation:
         print("held-out puzzles, averaged weights:")
         print_table(SHARE_COLUMNS, [share_row(one) for one in evaluation["solved"]])
+    out = shlex.quote(str(args.out))
     if job.run.autoregressive:
-        use = f"loopmdm eval RUN --samples 64 --scorer {args.out}"
+        use = f"loopmdm eval RUN --samples 64 --scorer {out}"
     else:
-        use = f"loopmdm sample {args.out}" if job.run.data else f"loopmdm solve FILE --model {args.out}"
+        use = f"loopmdm sample {out}" if job.run.data else f"loopmdm solve FILE --model {out}"
     show(f"\nThe model is in {args.out}; try: {use}")

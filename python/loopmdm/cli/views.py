@@ -17,6 +17,7 @@ from loopmdm.runs.options import UsageError, count, number, positive_int
 from loopmdm.sampling import Decoding, SampleResult
 from loopmdm.terminal import note
 from loopmdm.view import Symbols, Watch, page, write_page
+from loopmdm.view.page import is_page
 from loopmdm.view.painters import Painter
 from loopmdm.view.predictions import predict_loops
 
@@ -55,12 +56,12 @@ def add_views(parser: argparse.ArgumentParser, *, sequences: str, html_loops: in
     group.add_argument(
         "--html-loops",
         type=count,
-        default=html_loops,
         metavar="K",
         help="for K steps spread over the run, the page also holds what the model predicts after 1, 2 .. S"
-        f" loops; this runs the network K S times more for each of the {sequences} (default: %(default)s; 0:"
-        " not at all)",
+        f" loops; this runs the network K S times more for each of the {sequences} (default: {html_loops};"
+        " 0: not at all)",
     )
+    parser.set_defaults(html_loops_default=html_loops)
 
 
 class Views:
@@ -71,8 +72,14 @@ class Views:
             for name, default in (("watch_samples", None), ("watch_delay", 0.0)):
                 if getattr(args, name) != default:
                     raise UsageError(f"--{name.replace('_', '-')}: it belongs to --watch")
+        if args.html is None and args.html_loops is not None:
+            raise UsageError("--html-loops: it belongs to --html")
         if args.html is not None:
             writable("--html", args.html)
+            if args.html.is_file() and args.html.stat().st_size and not is_page(args.html):
+                raise UsageError(
+                    f"--html: {args.html} is a file that this option did not write; choose another name"
+                )
         self._args = args
         self.status = 0  # of the command, whose results are printed even if the page cannot be written
 
@@ -120,7 +127,7 @@ class Views:
                 result.history,
                 result.plan,
                 result.num_steps,
-                most_states=args.html_loops,
+                most_states=args.html_loops_default if args.html_loops is None else args.html_loops,
                 dtype=decoding.dtype,
             )
             facts = facts | {

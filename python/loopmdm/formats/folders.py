@@ -16,7 +16,7 @@ WEIGHTS_FILE = "model.safetensors"
 def locate(path_or_hub_id: str | os.PathLike[str], name: str, revision: str | None = None) -> Path:
     """The local path of file `name` of a checkpoint folder, downloaded from the hub if it is not local."""
     folder = Path(path_or_hub_id)
-    if folder.is_dir():
+    if folder.is_dir() and os.fspath(path_or_hub_id):  # "" is no folder, though Path("") is the present one
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {name}; a checkpoint folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"

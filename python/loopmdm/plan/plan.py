@@ -223,7 +223,11 @@ class ComputePlan:
             ValueError: it holds no plan, or one that needs other models.
         """
         try:
-            return cls.from_json(Path(path).read_text(), models)
+            return cls.from_json(Path(path).read_text(encoding="utf-8"), models)
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{os.fspath(path)}: not a plan written by ComputePlan.to_json: no text"
+            ) from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 

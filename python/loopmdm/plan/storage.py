@@ -35,7 +35,8 @@ def from_json(text: str, models: Mapping[str, Any]) -> tuple[tuple[Segment, ...]
         reading = document["reading"]
         segments = tuple(_segment_of(row, models) for row in document["segments"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a plan written by ComputePlan.to_json: {error!r}") from error
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"not a plan written by ComputePlan.to_json: {why}") from error
     if reading not in READINGS:
         raise ValueError(f"a plan is read by {' or '.join(READINGS)}, got {reading!r}")
     endless = [segment.steps is None for segment in segments]

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.sampling import Decoding, SampleResult
 from loopmdm.solve import SolveResult, solve_with
+from loopmdm.terminal import note, note_waiting
 
 ORDERS = ("left_to_right", "confidence")
 HELD_OUT_SEED = 20_000
@@ -110,10 +112,13 @@ def given_puzzles(source: str, spec: SudokuSpec | None = None) -> PuzzleFile:
     # os.path.exists: a board may be longer than a name can be
     if looks_like_board(source) and not os.path.exists(source):
         return parse_puzzles(source.splitlines(), "the board given", spec)
+    note_waiting(Path(source))
     return read_puzzles(source, spec)
 
 
 def _standard_input() -> Iterable[str]:
+    if sys.stdin.isatty():
+        note("type or paste puzzles, then Ctrl-D on a line of its own")
     data = getattr(sys.stdin, "buffer", None)  # a replacement of standard input may have text alone
     if data is None:
         return sys.stdin

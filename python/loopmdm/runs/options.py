@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+MOST_THREADS = max(1024, os.cpu_count() or 1)  # OpenMP ends the process where it cannot start them
+_MOST = 2**63 - 1  # of what tensors and files count
 
 
 class UsageError(Exception):
@@ -49,6 +53,11 @@ def count(text: str) -> int:
     return _int(text, 0)
 
 
+def thread_count(text: str) -> int:
+    """A number of processor threads."""
+    return _int(text, 1, most=MOST_THREADS)
+
+
 def positive_float(text: str) -> float:
     """An option's value above 0."""
     value = number(text)
@@ -86,11 +95,14 @@ def loop_range(text: str) -> tuple[int, int]:
         ) from None
 
 
-def _int(text: str, least: int, expected: str | None = None) -> int:
+def _int(text: str, least: int, expected: str | None = None, most: int = _MOST) -> int:
     try:
         value = int(text)
     except ValueError:
         value = least - 1
+    if value > most:
+        limit = "below 2^63" if most == _MOST else f"at most {most}"
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer {limit}")
     if value < least:
         raise argparse.ArgumentTypeError(
             f"got {text!r}, expected {expected or f'an integer of at least {least}'}"

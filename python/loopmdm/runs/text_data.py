@@ -18,8 +18,8 @@ from loopmdm.data.text import STDLIB, documents_in, found_files, split_documents
 from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
 from loopmdm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from loopmdm.printable import printable_lines
-from loopmdm.runs.options import UsageError
-from loopmdm.terminal import note
+from loopmdm.runs.options import UsageError, usage_errors
+from loopmdm.terminal import note, note_waiting
 
 __all__ = [
     "TOKENIZER_FILE",
@@ -77,8 +77,7 @@ def read_corpus(
     """
     found = found_files(data)
     for file in found.files:
-        if file.path.is_fifo():
-            note(printable_lines(f"{file.path} is a pipe: waiting for what is written to it"))
+        note_waiting(file.path)
     documents = list(documents_in(found, text_field, "replace" if errors == "replace" else "strict"))
     if not quiet:
         for line in (f"read: {found.read()}", *found.remarks()):
@@ -93,7 +92,11 @@ def make_tokenizer(choice: str, documents: list[str]) -> Tokenizer:
         return load_tokenizer(choice)
     if not size.isdecimal():
         raise UsageError(f"--tokenizer: got {choice!r}, expected bpe:VOCAB, such as bpe:4096")
-    return BPETokenizer.train(documents, int(size))
+    with usage_errors():
+        tokenizer = BPETokenizer.train(documents, int(size))
+    if tokenizer.vocab_size < int(size):
+        note(f"note: the text has pairs for a vocabulary of {tokenizer.vocab_size:,} only, not {int(size):,}")
+    return tokenizer
 
 
 def pack(

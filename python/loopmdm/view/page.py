@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -80,6 +81,13 @@ def page(
     # In one pass, so that what is filled in is never searched for placeholders.
     frame = folder.joinpath("page.html").read_text(encoding="utf-8")
     return _PLACEHOLDER.sub(lambda match: parts[match[1]], frame)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file begins as those of `page` do."""
+    head = files("loopmdm.view").joinpath("page.html").read_bytes().partition(b"@")[0]
+    with path.open("rb") as file:
+        return file.read(len(head)) == head
 
 
 def write_page(path: str | os.PathLike[str], text: str) -> None:

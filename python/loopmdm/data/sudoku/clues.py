@@ -49,6 +49,6 @@ def parse_clues(text: str, spec: SudokuSpec) -> Clues:
     if low.isdecimal() and high.isdecimal() and spec.min_clues <= int(low) <= int(high) <= spec.cells:
         return int(low), int(high)
     raise ValueError(
-        f"--clues: got {text!r}, expected minimal, none or LO:HI with"
+        f"--clues: got {text!r}, expected minimal, full or LO:HI with"
         f" {spec.min_clues} <= LO <= HI <= {spec.cells}"
     )

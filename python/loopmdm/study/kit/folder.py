@@ -72,6 +72,8 @@ class StudyFolder:
         self._items: dict[str, Any] = {}
         self._file = self.path / ITEMS_FILE
         header = {"study": study, "settings": _json(settings), "provenance": _json(provenance or {})}
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"--out: {self.path} is a file, expected a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         with self._lock():
             if not self._read(header):

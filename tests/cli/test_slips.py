@@ -1,0 +1,150 @@
+"""What a newcomer gets wrong: each slip has an answer that says what to do, and no file is lost for it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loopmdm.cli.parser import FAILED, USAGE
+from tests.cli.conftest import TINY, Call
+
+BOARD = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+SAMPLE = ["--num", "1", "--length", "8"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--data", "", "--out", "run"],
+        ["train", "--data", "a.txt", "", "--out", "run"],
+        ["train", "--data", "a.txt", "--out", ""],
+        ["convert", "run", ""],
+        ["solve", ""],
+        ["sample", ""],
+        ["sample", "run", "--html", ""],
+        ["study", "attention", "run", "--out", ""],
+    ],
+)
+def test_an_empty_name_is_not_the_present_folder(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = call(*words)
+    assert done.status == USAGE and "got ''" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_prompt_is_a_prompt(call: Call, text_run: Path) -> None:
+    assert call("sample", text_run, *SAMPLE, "--prompt", "").status == 0
+
+
+@pytest.mark.parametrize("option", ["--num", "--seed", "--top-k", "--steps"])
+def test_a_number_that_no_tensor_counts(call: Call, option: str) -> None:
+    done = call("sample", "run", option, str(2**63))
+    assert (
+        done.status == USAGE
+        and f"argument {option}: got '{2**63}', expected an integer below 2^63" in done.err
+    )
+
+
+@pytest.mark.parametrize("command", [["demo"], ["sample", "run"], ["solve", BOARD]])
+def test_more_threads_than_can_be_started(call: Call, command: list[str]) -> None:
+    done = call(*command, "--threads", "1000000")
+    assert done.status == USAGE and "--threads: got '1000000', expected an integer at most" in done.err
+
+
+def test_memory_that_is_not_there(call: Call, corpus: Path, tmp_path: Path) -> None:
+    words = ["train", "--data", corpus, "--out", tmp_path / "run", *TINY, "--hidden", str(2**32)]
+    done = call(*words)
+    assert done.status == FAILED and "error: not enough memory: " in done.err and "alloc_cpu" not in done.err
+
+
+def test_an_html_page_replaces_pages_only(call: Call, text_run: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "puzzles.txt"
+    mine.write_text(BOARD)
+    done = call("sample", text_run, *SAMPLE, "--html", mine)
+    assert done.status == USAGE and "choose another name" in done.err
+    assert mine.read_text() == BOARD
+    for page in (tmp_path / "page.html", tmp_path / "empty.html"):
+        page.touch()
+        for seed in ("0", "1"):
+            done = call("sample", text_run, *SAMPLE, "--html", page, "--html-loops", "0", "--seed", seed)
+            assert done.status == 0 and "Samples of" in page.read_text()
+
+
+def test_options_that_belong_to_another(call: Call, text_run: Path, sudoku_run: Path) -> None:
+    for words, option in (
+        (("sample", text_run, *SAMPLE, "--html-loops", "3"), "--html-loops: it belongs to --html"),
+        (("eval", text_run, "--num", "3"), "--num: "),
+        (("eval", text_run, "--order", "confidence"), "--order: "),
+        (("eval", sudoku_run, "--windows", "3"), "--windows: "),
+        (("eval", sudoku_run, "--part", "all"), "--part: "),
+    ):
+        done = call(*words)
+        assert done.status == USAGE and option in done.err, words
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\x89PNG\r\n\x1a\n\xff", "no text"),
+        (b"", "no JSON"),
+        (b'{"segments": []}', "it has no 'reading'"),
+        (b"[1]", "list indices"),
+    ],
+)
+def test_a_file_that_is_no_plan(call: Call, text_run: Path, tmp_path: Path, content: bytes, why: str) -> None:
+    plan = tmp_path / "plan"
+    plan.write_bytes(content)
+    done = call("sample", text_run, *SAMPLE, "--plan", plan)
+    assert done.status == USAGE and f"{plan}: not a plan written by ComputePlan.to_json: {why}" in done.err
+    assert "Error(" not in done.err and "codec" not in done.err
+
+
+def test_a_command_to_copy_is_quoted(call: Call, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my run"
+    words = ["train", "--data", corpus, "--out", out, *TINY, "--steps", "1"]
+    assert f"loopmdm sample '{out}'\n" in call(*words).out
+
+
+def test_training_says_what_it_does_not_do(call: Call, corpus: Path, tmp_path: Path) -> None:
+    words = ["train", "--data", corpus, *TINY, "--steps", "1"]
+    done = call(*words, "--out", tmp_path / "a", "--validation", "0")
+    assert done.status == 0 and "nothing was held out" in done.err
+    done = call(*words, "--out", tmp_path / "b", "--tokenizer", "bpe:99999")
+    assert done.status == 0 and "pairs for a vocabulary of " in done.err and "not 99,999" in done.err
+    done = call(*words, "--out", tmp_path / "c", "--tokenizer", "bpe:10")
+    assert done.status == USAGE and "vocab_size is 10" in done.err
+
+
+def test_a_folder_that_is_a_file(call: Call, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    done = call("train", "--data", corpus, "--out", tmp_path / "run", "--cache", tmp_path / "cache")
+    assert done.status == FAILED and f"--cache: {tmp_path / 'cache'} is a file" in done.err
+    assert not (tmp_path / "run").exists()
+    done = call("study", "attention", "run", "--out", tmp_path / "cache")
+    assert done.status == FAILED and f"--out: {tmp_path / 'cache'} is a file" in done.err
+
+
+def test_more_loops_than_any_model_has(call: Call, text_run: Path, tmp_path: Path) -> None:
+    done = call("convert", text_run, tmp_path / "out", "--max-loops", "999999")
+    assert done.status == USAGE and "--max-loops must be in 1..1024" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_puzzles_from_a_pipe(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shipped: Callable[[str], Path]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(BOARD,))
+    writer.start()
+    try:
+        done = call("solve", pipe, "--model", shipped("sudoku9"), "--loops", "1", "--order", "confidence")
+    finally:
+        writer.join()
+    assert done.status == 0 and f"{pipe} is a pipe: waiting" in done.err and "1 puzzles of 9x9" in done.out
