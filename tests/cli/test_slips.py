@@ -117,8 +117,6 @@ def test_training_says_what_it_does_not_do(call: Call, corpus: Path, tmp_path: P
     assert done.status == 0 and "nothing was held out" in done.err
     done = call(*words, "--out", tmp_path / "b", "--tokenizer", "bpe:99999")
     assert done.status == 0 and "pairs for a vocabulary of " in done.err and "not 99,999" in done.err
-    done = call(*words, "--out", tmp_path / "c", "--tokenizer", "bpe:10")
-    assert done.status == USAGE and "vocab_size is 10" in done.err
 
 
 def test_a_folder_that_is_a_file(call: Call, corpus: Path, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_options_reach_the_configuration(call: Call, tmp_path: Path, corpus: Pat
             2,
             "--preset sudoku6 makes its own data and does not take --data",
         ),
-        (["--preset", "sudoku6", "--clues", "7:4"], 2, "--clues: got '7:4', expected minimal, none or LO:HI"),
+        (["--preset", "sudoku6", "--clues", "7:4"], 2, "--clues: got '7:4', expected minimal, full or LO:HI"),
         (["--preset", "sudoku6", "--clues", "all"], 2, "with 8 <= LO <= HI <= 36"),
         (["--data", "CORPUS", "--clues", "none"], 2, "--preset text is about text; leave out --clues"),
         (["--data", "nothere"], 1, "nothere' does not exist; accepted: a file, a folder or 'stdlib'"),

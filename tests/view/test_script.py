@@ -96,7 +96,11 @@ def test_the_marks_are_explained() -> None:
 def test_styles_for_paper_phones_and_the_dark() -> None:
     style = (FOLDER / "page.css").read_text(encoding="utf-8")
     assert "@media print" in style and "print-color-adjust: exact" in style.partition("@media print")[2]
-    assert "#play, #step, #loops" in style.partition("@media print")[2]
+    printed = style.partition("@media print")[2]
+    assert "#play, #step, #loops" in printed
+    # Which sequence it is and what its colours mean are printed, and the frame has the colour of its legend.
+    assert "#sample" not in printed and "#color" not in printed and "appearance: none" in printed
+    assert ".chosen" not in printed
     assert "@media (max-width: 30rem)" in style
     light, dark = re.findall(r"--accent: (#[0-9a-f]{6})", style)
     assert "accent-color: var(--accent)" in style

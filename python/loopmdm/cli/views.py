@@ -72,7 +72,7 @@ class Views:
             for name, default in (("watch_samples", None), ("watch_delay", 0.0)):
                 if getattr(args, name) != default:
                     raise UsageError(f"--{name.replace('_', '-')}: it belongs to --watch")
-        if args.html is None and args.html_loops is not None:
+        if args.html is None and args.html_loops:
             raise UsageError("--html-loops: it belongs to --html")
         if args.html is not None:
             writable("--html", args.html)

@@ -18,7 +18,7 @@ from loopmdm.data.text import STDLIB, documents_in, found_files, split_documents
 from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
 from loopmdm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from loopmdm.printable import printable_lines
-from loopmdm.runs.options import UsageError, usage_errors
+from loopmdm.runs.options import UsageError
 from loopmdm.terminal import note, note_waiting
 
 __all__ = [
@@ -92,8 +92,7 @@ def make_tokenizer(choice: str, documents: list[str]) -> Tokenizer:
         return load_tokenizer(choice)
     if not size.isdecimal():
         raise UsageError(f"--tokenizer: got {choice!r}, expected bpe:VOCAB, such as bpe:4096")
-    with usage_errors():
-        tokenizer = BPETokenizer.train(documents, int(size))
+    tokenizer = BPETokenizer.train(documents, int(size))
     if tokenizer.vocab_size < int(size):
         note(f"note: the text has pairs for a vocabulary of {tokenizer.vocab_size:,} only, not {int(size):,}")
     return tokenizer
