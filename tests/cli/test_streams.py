@@ -202,6 +202,22 @@ def test_files_are_written_although_nobody_reads_the_results(
     assert (tmp_path / "page.html").read_text().rstrip().endswith("</html>")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["sample", "--help"]])
+def test_help_that_nobody_gets_is_no_success(words: list[str], unbuffered: str) -> None:
+    command = [sys.executable, "-m", "loopmdm", *words]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "error: cannot write to standard output: No space left on device" in done.stderr
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, env=environment, text=True)
+    assert done.returncode == 141 and not done.stderr
+
+
 def test_sources_use_the_tolerant_streams() -> None:
     """No other source writes to standard error itself, where a reader that leaves would end the work."""
     folder = Path(terminal.__file__).parent

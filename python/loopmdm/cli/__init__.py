@@ -7,6 +7,7 @@ output is gone (as SIGPIPE ends other tools; files are written all the same).
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import sys
 import traceback
@@ -34,6 +35,7 @@ COMMANDS = {
 }
 # In the errors of numpy and of torch, on a CPU and on a GPU.
 _ALLOCATION = re.compile(r"[Aa]llocate (\d[\d.]* \w+)")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
 
@@ -57,6 +59,8 @@ def _run_and_explain(program: str, arguments: list[str]) -> int:
     lost = terminal.finish(sys.stdout)
     if isinstance(failure or lost, BrokenPipeError):  # errors about files name them, and are of other types
         return _BROKEN_PIPE
+    if type(failure) is OSError and failure.errno in _FULL and failure.filename is None:
+        failure, lost = None, failure
     if failure is None and lost is not None:
         failure = OSError(f"cannot write to standard output: {lost.strerror}")
     if failure is None:

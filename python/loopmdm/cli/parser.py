@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from loopmdm import terminal
 from loopmdm.printable import printable_lines
 from loopmdm.runs.options import Sources, UsageError, thread_count
 
@@ -63,6 +65,11 @@ class Parser(argparse.ArgumentParser):
             accepted = list(map(str, action.choices))
             message = f"invalid choice: {value!r} (choose from {', '.join(accepted)})"
             raise argparse.ArgumentError(action, message + _meant(value, accepted))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help that cannot be written is an error like any other output: argparse would pass over it."""
+        if message:
+            (terminal.standard_error() if file in (None, sys.stderr) else file).write(message)
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: error: {printable_lines(message)} (see {self.prog} --help)\n")
