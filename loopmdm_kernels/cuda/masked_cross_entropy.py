@@ -62,7 +62,7 @@ def run(call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
 def _forward(call: CrossEntropyCall, _: Sequence[bool]) -> tuple[tuple[Tensor, Tensor], Kept]:
     operands = Operands(call, call.rows)
     records = call.hidden.new_empty(operands.chunks, operands.num_rows, 2)
-    target_logit, nll, top, log_total = call.hidden.new_empty(4, operands.num_rows).unbind()
+    target_logit, nll, largest, log_sum = call.hidden.new_empty(4, operands.num_rows).unbind()
     operands.reduce_logits(
         operands.with_logits(FORWARD),
         ForwardParameters,
@@ -71,14 +71,14 @@ def _forward(call: CrossEntropyCall, _: Sequence[bool]) -> tuple[tuple[Tensor, T
         records=records,
         target_logit=target_logit,
     )
-    combined = {"nll": nll, "top": top, "log_total": log_total}
+    combined = {"nll": nll, "largest": largest, "log_sum": log_sum}
     parameters = CombineParameters(
         **pointers({"records": records, "target_logit": target_logit, **combined}),
         num_rows=operands.num_rows,
         chunks=operands.chunks,
     )
     launch(COMBINE, parameters, operands.row_blocks, operands.device)
-    return ((nll * call.row_weights.float()).sum(), nll), Kept((nll, top, log_total))
+    return ((nll * call.row_weights.float()).sum(), nll), Kept((nll, largest, log_sum))
 
 
 def _backward(
@@ -86,25 +86,25 @@ def _backward(
 ) -> Sequence[Tensor | None]:
     nll, *_ = kept.tensors
     grad_total, grad_nll = grads
-    grad_rows = (grad_total * nll).to(call.row_weights.dtype) if wanted[5] else None
+    grad_row_weights = (grad_total * nll).to(call.row_weights.dtype) if wanted[5] else None
     found: list[Tensor | None] = [None] * 5
     if any(wanted[:5]):
         operands, head = Operands(call, call.rows), call.head
         upstream = grad_total * call.row_weights.float() + grad_nll
-        of_rows, of_weight, of_bias = _products(
+        grad_rows, grad_weight, grad_bias = _products(
             operands,
             call.targets.contiguous(),
             kept,
             upstream,
-            of_rows=wanted[0] or wanted[1] or wanted[4],
-            of_weight=wanted[2] or wanted[3],
+            want_rows=wanted[0] or wanted[1] or wanted[4],
+            want_weight=wanted[2] or wanted[3],
         )
-        if of_weight is not None and of_bias is not None:
-            found[2:4] = of_weight.to(head.weight.dtype), of_bias.to(head.bias.dtype)
-        if of_rows is not None and head.norm is not None:
-            found[0], of_norm, of_modulation = _rows_backward(operands, of_rows)
-            found[1], found[4] = of_norm.to(head.norm.dtype), of_modulation.to(head.modulation.dtype)
-    return *found, grad_rows
+        if grad_weight is not None and grad_bias is not None:
+            found[2:4] = grad_weight.to(head.weight.dtype), grad_bias.to(head.bias.dtype)
+        if grad_rows is not None and head.norm is not None:
+            found[0], grad_norm, grad_modulation = _rows_backward(operands, grad_rows)
+            found[1], found[4] = grad_norm.to(head.norm.dtype), grad_modulation.to(head.modulation.dtype)
+    return *found, grad_row_weights
 
 
 def _products(
@@ -113,23 +113,23 @@ def _products(
     kept: Kept,
     upstream: Tensor,
     *,
-    of_rows: bool,
-    of_weight: bool,
+    want_rows: bool,
+    want_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the modulated rows, of weight and of bias, in fp32."""
-    _, top, log_total = kept.tensors
-    assert top is not None and log_total is not None
+    _, largest, log_sum = kept.tensors
+    assert largest is not None and log_sum is not None
     num_rows, vocab_size, size = operands.num_rows, operands.vocab_size, operands.weight.shape[1]
     pitch = CHUNK * operands.chunks
     # Groups of one size, whole tiles.
     groups = max(1, ceil_div(num_rows, max(1, _GROUP_ELEMENTS // (_PAIR_ROWS * pitch)) * _PAIR_ROWS))
     group = ceil_div(max(num_rows, 1), groups * _PAIR_ROWS) * _PAIR_ROWS
     space = operands.weight.new_empty(min(group, num_rows), pitch)
-    of_each_row = top.new_empty(num_rows, size) if of_rows else None
+    grad_rows = largest.new_empty(num_rows, size) if want_rows else None
     # Without rows nothing is launched.
-    new = top.new_empty if num_rows else top.new_zeros
-    of_the_weight = new(vocab_size, size) if of_weight else None
-    bias_parts = new(4, ceil_div(vocab_size, _PAIR_ROWS) * _PAIR_ROWS) if of_weight else None
+    new = largest.new_empty if num_rows else largest.new_zeros
+    grad_weight = new(vocab_size, size) if want_weight else None
+    bias_parts = new(4, ceil_div(vocab_size, _PAIR_ROWS) * _PAIR_ROWS) if want_weight else None
     for first in range(0, num_rows, group):
         part = slice(first, min(first + group, num_rows))
         count = part.stop - first
@@ -139,20 +139,20 @@ def _products(
             part,
             targets=targets,
             rows=operands.rows[part],
-            top=top[part],
-            log_total=log_total[part],
+            largest=largest[part],
+            log_sum=log_sum[part],
             upstream=upstream[part],
             gradients=space,
             pitch=pitch,
         )
         gradients = space[:count]
-        if of_each_row is not None:
-            _product(OF_ROWS, gradients, vocab_size, operands.weight, of_each_row[part], vocab_size)
-        if of_the_weight is not None:
+        if grad_rows is not None:
+            _product(OF_ROWS, gradients, vocab_size, operands.weight, grad_rows[part], vocab_size)
+        if grad_weight is not None:
             rows = operands.normalised[part]
-            _product(OF_WEIGHT, gradients, vocab_size, rows, of_the_weight, count, bias_parts, first > 0)
-    of_bias = None if bias_parts is None else bias_parts[:, :vocab_size].sum(0)
-    return of_each_row, of_the_weight, of_bias
+            _product(OF_WEIGHT, gradients, vocab_size, rows, grad_weight, count, bias_parts, first > 0)
+    grad_bias = None if bias_parts is None else bias_parts[:, :vocab_size].sum(0)
+    return grad_rows, grad_weight, grad_bias
 
 
 def _product(

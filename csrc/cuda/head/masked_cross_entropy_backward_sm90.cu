@@ -8,8 +8,8 @@ struct MaskedCrossEntropyBackwardParameters {
   LogitsProblem problem;
   const int64_t* targets;  // [T]
   const int64_t* rows;     // [R]
-  const float* top;        // [R], as the next two
-  const float* log_total;
+  const float* largest;    // [R], as the next two
+  const float* log_sum;
   const float* upstream;  // gradient of -log p
   uint16_t* gradients;    // [R, pitch] bf16
   int64_t pitch;          // V, rounded up to whole chunks
@@ -18,7 +18,7 @@ struct MaskedCrossEntropyBackwardParameters {
 __device__ inline void store_gradients(const MaskedCrossEntropyBackwardParameters& p, const Logits& logits,
                                        const VocabularySeat& seat, int half) {
   const int row = seat.row_of(half), known = min(row, p.problem.num_rows - 1);
-  const float top = __ldg(p.top + known), log_total = __ldg(p.log_total + known);
+  const float largest = __ldg(p.largest + known), log_sum = __ldg(p.log_sum + known);
   const float upstream = __ldg(p.upstream + known);
   // Counted from the thread's first column, so that each sum's is a constant.
   const int target = static_cast<int>(__ldg(p.targets + __ldg(p.rows + known))) - seat.first - seat.column(0);
@@ -33,7 +33,7 @@ __device__ inline void store_gradients(const MaskedCrossEntropyBackwardParameter
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int index = 4 * (4 * part + group) + 2 * half + i;
-        const float probability = fast_exp2((logits[index] - top - log_total) * kLog2E);
+        const float probability = fast_exp2((logits[index] - largest - log_sum) * kLog2E);
         values[i] = (probability - (target == 8 * (4 * part + group) + i ? 1.0f : 0.0f)) * upstream;
       }
       words[group] = pack_bf16(values[0], values[1]);

@@ -8,8 +8,8 @@ struct MaskedCrossEntropyCombineParameters {
   const float2* records;      // [chunks, R]
   const float* target_logit;  // [R]
   float* nll;                 // [R]
-  float* top;                 // [R] the largest logit
-  float* log_total;           // [R] log of the sum relative to it
+  float* largest;             // [R] the largest logit
+  float* log_sum;             // [R] log of the sum relative to it
   int32_t num_rows, chunks;
 };
 
@@ -24,18 +24,18 @@ extern "C" __global__ void __launch_bounds__(loopmdm::kCrossEntropyCombineThread
   const int row = blockIdx.x * (kCrossEntropyCombineThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= p.num_rows) return;
-  float top = kLowestFloat, total = 0;
+  float largest = kLowestFloat, total = 0;
   for (int chunk = lane; chunk < p.chunks; chunk += 32) {
-    top = fmaxf(top, p.records[static_cast<int64_t>(chunk) * p.num_rows + row].x);
+    largest = fmaxf(largest, p.records[static_cast<int64_t>(chunk) * p.num_rows + row].x);
   }
-  top = warp_max(top);
+  largest = warp_max(largest);
   for (int chunk = lane; chunk < p.chunks; chunk += 32) {
     const float2 record = p.records[static_cast<int64_t>(chunk) * p.num_rows + row];
-    total += record.y * expf(record.x - top);
+    total += record.y * expf(record.x - largest);
   }
-  const float log_total = logf(warp_sum(total));
+  const float log_sum = logf(warp_sum(total));
   if (lane != 0) return;
-  p.nll[row] = log_total + (top - p.target_logit[row]);
-  p.top[row] = top;
-  p.log_total[row] = log_total;
+  p.nll[row] = log_sum + (largest - p.target_logit[row]);
+  p.largest[row] = largest;
+  p.log_sum[row] = log_sum;
 }

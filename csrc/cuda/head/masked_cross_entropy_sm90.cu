@@ -13,18 +13,18 @@ struct MaskedCrossEntropyParameters {
 };
 
 __device__ inline float2 reduce_chunk(const Logits& logits, int half) {
-  float top = kLowestFloat, sum = 0;
+  float largest = kLowestFloat, sum = 0;
 #pragma unroll
   for (int group = 0; group < kChunkTokens / 8; ++group) {
-    top = fmaxf(top, fmaxf(logits[4 * group + 2 * half], logits[4 * group + 2 * half + 1]));
+    largest = fmaxf(largest, fmaxf(logits[4 * group + 2 * half], logits[4 * group + 2 * half + 1]));
   }
-  top = quad_max(top);
+  largest = quad_max(largest);
 #pragma unroll
   for (int group = 0; group < kChunkTokens / 8; ++group) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) sum += fast_exp2((logits[4 * group + 2 * half + i] - top) * kLog2E);
+    for (int i = 0; i < 2; ++i) sum += fast_exp2((logits[4 * group + 2 * half + i] - largest) * kLog2E);
   }
-  return make_float2(top, quad_sum(sum));
+  return make_float2(largest, quad_sum(sum));
 }
 
 }  // namespace loopmdm
