@@ -119,6 +119,15 @@ def test_stdlib_is_python_source_without_tests() -> None:
     assert documents == list(read_documents(["stdlib"]))
 
 
+def test_a_file_of_the_stdlib_under_two_names_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b.py").write_text("x = 1\n")
+    (tmp_path / "a.py").symlink_to("b.py")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert list(read_documents("stdlib")) == ["x = 1\n"]
+
+
 def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         FileNotFoundError, match="source 'nowhere' does not exist; accepted: a file, a folder"

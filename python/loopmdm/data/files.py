@@ -149,7 +149,10 @@ def _expand(source: Source) -> Iterator[tuple[Path, bool]]:
         files = [f for f in root.rglob("*.py") if not _STDLIB_EXCLUDED & set(f.relative_to(root).parts)]
         if not files:
             raise ValueError(f"source 'stdlib': no .py files under {root}, this Python comes without sources")
-        yield from ((file, True) for file in sorted(files))
+        names: dict[Path, Path] = {}  # a distribution may have a file under two
+        for file in sorted(files):
+            names.setdefault(file.resolve(), file)
+        yield from ((file, True) for file in names.values())
         return
     text = os.fspath(source)
     if os.path.exists(text):
