@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from loopmdm.model import LoopMDM
     from loopmdm.model.config import LoopMDMConfig
     from loopmdm.plan import ComputePlan
+    from loopmdm.quality.estimator import likelihood
     from loopmdm.sampling import sample
     from loopmdm_kernels.version import __version__
 
-__all__ = ["ComputePlan", "LoopMDM", "LoopMDMConfig", "__version__", "patch", "sample"]
+__all__ = ["ComputePlan", "LoopMDM", "LoopMDMConfig", "__version__", "likelihood", "patch", "sample"]
 
 # Imported when first used, so that the command line answers --help without torch.
 __getattr__ = lazily(
@@ -26,6 +27,7 @@ __getattr__ = lazily(
         "LoopMDM": "loopmdm.model",
         "LoopMDMConfig": "loopmdm.model.config",
         "__version__": "loopmdm_kernels.version",
+        "likelihood": "loopmdm.quality.estimator",
         "patch": "loopmdm.mdlm",
         "sample": "loopmdm.sampling",
     },

@@ -1,9 +1,9 @@
-"""Held-out likelihood: the NELBO per token of a model at several loop counts.
+"""Held-out likelihood: the negative log-likelihood per token of a model at several loop counts.
 
-The NELBO of a sequence x is E_t [ (1/t) sum over masked i of -log p(x_i | x_t) ] with t uniform in
-[1e-3, 1), each token masked with probability 0.999 t. The expectation is estimated with `num_t` times per
-sequence, one in each of `num_t` equal strata. Times and masks are functions of (seed, index of the sequence):
-they are the same for every loop count, every model and every batch size, so differences have little noise.
+`loopmdm.quality.estimator` says what is estimated and how; here it is summed over sequences. By default it is
+the NELBO with `num_t` times per sequence, one in each of `num_t` equal strata. All draws are functions of
+(seed, index of the sequence): they are the same for every loop count, every model and every batch size, so
+differences have little noise.
 As in the reference, the range of t and the 0.999 leave out up to 0.1 % (a uniform guess scores 0.999 log V).
 """
 
@@ -19,15 +19,20 @@ from torch import Tensor, nn
 
 from loopmdm.data.batches import Batch
 from loopmdm.exits import ExitRule
-from loopmdm.model import LoopMDM, diffusion, vocabulary
-from loopmdm.model.masks import boolean
+from loopmdm.model import LoopMDM, diffusion
 from loopmdm.model.modes import evaluating
-from loopmdm.model.seeds import derive_seed
 from loopmdm.quality.causal import CausalLM
+from loopmdm.quality.estimator import (
+    Reader,
+    Sums,
+    checked_samples,
+    copies_of,
+    counted_tokens,
+    drawn,
+    estimate,
+)
 from loopmdm_kernels.ops import checks
 from loopmdm_kernels.values import positive, real, whole
-
-_STREAM = 0x45564C  # "EVL": keeps these draws apart from those of training with the same seed
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class NLLResult:
     """Held-out likelihood at one loop count."""
 
     num_loops: int
-    nll: float  # NELBO, nats per counted token
+    nll: float  # nats per counted token: the NELBO, or exact by the chain rule
     stderr: float  # of `nll`, over sequences; NaN with one sequence
     perplexity: float  # exp(nll)
     bits_per_byte: float | None  # None if the bytes of a token are not known
@@ -43,6 +48,7 @@ class NLLResult:
     num_sequences: int
     num_t: int
     mean_loops: float | None = None  # that an exit rule ran, over sequences and times; None without one
+    method: str = "stratified"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is not finite becomes None."""
@@ -76,6 +82,8 @@ def evaluate_nll(
     bytes_per_token: float | None = None,
     exit: ExitRule | None = None,
     min_loops: int = 1,
+    method: str = "stratified",
+    order: str | None = None,
 ) -> list[NLLResult]:
     """NELBO per token of held-out sequences, one result for each loop count in `num_loops`.
 
@@ -83,24 +91,25 @@ def evaluate_nll(
         model: a LoopMDM, or a module with its `config` and `forward` (logits [B, L, V]).
         batches: `Batch`es, or tensors of token ids [B, L] int64. Prompt and padding are not counted.
         num_loops: loop counts to evaluate.
-        num_t: times per sequence.
-        seed: of times and masks.
+        num_t: times per sequence, or random orders; counts as 1 where nothing is drawn.
+        seed: of all that is drawn.
         bytes_per_token: bytes of text per counted token, for bits per byte.
         exit: ends the loop of a sequence of a LoopMDM before `num_loops`, after `min_loops` at the earliest.
+        method, order: as in `loopmdm.likelihood`; "chain_rule" reads each sequence once for every token.
     """
     _check_bytes(bytes_per_token)
+    checked_samples(method, order, None)
+    num_t = positive("num_t", num_t) if drawn(method, order) else 1
     if exit is not None and not isinstance(model, LoopMDM):
         raise TypeError(f"exit: given with a {type(model).__name__}, expected a LoopMDM")
-    measured = _measure(model, batches, num_loops, num_t, seed, exit, min_loops)
-    results = [
-        _nll_result(sums.weighted.mean(1), sums.tokens, loops, num_t, bytes_per_token)
-        for loops, sums in measured.items()
-    ]
-    if exit is None:
-        return results
+    measured = _measure(model, batches, num_loops, num_t, seed, exit, min_loops, method, order)
     return [
-        replace(result, mean_loops=float(sums.loops.mean()))
-        for result, sums in zip(results, measured.values(), strict=True)
+        replace(
+            _nll_result(sums.weighted.mean(1), sums.counted, loops, num_t, bytes_per_token),
+            mean_loops=None if exit is None else float(sums.loops.mean()),
+            method=method,
+        )
+        for loops, sums in measured.items()
     ]
 
 
@@ -158,8 +167,8 @@ def nll_by_sequence(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """NELBO in nats and counted tokens of each sequence, both [N] float64; arguments as in `evaluate_nll`."""
-    sums = _measure(model, batches, [num_loops], num_t, seed)[num_loops]
-    return sums.weighted.mean(1), sums.tokens
+    sums = _measure(model, batches, [num_loops], positive("num_t", num_t), seed)[num_loops]
+    return sums.weighted.mean(1), sums.counted
 
 
 def nll_by_time_bin(
@@ -174,14 +183,15 @@ def nll_by_time_bin(
 
     Arguments as in `evaluate_nll`; every sequence has one time in every bin.
     """
+    num_bins = positive("num_bins", num_bins)
     measured = _measure(model, batches, num_loops, num_bins, seed)
     edges = [diffusion.MIN_TIME + (1 - diffusion.MIN_TIME) * j / num_bins for j in range(num_bins + 1)]
     results = []
     for loops, sums in measured.items():
         bins = []
         for j in range(num_bins):
-            nll, stderr = ratio_of_sums(sums.weighted[:, j], sums.tokens)
-            masked = int(sums.masked[:, j].sum())
+            nll, stderr = ratio_of_sums(sums.weighted[:, j], sums.counted)
+            masked = int(sums.scored[:, j].sum())
             cross_entropy = float(sums.plain[:, j].sum()) / masked if masked else math.nan
             bins.append(TimeBin(loops, edges[j], edges[j + 1], nll, stderr, cross_entropy, masked))
         results.append(bins)
@@ -212,130 +222,38 @@ def _batch(item: Any) -> Batch:
     return batch
 
 
-@dataclass
-class _Sums:
-    """Sums over the tokens of each sequence and time, float64 on the CPU."""
-
-    weighted: Tensor  # [N, num_t] cross-entropy of the masked tokens times 1/t
-    plain: Tensor  # [N, num_t] cross-entropy of the masked tokens
-    masked: Tensor  # [N, num_t] masked tokens
-    tokens: Tensor  # [N] counted tokens
-    loops: Tensor  # [N, num_t] loops that were run
-
-
 @torch.no_grad()
 def _measure(
     model: nn.Module,
     batches: Iterable[Batch | Tensor],
     num_loops: Sequence[int],
-    num_t: int,
+    samples: int,
     seed: int,
     exit: ExitRule | None = None,
     min_loops: int = 1,
-) -> dict[int, _Sums]:
-    loop_counts = _loop_counts(num_loops)
-    num_t, seed = positive("num_t", num_t), checks.seed("seed", seed)
-    parts: dict[int, list[_Sums]] = {loops: [] for loops in loop_counts}
-    device = next(model.parameters()).device
+    method: str = "stratified",
+    order: str | None = None,
+) -> dict[int, Sums]:
+    """Of all sequences, on the CPU, at each loop count."""
+    seed = checks.seed("seed", seed)
+    parts: dict[int, list[Sums]] = {loops: [] for loops in _loop_counts(num_loops)}
     done = 0
     with evaluating([model]):
         for item in _items(batches):
             batch = _batch(item)
-            t, masked, tokens = corruption(batch, num_t, seed, done)
-            done += len(tokens)
-            batch, on_device = batch.to(device), masked.to(device)
+            size = len(batch.input_ids)
             for loops, sums in parts.items():
-                columns = [
-                    _row_sums(model, batch, t[:, j].to(device), on_device[:, j], loops, exit, min_loops)
-                    for j in range(num_t)
-                ]
-                plain, used = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-                sums.append(_Sums(plain / t.double(), plain, masked.sum(-1).double(), tokens, used.double()))
+                reader = Reader(model, loops, size, exit, min_loops)
+                copies = copies_of(reader, batch, method, order, samples, seed, done)
+                found, _ = estimate(reader, batch, copies, samples)
+                sums.append(Sums(*(values.cpu() for values in found)))
+            done += size
     if not done:
         raise ValueError("batches is empty: there is nothing to evaluate")
-    merged = {
-        loops: _Sums(
-            torch.cat([s.weighted for s in sums]),
-            torch.cat([s.plain for s in sums]),
-            torch.cat([s.masked for s in sums]),
-            torch.cat([s.tokens for s in sums]),
-            torch.cat([s.loops for s in sums]),
-        )
-        for loops, sums in parts.items()
-    }
-    if not merged[loop_counts[0]].tokens.sum():
+    merged = {loops: Sums(*map(torch.cat, zip(*sums, strict=True))) for loops, sums in parts.items()}
+    if not next(iter(merged.values())).counted.sum():
         raise ValueError("batches: every token is prompt or padding, there is none to count")
     return merged
-
-
-def corruption(batch: Batch, num_t: int, seed: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Times [B, num_t], masks [B, num_t, L] and counted tokens [B] of the sequences from index `first` on.
-
-    Functions of (seed, index of the sequence): one time in each of `num_t` equal parts of [1e-3, 1).
-    """
-    size, length = batch.input_ids.shape
-    counted = counted_tokens(batch)
-    jitter, uniform = (
-        torch.empty(size, num_t, dtype=torch.float32),
-        torch.empty(size, num_t, length, dtype=torch.float32),
-    )
-    generator = torch.Generator()
-    for index in range(size):
-        generator.manual_seed(derive_seed(seed, _STREAM, first + index))
-        jitter[index] = torch.rand(num_t, generator=generator, dtype=torch.float32)
-        uniform[index] = torch.rand(num_t, length, generator=generator, dtype=torch.float32)
-    t = diffusion.MIN_TIME + (1 - diffusion.MIN_TIME) * (torch.arange(num_t) + jitter) / num_t
-    masked = (uniform < diffusion.mask_probability(t)[..., None]) & counted[:, None]
-    return t, masked, counted.sum(1).double()
-
-
-def counted_tokens(batch: Batch) -> Tensor:
-    """Which tokens may be masked and count: neither padding nor prompt, bool [B, L] on the CPU."""
-    counted = torch.ones(batch.input_ids.shape, dtype=torch.bool)
-    if batch.attention_mask is not None:
-        counted &= boolean("attention_mask", batch.attention_mask).cpu()
-    if batch.prompt_mask is not None:
-        counted &= ~boolean("prompt_mask", batch.prompt_mask).cpu()
-    return counted
-
-
-def _row_sums(
-    model: Any,
-    batch: Batch,
-    t: Tensor,
-    masked: Tensor,
-    num_loops: int,
-    exit: ExitRule | None,
-    min_loops: int,
-) -> tuple[Tensor, Tensor]:
-    """Of each sequence, on the CPU: cross-entropy summed over its masked tokens, float64 [B]; loops [B]."""
-    config = model.config
-    noisy = torch.where(masked, config.mask_token_id, batch.input_ids)
-    sigma = diffusion.sigma(t) if config.time_conditioning else None
-    keys = batch.attention_mask if config.key_padding_mask else None
-    rows = masked.flatten().nonzero().squeeze(1)
-    used = torch.full((len(t),), num_loops)
-    if isinstance(model, LoopMDM):
-        options: Any = {"num_loops": num_loops, "attention_mask": keys}
-        if exit is None:
-            hidden = model.hidden(noisy, sigma, **options)
-        else:
-            hidden, used = model.hidden(noisy, sigma, exit=exit, min_loops=min_loops, **options)
-        _, nll = vocabulary.masked_cross_entropy(
-            hidden,
-            model.head(sigma),
-            batch.input_ids,
-            rows,
-            torch.ones(len(rows), device=rows.device, dtype=torch.float32),
-            compute_dtype=model.compute_dtype,
-        )
-    else:
-        logits = model(noisy, sigma, num_loops=num_loops, attention_mask=keys).flatten(0, 1)[rows]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits[:, config.mask_token_id] = -math.inf
-        nll = -logits.log_softmax(-1).gather(1, batch.input_ids.flatten()[rows, None])[:, 0]
-    sums = torch.zeros(len(t), dtype=torch.float64, device=nll.device)
-    return sums.index_add(0, rows // noisy.shape[1], nll.double()).cpu(), used.cpu()
 
 
 def ratio_of_sums(values: Tensor, tokens: Tensor) -> tuple[float, float]:
