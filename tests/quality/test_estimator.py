@@ -22,13 +22,14 @@ WHOLE = torch.arange(LENGTH)
 
 
 def toy(**options: Any) -> LoopMDM:
-    """A small network with weights large enough that its predictions differ by context."""
+    """A small network whose predictions differ by context, and by position where all is masked."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "num_layers": 3, "cond_dim": 4, "loop_end": 2}
-    model = LoopMDM(LoopMDMConfig(TOKENS + 1, MASK, max_length=LENGTH, **(sizes | options))).double()
+    config = LoopMDMConfig(TOKENS + 1, MASK, max_length=LENGTH, positions="learned", **(sizes | options))
+    model = LoopMDM(config).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
-    return model
+    return model.eval()
 
 
 def predictions(model: nn.Module, known: Tensor, num_loops: int, share: float) -> Tensor:
@@ -119,7 +120,7 @@ def test_every_order_and_bound_of_an_exact_posterior_is_the_law() -> None:
     for method in ("mc", "stratified"):
         found = likelihood(model, texts, method=method, num_loops=2, samples=4000)
         assert ((found.log_prob - law).abs() < 4 * found.stderr + 2e-3 * law.abs()).all()
-        assert (found.stderr < 0.05 * law.abs()).all()
+        assert (found.stderr < 0.1 * law.abs()).all()
 
 
 def test_the_bound_is_the_mean_over_random_orders() -> None:

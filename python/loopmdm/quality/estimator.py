@@ -382,7 +382,7 @@ def _checked_tokens(config: LoopMDMConfig, tokens: Any, given: Any, attention_ma
             raise TypeError(f"{name}: got {type(mask).__name__}, expected a tensor [B, L]")
         if mask is not None and mask.shape != tokens.shape:
             raise ValueError(f"{name}: got shape {tuple(mask.shape)}, expected {tuple(tokens.shape)}")
-    batch = Batch(tokens, attention_mask, given)
+    batch = Batch(tokens, attention_mask, None if given is None else boolean("given", given))
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= config.vocab_size:
         raise ValueError(f"tokens: got ids in {low}..{high}, expected 0..{config.vocab_size - 1}")
