@@ -43,6 +43,30 @@ def test_eval_measures_the_documents_the_run_held_out(call: Call, text_run: Path
         assert got["bits_per_byte_stderr"] / got["bits_per_byte"] == pytest.approx(wanted.stderr / wanted.nll)
 
 
+@pytest.mark.parametrize("order", [None, "random", "confidence"])
+def test_eval_by_the_chain_rule(call: Call, text_run: Path, order: str | None) -> None:
+    words = ["eval", text_run, "--loops", 2, "--windows", 2, "--method", "chain_rule", "--num-t", 2, "--json"]
+    done = call(*words, *(["--chain-order", order] if order else []))
+    assert done.status == 0, done.err
+    assert "each token of 2 windows of 32 tokens" in done.err
+    (got,) = done.json["held_out"]
+    (bound,) = call("eval", text_run, "--loops", 2, "--windows", 2, "--json").json["held_out"]
+    assert (got["method"], got["num_t"], bound["method"]) == (
+        "chain_rule",
+        2 if order == "random" else 1,
+        "stratified",
+    )
+    assert got["num_tokens"] == bound["num_tokens"] == 64
+    assert got["nll"] == pytest.approx(bound["nll"], rel=0.2)  # of a model that has learned next to nothing
+
+
+def test_eval_of_an_order_without_the_chain_rule_is_bad_usage(call: Call, text_run: Path) -> None:
+    done = call("eval", text_run, "--method", "mc", "--chain-order", "random")
+    assert done.status == 2 and "order: given with method 'mc'; it belongs to 'chain_rule'" in done.err
+    done = call("eval", text_run, "--method", "chain")
+    assert done.status == 2 and "did you mean" in done.err
+
+
 def test_eval_of_other_text_takes_all_of_it(call: Call, text_run: Path, tmp_path: Path) -> None:
     file = tmp_path / "other.txt"
     file.write_text("Other text. " * 40)

@@ -2,7 +2,8 @@
 
 Text: the likelihood (NELBO) of held-out text, in nats per token, perplexity and bits per byte, each with its
 standard error over windows. Sudoku: the share of held-out puzzles solved in each decoding order, and the
-NELBO of their blanks. Times, masks and puzzles are the same for every loop count and every model.
+NELBO of their blanks. Times, masks and puzzles are the same for every loop count and every model. The NELBO
+is a bound; --method chain_rule gives the exact likelihood in an order, and reads a text once for each token.
 
 With --samples a model of text is measured by what it writes: generative perplexity and bits per byte under an
 autoregressive scorer, unigram entropy, distinct n-grams and self-BLEU, beside those of held-out text.
@@ -20,6 +21,8 @@ from loopmdm.cli.plans import adaptive, adapts, exit_rule, note_beyond_training
 from loopmdm.data.sudoku import SudokuSpec, count_solutions, solve
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
+from loopmdm.quality.estimator import METHODS, checked_samples
+from loopmdm.quality.estimator import ORDERS as CHAIN_ORDERS
 from loopmdm.quality.likelihood import evaluate_nll
 from loopmdm.runs import likelihood, text_data
 from loopmdm.runs.boards import (
@@ -42,6 +45,7 @@ EPILOG = """examples:
   loopmdm eval run                                  a run of `loopmdm train`, on the documents it held out
   loopmdm eval run --data other.txt --loops 1,2,4,8 --num-t 32
   loopmdm eval run --adaptive 0.1                   loops that stop by themselves
+  loopmdm eval run --method chain_rule --windows 8  exact, token by token from left to right
   loopmdm eval run --samples 64 --scorer scorer --steps 64 --loops 1,4
   loopmdm eval sudoku9 --num 200 --json
 """
@@ -64,6 +68,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--num-t", type=positive_int, default=16, help="times per sequence (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="stratified",
+        help="the NELBO, with times in equal parts of their range (stratified) or anywhere (mc), or the exact"
+        " chain rule (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chain-order",
+        choices=CHAIN_ORDERS,
+        help="of the chain rule (default: left_to_right); random takes --num-t orders per sequence",
     )
     parser.add_argument("--seed", type=count, default=0, help="of all that is drawn (default: %(default)s)")
     text = parser.add_argument_group("text")
@@ -99,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
     if args.samples is not None:
         return _samples(args, model, loops)
     with usage_errors():
+        checked_samples(args.method, args.chain_order, None)
         note_beyond_training(model, map(ComputePlan.constant, loops))
     document = _text(args, model, loops) if spec is None else _sudoku(args, model, spec, loops)
     if args.json:
@@ -109,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         print_table(SHARE_COLUMNS, [share_row(one) for one in document["solved"]])
         if not document["held_out"]:
             return 0
-        print("\nNELBO of the blanks, given the clues:")
+        print(f"\n{'NLL' if args.method == 'chain_rule' else 'NELBO'} of the blanks, given the clues:")
     print_table(likelihood.columns(document["held_out"]), likelihood.rows(document["held_out"]))
     return 0
 
@@ -125,25 +142,25 @@ def _samples(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> int:
     return 0
 
 
-def _exit(args: argparse.Namespace) -> dict[str, Any]:
-    """What ends loops early, as arguments of `evaluate_nll`."""
-    if not adapts(args):
-        return {}
-    return {"exit": exit_rule(args), "min_loops": args.min_loops or 1}
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `evaluate_nll`: what is estimated, and what ends loops early."""
+    options = {"num_t": args.num_t, "seed": args.seed, "method": args.method, "order": args.chain_order}
+    if adapts(args):
+        options |= {"exit": exit_rule(args), "min_loops": args.min_loops or 1}
+    return options
 
 
 def _text(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[str, Any]:
     text = held_out_text(args, model, args.model)
     windows = text_data.windows(text.data, text.tokenizer, args.windows)
-    note(f"{args.num_t} times each for {min(args.windows, len(text.data))} windows of {text.length} tokens")
+    each = "each token of" if args.method == "chain_rule" else f"{args.num_t} times each for"
+    note(f"{each} {min(args.windows, len(text.data))} windows of {text.length} tokens")
     results = evaluate_nll(
         model,
         windows.batches,
         num_loops=loops,
-        num_t=args.num_t,
-        seed=args.seed,
         bytes_per_token=windows.bytes_per_token,
-        **_exit(args),
+        **_options(args),
     )
     return {
         "source": text.description,
@@ -175,9 +192,7 @@ def _sudoku(args: argparse.Namespace, model: LoopMDM, spec: SudokuSpec, loops: l
     batches = blanks(clues, solutions)
     results = []
     if batches:
-        results = evaluate_nll(
-            model, batches, num_loops=loops, num_t=args.num_t, seed=args.seed, **_exit(args)
-        )
+        results = evaluate_nll(model, batches, num_loops=loops, **_options(args))
     else:
         note("no puzzle has a blank, so there is no likelihood to measure")
     return {
