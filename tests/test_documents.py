@@ -69,7 +69,7 @@ def test_there_is_what_is_looked_for():
 def test_commands_are_accepted(name, line):
     command, *arguments = shlex.split(line, comments=True)[1:]
     parser = argparse.ArgumentParser(exit_on_error=False)
-    import_module(f"loopmdm.cli.{command}").add_arguments(parser)
+    import_module(f"loopmdm.cli.{command.replace('-', '_')}").add_arguments(parser)
     parser.parse_args(arguments)
 
 
@@ -158,7 +158,7 @@ def test_options_that_are_named_exist(name):
 @cache
 def options_of(command):
     parser = argparse.ArgumentParser()
-    import_module(f"loopmdm.cli.{command}").add_arguments(parser)
+    import_module(f"loopmdm.cli.{command.replace('-', '_')}").add_arguments(parser)
     found, waiting = {"--help"}, [parser]
     while waiting:
         for action in waiting.pop()._actions:

@@ -26,7 +26,7 @@ MODULE_LEVELS = {
         ["quality", "solve", "train", "view"],
         ["evaluate", "hf"],
         ["runs"],
-        ["study"],
+        ["harness", "study"],
         ["cli"],
     ],
     "loopmdm.study": [

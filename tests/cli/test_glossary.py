@@ -90,7 +90,7 @@ def test_plans_are_written_in_words_of_the_glossary() -> None:
 def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     for name in COMMANDS:
         parser = argparse.ArgumentParser(f"loopmdm {name}")
-        import_module(f"loopmdm.cli.{name}").add_arguments(parser)
+        import_module(f"loopmdm.cli.{name.replace('-', '_')}").add_arguments(parser)
         yield name, parser
 
 

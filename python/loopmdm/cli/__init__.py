@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "train a model on your own text, or on Sudoku",
     "sample": "write text with a trained model",
     "eval": "measure held-out likelihood, or the share of puzzles solved, at several loop counts",
+    "lm-eval": "run lm-evaluation-harness on a model",
     "solve": "solve Sudoku puzzles",
     "study": "run an analysis of the papers on your own models: a table and a figure",
     "bench": "time the kernels beside plain PyTorch, or tune those for GPUs",
@@ -90,7 +91,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(name: str, *arguments: str) -> int:
-    command = import_module(f"loopmdm.cli.{name}")
+    command = import_module(f"loopmdm.cli.{name.replace('-', '_')}")
     parser = Parser(
         prog=f"loopmdm {name}",
         description=command.__doc__,

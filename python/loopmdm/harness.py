@@ -1,0 +1,210 @@
+"""LoopMDM in lm-evaluation-harness (EleutherAI), as the model `loopmdm` once this module is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from loopmdm.data.batches import Batch
+from loopmdm.model import vocabulary
+from loopmdm.model.modes import evaluating
+from loopmdm.quality.estimator import Reader, checked_samples, copies_of, likelihood
+from loopmdm.runs.models import load_model, load_tokenizer
+from loopmdm.sampling import sample
+from loopmdm_kernels.values import positive
+
+
+@register_model("loopmdm")
+class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
+    """Log-likelihoods by `loopmdm.likelihood` and texts by `loopmdm.sample`, a request at a time.
+
+    A request's copies share network calls, so its figures do not depend on the other requests. A context is
+    given, never masked; what is longer than the model reads loses its beginning.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        tokenizer: str | None = None,
+        method: str = "stratified",
+        order: str | None = None,
+        samples: int | None = None,
+        num_loops: int | None = None,
+        seed: int = 0,
+        greedy: bool = True,
+        decoding: str = "confidence",
+        plan: int | str | None = None,
+        steps: int | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        """Takes what `--model_args` names.
+
+        Args:
+            pretrained: a folder of `loopmdm train`, or a hub id.
+            tokenizer: as in `loopmdm sample`; None: the one in the folder.
+            method, order, samples, num_loops, seed: as in `loopmdm.likelihood`.
+            greedy: whether to find out if a continuation is what greedy decoding from left to right writes,
+                with a second reading; False: it is said not to be.
+            decoding, plan, steps: order, plan (None: `num_loops`) and steps of `loopmdm.sample`.
+            max_length: of context and continuation together; None: the model's.
+            max_gen_toks: tokens of a text where a task does not say.
+            batch_size: copies in a network call; None or "auto": as many as have 16384 tokens.
+            max_batch_size: taken for "auto".
+        """
+        super().__init__()
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = load_model(pretrained, self._device)
+        found = load_tokenizer(self.model, pretrained, tokenizer)
+        if found is None:
+            raise ValueError(f"pretrained: no tokenizer in {pretrained}; give tokenizer=FOLDER")
+        self._tokens = found
+        longest = self.model.config.max_length
+        self.max_length = longest if max_length is None else min(positive("max_length", max_length), longest)
+        self.max_gen_toks = positive("max_gen_toks", max_gen_toks)
+        chosen = (
+            max_batch_size if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+        )
+        self._max_batch = None if chosen is None else positive("batch_size", chosen)
+        self._options: dict[str, Any] = {
+            "method": method,
+            "order": order,
+            "samples": checked_samples(method, order, samples),
+            "num_loops": self.model.config.max_loops
+            if num_loops is None
+            else positive("num_loops", num_loops),
+            "seed": seed,
+        }
+        self._greedy = greedy
+        self._drawing: dict[str, Any] = {
+            "order": decoding,
+            "plan": self._options["num_loops"] if plan is None else plan,
+            "steps": steps,
+        }
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokens.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before a text without a context, as in training."""
+        return self._tokens.bos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._tokens.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        ids: list[int] = self._tokens.encode(string).tolist()
+        return ids
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the figures depend on; the harness puts it into its results."""
+        return {
+            "model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "model_dtype": str(self.model.compute_dtype),
+            "likelihood": self._options,
+            "sampling": {**self._drawing, "plan": str(self._drawing["plan"])},
+        }
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        results = []
+        for texts, context, continuation in tqdm(requests, desc="likelihood", disable=disable_tqdm):
+            result = self._log_prob(context, continuation), self._is_greedy(context, continuation)
+            self.cache_hook.add_partial("loglikelihood", texts, result)
+            results.append(result)
+        return results
+
+    @torch.no_grad()
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, in windows that score each token once; the last has as much context as fits."""
+        results = []
+        for request in tqdm(requests, desc="likelihood", disable=disable_tqdm):
+            windows = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length - 1, 1
+            )
+            result = sum(self._log_prob(*make_disjoint_window(window)) for window in windows)
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
+            results.append(result)
+        return results
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Texts that go on from contexts, up to the first of the words that end them."""
+        results = []
+        for request in tqdm(requests, desc="samples", disable=disable_tqdm):
+            context, options = request.args
+            text = self._continued(context, dict(options))
+            self.cache_hook.add_partial("generate_until", request.args, text)
+            results.append(text)
+        return results
+
+    def _batch(self, context: list[int], continuation: list[int]) -> Batch:
+        """A context and what is asked about, [1, L]; the end of them where they are too long."""
+        tokens = torch.tensor([(context + continuation)[-self.max_length :]], device=self._device)
+        given = torch.arange(tokens.shape[1], device=self._device)[None] < tokens.shape[1] - len(continuation)
+        return Batch(tokens, prompt_mask=given)
+
+    def _log_prob(self, context: list[int], continuation: list[int]) -> float:
+        if not continuation:
+            return 0.0
+        batch = self._batch(context, continuation)
+        found = likelihood(
+            self.model, batch.input_ids, batch.prompt_mask, max_batch=self._max_batch, **self._options
+        )
+        return float(found.log_prob)
+
+    def _is_greedy(self, context: list[int], continuation: list[int]) -> bool:
+        """Whether each token is the most probable one, all before it known."""
+        if not self._greedy:
+            return False
+        batch, loops = self._batch(context, continuation), self._options["num_loops"]
+        reader = Reader(self.model, loops, self._max_batch or max(1, 2**14 // batch.input_ids.shape[1]))
+        copies = copies_of(reader, batch, "chain_rule", None, 1, 0)
+        with evaluating([self.model]):
+            for part in reader.calls(torch.arange(len(copies.sequence))):
+                masked, scored = (mask.to(self._device) for mask in copies.masks(part))
+                sequence = copies.sequence[part].to(self._device)
+                hidden, head, dtype, _ = reader.read(batch, sequence, masked, copies.t[part].to(self._device))
+                rows = scored.flatten().nonzero().squeeze(1)
+                found: Tensor = vocabulary.most_probable(hidden, head, rows, compute_dtype=dtype).token
+                if not torch.equal(found, batch.input_ids[sequence].flatten()[rows]):
+                    return False
+        return True
+
+    def _continued(self, context: str, options: dict[str, Any]) -> str:
+        until = options.pop("until", None) or []
+        until = [until] if isinstance(until, str) else list(until)
+        most = min(options.pop("max_gen_toks", self.max_gen_toks), self.max_length - 1)
+        prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - most) :]
+        temperature = options.get("temperature", 1.0) if options.pop("do_sample", False) else 0.0
+        found = sample(
+            self.model,
+            prompt=[prompt],
+            length=len(prompt) + most,
+            temperature=temperature,
+            seed=self._options["seed"],
+            eos_token_id=self.eot_token_id,
+            progress=False,
+            **{name: options[name] for name in ("top_k", "top_p") if name in options},
+            **self._drawing,
+        )
+        text = self._tokens.decode(found.tokens[0, len(prompt) : int(found.lengths[0])])
+        return text[: min((text.find(word) for word in until if word and word in text), default=len(text))]
