@@ -15,7 +15,9 @@ from tqdm import tqdm
 from loopmdm.data.batches import Batch
 from loopmdm.model import vocabulary
 from loopmdm.model.modes import evaluating
-from loopmdm.quality.estimator import Reader, checked_samples, copies_of, likelihood
+from loopmdm.quality.copies import checked_samples, copies_of
+from loopmdm.quality.estimator import likelihood
+from loopmdm.quality.reader import Reader, copies_a_call
 from loopmdm.runs.models import load_model, load_tokenizer
 from loopmdm.sampling import sample
 from loopmdm_kernels.values import positive
@@ -176,7 +178,7 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
         if not self._greedy:
             return False
         batch, loops = self._batch(context, continuation), self._options["num_loops"]
-        reader = Reader(self.model, loops, self._max_batch or max(1, 2**14 // batch.input_ids.shape[1]))
+        reader = Reader(self.model, loops, copies_a_call(batch.input_ids.shape[1], self._max_batch))
         copies = copies_of(reader, batch, "chain_rule", None, 1, 0)
         with evaluating([self.model]):
             for part in reader.calls(torch.arange(len(copies.sequence))):

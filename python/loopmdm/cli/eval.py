@@ -21,8 +21,8 @@ from loopmdm.cli.plans import adaptive, adapts, exit_rule, note_beyond_training
 from loopmdm.data.sudoku import SudokuSpec, count_solutions, solve
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
-from loopmdm.quality.estimator import METHODS, checked_samples
-from loopmdm.quality.estimator import ORDERS as CHAIN_ORDERS
+from loopmdm.quality.copies import METHODS, checked_samples
+from loopmdm.quality.copies import ORDERS as CHAIN_ORDERS
 from loopmdm.quality.likelihood import evaluate_nll
 from loopmdm.runs import likelihood, text_data
 from loopmdm.runs.boards import (

@@ -1,9 +1,9 @@
 """Run lm-evaluation-harness (the package lm_eval) with the model name `loopmdm`.
 
 All words are those of its own command `lm-eval`: `run`, `ls` and `validate` with their options, such as
---output_path for a JSON document. Of --model_args, pretrained= is a folder of `loopmdm train`; method=, order=, samples=, num_loops= and seed= are
-those of `loopmdm.likelihood`; decoding=, plan= and steps= say how text is written. batch_size is how many
-corrupted copies of a text one network call reads.
+--output_path for a JSON document. Of --model_args, pretrained= is a folder of `loopmdm train`; method=,
+order=, samples=, num_loops= and seed= are those of `loopmdm.likelihood`; decoding=, plan= and steps= say how
+text is written. batch_size is how many corrupted copies of a text one network call reads.
 """
 
 from __future__ import annotations

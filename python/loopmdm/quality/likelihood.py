@@ -22,15 +22,9 @@ from loopmdm.exits import ExitRule
 from loopmdm.model import LoopMDM, diffusion
 from loopmdm.model.modes import evaluating
 from loopmdm.quality.causal import CausalLM
-from loopmdm.quality.estimator import (
-    Reader,
-    Sums,
-    checked_samples,
-    copies_of,
-    counted_tokens,
-    drawn,
-    estimate,
-)
+from loopmdm.quality.copies import checked_samples, copies_of, counted_tokens, drawn
+from loopmdm.quality.estimator import Sums, estimate
+from loopmdm.quality.reader import Reader
 from loopmdm_kernels.ops import checks
 from loopmdm_kernels.values import positive, real, whole
 

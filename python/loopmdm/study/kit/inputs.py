@@ -14,7 +14,7 @@ from loopmdm.data.batches import Batch
 from loopmdm.model import LoopMDM, diffusion, vocabulary
 from loopmdm.model.seeds import derive_seed
 from loopmdm.model.stages import Stages
-from loopmdm.quality.estimator import corruption, counted_tokens
+from loopmdm.quality.copies import corruption, counted_tokens
 
 _STREAM = 0x535459  # "STY": draws at fixed times, apart from those of evaluation
 

@@ -23,7 +23,7 @@ from loopmdm.data.batches import Batch
 from loopmdm.exits import HiddenChange
 from loopmdm.model import LoopMDM, vocabulary
 from loopmdm.model.stages import Stages
-from loopmdm.quality.estimator import counted_tokens
+from loopmdm.quality.copies import counted_tokens
 from loopmdm.runs.options import positive_int
 from loopmdm.study.kit.folder import StudyFolder
 from loopmdm.study.kit.inputs import stratified

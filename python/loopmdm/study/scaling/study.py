@@ -28,7 +28,7 @@ from loopmdm.data.batches import Batch
 from loopmdm.model import LoopMDM, vocabulary
 from loopmdm.quality import CausalScorer, load_scorer
 from loopmdm.quality.bootstrap import Bootstrap, Interval
-from loopmdm.quality.estimator import counted_tokens
+from loopmdm.quality.copies import counted_tokens
 from loopmdm.runs.options import UsageError, loop_counts, positive_int
 from loopmdm.runs.provenance import weights_fingerprint
 from loopmdm.study.kit import figures
