@@ -1,4 +1,4 @@
-"""Pickles that try to run code. Each would create the file `sentinel` if Python's reader had it."""
+"""Pickles that try to run code: Python's reader would create the file `sentinel` of each. And torch files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from loopmdm.formats.torch_files import TorchFile
 
 
 class Call:
@@ -73,3 +75,16 @@ def torch_zip(data_pickle: bytes, **storages: bytes) -> bytes:
             archive.writestr(f"archive/data/{key}", data)
         archive.writestr("archive/version", b"3\n")
     return buffer.getvalue()
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def read_all(path: Path) -> Any:
+    file = TorchFile(path)
+    try:
+        return {name: file.tensor(leaf) for name, leaf in file.root.items()}
+    finally:
+        file.close()
