@@ -6,13 +6,13 @@ list. `leaves` are the tensors that may have gradients, in the order in which ke
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from loopmdm_kernels.types import (
     FP8,
@@ -25,33 +25,36 @@ from loopmdm_kernels.types import (
     RowRng,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _TENSOR = object()  # in the place of a tensor that was taken out
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(ABC):
     """What every op's call answers."""
 
     @property
-    def leaves(self) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def leaves(self) -> tuple[Tensor | None, ...]: ...
 
-    def arguments(self) -> tuple[Any, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def arguments(self) -> tuple[Any, ...]: ...
 
     @classmethod
-    def of(cls, *arguments: Any) -> Self:
-        raise NotImplementedError
+    @abstractmethod
+    def of(cls, *arguments: Any) -> Self: ...
 
     @property
+    @abstractmethod
     def first(self) -> Tensor:
         """The first argument: where it is, the others are."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of the operands of products."""
-        raise NotImplementedError
 
     @property
     def fp8(self) -> bool:

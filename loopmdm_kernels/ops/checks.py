@@ -62,23 +62,24 @@ def plain(value: Value) -> Value:
 
     Kernels read memory, which for such a tensor (the `imag` of a conjugate is one) holds the opposite sign.
     """
-    return value if torch.compiler.is_compiling() else cast("Value", _plain(value))
+    if torch.compiler.is_compiling():
+        return value
+    if isinstance(value, Call):
+        items = [*vars(value).values()]
+        changed = [*map(_plain, items)]
+        return value if all(map(operator.is_, changed, items)) else cast("Value", type(value)(*changed))
+    return cast("Value", _plain(value))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.resolve_neg() if value.is_neg() else value
-    if isinstance(value, Call):
-        items: Sequence[Any] = [*vars(value).values()]
-    elif isinstance(value, tuple | list):
-        items = value
-    else:
+    if not isinstance(value, tuple | list):
         return value
-    changed = [*map(_plain, items)]
-    if all(map(operator.is_, changed, items)):
+    changed = [*map(_plain, value)]
+    if all(map(operator.is_, changed, value)):
         return value
-    named = isinstance(value, Call) or hasattr(value, "_fields")
-    return type(value)(*changed) if named else type(value)(changed)
+    return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
 
 
 def number(name: str, value: Any, accepted: str) -> Any:
