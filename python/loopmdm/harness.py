@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
@@ -15,11 +18,13 @@ from tqdm import tqdm
 from loopmdm.data.batches import Batch
 from loopmdm.model import vocabulary
 from loopmdm.model.modes import evaluating
+from loopmdm.plan import as_plan
 from loopmdm.quality.copies import checked_samples, copies_of
 from loopmdm.quality.estimator import likelihood
 from loopmdm.quality.reader import Reader, copies_a_call
 from loopmdm.runs.models import load_model, load_tokenizer
-from loopmdm.sampling import sample
+from loopmdm.sampling.decoding import Decoding
+from loopmdm.sampling.sampler import sample_with
 from loopmdm_kernels.values import positive
 
 
@@ -46,7 +51,7 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
         plan: int | str | None = None,
         steps: int | None = None,
         max_length: int | None = None,
-        max_gen_toks: int = 256,
+        max_gen_toks: int | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -61,7 +66,8 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
                 with a second reading; False: it is said not to be.
             decoding, plan, steps: order, plan (None: `num_loops`) and steps of `loopmdm.sample`.
             max_length: of context and continuation together; None: the model's.
-            max_gen_toks: tokens of a text where a task does not say.
+            max_gen_toks: tokens of a text where a task does not say, below `max_length`; None: 256, or half
+                of `max_length` where that is less.
             batch_size: copies in a network call; None or "auto": as many as have 16384 tokens.
             max_batch_size: taken for "auto".
         """
@@ -74,7 +80,8 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
         self._tokens = found
         longest = self.model.config.max_length
         self.max_length = longest if max_length is None else min(positive("max_length", max_length), longest)
-        self.max_gen_toks = positive("max_gen_toks", max_gen_toks)
+        usual = min(256, max(1, self.max_length // 2))
+        self.max_gen_toks = usual if max_gen_toks is None else positive("max_gen_toks", max_gen_toks)
         chosen = (
             max_batch_size if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
         )
@@ -89,11 +96,14 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
             "seed": seed,
         }
         self._greedy = greedy
-        self._drawing: dict[str, Any] = {
-            "order": decoding,
-            "plan": self._options["num_loops"] if plan is None else plan,
-            "steps": steps,
-        }
+        self._decoding = Decoding(
+            steps=steps,
+            order=decoding,
+            plan=as_plan(self._options["num_loops"] if plan is None else plan),
+            seed=seed,
+            eos_token_id=self.eot_token_id,
+        )
+        self._decoding.check_for(self.model.config)
 
     @property
     def eot_token_id(self) -> int:
@@ -118,7 +128,11 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
             "model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "model_dtype": str(self.model.compute_dtype),
             "likelihood": self._options,
-            "sampling": {**self._drawing, "plan": str(self._drawing["plan"])},
+            "sampling": {
+                "order": self._decoding.order,
+                "plan": str(self._decoding.plan),
+                "steps": self._decoding.steps,
+            },
         }
 
     @torch.no_grad()
@@ -149,11 +163,16 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
         return results
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Texts that go on from contexts, up to the first of the words that end them."""
-        results = []
+        """Texts that go on from contexts, up to the first of the words that end them.
+
+        A request that is repeated is drawn anew each time: its number names its random numbers.
+        """
+        results, seen = [], Counter[str]()
         for request in tqdm(requests, desc="samples", disable=disable_tqdm):
             context, options = request.args
-            text = self._continued(context, dict(options))
+            key = repr(request.args)
+            text = self._continued(context, options, seen[key])
+            seen[key] += 1
             self.cache_hook.add_partial("generate_until", request.args, text)
             results.append(text)
         return results
@@ -191,22 +210,22 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
                     return False
         return True
 
-    def _continued(self, context: str, options: dict[str, Any]) -> str:
-        until = options.pop("until", None) or []
-        until = [until] if isinstance(until, str) else list(until)
-        most = min(options.pop("max_gen_toks", self.max_gen_toks), self.max_length - 1)
+    def _continued(self, context: str, options: dict[str, Any], number: int) -> str:
+        if options.get("do_sample"):
+            options = {"temperature": 1.0, **options}
+        options = normalize_gen_kwargs(options, self.max_gen_toks)
+        most = positive("max_gen_toks", options["max_gen_toks"])
+        if most >= self.max_length:
+            raise ValueError(f"max_gen_toks: got {most}, expected less than max_length = {self.max_length}")
         prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - most) :]
-        temperature = options.get("temperature", 1.0) if options.pop("do_sample", False) else 0.0
-        found = sample(
+        drawn = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
+        found = sample_with(
             self.model,
+            replace(self._decoding, **{"temperature": 0.0, **drawn}),
             prompt=[prompt],
             length=len(prompt) + most,
-            temperature=temperature,
-            seed=self._options["seed"],
-            eos_token_id=self.eot_token_id,
+            sequence_ids=[number],
             progress=False,
-            **{name: options[name] for name in ("top_k", "top_p") if name in options},
-            **self._drawing,
         )
         text = self._tokens.decode(found.tokens[0, len(prompt) : int(found.lengths[0])])
-        return text[: min((text.find(word) for word in until if word and word in text), default=len(text))]
+        return str(postprocess_generated_text(text, options["until"] or [], None))

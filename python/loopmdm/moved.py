@@ -11,13 +11,16 @@ from typing import Any
 _ROOMS = {
     "formats": "hub pickle_machine pickles safetensors_files shards torch_files",
     "mdlm": "likeness likeness_static patching trial",
-    "model": "checkpoint config cut diffusion draws flops inputs loop_law masks modes modules parallel stages"
+    "model": "checkpoint config cut diffusion draws flops loop_law masks modes modules parallel stages"
     " vocabulary",
     "quality": "causal",
 }
 MOVED = {f"loopmdm.{name}": f"loopmdm.{room}.{name}" for room in _ROOMS for name in _ROOMS[room].split()}
 MOVED["loopmdm.mdlm_stated"] = "loopmdm.mdlm.stated"
 MOVED["loopmdm.mdlm_weights"] = "loopmdm.mdlm.weights"
+MOVED["loopmdm.quality.transformers_scorer"] = "loopmdm.quality.scorer"
+MOVED["loopmdm.train.recipes"] = "loopmdm.runs.recipes"
+MOVED["loopmdm.train.seeds"] = "loopmdm.model.seeds"
 
 
 class _Finder:

@@ -7,6 +7,17 @@ import pytest
 import loopmdm
 from loopmdm.moved import MOVED
 
+OLD = [
+    "causal", "checkpoint", "config", "cut", "diffusion", "draws", "flops", "hub", "likeness",
+    "likeness_static", "loop_law", "masks", "mdlm_stated", "mdlm_weights", "modes", "modules",
+    "parallel", "patching", "pickle_machine", "pickles", "safetensors_files", "shards", "stages",
+    "torch_files", "trial", "vocabulary", "quality.transformers_scorer", "train.recipes", "train.seeds",
+]  # fmt: skip
+
+
+def test_all_that_moved_are_known():
+    assert sorted(MOVED) == sorted(f"loopmdm.{name}" for name in OLD)
+
 
 @pytest.mark.parametrize("name", MOVED)
 def test_an_old_name_is_the_module_that_stands_elsewhere_now(name):

@@ -95,6 +95,7 @@ def test_names_on_disk_are_those_of_the_state_dict(tmp_path: Path) -> None:
         ("[" * 100_000, "not valid JSON"),
         ('{"vocab_size": 7}', r"config\.json: missing configuration fields"),
         ('{"model_type": "gpt2"}', "model_type is 'gpt2', expected 'loopmdm'"),
+        ('{"model_type": ["loopmdm"]}', r"model_type is \['loopmdm'\], expected 'loopmdm'"),
         ('{"vocab_size": 7, "mask_token_id": 6, "colour": 1}', r"unknown configuration fields \['colour'\]"),
         (
             '{"vocab_size": 7, "mask_token_id": 6, "num_layers": 1000000000}',

@@ -159,9 +159,42 @@ def test_greedy_is_what_is_written_from_left_to_right(folder: Path) -> None:
     bos = ByteTokenizer().bos_token_id
     assert empty[0] == pytest.approx(log_prob(harness.model, [bos], encode("word"), samples=1), rel=1e-5)
     (text,) = harness.generate_until(
-        [Instance("generate_until", {}, ("two" * 20, {"until": "o", "max_gen_toks": 99}), 0)]
+        [Instance("generate_until", {}, ("two" * 20, {"until": "o", "max_gen_toks": 9}), 0)]
     )
     assert "o" not in text
+
+
+@needs_harness
+def test_a_task_says_how_texts_are_drawn(folder: Path) -> None:
+    """Under the names that other models of the harness take; a repeated request is drawn anew."""
+    from lm_eval.api.instance import Instance
+
+    from loopmdm.harness import LoopMDMHarness
+
+    harness = LoopMDMHarness(str(folder), seed=3)
+
+    def texts(count: int, **options: Any) -> list[str]:
+        written: list[str] = harness.generate_until(
+            [Instance("generate_until", {}, ("two", options), 0)] * count, disable_tqdm=True
+        )
+        return written
+
+    prompt, tokenizer = encode("two"), ByteTokenizer()
+
+    def drawn(number: int, tokens: int, temperature: float) -> str:
+        found = sample(
+            harness.model, prompt=[prompt], length=3 + tokens, order="confidence", plan=2, seed=3,
+            temperature=temperature, sequence_ids=[number], eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        return tokenizer.decode(found.tokens[0, 3 : int(found.lengths[0])])
+
+    assert texts(1) == [drawn(0, LENGTH // 2, 0.0)]
+    assert texts(2, max_new_tokens=5) == [drawn(0, 5, 0.0)] * 2
+    assert texts(3, max_gen_toks=7, temperature=0.8) == [drawn(number, 7, 0.8) for number in range(3)]
+    assert texts(1, max_tokens=7, do_sample=True) == [drawn(0, 7, 1.0)]
+    assert texts(1, max_tokens=7, do_sample=False, temperature=0.8) == [drawn(0, 7, 0.0)]
+    with pytest.raises(ValueError, match="max_gen_toks: got 24, expected less than max_length = 24"):
+        texts(1, max_gen_toks=24)
 
 
 @needs_harness
@@ -170,6 +203,9 @@ def test_bad_arguments(folder: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="unknown method"):
         LoopMDMHarness(str(folder), method="exact")
+    for options in ({"decoding": "confidnce"}, {"plan": "L3"}, {"steps": 0}):
+        with pytest.raises(ValueError, match=r"unknown order 'confidnce'|light is not given|steps"):
+            LoopMDMHarness(str(folder), **options)
     with pytest.raises(ValueError, match="max_length must be at least 1"):
         LoopMDMHarness(str(folder), max_length=0)
     LoopMDM.from_pretrained(folder).save_pretrained(tmp_path / "bare")

@@ -153,7 +153,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 def _text(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[str, Any]:
     text = held_out_text(args, model, args.model)
     windows = text_data.windows(text.data, text.tokenizer, args.windows)
-    each = "each token of" if args.method == "chain_rule" else f"{args.num_t} times each for"
+    each = f"{args.num_t} times each for"
+    if args.method == "chain_rule":
+        each = f"{args.num_t} orders of each token of" if args.chain_order == "random" else "each token of"
     note(f"{each} {min(args.windows, len(text.data))} windows of {text.length} tokens")
     results = evaluate_nll(
         model,

@@ -71,6 +71,8 @@ def check(args: argparse.Namespace, *, text: bool) -> None:
         return
     if not text:
         raise UsageError(f"--samples: {args.model} solves Sudoku; its measure is the share of puzzles solved")
+    if args.method != "stratified" or args.chain_order is not None:
+        raise UsageError("--method, --chain-order: of the likelihood, which --samples does not measure")
     if args.samples < 2:
         raise UsageError("--samples: got 1, expected at least 2: the metrics compare samples with each other")
     if args.loops is not None and (args.plan is not None or adapts(args)):

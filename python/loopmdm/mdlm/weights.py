@@ -20,7 +20,7 @@ from loopmdm.formats.pickles import Opaque, StoredTensor
 from loopmdm.formats.torch_files import TorchFile
 from loopmdm.mdlm import stated as mdlm_stated
 from loopmdm.model import checkpoint
-from loopmdm.printable import printable
+from loopmdm.printable import printable, shown
 
 _MAX_DIGITS = 9  # of the number of a block
 _PREFIXES = ("backbone.", "module.", "model.", "_orig_mod.")
@@ -193,7 +193,7 @@ def _bare_names(state: Any, source: str) -> dict[str, Any]:
         if not isinstance(full_name, str) or not isinstance(leaf, (Tensor, StoredTensor)):
             raise ValueError(
                 f"{source}: expected names and tensors (or a Lightning checkpoint with a state_dict), "
-                f"but entry {printable(repr(full_name))} is a {type(leaf).__name__}"
+                f"but entry {shown(full_name)} is a {type(leaf).__name__}"
             )
         name = full_name.replace("_orig_mod.", "")
         while name.startswith(_PREFIXES):

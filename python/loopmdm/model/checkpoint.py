@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from loopmdm.formats import safetensors_files, shards
 from loopmdm.formats.folders import CONFIG_FILE, WEIGHTS_FILE, locate, read_json
-from loopmdm.printable import printable
+from loopmdm.printable import printable, shown
 from loopmdm_kernels.files import write_files
 
 # What config.json may name as its model_type (LoopMDM where it names none), and how it is used.
@@ -147,9 +147,9 @@ def _read_config(
     fields = read_json(config_path)
     model_type = fields.pop("model_type", next(iter(MODEL_TYPES)))
     if model_type != cls.model_type:
-        known = MODEL_TYPES.get(model_type)
+        known = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
         raise ValueError(
-            f"{config_path}: model_type is {model_type!r}, expected {cls.model_type!r}; "
+            f"{config_path}: model_type is {shown(model_type)}, expected {cls.model_type!r}; "
             + (f"this is {known}" if known else "MDLM checkpoints are read by LoopMDM.from_mdlm")
         )
     try:

@@ -67,7 +67,7 @@ def copies_of(
     """What `method` reads of the sequences from index `first` on; draws are functions of (seed, index)."""
     if method == "chain_rule":
         return _prefixes(_ranks(reader, batch, order, samples, seed, first))
-    t, masked, _ = corruption(batch, samples, seed, first, stratified=method == "stratified")
+    t, masked = corruption(batch, samples, seed, first, stratified=method == "stratified")
     sample, sequence = torch.cartesian_prod(torch.arange(samples), torch.arange(len(t))).unbind(1)
 
     def masks(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,8 +151,8 @@ def _confidence(reader: Reader, batch: Batch, counted: Tensor) -> Tensor:
 
 def corruption(
     batch: Batch, num_t: int, seed: int, first: int, *, stratified: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Times [B, num_t], masks [B, num_t, L] and counted tokens [B] of the sequences from index `first` on.
+) -> tuple[Tensor, Tensor]:
+    """Times [B, num_t] and masks [B, num_t, L] of the sequences from index `first` on.
 
     Functions of (seed, index of the sequence): one time in each of `num_t` equal parts of [1e-3, 1), or all
     anywhere in it.
@@ -173,7 +173,7 @@ def corruption(
     else:
         t = diffusion.MIN_TIME + (1 - diffusion.MIN_TIME) * jitter
     masked = (uniform < diffusion.mask_probability(t)[..., None]) & counted[:, None]
-    return t, masked, counted.sum(1).double()
+    return t, masked
 
 
 def counted_tokens(batch: Batch) -> Tensor:

@@ -149,7 +149,7 @@ def load_scorer(
     if not Path(path).is_dir():
         raise FileNotFoundError(f"path: got {str(path)!r}, expected the folder of a scorer")
     model_type = read_json(locate(path, CONFIG_FILE)).get("model_type", next(iter(MODEL_TYPES)))
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         return TransformersScorer.load(path, tokenizer, device)
     model = CausalLM.from_pretrained(path).to(device)
     if (Path(path) / tokenizers.CONFIG_FILE).is_file():

@@ -11,7 +11,7 @@ from loopmdm.data.tokenizer import BACKEND_FILE
 from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
 from loopmdm.formats.folders import read_json
 from loopmdm.model.config import LoopMDMConfig
-from loopmdm.printable import printable
+from loopmdm.printable import printable, shown
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.train import loop as training
 from loopmdm.train.config import TrainConfig
@@ -79,12 +79,12 @@ def _check(values: dict[str, Any]) -> None:
         if known.name in values:
             value, (accepted, kinds) = values[known.name], _KINDS[str(known.type)]
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise TypeError(f"{known.name}: got {printable(repr(value))}, expected {accepted}")
+                raise TypeError(f"{known.name}: got {shown(value)}, expected {accepted}")
     presets = (*SUDOKU_RECIPES, *TEXT_RECIPES)
     preset = values["preset"]
     if preset not in presets:
         known_presets = f"{', '.join(presets)}{meant(preset, presets)}"
-        raise ValueError(f"preset: got {printable(repr(preset))}, expected one of {known_presets}")
+        raise ValueError(f"preset: got {shown(preset)}, expected one of {known_presets}")
     if not 0 <= values.get("validation", VALIDATION) < 1:
         raise ValueError(f"validation: got {values['validation']}, expected a share in [0, 1)")
     TrainConfig.from_dict({"steps": 1, **values["training"]})

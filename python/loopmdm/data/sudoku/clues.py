@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from loopmdm.data.sudoku.boards import SudokuSpec
 
+_ACCEPTED = 'clues must be (lo, hi), "minimal" (or None) or "full" (or "none")'
 Clues: TypeAlias = tuple[int, int] | Literal["minimal", "full"]
 
 
@@ -24,10 +25,10 @@ def as_clues(spec: SudokuSpec, clues: Any) -> Clues:
         return "minimal"
     if isinstance(clues, str):
         if clues not in ("full", "none"):
-            raise ValueError(f'clues must be (lo, hi), None (minimal puzzles) or "full", got {clues!r}')
+            raise ValueError(f"{_ACCEPTED}, got {clues!r}")
         return "full"
     if not isinstance(clues, (tuple, list)) or len(clues) != 2:
-        raise TypeError(f"clues must be (lo, hi) or None for minimal puzzles, got {clues!r}")
+        raise TypeError(f"{_ACCEPTED}, got {clues!r}")
     fewest, most = clues
     if not 0 <= fewest <= most <= spec.cells or most < spec.min_clues:
         raise ValueError(

@@ -46,7 +46,7 @@ class Noisy(NamedTuple):
 
 def stratified(batch: Batch, num_t: int, seed: int, first: int) -> list[Noisy]:
     """The corruptions `evaluate_nll` measures: one time of each sequence in each of `num_t` bins of t."""
-    t, masked, _ = corruption(batch, num_t, seed, first)
+    t, masked = corruption(batch, num_t, seed, first)
     return [Noisy(batch.input_ids, masked[:, j], t[:, j], batch.attention_mask) for j in range(num_t)]
 
 
