@@ -51,4 +51,5 @@ class _Differentiable(Function):
         tensors = ctx.saved_tensors
         call = ctx.kind.of(*together(tensors[: ctx.count], ctx.others))
         kept = Kept(tensors[ctx.count :], ctx.rest)
+        grads = tuple([grad.resolve_neg() for grad in grads])  # kernels read memory, not torch's lazy bit
         return None, None, None, *ctx.gradients(call, kept, ctx.needs_input_grad[3:], grads)

@@ -64,3 +64,7 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

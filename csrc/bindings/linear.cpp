@@ -29,6 +29,7 @@ int64_t packed_size(int64_t columns, int64_t depth, int64_t heads, int64_t parts
 // Packs weight [N, K], or its transpose, into `packed`; with heads, in `parts` of N / parts columns each.
 void pack_linear(py::handle weight_arg, int64_t heads, int64_t parts, bool bf16, bool transposed,
                  int num_threads, py::handle packed_arg) {
+  check_num_threads(num_threads);
   const TensorView weight(weight_arg, "weight", {DType::float32, DType::bfloat16}, {kAny, kAny});
   const int64_t columns = weight.size(transposed ? 1 : 0), depth = weight.size(transposed ? 0 : 1);
   if (transposed && (heads != 0 || parts != 1)) throw py::value_error("transposed: expected a plain matrix");
@@ -46,6 +47,7 @@ void pack_linear(py::handle weight_arg, int64_t heads, int64_t parts, bool bf16,
 }
 
 uint64_t fingerprint(py::handle weight_arg, int num_threads) {
+  check_num_threads(num_threads);
   const TensorView weight(weight_arg, "weight", {DType::float32, DType::bfloat16}, {kAny, kAny});
   const int64_t item = weight.dtype() == DType::float32 ? 4 : 2;
   const py::gil_scoped_release release;

@@ -114,6 +114,7 @@ void looped_blocks(py::handle x, const py::sequence& blocks, py::handle modulati
                    double dropout, uint64_t dropout_seed, int64_t first_loop, double exit_threshold,
                    int num_threads, py::handle out_arg, py::handle used_arg, py::handle loop_inputs,
                    py::handle records_arg) {
+  check_num_threads(num_threads);
   Arguments a(x, blocks, modulation, num_loops, heads, cos, sin, key_mask, bf16, dropout, dropout_seed,
               first_loop);
   cpu::LoopedBlocksProblem& p = a.problem;
@@ -138,6 +139,7 @@ void looped_blocks_backward(py::handle grad_x, const py::sequence& blocks, const
                             py::handle sin, py::handle key_mask, bool bf16, double dropout,
                             uint64_t dropout_seed, int64_t first_loop, int num_threads,
                             py::handle records_arg, const py::sequence& gradients_arg) {
+  check_num_threads(num_threads);
   Arguments a(grad_x, blocks, modulation, num_loops, heads, cos, sin, key_mask, bf16, dropout, dropout_seed,
               first_loop);
   const cpu::LoopedBlocksProblem& p = a.problem;

@@ -14,6 +14,7 @@ namespace loopmdm {
 
 constexpr float kLayerNormEps = 1e-5f;
 constexpr float kLowestFloat = -3.402823466e+38f;
+constexpr float kMaskedScore = -1e30f;    // its exponential is 0; the bias of a key that is not attended
 constexpr double kExpUnderflow = -745.2;  // exp() of less is 0 in double precision
 
 // Whether the deviations of a row may be no more than what its mean was rounded by, so that the mean wants to

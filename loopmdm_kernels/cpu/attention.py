@@ -10,6 +10,7 @@ from torch import Tensor
 from loopmdm_kernels.calls import AttentionCall
 from loopmdm_kernels.cpu.operands import DTYPES, vector
 from loopmdm_kernels.gradients import Kept, differentiable
+from loopmdm_kernels.layouts import heads_beside, whole_rows
 
 
 def why_not(call: AttentionCall) -> str | None:
@@ -26,7 +27,7 @@ def run(call: AttentionCall) -> Tensor:
 def _forward(call: AttentionCall, log_sum_exp: Tensor | None) -> Tensor:
     from loopmdm_kernels import _C
 
-    out = _like(call.q)
+    out = heads_beside(call.q)
     _C.attention(*_operands(call), out, log_sum_exp)
     return out
 
@@ -43,7 +44,7 @@ def _backward(
     from loopmdm_kernels import _C
 
     out, log_sum_exp = kept.tensors
-    grad = _rows(grads[0].resolve_neg())  # an incoming gradient may have the lazy negative bit
+    grad = whole_rows(grads[0])
     found = [torch.empty_like(out) for _ in range(3)]  # laid out like it
     _C.attention_backward(*_operands(call), out, log_sum_exp, grad, *found)
     return found
@@ -55,16 +56,5 @@ def _operands(
     """What both kernels begin with."""
     cos, sin = (None, None) if call.rotary is None else map(vector, call.rotary)
     mask = None if call.key_mask is None else call.key_mask.contiguous()
-    return _rows(call.q), _rows(call.k), _rows(call.v), mask, cos, sin, torch.get_num_threads()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x, or a copy if its rows are not contiguous; any other strides are read where they are."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _like(x: Tensor) -> Tensor:
-    """[B, H, L, K] with the heads of a position side by side, as the projections around attention want it."""
-    batch, heads, length, head_dim = x.shape
-    strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
-    return torch.empty_strided((batch, heads, length, head_dim), strides, dtype=x.dtype)
+    q, k, v = map(whole_rows, call.leaves)
+    return q, k, v, mask, cos, sin, torch.get_num_threads()

@@ -182,7 +182,7 @@ def _backward(call: LoopedCall, kept: Kept, _: Sequence[bool], grads: Sequence[T
     blocks = call.plain_blocks
     gradients = [_Gradients.zeros(block, call.modulation.shape[1]) for block in blocks]
     packed, bf16 = _packed(call), _is_bf16(call)
-    grad = grads[0].resolve_neg().float().clone(memory_format=torch.contiguous_format)
+    grad = grads[0].float().clone(memory_format=torch.contiguous_format)
     transposed = [
         packed_linear(weight, bf16=bf16, transposed=True)
         for block in blocks

@@ -12,13 +12,14 @@ from loopmdm_kernels.calls import HeadCall
 from loopmdm_kernels.cuda.launch import Kernel, launch, multiprocessors, set_map
 from loopmdm_kernels.cuda.parameters import address, structure
 from loopmdm_kernels.cuda.tensor_maps import layout
+from loopmdm_kernels.values import ceil_div
 
 CAPABILITY = (9, 0)
 OPERAND = torch.bfloat16
 CHUNK = 256  # kChunkTokens: what a warp group reduces to one record of a row
 ROWS_OF_TILE = (64, 128)  # of a block: few rows, many rows
 _STEP = 64  # of D, a stage
-_RING_BYTES = 2048  # beside the stages
+RING_BYTES = 2048  # beside the stages
 ROW_THREADS = 256
 _ROW_BLOCK = ROW_THREADS // 32  # a warp a row
 
@@ -58,7 +59,7 @@ def with_logits(source: str, rows_of_tile: int) -> Kernel:
     """A kernel that reduces tiles of logits: 64 rows stream the weight, pairs of 128 meet it less often."""
     stages, chunks, cluster = (3, 2, 1) if rows_of_tile == 64 else (4, 1, 2)
     stage = 2 * _STEP * (rows_of_tile + chunks * CHUNK)
-    return Kernel(source, 384, stages * stage + _RING_BYTES, (("LOOPMDM_ROWS", rows_of_tile),), cluster)
+    return Kernel(source, 384, stages * stage + RING_BYTES, (("LOOPMDM_ROWS", rows_of_tile),), cluster)
 
 
 class Operands:
@@ -147,7 +148,3 @@ def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous, and where TMA and vector loads can begin."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

@@ -15,9 +15,9 @@ from torch import Tensor
 from loopmdm_kernels.calls import CrossEntropyCall
 from loopmdm_kernels.cuda.head import (
     CHUNK,
+    RING_BYTES,
     ROW_THREADS,
     Operands,
-    ceil_div,
     pointers,
     why_not,
     with_logits,
@@ -26,6 +26,7 @@ from loopmdm_kernels.cuda.launch import Kernel, launch, multiprocessors, set_map
 from loopmdm_kernels.cuda.parameters import structure
 from loopmdm_kernels.cuda.tensor_maps import layout
 from loopmdm_kernels.gradients import Kept, differentiable
+from loopmdm_kernels.values import ceil_div
 
 __all__ = ["run", "why_not"]
 
@@ -37,7 +38,7 @@ _PAIR = 2  # blocks, with the same columns
 _PAIR_ROWS = _PAIR * _TILE[0]
 _INNER = 64  # of its inner dimension, a stage
 _PRODUCT = "head/masked_cross_entropy_product_sm90.cu"
-_PRODUCT_BYTES = 4 * 2 * _INNER * sum(_TILE) + 2048
+_PRODUCT_BYTES = 4 * 2 * _INNER * sum(_TILE) + RING_BYTES
 OF_ROWS, OF_WEIGHT = (
     Kernel(_PRODUCT, 384, _PRODUCT_BYTES, (("LOOPMDM_OF_WEIGHT", of_weight),), _PAIR) for of_weight in (0, 1)
 )

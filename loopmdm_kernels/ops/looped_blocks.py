@@ -146,8 +146,8 @@ def _flops(call: LoopedCall, outputs: tuple[Tensor, Tensor] | None) -> int:
     """Of the loops that the sequences took, where an exit ended them early too."""
     batch, length, hidden = call.x.shape
     used = call.num_loops if outputs is None else outputs[1]
-    if isinstance(used, int) or traced(used):
-        loops = batch * (call.num_loops if isinstance(call.num_loops, int) else 1)
+    if not isinstance(used, Tensor) or traced(used):
+        loops = batch * (1 if isinstance(call.num_loops, Tensor) else call.num_loops)
     else:
         loops = int(used.sum()) * batch // len(used)
     matrices = sum(weight.numel() for weight in call.weights if weight.ndim == 2)

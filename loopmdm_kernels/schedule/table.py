@@ -70,9 +70,6 @@ class Instruction(NamedTuple):
     part: int = 0  # of the inner dimension
 
 
-WORDS = len(Instruction._fields)
-
-
 class Counters(NamedTuple):
     """Counters of the first of these phases that the table has; of none: `done`, where loops meet."""
 

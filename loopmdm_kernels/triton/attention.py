@@ -11,12 +11,14 @@ from torch import Tensor
 
 from loopmdm_kernels.calls import AttentionCall
 from loopmdm_kernels.gradients import Kept, differentiable
+from loopmdm_kernels.layouts import heads_beside, whole_rows
 from loopmdm_kernels.triton.config import Tiles, tiles
 from loopmdm_kernels.triton.kernels.attention import attention_kernel
 from loopmdm_kernels.triton.kernels.attention_backward import attention_gradient_kernel
-from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
+from loopmdm_kernels.triton.launch import launch, power_of_two, processor
 from loopmdm_kernels.triton.operands import DTYPES
 from loopmdm_kernels.types import Rotary
+from loopmdm_kernels.values import ceil_div
 
 _MAX_HEAD_DIM = 256
 
@@ -112,18 +114,6 @@ def _strides(*tensors: Tensor | None) -> list[int | None]:
     return [s for tensor in tensors for s in (nothing if tensor is None else tensor.stride()[:3])]
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x, or a copy if its rows are not contiguous; any other strides are read where they are."""
-    x = x.detach().resolve_neg()
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _like(x: Tensor) -> Tensor:
-    """[B, H, L, K] with the heads of a position side by side, as the projections around attention want it."""
-    batch, heads, length, head_dim = x.shape
-    return torch.empty(batch, length, heads, head_dim, dtype=x.dtype, device=x.device).transpose(1, 2)
-
-
 def run(call: AttentionCall) -> Tensor:
     out: Tensor = differentiable(call, _forward, _backward) if call.trains else _forward(call, ())[0]
     return out
@@ -131,8 +121,9 @@ def run(call: AttentionCall) -> Tensor:
 
 def _forward(call: AttentionCall, wanted: Sequence[bool]) -> tuple[Tensor, Kept]:
     positions = Positions.of(call.key_mask, call.rotary, call.dtype)
-    result = Result.empty(_like(call.q), keep=any(wanted))
-    attention_forward(_rows(call.q), _rows(call.k), _rows(call.v), positions, result)
+    result = Result.empty(heads_beside(call.q), keep=any(wanted))
+    q, k, v = map(whole_rows, call.leaves)
+    attention_forward(q, k, v, positions, result)
     return result.out, Kept(result)
 
 
@@ -140,7 +131,8 @@ def _backward(call: AttentionCall, kept: Kept, _: object, grads: Sequence[Tensor
     out, rest, log_sum_exp = kept.tensors
     assert out is not None and log_sum_exp is not None
     positions = Positions.of(call.key_mask, call.rotary, call.dtype)
-    found = [_like(call.q) for _ in range(3)]
-    result, grad = Result(out, rest, log_sum_exp), _rows(grads[0])
-    attention_backward(_rows(call.q), _rows(call.k), _rows(call.v), positions, result, grad, found)
+    found = [heads_beside(call.q) for _ in range(3)]
+    result, grad = Result(out, rest, log_sum_exp), whole_rows(grads[0])
+    q, k, v = map(whole_rows, call.leaves)
+    attention_backward(q, k, v, positions, result, grad, found)
     return found

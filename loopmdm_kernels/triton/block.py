@@ -19,10 +19,11 @@ from loopmdm_kernels.triton.kernels.looped_blocks import (
     residual_linear_kernel,
     row_moments_kernel,
 )
-from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
+from loopmdm_kernels.triton.launch import launch, power_of_two, processor
 from loopmdm_kernels.triton.linear import persistent_grid
 from loopmdm_kernels.triton.operands import matrix, operand
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Weight
+from loopmdm_kernels.values import ceil_div
 
 STATISTICS_GROUP = 64  # as in kernels/common.py
 

@@ -11,9 +11,10 @@ from loopmdm_kernels.triton.attention import attention_backward
 from loopmdm_kernels.triton.block import Options, Record
 from loopmdm_kernels.triton.kernels.looped_blocks_backward import branch_backward_kernel
 from loopmdm_kernels.triton.kernels.modulated_rows import modulated_rows_backward_kernel
-from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two
+from loopmdm_kernels.triton.launch import launch, power_of_two
 from loopmdm_kernels.triton.linear import linear, weight_gradient
 from loopmdm_kernels.types import BlockWeights
+from loopmdm_kernels.values import ceil_div
 
 _PART = 32  # rows of a program that sums over rows
 

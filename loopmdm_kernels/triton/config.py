@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from loopmdm_kernels.triton.launch import Processor, ceil_div
-from loopmdm_kernels.values import parse_json
+from loopmdm_kernels.triton.launch import Processor
+from loopmdm_kernels.values import ceil_div, parse_json
 
 
 class Tiles(NamedTuple):

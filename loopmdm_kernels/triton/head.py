@@ -13,10 +13,11 @@ from loopmdm_kernels.triton.kernels.modulated_rows import (
     modulated_rows_backward_kernel,
     modulated_rows_kernel,
 )
-from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two
+from loopmdm_kernels.triton.launch import launch, power_of_two
 from loopmdm_kernels.triton.linear import linear, weight_gradient
 from loopmdm_kernels.triton.operands import DTYPES, MAX_HIDDEN, operand
 from loopmdm_kernels.types import Fp8Head, Head
+from loopmdm_kernels.values import ceil_div
 
 _GROUP_ELEMENTS = 1 << 27  # of logit gradients in memory at a time
 _PADDING = 64  # tokens: loads of whole vectors in both directions

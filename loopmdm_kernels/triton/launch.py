@@ -101,10 +101,6 @@ def _on(device: torch.device, run: Callable[[], None]) -> None:
         run()
 
 
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def power_of_two(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least n and at least `least`."""
     return max(least, 1 << (n - 1).bit_length())

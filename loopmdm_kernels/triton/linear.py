@@ -7,7 +7,8 @@ from torch import Tensor
 
 from loopmdm_kernels.triton.config import Tiles, tiles
 from loopmdm_kernels.triton.kernels.linear import linear_kernel, weight_gradient_kernel
-from loopmdm_kernels.triton.launch import ceil_div, launch, processor
+from loopmdm_kernels.triton.launch import launch, processor
+from loopmdm_kernels.values import ceil_div
 
 
 def persistent_grid(tile: Tiles, rows: int, columns: int, device: torch.device) -> tuple[int]:

@@ -27,9 +27,10 @@ from loopmdm_kernels.triton.block import (
 )
 from loopmdm_kernels.triton.block_backward import Gradients, block_backward
 from loopmdm_kernels.triton.kernels.looped_blocks import exit_kernel
-from loopmdm_kernels.triton.launch import ceil_div, launch
+from loopmdm_kernels.triton.launch import launch
 from loopmdm_kernels.triton.operands import DTYPES, MAX_HIDDEN
 from loopmdm_kernels.types import BlockWeights
+from loopmdm_kernels.values import ceil_div
 
 
 def why_not(call: LoopedCall) -> str | None:

@@ -28,8 +28,9 @@ from loopmdm_kernels.triton.kernels.masked_cross_entropy import (
     masked_cross_entropy_combine_kernel,
     masked_cross_entropy_kernel,
 )
-from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
+from loopmdm_kernels.triton.launch import launch, power_of_two, processor
 from loopmdm_kernels.triton.operands import matrix
+from loopmdm_kernels.values import ceil_div
 
 __all__ = ["run", "why_not"]
 

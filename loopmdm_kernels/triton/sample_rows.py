@@ -13,10 +13,11 @@ from loopmdm_kernels.reference.sample_rows import sample_in_parts
 from loopmdm_kernels.triton.config import tiles
 from loopmdm_kernels.triton.head import chunk_of, modulated_rows, why_not
 from loopmdm_kernels.triton.kernels.sample_rows import sample_rows_combine_kernel, sample_rows_kernel
-from loopmdm_kernels.triton.launch import ceil_div, launch, power_of_two, processor
+from loopmdm_kernels.triton.launch import launch, power_of_two, processor
 from loopmdm_kernels.triton.linear import linear
 from loopmdm_kernels.triton.operands import matrix
 from loopmdm_kernels.types import SampledRows
+from loopmdm_kernels.values import ceil_div
 
 __all__ = ["run", "why_not"]
 

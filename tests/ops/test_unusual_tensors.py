@@ -149,7 +149,7 @@ def test_weights_with_the_negative_bit_are_packed_with_their_sign():
 
 
 def test_gradients_with_the_negative_bit(backend):
-    for op in ("attention", "looped_blocks", "masked_cross_entropy"):
+    for op in ("attention", "looped_blocks", "head_logits", "masked_cross_entropy"):
         if op == "attention":
             leaf = torch.randn(1, 2, 4, 8, requires_grad=True)
             out = lk.attention(leaf, leaf, leaf)
@@ -157,6 +157,10 @@ def test_gradients_with_the_negative_bit(backend):
             inputs = looped_inputs().to(torch.float32)
             leaf = inputs.x.requires_grad_()
             out = lk.looped_blocks(leaf, inputs.blocks, inputs.modulation, 2, num_heads=inputs.num_heads)
+        elif op == "head_logits":
+            hidden, head = head_case()
+            leaf = hidden.requires_grad_()
+            out = lk.head_logits(leaf, head)
         else:
             hidden, head = head_case()
             leaf = hidden.requires_grad_()

@@ -11,11 +11,27 @@
 
 constexpr int kKeyBlock = 512;
 constexpr int kGroupRows = 16 * kRowsAtOnce;
-constexpr float kMaskedScore = -1e30f;  // its exponential is 0; the bias of a key that is not attended
 // Exponents of a row beyond this are taken as differences of scores: the product of its largest score with
 // the scale is then rounded by more than an exponential forgives.
 constexpr float kLargeExponent = 1048576.0f;
 static_assert(kKeyBlock % kPanel == 0 && kPanel % (2 * kLanes) == 0);
+
+// Pairs (i, i + K/2) turned by the angles of a position; `turn` -1 turns them back. `out` may be x.
+template <class Element>
+inline void rotate_row(const Element* x, const float* cos, const float* sin, float turn, int64_t half,
+                       float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Floats a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i) * turn;
+    store(out + i, a * c - b * s);
+    store(out + half + i, b * c + a * s);
+  }
+  for (; i < half; ++i) {
+    const float a = value_of(x + i), b = value_of(x + half + i), s = sin[i] * turn;
+    out[i] = a * cos[i] - b * s;
+    out[half + i] = b * cos[i] + a * s;
+  }
+}
 
 struct HeadShape {
   int64_t length;      // L

@@ -90,23 +90,6 @@ inline void read_row(const Element* x, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = value_of(x + i);
 }
 
-// Pairs (i, i + K/2) turned by the angles of a position; `turn` -1 turns them back.
-template <class Element>
-inline void rotate_row(const Element* x, const float* cos, const float* sin, float turn, int64_t half,
-                       float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= half; i += kLanes) {
-    const Floats a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i) * turn;
-    store(out + i, a * c - b * s);
-    store(out + half + i, b * c + a * s);
-  }
-  for (; i < half; ++i) {
-    const float a = value_of(x + i), b = value_of(x + half + i), s = sin[i] * turn;
-    out[i] = a * cos[i] - b * s;
-    out[half + i] = b * cos[i] + a * s;
-  }
-}
-
 // Rows [first, first + count) as floats, rotated where there are angles.
 template <class Element>
 void read_rows(const AttentionProblem& p, Rows<Element> x, int64_t first, int64_t count, bool rotated,

@@ -1,4 +1,4 @@
-// Rotary positions, dropout masks and the rows of several sequences, for both directions of a block.
+// Dropout masks and the rows of several sequences, for both directions of a block.
 #pragma once
 
 #include "cpu/machine/layout.h"
@@ -9,23 +9,6 @@ template <class Spans, class Job>
 inline void for_spans(const Spans& spans, Job&& job) {
   int64_t row = 0;
   for (int64_t i = 0; i < spans.size; row += spans.at[i++].count) job(spans.at[i], row);
-}
-
-// Pairs (i, i + K/2) turned by the angles of one position.
-inline void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
-  for (int64_t i = 0; i < half; ++i) {
-    out[i] = x[i] * cos[i] - x[half + i] * sin[i];
-    out[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
-  }
-}
-
-// The transposed rotation, in place.
-inline void rotate_back(float* x, const float* cos, const float* sin, int64_t half) {
-  for (int64_t i = 0; i < half; ++i) {
-    const float first = x[i], second = x[half + i];
-    x[i] = first * cos[i] + second * sin[i];
-    x[half + i] = second * cos[i] - first * sin[i];
-  }
 }
 
 // 32-bit words of the dropout mask for elements [first, first + count) of a branch.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/row_math.h"
 #include "cpu/looped_blocks/looped_blocks.h"
 #include "cpu/machine/buffer.h"
 
@@ -59,10 +60,9 @@ inline bool needs_key_bias(const LoopedBlocksProblem& p, const BlockShape& s) {
 
 // bias [padded L]: 0 for the keys of a sequence that count, very negative for the others.
 inline void fill_key_bias(const LoopedBlocksProblem& p, const BlockShape& s, int64_t sequence, float* bias) {
-  constexpr float kMaskedKey = -1e30f;
   for (int64_t key = 0; key < s.keys; ++key) {
     const bool counts = key < p.length && (!p.key_mask || p.key_mask[sequence * p.length + key]);
-    bias[key] = counts ? 0.0f : kMaskedKey;
+    bias[key] = counts ? 0.0f : kMaskedScore;
   }
 }
 

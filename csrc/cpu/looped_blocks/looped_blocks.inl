@@ -119,7 +119,7 @@ void put_turned(const BlockShape& s, const RowSpan& span, int parity, bool keys,
     const int64_t position = span.first + r;
     const float* source = sums + r * sums_row;
     if (seq.cos)
-      rotate(source, seq.cos + position * half, seq.sin + position * half, half, t.row);
+      rotate_row(source, seq.cos + position * half, seq.sin + position * half, 1.0f, half, t.row);
     else
       __builtin_memcpy(t.row, source, static_cast<size_t>(s.head_dim) * sizeof(float));
     store_row<Operand>(t.row, s.head_dim, t.words);
@@ -136,7 +136,7 @@ inline void add_branch(const BlockShape& s, const float* bias, const float* gate
                        const float* sums, int64_t sums_row, float* x, uint32_t* record) {
   // Behind the row's last number all is dropped: a NaN there would stay, and spoil the row's next norm.
   alignas(64) uint32_t words[kPanel] = {};
-  const int64_t drawn = std::min<int64_t>(width, s.hidden - column);
+  const int64_t left = s.hidden - column, drawn = left < width ? left : width;
   for (int64_t r = 0; r < rows; ++r) {
     if (dropout.threshold)
       dropout_words(dropout, branch, first_element + r * s.hidden + column, drawn, words);

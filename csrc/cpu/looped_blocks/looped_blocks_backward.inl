@@ -298,7 +298,8 @@ void head_gradient(const BlockShape& s, const BlockRecord& record, const Sequenc
   for (int part = 0; part < 3; ++part)
     for (int64_t r = 0; r < s.length; ++r) {
       float* source = arrays[4 + part] + r * row;
-      if (part < 2 && seq.cos) rotate_back(source, seq.cos + r * half, seq.sin + r * half, half);
+      if (part < 2 && seq.cos)
+        rotate_row(source, seq.cos + r * half, seq.sin + r * half, -1.0f, half, source);
       store_row<Operand>(source, s.head_dim,
                          rows.grad_qkv + r * row_words + (part * s.hidden + head * s.head_dim) / kPer);
     }
