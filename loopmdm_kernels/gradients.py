@@ -51,5 +51,6 @@ class _Differentiable(Function):
         tensors = ctx.saved_tensors
         call = ctx.kind.of(*together(tensors[: ctx.count], ctx.others))
         kept = Kept(tensors[ctx.count :], ctx.rest)
-        grads = tuple([grad.resolve_neg() for grad in grads])  # kernels read memory, not torch's lazy bit
+        # Kernels read memory, not the lazy negative bit; an output that has no gradient gets None.
+        grads = tuple([None if grad is None else grad.resolve_neg() for grad in grads])
         return None, None, None, *ctx.gradients(call, kept, ctx.needs_input_grad[3:], grads)

@@ -23,6 +23,7 @@ from tests.attention.cases import (
     run,
     tensors,
 )
+from tests.near import assert_near
 
 pytestmark = pytest.mark.backends("reference", "cpu", "triton")
 
@@ -95,7 +96,9 @@ def test_later_blocks_have_the_largest_scores(backend, dtype):
     q, k = q.abs(), k.abs() * torch.linspace(0, 12, length, dtype=DOUBLE)[:, None]
     q, k, v = (t.to(backend.device, dtype) for t in (q, k, v))
     oracle = reference.attention(q.double(), k.double(), v.double())
-    assert_matches_oracle(lk.attention(q, k, v), reference.attention(q, k, v), oracle)
+    out = lk.attention(q, k, v)
+    assert_matches_oracle(out, reference.attention(q, k, v), oracle)
+    assert_near(out, oracle, dtype)
 
 
 @FEW
@@ -110,7 +113,7 @@ def test_extreme_scores(backend, dtype):
 
 
 @FEW
-@pytest.mark.by_backend("length", reference=[20], cpu=[20, 90, 200, 256], triton=[20])
+@pytest.mark.by_backend("length", cpu=[20, 90, 200, 256], triton=[20])  # of plain PyTorch they are noise
 def test_gradients_where_few_keys_win(backend, dtype, length):
     """The gradient of a large score is the difference of nearly equal numbers."""
     for scale in (3.0, 30.0):

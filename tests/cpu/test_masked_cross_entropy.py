@@ -5,15 +5,14 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels import _C
-from loopmdm_kernels.testing import LEAVES
 from tests.conftest import Backend
-from tests.masked_cross_entropy.cases import assert_same, case, run
+from tests.masked_cross_entropy.cases import ALONE, PAIRS, assert_same, case, run
 
 BEST = Backend("best")
 
 
 @pytest.mark.backends("best")
-@pytest.mark.parametrize("wanted", [(name,) for name in LEAVES] + [("hidden", "bias"), ("norm", "weight")])
+@pytest.mark.parametrize("wanted", [*ALONE, *PAIRS])
 def test_kernels_are_asked_for_wanted_gradients_only(backend, monkeypatch, wanted):
     asked = []
     backward = _C.masked_cross_entropy_backward

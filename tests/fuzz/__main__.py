@@ -169,6 +169,15 @@ def processor_time(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def commit() -> str:
+    """What is tried; "unknown" where it is no git checkout."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def versions() -> str:
     import torch
 
@@ -196,7 +205,10 @@ def main() -> int:
         args.log.parent.mkdir(parents=True, exist_ok=True)
         log = args.log.open("w", encoding="utf-8")
     run = Run(seed, args.minutes, log)
-    run.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} fuzz: {args.minutes:g} minutes, seed {seed}; {versions()}")
+    now, load = time.strftime("%Y-%m-%d %H:%M:%S"), os.getloadavg()[0]
+    run.say(
+        f"{now} fuzz: {args.minutes:g} minutes, seed {seed}, commit {commit()}, load {load:.1f}; {versions()}"
+    )
     threads = [
         threading.Thread(target=run.worker, args=(name, number), daemon=True)
         for name in names

@@ -134,13 +134,15 @@ def _floors(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _floors_of_the_loss(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
-    rows = exact["nll"].numel() + float(problem.leaves.get("row_weights", exact["nll"]).double().abs().sum())
-    left = 4 * _unit(problem, "weight") * rows
-    largest = float(problem.leaves["weight"].abs().max())
-    steepest, size = 1.0, float(problem.leaves["hidden"].abs().max())
+    weights = problem.leaves.get("row_weights", torch.zeros(1)).double()
+    # Roundings of rows are independent: they add up as squares do.
+    left = _unit(problem, "weight") * (exact["nll"].numel() + float(weights.square().sum())) ** 0.5
+    largest, hidden = float(problem.leaves["weight"].abs().max()), problem.leaves["hidden"].double()
+    steepest, size = 1.0, float(hidden.abs().max())
     if "norm" in problem.leaves:
-        variance = problem.leaves["hidden"].double().var(dim=-1, unbiased=False)
-        steepest, size = float((variance + 1e-5).rsqrt().max()), problem.leaves["hidden"].shape[-1] ** 0.5
+        centred = hidden - hidden.mean(dim=-1, keepdim=True)
+        scale = (centred.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt()
+        steepest, size = float(scale.max()), float((centred * scale).abs().max())
     gradients = {"bias": left, "weight": left * size, "hidden": left * largest * steepest}
     gradients |= dict.fromkeys(("norm", "modulation"), left * largest * size)
     return {f"gradient of {name}": floor for name, floor in gradients.items()}
@@ -149,7 +151,7 @@ def _floors_of_the_loss(problem: Problem, exact: dict[str, Tensor]) -> dict[str,
 def _unit(problem: Problem, name: str) -> float:
     """Half a rounding step of a leaf, relative: that of the products, or of the stream."""
     kinds = [problem.leaves[name].dtype]
-    if name != "row_weights" and problem.op != "attention":
+    if name not in ("x", "row_weights") and problem.op != "attention":
         first = next(leaf for key, leaf in problem.leaves.items() if key.endswith(("weight", "qkv")))
         kinds.append(problem.given.get("compute_dtype") or first.dtype)
     return max(torch.finfo(kind).eps for kind in kinds) / 2

@@ -9,6 +9,7 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm_kernels.testing import LoopedInputs, assert_matches_oracle, looped_inputs, reference
 from loopmdm_kernels.types import BlockWeights
+from tests.near import assert_near
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 
@@ -59,6 +60,7 @@ def check(inputs: LoopedInputs, num_loops, dtype, *, weights=None, **options):
         out, baseline, exact = out[0], baseline[0], exact[0]
     assert out.dtype == FLOAT
     assert_matches_oracle(out, baseline, exact)
+    assert_near(out, exact, dtype)
 
 
 def check_gradients(inputs: LoopedInputs, num_loops, dtype, *, weights=FLOAT, recompute=False, **options):
@@ -70,6 +72,7 @@ def check_gradients(inputs: LoopedInputs, num_loops, dtype, *, weights=FLOAT, re
     for name, grad in gradients(rounded, num_loops, recompute=recompute, **options).items():
         assert grad.dtype == (FLOAT if name == "x" else weights)
         assert_matches_oracle(grad, baseline[name], exact[name], name=name)
+        assert_near(grad, exact[name], dtype, name)
 
 
 def shrinking(backend, batch, length, *sizes) -> LoopedInputs:

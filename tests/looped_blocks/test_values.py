@@ -25,7 +25,7 @@ def narrow_mlp(inputs: LoopedInputs, width: int) -> LoopedInputs:
     )
 
 
-@WITHOUT_TRITON
+@pytest.mark.backends("cpu")
 @pytest.mark.parametrize(
     ("sizes", "options"), [((1, 11, 48, 3, 1), {"key_mask": True}), ((2, 16, 32, 4, 2), {})], ids=str
 )

@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 
 import loopmdm_kernels as lk
-from loopmdm_kernels.testing import assert_cross_entropy, cross_entropy_inputs, cross_entropy_results
+from loopmdm_kernels.testing import (
+    LEAVES,
+    assert_cross_entropy,
+    cross_entropy_inputs,
+    cross_entropy_results,
+)
+from tests.near import assert_near
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+# Leaves of which gradients are asked for.
+ALONE = [(name,) for name in LEAVES]
+PAIRS = [("hidden", "norm"), ("bias", "modulation"), ("hidden", "bias"), ("norm", "weight")]
 # (D, V, R) for which no tile is full: interpreted and emulated kernels are slow.
 USUAL = {"triton": (36, 301, 33), "cuda": (72, 301, 33), "gpu": (72, 301, 33)}
 
@@ -31,6 +40,11 @@ def check(backend, inputs, **options):
     exact = 1e-7 if backend.name == "cpu" else 1e-6
     op = lk.masked_cross_entropy
     assert_cross_entropy(op, inputs, total_rtol=exact, gradient_factor=factor, **options)
+    if backend.kind == "reference":
+        dtype = options.get("compute_dtype") or inputs[0]["weight"].dtype
+        oracle = cross_entropy_results(op, *inputs, kind=torch.float64)
+        for name, value in run(inputs, **options).items():
+            assert_near(value, oracle[name], dtype, name)
 
 
 def assert_same(a, b):

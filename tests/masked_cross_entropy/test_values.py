@@ -10,7 +10,18 @@ import loopmdm_kernels as lk
 from loopmdm_kernels import _C
 from loopmdm_kernels.testing import LEAVES, head_inputs
 from loopmdm_kernels.types import Head
-from tests.masked_cross_entropy.cases import BF16, FLOAT, HALF, USUAL, assert_same, case, check, run
+from tests.masked_cross_entropy.cases import (
+    ALONE,
+    BF16,
+    FLOAT,
+    HALF,
+    PAIRS,
+    USUAL,
+    assert_same,
+    case,
+    check,
+    run,
+)
 
 # (D, V, R): around the widths of lanes, panels, pairs, tiles (192 tokens) and chunks (768) on the CPU.
 CPU_SIZES = [
@@ -109,18 +120,10 @@ def test_nan_stays_in_its_row(backend, dtype):
     assert torch.equal(out["hidden"].flatten(0, 1)[others], clean["hidden"].flatten(0, 1)[others])
 
 
-FOUR = [("weight",), ("hidden", "norm"), ("row_weights",), ("bias", "modulation")]
+FOUR = [("weight",), ("row_weights",), *PAIRS[:2]]
 
 
-ALONE = [(name,) for name in LEAVES]
-
-
-@pytest.mark.by_backend(
-    "wanted",
-    cpu=[*ALONE, ("hidden", "bias"), ("norm", "weight"), *FOUR[1::2]],
-    triton=FOUR,
-    cuda=FOUR,
-)
+@pytest.mark.by_backend("wanted", cpu=[*ALONE, *PAIRS], triton=FOUR, cuda=FOUR)
 def test_only_wanted_gradients(backend, wanted):
     inputs = case(backend)
     assert_same(run(inputs, wanted=wanted), run(inputs))
