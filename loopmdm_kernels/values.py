@@ -33,6 +33,12 @@ def positive(name: str, value: Any) -> int:
     return number
 
 
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raise the ValueError of a number below the least that is accepted, or of NaN."""
+    if not value >= least:
+        raise ValueError(f"{name} is {value}; accepted: at least {least}")
+
+
 def real(value: Any) -> float | None:
     """A number of any type, numpy's too, as one of Python's; None for all else, also True and False.
 

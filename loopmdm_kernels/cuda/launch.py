@@ -11,6 +11,7 @@ import torch
 
 from loopmdm_kernels.cuda import driver, tensor_maps
 from loopmdm_kernels.cuda.compiler import compile_kernel, limited
+from loopmdm_kernels.schedule import Device, device_of, measured
 
 ARCHITECTURE = "sm_90a"  # of the kernels launched here
 PORTABLE_CLUSTER = 8  # blocks; larger ones must be asked for
@@ -25,6 +26,13 @@ class Kernel(NamedTuple):
     shared_bytes: int = 0
     macros: tuple[tuple[str, int], ...] = ()
     cluster: int = 1  # blocks that share memory
+
+
+def known_device(limits: driver.Facts) -> Device:
+    """A GPU for the cost model, with its measured ceilings if there are any."""
+    return device_of(
+        limits.capability, limits.sms, limits.shared_bytes, name=limits.name, measured=measured.table()
+    )
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ from torch import Tensor
 from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.cuda import driver, tensor_maps
 from loopmdm_kernels.cuda.compiler import limited
-from loopmdm_kernels.cuda.launch import keep_for_graphs, loaded, set_map
+from loopmdm_kernels.cuda.launch import keep_for_graphs, known_device, loaded, set_map
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients
 from loopmdm_kernels.cuda.parameters import MAP, address, defines, fields
 from loopmdm_kernels.cuda.targets import Target, target_of
@@ -22,15 +22,12 @@ from loopmdm_kernels.gradients import Kept as Saved
 from loopmdm_kernels.gradients import differentiable
 from loopmdm_kernels.schedule import (
     BlockShape,
-    Device,
     Plan,
     Table,
     Tiles,
     build,
     choose,
     choose_backward,
-    device_of,
-    measured,
 )
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
@@ -60,7 +57,7 @@ def why_not(call: LoopedCall) -> str | None:
 
 @lru_cache(maxsize=64)
 def _why_no_plan(shape: BlockShape, target: Target, device: int, trains: bool) -> str | None:
-    known = target.used_of(_known(driver.facts(device)))
+    known = target.used_of(known_device(driver.facts(device)))
     try:
         choose(shape, known)
         if trains:
@@ -125,16 +122,10 @@ def shape_of(x: Tensor, blocks: Sequence[BlockWeights | Fp8BlockWeights], num_he
     return BlockShape(batch, length, hidden, num_heads, blocks[0].mlp_in.shape[0], len(blocks))
 
 
-def _known(limits: driver.Facts) -> Device:
-    return device_of(
-        limits.capability, limits.sms, limits.shared_bytes, name=limits.name, measured=measured.table()
-    )
-
-
 @lru_cache(maxsize=64)
 def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kernel, Plan, driver.Facts]:
     limits = driver.facts(device)
-    known = target.used_of(_known(limits))
+    known = target.used_of(known_device(limits))
     plan = choose(shape, known)
     kernel = _loaded(target, shape, plan, device)
     if plan.cluster > 1 and not kernel.active_clusters(plan.cluster, target.threads):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopmdm_kernels.cuda import driver, tensor_maps
 from loopmdm_kernels.cuda.compiler import limited
-from loopmdm_kernels.cuda.launch import keep_for_graphs, loaded, set_map
+from loopmdm_kernels.cuda.launch import keep_for_graphs, known_device, loaded, set_map
 from loopmdm_kernels.cuda.parameters import MAP, address, backward_defines, fields, structure
 from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.cuda.weights import MATRICES, PackedWeights
@@ -25,9 +25,7 @@ from loopmdm_kernels.schedule import (
     WeightSums,
     build_backward,
     choose_backward,
-    device_of,
     finish,
-    measured,
 )
 from loopmdm_kernels.types import BlockWeights
 
@@ -84,10 +82,7 @@ def gradients(
 @lru_cache(maxsize=64)
 def _kernel(shape: BlockShape, device: int) -> tuple[driver.Kernel, BackwardPlan]:
     limits = driver.facts(device)
-    known = device_of(
-        limits.capability, limits.sms, limits.shared_bytes, name=limits.name, measured=measured.table()
-    )
-    plan = choose_backward(shape, known)
+    plan = choose_backward(shape, known_device(limits))
     macros = tuple(limited(backward_defines(shape, plan)).items())
     return loaded(SOURCE, macros, SM90.architecture, plan.shared_bytes, device), plan
 

@@ -14,6 +14,7 @@ import loopmdm
 from loopmdm import LoopMDM, LoopMDMConfig, likelihood
 from loopmdm.data.batches import Batch
 from loopmdm.model import diffusion
+from loopmdm.quality.causal import CausalConfig, CausalLM
 from loopmdm.quality.likelihood import evaluate_nll, nll_by_sequence
 
 from .test_likelihood import LENGTH, MASK, TOKENS, Plain, Tabular
@@ -278,6 +279,11 @@ def test_edges() -> None:
     ("changes", "error", "message"),
     [
         ({"model": "run"}, TypeError, "model must be a LoopMDM, or a module like one, got str"),
+        (
+            {"model": CausalLM(CausalConfig(TOKENS + 1, MASK, 32, 2, 1))},
+            TypeError,
+            "model must be a LoopMDM, or a module like one, got CausalLM",
+        ),
         ({"model": nn.Linear(2, 2)}, TypeError, "got Linear"),
         ({"tokens": [[1, 2]]}, TypeError, "tokens: got list, expected an int64 tensor"),
         ({"tokens": torch.zeros(2, 4)}, TypeError, "tokens: got torch.float32"),

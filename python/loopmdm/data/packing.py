@@ -17,6 +17,7 @@ from torch import Tensor
 from loopmdm.data.array_cache import Array, cached_arrays
 from loopmdm.data.batches import Batch, BatchSource
 from loopmdm.data.tokenizer import Tokenizer
+from loopmdm_kernels.values import check_at_least
 
 GROUP_SIZE = 1000  # documents that are concatenated before they are cut, as in the reference
 _CACHE_VERSION = 2
@@ -109,7 +110,7 @@ class TextData:
                 f"lengths must be [{len(tokens)}] integers in 1..{tokens.shape[1]}, got {list(lengths.shape)}"
             )
         for name, value in (("accumulation", accumulation), ("batch_size", batch_size)):
-            _check_at_least(name, value, 1)
+            check_at_least(name, value, 1)
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; accepted: 0 to 2**64 - 1")
         _check_tokens(tokens, vocab_size, mask_token_id)
@@ -188,9 +189,9 @@ class TextData:
     ) -> tuple[Tensor, Tensor | None]:
         """(input_ids int64 [B, L], attention_mask bool [B, L] or None without padding); a pure function."""
         size = self.batch_size if batch_size is None else batch_size
-        _check_at_least("batch_size", size, 1)
-        _check_at_least("step", step, 0)
-        _check_at_least("world_size", world_size, 1)
+        check_at_least("batch_size", size, 1)
+        check_at_least("step", step, 0)
+        check_at_least("world_size", world_size, 1)
         limits = (
             ("micro_step", micro_step, self.accumulation, "accumulation"),
             ("rank", rank, world_size, "world_size"),
@@ -253,12 +254,7 @@ def _dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 
 
 def _check_length(length: int) -> None:
-    _check_at_least("length", length, 3)
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {value}; accepted: at least {least}")
+    check_at_least("length", length, 3)
 
 
 def _check_tokens(tokens: Array, vocab_size: int, mask_token_id: int) -> None:

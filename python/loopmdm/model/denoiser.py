@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loopmdm.model import diffusion, draws, inputs, vocabulary
 from loopmdm.model.config import LoopMDMConfig
-from loopmdm.model.masks import boolean
+from loopmdm.model.masks import counted_tokens
 from loopmdm.model.modes import say_if_trained
 from loopmdm.model.network import Network
 from loopmdm.model.parallel import check_averaged
@@ -210,11 +210,6 @@ class LoopMDM(Network):
                 raise ValueError(
                     f"t: got shape {tuple(t.shape)}, values {t}, expected [{len(input_ids)}] in (0, 1]"
                 )
-        counted = (
-            torch.ones_like(input_ids, dtype=torch.bool)
-            if attention_mask is None
-            else boolean("attention_mask", attention_mask)
-        )
         if prompt_mask is not None:
             if not isinstance(prompt_mask, Tensor):
                 raise TypeError(f"prompt_mask: got {type(prompt_mask).__name__}, expected a tensor [B, L]")
@@ -222,7 +217,7 @@ class LoopMDM(Network):
                 raise ValueError(
                     f"prompt_mask: got shape {tuple(prompt_mask.shape)}, expected {tuple(input_ids.shape)}"
                 )
-            counted = counted & ~boolean("prompt_mask", prompt_mask)
+        counted = counted_tokens(input_ids, attention_mask, prompt_mask)
         num_tokens = counted.sum()
         if readable and not int(num_tokens):
             raise ValueError("attention_mask, prompt_mask: no token is left to count")

@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
+from loopmdm_kernels.values import check_at_least
+
 Convention = Literal["blocks", "blocks+head", "blocks+head+embedding"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 DEFAULT_CONVENTION: Convention = "blocks+head"
@@ -50,7 +52,7 @@ class Dimensions(Protocol):
 
 def layer_matmuls(dims: Dimensions, length: int) -> dict[str, int]:
     """FLOPs per token of each matrix product of one layer in a sequence of `length` tokens."""
-    _check_at_least("length", length, 1)
+    check_at_least("length", length, 1)
     d = dims.hidden_size
     mlp = round(dims.mlp_ratio * d)
     return {
@@ -84,7 +86,7 @@ def conditioning_flops(dims: Dimensions) -> int:
 
 def executed_layers(dims: Dimensions, num_loops: float) -> float:
     """Layers a token passes: num_layers + (S - 1) n_m. `num_loops` may be an expectation."""
-    _check_at_least("num_loops", num_loops, 1)
+    check_at_least("num_loops", num_loops, 1)
     return dims.num_layers + (num_loops - 1) * (dims.loop_end - dims.loop_start)
 
 
@@ -132,7 +134,7 @@ def matched_steps(
     expected_loops: float | None = None,
 ) -> int:
     """Looped training steps that cost as much as `base_steps` of the network without the loop."""
-    _check_at_least("base_steps", base_steps, 1)
+    check_at_least("base_steps", base_steps, 1)
     return round(base_steps / training_ratio(dims, length, convention, expected_loops=expected_loops))
 
 
@@ -147,15 +149,15 @@ def schedule_saving(
         raise ValueError(f"light_fraction is {light_fraction}; accepted: 0 to 1")
     if not 0 <= light_blocks <= total_blocks or total_blocks <= 0:
         raise ValueError(f"light_blocks is {light_blocks}; accepted: 0 to total_blocks = {total_blocks} > 0")
-    _check_at_least("outside_blocks", outside_blocks, 0)
+    check_at_least("outside_blocks", outside_blocks, 0)
     return light_fraction * (total_blocks - light_blocks) / (total_blocks + outside_blocks)
 
 
 def equal_depth(num_layers: int, looped_layers: int, expected_loops: float) -> int:
     """Depth of the plain network whose training step costs the same in blocks: n + floor((E[S] - 1) n_m)."""
-    _check_at_least("looped_layers", looped_layers, 0)
-    _check_at_least("num_layers", num_layers, max(1, looped_layers))
-    _check_at_least("expected_loops", expected_loops, 1)
+    check_at_least("looped_layers", looped_layers, 0)
+    check_at_least("num_layers", num_layers, max(1, looped_layers))
+    check_at_least("expected_loops", expected_loops, 1)
     return num_layers + math.floor((expected_loops - 1) * looped_layers)
 
 
@@ -175,7 +177,7 @@ class SamplingLedger:
     _flops: dict[str, float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_at_least("length", self.length, 1)
+        check_at_least("length", self.length, 1)
         self._flops = dict.fromkeys(CONVENTIONS[-1].split("+"), 0.0)
 
     def record(
@@ -186,10 +188,10 @@ class SamplingLedger:
         length: tokens of these sequences; None: the ledger's.
         """
         length = self.length if length is None else length
-        _check_at_least("length", length, 1)
+        check_at_least("length", length, 1)
         counts = [int(s) for s in loops]
         for s in counts:
-            _check_at_least("loops", s, 1)
+            check_at_least("loops", s, 1)
         if not 0 <= rows_projected <= len(counts) * length:
             raise ValueError(
                 f"rows_projected is {rows_projected}; accepted: 0 to {len(counts)} sequences"
@@ -207,14 +209,14 @@ class SamplingLedger:
 
     def record_tails(self, dims: Dimensions, passes: int, *, length: int | None = None) -> None:
         """Passes of a sequence through the blocks behind the loop, beside the one of each call."""
-        _check_at_least("passes", passes, 0)
+        check_at_least("passes", passes, 0)
         length = self.length if length is None else length
         layers = passes * (dims.num_layers - dims.loop_end)
         self._flops["blocks"] += length * layers * layer_flops(dims, length)
 
     def record_rows(self, dims: Dimensions, rows: int) -> None:
         """Rows projected onto the vocabulary again, from the hidden state of a call recorded before."""
-        _check_at_least("rows", rows, 0)
+        check_at_least("rows", rows, 0)
         self.rows_projected += rows
         self._flops["head"] += rows * head_flops(dims)
 
@@ -244,8 +246,3 @@ def _projections(convention: Convention) -> int:
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}; accepted: {', '.join(map(repr, CONVENTIONS))}")
     return CONVENTIONS.index(convention)
-
-
-def _check_at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ValueError(f"{name} is {value}; accepted: at least {least}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from loopmdm_kernels.tracing import can_read, traced, transformed
@@ -24,3 +25,13 @@ def boolean(name: str, mask: Tensor) -> Tensor:
                 "additive mask holds; expected True or 1 at tokens that are meant, False or 0 at others"
             )
     return mask.bool()
+
+
+def counted_tokens(input_ids: Tensor, attention_mask: Tensor | None, prompt_mask: Tensor | None) -> Tensor:
+    """Which tokens of [B, L] may be masked and count: neither padding nor prompt, bool."""
+    counted = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        counted = counted & boolean("attention_mask", attention_mask)
+    if prompt_mask is not None:
+        counted = counted & ~boolean("prompt_mask", prompt_mask)
+    return counted

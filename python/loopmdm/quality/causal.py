@@ -20,7 +20,7 @@ from loopmdm.model import vocabulary
 from loopmdm.model.checkpoint import Trainable
 from loopmdm.model.config import from_fields
 from loopmdm.model.cut import named, say, why_global, why_linear, why_norm
-from loopmdm.model.masks import boolean
+from loopmdm.model.masks import counted_tokens
 from loopmdm.model.modules import RotaryEmbedding, TokenEmbedding
 from loopmdm.model.vocabulary import CalledHead
 from loopmdm_kernels.types import Head, Rotary
@@ -205,11 +205,7 @@ class CausalLM(Trainable):
             num_loops, seed: nothing is looped and nothing is drawn, so they change nothing.
             prompt_mask: [B, L], True at given tokens, which are not counted.
         """
-        counted = torch.ones_like(input_ids, dtype=torch.bool)
-        if attention_mask is not None:
-            counted &= boolean("attention_mask", attention_mask)
-        if prompt_mask is not None:
-            counted &= ~boolean("prompt_mask", prompt_mask)
+        counted = counted_tokens(input_ids, attention_mask, prompt_mask)
         num_tokens = counted.sum()
         if not int(num_tokens):
             raise ValueError("attention_mask, prompt_mask: no token is left to count")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopmdm.data.batches import Batch
 from loopmdm.model import diffusion, vocabulary
-from loopmdm.model.masks import boolean
+from loopmdm.model import masks as token_masks
 from loopmdm.model.seeds import derive_seed
 from loopmdm.quality.reader import Reader
 from loopmdm_kernels.values import meant, positive
@@ -178,9 +178,4 @@ def corruption(
 
 def counted_tokens(batch: Batch) -> Tensor:
     """Which tokens may be masked and count: neither padding nor prompt, bool [B, L] on the CPU."""
-    counted = torch.ones(batch.input_ids.shape, dtype=torch.bool)
-    if batch.attention_mask is not None:
-        counted &= boolean("attention_mask", batch.attention_mask).cpu()
-    if batch.prompt_mask is not None:
-        counted &= ~boolean("prompt_mask", batch.prompt_mask).cpu()
-    return counted
+    return token_masks.counted_tokens(*batch).cpu()

@@ -149,7 +149,7 @@ def estimate(reader: Reader, batch: Batch, copies: Copies, samples: int) -> tupl
 
 def _checked_config(model: Any) -> LoopMDMConfig:
     config = getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or not hasattr(config, "mask_token_id"):
+    if not isinstance(model, nn.Module) or not hasattr(config, "time_conditioning"):
         raise TypeError(f"model must be a LoopMDM, or a module like one, got {type(model).__name__}")
     return cast(LoopMDMConfig, config)
 
