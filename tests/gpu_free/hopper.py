@@ -104,6 +104,29 @@ def nvcc_source(source: str, options: list[str], target: Path, arch: str = "sm_9
     return result.stderr
 
 
+def nvrtc_ptx(source: str, options: list[str], arch: str = "sm_90a") -> str:
+    """The PTX that NVRTC makes of a source text."""
+    from cuda.bindings import nvrtc
+
+    def value(result: tuple[Any, ...]) -> Any:
+        status, *values = result
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise AssertionError(bytes(log).decode())
+        return values[0] if values else None
+
+    program = value(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    try:
+        arguments = [*options, f"--gpu-architecture={arch}", f"-I{sources.folder()}"]
+        value(nvrtc.nvrtcCompileProgram(program, len(arguments), [a.encode() for a in arguments]))
+        text = bytearray(value(nvrtc.nvrtcGetPTXSize(program)))
+        value(nvrtc.nvrtcGetPTX(program, text))
+        return bytes(text).decode().rstrip("\0")
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
 def layout(kind: type[ctypes.Structure], struct: str) -> list[str]:
     """Assertions that a struct of the kernels lies as the host writes it."""
     checks = [f"static_assert(sizeof({struct}) == {ctypes.sizeof(kind)});"]
