@@ -102,11 +102,22 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _of_mask(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss with rows given as the model gives them, [B, L] True at some: they are looked up outside."""
+
+    def run(*args: Any, compute_dtype: torch.dtype | None) -> Any:
+        *given, mask, row_weights = args
+        rows = mask.flatten().nonzero().squeeze(1)
+        return function(*given, rows, row_weights.flatten()[rows], compute_dtype=compute_dtype)
+
+    return _without_autocast(run)
+
+
 EAGER: Functions = {
     "block": _LOOPED_BLOCKS.block,
     "looped_blocks": _without_autocast(looped_blocks),
     "head_logits": _without_autocast(head_logits),
-    "masked_cross_entropy": _without_autocast(masked_cross_entropy),
+    "masked_cross_entropy": _of_mask(masked_cross_entropy),
 }
 
 
@@ -115,7 +126,7 @@ def compiled_head() -> Functions:
     return {
         **EAGER,
         "head_logits": _without_autocast(compiled(head_logits)),
-        "masked_cross_entropy": _without_autocast(compiled(masked_cross_entropy)),
+        "masked_cross_entropy": _of_mask(compiled(masked_cross_entropy)),
     }
 
 
