@@ -122,10 +122,14 @@ def expected(problem: Problem, wanted: tuple[str, ...], runs: int = 1) -> dict[s
 
 def _floors(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
     """What cancellation leaves where what is added up is larger than the sum: of the gradients of q and k,
-    which are 0 where there is one key, and of the loss's, whose gradients of the logits are rounded once and
-    may add up to 0 over tokens that are alike."""
+    which are 0 where there is one key; of the loss's, whose gradients of the logits are rounded once and may
+    add up to 0 over tokens that are alike; and of a norm's input, which are 0 where two numbers are
+    normalised."""
     if problem.op == "masked_cross_entropy":
         return _floors_of_the_loss(problem, exact)
+    if problem.op == "head_logits":
+        most = float(problem.leaves["weight"].double().square().sum(0).max().sqrt())
+        return {"gradient of hidden": 2.0**-22 * most * _head_sizes(problem)["hidden"]}
     if problem.op != "attention":
         return {}
     q, k, v = (float(leaf.abs().max()) for leaf in problem.leaves.values())
@@ -134,18 +138,40 @@ def _floors(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _floors_of_the_loss(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
-    weights = problem.leaves.get("row_weights", torch.zeros(1)).double()
-    # Roundings of rows are independent: they add up as squares do.
-    left = _unit(problem, "weight") * (exact["nll"].numel() + float(weights.square().sum())) ** 0.5
-    largest, hidden = float(problem.leaves["weight"].abs().max()), problem.leaves["hidden"].double()
+    nll = exact["nll"].double()
+    rows = problem.given.get("rows")
+    weights = (
+        problem.leaves.get("row_weights", torch.ones_like(nll)).double().abs() + 1
+    )  # of total, and of nll
+    if rows is not None and rows.dtype != torch.bool:  # a row that comes again is rounded the same
+        weights = weights.new_zeros(problem.leaves["hidden"].shape[:2].numel()).index_add(0, rows, weights)
+    # Roundings of different rows are independent: they add up as squares do.
+    left = _unit(problem, "weight") * float(weights.square().sum()) ** 0.5
+    sizes = _head_sizes(problem)
+    largest = float(problem.leaves["weight"].abs().max())  # of what leads from logits to h
+    sizes |= {name: largest * sizes[name] for name in ("hidden", "norm", "modulation")} | {"bias": 1.0}
+    return {f"gradient of {name}": left * size for name, size in sizes.items()}
+
+
+def _head_sizes(problem: Problem) -> dict[str, float]:
+    """By what a gradient at the operand h = norm(hidden) (1 + scale) + shift of the head's product comes
+    multiplied to the leaves behind it, at most; and of the weight, the largest number of h."""
+    hidden = problem.leaves["hidden"].double()
+    one = torch.ones(1, 2, 1, dtype=hidden.dtype)
+    norm = float(problem.leaves.get("norm", one).abs().max())
+    shift, scale = problem.leaves.get("modulation", one - 1).double().unbind(1)
     steepest, size = 1.0, float(hidden.abs().max())
     if "norm" in problem.leaves:
         centred = hidden - hidden.mean(dim=-1, keepdim=True)
-        scale = (centred.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt()
-        steepest, size = float(scale.max()), float((centred * scale).abs().max())
-    gradients = {"bias": left, "weight": left * size, "hidden": left * largest * steepest}
-    gradients |= dict.fromkeys(("norm", "modulation"), left * largest * size)
-    return {f"gradient of {name}": floor for name, floor in gradients.items()}
+        inverse = (centred.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt()
+        steepest, size = float(inverse.max()), float((centred * inverse).abs().max())
+    scaled = float((1 + scale).abs().max())
+    return {
+        "hidden": steepest * norm * scaled,
+        "norm": size * scaled,
+        "modulation": max(1.0, size * norm),
+        "weight": size * norm * scaled + float(shift.abs().max()),
+    }
 
 
 def _unit(problem: Problem, name: str) -> float:
