@@ -1,7 +1,7 @@
 """Which implementations of the ops exist here, and which one a call uses.
 
-An op goes to the first backend of `PREFERENCE` that says it can do the call; `reference` can do every one.
-`use_backend` or the environment variable LOOPMDM_BACKEND forces one instead, which then does the work or says
+An op goes to the first backend that says it can do the call, of those that a verdict of `qualify` found right
+and faster on this machine, or without a verdict of `PREFERENCE`; `reference` can do every one. `use_backend` or the environment variable LOOPMDM_BACKEND forces one instead, which then does the work or says
 why it cannot, or several in order ("cuda,triton"): a call that goes past one of them says so, once. A
 LOOPMDM_CPU_ISA that this machine has not is an error of every op that might have run on the CPU kernels.
 """
@@ -11,24 +11,27 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 
+from loopmdm_kernels import verdicts
 from loopmdm_kernels.calls import Call
 from loopmdm_kernels.tracing import transformed
 from loopmdm_kernels.values import meant
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+Used: TypeAlias = dict[str, dict[str, str]]  # for each op, backends and why
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-PREFERENCE = ("cpu",)  # not triton and cuda: their kernels have not run on a device yet
+PREFERENCE = ("cpu",)  # without a verdict; not triton and cuda: their kernels have not run on a device yet
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _WITH_FP8_WEIGHTS = ("triton",)
 
@@ -50,10 +53,21 @@ _KERNELS = {
 
 _forced: ContextVar[tuple[str, ...]] = ContextVar("loopmdm_backend", default=())
 _passed_over: set[tuple[str, str, str]] = set()  # op, backend, reason: what has been said
+_used: ContextVar[Used | None] = ContextVar("loopmdm_used", default=None)
+_unqualified: set[str] = set()  # devices of which has been said that there is no verdict
 
 
-def available_backends() -> dict[str, bool | str]:
-    """What is usable here: True, or the instruction set in use; for the others the reason why not."""
+class Refused(RuntimeError):
+    """No backend that was asked for can do a call."""
+
+
+def available_backends(*, explain: bool = False) -> dict[str, bool | str]:
+    """What is usable here: True, or the instruction set in use; for the others the reason why not.
+
+    explain: a sentence for each instead, which also says when calls use it unasked, and why.
+    """
+    if explain:
+        return {name: _explained(name) for name in BACKENDS}
     status: dict[str, bool | str] = {}
     for name in BACKENDS:
         reason = _why_unavailable(name)
@@ -62,6 +76,42 @@ def available_backends() -> dict[str, bool | str]:
         else:
             status[name] = _extension().cpu_isa() if name == "cpu" else True
     return status
+
+
+def _explained(name: str) -> str:
+    if name == "reference":
+        return "used where no other backend is"
+    device = _DEVICE_OF[name]
+    reason = why_not_on(name, torch.device(device))
+    if reason is not None:
+        return f"not used: {reason}"
+    if verdicts.switched_off():
+        why, orders = "LOOPMDM_QUALIFY=0", None
+    else:
+        orders, speedups, why = verdicts.standing(_current(device))
+    if orders is None:
+        return f"used ({why})" if name in PREFERENCE else f"not used unless asked for ({why})"
+    won = [question for question, names in orders.items() if name in names]
+    if not won:
+        return f"not used unless asked for ({why}: nowhere right and faster than plain PyTorch)"
+    rates = [speedups[question, name] for question in won]
+    many = f"{min(rates):.2f} to {max(rates):.2f} times as fast as plain PyTorch"
+    return f"used for {len(won)} of {len(orders)} kinds of calls ({why}: right, {many})"
+
+
+def _current(device: str) -> torch.device:
+    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+
+
+@contextmanager
+def recorded() -> Iterator[Used]:
+    """Yields a dict of what calls inside, in this thread or task, use: for each op, backends and why."""
+    used: Used = {}
+    token = _used.set(used)
+    try:
+        yield used
+    finally:
+        _used.reset(token)
 
 
 class use_backend:
@@ -133,8 +183,9 @@ def run(op: str, call: Call) -> Any:
 def choose(op: str, call: Call) -> Callable[[Any], Any]:
     """The function of the backend that does the call."""
     asked = forced()
-    order = asked or PREFERENCE
-    _check_names("LOOPMDM_BACKEND", order)
+    order = asked or _preferred(op, call)
+    if asked:
+        _check_names("LOOPMDM_BACKEND", order)
     if "cpu" in order[1:]:  # or it is the first and asked below
         _check_instruction_set()
     reasons: dict[str, str] = {}
@@ -143,13 +194,87 @@ def choose(op: str, call: Call) -> Callable[[Any], Any]:
         if reason is None:
             for passed, why in reasons.items() if asked else ():
                 _say_once(op, passed, why, name)
+            _note(op, call, name, reasons)
             return kernel(name, op)
         if name == "cpu":
             _check_instruction_set()
         reasons[name] = reason
     if asked:
-        raise RuntimeError(f"{op}: " + _refusals("was asked for and cannot do this", reasons))
+        raise Refused(f"{op}: " + _refusals("was asked for and cannot do this", reasons))
+    _note(op, call, "reference", reasons)
     return kernel("reference", op)
+
+
+def _preferred(op: str, call: Call) -> tuple[str, ...]:
+    """Of the backends that nobody has asked for, those to try."""
+    device = call.first.device
+    if device.type not in ("cpu", "cuda"):
+        return PREFERENCE
+    found = verdicts.standing(device)
+    if found.orders is None:
+        if device.type == "cuda":
+            _say_unqualified(device, found.why)
+        return PREFERENCE
+    # A forced instruction set is asked for too, and a transform hides what a call wants.
+    if verdicts.switched_off() or (device.type == "cpu" and os.environ.get("LOOPMDM_CPU_ISA")):
+        return PREFERENCE
+    return found.orders.get(_question(op, call), PREFERENCE)
+
+
+def _question(op: str, call: Call) -> verdicts.Question:
+    backward = op.endswith("_backward")
+    direction = "gradients" if backward or call.trains else "forward"
+    dtype = "fp8" if call.fp8 else str(call.dtype).removeprefix("torch.")
+    return op.removesuffix("_backward"), direction, dtype
+
+
+def _say_unqualified(device: torch.device, why: str) -> None:
+    """Once a device: its kernels are there and are not used."""
+    if str(device) in _unqualified or verdicts.switched_off():
+        return
+    _unqualified.add(str(device))
+    if any(_why_unavailable(name) is None for name in ("triton", "cuda")):
+        warnings.warn(
+            f"{device}: plain PyTorch is used: {why}. `loopmdm qualify` finds out in a few minutes which kernels"
+            " are right and faster here, and they are used from then on; said once",
+            stacklevel=6,
+        )
+
+
+def _note(op: str, call: Call, name: str, reasons: Mapping[str, str]) -> None:
+    """Write down for `recorded` what does a call."""
+    used = _used.get()
+    if used is None or name in used.setdefault(op, {}):
+        return
+    device = call.first.device
+    passed = "; ".join(f"{other}: {reason}" for other, reason in reasons.items())
+    if forced():
+        why = "forced"
+    elif verdicts.switched_off() or device.type not in ("cpu", "cuda"):
+        why = "without a verdict"
+    else:
+        found = verdicts.standing(device)
+        speedup = found.speedups.get((_question(op, call), name))
+        why = found.why
+        if speedup is not None:
+            why += f": right, {speedup:.2f} times as fast as plain PyTorch"
+        elif name == "reference" and found.orders is not None and not passed:
+            why += ": no backend is right and faster"
+    used[op][name] = f"{why}; {passed}" if passed else why
+
+
+def has_kernel(name: str, op: str) -> bool:
+    """Whether a backend has an op at all."""
+    return name == "reference" or op in _KERNELS[name]
+
+
+def why_not_on(name: str, device: torch.device) -> str | None:
+    """Why a backend can do nothing on a device, or None."""
+    reason = _why_unavailable(name)
+    wanted = _DEVICE_OF.get(name, device.type)
+    if reason is None and wanted != device.type:
+        return f"it is for a {wanted} device"
+    return reason
 
 
 def _check_instruction_set() -> None:

@@ -1,0 +1,187 @@
+"""What `qualify` has found on this machine: which backends are right here, and faster than plain PyTorch.
+
+A verdict is a JSON file for each device in the folder of compiled kernels ($LOOPMDM_CACHE_DIR). It holds what
+it was found with; once a package, the driver or a source has changed it is void, as is a damaged file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from loopmdm_kernels.cuda import disk_cache, sources
+from loopmdm_kernels.files import write_files
+from loopmdm_kernels.version import __version__
+
+FORMAT = 1
+Question = tuple[str, str, str]  # op, direction (forward, gradients), dtype
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class Standing(NamedTuple):
+    """What is known of a device.
+
+    orders: for each question the backends that are right and faster, the fastest first; None: no verdict.
+    speedups: of backends over plain PyTorch, by question and backend. why: one sentence.
+    """
+
+    orders: Mapping[Question, tuple[str, ...]] | None
+    speedups: Mapping[tuple[Question, str], float]
+    why: str
+
+
+_standings: dict[torch.device, Standing] = {}
+
+
+def switched_off() -> bool:
+    """Whether LOOPMDM_QUALIFY=0 asks for what was done before there were verdicts."""
+    return os.environ.get("LOOPMDM_QUALIFY", "").strip().lower() in ("0", "off", "false", "no")
+
+
+def standing(device: torch.device) -> Standing:
+    """Of a device of type cpu or cuda, read once in a process, and again after `forget`."""
+    known = _standings.get(device)
+    if known is None:
+        known = _standings[device] = _read(device)
+    return known
+
+
+def forget() -> None:
+    """Read verdicts again at the next call."""
+    _standings.clear()
+
+
+def path_of(device: torch.device) -> Path:
+    """Named after the device, so that machines that share a home folder keep theirs apart."""
+    name = device_name(device)
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()[:40]
+    return disk_cache.folder() / f"verdict-{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def facts(device: torch.device) -> dict[str, str | None]:
+    """With any of these changed, a verdict is void."""
+    found = {
+        "device": device_name(device),
+        "loopmdm-kernels": __version__,
+        "sources": fingerprint(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        found |= {"capability": f"{major}.{minor}", "CUDA of torch": str(torch.version.cuda)}
+        return {**found, "driver": _driver(), **{name: _version(name) for name in ("triton", "cuda-bindings")}}
+    return found
+
+
+@cache
+def fingerprint() -> str:
+    """Changes with any source of the package, of its kernels for GPUs, and with the compiled module."""
+    package = Path(__file__).parent
+    files = [*package.rglob("*.py"), *package.glob("_C*"), *package.rglob("*.cubin")]
+    try:
+        files += (sources.folder() / "cuda").rglob("*.*")
+    except RuntimeError:  # an installation without them has no CUDA kernels
+        pass
+    digest = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def write(device: torch.device, document: Mapping[str, Any]) -> Path:
+    """Put a verdict in the place of the one before."""
+    path = path_of(device)
+    write_files({path: json.dumps(document, indent=1, allow_nan=False) + "\n"})
+    forget()
+    return path
+
+
+def read(device: torch.device) -> tuple[dict[str, Any] | None, str]:
+    """The valid verdict on a device, or None; and a sentence about it."""
+    path = path_of(device)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        entries = [_checked(entry) for entry in document["entries"]]
+        date, machine, form = str(document["date"]), dict(document["machine"]), document["format"]
+    except FileNotFoundError:
+        return None, "there is no verdict on this device"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return None, f"the verdict {path} is damaged ({type(error).__name__}: {error})"
+    now = facts(device)
+    changed = [
+        f"{name} was {machine.get(name)}, is {now.get(name)}"
+        for name in dict.fromkeys((*now, *machine))
+        if machine.get(name) != now.get(name)
+    ]
+    if form != FORMAT:
+        changed.append(f"its format was {form}, is {FORMAT}")
+    if changed:
+        return None, f"the verdict of {date} is void: {'; '.join(changed)}"
+    return {**document, "entries": entries}, f"verdict of {date}"
+
+
+def _read(device: torch.device) -> Standing:
+    document, why = read(device)
+    if document is None:
+        return Standing(None, {}, why)
+    orders: dict[Question, tuple[str, ...]] = {}
+    speedups: dict[tuple[Question, str], float] = {}
+    for entry in document["entries"]:
+        question = entry["op"], entry["direction"], entry["dtype"]
+        orders.setdefault(question, ())
+        if entry["backend"] != "reference" and entry["right"] and (entry["speedup"] or 0.0) > 1.0:
+            orders[question] += (entry["backend"],)
+            speedups[question, entry["backend"]] = entry["speedup"]
+    for question, names in orders.items():
+        orders[question] = tuple(sorted(names, key=lambda name: -speedups[question, name]))
+    return Standing(orders, speedups, why)
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    for field in ("op", "direction", "dtype", "backend"):
+        if not isinstance(entry[field], str):
+            raise ValueError(f"{field}: got {entry[field]!r}, expected text")
+    if not isinstance(entry["right"], (bool, type(None))):
+        raise ValueError(f"right: got {entry['right']!r}, expected true, false or null")
+    speedup = entry["speedup"]
+    if speedup is not None and (isinstance(speedup, bool) or not 0 <= float(speedup) < float("inf")):
+        raise ValueError(f"speedup: got {speedup!r}, expected a number of at least 0")
+    return dict(entry)
+
+
+def _driver() -> str | None:
+    """Of the GPU: what the system says of its module, else the CUDA version that it is for."""
+    try:
+        said = re.search(r"\b\d+\.\d+(\.\d+)*\b", _DRIVER.read_text(encoding="utf-8"))
+    except OSError:
+        said = None
+    return said[0] if said else str(torch._C._cuda_getDriverVersion())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
