@@ -177,7 +177,8 @@ def _driver() -> str | None:
         said = re.search(r"\b\d+\.\d+(\.\d+)*\b", _DRIVER.read_text(encoding="utf-8"))
     except OSError:
         said = None
-    return said[0] if said else str(torch._C._cuda_getDriverVersion())
+    version = getattr(torch._C, "_cuda_getDriverVersion", lambda: None)
+    return said[0] if said else str(version())
 
 
 def _version(package: str) -> str | None:

@@ -21,7 +21,7 @@ from loopmdm_kernels.testing.cross_entropy import LEAVES, cross_entropy_inputs, 
 from loopmdm_kernels.testing.generators import LoopedInputs, head_inputs, looped_inputs
 from loopmdm_kernels.testing.head_gradients import head_gradients
 from loopmdm_kernels.testing.tolerance import assert_matches_oracle, luck_factor
-from loopmdm_kernels.types import Head, RowRng
+from loopmdm_kernels.types import Head, RowRng, SampledRows
 
 Results = dict[str, Tensor]
 Prepare = Callable[[torch.dtype], Callable[[], Results]]
@@ -63,6 +63,12 @@ def by_the_rule(out: Results, plain: Results, exact: Results, *, factor: float =
         if value.dtype != plain[name].dtype:
             raise AssertionError(f"{name}: got {value.dtype}, expected {plain[name].dtype}")
         assert_matches_oracle(value, plain[name], exact[name], name=name, factor=factor)
+
+
+def _parts(number: int, at_once: int | None) -> Iterator[slice]:
+    """Rows that a call takes. Of one row by itself chance says what its error is; of several, one by one, not."""
+    step = at_once or number
+    return (slice(first, first + step) for first in range(0, number, step))
 
 
 def _normal(*shape: int, seed: int) -> Tensor:
@@ -206,7 +212,7 @@ def _head_logits(gradients: bool, dtype: torch.dtype, device: torch.device) -> I
 
 
 def _cross_entropy(gradients: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    def case(name: str, num_rows: int, vocab_size: int, **options: bool) -> Case:
+    def case(name: str, num_rows: int, vocab_size: int, *, at_once: int | None = None, **options: bool) -> Case:
         inputs = cross_entropy_inputs(WIDTH, vocab_size, num_rows, dtype, device=device, **options)
 
         def prepare(kind: torch.dtype) -> Callable[[], Results]:
@@ -215,13 +221,16 @@ def _cross_entropy(gradients: bool, dtype: torch.dtype, device: torch.device) ->
             def call() -> Results:
                 if gradients:
                     return cross_entropy_results(lk.masked_cross_entropy, *inputs, kind=exact)
-                leaves = [inputs.leaves[name] if exact is None else inputs.leaves[name].to(exact) for name in LEAVES]
-                hidden, *head, weights = leaves
+                leaves = [inputs.leaves[name].to(exact or inputs.leaves[name].dtype) for name in LEAVES]
+                hidden, *tensors, weights = leaves
+                head = Head(*tensors, inputs.excluded_token)
                 with torch.no_grad():
-                    total, nll = lk.masked_cross_entropy(
-                        hidden, Head(*head, inputs.excluded_token), inputs.targets, inputs.rows, weights
-                    )
-                return {"total": total[None], "nll": nll}
+                    parts = [
+                        lk.masked_cross_entropy(hidden, head, inputs.targets, inputs.rows[part], weights[part])
+                        for part in _parts(num_rows, at_once)
+                    ]
+                totals, nlls = zip(*parts, strict=True)
+                return {"total": torch.stack(totals).sum(0, keepdim=True), "nll": torch.cat(nlls)}
 
             return call
 
@@ -236,13 +245,13 @@ def _cross_entropy(gradients: bool, dtype: torch.dtype, device: torch.device) ->
     yield case("33 rows", 33, VOCABULARY)
     yield case("no excluded token, one modulation", 70, 300, excluded=False, sequences=False)
     if not gradients:
-        yield case("one row", 1, 130)
+        yield case("one row at a time", 20, 130, at_once=1)
 
 
 def _sample_rows(gradients: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     assert not gradients
 
-    def case(name: str, num_rows: int, vocab_size: int, **options: Any) -> Case:
+    def case(name: str, num_rows: int, vocab_size: int, *, at_once: int | None = None, **options: Any) -> Case:
         hidden, head = head_inputs(3, 50, WIDTH, vocab_size, per_sequence_modulation=True, excluded_token=7)
         generator = torch.Generator().manual_seed(vocab_size)
         limits = 150, 2**32, 2**30, 2**31
@@ -259,10 +268,14 @@ def _sample_rows(gradients: bool, dtype: torch.dtype, device: torch.device) -> I
             call = given(kind)
 
             def sample() -> Results:
-                sampled = lk.sample_rows(
-                    call.hidden, call.head, rows, rng, compute_dtype=kind, **options
-                )  # fmt: skip
-                return sampled._asdict()
+                found = []
+                for part in _parts(num_rows, at_once):
+                    names = draw.of_rows(part).rng
+                    found.append(
+                        lk.sample_rows(call.hidden, call.head, rows[part], names, compute_dtype=kind, **options)
+                    )
+                fields = zip(*found, strict=True)
+                return dict(zip(SampledRows._fields, map(torch.cat, map(list, fields)), strict=True))
 
             return sample
 
@@ -293,4 +306,4 @@ def _sample_rows(gradients: bool, dtype: torch.dtype, device: torch.device) -> I
     yield case("200 rows, temperature 0.7", 200, VOCABULARY, temperature=0.7)
     yield case("the most probable", 33, VOCABULARY, temperature=0.0)
     yield case("top_k 5 and top_p 0.9", 33, VOCABULARY, top_k=5, top_p=0.9)
-    yield case("one row", 1, 130)
+    yield case("one row at a time", 20, 130, at_once=1)
