@@ -30,7 +30,10 @@ help:
 test: export OMP_NUM_THREADS = 1
 bench gpu-tests gpu-triton gpu-hopper: export PYTHONUNBUFFERED = 1
 
+# On a GPU first which kernels are right and faster there: once, and again when versions change.
 demo: $(VENV)/.installed-test
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/loopmdm qualify --if-needed || echo 'make demo: plain PyTorch does what the kernels did not do right'; fi
 	$(BIN)/loopmdm demo
 
 test: $(VENV)/.installed-test

@@ -91,7 +91,11 @@ def facts(device: torch.device) -> dict[str, str | None]:
         major, minor = torch.cuda.get_device_capability(device)
         found |= {"capability": f"{major}.{minor}", "CUDA of torch": str(torch.version.cuda)}
         return {**found, "driver": _driver(), **{name: _version(name) for name in ("triton", "cuda-bindings")}}
-    return found
+    try:
+        from loopmdm_kernels import _C
+    except ImportError:
+        return {**found, "instruction sets": None}
+    return {**found, "instruction sets": _C.usable_cpu_isas()}
 
 
 @cache

@@ -14,6 +14,7 @@ backend computes in.
 from __future__ import annotations
 
 import itertools
+import os
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from loopmdm_kernels import _C
 from tests.cuda import emulated_head
 from tests.triton.interpreted import interpreted
 
+os.environ["LOOPMDM_QUALIFY"] = "0"  # no test depends on a verdict in the user's folder
 USABLE_ISAS = _C.usable_cpu_isas().split(", ")
 ON_GPU = torch.cuda.is_available()
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16

@@ -32,6 +32,7 @@ COMMANDS = {
     "study": "run an analysis of the papers on your own models: a table and a figure",
     "bench": "time the kernels beside plain PyTorch, or tune those for GPUs",
     "convert": "turn a reference (MDLM) checkpoint into config.json and model.safetensors",
+    "qualify": "find out which kernels are right and faster on this machine, to be used from then on",
     "doctor": "say what works on this machine, and why the rest does not",
 }
 # In the errors of numpy and of torch, on a CPU and on a GPU.

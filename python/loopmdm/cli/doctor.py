@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     backends = {name: _check_backend(name, status) for name, status in lk.available_backends().items()}
+    for name, why in lk.available_backends(explain=True).items():
+        backends[name]["chosen"] = why
     checkpoints = {name: _check_checkpoint(name) for name in SHIPPED}
     problems = [
         f"{kind} {name}: {finding['problem']}"
@@ -186,6 +188,9 @@ def _print(document: dict[str, Any]) -> None:
         for name, finding in document["backends"].items()
     ]
     print_table(("backend", "", "", "self-check"), rows, align="left")
+    print()
+    rows = [(name, finding["chosen"]) for name, finding in document["backends"].items()]
+    print_table(("backend", "unasked"), rows, align="left")
     print()
     rows = [
         (

@@ -129,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
                 "network_calls": result.network_calls.tolist(),
                 "loops": result.loops.tolist(),
                 "rows_projected": result.rows_projected,
+                "backends": result.backends,
                 "samples": [
                     {"text": text, "ids": row, **_board(spec, row)}
                     for text, row in zip(texts, ids, strict=True)

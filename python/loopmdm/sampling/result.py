@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -44,6 +44,7 @@ class SampleResult:
     seconds: float
     ledger: SamplingLedger
     history: list[StepEvent] | None = None
+    backends: dict[str, dict[str, str]] = field(default_factory=dict)  # for each op, what computed it, and why
 
     @property
     def total_network_calls(self) -> int:

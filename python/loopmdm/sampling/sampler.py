@@ -23,6 +23,7 @@ from loopmdm.sampling.progress import progress_bar
 from loopmdm.sampling.reference_numerics import ReferenceRun
 from loopmdm.sampling.remasking import Remasked, Remasking
 from loopmdm.sampling.result import SampleResult, StepEvent
+from loopmdm_kernels.backends import recorded
 
 
 def sample(
@@ -165,7 +166,12 @@ def sample_with(
     start = time.perf_counter()
     dtype = decoding.dtype
     cast = torch.autocast(model.device.type, dtype) if dtype is not None else nullcontext()
-    with sampled(network.models), cast, progress_bar(progress, run.num_steps) as advance:
+    with (
+        sampled(network.models),
+        cast,
+        recorded() as backends,
+        progress_bar(progress, run.num_steps) as advance,
+    ):
         while taken < run.num_steps and not run.finished:
             event = run.step(taken)
             taken += 1
@@ -188,6 +194,7 @@ def sample_with(
         seconds=time.perf_counter() - start,
         ledger=run.ledger,
         history=events if history else None,
+        backends=backends,
     )
 
 

@@ -1,0 +1,215 @@
+"""`qualify` with the reference and the CPU kernels in the place of kernels for GPUs: what it finds, and how it
+lives through crashes, hangs, and others who are at it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import loopmdm_kernels as lk
+from loopmdm_kernels import verdicts
+from loopmdm_kernels.qualification import processes
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+SMALL = {"ops": ["attention"], "dtypes": ["float32"], "compiled": False, "time_limit": 120}
+QUESTIONS = {("attention", direction, "float32") for direction in ("forward", "gradients")}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOOPMDM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("LOOPMDM_QUALIFY", raising=False)
+    monkeypatch.delenv("LOOPMDM_BACKEND", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "python"), str(ROOT)]))
+    verdicts.forget()
+    yield tmp_path / "cache"
+    verdicts.forget()
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    def planted(fault):
+        monkeypatch.setenv("PLANTED", fault)
+        monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-m", "tests.qualification.planted"))
+
+    return planted
+
+
+def by_question(verdict):
+    return {tuple(e[name] for name in ("op", "direction", "dtype", "backend")): e for e in verdict["entries"]}
+
+
+def test_what_is_found_is_kept_and_used(folder):
+    said = []
+    verdict = lk.qualify("cpu", backends=["reference", "cpu"], on_progress=said.append, **SMALL)
+    assert Path(verdict["path"]).parent == folder
+    assert [path.name for path in folder.iterdir()] == [Path(verdict["path"]).name]  # no lock is left
+    assert json.loads(Path(verdict["path"]).read_text()) == {k: v for k, v in verdict.items() if k != "path"}
+    found = by_question(verdict)
+    assert set(found) == {(*question, name) for question in QUESTIONS for name in ("reference", "cpu")}
+    for entry in found.values():
+        assert entry["right"] is True and entry["why"] is None and entry["speedup"] > 0
+        assert {"50 times the same bits", "a fresh thread", "masked keys"} <= set(entry["checked"])
+        assert all(times.keys() == {"ours", "eager"} for times in entry["seconds"].values())
+        assert len(entry["seconds"]) == 2
+    assert "cpu: attention, gradients, float32: right?" in said
+    assert "reference, cpu: attention, forward, float32: how fast?" in said
+    standing = verdicts.standing(CPU)
+    assert standing.orders is not None and set(standing.orders) == QUESTIONS
+    for question, names in standing.orders.items():
+        assert names == (("cpu",) if found[*question, "cpu"]["speedup"] > 1 else ())
+    # Later for others; these stay.
+    more = lk.qualify("cpu", backends=["cpu"], **{**SMALL, "ops": ["head_logits"]})
+    assert len(more["entries"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("wrong", "37 tokens, angles: out: error "),
+        ("unwritten", "NaN at other places than in the oracle"),
+        ("once", "the same call again: out has other bits"),
+        ("crash", "ended by SIGSEGV"),
+        ("error", "RuntimeError: CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_a_fault_is_found_and_ends_only_itself(plant, fault, why):
+    plant(fault)
+    verdict = lk.qualify("cpu", backends=["cpu"], **{**SMALL, "ops": ["attention", "sample_rows"]})
+    found = by_question(verdict)
+    for question in QUESTIONS:
+        entry = found[*question, "cpu"]
+        assert entry["right"] is False and why in entry["why"] and entry["speedup"] is None
+    assert found["sample_rows", "forward", "float32", "cpu"]["right"] is True
+    assert verdicts.standing(CPU).orders["attention", "forward", "float32"] == ()
+
+
+def test_a_hang_is_ended(plant):
+    plant("hang")
+    start = time.monotonic()
+    limits = {**SMALL, "ops": ["attention", "sample_rows"], "time_limit": 40}
+    entries = by_question(lk.qualify("cpu", backends=["cpu"], **limits))
+    for question in QUESTIONS:
+        assert entries[*question, "cpu"]["why"] == "did not end within 40 s"
+    assert entries["sample_rows", "forward", "float32", "cpu"]["right"] is True
+    assert time.monotonic() - start < 900, "the sleep was 1000 s"
+
+
+def test_another_token_is_wrong(plant):
+    plant("token")
+    (entry,) = lk.qualify("cpu", backends=["cpu"], **{**SMALL, "ops": ["sample_rows"]})["entries"]
+    assert entry["right"] is False and "33 of 33 rows have another token" in entry["why"]
+
+
+def test_what_a_library_prints_does_no_harm(plant):
+    plant("noise")
+    (*entries,) = lk.qualify("cpu", backends=["cpu"], **SMALL)["entries"]
+    assert [entry["right"] for entry in entries] == [True, True]
+
+
+def test_a_backend_that_does_not_do_something():
+    entries = lk.qualify("cpu", backends=["cpu"], **{**SMALL, "dtypes": ["float16"]})["entries"]
+    for entry in entries:
+        assert entry["right"] is None and "q must be float32 or bfloat16" in entry["why"]
+
+
+def test_a_process_that_does_not_start(monkeypatch, folder):
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", "raise SystemExit('no such thing')"))
+    with pytest.raises(RuntimeError, match="does not start: ended with status 1: no such thing"):
+        lk.qualify("cpu", backends=["cpu"], **SMALL)
+    assert list(folder.iterdir()) == []
+
+
+SCRIPT = """
+import json, sys
+import loopmdm_kernels as lk
+if __name__ == "__main__":
+    print("begins", flush=True)
+    said = []
+    options = {"ops": ["sample_rows"], "dtypes": ["float32"], "compiled": False}
+    verdict = lk.qualify("cpu", backends=["cpu"], on_progress=said.append, **options)
+    print(json.dumps([len(said), verdict["date"], [entry["right"] for entry in verdict["entries"]]]))
+"""
+
+
+def test_two_at_once_do_the_work_once():
+    environment = {key: value for key, value in os.environ.items() if key != "LOOPMDM_QUALIFY"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        )
+        for _ in range(2)
+    ]
+    answers = [json.loads(process.communicate()[0].splitlines()[-1]) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert [answer[2] for answer in answers] == [[True], [True]]
+    worked = sorted(answer[0] for answer in answers)
+    # The second waits and takes the verdict of the first, unless it begins when that has ended.
+    assert worked in ([0, 2], [2, 2])
+    if worked == [0, 2]:
+        assert answers[0][1] == answers[1][1]
+
+
+def test_a_killed_one_takes_its_child_along(plant, tmp_path):
+    plant("hang")
+    script = SCRIPT.replace("sample_rows", "attention").replace(
+        "import json, sys", "import json, sys\nfrom loopmdm_kernels.qualification import processes\n"
+        "processes.COMMAND = (sys.executable, '-m', 'tests.qualification.planted')"
+    ).replace("on_progress=said.append", "on_progress=lambda line: print(line, flush=True)")
+    environment = {key: value for key, value in os.environ.items() if key != "LOOPMDM_QUALIFY"}
+    mark = {"QUALIFY_TEST": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment | mark
+    )
+    assert process.stdout.readline() == "begins\n"
+    assert "right?" in process.stdout.readline()
+    assert len(marked(tmp_path)) == 2
+    process.kill()
+    process.communicate()
+    while marked(tmp_path):  # ends by itself, or the test hangs
+        time.sleep(0.05)
+    # A lock that was left is no obstacle.
+    plant("none")
+    assert lk.qualify("cpu", backends=["cpu"], **SMALL)["entries"][0]["right"] is True
+
+
+def marked(path):
+    """Processes with this path in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"QUALIFY_TEST={path}\0".encode() in (folder / "environ").read_bytes():
+                found.append(folder.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_bad_arguments(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="device: got 'tpu', expected cpu or cuda"):
+        lk.qualify("tpu")
+    with pytest.raises(ValueError, match="device: got 'meta', expected cpu or cuda"):
+        lk.qualify("meta")
+    with pytest.raises(ValueError, match="ops: got 'atention', expected some of .*did you mean 'attention'"):
+        lk.qualify("cpu", ops=["atention"])
+    with pytest.raises(ValueError, match="dtypes: got 'float64'"):
+        lk.qualify("cpu", dtypes=["float64"])
+    with pytest.raises(ValueError, match="backends: got 'gpu'"):
+        lk.qualify("cpu", backends=["gpu"])
+    with pytest.raises(ValueError, match="time_limit: got 0, expected more than 0 seconds"):
+        lk.qualify("cpu", time_limit=0)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot be used here: "):
+        lk.qualify("cpu", backends=["triton"])
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="torch finds no GPU here"):
+            lk.qualify("cuda")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LOOPMDM_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file"):
+        lk.qualify("cpu", backends=["cpu"])
