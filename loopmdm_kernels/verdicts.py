@@ -90,7 +90,11 @@ def facts(device: torch.device) -> dict[str, str | None]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         found |= {"capability": f"{major}.{minor}", "CUDA of torch": str(torch.version.cuda)}
-        return {**found, "driver": _driver(), **{name: _version(name) for name in ("triton", "cuda-bindings")}}
+        return {
+            **found,
+            "driver": _driver(),
+            **{name: _version(name) for name in ("triton", "cuda-bindings")},
+        }
     try:
         from loopmdm_kernels import _C
     except ImportError:

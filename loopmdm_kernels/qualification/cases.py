@@ -6,7 +6,7 @@ Widths are those that every kernel takes; no number of tokens is a multiple of a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,6 +65,11 @@ def by_the_rule(out: Results, plain: Results, exact: Results, *, factor: float =
         if value.dtype != plain[name].dtype:
             raise AssertionError(f"{name}: got {value.dtype}, expected {plain[name].dtype}")
         assert_matches_oracle(value, plain[name], exact[name], name=name, factor=factor)
+
+
+def _head(tensors: Sequence[Tensor], excluded_token: int = -1) -> Head:
+    norm, weight, bias, modulation = tensors
+    return Head(norm, weight, bias, modulation, excluded_token)
 
 
 def _parts(number: int, at_once: int | None) -> Iterator[slice]:
@@ -188,7 +193,7 @@ def _head_logits(gradients: bool, dtype: torch.dtype, device: torch.device) -> I
     def case(name: str, batch: int, length: int, vocab_size: int, **options: bool) -> Case:
         hidden, head = head_inputs(batch, length, WIDTH, vocab_size, **options)
         hidden = hidden.float().to(device)
-        head = Head(*(t.to(device, dtype) for t in head.tensors))
+        head = _head([t.to(device, dtype) for t in head.tensors])
 
         def prepare(kind: torch.dtype) -> Callable[[], Results]:
             exact = DOUBLE if kind == DOUBLE else None
@@ -197,7 +202,7 @@ def _head_logits(gradients: bool, dtype: torch.dtype, device: torch.device) -> I
             def call() -> Results:
                 if not gradients:
                     with torch.no_grad():
-                        return {"logits": lk.head_logits(given[0], Head(*given[1:]), compute_dtype=kind)}
+                        return {"logits": lk.head_logits(given[0], _head(given[1:]), compute_dtype=kind)}
                 found = head_gradients(
                     lk.head_logits, hidden, head, kind=exact, upstream=dtype, compute_dtype=kind
                 )
@@ -236,10 +241,12 @@ def _cross_entropy(gradients: bool, dtype: torch.dtype, device: torch.device) ->
                     return cross_entropy_results(lk.masked_cross_entropy, *inputs, kind=exact)
                 leaves = [inputs.leaves[name].to(exact or inputs.leaves[name].dtype) for name in LEAVES]
                 hidden, *tensors, weights = leaves
-                head = Head(*tensors, inputs.excluded_token)
+                head = _head(tensors, inputs.excluded_token)
                 with torch.no_grad():
                     parts = [
-                        lk.masked_cross_entropy(hidden, head, inputs.targets, inputs.rows[part], weights[part])
+                        lk.masked_cross_entropy(
+                            hidden, head, inputs.targets, inputs.rows[part], weights[part]
+                        )
                         for part in _parts(num_rows, at_once)
                     ]
                 totals, nlls = zip(*parts, strict=True)
@@ -253,7 +260,9 @@ def _cross_entropy(gradients: bool, dtype: torch.dtype, device: torch.device) ->
             torch.testing.assert_close(out["total"][0].double(), total, rtol=1e-6, atol=0)
             by_the_rule({name: value for name, value in out.items() if name != "total"}, plain, exact)
 
-        return Case(name, prepare, judge, same_bits=not repeated)  # gradients of one row may be added by atomics
+        return Case(
+            name, prepare, judge, same_bits=not repeated
+        )  # gradients of one row may be added by atomics
 
     yield case("33 rows", 33, VOCABULARY)
     yield case("no excluded token, one modulation", 70, 300, excluded=False, sequences=False)
@@ -265,7 +274,9 @@ def _cross_entropy(gradients: bool, dtype: torch.dtype, device: torch.device) ->
 def _sample_rows(gradients: bool, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     assert not gradients
 
-    def case(name: str, num_rows: int, vocab_size: int, *, at_once: int | None = None, **options: Any) -> Case:
+    def case(
+        name: str, num_rows: int, vocab_size: int, *, at_once: int | None = None, **options: Any
+    ) -> Case:
         hidden, head = head_inputs(3, 50, WIDTH, vocab_size, per_sequence_modulation=True, excluded_token=7)
         generator = torch.Generator().manual_seed(vocab_size)
         limits = 150, 2**32, 2**30, 2**31
@@ -276,7 +287,7 @@ def _sample_rows(gradients: bool, dtype: torch.dtype, device: torch.device) -> I
 
         def given(kind: torch.dtype) -> SampleCall:
             stream, *tensors = (t.to(DOUBLE) if kind == DOUBLE else t for t in rounded)
-            return SampleCall(stream, Head(*tensors, head.excluded_token), kind, rows, draw)
+            return SampleCall(stream, _head(tensors, head.excluded_token), kind, rows, draw)
 
         def prepare(kind: torch.dtype) -> Callable[[], Results]:
             call = given(kind)
@@ -286,7 +297,9 @@ def _sample_rows(gradients: bool, dtype: torch.dtype, device: torch.device) -> I
                 for part in _parts(num_rows, at_once):
                     names = draw.of_rows(part).rng
                     found.append(
-                        lk.sample_rows(call.hidden, call.head, rows[part], names, compute_dtype=kind, **options)
+                        lk.sample_rows(
+                            call.hidden, call.head, rows[part], names, compute_dtype=kind, **options
+                        )
                     )
                 fields = zip(*found, strict=True)
                 return dict(zip(SampledRows._fields, map(torch.cat, map(list, fields)), strict=True))
@@ -308,7 +321,9 @@ def _sample_rows(gradients: bool, dtype: torch.dtype, device: torch.device) -> I
                 if not (draw.restricted and name == "token"):
                     allowed |= behind <= off
                 if not bool(allowed.all()):
-                    raise AssertionError(f"{name}: {int((~allowed).sum())} of {num_rows} rows have another token")
+                    raise AssertionError(
+                        f"{name}: {int((~allowed).sum())} of {num_rows} rows have another token"
+                    )
             token = out["token"][:, None]
             own = {kind: value.gather(1, token)[:, 0] for kind, value in log_probs.items()}
             values = {name: value for name, value in out.items() if value.is_floating_point()}

@@ -57,7 +57,10 @@ def check(backend: str, op: str, direction: str, dtype: torch.dtype, device: tor
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Inside, memory that is not written yet holds NaN, or the largest number."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
     try:
         yield
@@ -125,9 +128,7 @@ def _in_thread(call: Callable[[], Results]) -> Results:
     return found[0]
 
 
-def _on_two_streams(
-    backend: str, call: Callable[[], Results], out: Results, device: torch.device
-) -> None:
+def _on_two_streams(backend: str, call: Callable[[], Results], out: Results, device: torch.device) -> None:
     streams = [torch.cuda.Stream(device) for _ in range(2)]  # type: ignore[no-untyped-call]
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream(device))

@@ -38,7 +38,9 @@ def answers(
         with _Child({"device": device, "tasks": left}) as child:
             said = child.next(STARTING_SECONDS)
             if said.get("event") != "ready":
-                raise RuntimeError(f"qualify: the process that tries the kernels does not start: {said['error']}")
+                raise RuntimeError(
+                    f"qualify: the process that tries the kernels does not start: {said['error']}"
+                )
             while done < len(left):
                 said = child.next(seconds)
                 if said.get("event") == "begin":

@@ -11,7 +11,15 @@ from torch import Tensor
 
 import loopmdm_kernels as lk
 from loopmdm_kernels.backends import Refused, kernel
-from loopmdm_kernels.calls import AttentionCall, Call, CrossEntropyCall, Draw, HeadCall, LoopedCall, SampleCall
+from loopmdm_kernels.calls import (
+    AttentionCall,
+    Call,
+    CrossEntropyCall,
+    Draw,
+    HeadCall,
+    LoopedCall,
+    SampleCall,
+)
 from loopmdm_kernels.testing.generators import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.testing.timers import interleaved_medians
 from loopmdm_kernels.types import BlockWeights, Head
@@ -52,7 +60,9 @@ def compiled_race(
     return {size: interleaved_medians(variants, repeats=REPEATS)}
 
 
-def calls(op: str, dtype: torch.dtype, device: torch.device, *, gradients: bool) -> Iterator[tuple[str, Call]]:
+def calls(
+    op: str, dtype: torch.dtype, device: torch.device, *, gradients: bool
+) -> Iterator[tuple[str, Call]]:
     """(size, call), whose leaves have gradients if wanted; the last is the largest."""
     hidden_size, heads, vocab_size, num_loops = _WIDTHS[device.type]
     weights = torch.float32 if gradients else dtype
@@ -65,7 +75,7 @@ def calls(op: str, dtype: torch.dtype, device: torch.device, *, gradients: bool)
             size = f"B{batch} L{length} D{hidden_size}"
             if op == "attention":
                 shape = batch, heads, length, hidden_size // heads
-                yield size, AttentionCall(*(leaf(torch.randn(shape), dtype) for _ in range(3)))
+                yield size, AttentionCall(*[leaf(torch.randn(shape), dtype) for _ in range(3)])
                 continue
             inputs = looped_inputs(batch, length, hidden_size, heads, 2).to(weights, device=device)
             yield (
@@ -84,14 +94,18 @@ def calls(op: str, dtype: torch.dtype, device: torch.device, *, gradients: bool)
     for num_rows in _ROWS[device.type]:
         hidden, head = head_inputs(1, num_rows, hidden_size, vocab_size, excluded_token=vocab_size - 1)
         stream = leaf(hidden, torch.float32)
-        rounded = Head(*(leaf(t, weights) for t in head.tensors), head.excluded_token)
+        norm, weight, bias, modulation = (leaf(t, weights) for t in head.tensors)
+        rounded = Head(norm, weight, bias, modulation, head.excluded_token)
         rows = torch.arange(num_rows, device=device)
         size = f"R{num_rows} D{hidden_size} V{vocab_size}"
         if op == "head_logits":
             yield size, HeadCall(stream, rounded._replace(excluded_token=-1), dtype)
         elif op == "masked_cross_entropy":
             targets = torch.zeros(1, num_rows, dtype=torch.int64, device=device)
-            yield size, CrossEntropyCall(stream, rounded, dtype, targets, rows, torch.ones(num_rows, device=device))
+            yield (
+                size,
+                CrossEntropyCall(stream, rounded, dtype, targets, rows, torch.ones(num_rows, device=device)),
+            )
         else:
             rng = row_rng(num_rows)
             names = (name.to(device) for name in rng[1:])

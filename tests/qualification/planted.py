@@ -1,24 +1,29 @@
 """A child of `qualify` in which a backend is broken, as PLANTED says; its tasks are those of the real one."""
 
+import itertools
 import os
 import signal
+import threading
 import time
+from pathlib import Path
 
 import torch
 
-from loopmdm_kernels.cpu import attention, sample_rows
+from loopmdm_kernels.cpu import attention
 from loopmdm_kernels.qualification import child
-
-TIMES = {"calls": 0}
 
 
 def planted(run, fault):
+    calls = itertools.count()
+
     def broken(call):
-        TIMES["calls"] += 1
+        number = next(calls)
         if fault == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
         if fault == "hang":
-            time.sleep(1000)
+            if "PLANTED_MARK" in os.environ:
+                Path(os.environ["PLANTED_MARK"]).touch()
+            time.sleep(10_000)
         if fault == "error":
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it")
         if fault == "noise":
@@ -29,7 +34,9 @@ def planted(run, fault):
         if fault == "unwritten":
             return torch.cat((out[..., :-1], torch.empty_like(out[..., -1:])), dim=-1)
         if fault == "once":
-            return out + 1e-6 * (TIMES["calls"] == 31)
+            return out + 1e-6 * (number == 30)
+        if fault == "in threads":
+            return out + 1e-6 * (threading.current_thread() is not threading.main_thread())
         return out
 
     return broken
@@ -38,12 +45,4 @@ def planted(run, fault):
 if __name__ == "__main__":
     name = os.environ["PLANTED"]
     attention.run = planted(attention.run, name)
-    if name == "token":
-        draw = sample_rows.run
-
-        def drawn(call):
-            out = draw(call)
-            return out._replace(token=(out.token + 1) % call.vocab_size)
-
-        sample_rows.run = drawn
     child.main()

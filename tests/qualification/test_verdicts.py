@@ -79,12 +79,16 @@ def test_directions_are_told_apart():
     hidden, head = hidden.float(), type(head)(*(t.float() for t in head[:4]))
     backward = LogitsBackwardCall(hidden, head, None, torch.zeros(2, 16, 50), [True] * 5)
     assert chosen(HeadCall(hidden, head, None), "head_logits") == "cpu"
-    assert backends.choose("head_logits_backward", backward).__module__.startswith("loopmdm_kernels.reference")
+    assert backends.choose("head_logits_backward", backward).__module__.startswith(
+        "loopmdm_kernels.reference"
+    )
 
 
 def test_the_fastest_comes_first(monkeypatch):
     written(
-        entry(backend="triton", speedup=3.0), entry(speedup=2.0), entry(backend="cuda", right=False, speedup=9.0)
+        entry(backend="triton", speedup=3.0),
+        entry(speedup=2.0),
+        entry(backend="cuda", right=False, speedup=9.0),
     )
     assert verdicts.standing(CPU).orders["attention", "forward", "float32"] == ("triton", "cpu")
     assert chosen() == "cpu"  # triton cannot be used here
@@ -129,7 +133,9 @@ def test_another_format_is_void():
 
 
 def damaged():
-    whole = json.dumps({"format": 1, "date": "d", "machine": verdicts.facts(CPU), "entries": [entry(speedup=0.5)]})
+    whole = json.dumps(
+        {"format": 1, "date": "d", "machine": verdicts.facts(CPU), "entries": [entry(speedup=0.5)]}
+    )
     yield "empty", b""
     yield "cut", whole[: len(whole) // 2].encode()
     yield "bytes", b"\xff\xfe\x00" * 9
@@ -162,10 +168,14 @@ def test_a_folder_in_its_place_is_none():
 
 def test_a_gpu_without_a_verdict_says_so_once(monkeypatch):
     gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(verdicts, "standing", lambda device: verdicts.Standing(None, {}, "there is no verdict"))
+    monkeypatch.setattr(
+        verdicts, "standing", lambda device: verdicts.Standing(None, {}, "there is no verdict")
+    )
     usable = {"triton": None, "cuda": "no"}
     monkeypatch.setattr(backends, "_why_unavailable", lambda name: usable.get(name))
-    with pytest.warns(UserWarning, match=r"cuda:0: plain PyTorch is used: there is no verdict. `loopmdm qualify`"):
+    with pytest.warns(
+        UserWarning, match=r"cuda:0: plain PyTorch is used: there is no verdict. `loopmdm qualify`"
+    ):
         backends._say_unqualified(gpu, "there is no verdict")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -189,8 +189,8 @@ def _print(document: dict[str, Any]) -> None:
     ]
     print_table(("backend", "", "", "self-check"), rows, align="left")
     print()
-    rows = [(name, finding["chosen"]) for name, finding in document["backends"].items()]
-    print_table(("backend", "unasked"), rows, align="left")
+    chosen = [(name, finding["chosen"]) for name, finding in document["backends"].items()]
+    print_table(("backend", "unasked"), chosen, align="left")
     print()
     rows = [
         (

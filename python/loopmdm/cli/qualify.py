@@ -30,11 +30,16 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"action": "append", "metavar": "NAME"}
     parser.add_argument(
-        "--backend", choices=_BACKENDS, help="only this one, may be given several times (default: all)", **several
+        "--backend",
+        choices=_BACKENDS,
+        help="only this one, may be given several times (default: all)",
+        **several,
     )
     parser.add_argument("--op", choices=_OPS, help="only this one, in the same way", **several)
     parser.add_argument("--dtype", choices=_DTYPES, help="only this one, in the same way", **several)
-    parser.add_argument("--no-compiled", action="store_true", help="do not time compiled PyTorch, for comparison")
+    parser.add_argument(
+        "--no-compiled", action="store_true", help="do not time compiled PyTorch, for comparison"
+    )
     parser.add_argument(
         "--if-needed", action="store_true", help="do nothing where there is a verdict that holds"
     )
@@ -76,7 +81,9 @@ def _told(args: argparse.Namespace, verdict: Mapping[str, Any]) -> int:
         print_json(dict(verdict))
     else:
         rows = [_row(entry) for entry in verdict["entries"]]
-        print_table(("op", "direction", "dtype", "backend", "right", "ratio", "compiled", ""), rows, align="left")
+        print_table(
+            ("op", "direction", "dtype", "backend", "right", "ratio", "compiled", ""), rows, align="left"
+        )
         print(f"\n{verdict['machine']['device']}: {verdict['path']}")
     return FAILED if any(entry["right"] is False for entry in verdict["entries"]) else 0
 
@@ -84,7 +91,9 @@ def _told(args: argparse.Namespace, verdict: Mapping[str, Any]) -> int:
 def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
     right = {True: "yes", False: "no", None: "-"}[entry["right"]]
     ratios = [
-        times["compiled"] / times["ours"] for times in entry["seconds"].values() if {"compiled", "ours"} <= {*times}
+        times["compiled"] / times["ours"]
+        for times in entry["seconds"].values()
+        if {"compiled", "ours"} <= {*times}
     ]
     return (
         *(entry[name] for name in ("op", "direction", "dtype", "backend")),
