@@ -1,9 +1,10 @@
 """Which implementations of the ops exist here, and which one a call uses.
 
 An op goes to the first backend that says it can do the call, of those that a verdict of `qualify` found right
-and faster on this machine, or without a verdict of `PREFERENCE`; `reference` can do every one. `use_backend` or the environment variable LOOPMDM_BACKEND forces one instead, which then does the work or says
-why it cannot, or several in order ("cuda,triton"): a call that goes past one of them says so, once. A
-LOOPMDM_CPU_ISA that this machine has not is an error of every op that might have run on the CPU kernels.
+and faster on this machine, or without a verdict of `PREFERENCE`; `reference` can do every one. `use_backend`
+or the environment variable LOOPMDM_BACKEND forces one instead, which then does the work or says why it cannot,
+or several in order ("cuda,triton"): a call that goes past one of them says so, once. A LOOPMDM_CPU_ISA that
+this machine has not is an error of every op that might have run on the CPU kernels.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ def _explained(name: str) -> str:
     reason = why_not_on(name, torch.device(device))
     if reason is not None:
         return f"not used: {reason}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "not used unless asked for (Triton's interpreter)"
     if verdicts.switched_off():
         why, orders = "LOOPMDM_QUALIFY=0", None
     else:
@@ -215,7 +218,7 @@ def _preferred(op: str, call: Call) -> tuple[str, ...]:
         if device.type == "cuda":
             _say_unqualified(device, found.why)
         return PREFERENCE
-    # A forced instruction set is asked for too, and a transform hides what a call wants.
+    # A forced instruction set asks for the kernels too.
     if verdicts.switched_off() or (device.type == "cpu" and os.environ.get("LOOPMDM_CPU_ISA")):
         return PREFERENCE
     return found.orders.get(_question(op, call), PREFERENCE)
@@ -235,8 +238,8 @@ def _say_unqualified(device: torch.device, why: str) -> None:
     _unqualified.add(str(device))
     if any(_why_unavailable(name) is None for name in ("triton", "cuda")):
         warnings.warn(
-            f"{device}: plain PyTorch is used: {why}. `loopmdm qualify` finds out in a few minutes which kernels"
-            " are right and faster here, and they are used from then on; said once",
+            f"{device}: plain PyTorch is used: {why}. `loopmdm qualify` finds out in a few minutes which"
+            " kernels are right and faster here, and they are used from then on; said once",
             stacklevel=6,
         )
 

@@ -189,6 +189,17 @@ def _driver() -> str | None:
     return said[0] if said else str(version())
 
 
+def _tiles() -> str | None:
+    """Of the table that LOOPMDM_TRITON_TILES names."""
+    path = os.environ.get("LOOPMDM_TRITON_TILES")
+    if not path:
+        return None
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        return str(error)
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

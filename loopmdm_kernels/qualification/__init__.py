@@ -1,8 +1,8 @@
 """`qualify`: the machine of a user proves the backends that it has, and measures which of them are faster.
 
-Each backend, op, direction and dtype is a task of its own in a child process with a time limit. A backend that
-is right is then timed beside plain PyTorch. What was found is the verdict, by which calls choose a backend
-(`loopmdm_kernels.verdicts`).
+Each backend, op, direction and dtype is a task of its own in a child process with a time limit. A backend
+that is right is then timed beside plain PyTorch. What was found is the verdict, by which calls choose a
+backend (`loopmdm_kernels.verdicts`).
 """
 
 from __future__ import annotations

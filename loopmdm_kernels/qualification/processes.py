@@ -16,6 +16,7 @@ from typing import IO, Any
 
 COMMAND: Sequence[str] = (sys.executable, "-m", "loopmdm_kernels.qualification.child")
 STARTING_SECONDS = 180.0  # importing torch from a slow disk, and a context on the device
+_ENDING_SECONDS = 60.0
 _FORCES = ("LOOPMDM_BACKEND", "LOOPMDM_CPU_ISA", "TRITON_INTERPRET")
 
 Task = dict[str, Any]
@@ -94,8 +95,9 @@ class _Child:
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._reader.join()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to what hangs on a GPU
+            self._process.wait(_ENDING_SECONDS)
+        self._reader.join(_ENDING_SECONDS)
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             with contextlib.suppress(BrokenPipeError):

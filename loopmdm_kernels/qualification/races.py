@@ -75,7 +75,8 @@ def calls(
             size = f"B{batch} L{length} D{hidden_size}"
             if op == "attention":
                 shape = batch, heads, length, hidden_size // heads
-                yield size, AttentionCall(*[leaf(torch.randn(shape), dtype) for _ in range(3)])
+                q, k, v = (leaf(torch.randn(shape), dtype) for _ in range(3))
+                yield size, AttentionCall(q, k, v)
                 continue
             inputs = looped_inputs(batch, length, hidden_size, heads, 2).to(weights, device=device)
             yield (

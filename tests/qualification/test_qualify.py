@@ -1,5 +1,5 @@
-"""`qualify` with the reference and the CPU kernels in the place of kernels for GPUs: what it finds, and how it
-lives through crashes, hangs, and others who are at it."""
+"""`qualify` with the reference and the CPU kernels in the place of kernels for GPUs: what it finds, and how
+it lives through crashes, hangs, and others who are at it."""
 
 import contextlib
 import json

@@ -44,7 +44,7 @@ class SampleResult:
     seconds: float
     ledger: SamplingLedger
     history: list[StepEvent] | None = None
-    backends: dict[str, dict[str, str]] = field(default_factory=dict)  # for each op, what computed it, and why
+    backends: dict[str, dict[str, str]] = field(default_factory=dict)  # of each op, and why
 
     @property
     def total_network_calls(self) -> int:
