@@ -2,9 +2,9 @@
 
 An op goes to the first backend that says it can do the call, of those that a verdict of `qualify` found right
 and faster on this machine, or without a verdict of `PREFERENCE`; `reference` can do every one. `use_backend`
-or the environment variable LOOPMDM_BACKEND forces one instead, which then does the work or says why it cannot,
-or several in order ("cuda,triton"): a call that goes past one of them says so, once. A LOOPMDM_CPU_ISA that
-this machine has not is an error of every op that might have run on the CPU kernels.
+or the environment variable LOOPMDM_BACKEND forces one instead, which then does the work or says why it
+cannot, or several in order ("cuda,triton"): a call that goes past one of them says so, once. A
+LOOPMDM_CPU_ISA that this machine has not is an error of every op that might have run on the CPU kernels.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _head(tensors: Sequence[Tensor], excluded_token: int = -1) -> Head:
 
 
 def _parts(number: int, at_once: int | None) -> Iterator[slice]:
-    """Rows that each call takes: several calls of one row are judged together, where one would be by chance."""
+    """Rows that each call takes: calls of one row are judged together, where one alone would be by chance."""
     step = at_once or number
     return (slice(first, first + step) for first in range(0, number, step))
 
