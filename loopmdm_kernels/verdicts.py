@@ -6,6 +6,7 @@ it was found with; once a package, the driver or a source has changed it is void
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -107,10 +108,8 @@ def fingerprint() -> str:
     """Changes with any source of the package, of its kernels for GPUs, and with the compiled module."""
     package = Path(__file__).parent
     files = [*package.rglob("*.py"), *package.glob("_C*"), *package.rglob("*.cubin")]
-    try:
-        files += (sources.folder() / "cuda").rglob("*.*")
-    except RuntimeError:  # an installation without them has no CUDA kernels
-        pass
+    with contextlib.suppress(RuntimeError):  # an installation without them has no CUDA kernels
+        files += [path for part in ("common", "cuda") for path in (sources.folder() / part).rglob("*.*")]
     digest = hashlib.sha256()
     for path in sorted(path for path in files if path.is_file()):
         content = path.read_bytes()

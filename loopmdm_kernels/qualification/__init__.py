@@ -10,13 +10,15 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from loopmdm_kernels import backends as dispatch
 from loopmdm_kernels import verdicts
-from loopmdm_kernels.locks import Lock
+from loopmdm_kernels.files import check_target
+from loopmdm_kernels.locks import Lock, LockedError
 from loopmdm_kernels.qualification import processes
 from loopmdm_kernels.values import meant
 
@@ -75,14 +77,16 @@ def qualify(
     ]
     path = verdicts.path_of(where)
     before = _stamp(where)
+    say = on_progress or (lambda line: None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with Lock(path.with_suffix(".lock"), str(path), wait=True):
+    check_target(path)
+    with _locked(path, say):
         found, _ = verdicts.read(where)
         if found is not None and _stamp(where) != before and _answers(found, questions, names):
             verdicts.forget()
             return found | {"path": str(path)}  # of a process that was at it already
         start = time.perf_counter()
-        entries = _entries(questions, names, where, time_limit, compiled, on_progress or (lambda line: None))
+        entries = _entries(questions, names, where, time_limit, compiled, say)
         new = {_key(entry) for entry in entries}
         kept = [] if found is None else [entry for entry in found["entries"] if _key(entry) not in new]
         document = {
@@ -184,6 +188,15 @@ def _answers(found: dict[str, Any], questions: Sequence[verdicts.Question], name
     known = {_key(entry) for entry in found["entries"]}
     wanted = {(*q, name) for q in questions for name in names if dispatch.has_kernel(name, q[0])}
     return wanted <= known
+
+
+def _locked(path: Path, say: Callable[[str], object]) -> Lock:
+    lock = path.with_suffix(".lock")
+    try:
+        return Lock(lock, str(path))
+    except LockedError as error:
+        say(f"waiting: {error}")
+        return Lock(lock, str(path), wait=True)
 
 
 def _stamp(device: torch.device) -> tuple[int, int] | None:

@@ -12,11 +12,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 COMMAND: Sequence[str] = (sys.executable, "-m", "loopmdm_kernels.qualification.child")
 STARTING_SECONDS = 180.0  # importing torch from a slow disk, and a context on the device
 _ENDING_SECONDS = 60.0
+_PACKAGES = str(Path(__file__).resolve().parents[2])  # the same package, however this process found it
 _FORCES = ("LOOPMDM_BACKEND", "LOOPMDM_CPU_ISA", "TRITON_INTERPRET")
 
 Task = dict[str, Any]
@@ -60,13 +62,18 @@ class _Child:
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in _FORCES}
-        self._errors: IO[bytes] = tempfile.TemporaryFile()
+        environment |= {
+            "LOOPMDM_QUALIFY": "0",
+            "PYTHONSAFEPATH": "1",  # no module of the folder that a user is in
+            "PYTHONPATH": os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH")))),
+        }
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed at the end of `with`)
         self._process = subprocess.Popen(
             COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=environment | {"LOOPMDM_QUALIFY": "0"},
+            env=environment,
             text=True,
             start_new_session=True,  # so that its own children end with it
         )
