@@ -13,7 +13,8 @@ from loopmdm_kernels.cpu import attention
 from loopmdm_kernels.qualification import child
 
 
-def planted(run, fault):
+def planted(run, fault, late=0):
+    """late: calls before the fault of that name."""
     calls = itertools.count()
 
     def broken(call):
@@ -35,6 +36,8 @@ def planted(run, fault):
             return torch.cat((out[..., :-1], torch.empty_like(out[..., -1:])), dim=-1)
         if fault == "once":
             return out + 1e-6 * (number == 30)
+        if fault == "late":
+            return out + 1e-6 * (number >= late)
         if fault == "in threads":
             return out + 1e-6 * (threading.current_thread() is not threading.main_thread())
         return out

@@ -16,13 +16,15 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm_kernels import verdicts
 from loopmdm_kernels.cpu import attention, sample_rows
+from loopmdm_kernels.graphs import captured_by
 from loopmdm_kernels.qualification import processes
-from loopmdm_kernels.qualification.checks import check
+from loopmdm_kernels.qualification.checks import SAME_CALLS, check
+from loopmdm_kernels.testing import RecordedGraphs
 from tests.qualification import planted
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-SMALL = {"ops": ["attention"], "dtypes": ["float32"], "compiled": False, "time_limit": 120}
+SMALL = {"ops": ["attention"], "dtypes": ["float32"], "compiled": False, "time_limit": 3600}
 QUESTIONS = {("attention", direction, "float32") for direction in ("forward", "gradients")}
 
 
@@ -32,6 +34,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.delenv("LOOPMDM_QUALIFY", raising=False)
     monkeypatch.delenv("LOOPMDM_BACKEND", raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "python"), str(ROOT)]))
+    monkeypatch.setattr(processes, "STARTING_SECONDS", 3600)
     verdicts.forget()
     yield tmp_path / "cache"
     verdicts.forget()
@@ -88,6 +91,22 @@ def test_what_is_wrong_is_found(monkeypatch, direction, fault, why):
     monkeypatch.setattr(attention, "run", planted.planted(attention.run, fault))
     finding = check("cpu", "attention", direction, torch.float32, CPU)
     assert finding["right"] is False and why in finding["why"]
+
+
+@pytest.mark.parametrize("op", ["attention", "looped_blocks", "sample_rows"])
+def test_a_captured_call_is_replayed(op):
+    recorded = RecordedGraphs()
+    with captured_by(recorded):
+        finding = check("cpu", op, "forward", torch.float32, CPU)
+    assert finding["right"] is True and "a CUDA graph" in finding["checked"], finding["why"]
+    assert recorded.captures == 1 and recorded.replays == 3
+
+
+def test_a_replay_with_other_bits_is_found(monkeypatch):
+    monkeypatch.setattr(attention, "run", planted.planted(attention.run, "late", SAME_CALLS + 2))
+    with captured_by(RecordedGraphs()):
+        finding = check("cpu", "attention", "forward", torch.float32, CPU)
+    assert finding["why"] == "37 tokens, angles: a replayed CUDA graph: out has other bits"
 
 
 def test_wrong_gradients_are_found(monkeypatch):
@@ -153,7 +172,7 @@ def test_a_hang_is_ended(plant, monkeypatch, tmp_path):
     verdict = lk.qualify("cpu", backends=["cpu"], **{**SMALL, "ops": ["attention", "sample_rows"]})
     entries = by_question(verdict)
     for question in QUESTIONS:
-        assert entries[(*question, "cpu")]["why"] == "did not end within 120 s"
+        assert entries[(*question, "cpu")]["why"] == "did not end within 3600 s"
     assert entries["sample_rows", "forward", "float32", "cpu"]["right"] is True
 
 
@@ -192,7 +211,7 @@ import loopmdm_kernels as lk
 if __name__ == "__main__":
     print("begins", flush=True)
     said = []
-    options = {"ops": ["sample_rows"], "dtypes": ["float32"], "compiled": False}
+    options = {"ops": ["sample_rows"], "dtypes": ["float32"], "compiled": False, "time_limit": 3600}
     verdict = lk.qualify("cpu", backends=["cpu"], on_progress=said.append, **options)
     print(json.dumps([len(said), verdict["date"], [entry["right"] for entry in verdict["entries"]]]))
 """

@@ -28,15 +28,9 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    several: dict[str, Any] = {"action": "append", "metavar": "NAME"}
-    parser.add_argument(
-        "--backend",
-        choices=_BACKENDS,
-        help="only this one, may be given several times (default: all)",
-        **several,
-    )
-    parser.add_argument("--op", choices=_OPS, help="only this one, in the same way", **several)
-    parser.add_argument("--dtype", choices=_DTYPES, help="only this one, in the same way", **several)
+    for option, names in (("--backend", _BACKENDS), ("--op", _OPS), ("--dtype", _DTYPES)):
+        listed = f"only this one (several: give it again; default all): {', '.join(names)}"
+        parser.add_argument(option, choices=names, action="append", metavar="NAME", help=listed)
     parser.add_argument(
         "--no-compiled", action="store_true", help="do not time compiled PyTorch, for comparison"
     )
