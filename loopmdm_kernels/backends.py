@@ -221,7 +221,11 @@ def _preferred(op: str, call: Call) -> tuple[str, ...]:
     # A forced instruction set asks for the kernels too.
     if verdicts.switched_off() or (device.type == "cpu" and os.environ.get("LOOPMDM_CPU_ISA")):
         return PREFERENCE
-    return found.orders.get(_question(op, call), PREFERENCE)
+    question = _question(op, call)
+    order = found.orders.get(question)
+    if order is None and device.type == "cuda" and question[2] in verdicts.DTYPES:
+        _say_unqualified(device, f"the {found.why} says nothing of {', '.join(question)}")
+    return PREFERENCE if order is None else order
 
 
 def _question(op: str, call: Call) -> verdicts.Question:

@@ -25,6 +25,7 @@ from loopmdm_kernels.files import write_files
 from loopmdm_kernels.version import __version__
 
 FORMAT = 1
+DTYPES = ("float32", "bfloat16", "float16")  # of the calls that are tried
 Question = tuple[str, str, str]  # op, direction (forward, gradients), dtype
 _DRIVER = Path("/proc/driver/nvidia/version")
 

@@ -23,7 +23,6 @@ from loopmdm_kernels.qualification import processes
 from loopmdm_kernels.values import meant
 
 OPS = ("looped_blocks", "attention", "head_logits", "masked_cross_entropy", "sample_rows")
-DTYPES = ("float32", "bfloat16", "float16")
 _RACES, _COMPILED = "race", "compiled"
 
 
@@ -32,9 +31,10 @@ def qualify(
     *,
     backends: Sequence[str] | None = None,
     ops: Sequence[str] | None = None,
-    dtypes: Sequence[str] = DTYPES,
+    dtypes: Sequence[str] = verdicts.DTYPES,
     compiled: bool = True,
     time_limit: float = 120.0,
+    anew: bool = True,
     on_progress: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Find out which backends are right on this machine and faster than plain PyTorch; calls then use them.
@@ -50,6 +50,7 @@ def qualify(
         backends, ops, dtypes: only these; what a valid verdict says of others stays. None: all.
         compiled: time compiled PyTorch too, for comparison; it decides nothing.
         time_limit: seconds for each task, which is stopped then and counts as wrong.
+        anew: try again what a valid verdict answers; False: return that verdict.
         on_progress: called with a line before each task.
 
     Returns:
@@ -65,14 +66,14 @@ def qualify(
     where = _checked_device(device)
     names = _checked_backends(where, backends)
     _check_names("ops", ops or (), OPS)
-    _check_names("dtypes", dtypes, DTYPES)
+    _check_names("dtypes", dtypes, verdicts.DTYPES)
     if not time_limit > 0:
         raise ValueError(f"time_limit: got {time_limit!r}, expected more than 0 seconds")
     questions = [
         (op, direction, dtype)
         for op in OPS
         for direction in ("forward", "gradients")
-        for dtype in DTYPES
+        for dtype in verdicts.DTYPES
         if (ops is None or op in ops) and dtype in dtypes and (op, direction) != ("sample_rows", "gradients")
     ]
     path = verdicts.path_of(where)
@@ -82,9 +83,10 @@ def qualify(
     check_target(path)
     with _locked(path, say):
         found, _ = verdicts.read(where)
-        if found is not None and _stamp(where) != before and _answers(found, questions, names):
+        meanwhile = _stamp(where) != before  # by a process that was at it already
+        if found is not None and (meanwhile or not anew) and _answers(found, questions, names):
             verdicts.forget()
-            return found | {"path": str(path)}  # of a process that was at it already
+            return found | {"path": str(path)}
         start = time.perf_counter()
         entries = _entries(questions, names, where, time_limit, compiled, say)
         new = {_key(entry) for entry in entries}

@@ -1,7 +1,8 @@
 """The process that does tasks of `qualify`, one after the other, and says of each when it begins and ends.
 
-It reads one line of JSON, {"device": ..., "tasks": [...]}, and writes a line at each step. It ends after a
-task that failed, since an error may have left the device unusable, and when the process that started it ends.
+It reads one line of JSON, {"device": ..., "threads": ..., "tasks": [...]}, and writes a line at each step. It
+ends after a task that failed, since an error may have left the device unusable, and when the process that
+started it ends.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def main() -> None:
     asked = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(asked["threads"])
     device = torch.device(asked["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)

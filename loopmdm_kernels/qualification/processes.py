@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 COMMAND: Sequence[str] = (sys.executable, "-m", "loopmdm_kernels.qualification.child")
 STARTING_SECONDS = 180.0  # importing torch from a slow disk, and a context on the device
 _ENDING_SECONDS = 60.0
@@ -38,7 +40,7 @@ def answers(
     left = list(tasks)
     while left:
         done = 0
-        with _Child({"device": device, "tasks": left}) as child:
+        with _Child({"device": device, "tasks": left, "threads": torch.get_num_threads()}) as child:
             said = child.next(STARTING_SECONDS)
             if said.get("event") != "ready":
                 raise RuntimeError(

@@ -72,8 +72,11 @@ def test_what_is_found_is_kept_and_used(folder):
     assert standing.orders is not None and set(standing.orders) == QUESTIONS
     for question, names in standing.orders.items():
         assert names == (("cpu",) if found[(*question, "cpu")]["speedup"] > 1 else ())
-    # Later for others; these stay.
-    more = lk.qualify("cpu", backends=["cpu"], **{**SMALL, "ops": ["head_logits"]})
+    said.clear()
+    again = lk.qualify("cpu", backends=["cpu"], anew=False, on_progress=said.append, **SMALL)
+    assert again == verdict and said == []
+    # Of others; these stay.
+    more = lk.qualify("cpu", backends=["cpu"], anew=False, **{**SMALL, "ops": ["head_logits"]})
     assert len(more["entries"]) == 6
 
 

@@ -207,6 +207,20 @@ def test_a_gpu_is_asked_for_its_verdict(monkeypatch):
     assert used == {"attention": {"triton": "verdict of today: right, 2.00 times as fast as plain PyTorch"}}
 
 
+def test_a_gpu_of_which_a_verdict_says_too_little(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    standing = verdicts.Standing({("sample_rows", "forward", "float32"): ()}, {}, "verdict of today")
+    monkeypatch.setattr(verdicts, "standing", lambda device: standing)
+    monkeypatch.setattr(backends, "_why_unavailable", lambda name: None)
+
+    class OnGpu(AttentionCall):
+        first = property(lambda self: type("Tensor", (), {"device": gpu}))
+
+    assert backends._preferred("attention", OnGpu(*attending(torch.float64).leaves)) == backends.PREFERENCE
+    with pytest.warns(UserWarning, match="the verdict of today says nothing of attention, forward, float32"):
+        assert backends._preferred("attention", OnGpu(*attending().leaves)) == backends.PREFERENCE
+
+
 def test_results_say_what_was_used():
     model = LoopMDM(LoopMDMConfig.preset("sudoku6"))
     options = {"num_samples": 1, "steps": 2, "plan": 1, "progress": False}
@@ -251,11 +265,9 @@ def test_the_command_line(capsys, monkeypatch):
     assert lines[-1] == "a processor: file.json"
     assert main([*words, "--json"]) == 1
     assert len(json.loads(capsys.readouterr().out)["entries"]) == 2
-    asked.clear()
-    written(entry())
-    assert main(["qualify", "--device", "cpu", "--if-needed"]) == 0
-    told = capsys.readouterr()
-    assert not asked and "verdict of 2026-01-01: nothing to do" in told.err and "2.00" in told.out
+    assert asked["anew"] is True
+    assert main([*words, "--if-needed"]) == 1
+    assert asked["anew"] is False
     assert main(["qualify", "--time-limit", "0"]) == 2
 
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-compiled", action="store_true", help="do not time compiled PyTorch, for comparison"
     )
     parser.add_argument(
-        "--if-needed", action="store_true", help="do nothing where there is a verdict that holds"
+        "--if-needed", action="store_true", help="do nothing where a valid verdict answers it all"
     )
     parser.add_argument(
         "--time-limit", type=_seconds, default=120.0, metavar="SECONDS", help="for each part (default 120)"
@@ -45,15 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Status 1 where a backend is wrong."""
     import loopmdm_kernels as lk
-    from loopmdm_kernels import verdicts
 
     device = set_up(args)
-    if args.if_needed:
-        found, why = verdicts.read(device)
-        if found is not None:
-            note(f"{why}: nothing to do")
-            return _told(args, found | {"path": str(verdicts.path_of(device))})
     try:
         verdict = lk.qualify(
             device,
@@ -62,17 +57,13 @@ def run(args: argparse.Namespace) -> int:
             dtypes=args.dtype or _DTYPES,
             compiled=not args.no_compiled,
             time_limit=args.time_limit,
+            anew=not args.if_needed,
             on_progress=note,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
-    return _told(args, verdict)
-
-
-def _told(args: argparse.Namespace, verdict: Mapping[str, Any]) -> int:
-    """Status 1 where a backend is wrong."""
     if args.json:
-        print_json(dict(verdict))
+        print_json(verdict)
     else:
         rows = [_row(entry) for entry in verdict["entries"]]
         print_table(
