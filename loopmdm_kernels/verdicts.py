@@ -95,6 +95,7 @@ def facts(device: torch.device) -> dict[str, str | None]:
         return {
             **found,
             "driver": _driver(),
+            "table of tiles": _tiles(),
             **{name: _version(name) for name in ("triton", "cuda-bindings")},
         }
     try:
@@ -190,7 +191,7 @@ def _driver() -> str | None:
 
 
 def _tiles() -> str | None:
-    """Of the table that LOOPMDM_TRITON_TILES names."""
+    """Fingerprint of the table that LOOPMDM_TRITON_TILES names."""
     path = os.environ.get("LOOPMDM_TRITON_TILES")
     if not path:
         return None

@@ -221,6 +221,20 @@ def test_a_gpu_of_which_a_verdict_says_too_little(monkeypatch):
         assert backends._preferred("attention", OnGpu(*attending().leaves)) == backends.PREFERENCE
 
 
+def test_a_gpu_is_known_by_its_table_of_tiles_too(monkeypatch, tmp_path):
+    gpu, table = torch.device("cuda", 0), tmp_path / "tiles.json"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = [verdicts.facts(gpu)]
+    for content in ("{}", "{ }"):
+        table.write_text(content)
+        monkeypatch.setenv("LOOPMDM_TRITON_TILES", str(table))
+        found.append(verdicts.facts(gpu))
+    assert found[0]["capability"] == "9.0" and found[0]["table of tiles"] is None
+    assert len({facts.pop("table of tiles") for facts in found}) == 3
+    assert found[0] == found[1] == found[2]
+
+
 def test_results_say_what_was_used():
     model = LoopMDM(LoopMDMConfig.preset("sudoku6"))
     options = {"num_samples": 1, "steps": 2, "plan": 1, "progress": False}
