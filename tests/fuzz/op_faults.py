@@ -64,7 +64,7 @@ def _garbage_tensor(like: Tensor, draw: Draw) -> Tensor:
         return torch.tensor(1.5)
     if way == 9 and not plain.is_floating_point() and plain.numel() and plain.dtype != torch.bool:
         changed = plain.clone()
-        value = draw.one(-1, 2**62, -(2**63), 2**40)
+        value = torch.tensor(draw.one(-1, 2**62, -(2**63), 2**40)).to(plain.dtype)  # may be narrow by now
         changed.view(-1)[draw.random.randrange(plain.numel())] = value
         return changed
     if way == 10 and plain.dtype == torch.bool:
