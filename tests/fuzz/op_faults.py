@@ -63,7 +63,7 @@ def _garbage_tensor(like: Tensor, draw: Draw) -> Tensor:
     if way == 8:
         return torch.tensor(1.5)
     if way == 9 and not plain.is_floating_point() and plain.numel() and plain.dtype != torch.bool:
-        changed = plain.clone()
+        changed = plain.contiguous().clone()
         value = torch.tensor(draw.one(-1, 2**62, -(2**63), 2**40)).to(plain.dtype)  # may be narrow by now
         changed.view(-1)[draw.random.randrange(plain.numel())] = value
         return changed
