@@ -1,18 +1,22 @@
-# make demo | test | test-isas | bench | lint | sanitize | fuzz | gpu: each sets up what it needs; gpu is gpu-tests gpu-triton gpu-hopper.
+# make demo | test | test-isas | bench | lint | sanitize | fuzz | gpu | gpu-quick | gpu-tests: each sets up what it needs.
 #   VENV=path    use this virtual environment instead of .venv
+#   ENV=system   for gpu: take python3 as it is, without a virtual environment, pip or a network (docs/gpu.md)
 #   PYTHON=...   interpreter that creates the environment (3.10 or later)
 #   TORCH=...    requirement for torch, installed first
 #   JOBS=n       test processes
-#   ARGS=...     more arguments of pytest for `make bench`: ARGS="-k looped" times some of the cases
+#   ARGS=...     more arguments of pytest for `make bench`: ARGS="-k looped" times some of the cases; of bench.gpu for `make gpu`
+#   OUT=folder   where `make gpu` puts its results
 #   MINUTES=n    how long `make fuzz` goes on; SEED=n repeats a run
 
 VENV ?= .venv
+ENV ?= venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 ARGS ?=
 MINUTES ?= 60
 SEED ?=
+OUT ?= bench/results
 BENCH_RESULT ?= bench/results/latest.json
 
 BIN := $(VENV)/bin
@@ -20,15 +24,15 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-isas bench lint sanitize fuzz gpu gpu-ready gpu-tests gpu-triton gpu-hopper clean
+.PHONY: help demo test test-isas bench lint sanitize fuzz gpu gpu-quick gpu-tests gpu-hopper gpu-ready-venv gpu-ready-system clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,7p' Makefile
+	@sed -n '1,9p' Makefile
 
 # One test or benchmark process uses one thread unless it asks for more itself.
 test: export OMP_NUM_THREADS = 1
-bench gpu-tests gpu-triton gpu-hopper: export PYTHONUNBUFFERED = 1
+bench gpu gpu-quick gpu-tests gpu-hopper: export PYTHONUNBUFFERED = 1
 
 # On a GPU first which kernels are right and faster there: once, and again when versions change.
 demo: $(VENV)/.installed-test
@@ -62,24 +66,30 @@ sanitize: $(VENV)/.installed-test
 fuzz: $(VENV)/.installed-test
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --log build/fuzz.txt
 
-# Each part by itself stays below nine minutes on a machine that has compiled nothing yet: bench.gpu_hopper leaves out
-# what would not end by then, and says so.
-gpu: gpu-tests gpu-triton gpu-hopper
+# Each ends by itself in less than ten minutes, with a summary of at most 100 lines: docs/gpu.md.
+GPU_PYTHON := $(if $(filter system,$(ENV)),$(PYTHON),$(BIN)/python)
+GPU_READY := gpu-ready-$(ENV)
+GPU_ARGS = --out '$(OUT)' $(ARGS)
+gpu gpu-quick gpu-tests gpu-hopper: export PYTHONPATH := $(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-gpu-ready: $(VENV)/.installed-test
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no GPU on this machine (torch.cuda.is_available() is False)")'
+gpu: $(GPU_READY)
+	$(GPU_PYTHON) -m bench.gpu $(GPU_ARGS)
+
+gpu-quick: $(GPU_READY)
+	$(GPU_PYTHON) -m bench.gpu --quick $(GPU_ARGS)
+
+gpu-tests: $(GPU_READY)
+	$(GPU_PYTHON) -m bench.gpu --only tests --minutes 9 $(GPU_ARGS)
+
+gpu-hopper: $(GPU_READY)
+	$(GPU_PYTHON) -m bench.gpu_hopper $(GPU_ARGS)
+
+gpu-ready-venv: $(VENV)/.installed-test
 	$(BIN)/pip install -e '.[test,gpu]'
 
-gpu-tests: gpu-ready
-	$(BIN)/python -m pytest -m gpu tests bench
-	$(BIN)/python -m pytest -m "not gpu" tests/triton --ignore=tests/triton/test_dry_run.py
-
-gpu-triton: gpu-ready
-	$(BIN)/python -m bench.gpu
-
-gpu-hopper: gpu-ready
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability()[0] != 9)'; then \
-		$(BIN)/python -m bench.gpu_hopper --minutes 9; else echo 'make gpu: the Hopper kernels need an H100 or H200, left out'; fi
+gpu-ready-system:
+	$(PYTHON) -m bench.needs
+	$(PYTHON) setup.py -q build_ext --inplace
 
 clean:
 	rm -rf build dist loopmdm_kernels/_C*.so python/loopmdm/_sudoku*.so

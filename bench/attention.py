@@ -1,8 +1,12 @@
-"""attention, forward and backward, beside torch's scaled_dot_product_attention, on a GPU each kind of it."""
+"""attention, forward and backward, beside torch's scaled_dot_product_attention, on a GPU each kind of it.
+
+And beside FlashAttention-3, where it is installed.
+"""
 
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,7 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import loopmdm_kernels as lk
 from bench.run import BF16, Calls, Run
 
-GPU_KINDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+GPU_KINDS = (
+    *(SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION),
+    *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+)
 
 
 def by_torch(kind: SDPBackend, *qkv: Tensor) -> Tensor:
@@ -26,6 +33,10 @@ def gpu_calls(run: Run, batch: int, length: int) -> Calls:
     shape = (batch, run.sizes.heads, length, run.sizes.hidden // run.sizes.heads)
     qkv = torch.randn(3, *shape, device=run.device, dtype=BF16).unbind()
     theirs, _ = run.tried({kind.name.lower(): partial(by_torch, kind, *qkv) for kind in GPU_KINDS})
+    if find_spec("flash_attn_interface") is not None:
+        from flash_attn_interface import flash_attn_func
+
+        theirs["FA3"] = partial(flash_attn_func, *(t.transpose(1, 2) for t in qkv))
     return {"ours": partial(lk.attention, *qkv), **theirs}
 
 

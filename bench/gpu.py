@@ -1,170 +1,61 @@
-"""`make gpu`: checks the Triton kernels on a GPU, times them beside their peers, and writes a result file.
+"""`make gpu`: checks the kernels on a GPU and times them beside their peers, the most important first.
 
-    python -m bench.gpu              on a GPU: writes bench/results/DATE-gpu.json, status 1 if a check fails
-    python -m bench.gpu --dry-run    without one: every path of this script, interpreted, on tiny tensors
+    python -m bench.gpu              6.5 minutes; results go to bench/results, or --out FOLDER
+    python -m bench.gpu --quick      the first three minutes of it (`make gpu-quick`)
+    python -m bench.gpu --dry-run    without a GPU: every path of this script, interpreted, on tiny tensors
 
-Values and gradients against float64 at real sizes, compute-sanitizer on small ones, then interleaved medians.
+Status 1: a check failed or a target was missed. docs/gpu.md says what the outcomes mean.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 import loopmdm_kernels as lk
-from bench import attention, looped_blocks, masked_cross_entropy, sample_rows, sampling
+from bench import attention, gpu_checks, gpu_hopper, gpu_small, looped_blocks, sample_rows, sampling
 from bench.looped_blocks import applied
-from bench.report import write
-from bench.run import BF16, TINY, Calls, Run, head_in_fp8, in_fp8
-from bench.targets import GPU_TARGETS, MEMORY_TARGET
-from loopmdm_kernels.testing import assert_matches_oracle, interleaved_medians, reference
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
+from bench.phases import RIGHT, WRONG, Phase, Script, main
+from bench.probes.hopper_facts import Run
+from bench.run import Calls, Figures
+from bench.targets import MEMORY_TARGET
 
 
-def check_values(run: Run) -> dict[str, str]:
-    """Name -> "right", or what was wrong."""
-    batch, length = run.sizes.checked
-    rows = torch.arange(min(64, batch * length), device=run.device)
-    names = run.names(rows.shape[0])
-    checks: dict[str, str] = {}
+def of_both(makers: tuple[Callable[..., Calls], ...], run: Run) -> Iterator[Figures]:
+    """Ours by Triton beside others, at few and many tokens, in CUDA graphs."""
+    with torch.no_grad(), lk.use_backend("triton"):
+        for batch, length in run.sizes.forward:
+            for make in makers:
+                graphs, failed = run.made(
+                    {name: partial(run.captured, call) for name, call in make(run, batch, length).items()}
+                )
+                times = {**failed, **run.times(graphs)}
+                yield {f"B{batch} L{length} {name}": value for name, value in times.items()}
 
-    def compare(
-        name: str, results: Callable[[Callable[..., Any], torch.dtype], list[Tensor]], op: str
-    ) -> None:
-        ours = results(getattr(lk, op), BF16)
-        baseline, oracle = (results(getattr(reference, op), kind) for kind in (BF16, torch.float64))
-        for index, tensors in enumerate(zip(ours, baseline, oracle, strict=True)):
-            try:
-                assert_matches_oracle(*tensors)
-                checks[f"{name} {index}"] = "right"
-            except AssertionError as error:
-                checks[f"{name} {index}"] = str(error)
 
-    def looped(op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
-        inputs = run.looped(batch, length, dtype, grad=True)
-        out = applied(op, inputs, 2)
-        grad = torch.linspace(-1, 1, out.numel(), device=run.device).view_as(out).to(out.dtype)
-        return [out.detach(), *torch.autograd.grad(out, list(inputs.leaves().values()), grad)]
+def fp8_blocks(run: Run, batch: int, length: int) -> Calls:
+    return looped_blocks.fp8_calls(run.looped(batch, length), run.sizes.loops)
 
-    def looped_in_fp8(op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
-        return [applied(op, in_fp8(run.looped(batch, length, dtype)), 2, compute_dtype=dtype)]
 
-    def cross_entropy(op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
-        hidden, head = run.head(batch, length, dtype, grad=True)
-        total, nll = op(hidden, head, *run.rows(batch, length))
-        return [nll.detach(), *torch.autograd.grad(total, [hidden, *head[:4]])]
-
-    def statistics_of(op: Callable[..., Any], dtype: torch.dtype, *, fp8: bool = False) -> list[Tensor]:
-        hidden, exact = run.head(batch, length, dtype)
-        head = head_in_fp8(exact) if fp8 else exact
-        out = op(hidden, head, rows, names, temperature=0.0, compute_dtype=dtype)
-        return [out.log_prob, out.top1_prob, out.top2_prob, out.entropy]
-
+def whole_sampling(run: Run) -> Figures:
+    """By the host's clock: a run takes seconds."""
     with lk.use_backend("triton"):
-        compare("looped_blocks, fp8 weights", looped_in_fp8, "looped_blocks")
-        compare("sample_rows, fp8 weights", partial(statistics_of, fp8=True), "sample_rows")
-        compare("looped_blocks", looped, "looped_blocks")
-        compare("masked_cross_entropy", cross_entropy, "masked_cross_entropy")
-        compare("sample_rows", statistics_of, "sample_rows")
-        hidden, head = run.head(batch, length, torch.float32)
-        draws = [op(hidden, head, rows, names).token for op in (lk.sample_rows, reference.sample_rows)]
-    same = torch.equal(*draws)
-    checks["draws of the reference"] = "right" if same else f"{int((draws[0] != draws[1]).sum())} differ"
-    return checks
+        return run.host_times(sampling.gpu_calls(run))
 
 
-def small_cases() -> None:
-    """Every Triton kernel once, on small tensors of odd sizes: what compute-sanitizer looks at."""
-    run = Run(dry=not torch.cuda.is_available(), other_sizes=TINY)
-    batch, length = 2, 5
+def step(run: Run) -> Figures:
+    """A denoising step of few tokens, in ms; the captures of the run are part of it."""
+    _, _, steps = run.sizes.step
     with lk.use_backend("triton"):
-        inputs = run.looped(batch, length, grad=True)
-        applied(lk.looped_blocks, inputs, 2, recompute=True).sum().backward()
-        applied(lk.looped_blocks, inputs, 1, dropout=0.1).sum().backward()
-        with torch.no_grad():
-            applied(lk.looped_blocks, inputs, 2, exit_threshold=0.5)
-        hidden, head = run.head(batch, length, grad=True)
-        targets, rows, weights = run.rows(batch, length)
-        lk.masked_cross_entropy(hidden, head, targets, rows, weights)[0].backward()
-        with torch.no_grad():
-            lk.sample_rows(hidden, head, rows, run.names(rows.shape[0]))
-            lk.sample_rows(hidden, head, rows, run.names(rows.shape[0]), top_k=3)
-            lk.head_logits(hidden, head)
-            applied(lk.looped_blocks, in_fp8(inputs), 2, compute_dtype=BF16)
-            lk.head_logits(hidden, head_in_fp8(head), compute_dtype=BF16)
-        mask = torch.ones(batch, length, dtype=torch.bool, device=run.device)
-        mask[0, 1] = False
-        q = torch.randn(batch, 2, length, 24, device=run.device, requires_grad=True)
-        lk.attention(q, q, q, key_mask=mask).sum().backward()
-    run.synchronize()
-    print("every kernel ran")
+        return run.host_times(sampling.gpu_step_calls(run), 1 / steps)
 
 
-def sanitizer() -> str | None:
-    """compute-sanitizer, where it is installed."""
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-
-
-def under_sanitizer(tool: list[str], module: str, *arguments: str, timeout: float | None = None) -> Any:
-    """What a module did as a process of its own, under compute-sanitizer if `tool` is its path and tool."""
-    watched = [tool[0], "--tool", tool[1], "--error-exitcode", "1"] if tool else []
-    return subprocess.run(
-        [*watched, sys.executable, "-m", module, *arguments],
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-    )
-
-
-def sanitize(run: Run) -> str:
-    """What compute-sanitizer says of the small cases; they run without it where it is not installed."""
-    program = None if run.dry else sanitizer()
-    done = under_sanitizer([program, "memcheck"] if program else [], "bench.gpu", "--small")
-    if done.returncode:
-        return str(done.stdout + done.stderr)[-2000:]
-    return "clean" if program else "the small cases ran, without compute-sanitizer"
-
-
-def timed(name: str, calls: Calls, run: Run, *, graphs: bool, repeats: int | None = None) -> dict[str, Any]:
-    """Interleaved medians in ms, and how ours compares with the best of the others."""
-    with lk.use_backend("triton"):
-        ready = {key: run.captured(call) if graphs else call for key, call in calls.items()}
-        repeats = repeats or run.sizes.repeats
-        medians = interleaved_medians(ready, repeats=repeats, warmup=0 if run.dry else 2)
-    ours = min(value for key, value in medians.items() if key.startswith("ours"))
-    peer = min((value, key) for key, value in medians.items() if not key.startswith("ours"))
-    target = GPU_TARGETS.get(name)
-    figures: dict[str, Any] = {
-        "ms": {key: round(1000 * value, 4) for key, value in medians.items()},
-        "best peer": peer[1],
-        "speedup": round(peer[0] / ours, 3),
-    }
-    if target is not None:
-        figures |= {"target": target, "met": peer[0] / ours >= target}
-    print(f"{name}: {json.dumps(figures)}", flush=True)
-    return figures
-
-
-def peak_memory(run: Run) -> dict[str, Any]:
+def peak_memory(run: Run) -> Figures:
     """Peak memory of forward and backward with recomputation: all loops over one loop."""
     inputs = run.looped(*run.sizes.training, grad=True)
     leaves = list(inputs.leaves().values())
@@ -179,10 +70,10 @@ def peak_memory(run: Run) -> dict[str, Any]:
     with lk.use_backend("triton"):
         peak(1)
         ratio = peak(run.sizes.loops) / peak(1)
-    return {"ratio": round(ratio, 3), "target": MEMORY_TARGET, "met": ratio <= MEMORY_TARGET}
+    return {"ratio": ratio, "verdict": RIGHT if ratio <= MEMORY_TARGET else f"{WRONG}over {MEMORY_TARGET}"}
 
 
-def launch_overhead(run: Run) -> dict[str, Any]:
+def launch_overhead(run: Run) -> Figures:
     """What the host needs for a launch outside a graph: looped_blocks of few tokens, not waited for."""
     from loopmdm_kernels.triton.launch import processor, recording
 
@@ -198,86 +89,70 @@ def launch_overhead(run: Run) -> dict[str, Any]:
             times.append(time.perf_counter() - start)
     run.synchronize()
     host = statistics.median(times[1:])
-    return {"launches a call": len(launches), "us a launch": round(1e6 * host / len(launches), 2)}
+    return {"launches a call": float(len(launches)), "us a launch": 1e6 * host / len(launches)}
 
 
-def measure(run: Run) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-
-    def add(name: str, calls: Calls, *, graphs: bool, repeats: int | None = None) -> None:
-        figures[name] = timed(name, calls, run, graphs=graphs, repeats=repeats)
-
-    sizes = run.sizes
-    with torch.no_grad():
-        for batch, length in sizes.forward:
-            inputs, tokens = run.looped(batch, length), batch * length
-            calls = looped_blocks.forward_calls(inputs, sizes.loops, run.compiled)
-            add(f"looped_blocks forward T{tokens}", calls, graphs=True)
-            add(f"looped_blocks forward T{tokens}, no graphs", calls, graphs=False)
-            add(f"attention B{batch} L{length}", attention.gpu_calls(run, batch, length), graphs=True)
-            narrow = looped_blocks.fp8_calls(inputs, sizes.loops)
-            add(f"looped_blocks fp8 weights T{tokens}", narrow, graphs=True)
-            narrow = sample_rows.fp8_calls(run, batch, length)
-            add(f"sample_rows fp8 weights T{tokens}", narrow, graphs=True)
-        for num_rows in sizes.sampled_rows:
-            add(f"sample_rows R{num_rows}", sample_rows.gpu_calls(run, num_rows), graphs=True)
-    batch, length = sizes.training
-    inputs = run.looped(batch, length, grad=True)
-    calls = looped_blocks.training_calls(inputs, sizes.training_loops, run.compiled)
-    add(f"looped_blocks forward and backward T{batch * length}", calls, graphs=False)
-    calls = masked_cross_entropy.gpu_calls(run)
-    add(f"masked_cross_entropy forward and backward T{batch * length}", calls, graphs=False)
-    figures["peak memory, all loops over one"] = peak_memory(run)
-    add("sampling", sampling.gpu_calls(run), graphs=False, repeats=1 if run.dry else 2)
-    for name, measured in (("launch overhead", launch_overhead), ("denoising step", sampling.gpu_step_times)):
-        figures[name] = measured(run)
-        print(f"{name}: {json.dumps(figures[name])}", flush=True)
-    return figures
+LAUNCHES = {  # op: names of the cases, then batch, length, hidden size, heads
+    "first looped_blocks": (("looped_blocks",), 1, 64, 768, 12),
+    "first cluster": (("looped_blocks",), 1, 81, 128, 4),
+    "first pair": (("sample_rows", "head_logits"), 2, 200, 768, 12),
+    "first backward": (("gradients",), 2, 81, 768, 12),
+    "first loss": (("masked_cross_entropy",), 2, 200, 768, 12),
+}
+ON_TRITON = {
+    "triton looped_blocks": ("gradients",),
+    "triton masked_cross_entropy": ("masked_cross_entropy",),
+    "triton sample_rows": ("sample_rows", "head_logits"),
+    "triton fp8": ("looped_blocks_in_fp8", "sample_rows_in_fp8"),
+}
+TESTS = {  # seconds, arguments of pytest
+    "tests of the head": (60, ("tests/cuda/test_head_on_gpu.py",)),
+    "tests of graphs": (120, ("tests/sampling/test_graphs_on_gpu.py",)),
+    "tests in Triton": (120, ("-m", "not gpu", "tests/triton", "--ignore=tests/triton/test_dry_run.py")),
+    "tests of all ops": (
+        240,
+        ("-m", "gpu", *(f"tests/{name}" for name in lk.backends._OPS if not name.endswith("backward"))),
+    ),
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dry-run", action="store_true", help="tiny tensors on the CPU, interpreted")
-    parser.add_argument("--small", action="store_true", help="small cases of all kernels, for a sanitizer")
-    parser.add_argument("--out", type=Path, help="result file; default bench/results/DATE-gpu.json")
-    args = parser.parse_args()
-    dry, start = args.dry_run, time.perf_counter()
-    if args.small:
-        small_cases()
-        return
-    if dry and not os.environ.get("TRITON_INTERPRET"):
-        sys.exit("bench.gpu: --dry-run needs TRITON_INTERPRET=1")
-    if not dry and not torch.cuda.is_available():
-        sys.exit("bench.gpu: torch finds no GPU on this machine; --dry-run runs the script without one")
-    run = Run(dry)
-    checks = check_values(run)
-    checks["sanitizer"] = sanitize(run)
-    print(json.dumps(checks, indent=1), flush=True)
-    figures = measure(run)
-    import triton
+def tests(arguments: tuple[str, ...]) -> Callable[[Run], Iterator[Figures]]:
+    return lambda run: gpu_checks.tested(run, *arguments)
 
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": "make gpu" if not dry else "dry run: no figure here means anything",
-        "machine": "interpreter" if dry else torch.cuda.get_device_name(),
-        "versions": {
-            "loopmdm_kernels": lk.__version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
-        "seconds": round(time.perf_counter() - start, 1),
-        "checks": checks,
-        "figures": figures,
-    }
-    out = args.out or RESULTS / f"{result['date']}-gpu.json"
-    write(result, out)
-    good = ("right", "clean", "the small cases ran, without compute-sanitizer")
-    wrong = [name for name, verdict in checks.items() if verdict not in good]
-    print(f"{out}: {len(checks)} checks, {len(wrong)} failed; {result['seconds']} s")
-    sys.exit(1 if wrong else 0)
+
+PHASES = {
+    "environment": Phase(gpu_checks.environment, 30, quick=True),
+    "contract": Phase(gpu_checks.contract, 75, quick=True),
+    **{
+        name: Phase(partial(gpu_checks.first_launch, *sizes), 25, quick=True)
+        for name, sizes in LAUNCHES.items()
+    },
+    "same bits": Phase(gpu_checks.same_bits, 30, quick=True),
+    "tests of looped_blocks": Phase(tests(("tests/cuda/test_on_gpu.py", "-k", "own", "-x")), 75, quick=True),
+    **gpu_hopper.at(128),
+    **gpu_hopper.at(1024),
+    **{name: Phase(partial(gpu_checks.on_triton, names), 40) for name, names in ON_TRITON.items()},
+    "triton draws": Phase(gpu_checks.draws, 30),
+    "tests of the head": Phase(tests(TESTS["tests of the head"][1]), 60),
+    **{name: phase for name, phase in gpu_hopper.PHASES.items() if name != "environment"},
+    "qualify": Phase(gpu_checks.qualified, 150),
+    "attention": Phase(partial(of_both, (attention.gpu_calls,)), 40),
+    "fp8": Phase(partial(of_both, (fp8_blocks, sample_rows.fp8_calls)), 60),
+    "launch overhead": Phase(launch_overhead, 20),
+    "denoising step": Phase(step, 60),
+    "sampling": Phase(whole_sampling, 120),
+    "peak memory": Phase(peak_memory, 30),
+    **{f"memcheck {name}": Phase(partial(gpu_small.memcheck, name), 60) for name in gpu_small.CALLS},
+    **{name: Phase(tests(arguments), seconds) for name, (seconds, arguments) in TESTS.items()},
+}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(
+        main(
+            Script(
+                "gpu", PHASES, gpu_checks.run_of, gpu_checks.why_no_gpu, gpu_hopper.conclude, gpu_hopper.keep
+            ),
+            __doc__,
+        )
+    )

@@ -1,116 +1,105 @@
-"""The Hopper kernels on a GPU: the facts of bench/probes, then the kernels beside their peers and limits.
+"""The ops on a GPU beside their peers and limits, and the facts of bench/probes about the Hopper kernels.
 
-    python -m bench.gpu_hopper              on an H100 or H200: writes bench/results/DATE-gpu-hopper.json
-    python -m bench.gpu_hopper --dry-run    without one: every path of this script that a CPU can take
+    python -m bench.gpu_hopper              on an H100 or H200: these phases of `python -m bench.gpu` alone
+    python -m bench.gpu_hopper --dry-run    without one: every path that a CPU can take
 
-The result file is written anew after every phase. A phase that would not end within --minutes is skipped,
-which the file says: those at 256 and 4096 tokens come last. The ceilings that were found go to
-loopmdm_kernels/schedule/measured.json, from where the op takes them when it chooses tiles.
+The ceilings that were found go to loopmdm_kernels/schedule/measured.json, from where the op takes them when
+it chooses tiles.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import loopmdm_kernels as lk
 from bench import looped_blocks, masked_cross_entropy, model, sample_rows
-from bench.gpu import RESULTS, ROOT, sanitizer, under_sanitizer
+from bench.gpu_checks import environment, needs_hopper, run_of, why_no_gpu
+from bench.gpu_times import clock_and_power
+from bench.phases import ROOT, Findings, Phase, Result, Script, main
 from bench.probes import hopper_facts
 from bench.probes.hopper_facts import SMALL, Run
-from bench.report import write
-from bench.run import REAL, TINY, Call, Calls, Figure, Figures
-from bench.targets import DRAM_RATIO, HOPPER_TARGETS, LIMIT_SHARES, SUDOKU_SECONDS
-from loopmdm_kernels.cuda import driver, targets
-from loopmdm_kernels.cuda import looped_blocks as blocks
+from bench.run import REAL, Call, Calls, Figure, Figures
+from bench.targets import DRAM_RATIO, HOPPER_TARGETS, LIMIT_SHARES, SUDOKU_SECONDS, TRITON_TARGETS
+from loopmdm_kernels.cuda import driver
 from loopmdm_kernels.schedule import Device, choose, measured
 
-LOOPS = 12
-TOKENS = (32, 128, 256, 512, 1024, 4096)
-TOOLS = ("memcheck", "racecheck", "synccheck")
+TOKENS = {**{length: (1, length) for length in (32, 128, 256, 512, 1024, 4096)}, 16384: (16, 1024)}
+OURS = ("cuda", "triton")
 
 
-def with_heads_of_64(run: Run, *, hidden: int | None = None) -> Run:
-    """The widths of the small model, or those given; kernels take no heads of 8."""
-    hidden = hidden or (64 if run.dry else SMALL.hidden)
-    return run._replace(other_sizes=run.sizes._replace(hidden=hidden, heads=hidden // 64))
-
-
-def forced(run: Run, backend: str, call: Call) -> Call:
-    def on_backend() -> Any:
-        with lk.use_backend("reference" if run.dry else backend):
-            return call()
-
-    return on_backend
-
-
-def on_backends(run: Run, calls: Calls, ours: str = "ours") -> dict[str, Call]:
-    """The peers, and ours by CUDA and by Triton."""
-    peers = {name: call for name, call in calls.items() if not name.startswith("ours")}
-    return {**{name: forced(run, name, calls[ours]) for name in ("cuda", "triton")}, **peers}
-
-
-def beside_peers(tokens: int, run: Run) -> Figures:
-    """Seconds of 12 loops in a CUDA graph: ours, with and without a window of L2; Triton; torch.compile.
+def beside_peers(tokens: int, run: Run) -> Iterator[Figures]:
+    """12 loops in a CUDA graph: by CUDA with and without a window of L2, by Triton, eager, by torch.compile.
 
     torch.compile compiles one loop, which the graph repeats: S of them would take it minutes.
     """
-    inputs = with_heads_of_64(run).looped(1, 4 if run.dry else tokens)
-    calls = on_backends(run, looped_blocks.forward_calls(inputs, LOOPS, run.compiled))
+    inputs = run.looped(*(run.sizes.forward[0] if run.dry else TOKENS[tokens]))
+    calls = looped_blocks.forward_calls(inputs, run.sizes.loops, run.compiled)
+    ours = run.on_backends(calls["ours"])
 
     def without_window() -> Call:
         kept, driver.l2_window = driver.l2_window, lambda *_: None  # type: ignore[assignment]
         try:
-            return run.captured(calls["cuda"])
+            return run.captured(ours["cuda"])
         finally:
             driver.l2_window = kept
 
-    makers = {
-        "cuda": partial(run.captured, calls["cuda"]),
-        "cuda without window": without_window,
-        "triton": partial(run.captured, calls["triton"]),
-        "torch.compile": partial(run.captured, calls["compiled"]),
-    }
+    makers = {name: partial(run.captured, call) for name, call in ours.items()}
     with torch.no_grad():
-        graphs, failed = run.made(makers)
-        return {**failed, **run.seconds(graphs)}
+        graphs, failed = run.made({**makers, "cuda without window": without_window})
+        yield {**failed, **run.times(graphs)}
+        peers = {"eager": calls["eager"], "torch.compile": calls["compiled"]}
+        more, failed = run.made({name: partial(run.captured, call) for name, call in peers.items()})
+        yield {**failed, **run.times({**graphs, **more})}
 
 
-def training(run: Run) -> Figures:
-    """Seconds forward and backward through 4 loops of 8 sequences of 1024 tokens, without a graph."""
-    batch, length = (2, 4) if run.dry else (8, 1024)
-    inputs = with_heads_of_64(run).looped(batch, length, grad=True)
-    calls = on_backends(run, looped_blocks.training_calls(inputs, 4, run.compiled), "ours, recomputed")
-    calls["torch.compile"] = calls.pop("compiled")
-    return run.seconds(calls)
+def training(run: Run) -> Iterator[Figures]:
+    """Forward and backward through 6 loops of 16 sequences of 1024 tokens, without a graph."""
+    inputs = run.looped(*run.sizes.training, grad=True)
+    calls = looped_blocks.training_calls(inputs, run.sizes.training_loops, run.compiled)
+    ours = run.on_backends(calls["ours, recomputed"])
+    ours["triton, nothing recomputed"] = run.on_backends(calls["ours"])["triton"]
+    yield run.times(ours)
+    yield run.times({**ours, "torch.compile": calls["compiled"]})
 
 
-def sampled_rows(num_rows: int, run: Run) -> Figures:
-    """Seconds of a draw for each row, in CUDA graphs. Few rows read the weight; many multiply by it."""
+def sampled_rows(num_rows: int, run: Run) -> Iterator[Figures]:
+    """A draw for each row, in CUDA graphs. Few rows read the weight; many multiply by it."""
     with torch.no_grad():
-        calls = on_backends(run, sample_rows.gpu_calls(run, min(num_rows, max(run.sizes.sampled_rows))))
-        return run.seconds({name: run.captured(call) for name, call in calls.items()})
+        yield from in_graphs(sample_rows.gpu_calls(run, min(num_rows, max(run.sizes.sampled_rows))), run)
 
 
-def cross_entropy(run: Run) -> Figures:
-    """Seconds of the loss of every second of 16384 tokens and all its gradients."""
-    return run.seconds(on_backends(run, masked_cross_entropy.gpu_calls(run)))
+def in_graphs(calls: Calls, run: Run) -> Iterator[Figures]:
+    ours = {name: partial(run.captured, call) for name, call in run.on_backends(calls["ours"]).items()}
+    graphs, failed = run.made(ours)
+    yield {**failed, **run.times(graphs)}
+    peers, failed = run.made({n: partial(run.captured, call) for n, call in calls.items() if n != "ours"})
+    yield {**failed, **run.times({**graphs, **peers})}
+
+
+def cross_entropy(run: Run) -> Iterator[Figures]:
+    """The loss of every second of 16384 tokens and all its gradients."""
+    calls = dict(masked_cross_entropy.gpu_calls(run))
+    ours = run.on_backends(calls.pop("ours"))
+    yield run.times(ours)
+    yield run.times({**ours, **calls})
+
+
+def fact(found: Callable[[Run], Figures], run: Run) -> Figures:
+    """Figures of a probe, with clock and power right behind it."""
+    needs_hopper(run)
+    return {**found(run), "now": None if run.dry else dict(clock_and_power())}
 
 
 def dram_bytes(run: Run) -> Figures:
     """Bytes read from DRAM by one call with S = 1 and S = 24, as Nsight Compute counts them."""
+    needs_hopper(run)
     figures: Figures = {}
     for loops in (1, 24):
         if run.dry:
@@ -119,12 +108,12 @@ def dram_bytes(run: Run) -> Figures:
             figures[f"S{loops}"] = "ncu is not installed, and nothing else here counts DRAM bytes"
         else:
             command = [
-                "ncu", "--metrics", "dram__bytes_read.sum", "--csv", "--print-units", "base",
-                "--kernel-name", "looped_blocks_sm90",
-                sys.executable, "-m", "bench.gpu_hopper", "--once", str(loops),
+                "ncu", "--clock-control", "none", "--metrics", "dram__bytes_read.sum", "--csv",
+                "--print-units", "base", "--kernel-name", "looped_blocks_sm90",
+                sys.executable, "-m", "bench.gpu_small", "once", str(loops),
             ]  # fmt: skip
             figures[f"S{loops}"] = counted(
-                subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+                subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
             )
     return figures
 
@@ -139,90 +128,36 @@ def counted(done: subprocess.CompletedProcess[str]) -> Figure:
         return said[-1] if said else f"ncu ended with {done.returncode} and no figure"
 
 
-def sanitizers(run: Run) -> Figures:
-    """Exit status of small cases of all kernels under each tool of compute-sanitizer: 0 is clean."""
-    arguments = ("bench.gpu_hopper", "--once", "2", "--small")
-    program = sanitizer()
-    if run.dry:  # what the tools would watch
-        under_sanitizer([], *arguments, "--dry-run").check_returncode()
-        return dict.fromkeys(TOOLS)
-    if program is None:
-        return dict.fromkeys(TOOLS, "compute-sanitizer is not installed")
-    figures: Figures = {}
-    for tool in TOOLS:
-        try:
-            done = under_sanitizer([program, tool], *arguments, timeout=100)
-            figures[tool] = float(done.returncode)
-            if done.returncode:
-                say((done.stdout + done.stderr)[-3000:])
-        except subprocess.TimeoutExpired:
-            figures[tool] = "not done after 100 s"
-    return figures
-
-
-def once(loops: int, run: Run, *, small: bool) -> None:
-    """For a profiler, one call at 128 tokens; for a sanitizer, small ones of all kernels."""
-    inputs = with_heads_of_64(run, hidden=128 if small else SMALL.hidden).looped(1, 70 if small else 128)
-    with torch.no_grad(), lk.use_backend("reference" if run.dry else "cuda"):
-        for target in (targets.SM90, targets.SM80._replace(architecture="sm_90"))[: 1 + small]:
-            blocks.target_of = lambda capability, target=target: target  # type: ignore[assignment]
-            looped_blocks.applied(lk.looped_blocks, inputs, loops)
-            run.synchronize()
-    if small:
-        small_heads(run._replace(other_sizes=TINY._replace(hidden=72, vocab_size=700)))
-
-
-def small_heads(run: Run) -> None:
-    """Blocks of 64 rows and pairs of 128, chunks that are not whole."""
-    for length in (40, 200):
-        hidden, head = run.head(2, length, grad=True)
-        chosen = run.rows(2, length)
-        with lk.use_backend("reference" if run.dry else "cuda"):
-            total, _ = lk.masked_cross_entropy(hidden, head, *chosen)
-            torch.autograd.grad(total, [hidden, *head[:4]])
-            with torch.no_grad():
-                lk.head_logits(hidden, head)
-                lk.sample_rows(hidden, head, chosen[1], run.names(chosen[1].shape[0]))
-    run.synchronize()
+def at(tokens: int) -> dict[str, Phase]:
+    first = tokens == 128
+    phase = Phase(partial(beside_peers, tokens), 60, quick=tokens in (128, 1024), dry=first)
+    return {f"T{tokens}": phase}
 
 
 # Of the vocabulary head.
-HEAD_PHASES: dict[str, Callable[[Run], Figures]] = {
-    **{f"sample_rows_R{rows}": partial(sampled_rows, rows) for rows in REAL.sampled_rows},
-    "masked_cross_entropy": cross_entropy,
+HEAD_PHASES = {
+    **{
+        f"sample_rows_R{rows}": Phase(partial(sampled_rows, rows), 60, dry=rows == REAL.sampled_rows[0])
+        for rows in REAL.sampled_rows
+    },
+    "masked_cross_entropy": Phase(cross_entropy, 90),
 }
-PHASES: dict[str, Callable[[Run], Figures]] = {
-    "barriers": hopper_facts.barriers,
-    "clusters": hopper_facts.clusters,
-    "l2_reads": hopper_facts.l2_reads,
-    "multicast": hopper_facts.multicast,
-    "attention_peers": hopper_facts.attention_peers,
-    "products": hopper_facts.products,
-    "gaps": hopper_facts.gaps,
-    **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (128, 1024, 32, 512)},
-    "sudoku": model.sudoku_on_gpu,
+FACTS = {
+    name: Phase(partial(fact, getattr(hopper_facts, name)), 25)
+    for name in ("barriers", "l2_reads", "products", "gaps", "clusters", "multicast", "attention_peers")
+}
+PHASES = {
+    "environment": Phase(environment, 30, quick=True),
+    **at(128), **at(1024), **FACTS, **at(32), **at(512),
+    "sudoku": Phase(partial(fact, model.sudoku_on_gpu), 60),
     **HEAD_PHASES,
-    "dram_bytes": dram_bytes,
-    "sanitizers": sanitizers,
-    "training": training,
-    **{f"T{tokens}": partial(beside_peers, tokens) for tokens in (256, 4096)},
-}
-
-# Seconds of a phase that starts cold, estimated from what it compiles and repeats: a kernel of the op 3 to 6,
-# one of Triton 1 to 2, one loop by torch.compile with autotuning 20 to 30, a process under a tool 15 to 25.
-EXPECTED = {
-    **{f"T{tokens}": 45.0 for tokens in TOKENS},
-    "sudoku": 30.0,
-    "dram_bytes": 30.0,
-    "sanitizers": 75.0,
-    "training": 45.0,
-    **{f"sample_rows_R{rows}": 25.0 for rows in REAL.sampled_rows},
-    "masked_cross_entropy": 40.0,
-}
-SHORT = 5.0  # every other
+    "training": Phase(training, 90),
+    **at(16384), **at(256), **at(4096),
+    "dram_bytes": Phase(dram_bytes, 60),
+}  # fmt: skip
 
 
-def ceilings(figures: Mapping[str, Figures]) -> dict[str, float]:
+def ceilings(figures: Mapping[str, Findings]) -> dict[str, float]:
     """Those of the cost model's ceilings that the facts have a figure for."""
     batch, heads, length, head_dim = hopper_facts.ATTENTION
     attention = 4 * batch * heads * length * length * head_dim
@@ -245,113 +180,59 @@ def ceilings(figures: Mapping[str, Figures]) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
-def verdicts(figures: Mapping[str, Figures]) -> dict[str, bool | None]:
+def verdicts(figures: Mapping[str, Findings]) -> dict[str, bool | None]:
     """Whether each target is met; None where a figure is missing."""
     device = Device()._replace(**ceilings(figures))
 
-    def at_least(numerator: Figure, denominator: Figure, target: float) -> bool | None:
+    def milliseconds(phase: str, name: str) -> float | None:
+        found = figures.get(phase, {}).get(name)
+        return found["ms"] if isinstance(found, dict) else None
+
+    def at_least(numerator: object, denominator: object, target: float) -> bool | None:
         if not isinstance(numerator, float) or not isinstance(denominator, float):
             return None
         return numerator / denominator >= target
 
-    def fastest(phase: Figures) -> Figure:
-        known = [value for value in phase.values() if isinstance(value, float)]
-        return min(known, default=None)
-
-    def seconds(tokens: int, name: str) -> Figure:
-        return figures.get(f"T{tokens}", {}).get(name)
-
     result = {}
     for tokens, target in HOPPER_TARGETS.items():
-        result[f"T{tokens}: {target} times torch.compile"] = at_least(
-            seconds(tokens, "torch.compile"), seconds(tokens, "cuda"), target
-        )
+        times = (milliseconds(f"T{tokens}", name) for name in ("torch.compile", "cuda"))
+        result[f"T{tokens}: {target} times torch.compile"] = at_least(*times, target)
     for tokens in TOKENS:
-        result[f"T{tokens}: no slower than Triton"] = at_least(
-            seconds(tokens, "triton"), seconds(tokens, "cuda"), 1.0
-        )
+        times = (milliseconds(f"T{tokens}", name) for name in ("triton", "cuda"))
+        result[f"T{tokens}: no slower than Triton"] = at_least(*times, 1.0)
     for tokens, share in LIMIT_SHARES.items():
-        limit = LOOPS * choose(SMALL._replace(length=tokens), device).limit_seconds
-        result[f"T{tokens}: {share} of the limit"] = at_least(limit, seconds(tokens, "cuda"), share)
-    call = figures.get("sudoku", {}).get("cuda")
-    result[f"Sudoku: {1e6 * SUDOKU_SECONDS:.0f} us"] = at_least(SUDOKU_SECONDS, call, 1.0)
-    for name in HEAD_PHASES:
-        others = {**figures.get(name, {})}
-        ours = others.pop("cuda", None)
-        result[f"{name}: fastest"] = at_least(fastest(others), ours, 1.0)
+        limit = 1000 * REAL.loops * choose(SMALL._replace(length=tokens), device).limit_seconds
+        result[f"T{tokens}: {share} of the limit"] = at_least(
+            limit, milliseconds(f"T{tokens}", "cuda"), share
+        )
+    call = milliseconds("sudoku", "cuda")
+    result[f"Sudoku: {1e6 * SUDOKU_SECONDS:.0f} us"] = at_least(1000 * SUDOKU_SECONDS, call, 1.0)
+
+    def best(phase: str, without: tuple[str, ...]) -> float | None:
+        """Of the implementations whose names do not begin so."""
+        names = [name for name in figures.get(phase, {}) if not name.startswith(without)]
+        return min(filter(None, (milliseconds(phase, name) for name in names)), default=None)
+
+    for phase in HEAD_PHASES:
+        result[f"{phase}: fastest"] = at_least(best(phase, ("cuda",)), milliseconds(phase, "cuda"), 1.0)
+    for phase, target in TRITON_TARGETS.items():
+        times = best(phase, OURS), milliseconds(phase, "triton")
+        result[f"{phase}, Triton: {target} times the best peer"] = at_least(*times, target)
     dram = figures.get("dram_bytes", {})
     result["DRAM bytes do not grow with S"] = at_least(dram.get("S1"), dram.get("S24"), 1 / DRAM_RATIO)
-    for tool in TOOLS:
-        status = figures.get("sanitizers", {}).get(tool)
-        result[f"{tool} is clean"] = status == 0.0 if isinstance(status, float) else None
     return result
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def conclude(figures: Mapping[str, Findings]) -> dict[str, Any]:
+    return {"ceilings": ceilings(figures), "targets": verdicts(figures)}
 
 
-def measure(run: Run, minutes: float, target: Path | None) -> dict[str, Any]:
-    """All phases; `target` is written after each. A phase that fails says why and ends nothing."""
-    begin = time.perf_counter()
-    if not run.dry:
-        torch.cuda.synchronize()  # makes the context in which the probes are loaded
-    figures: dict[str, Figures] = {}
-    skipped: list[str] = []
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": "none: dry run" if run.dry else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "figures": figures,
-        "skipped": skipped,
-        "ceilings": {},
-        "targets": verdicts(figures),
-    }
-    total = sum(EXPECTED.get(name, SHORT) for name in PHASES)
-    say(f"{len(PHASES)} phases, estimated at {total / 60:.1f} minutes; there are {minutes:.1f}")
-    for name, phase in PHASES.items():
-        elapsed = time.perf_counter() - begin
-        expected = EXPECTED.get(name, SHORT)
-        if elapsed + expected > 60 * minutes:
-            skipped.append(name)
-            say(f"{elapsed:6.1f} s  {name}: skipped, {expected:.0f} s would be too long")
-            continue
-        say(f"{elapsed:6.1f} s  {name}")
-        try:
-            figures[name] = phase(run)
-        except Exception as error:
-            if run.dry:
-                raise
-            figures[name] = {"failed": str(error).splitlines()[0]}
-        result |= {
-            "seconds": round(time.perf_counter() - begin, 1),
-            "ceilings": ceilings(figures),
-            "targets": verdicts(figures),
-        }
-        if target is not None:
-            write(result, target)
-    return result
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure what decides about the Hopper kernels.")
-    parser.add_argument("--dry-run", action="store_true", help="prepare everything, time nothing")
-    parser.add_argument("--minutes", type=float, default=9.0, help="a phase that would be longer is skipped")
-    parser.add_argument("--once", type=int, metavar="S", help="one call with S loops, for a profiler")
-    parser.add_argument("--small", action="store_true", help="with --once: small, and of all kernels")
-    options = parser.parse_args()
-    if options.once:
-        once(options.once, Run(options.dry_run), small=options.small)
-        return 0
-    today = datetime.date.today().isoformat()
-    target = None if options.dry_run else RESULTS / f"{today}-gpu-hopper.json"
-    result = measure(Run(options.dry_run), options.minutes, target)
-    if target is not None and result["ceilings"]:
-        measured.record(result["machine"], result["ceilings"], f"bench/results/{target.name}")
-    print(json.dumps(result, indent=2))
-    return int(False in result["targets"].values())
+def keep(result: Result) -> None:
+    """The ceilings of a result, for the cost model."""
+    if result.get("ceilings"):
+        name = result["phases"]["environment"]["figures"]["GPU"]
+        measured.record(name, result["ceilings"], Path(result["file"]).name)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Script("gpu-hopper", PHASES, run_of, why_no_gpu, conclude, keep), __doc__))

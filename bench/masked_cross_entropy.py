@@ -84,6 +84,8 @@ def gpu_calls(run: Run) -> Calls:
         "compiled, all rows": partial(loss, plain, *every),
     }
     calls = {name: gradients_of(call, [hidden, *head[:4]]) for name, call in losses.items()}
+    for name, call in peers.linear_losses(hidden, head, targets, chosen[0]).items():
+        calls[name] = gradients_of(call, [hidden, head.weight, head.bias])
     liger = peers.liger_loss(hidden, head, targets)
     if liger is not None:
         calls["Liger, all rows"] = gradients_of(liger, [hidden, head.weight])

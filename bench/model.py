@@ -131,18 +131,18 @@ def sudoku_call(model: LoopMDM, board: Tensor, *, blocks: str, logits: str) -> C
 
 def without_cluster(make: Callable[[], Call]) -> Call:
     """What `make` makes if the blocks are those of the whole GPU."""
-    assumed = looped_blocks.device_of
-    looped_blocks.device_of = lambda *given: assumed(*given)._replace(cluster=1)  # type: ignore[assignment]
+    known = looped_blocks.known_device
+    looped_blocks.known_device = lambda limits: known(limits)._replace(cluster=1)  # type: ignore[assignment]
     looped_blocks._kernel.cache_clear()
     try:
         return make()
     finally:
-        looped_blocks.device_of = assumed
+        looped_blocks.known_device = known
         looped_blocks._kernel.cache_clear()
 
 
 def sudoku_on_gpu(run: Run) -> Figures:
-    """Seconds of a call of the 9x9 model, the smallest network that is shipped, where waiting is all.
+    """A call of the 9x9 model, the smallest network that is shipped, where waiting is all.
 
     Ours in a CUDA graph, in one cluster and not, and the reference in eager mode. Weights are random: the
     time does not depend on them.
@@ -157,4 +157,4 @@ def sudoku_on_gpu(run: Run) -> Figures:
     with torch.no_grad(), casts, model.frozen():
         calls, failed = run.made({"cuda": ours, "cuda without cluster": partial(without_cluster, ours)})
         eager = sudoku_call(model, board, blocks="reference", logits="reference")
-        return {**failed, **run.seconds({"reference, eager": eager, **calls})}
+        return {**failed, **run.times({"reference, eager": eager, **calls})}

@@ -7,7 +7,8 @@ in the weights' dtype, as the reference model does under autocast and as is fast
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from typing import Any
 from unittest import mock
@@ -77,6 +78,41 @@ def gumbel_rows(hidden: Tensor, head: Head, rows: Tensor) -> Tensor:
     """fp32 noise on logits in memory, as serving libraries sample."""
     logits = row_logits(hidden, head, rows, possible(head), head.weight.dtype).float()
     return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
+
+
+def flashinfer_rows(hidden: Tensor, head: Head, rows: Tensor) -> Tensor:
+    """FlashInfer's kernel that draws from logits in memory."""
+    from flashinfer.sampling import sampling_from_logits
+
+    logits = row_logits(hidden, head, rows, possible(head), head.weight.dtype).float()
+    drawn: Tensor = sampling_from_logits(logits)
+    return drawn
+
+
+def linear_losses(
+    hidden: Tensor, head: Head, targets: Tensor, rows: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    """torch's linear_cross_entropy on these rows, without the norm: plain, and in chunks by each policy.
+
+    Empty where torch has no such function.
+    """
+    function = getattr(F, "linear_cross_entropy", None)
+    if function is None:
+        return {}
+    wanted = targets.flatten()[rows]
+
+    def loss(options: Any) -> Tensor:
+        narrow = hidden.flatten(0, 1)[rows].to(head.weight.dtype)
+        out: Tensor = function(
+            narrow, head.weight, wanted, linear_bias=head.bias, reduction="sum", options=options
+        )
+        return out
+
+    choices = {"plain": None}
+    for policy in ("auto", "accurate", "balanced", "compact"):
+        with suppress(ValueError):  # not every version has all
+            choices[policy] = torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
+    return {f"linear_cross_entropy, {name}": partial(loss, options) for name, options in choices.items()}
 
 
 def liger_loss(hidden: Tensor, head: Head, targets: Tensor) -> Callable[[], Tensor] | None:

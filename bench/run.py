@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import loopmdm_kernels as lk
+from bench import gpu_times
 from loopmdm_kernels.testing import LoopedInputs, head_inputs, interleaved_medians, looped_inputs, row_rng
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Head, RowRng
 
@@ -16,7 +18,7 @@ BF16 = torch.bfloat16
 DTYPES = {"fp32": torch.float32, "bf16": BF16}
 Call = Callable[[], Any]
 Calls = Mapping[str, Call]  # by the name of the implementation
-Figure = float | str | None  # None: a dry run; a string says why a GPU has no figure
+Figure = float | str | dict[str, Any] | None  # None: a dry run; a string says why a GPU has no figure
 Figures = dict[str, Figure]
 
 
@@ -114,8 +116,8 @@ class Run(NamedTuple):
         for name, make in makers.items():
             try:
                 calls[name] = make()
-            except RuntimeError as error:
-                failed[name] = str(error).splitlines()[0]
+            except Exception as error:  # whatever a peer's compiler has to say
+                failed[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return calls, failed
 
     def tried(self, calls: Calls) -> tuple[dict[str, Call], Figures]:
@@ -127,10 +129,34 @@ class Run(NamedTuple):
 
         return self.made({name: partial(tried, call) for name, call in calls.items()})
 
-    def seconds(self, calls: Calls) -> Figures:
-        """Interleaved medians; a call that fails says why instead."""
+    def times(self, calls: Calls) -> Figures:
+        """As `gpu_times.measured`; a call that fails says why instead."""
         works, failed = self.tried(calls)
-        return {**failed, **(dict.fromkeys(works) if self.dry else interleaved_medians(works))}
+        return {**failed, **(dict.fromkeys(works) if self.dry else gpu_times.measured(works))}
+
+    def seconds(self, calls: Calls) -> Figures:
+        """The same, the medians alone."""
+        return {
+            name: found["ms"] / 1000 if isinstance(found, dict) else found
+            for name, found in self.times(calls).items()
+        }
+
+    def host_times(self, calls: Calls, share: float = 1.0) -> Figures:
+        """Of calls that take so long that the host's clock will do: medians of two, or a share of them."""
+        medians = interleaved_medians(calls, repeats=1 if self.dry else 2, warmup=0 if self.dry else 1)
+        return {name: {"ms": 1000 * share * seconds} for name, seconds in medians.items()}
+
+    def on_backends(self, ours: Call) -> dict[str, Call]:
+        """Ours by CUDA and by Triton; in a dry run by the reference and interpreted."""
+
+        def forced(backend: str) -> Call:
+            def on_backend() -> Any:
+                with lk.use_backend(backend):
+                    return ours()
+
+            return on_backend
+
+        return {"cuda": forced("reference" if self.dry else "cuda"), "triton": forced("triton")}
 
 
 def in_fp8(inputs: LoopedInputs) -> LoopedInputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,8 +20,12 @@ LENGTH, HIDDEN, VOCAB = 1024, REAL.hidden, REAL.vocab_size
 def gpu_calls(run: Run, num_rows: int) -> Calls:
     hidden, head = run.head(1, max(num_rows, 2))
     rows, names = torch.arange(num_rows, device=run.device), run.names(num_rows)
+    fused = {}
+    if find_spec("flashinfer") is not None:
+        fused["FlashInfer"] = partial(run.compiled(peers.flashinfer_rows), hidden, head, rows)
     return {
         "ours": partial(lk.sample_rows, hidden, head, rows, names),
+        **fused,
         "compiled, float64 race": partial(run.compiled(peers.sample_rows), hidden, head, rows),
         "compiled, fp32 noise": partial(run.compiled(peers.gumbel_rows), hidden, head, rows),
     }

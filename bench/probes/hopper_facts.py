@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend
 
-import loopmdm_kernels as lk
-from bench.attention import by_torch
-from bench.run import Call, Calls, Figure, Figures
+from bench import attention
+from bench.run import Calls, Figure, Figures
 from bench.run import Run as GpuRun
 from loopmdm_kernels.cuda import compiler, driver, targets, tensor_maps
 from loopmdm_kernels.schedule import BlockShape
@@ -131,8 +129,13 @@ def barriers(run: Run) -> Figures:
         "one counter": (run.probe("meet_at_one_counter"), sms, 1),
         "row counters": (run.probe("meet_at_row_counters"), sms, 1),
     }
+    missing: Figures = {} if headers or run.dry else {"grid sync": "CUDA's headers are not installed"}
     if headers:
-        cases["grid sync"] = (run.probe("meet_by_grid_sync", "hopper_grid_sync.cu", includes=headers), sms, 1)
+        try:  # of no other probe's business: the headers may be those of another version
+            probe = run.probe("meet_by_grid_sync", "hopper_grid_sync.cu", includes=headers)
+            cases["grid sync"] = (probe, sms, 1)
+        except RuntimeError as error:
+            missing["grid sync"] = str(error).splitlines()[0]
     for size in CLUSTERS:
         kernel = run.probe("meet_in_cluster")
         kernel.allow_large_clusters()
@@ -148,8 +151,7 @@ def barriers(run: Run) -> Figures:
         return call
 
     times = run.seconds({name: meeting(*case) for name, case in cases.items()})
-    figures = {name: scaled(seconds, 1e6 / ROUNDS) for name, seconds in times.items()}
-    return figures if headers or run.dry else {**figures, "grid sync": "CUDA's headers are not installed"}
+    return {**missing, **{name: scaled(seconds, 1e6 / ROUNDS) for name, seconds in times.items()}}
 
 
 def clusters(run: Run) -> Figures:
@@ -179,11 +181,7 @@ def l2_reads(run: Run) -> Figures:
     def reading(blocks: int, window: driver.L2Window | None) -> Callable[[], None]:
         return lambda: kernel.launch(blocks, 1024, run.stream, arguments, window)
 
-    if not run.dry:
-        driver.set_aside_l2(0)
     times = run.seconds({name: reading(*case) for name, case in cases.items()})
-    if not run.dry:
-        driver.release_l2(0)
     return {name: rate(READS * cases[name][0] * WEIGHT_BYTES, seconds) for name, seconds in times.items()}
 
 
@@ -210,27 +208,11 @@ def multicast(run: Run) -> Figures:
 
 
 def attention_peers(run: Run) -> Figures:
-    """Seconds of attention by itself, by implementation: torch's two, FlashAttention-3, ours in Triton."""
-    shape = (1, 1, 16, 8) if run.dry else ATTENTION
-    q, k, v = (torch.randn(shape, device=run.device, dtype=torch.bfloat16) for _ in range(3))
-
-    def ours() -> None:
-        with lk.use_backend("reference" if run.dry else "triton"):
-            lk.attention(q, k, v)
-
-    kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    calls: dict[str, Call] = {
-        name: partial(by_torch, SDPBackend.MATH if run.dry else kind, q, k, v) for name, kind in kinds.items()
-    }
-    calls["triton"] = ours
-    missing: Figures = {}
-    if find_spec("flash_attn_interface") is not None:
-        from flash_attn_interface import flash_attn_func
-
-        calls["FA3"] = lambda: flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)))
-    else:
-        missing["FA3"] = None if run.dry else "flash_attn_interface is not installed"
-    return {**repeated(run, calls), **missing}
+    """Seconds of attention by itself, by implementation: torch's, FlashAttention-3, ours in Triton."""
+    batch, heads, length, head_dim = (1, 1, 16, 8) if run.dry else ATTENTION
+    run = run._replace(other_sizes=run.sizes._replace(heads=heads, hidden=heads * head_dim))
+    calls = dict(attention.gpu_calls(run, batch, length))
+    return repeated(run, {"triton": run.on_backends(calls.pop("ours"))["triton"], **calls})
 
 
 def repeated(run: Run, calls: Calls) -> Figures:

@@ -1,91 +1,57 @@
-"""The script that measures the Hopper kernels, as far as it goes without a GPU."""
+"""What follows from the figures of the Hopper kernels, and how tools are called."""
 
 import ctypes
-import json
 import subprocess
-from importlib.util import find_spec
 
 import pytest
 import torch
 
-from bench import gpu_hopper
+from bench import gpu_hopper, gpu_small, gpu_times
+from bench.phases import LeftOut
 from bench.probes import hopper_facts
 from loopmdm_kernels.schedule import Device, choose, measured
 
-needs_nvrtc = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-python is not installed")
 TIMES = {32: (4.0, 2.0), 128: (4.0, 2.1), 512: (4.0, 2.0), 1024: (4.0, 2.0)}  # torch.compile, cuda
 
 
-@needs_nvrtc
-def test_dry_run_takes_every_path(tmp_path, capsys):
-    target = tmp_path / "result.json"
-    result = gpu_hopper.measure(hopper_facts.Run(dry=True), 5.0, target)
-    assert list(result["figures"]) == list(gpu_hopper.PHASES) and not result["skipped"]
-    for name, figures in result["figures"].items():
-        assert figures and set(figures.values()) == {None}, (name, figures)
-    assert result["targets"] and set(result["targets"].values()) == {None}
-    assert result["ceilings"] == {}
-    assert json.loads(target.read_text()) == json.loads(json.dumps(result))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"{len(gpu_hopper.PHASES)} phases, estimated at")
-    assert [line.split()[-1] for line in lines[1:]] == list(gpu_hopper.PHASES)
-
-
-def test_what_there_is_no_time_for_is_skipped(tmp_path, monkeypatch, capsys):
-    target = tmp_path / "result.json"
-    written = []
-
-    def slow(run):
-        written.append(target.exists())
-        clock[0] += 100
-        return {"figure": 1.0}
-
-    def broken(run):
-        raise RuntimeError("CUDA error: no more\nand a long story")
-
-    clock = [0.0]
-    monkeypatch.setattr(gpu_hopper.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(gpu_hopper, "PHASES", {"a": slow, "b": broken, "long": slow, "c": slow, "d": slow})
-    monkeypatch.setattr(gpu_hopper, "EXPECTED", {"long": 90.0})
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    result = gpu_hopper.measure(hopper_facts.Run(dry=False), 3.0, target)
-    assert result["figures"] == {
-        "a": {"figure": 1.0}, "b": {"failed": "CUDA error: no more"}, "c": {"figure": 1.0}
-    }  # fmt: skip
-    assert result["skipped"] == ["long", "d"]
-    said = capsys.readouterr().err
-    assert "100.0 s  long: skipped, 90 s would be too long" in said and "200.0 s  d: skipped" in said
-    assert written == [False, True], "a result file is there after the first phase"
-    assert gpu_hopper.measure(hopper_facts.Run(dry=False), 0.0, None)["targets"]
-
-
-def test_a_call_that_fails_says_why():
+def test_a_call_that_fails_says_why(monkeypatch):
     def broken():
         raise RuntimeError("no kernel image\nmore")
 
-    figures = hopper_facts.Run(dry=False).seconds({"works": lambda: None, "broken": broken})
-    assert figures["broken"] == "no kernel image" and isinstance(figures["works"], float)
+    monkeypatch.setattr(gpu_times, "measured", lambda calls: {name: {"ms": 2.0} for name in calls})
+    run = hopper_facts.Run(dry=False)
+    assert run.seconds({"works": lambda: None, "broken": broken}) == {
+        "broken": "no kernel image",
+        "works": 0.002,
+    }
+
+
+def times(**milliseconds):
+    return {name: {"ms": value} for name, value in milliseconds.items()}
 
 
 def test_verdicts():
     figures = {}
     for tokens, (peer, ours) in TIMES.items():
-        figures[f"T{tokens}"] = {"torch.compile": peer, "cuda": ours, "triton": 2.05}
+        figures[f"T{tokens}"] = {"torch.compile": {"ms": peer}, **times(cuda=ours, triton=2.05)}
     device = Device(product_flops=100e6, attention_flops=50e6, l2_bytes=1e6, sm_bytes=1e4, wait_seconds=1e-7)
     device = device._replace(cluster_wait_seconds=2e-8)
     for tokens, share in ((128, 0.61), (1024, 0.69)):
-        limit = 12 * choose(gpu_hopper.SMALL._replace(length=tokens), device).limit_seconds
-        figures[f"T{tokens}"] = {name: value * limit for name, value in figures[f"T{tokens}"].items()}
-        figures[f"T{tokens}"]["cuda"] = limit / share
+        limit = 12e3 * choose(gpu_hopper.SMALL._replace(length=tokens), device).limit_seconds
+        figures[f"T{tokens}"] = {
+            **{name: {"ms": value["ms"] * limit} for name, value in figures[f"T{tokens}"].items()},
+            "cuda": {"ms": limit / share},
+        }
     figures |= {
-        "products": {"qkv": 2 * 1024 * 768 * 2304 / 100e6, "mlp_in": "out of memory"},
+        "products": {
+            "qkv": 2 * 1024 * 768 * 2304 / 100e6, "mlp_in": "out of memory", "now": {"MHz": 1980.0}
+        },
         "attention_peers": {"flash": 4 * 8 * 12 * 1024 * 1024 * 64 / 50e6, "FA3": "not installed"},
         "l2_reads": {"plain": 0.5e6, "kept": 1e6, "one SM": 1e4},
         "barriers": {"row counters": 0.1, "cluster of 16": 0.02},
-        "sudoku": {"cuda": 149e-6, "reference, eager": 5e-3},
+        "sudoku": times(cuda=0.149, **{"reference, eager": 5.0}),
         "dram_bytes": {"S1": 100.0, "S24": 109.0},
-    }
+    }  # fmt: skip
     found = gpu_hopper.ceilings(figures)
     assert set(found) == set(measured.CEILINGS)
     assert Device()._replace(**found)._asdict() == pytest.approx(device._asdict())
@@ -93,14 +59,18 @@ def test_verdicts():
     assert found["T32: 2.0 times torch.compile"] is True
     assert found["T512: no slower than Triton"] is True and found["T4096: no slower than Triton"] is None
     assert found["T128: 0.6 of the limit"] is True and found["T1024: 0.7 of the limit"] is False
+    assert found["T1024, Triton: 1.2 times the best peer"] is True
+    assert found["T16384, Triton: 1.05 times the best peer"] is None
     assert found["DRAM bytes do not grow with S"] is True
     assert found["sample_rows_R64: fastest"] is None
-    figures["sample_rows_R64"] = {"cuda": 2.0, "triton": 2.1, "compiled": 3.0, "Liger": "not installed"}
-    figures["masked_cross_entropy"] = {"cuda": 2.0, "triton": 1.9}
+    figures["sample_rows_R64"] = {**times(cuda=2.0, triton=2.1, compiled=3.0), "FlashInfer": "no kernel"}
+    figures["masked_cross_entropy"] = times(cuda=2.0, triton=1.9)
     found = gpu_hopper.verdicts(figures)
     assert found["sample_rows_R64: fastest"] is True and found["masked_cross_entropy: fastest"] is False
+    assert found["sample_rows_R64, Triton: 5.0 times the best peer"] is False
+    assert found["masked_cross_entropy, Triton: 2.5 times the best peer"] is None
     assert found["Sudoku: 150 us"] is True
-    figures["T32"]["cuda"], figures["sudoku"]["cuda"] = 2.1, 151e-6
+    figures["T32"]["cuda"], figures["sudoku"] = {"ms": 2.1}, times(cuda=0.151)
     figures["dram_bytes"] = {"S1": 100.0, "S24": 111.0}
     found = gpu_hopper.verdicts(figures)
     assert found["T32: 2.0 times torch.compile"] is False and found["T32: no slower than Triton"] is False
@@ -108,6 +78,16 @@ def test_verdicts():
     assert found["DRAM bytes do not grow with S"] is False
     figures["dram_bytes"] = {"S1": "no permission", "S24": "no permission"}
     assert gpu_hopper.verdicts(figures)["DRAM bytes do not grow with S"] is None
+
+
+def test_ceilings_are_kept_for_the_cost_model(monkeypatch):
+    kept = []
+    monkeypatch.setattr(gpu_hopper.measured, "record", lambda *entry: kept.append(entry))
+    phases = {"environment": {"figures": {"GPU": "a GPU"}}}
+    result = {"phases": phases, "file": "/out/day-gpu.json", "ceilings": {"l2_bytes": 1.0}}
+    gpu_hopper.keep(result)
+    gpu_hopper.keep({**result, "ceilings": {}})
+    assert kept == [("a GPU", {"l2_bytes": 1.0}, "day-gpu.json")]
 
 
 def test_what_the_profiler_says():
@@ -128,27 +108,31 @@ def test_the_probes_read_their_arguments_where_they_are_written():
     assert [fields.stages.offset, fields.rounds.offset, ctypes.sizeof(fields)] == [128, 132, 192]
 
 
-def test_tools_are_called_and_heard(monkeypatch, capsys):
-    commands = []
+def test_tools_are_called_and_heard(monkeypatch):
+    commands, status = [], [0]
 
     def done(command, **options):
         commands.append(command)
-        if "synccheck" in command:
-            raise subprocess.TimeoutExpired(command, options["timeout"])
         said = '"0","dram__bytes_read.sum","byte","1,024"\n' if "--csv" in command else "a race"
-        return subprocess.CompletedProcess(command, int("racecheck" in command), said, "")
+        return subprocess.CompletedProcess(command, status[0], said, "")
 
     run = hopper_facts.Run(dry=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_hopper.subprocess, "run", done)
     monkeypatch.setattr(gpu_hopper.shutil, "which", lambda name, **_: f"/tools/{name}")
     assert gpu_hopper.dram_bytes(run) == {"S1": 1024.0, "S24": 1024.0}
-    found = gpu_hopper.sanitizers(run)
-    assert found == {"memcheck": 0.0, "racecheck": 1.0, "synccheck": "not done after 100 s"}
-    assert capsys.readouterr().err == "a race\n"
-    verdicts = gpu_hopper.verdicts({"sanitizers": found})
-    assert [verdicts[f"{tool} is clean"] for tool in gpu_hopper.TOOLS] == [True, False, None]
-    assert [command[-2:] for command in commands[:2]] == [["--once", "1"], ["--once", "24"]]
-    assert all(command[-3:] == ["--once", "2", "--small"] for command in commands[2:])
+    assert [command[-3:] for command in commands] == [["bench.gpu_small", "once", n] for n in ("1", "24")]
+    for command in commands:
+        assert command[1:3] == ["--clock-control", "none"], "the clocks are not ours"
+    assert gpu_small.memcheck("cuda", run) == {"memcheck": "right"}
+    status[0] = 1
+    assert gpu_small.memcheck("triton", run)["memcheck"].startswith("wrong: status 1")
+    assert [command[-1] for command in commands[2:]] == ["cuda", "triton"]
+    assert commands[2][:3] == ["/tools/compute-sanitizer", "--tool", "memcheck"]
     monkeypatch.setattr(gpu_hopper.shutil, "which", lambda *_, **__: None)
     assert "ncu is not installed" in gpu_hopper.dram_bytes(run)["S24"]
-    assert "compute-sanitizer is not installed" in gpu_hopper.sanitizers(run)["memcheck"]
+    monkeypatch.setitem(gpu_small.CALLS, "cuda", lambda run: None)
+    assert "not installed" in gpu_small.memcheck("cuda", run)["memcheck"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(LeftOut, match="needs an H100"):
+        gpu_hopper.dram_bytes(run)

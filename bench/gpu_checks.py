@@ -1,0 +1,323 @@
+"""What is asked of the kernels before they are timed: as compiled, at their first launch, in their tests."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import loopmdm_kernels as lk
+from bench.gpu_times import clock_and_power
+from bench.looped_blocks import applied
+from bench.phases import RIGHT, ROOT, WRONG, LeftOut
+from bench.probes.hopper_facts import Run
+from bench.run import BF16, Call, Figures, head_in_fp8, in_fp8
+from loopmdm_kernels.cuda import compiler, driver, looped_blocks_backward, refresh, targets
+from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
+from loopmdm_kernels.cuda.launch import known_device
+from loopmdm_kernels.cuda.parameters import backward_defines, defines
+from loopmdm_kernels.schedule import BlockShape, choose, choose_backward
+from loopmdm_kernels.testing import assert_matches_oracle, reference
+
+PACKAGES = ("torch", "triton", "cuda-bindings", "numpy", "nvidia-ml-py", "liger-kernel", "flashinfer-python")
+WIDTHS = ((64, 4), (128, 4), (256, 8), (512, 8), (768, 12), (1024, 16), (1024, 8))  # hidden size, heads
+LENGTHS = (1, 32, 64, 81, 128, 256, 512, 1000, 1024)
+REGISTERS = 168  # of a thread of a kernel that moves registers between warp groups
+REPEATS = 200
+_INTERPRETER = ExitStack()  # of a dry run, to its end
+
+
+def environment(run: Run) -> Figures:
+    """Which machine and versions these are."""
+    figures: Figures = {"python": platform.python_version(), "nvcc": shutil.which("nvcc")}
+    for name in PACKAGES:
+        try:
+            figures[name] = version(name)
+        except PackageNotFoundError:
+            figures[name] = "not installed"
+    figures |= {name: str(state) for name, state in lk.available_backends().items()}
+    if not run.dry:
+        properties = torch.cuda.get_device_properties(0)
+        figures["GPU"] = properties.name
+        figures["capability"] = f"{properties.major}.{properties.minor}"
+        figures["CUDA of torch"] = str(torch.version.cuda)
+        figures |= {"now": dict(clock_and_power())}
+        if figures["cuda"] == "True":
+            limits = driver.facts(0)
+            figures |= {"SMs": float(limits.sms), "persisting L2 bytes": float(limits.persisting_bytes)}
+            figures["compiler"] = compiler._compiler()[0].strip().splitlines()[-1]
+    return figures
+
+
+class Compiled(NamedTuple):
+    source: str
+    macros: Mapping[str, int]
+    shared_bytes: int
+    moves_registers: bool
+
+
+def kernels_of(limits: driver.Facts) -> dict[str, Compiled]:
+    """What tests and benchmarks launch on this GPU, each once."""
+    target = targets.target_of(limits.capability)
+    device, hopper = target.used_of(known_device(limits)), target is targets.SM90
+    found = {"refresh": Compiled(refresh.SOURCE, {}, 0, False)}
+    for hidden, heads in WIDTHS:
+        if hidden // heads not in target.head_dims:
+            continue
+        for length in LENGTHS if (hidden, heads) in ((128, 4), (768, 12)) else (150, 1024):
+            shape = BlockShape(1, length, hidden, heads, 4 * hidden, 2)
+            plan = choose(shape, device)
+            name = f"forward, {hidden} wide, {heads} heads, {length} tokens"
+            found[name] = Compiled(target.source, defines(shape, plan), plan.shared_bytes, hopper)
+            if hopper and hidden // heads in looped_blocks_backward.HEAD_DIMS:
+                back = choose_backward(shape, device)
+                found[name.replace("forward", "backward")] = Compiled(
+                    looped_blocks_backward.SOURCE, backward_defines(shape, back), back.shared_bytes, True
+                )
+    for kernel in HEAD_KERNELS if hopper else ():
+        name = ", ".join([Path(kernel.source).stem, *(f"{key} {value}" for key, value in kernel.macros)])
+        found[name] = Compiled(kernel.source, dict(kernel.macros), kernel.shared_bytes, kernel.threads == 384)
+    different: dict[tuple[Any, ...], str] = {}
+    for name, kernel in found.items():
+        different.setdefault((kernel.source, *sorted(kernel.macros.items())), name)
+    return {name: found[name] for name in different.values()}
+
+
+def contract(run: Run) -> Iterator[Figures]:
+    """Each kernel as this machine's compiler makes it: nothing in local memory, and its share of registers.
+
+    Compiled side by side, and kept: no later phase waits for these.
+    """
+    if run.dry:
+        yield {"refresh": compiler.compile_kernel(refresh.SOURCE, {}, "sm_90a") and None}
+        return
+    capability = torch.cuda.get_device_capability()
+    if (reason := driver.why_unavailable(capability)) is not None:
+        raise LeftOut(reason)
+    torch.cuda.synchronize()  # makes the context in which they are loaded
+    architecture = targets.target_of(capability).architecture
+    kernels = kernels_of(driver.facts(0))
+
+    def compiled(name: str) -> tuple[str, bytes | str]:
+        try:
+            return name, compiler.compile_kernel(kernels[name].source, kernels[name].macros, architecture)
+        except RuntimeError as error:
+            return name, str(error)
+
+    with ThreadPoolExecutor(16) as pool:  # the compilers let other threads run
+        for name, cubin in pool.map(compiled, kernels):
+            yield {name: WRONG + cubin[:200] if isinstance(cubin, str) else as_declared(kernels[name], cubin)}
+
+
+def as_declared(kernel: Compiled, cubin: bytes) -> str:
+    bindings = driver.bindings()
+    names = bindings.CUfunction_attribute
+    loaded = driver.Kernel(cubin, Path(kernel.source).stem, kernel.shared_bytes)
+
+    def value(name: Any) -> int:
+        return int(driver.check(bindings.cuFuncGetAttribute(name, loaded._function), "cuFuncGetAttribute"))
+
+    local = value(names.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)
+    registers = value(names.CU_FUNC_ATTRIBUTE_NUM_REGS)
+    if local:
+        return f"{WRONG}{local} bytes of local memory a thread, {registers} registers"
+    if kernel.moves_registers and registers != REGISTERS:
+        return f"{WRONG}{registers} registers a thread, expected {REGISTERS}"
+    return RIGHT
+
+
+# An op with its gradients, or without: the tensors that are compared with those in float64.
+Results = Callable[[Callable[..., Any], torch.dtype], list[Tensor]]
+
+
+class Cases(NamedTuple):
+    """Of each op, on inputs of these sizes."""
+
+    run: Run
+    batch: int
+    length: int
+    loops: int = 2
+
+    def looped_blocks(self, op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        with torch.no_grad():
+            return [applied(op, self.run.looped(self.batch, self.length, dtype), self.loops)]
+
+    def gradients(self, op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        inputs = self.run.looped(self.batch, self.length, dtype, grad=True)
+        out = applied(op, inputs, self.loops)
+        grad = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, list(inputs.leaves().values()), grad)]
+
+    def looped_blocks_in_fp8(self, op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        inputs = in_fp8(self.run.looped(self.batch, self.length, dtype))
+        return [applied(op, inputs, self.loops, compute_dtype=dtype)]
+
+    def masked_cross_entropy(self, op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        hidden, head = self.run.head(self.batch, self.length, dtype, grad=True)
+        total, nll = op(hidden, head, *self.run.rows(self.batch, self.length))
+        return [nll.detach(), *torch.autograd.grad(total, [hidden, *head[:4]])]
+
+    def head_logits(self, op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        with torch.no_grad():
+            return [op(*self.run.head(self.batch, self.length, dtype), compute_dtype=dtype)]
+
+    def sample_rows(self, op: Callable[..., Any], dtype: torch.dtype, *, fp8: bool = False) -> list[Tensor]:
+        """The statistics: a draw at temperature 0 is their argmax."""
+        hidden, head = self.run.head(self.batch, self.length, dtype)
+        rows = torch.arange(min(200, self.batch * self.length), device=hidden.device)
+        options = {"temperature": 0.0, "compute_dtype": dtype}
+        out = op(hidden, head_in_fp8(head) if fp8 else head, rows, self.run.names(len(rows)), **options)
+        return [out.log_prob, out.top1_prob, out.top2_prob, out.entropy]
+
+    def sample_rows_in_fp8(self, op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        return self.sample_rows(op, dtype, fp8=True)
+
+
+OPS = {  # of the cases, where they are not their names
+    "gradients": "looped_blocks",
+    "looped_blocks_in_fp8": "looped_blocks",
+    "sample_rows_in_fp8": "sample_rows",
+}
+
+
+def right(backend: str, cases: Cases, name: str) -> Figures:
+    """RIGHT for each tensor that is as near to float64 as plain PyTorch's, or what is wrong with it."""
+    results: Results = getattr(cases, name)
+    op = OPS.get(name, name)
+    with lk.use_backend(backend_of(cases.run, backend)):
+        ours, again = (results(getattr(lk, op), BF16) for _ in range(2))
+    baseline, oracle = (results(getattr(reference, op), dtype) for dtype in (BF16, torch.float64))
+    figures: Figures = {}
+    for index, (out, same, *others) in enumerate(zip(ours, again, baseline, oracle, strict=True)):
+        try:
+            assert_matches_oracle(out, *others)
+            figures[f"{name} {index}"] = RIGHT if torch.equal(out, same) else f"{WRONG}other bits each time"
+        except AssertionError as error:
+            figures[f"{name} {index}"] = WRONG + str(error).splitlines()[0]
+    return figures
+
+
+def backend_of(run: Run, name: str) -> str:
+    """In a dry run Triton is interpreted, and the reference plays CUDA."""
+    return "reference" if run.dry and name == "cuda" else name
+
+
+def run_of(dry: bool) -> Run:
+    if dry:
+        if not os.environ.get("TRITON_INTERPRET"):
+            sys.exit("--dry-run needs TRITON_INTERPRET=1")
+        from tests.triton.interpreted import interpreted
+
+        _INTERPRETER.enter_context(interpreted())
+    return Run(dry)
+
+
+def why_no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "torch finds no GPU on this machine"
+
+
+def needs_hopper(run: Run) -> None:
+    if not run.dry and torch.cuda.get_device_capability() != (9, 0):
+        raise LeftOut("needs an H100 or H200 (compute capability 9.0)")
+
+
+def first_launch(
+    names: tuple[str, ...], batch: int, length: int, hidden: int, heads: int, run: Run
+) -> Iterator[Figures]:
+    """Small calls of CUDA kernels that have never run here, after one loop and after two."""
+    if names != ("looped_blocks",):
+        needs_hopper(run)
+    sizes = run.sizes._replace(hidden=hidden, heads=heads)
+    if run.dry:
+        batch, length, sizes = 1, 4, run.sizes
+    run = run._replace(other_sizes=sizes)
+    for name in names:
+        for loops in (1, 2) if name == "looped_blocks" else (2,):
+            found = right("cuda", Cases(run, batch, length, loops), name)
+            yield {f"{key}, S = {loops}": value for key, value in found.items()}
+
+
+def on_triton(names: tuple[str, ...], run: Run) -> Iterator[Figures]:
+    """Values and gradients at real sizes."""
+    for name in names:
+        yield right("triton", Cases(run, *run.sizes.checked), name)
+
+
+def draws(run: Run) -> Figures:
+    """Those of the reference, in fp32, by the same random numbers."""
+    hidden, head = run.head(*run.sizes.checked, torch.float32)
+    rows = torch.arange(min(64, hidden.shape[0] * hidden.shape[1]), device=run.device)
+    with lk.use_backend("triton"):
+        ours, theirs = (
+            op(hidden, head, rows, run.names(len(rows))).token
+            for op in (lk.sample_rows, reference.sample_rows)
+        )
+    differ = int((ours != theirs).sum())
+    return {"draws": f"{WRONG}{differ} of {len(rows)} differ from the reference" if differ else RIGHT}
+
+
+def same_bits(run: Run) -> Iterator[Figures]:
+    """The same small calls again and again: a race shows as bits that move."""
+    needs_hopper(run)
+    batch, length = (1, 4) if run.dry else (1, 128)
+    cases = Cases(run, batch, length)
+    repeats = 2 if run.dry else REPEATS
+    for name in ("looped_blocks", "gradients", "masked_cross_entropy", "sample_rows", "head_logits"):
+        call = partial(getattr(cases, name), getattr(lk, OPS.get(name, name)), BF16)
+        with lk.use_backend(backend_of(run, "cuda")):
+            yield {name: moved(call, repeats)}
+
+
+def moved(call: Call, repeats: int) -> str:
+    first = call()
+    other = sum(not all(map(torch.equal, first, call())) for _ in range(repeats - 1))
+    return f"{WRONG}{other} of {repeats - 1} calls gave other bits" if other else RIGHT
+
+
+def tested(run: Run, *arguments: str) -> Iterator[Figures]:
+    """The tests of these files, by a pytest of its own, counted while they run."""
+    if run.dry:
+        yield {name: None for name in arguments if (ROOT / name).exists()}
+        return
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-W", "default", *arguments]
+    counts: Counter[str] = Counter()
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            found = re.match(r"(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", line)
+            if found is None:
+                continue
+            name, word = found.groups()
+            counts[word.lower()] += 1
+            failed = {name: f"{WRONG}see the log"} if word in ("FAILED", "ERROR") else {}
+            yield {**failed, **{key: float(value) for key, value in counts.items()}}
+    if process.returncode:
+        yield {"pytest": f"{WRONG}it ended with status {process.returncode}"}
+
+
+def qualified(run: Run) -> Figures:
+    """`loopmdm qualify`: what this machine would use by default."""
+    if run.dry:
+        return {"qualify": None}
+    done = subprocess.run(
+        [sys.executable, "-m", "loopmdm", "qualify"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    print(done.stdout, done.stderr)
+    return {"status": float(done.returncode)}
