@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -313,11 +314,20 @@ def tested(run: Run, *arguments: str) -> Iterator[Figures]:
 
 
 def qualified(run: Run) -> Figures:
-    """`loopmdm qualify`: what this machine would use by default."""
+    """`loopmdm qualify` in bf16: what calls on this machine use from now on."""
+    command = [sys.executable, "-m", "loopmdm", "qualify", "--json", "--no-compiled", "--dtype", "bfloat16"]
     if run.dry:
         return {"qualify": None}
-    done = subprocess.run(
-        [sys.executable, "-m", "loopmdm", "qualify"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    print(done.stdout, done.stderr)
-    return {"status": float(done.returncode)}
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout)
+    return found_by_qualify(json.loads(done.stdout))
+
+
+def found_by_qualify(verdict: Mapping[str, Any]) -> Figures:
+    figures: Figures = {}
+    for entry in verdict["entries"]:
+        name = " ".join(entry[part] for part in ("backend", "op", "direction", "dtype"))
+        figures[name] = {True: RIGHT, False: f"{WRONG}{entry['why']}", None: entry["why"]}[entry["right"]]
+        if entry["speedup"] is not None:
+            figures[f"{name}, times plain PyTorch"] = entry["speedup"]
+    return figures

@@ -110,7 +110,7 @@ def linear_losses(
 
     choices = {"plain": None}
     for policy in ("auto", "accurate", "balanced", "compact"):
-        with suppress(ValueError):  # not every version has all
+        with suppress(AttributeError, ValueError):  # not every version has all
             choices[policy] = torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
     return {f"linear_cross_entropy, {name}": partial(loss, options) for name, options in choices.items()}
 

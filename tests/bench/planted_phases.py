@@ -42,14 +42,14 @@ def nothing_to_do():
 
 
 PHASES = {
-    "right": Phase(lambda run: {"value": 2.0, "run": str(run)}, 20, quick=True),
-    "hangs": Phase(some_then(hang), 1.0),
-    "crashes": Phase(some_then(crash), 20),
-    "ends": Phase(some_then(leave_a_child_and_end), 20),
-    "fails": Phase(some_then(fail), 20, quick=True),
-    "is left out": Phase(some_then(nothing_to_do), 20),
-    "is wrong": Phase(some_then(None), 20),
-    "last": Phase(lambda run: {"value": 3.0}, 20, dry=False),
+    "right": Phase(lambda run: {"value": 2.0, "run": str(run)}, 300, quick=True),
+    "hangs": Phase(some_then(hang), 8),
+    "crashes": Phase(some_then(crash), 300),
+    "ends": Phase(some_then(leave_a_child_and_end), 300),
+    "fails": Phase(some_then(fail), 300, quick=True),
+    "is left out": Phase(some_then(nothing_to_do), 300),
+    "is wrong": Phase(some_then(None), 300),
+    "last": Phase(lambda run: {"value": 3.0}, 300, dry=False),
     "waits": Phase(lambda run: time.sleep(float(os.environ.get("PLANTED_WAIT", "0"))) or {}, 600),
 }
 

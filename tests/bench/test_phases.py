@@ -45,7 +45,7 @@ def test_each_costs_itself_only(whole):
     found = {name: phase.get("failed") for name, phase in result["phases"].items()}
     assert found == {
         "right": None,
-        "hangs": "not done after 1 s",
+        "hangs": "not done after 8 s",
         "crashes": "ended by SIGSEGV",
         "ends": "ended with status 3",
         "fails": "RuntimeError: no kernel image",
@@ -59,7 +59,7 @@ def test_each_costs_itself_only(whole):
     for name in ("hangs", "crashes", "ends", "fails"):
         figures = result["phases"][name]["figures"]
         assert figures["first"] == "right" and figures["time"]["ms"] == 1.5, "what it had found is kept"
-    assert result["phases"]["hangs"]["seconds"] < 60, "the child of a phase ends with it"
+    assert result["phases"]["hangs"]["seconds"] < 500, "its own child, which would sleep for longer, ends"
     assert result["targets"] == {"of nothing": None, "too high": False, "the last is 3": True}
 
 
@@ -67,7 +67,7 @@ def test_the_summary_comes_last_and_the_log_has_the_rest(whole):
     folder, done, result = whole
     assert done.returncode == 1
     lines = done.stdout.splitlines()
-    assert "FAILED hangs: not done after 1 s" in lines
+    assert "FAILED hangs: not done after 8 s" in lines
     assert "FAILED is wrong, first: wrong: far off" in lines
     assert "MISSED too high" in lines and "met the last is 3" in lines
     assert "is left out: left out: needs an H100" in lines
