@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from loopmdm_kernels.types import BlockWeights
 # Given a call, makes what does it again: same kernels, same addresses, same Python values.
 Capture = Callable[[Callable[[], None]], Callable[[], object]]
 
+_CAPTURED = ("cuda", "triton")  # backends whose calls wait for nothing
 _stand_in: ContextVar[Capture | None] = ContextVar("loopmdm_capture", default=None)
+_read: ContextVar[list[Any] | None] = ContextVar("loopmdm_read_by_capture", default=None)
 
 
 class CudaGraphs:
@@ -35,11 +38,33 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads, such as those of a data loader, may allocate meanwhile.
         with (
+            keeping() as read,
             torch.cuda.device(self._device),
             torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
         ):
             call()
-        return graph.replay
+        return partial(_replay, graph, read)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, read: list[Any]) -> None:
+    """`read` lives as long as the graph that reads it."""
+    graph.replay()
+
+
+@contextmanager
+def keeping() -> Iterator[list[Any]]:
+    """Yields what calls inside say that a graph of them would read again: it must outlive the graph."""
+    read: list[Any] = []
+    token = _read.set(read)
+    try:
+        yield read
+    finally:
+        _read.reset(token)
+
+
+def kept() -> list[Any] | None:
+    """Where the capture that goes on keeps what its graph reads; None: it is not one of `CudaGraphs`."""
+    return _read.get()
 
 
 @contextmanager
@@ -62,8 +87,9 @@ def why_not(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"they need a CUDA device, and the model is on {device}"
-    if backends.forced() != ("triton",):
-        return "only the triton backend can be captured (use_backend, LOOPMDM_BACKEND)"
+    forced = backends.forced()
+    if not forced or not set(forced) <= set(_CAPTURED):
+        return f"only the backends {' and '.join(_CAPTURED)} can be captured (use_backend, LOOPMDM_BACKEND)"
     return None
 
 
@@ -84,10 +110,10 @@ def padded_batch(
 ) -> int:
     """The batch size, at most `most`, to which looped_blocks is padded; the sequences keep their bits.
 
-    A bucket ends where the kernels would take other tiles, and so sum in another order.
+    A bucket ends where the Triton kernels would take other tiles, and so sum in another order.
     """
     largest = min(bucket(batch), most)
-    if backends.forced() != ("triton",):
+    if "triton" not in backends.forced():
         return largest
     from loopmdm_kernels.triton.padding import launches
 

@@ -11,6 +11,7 @@ import torch
 
 from loopmdm_kernels.cuda import driver, tensor_maps
 from loopmdm_kernels.cuda.compiler import compile_kernel, limited
+from loopmdm_kernels.graphs import kept
 from loopmdm_kernels.schedule import Device, device_of, measured
 
 ARCHITECTURE = "sm_90a"  # of the kernels launched here
@@ -66,9 +67,13 @@ def launch(kernel: Kernel, parameters: ctypes.Structure, blocks: int, device: to
 
 
 def keep_for_graphs(*read: Any) -> None:
-    """A graph that is being captured on the current stream reads this again at every replay: it stays."""
+    """A graph that is being captured on the current stream reads this again at every replay: it stays.
+
+    As long as the graph, if that is one of `CudaGraphs`; nobody tells when others end.
+    """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        _captured.append(read)
+        owner = kept()
+        (_captured if owner is None else owner).append(read)
 
 
 def set_map(parameters: ctypes.Structure, name: str, layout: tensor_maps.Layout) -> None:

@@ -33,6 +33,7 @@ from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
 
 STATISTICS_COLUMNS = 32  # of a row, whatever the tiles
+_REMEMBERED = 128  # a graph is captured with what its call made before: 32 calls of a sampler, 4 stacks each
 
 
 def why_not(call: LoopedCall) -> str | None:
@@ -122,7 +123,7 @@ def shape_of(x: Tensor, blocks: Sequence[BlockWeights | Fp8BlockWeights], num_he
     return BlockShape(batch, length, hidden, num_heads, blocks[0].mlp_in.shape[0], len(blocks))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_REMEMBERED)
 def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kernel, Plan, driver.Facts]:
     limits = driver.facts(device)
     known = target.used_of(known_device(limits))
@@ -139,7 +140,7 @@ def _loaded(target: Target, shape: BlockShape, plan: Plan, device: int) -> drive
     return loaded(target.source, macros, target.architecture, plan.shared_bytes, device, plan.cluster)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_REMEMBERED)
 def _table(
     shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device
 ) -> tuple[Table, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 from unittest.mock import patch
 
@@ -15,13 +16,16 @@ from torch.utils._pytree import tree_leaves
 from loopmdm_kernels import backends
 from loopmdm_kernels.calls import Call
 
+_BY_LAUNCHES = ("loopmdm_kernels.triton", "loopmdm_kernels.cuda")  # modules of backends
+_capturing: ContextVar[_Recorder | None] = ContextVar("loopmdm_recorder", default=None)
+
 
 class RecordedGraphs:
     """Writes down what a call does and does that again at replay; Python is not looked at a second time.
 
     As with a CUDA graph, tensors keep their addresses and numbers their values, and reading a tensor during
     the capture raises. What the call left in memory that it made is lost before the next replay, since graphs
-    share a pool. An op of this package is one entry, or one for each launch where it is Triton's.
+    share a pool. An op of this package is one entry, or one for each launch where it is Triton's or CUDA's.
     """
 
     def __init__(self) -> None:
@@ -101,18 +105,22 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def recorded(op: str, call: Call) -> Callable[[Call], Any]:
             run = choose(op, call)
-            if run.__module__.startswith("loopmdm_kernels.triton"):
+            if run.__module__.startswith(_BY_LAUNCHES):
                 return run
             return lambda call: self.record(lambda: self._hidden(lambda: run(call)), call.arguments())
 
         def on(device: torch.device, run: Callable[[], None]) -> None:
-            self.record(lambda: self._hidden(run), ())
+            on_device(run)
 
         with ExitStack() as patches:
             patches.enter_context(patch("loopmdm_kernels.ops.checks.can_read", lambda value: False))
+            # Without this mode a call goes straight to its backend, whose own ops are then seen one by one.
+            patches.enter_context(patch("loopmdm_kernels.ops.library.traced", lambda *tensors: False))
             patches.enter_context(patch("loopmdm_kernels.backends.choose", recorded))
-            if backends.forced() == ("triton",):
+            if "triton" in backends.forced():
                 patches.enter_context(patch("loopmdm_kernels.triton.launch._on", on))
+            token = _capturing.set(self)
+            patches.callback(_capturing.reset, token)
             yield
 
     def _hidden(self, call: Callable[[], Any]) -> Any:
@@ -122,6 +130,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return call()
         finally:
             self._paused = before
+
+
+def on_device(run: Callable[[], None]) -> None:
+    """Does what stands in for a kernel, which the dispatcher does not see; a capture writes it down."""
+    recorder = _capturing.get()
+    if recorder is None:
+        run()
+    else:
+        recorder.record(lambda: recorder._hidden(run), ())
 
 
 def _waits(func: Any, arguments: Any) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from loopmdm_kernels import backends
 from loopmdm_kernels.cuda import driver, launch, tensor_maps
+from loopmdm_kernels.testing.graphs import on_device
 from tests.cuda.emulated import ALIGNMENT, compile_source, encode
 
 MACROS = {"LOOPMDM_ROWS": (64, 128), "LOOPMDM_OF_WEIGHT": (0, 1)}  # of the two variants that are built
@@ -32,11 +33,18 @@ class Kernel:
     def launch_in_order(self, blocks, threads, stream, parameters, *, early, cluster):
         assert not early and blocks % cluster == 0
         self.state.launches.append((self.name, blocks))
-        memory = torch.zeros(2048, dtype=torch.uint8)
-        aligned = memory.data_ptr() + -memory.data_ptr() % ALIGNMENT
+        memory = ctypes.create_string_buffer(2048)  # as they are now, also for what runs later
+        offset = -ctypes.addressof(memory) % ALIGNMENT
+        aligned = ctypes.addressof(memory) + offset
         ctypes.memmove(aligned, ctypes.addressof(parameters), ctypes.sizeof(parameters))
-        finished = self.function(ctypes.c_void_p(aligned), blocks, threads, self.state.seed)
-        assert finished, "all threads wait"
+
+        def run():
+            finished = self.function(
+                ctypes.c_void_p(ctypes.addressof(memory) + offset), blocks, threads, self.state.seed
+            )
+            assert finished, "all threads wait"
+
+        on_device(run)
 
 
 @contextlib.contextmanager

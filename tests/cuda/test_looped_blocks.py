@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import loopmdm_kernels as lk
+from loopmdm_kernels import backends, graphs
 from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.cuda import driver, launch, tensor_maps, weights
 from loopmdm_kernels.cuda import looped_blocks as op
@@ -200,6 +202,30 @@ def test_what_a_graph_reads_outlives_the_cache(inputs, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     launch.keep_for_graphs(words)
     assert launch._captured == [(words,)]
+    with graphs.keeping() as read:  # as CudaGraphs does: its replays hold the list
+        launch.keep_for_graphs(words)
+    assert read == launch._captured == [(words,)]
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_dropout_is_left_to_the_next_backend(inputs, monkeypatch, trains):
+    """Known before a kernel is compiled or launched."""
+    monkeypatch.setattr(driver, "why_unavailable", lambda capability: None)
+    monkeypatch.setitem(backends._DEVICE_OF, "cuda", "cpu")
+    monkeypatch.setattr(backends, "_passed_over", set())
+    case = inputs.to(torch.bfloat16, requires_grad=trains)
+
+    def run():
+        return lk.looped_blocks(
+            case.x, case.blocks, case.modulation, 2, num_heads=2, dropout=0.2, dropout_seed=3
+        )
+
+    with lk.use_backend("cuda", "reference"), pytest.warns(UserWarning, match="it has no dropout"):
+        out = run()
+    with lk.use_backend("reference"):
+        assert torch.equal(out, run()) and out.requires_grad == trains
+    with lk.use_backend("cuda"), pytest.raises(RuntimeError, match="cannot do this: it has no dropout"):
+        run()
 
 
 def test_the_architecture_picks_the_kernel():

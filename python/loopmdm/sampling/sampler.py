@@ -121,8 +121,8 @@ def sample(
         skip_unchanged: False runs the network on every sequence at every step, which changes the cost alone.
         dtype: torch.bfloat16 runs the matrix products in bf16 by autocast; None leaves autocast as it is.
         cuda_graphs: launch each network call as one CUDA graph, to the same tokens; for short sequences and
-            small batches, where launches take longer than their kernels. Needs a GPU and the triton backend;
-            no exit rules but the plain hidden change. Experimental.
+            small batches, where launches take longer than their kernels. Needs a GPU and the triton or
+            the cuda backend, or both; no exit rules but the plain hidden change. Experimental.
 
     Raises:
         ValueError, TypeError: on arguments out of range or at odds with each other, and on predictions that

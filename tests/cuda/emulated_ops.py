@@ -1,0 +1,66 @@
+"""Every op that a sampler calls on emulated kernels: the host code as it is, a CPU in place of the driver."""
+
+import ctypes
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from loopmdm_kernels.cuda import driver
+from loopmdm_kernels.cuda import looped_blocks as op
+from loopmdm_kernels.cuda.parameters import defines
+from loopmdm_kernels.schedule import Tiles, plan
+from loopmdm_kernels.testing.graphs import on_device
+from tests.cuda import emulated, emulated_head
+
+TILES = Tiles(64, 64, 64, 64, 64, 2)  # of any shape: one kernel is compiled for a model
+
+
+class LoopedBlocks:
+    """Stands in for the driver's kernel."""
+
+    def __init__(self, library, state):
+        self.library, self.state = library, state
+
+    def blocks_per_sm(self, threads):
+        return 1
+
+    def launch(self, blocks, threads, stream, parameters, kept, *, cluster):
+        self.state.launches.append(("looped_blocks_sm90", blocks))
+        memory = ctypes.create_string_buffer(ctypes.sizeof(parameters) + emulated.ALIGNMENT)
+        offset = -ctypes.addressof(memory) % emulated.ALIGNMENT
+        ctypes.memmove(ctypes.addressof(memory) + offset, ctypes.addressof(parameters), len(memory) - 64)
+
+        def run():
+            address = ctypes.c_void_p(ctypes.addressof(memory) + offset)
+            assert self.library.run_kernel(address, blocks, threads, self.state.seed), "all threads wait"
+
+        on_device(run)
+
+
+@contextmanager
+def emulation(folder, *, multiprocessors=4):
+    """Inside, `looped_blocks` and the ops of the head run on the CPU, as on Hopper."""
+    libraries = {}
+
+    def loaded(target, shape, chosen, device):
+        macros = defines(shape, chosen)
+        key = str(sorted(macros.items()))
+        if key not in libraries:
+            where = folder / f"looped_blocks_{len(libraries)}"
+            where.mkdir()
+            libraries[key] = emulated.compile_kernel(target.source, macros, where)
+        return LoopedBlocks(libraries[key], state)
+
+    facts = driver.Facts("a GPU", (9, 0), multiprocessors, 232_448, 0, 0)
+    with emulated_head.emulation(folder) as state, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: facts.capability)
+        patch.setattr(driver, "facts", lambda device: facts)
+        patch.setattr(driver, "set_aside_l2", lambda device: None)
+        patch.setattr(op, "choose", lambda shape, device: plan._plan(shape, device, TILES))
+        patch.setattr(op, "_loaded", loaded)
+        for cached in (op._kernel, op._why_no_plan):
+            cached.cache_clear()
+        yield state
+        for cached in (op._kernel, op._why_no_plan):
+            cached.cache_clear()
