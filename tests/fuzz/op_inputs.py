@@ -120,6 +120,9 @@ def part_attention(problem: Problem, draw: Draw) -> Any:
 def make_looped_blocks(draw: Draw) -> Problem:
     batch, length = draw.size(1, 1, 2, 3), draw.size(1, 2, 3, 5, 8, 9, rare=(16, 17, 40))
     heads, half = draw.size(1, 2, 3), draw.size(1, 2, 3, 4, rare=(8, 16))
+    half = max(
+        half, 3 - heads
+    )  # a norm makes two numbers +-1: the gradient before it is what rounding leaves
     hidden, width = 2 * heads * half, draw.size(1, 2, 5, 8, 16, 17, rare=(64, 96))
     num_blocks, dtype = draw.size(1, 1, 2), draw.dtype()
     stream = torch.float64 if dtype == torch.float64 else torch.float32

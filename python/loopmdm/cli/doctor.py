@@ -28,7 +28,16 @@ from loopmdm_kernels.types import Head, RowRng
 EPILOG = """example:
   loopmdm doctor --json
 """
-_PACKAGES = ("torch", "numpy", "safetensors", "triton", "cuda-bindings", "tokenizers", "pyarrow", "matplotlib")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "triton",
+    "cuda-bindings",
+    "tokenizers",
+    "pyarrow",
+    "matplotlib",
+)
 _ROWS = (2, 24, 64, 515)  # B, L, D, V of the self-check
 
 

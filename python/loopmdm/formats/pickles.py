@@ -63,6 +63,8 @@ def _rebuild_tensor(machine: Machine, args: tuple[Any, ...]) -> StoredTensor:
     for sizes in (shape, stride):
         if type(sizes) is not tuple or len(sizes) > _MAX_DIMENSIONS:
             raise UnsafePickleError(f"a tensor has a shape or stride that is no tuple of {_MAX_DIMENSIONS}")
+    if not all(type(number) is int for number in (offset, *shape, *stride)):  # a record may be a key
+        raise UnsafePickleError("a tensor has an offset, a shape or a stride that is no whole number")
     return StoredTensor(storage, offset, shape, stride)
 
 
