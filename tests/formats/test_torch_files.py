@@ -107,7 +107,7 @@ def test_layouts_outside_the_storage_are_refused(tmp_path: Path, layout: dict[st
     ids=lambda layout: shown(layout),
 )
 def test_layouts_that_are_no_numbers_are_refused_at_once(tmp_path: Path, layout: dict[str, Any]) -> None:
-    """Records of tensors are compared and looked up, which takes for ever with a few objects in each other."""
+    """Records of tensors are looked up, which takes for ever with a few objects in each other."""
     with pytest.raises(UnsafePickleError, match="no whole number"):
         TorchFile(write(tmp_path / "bad.pt", stored(**layout)))
 
