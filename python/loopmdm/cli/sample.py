@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="launch a step as one CUDA graph; on a GPU, LOOPMDM_BACKEND=triton or cuda,triton (experimental)",
+        help="launch a step as one CUDA graph: on a GPU, with LOOPMDM_BACKEND=triton or cuda,triton"
+        " (experimental)",
     )
     parser.add_argument(
         "--tokenizer", metavar="T", help="folder, file or hub id (default: the one beside the model)"
