@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -11,7 +12,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +39,7 @@ WIDTHS = ((64, 4), (128, 4), (256, 8), (512, 8), (768, 12), (1024, 16), (1024, 8
 LENGTHS = (1, 32, 64, 81, 128, 256, 512, 1000, 1024)
 REGISTERS = 168  # of a thread of a kernel that moves registers between warp groups
 REPEATS = 200
+_FORK = multiprocessing.get_context("fork")
 _INTERPRETER = ExitStack()  # of a dry run, to its end
 
 
@@ -106,22 +107,25 @@ def contract(run: Run) -> Iterator[Figures]:
     if run.dry:
         yield {"refresh": compiler.compile_kernel(refresh.SOURCE, {}, "sm_90a") and None}
         return
+    pool = _FORK.Pool(os.cpu_count())  # before this process touches the GPU
     capability = torch.cuda.get_device_capability()
     if (reason := driver.why_unavailable(capability)) is not None:
         raise LeftOut(reason)
     torch.cuda.synchronize()  # makes the context in which they are loaded
     architecture = targets.target_of(capability).architecture
     kernels = kernels_of(driver.facts(0))
+    with pool:
+        cubins = pool.imap(partial(_compiled, architecture=architecture), kernels.values())
+        for (name, kernel), cubin in zip(kernels.items(), cubins, strict=True):
+            yield {name: WRONG + cubin[:200] if isinstance(cubin, str) else as_declared(kernel, cubin)}
 
-    def compiled(name: str) -> tuple[str, bytes | str]:
-        try:
-            return name, compiler.compile_kernel(kernels[name].source, kernels[name].macros, architecture)
-        except RuntimeError as error:
-            return name, str(error)
 
-    with ThreadPoolExecutor(16) as pool:  # the compilers let other threads run
-        for name, cubin in pool.map(compiled, kernels):
-            yield {name: WRONG + cubin[:200] if isinstance(cubin, str) else as_declared(kernels[name], cubin)}
+def _compiled(kernel: Compiled, architecture: str) -> bytes | str:
+    """Or the compiler's message."""
+    try:
+        return compiler.compile_kernel(kernel.source, kernel.macros, architecture)
+    except RuntimeError as error:
+        return str(error)
 
 
 def as_declared(kernel: Compiled, cubin: bytes) -> str:

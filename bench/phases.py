@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,38 +186,36 @@ def summary(result: Result) -> list[str]:
     head += [f"{words[met]} {name}" for name, met in targets.items() if met is not None]
     tail = [f"not run, there was no time: {', '.join(result['skipped'])}"] if result["skipped"] else []
     tail.append(f"{len(wrong)} failed; all figures: {result['file']}")
-    body = [f"{name}: {_line(phase)}" for name, phase in phases.items()]
+    body = [line for name, phase in phases.items() for line in _lines(name, phase)]
     room = LINES - len(head) - len(tail)
     if len(body) > room:
-        body = [*body[: room - 1], f"{len(body) - room + 1} more phases in the file"]
+        body = [*body[: room - 1], f"{len(body) - room + 1} more lines: see the file"]
     lines = (*head, *body, *tail)
     return [line if len(line) <= COLUMNS else line[: COLUMNS - 3] + "..." for line in lines]
 
 
-def _line(phase: Findings) -> str:
-    for word in ("failed", "left out"):
-        if word in phase:
-            return f"{word}: {phase[word]}"
+def _lines(name: str, phase: Findings) -> list[str]:
+    """Two at most."""
+    parts = [f"{word}: {phase[word]}" for word in ("failed", "left out") if word in phase]
     figures = phase["figures"]
     right = sum(value == RIGHT for value in figures.values())
-    parts = [f"{right} right"] if right else []
-    for name, value in figures.items():
+    if right:
+        parts.append(f"{right} right")
+    beside: dict[str, list[float]] = {}
+    for key, value in figures.items():
         if isinstance(value, Mapping):
-            parts.append(
-                " ".join([name, *(f"{_short(v)} {unit}" for unit, v in value.items() if unit in UNITS)])
-            )
+            if "ms" in value:
+                cold = f" ({value['cold ms']:.4g})" if "cold ms" in value else ""
+                parts.append(f"{key} {value['ms']:.4g}{cold} ms")
+            for unit in ("MHz", "W"):
+                read = value.get(unit, [])
+                beside.setdefault(unit, []).extend(read if isinstance(read, list) else [read])
         elif value is not None and value != RIGHT:
-            parts.append(f"{name} {_short(value)}")
-    return "; ".join(parts)
-
-
-UNITS = ("ms", "cold ms", "MHz", "W")  # of a time, in the summary
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return "-".join(map(str, sorted({value[0], value[-1]})))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+            parts.append(f"{key} {f'{value:.4g}' if isinstance(value, float) else value}")
+    parts += [f"{min(read):.0f}-{max(read):.0f} {unit}" for unit, read in beside.items() if read]
+    return textwrap.wrap(
+        f"{name}: {'; '.join(parts)}", COLUMNS, subsequent_indent="    ", max_lines=2, placeholder=" ..."
+    )
 
 
 def say(line: str) -> None:

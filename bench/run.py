@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,12 +55,14 @@ class Run(NamedTuple):
     def sizes(self) -> Sizes:
         return self.other_sizes or (TINY if self.dry else REAL)
 
+    @lru_cache(maxsize=4)  # noqa: B019 (making them takes longer than most calls, and runs end with their process)
     def looped(
         self, batch: int, length: int, dtype: torch.dtype = BF16, *, grad: bool = False
     ) -> LoopedInputs:
         inputs = looped_inputs(batch, length, self.sizes.hidden, self.sizes.heads, 2)
         return inputs.to(dtype, requires_grad=grad, device=self.device)
 
+    @lru_cache(maxsize=4)  # noqa: B019
     def head(
         self, batch: int, length: int, dtype: torch.dtype = BF16, *, grad: bool = False
     ) -> tuple[Tensor, Head]:

@@ -59,6 +59,7 @@ def loaded(monkeypatch):
     return said
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_the_contract(loaded):
     found = {name: value for part in gpu_checks.contract(Run(dry=False)) for name, value in part.items()}
     assert set(found) == set(gpu_checks.kernels_of(facts()))

@@ -70,8 +70,8 @@ def test_the_summary_comes_last_and_the_log_has_the_rest(whole):
     assert "FAILED hangs: not done after 8 s" in lines
     assert "FAILED is wrong, first: wrong: far off" in lines
     assert "MISSED too high" in lines and "met the last is 3" in lines
-    assert "is left out: left out: needs an H100" in lines
-    assert "is wrong: first wrong: far off; time 1.5 ms 1755.0-1980.0 MHz" in lines
+    assert "is left out: left out: needs an H100; 1 right; time 1.5 (2) ms; 1755-1980 MHz" in lines
+    assert "is wrong: first wrong: far off; time 1.5 (2) ms; 1755-1980 MHz" in lines
     assert lines[-2].startswith("5 failed; all figures: ") and lines[-1].startswith("kept: {'value': 2.0")
     (log,) = folder.glob("*-log.txt")
     text = log.read_text()
@@ -132,4 +132,18 @@ def test_a_summary_has_a_hundred_lines_at_most():
     lines = phases.summary(result)
     assert len(lines) == phases.LINES and max(map(len, lines)) == phases.COLUMNS
     assert "FAILED 120 more" in lines and lines[-1] == "150 failed; all figures: f"
-    assert lines[-3].endswith("more phases in the file")
+    assert lines[-3].endswith("more lines: see the file")
+
+
+def test_a_line_of_times():
+    times = {name: {"ms": 1.23456, "cold ms": 2.0, "MHz": [1980.0, 1755.0], "W": [500]} for name in "abc"}
+    assert phases._lines("T128", {"figures": {**times, "d": "no kernel image", "e": None, "f": "right"}}) == [
+        "T128: 1 right; a 1.235 (2) ms; b 1.235 (2) ms; c 1.235 (2) ms; d no kernel image; "
+        "1755-1980 MHz; 500-500 W"
+    ]
+    many = phases._lines(
+        "T128", {"failed": "it hangs", "figures": {f"peer {n}": times["a"] for n in range(99)}}
+    )
+    assert (
+        len(many) == 2 and many[0].startswith("T128: failed: it hangs; peer 0") and many[1].endswith(" ...")
+    )
