@@ -151,7 +151,7 @@ def block_forward(
     """
     computed = None if keep else active
     h1, qkv, _ = norm_linear(
-        stream, weights.norm1, modulation[:, 0], weights.qkv, None, options, computed, gelu=False, keep=keep
+        stream, weights.norm1, modulation[:, 0:2], weights.qkv, None, options, computed, gelu=False, keep=keep
     )
     mixed = torch.empty(stream.x.shape, dtype=options.dtype, device=stream.x.device)
     result = Result.empty(options.by_heads(mixed), keep=keep)
@@ -161,7 +161,7 @@ def block_forward(
     )
     up, down = (weights.mlp_in, weights.mlp_in_bias), (weights.mlp_out, weights.mlp_out_bias)
     h2, activated, before = norm_linear(
-        middle, weights.norm2, modulation[:, 3], *up, options, computed, gelu=True, keep=keep
+        middle, weights.norm2, modulation[:, 3:5], *up, options, computed, gelu=True, keep=keep
     )
     end, branch2 = residual_linear(
         activated, *down, modulation[:, 5], middle, options, (application, 1), active, exit_to, keep
@@ -184,7 +184,10 @@ def norm_linear(
     gelu: bool,
     keep: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """act(modulate(norm(x)) weight^T + bias); with `keep` also the modulated rows and GELU's argument."""
+    """act(modulate(norm(x)) weight^T + bias); with `keep` also the modulated rows and GELU's argument.
+
+    modulation: shift and scale, [1 or B, 2, D].
+    """
     (rows, depth), columns = stream.x.shape, weight.shape[0]
     out = torch.empty(rows, columns, dtype=options.dtype, device=stream.x.device)
     h = torch.empty(rows, depth, dtype=options.dtype, device=out.device) if keep else None

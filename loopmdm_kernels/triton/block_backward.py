@@ -108,7 +108,7 @@ def block_backward(
         launch(
             modulated_rows_backward_kernel,
             (batch * parts,),
-            *(x, None, norm, modulation[:, 3 * index], grad_h, grad, *sums.norms[index]),
+            *(x, None, norm, modulation[:, 3 * index : 3 * index + 2], grad_h, grad, *sums.norms[index]),
             *(options.length, size, options.length, options.modulation_stride),
             PART=_PART,
             HAS_ROWS=False,

@@ -143,7 +143,7 @@ def _block_problems(
 
         def forward(weight: Tensor = weight, is_mlp: bool = is_mlp) -> Any:
             return norm_linear(
-                stream, norm, modulation[:, 0], weight, None, options, None, gelu=is_mlp, keep=False
+                stream, norm, modulation[:, 0:2], weight, None, options, None, gelu=is_mlp, keep=False
             )
 
         yield Problem("norm_linear", (rows, columns, hidden), forward)

@@ -9,7 +9,6 @@ import loopmdm_kernels as lk
 from loopmdm import ComputePlan, LoopMDM, LoopMDMConfig, sample
 from loopmdm_kernels import graphs
 from loopmdm_kernels.testing import RecordedGraphs, looped_inputs
-from loopmdm_kernels.triton.launch import Processor, recording
 from tests.cuda import emulated_ops
 
 BF16 = torch.bfloat16
@@ -67,9 +66,10 @@ def test_other_backends_are_refused(chosen, monkeypatch):
 
 def test_padding_of_a_backend_whose_bits_know_no_tiles(monkeypatch):
     """Triton, if it may do a call in place of CUDA, keeps its tiles."""
+    launch = pytest.importorskip("loopmdm_kernels.triton.launch", reason="Triton is not installed")
     block = looped_inputs(1, 2, 768, 12, 1).blocks[0]
     sizes = {}
-    with recording(Processor(90, 132)):
+    with launch.recording(launch.Processor(90, 132)):
         for chosen in ("cuda", "triton", "cuda,triton"):
             monkeypatch.setenv("LOOPMDM_BACKEND", chosen)
             arguments = (40, 128, block, 12, BF16, torch.device("cpu"))

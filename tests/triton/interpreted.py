@@ -39,6 +39,16 @@ def dot_by_rows(builder, a, b, d, input_precision, max_num_imprecise_acc):
     return TensorHandle(product[..., 0, :] + d.data, d.dtype.scalar)
 
 
+def indices_of_one_element(patch_tensor):
+    """Triton 3.6 counts loops by arrays of one element, which numpy takes for numbers until 2.3."""
+
+    def patched(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patched
+
+
 @contextmanager
 def interpreted():
     """Inside, the interpreter can be used; the kernels are bound to it when they are imported."""
@@ -48,5 +58,7 @@ def interpreted():
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setattr(interpreter, "_patch_lang", PatchOnce(interpreter._patch_lang))
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_by_rows)
+        patch_tensor = indices_of_one_element(interpreter._patch_lang_tensor)
+        patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of infinities and NaN
         yield
