@@ -357,7 +357,7 @@ def _why_not(name: str, op: str, call: Call) -> str | None:
     reason = _why_unavailable(name)
     if reason is not None:
         return reason
-    if op not in _KERNELS[name]:
+    if op not in _KERNELS.get(name, ()):  # or a verdict names what is no backend
         return f"it has no kernel for {op}"
     if transformed():
         return "transforms of torch.func and forward-mode derivatives see plain PyTorch only"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -22,12 +23,15 @@ import torch
 
 from loopmdm_kernels.cuda import disk_cache, sources
 from loopmdm_kernels.files import write_files
+from loopmdm_kernels.values import parse_json, real
 from loopmdm_kernels.version import __version__
 
 FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16")  # of the calls that are tried
 Question = tuple[str, str, str]  # op, direction (forward, gradients), dtype
 _DRIVER = Path("/proc/driver/nvidia/version")
+_MOST_BYTES = 2**22  # of a verdict: a whole one has a hundredth of it
+_OFF = ("0", "off", "false", "no", "n", "f")
 
 
 class Standing(NamedTuple):
@@ -47,20 +51,22 @@ _standings: dict[torch.device, Standing] = {}
 
 def switched_off() -> bool:
     """Whether LOOPMDM_QUALIFY=0 asks for what was done before there were verdicts."""
-    return os.environ.get("LOOPMDM_QUALIFY", "").strip().lower() in ("0", "off", "false", "no")
+    return os.environ.get("LOOPMDM_QUALIFY", "").strip().lower() in _OFF
 
 
 def standing(device: torch.device) -> Standing:
     """Of a device of type cpu or cuda, read once in a process, and again after `forget`."""
-    known = _standings.get(device)
+    standings = _standings
+    known = standings.get(device)
     if known is None:
-        known = _standings[device] = _read(device)
+        known = standings[device] = _read(device)
     return known
 
 
 def forget() -> None:
     """Read verdicts again at the next call."""
-    _standings.clear()
+    global _standings
+    _standings = {}  # another one: a thread that is reading the verdict before puts it into the old one
 
 
 def path_of(device: torch.device) -> Path:
@@ -129,16 +135,20 @@ def write(device: torch.device, document: Mapping[str, Any]) -> Path:
 
 def read(device: torch.device) -> tuple[dict[str, Any] | None, str]:
     """The valid verdict on a device, or None; and a sentence about it."""
-    path = path_of(device)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        entries = [_checked(entry) for entry in document["entries"]]
-        date, machine, form = str(document["date"]), dict(document["machine"]), document["format"]
-    except FileNotFoundError:
+        path = path_of(device)
+        content = disk_cache.content_of(path, _MOST_BYTES)
+        now = facts(device)
+    except (FileNotFoundError, NotADirectoryError, disk_cache.NoFolderError):
         return None, "there is no verdict on this device"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        return None, f"the verdict {path} cannot be read: {error.strerror or error}"
+    try:
+        document = parse_json(content)
+        date, machine, form = str(document["date"]), dict(document["machine"]), document["format"]
+        entries = [_checked(entry) for entry in document["entries"]] if form == FORMAT else []
+    except (ValueError, TypeError, KeyError) as error:
         return None, f"the verdict {path} is damaged ({type(error).__name__}: {error})"
-    now = facts(device)
     changed = [
         f"{name} was {machine.get(name)}, is {now.get(name)}"
         for name in dict.fromkeys((*now, *machine))
@@ -168,15 +178,39 @@ def _read(device: torch.device) -> Standing:
     return Standing(orders, speedups, why)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    number = real(value)
+    return number is not None and 0 <= number < math.inf
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_times(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(times, dict) and all(map(_is_number, times.values())) for times in value.values()
+    )
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("op", "direction", "dtype", "backend"), (_is_text, "text")),
+    "right": (lambda value: value is None or isinstance(value, bool), "true, false or null"),
+    "why": (lambda value: value is None or _is_text(value), "text or null"),
+    **dict.fromkeys(("checked", "refused"), (_are_texts, "texts")),
+    "speedup": (lambda value: value is None or _is_number(value), "a number of at least 0"),
+    "seconds": (_are_times, "seconds by size and by who took them"),
+}
+
+
 def _checked(entry: Any) -> dict[str, Any]:
-    for field in ("op", "direction", "dtype", "backend"):
-        if not isinstance(entry[field], str):
-            raise ValueError(f"{field}: got {entry[field]!r}, expected text")
-    if not isinstance(entry["right"], (bool, type(None))):
-        raise ValueError(f"right: got {entry['right']!r}, expected true, false or null")
-    speedup = entry["speedup"]
-    if speedup is not None and (isinstance(speedup, bool) or not 0 <= float(speedup) < float("inf")):
-        raise ValueError(f"speedup: got {speedup!r}, expected a number of at least 0")
+    for field, (accepted, what) in _FIELDS.items():
+        if not accepted(entry[field]):
+            raise ValueError(f"{field}: got {entry[field]!r:.100}, expected {what}")
     return dict(entry)
 
 

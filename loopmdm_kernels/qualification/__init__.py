@@ -8,6 +8,7 @@ backend (`loopmdm_kernels.verdicts`).
 from __future__ import annotations
 
 import datetime
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from loopmdm_kernels import verdicts
 from loopmdm_kernels.files import check_target
 from loopmdm_kernels.locks import Lock, LockedError
 from loopmdm_kernels.qualification import processes
-from loopmdm_kernels.values import meant
+from loopmdm_kernels.values import meant, real
 
 OPS = ("looped_blocks", "attention", "head_logits", "masked_cross_entropy", "sample_rows")
 _RACES, _COMPILED = "race", "compiled"
@@ -59,16 +60,17 @@ def qualify(
         checked, refused, speedup over eager PyTorch, and seconds by size.
 
     Raises:
-        ValueError: an unknown backend, op, dtype or device, or a time limit that is not positive.
+        ValueError: an unknown backend, op, dtype or device, none of them, or a time limit that is not positive.
         RuntimeError: a backend that is named cannot be used here, or child processes cannot run at all.
         OSError: the verdict cannot be written; known before the work.
     """
     where = _checked_device(device)
     names = _checked_backends(where, backends)
-    _check_names("ops", ops or (), OPS)
+    _check_names("ops", OPS if ops is None else ops, OPS)
     _check_names("dtypes", dtypes, verdicts.DTYPES)
-    if not time_limit > 0:
-        raise ValueError(f"time_limit: got {time_limit!r}, expected more than 0 seconds")
+    limit = real(time_limit)
+    if limit is None or not 0 < limit <= threading.TIMEOUT_MAX:
+        raise ValueError(f"time_limit: got {time_limit!r}, expected a number of seconds, more than 0")
     questions = [
         (op, direction, dtype)
         for op in OPS
@@ -88,7 +90,7 @@ def qualify(
             verdicts.forget()
             return found | {"path": str(path)}
         start = time.perf_counter()
-        entries = _entries(questions, names, where, time_limit, compiled, say)
+        entries = _entries(questions, names, where, limit, compiled, say)
         new = {_key(entry) for entry in entries}
         kept = [] if found is None else [entry for entry in found["entries"] if _key(entry) not in new]
         document = {
@@ -142,11 +144,20 @@ def _entries(
         if entry["right"]:
             right.setdefault(_question(entry), []).append(entry["backend"])
     races = all_of([asked(_RACES, question, backends=others) for question, others in right.items()])
+    # One that fails in a race takes the times of the others along: then each runs alone.
+    again = [
+        asked(_RACES, question, backends=[name])
+        for question, others in right.items()
+        if "error" in races[question] and len(others) > 1
+        for name in others
+    ]
+    found = processes.answers(again, str(device), seconds, began)
+    alone = {(*_question(task), *task["backends"]): finding for task, finding in found}
     peers = all_of([asked(_COMPILED, question) for question in right]) if compiled else {}
     for entry in entries:
-        race = races.get(_question(entry))
-        if not entry["right"] or race is None:
+        if not entry["right"]:
             continue
+        race = alone.get(_key(entry), races[_question(entry)])
         if "error" in race:
             entry["why"] = f"right, but its time is not known: {race['error']}"
             continue
@@ -238,6 +249,8 @@ def _checked_backends(device: torch.device, asked: Sequence[str] | None) -> list
 
 
 def _check_names(what: str, names: Sequence[str], accepted: Sequence[str]) -> None:
+    if isinstance(names, str) or not names:
+        raise ValueError(f"{what}: got {names!r}, expected a list of some of {', '.join(accepted)}")
     for name in names:
         if name not in accepted:
             raise ValueError(

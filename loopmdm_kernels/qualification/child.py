@@ -2,13 +2,16 @@
 
 It reads one line of JSON, {"device": ..., "threads": ..., "tasks": [...]}, and writes a line at each step. It
 ends after a task that failed, since an error may have left the device unusable, and when the process that
-started it ends.
+started it ends: the system sees to it, since a call that hangs may keep every thread of Python waiting.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -19,8 +22,12 @@ import torch
 from loopmdm_kernels.qualification.checks import check
 from loopmdm_kernels.qualification.races import compiled_race, race
 
+_END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
 
 def main() -> None:
+    with contextlib.suppress(AttributeError, OSError):  # Linux has it; elsewhere the thread below is all
+        ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
     say = _own_output()
     asked = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()

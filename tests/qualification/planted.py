@@ -1,10 +1,12 @@
-"""A child of `qualify` in which a backend is broken, as PLANTED says; its tasks are those of the real one."""
+"""A child of `qualify` in which attention of a backend is broken, as PLANTED says by direction and dtype; its
+tasks are those of the real one."""
 
+import ctypes
 import itertools
+import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import torch
@@ -19,16 +21,15 @@ def planted(run, fault, late=0):
 
     def broken(call):
         number = next(calls)
-        if fault == "crash":
+        if fault == "crash" or (fault == "crash if large" and call.q.numel() > 2**15):
             os.kill(os.getpid(), signal.SIGSEGV)
         if fault == "hang":
             if "PLANTED_MARK" in os.environ:
                 Path(os.environ["PLANTED_MARK"]).touch()
-            time.sleep(10_000)
+            ctypes.PyDLL(None).sleep(10_000)  # as a kernel that waits in vain: no thread of Python goes on
         if fault == "error":
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it")
-        if fault == "noise":
-            print("a library says something", flush=True)
+        print("a library says something", flush=True)
         out = run(call)
         if fault == "wrong":
             return out + 0.01
@@ -46,6 +47,11 @@ def planted(run, fault, late=0):
 
 
 if __name__ == "__main__":
-    name = os.environ["PLANTED"]
-    attention.run = planted(attention.run, name)
+    faults = {question: planted(attention.run, fault) for question, fault in json.loads(os.environ["PLANTED"])}
+
+    def run(call):
+        question = "gradients" if call.trains else "forward", str(call.dtype).removeprefix("torch.")
+        return faults[" ".join(question)](call)
+
+    attention.run = run
     child.main()

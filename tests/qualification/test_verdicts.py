@@ -1,6 +1,7 @@
 """How calls choose by a verdict, when one holds, and what is said without one."""
 
 import json
+import os
 import warnings
 
 import pytest
@@ -102,7 +103,7 @@ def test_forcing_and_switching_off(monkeypatch):
     monkeypatch.setenv("LOOPMDM_BACKEND", "cpu")
     assert chosen() == "cpu"
     monkeypatch.delenv("LOOPMDM_BACKEND")
-    for word in ("0", "off"):
+    for word in ("0", "off", "OFF", " False ", "no", "n", "f"):
         monkeypatch.setenv("LOOPMDM_QUALIFY", word)
         assert chosen() == "cpu"
         assert lk.available_backends(explain=True)["cpu"] == "used (LOOPMDM_QUALIFY=0)"
@@ -147,6 +148,13 @@ def damaged():
     yield "not finite", whole.replace("0.5", "Infinity").encode()
     yield "not a number", whole.replace("0.5", "NaN").encode()
     yield "negative", whole.replace("0.5", "-1").encode()
+    yield "number in text", whole.replace("0.5", '"0.5"').encode()
+    yield "beyond all numbers", whole.replace("0.5", "9" * 400).encode()
+    yield "digits without end", whole.replace("0.5", "9" * 5000).encode()
+    yield "no seconds", whole.replace('"seconds": {}', '"s": {}').encode()
+    yield "text for seconds", whole.replace('"seconds": {}', '"seconds": {"T": {"ours": "1"}}').encode()
+    yield "list for text", whole.replace('"why": null', '"why": []').encode()
+    yield "text for texts", whole.replace('"checked": []', '"checked": "all"').encode()
     yield "a number for text", whole.replace('"attention"', "5").encode()
     yield "entry", whole.replace('"right": true, ', "").encode()
     yield "right", whole.replace('"right": true', '"right": "yes"').encode()
@@ -161,9 +169,69 @@ def test_a_damaged_file_is_none(kind, content):
     assert chosen() == "cpu"
 
 
-def test_a_folder_in_its_place_is_none():
-    verdicts.path_of(CPU).mkdir()
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "device", "loop", "huge"])
+def test_what_is_no_file_is_not_read(kind):
+    """A FIFO would be waited for; a device or a huge file would take all memory."""
+    path = verdicts.path_of(CPU)
+    {
+        "folder": path.mkdir,
+        "FIFO": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "loop": lambda: path.symlink_to(path),
+        "huge": path.touch,
+    }[kind]()
+    if kind == "huge":
+        os.truncate(path, 2**40)
     assert verdicts.standing(CPU).orders is None and chosen() == "cpu"
+    assert f"the verdict {path} cannot be read: " in lk.available_backends(explain=True)["cpu"]
+
+
+@pytest.mark.parametrize("kind", ["no home", "file", "dangling", "a name too long"])
+def test_without_a_folder_there_is_no_verdict(kind, folder, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    (folder / "file").touch()
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    if kind == "no home":
+        monkeypatch.delenv("LOOPMDM_CACHE_DIR")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(verdicts.Path, "home", no_home)
+    else:
+        monkeypatch.setenv("LOOPMDM_CACHE_DIR", str(folder / (kind * 100 if "long" in kind else kind)))
+    assert verdicts.standing(CPU).orders is None and chosen() == "cpu"
+
+
+def test_a_source_that_cannot_be_read_leaves_no_verdict(monkeypatch):
+    written(entry(speedup=0.5))
+
+    def facts(device):
+        raise PermissionError(13, "Permission denied", "source.cu")
+
+    monkeypatch.setattr(verdicts, "facts", facts)
+    assert verdicts.standing(CPU).orders is None and chosen() == "cpu"
+
+
+def test_a_backend_that_nobody_knows_does_nothing():
+    written(entry(backend="tpu", speedup=9.0))
+    assert chosen() == "reference"
+    assert lk.attention(*[torch.zeros(1, 1, 2, 2)] * 3).shape == (1, 1, 2, 2)
+
+
+def test_who_reads_the_verdict_before_does_not_keep_it(monkeypatch):
+    """One thread reads while another writes: calls after that go by the new one."""
+    written(entry(speedup=0.5))
+    read = verdicts._read
+
+    def while_written(device):
+        monkeypatch.setattr(verdicts, "_read", read)
+        before = read(device)
+        written(entry(speedup=3.0))
+        return before
+
+    monkeypatch.setattr(verdicts, "_read", while_written)
+    assert chosen() == "reference"
+    assert chosen() == "cpu"
 
 
 def test_a_gpu_without_a_verdict_says_so_once(monkeypatch):
@@ -282,7 +350,9 @@ def test_the_command_line(capsys, monkeypatch):
     assert asked["anew"] is True
     assert main([*words, "--if-needed"]) == 1
     assert asked["anew"] is False
-    assert main(["qualify", "--time-limit", "0"]) == 2
+    for word in ("0", "-1", "nan", "inf", "1e300", "soon", ""):
+        assert main(["qualify", f"--time-limit={word}"]) == 2
+        assert "--time-limit: got" in capsys.readouterr().err
 
 
 def test_doctor_says_why(capsys):

@@ -10,6 +10,7 @@ use plain PyTorch; LOOPMDM_QUALIFY=0 leaves verdicts out.
 from __future__ import annotations
 
 import argparse
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,7 +91,10 @@ def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected more than 0 seconds")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of seconds, more than 0")
     return value
