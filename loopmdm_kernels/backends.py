@@ -211,28 +211,34 @@ def choose(op: str, call: Call) -> Callable[[Any], Any]:
 def _preferred(op: str, call: Call) -> tuple[str, ...]:
     """Of the backends that nobody has asked for, those to try."""
     device = call.first.device
-    if device.type not in ("cpu", "cuda"):
+    kind = device.type
+    if kind not in ("cpu", "cuda"):
         return PREFERENCE
     found = verdicts.standing(device)
     if found.orders is None:
-        if device.type == "cuda":
+        if kind == "cuda":
             _say_unqualified(device, found.why)
-        return PREFERENCE
-    # A forced instruction set asks for the kernels too.
-    if verdicts.switched_off() or (device.type == "cpu" and os.environ.get("LOOPMDM_CPU_ISA")):
         return PREFERENCE
     question = _question(op, call)
     order = found.orders.get(question)
-    if order is None and device.type == "cuda" and question[2] in verdicts.DTYPES:
+    if order is None and kind == "cuda" and question[2] in verdicts.DTYPES:
         _say_unqualified(device, f"the {found.why} says nothing of {', '.join(question)}")
-    return PREFERENCE if order is None else order
+    # The environment is asked last: that takes longest. A forced instruction set asks for the kernels too.
+    if order is None or order == PREFERENCE or verdicts.switched_off():
+        return PREFERENCE
+    return PREFERENCE if kind == "cpu" and os.environ.get("LOOPMDM_CPU_ISA") else order
 
 
 def _question(op: str, call: Call) -> verdicts.Question:
     backward = op.endswith("_backward")
     direction = "gradients" if backward or call.trains else "forward"
-    dtype = "fp8" if call.fp8 else str(call.dtype).removeprefix("torch.")
+    dtype = "fp8" if call.fp8 else _name_of(call.dtype)
     return op.removesuffix("_backward"), direction, dtype
+
+
+@cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _say_unqualified(device: torch.device, why: str) -> None:

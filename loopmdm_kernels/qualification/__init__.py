@@ -50,7 +50,8 @@ def qualify(
         device: on which; None: the GPU if there is one, else the CPU.
         backends, ops, dtypes: only these; what a valid verdict says of others stays. None: all.
         compiled: time compiled PyTorch too, for comparison; it decides nothing.
-        time_limit: seconds for each task, which is stopped then and counts as wrong.
+        time_limit: seconds for each task, which is stopped then and counts as wrong; while it waits for
+            a processor that others use, they do not run.
         anew: try again what a valid verdict answers; False: return that verdict.
         on_progress: called with a line before each task.
 
@@ -60,7 +61,7 @@ def qualify(
         checked, refused, speedup over eager PyTorch, and seconds by size.
 
     Raises:
-        ValueError: an unknown backend, op, dtype or device, none of them, or a time limit that is not positive.
+        ValueError: an unknown backend, op, dtype or device, an empty list of them, or a bad time limit.
         RuntimeError: a backend that is named cannot be used here, or child processes cannot run at all.
         OSError: the verdict cannot be written; known before the work.
     """

@@ -47,7 +47,9 @@ def planted(run, fault, late=0):
 
 
 if __name__ == "__main__":
-    faults = {question: planted(attention.run, fault) for question, fault in json.loads(os.environ["PLANTED"])}
+    faults = {
+        question: planted(attention.run, fault) for question, fault in json.loads(os.environ["PLANTED"])
+    }
 
     def run(call):
         question = "gradients" if call.trains else "forward", str(call.dtype).removeprefix("torch.")

@@ -144,7 +144,7 @@ def test_what_is_right_is_right(name, op, dtype):
 
 
 def test_a_failure_ends_only_itself(plant, monkeypatch, tmp_path):
-    """A crash, an error that may leave the device unusable, a hang, and a crash at the sizes that are timed."""
+    """A crash, an error that may leave the device unusable, a hang, a crash at the sizes that are timed."""
     faults = {
         ("forward", "float32"): ("crash", "ended by SIGSEGV"),
         ("gradients", "float32"): (
@@ -303,7 +303,9 @@ def test_bad_arguments(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="backends: got 'gpu'"):
         lk.qualify("cpu", backends=["gpu"])
     for limit in (0, -1, math.nan, math.inf, 1e300, "5", None, True):
-        with pytest.raises(ValueError, match="time_limit: got .*, expected a number of seconds, more than 0"):
+        with pytest.raises(
+            ValueError, match=r"time_limit: got .*, expected a number of seconds, more than 0"
+        ):
             lk.qualify("cpu", time_limit=limit)
     for option in ("ops", "dtypes", "backends"):
         for none in ([], "attention"):
