@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,6 +11,9 @@ from loopmdm_kernels.cuda import compiler
 from loopmdm_kernels.cuda.targets import why_none
 
 OLDEST_DRIVER = 12000  # TMA and clusters
+_thread = threading.local()  # .devices: those that have been given a context here
+_lock = threading.Lock()
+_set_aside: dict[int, int] = {}  # devices whose L2 is set aside for windows: the limit before
 
 
 def bindings() -> Any:
@@ -61,6 +65,24 @@ def check(result: tuple[Any, ...], what: str) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def ensure_context(device: int) -> None:
+    """Give the calling thread the primary context of `device`, the current one, if it has none.
+
+    Driver calls, unlike torch's, take the context of their thread. One that has made no call of the runtime
+    has none, and torch makes none where the device is already the current one: so it is in autograd's thread
+    and in those of a server. Looked at once in each thread for each device.
+    """
+    devices: set[int] = _thread.__dict__.setdefault("devices", set())
+    if device in devices:
+        return
+    driver = bindings()
+    if not int(check(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")):
+        handle = check(driver.cuDeviceGet(device), "cuDeviceGet")
+        context = check(driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain")
+        check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+    devices.add(device)
+
+
 class Facts(NamedTuple):
     name: str
     capability: tuple[int, int]
@@ -94,23 +116,26 @@ def facts(device: int) -> Facts:
 
 
 class Kernel:
-    """A kernel of a cubin, loaded into the current context."""
+    """A kernel of a cubin, loaded into the primary context of `device`, which must be the current one."""
 
-    def __init__(self, cubin: bytes, name: str, shared_bytes: int) -> None:
+    def __init__(self, cubin: bytes, name: str, shared_bytes: int, device: int = 0) -> None:
+        ensure_context(device)
         driver = bindings()
-        self.shared_bytes = shared_bytes
+        self.name, self.shared_bytes, self._device = name, shared_bytes, device
         self._module = check(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
         self._function = check(driver.cuModuleGetFunction(self._module, name.encode()), "cuModuleGetFunction")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes), "cuFuncSetAttribute")
 
     def blocks_per_sm(self, threads: int) -> int:
+        ensure_context(self._device)
         driver = bindings()
         query = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
         return int(check(query(self._function, threads, self.shared_bytes), query.__name__))
 
     def active_clusters(self, size: int, threads: int) -> int:
         """How many clusters of this size the device holds at the same time."""
+        ensure_context(self._device)
         driver = bindings()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = size, 1, 1
@@ -129,7 +154,11 @@ class Kernel:
         kept: L2Window | None = None,
         cluster: int = 1,
     ) -> None:
-        """Cooperative: all blocks run at the same time, or the launch fails; in clusters of `cluster`."""
+        """Cooperative: all blocks run at the same time, or the launch fails; in clusters of `cluster`.
+
+        Raises:
+            RuntimeError: it fails, or there are no blocks, as where none fits.
+        """
         driver = bindings()
         names = driver.CUlaunchAttributeID
         cooperative = driver.CUlaunchAttribute()
@@ -167,6 +196,7 @@ class Kernel:
 
     def allow_large_clusters(self) -> None:
         """Of 16 blocks, which not every device of an architecture must have."""
+        ensure_context(self._device)
         driver = bindings()
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
         check(driver.cuFuncSetAttribute(self._function, attribute, 1), "cuFuncSetAttribute")
@@ -174,6 +204,12 @@ class Kernel:
     def _launch(
         self, blocks: int, threads: int, stream: int, parameters: ctypes.Structure, attributes: list[Any]
     ) -> None:
+        if blocks < 1:
+            raise RuntimeError(
+                f"{self.name}: no block of {threads} threads and {self.shared_bytes} bytes of shared memory "
+                "fits this GPU, or the part of it that this process may use (MIG, MPS)"
+            )
+        ensure_context(self._device)
         driver = bindings()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
@@ -211,21 +247,38 @@ def l2_window(address: int, size: int, limits: Facts) -> L2Window | None:
     return L2Window(address, size, min(1.0, limits.persisting_bytes / size))
 
 
-@cache
 def set_aside_l2(device: int) -> None:
-    """Once for a device: as much of L2 as it allows may be kept by windows."""
-    driver = bindings()
-    limit = driver.CUlimit.CU_LIMIT_PERSISTING_L2_CACHE_SIZE
-    check(driver.cuCtxSetLimit(limit, facts(device).persisting_bytes), "cuCtxSetLimit")
+    """As much of L2 as the device allows may be kept by windows, until `release_l2`.
+
+    Each call of `looped_blocks` does this; the replay of a graph does not.
+    """
+    with _lock:
+        if device not in _set_aside:
+            before = _set_limit(device, facts(device).persisting_bytes)
+            _set_aside[device] = before
 
 
 def release_l2(device: int) -> None:
-    """Give the kept part of L2 back to everything else."""
+    """Give L2 back to everything else: between measurements of ours and of others, and after the last model.
+
+    Lines that windows have kept become ordinary ones, which any access may evict, and the part set aside is
+    as large as before `set_aside_l2`. Nothing is evicted by this: what comes next does not find L2 cold.
+    """
+    ensure_context(device)
+    with _lock:
+        check(bindings().cuCtxResetPersistingL2Cache(), "cuCtxResetPersistingL2Cache")
+        if device in _set_aside:
+            _set_limit(device, _set_aside.pop(device))
+
+
+def _set_limit(device: int, size: int) -> int:
+    """Of the bytes that windows may keep; returns what it was."""
+    ensure_context(device)
     driver = bindings()
     limit = driver.CUlimit.CU_LIMIT_PERSISTING_L2_CACHE_SIZE
-    check(driver.cuCtxResetPersistingL2Cache(), "cuCtxResetPersistingL2Cache")
-    check(driver.cuCtxSetLimit(limit, 0), "cuCtxSetLimit")
-    set_aside_l2.cache_clear()
+    before = int(check(driver.cuCtxGetLimit(limit), "cuCtxGetLimit"))
+    check(driver.cuCtxSetLimit(limit, size), "cuCtxSetLimit")
+    return before
 
 
 def _cluster(size: int) -> Any:

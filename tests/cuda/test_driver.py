@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,30 +11,12 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm_kernels import backends
 from loopmdm_kernels.cuda import compiler, driver, tensor_maps
-
-pytest.importorskip("cuda.bindings", reason="cuda-python is not installed")
-from cuda.bindings import driver as real
-
-
-def fake(version=13000, status=0, **functions):
-    """The real module's types with other functions."""
-    success = real.CUresult(status)
-    return SimpleNamespace(
-        **{name: getattr(real, name) for name in dir(real) if name.startswith("CU") or "uint" in name},
-        cuDriverGetVersion=lambda: (success, version),
-        **functions,
-    )
+from tests.cuda.fake_driver import SUCCESS, FakeDriver, real
 
 
 @pytest.fixture
 def install(monkeypatch):
-    def install(module):
-        import cuda.bindings
-
-        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", module)
-        monkeypatch.setattr(cuda.bindings, "driver", module)
-
-    return install
+    return lambda **functions: FakeDriver(**functions).install(monkeypatch)
 
 
 def test_reasons(install, monkeypatch):
@@ -41,21 +24,19 @@ def test_reasons(install, monkeypatch):
     assert driver.why_unavailable((7, 5)) == (
         "the kernels need a GPU of compute capability 8.0 or later (A100, RTX 30, L4, H100), got 7.5"
     )
-    install(fake())
+    install()
     monkeypatch.setattr(compiler, "why_none", lambda: None)
     assert driver.why_unavailable((9, 0)) is None and driver.why_unavailable((8, 6)) is None
-    install(fake(version=11080))
+    install(cuDriverGetVersion=lambda: (SUCCESS, 11080))
     reason = driver.why_unavailable((9, 0))
     assert reason == "the driver is for CUDA 11.8; the kernels need 12.0 or later"
-    install(fake(status=100))
+    install(cuDriverGetVersion=lambda: (real.CUresult.CUDA_ERROR_NO_DEVICE, 0))
     assert "does not answer (CUDA_ERROR_NO_DEVICE)" in driver.why_unavailable((9, 0))
 
     def missing():
         raise RuntimeError("libcuda.so.1 not found")
 
-    module = fake()
-    module.cuDriverGetVersion = missing
-    install(module)
+    install(cuDriverGetVersion=missing)
     assert driver.why_unavailable((9, 0)) == (
         "the CUDA driver (libcuda) cannot be loaded: libcuda.so.1 not found"
     )
@@ -86,7 +67,7 @@ def test_a_machine_without_a_compiler_cannot_use_the_backend(install, monkeypatc
     def none():
         raise RuntimeError("no CUDA compiler: NVRTC cannot be loaded; and nvcc is not on the path")
 
-    install(fake())
+    install()
     monkeypatch.setattr(compiler, "_compiler", none)
     monkeypatch.setattr(compiler, "PACKAGED", tmp_path / "cubins")
     assert driver.why_unavailable((9, 0)).startswith("no CUDA compiler")
@@ -112,6 +93,10 @@ def test_the_backend_is_listed_and_never_chosen():
             pass
 
 
+class Two(ctypes.Structure):
+    _fields_ = (("first", ctypes.c_int32), ("second", ctypes.c_int32))
+
+
 def test_launch(install):
     seen = SimpleNamespace()
 
@@ -119,24 +104,13 @@ def test_launch(install):
         seen.config, seen.function = config, function
         (address,) = (ctypes.c_void_p * 1).from_address(pointers)
         seen.parameters = ctypes.string_at(address, 8)
-        return (real.CUresult.CUDA_SUCCESS,)
+        return (SUCCESS,)
 
     def set_attribute(function, name, value):
         seen.attribute = (name, value)
-        return (real.CUresult.CUDA_SUCCESS,)
+        return (SUCCESS,)
 
-    install(
-        fake(
-            cuLaunchKernelEx=launch,
-            cuModuleLoadData=lambda cubin: (real.CUresult.CUDA_SUCCESS, cubin),
-            cuModuleGetFunction=lambda module, name: (real.CUresult.CUDA_SUCCESS, name),
-            cuFuncSetAttribute=set_attribute,
-        )
-    )
-
-    class Two(ctypes.Structure):
-        _fields_ = (("first", ctypes.c_int32), ("second", ctypes.c_int32))
-
+    install(cuLaunchKernelEx=launch, cuFuncSetAttribute=set_attribute)
     kernel = driver.Kernel(b"cubin", "entry", 200_000)
     names = real.CUfunction_attribute
     assert seen.attribute == (names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 200_000)
@@ -176,26 +150,42 @@ def test_windows_keep_to_what_the_device_has():
     assert driver.l2_window(64, 28_000_000, limits._replace(persisting_bytes=0)) is None
 
 
+def test_a_launch_of_no_blocks_says_what_is_wrong(install):
+    fake = install()
+    kernel = driver.Kernel(b"cubin", "entry", 200_000)
+    for launch in (kernel.launch, partial(kernel.launch_in_order, early=False)):
+        with pytest.raises(RuntimeError, match="entry: no block of 384 threads and 200000 bytes of shared"):
+            launch(0, 384, 0, Two())
+    assert not fake.named("cuLaunchKernelEx")
+
+
 def test_l2_is_set_aside_once_and_given_back(install, monkeypatch):
-    calls = []
+    calls, limits = [], [70]
 
-    def record(name):
-        return lambda *arguments: calls.append((name, *arguments)) or (real.CUresult.CUDA_SUCCESS,)
+    def set_limit(limit, size):
+        assert limit == real.CUlimit.CU_LIMIT_PERSISTING_L2_CACHE_SIZE
+        calls.append(size)
+        limits.append(size)
+        return (SUCCESS,)
 
-    install(fake(cuCtxSetLimit=record("limit"), cuCtxResetPersistingL2Cache=record("reset")))
+    install(
+        cuCtxGetLimit=lambda limit: (SUCCESS, limits[-1]),
+        cuCtxSetLimit=set_limit,
+        cuCtxResetPersistingL2Cache=lambda: calls.append("reset") or (SUCCESS,),
+    )
     monkeypatch.setattr(
         driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 1000, 2000)
     )
-    driver.set_aside_l2.cache_clear()
+    monkeypatch.setattr(driver, "_set_aside", {})
     driver.set_aside_l2(0)
     driver.set_aside_l2(0)
-    name = real.CUlimit.CU_LIMIT_PERSISTING_L2_CACHE_SIZE
-    assert calls == [("limit", name, 1000)]
+    assert calls == [1000]
     driver.release_l2(0)
-    assert calls[1:] == [("reset",), ("limit", name, 0)]
+    assert calls[1:] == ["reset", 70], "the limit is what it was before"
+    driver.release_l2(0)
+    assert calls[3:] == ["reset"], "a limit that somebody else has set stays"
     driver.set_aside_l2(0)
-    assert calls[3:] == [("limit", name, 1000)]
-    driver.set_aside_l2.cache_clear()
+    assert calls[4:] == [1000]
 
 
 def test_tensor_maps(install):
@@ -203,9 +193,9 @@ def test_tensor_maps(install):
 
     def encode(*arguments):
         seen.append(arguments)
-        return real.CUresult.CUDA_SUCCESS, real.CUtensorMap()
+        return SUCCESS, real.CUtensorMap()
 
-    install(fake(cuTensorMapEncodeTiled=encode))
+    install(cuTensorMapEncodeTiled=encode)
     tensor_maps.encode.cache_clear()
     tensor = torch.empty(3, 50, 128, dtype=torch.bfloat16)
     described = tensor_maps.layout(tensor, rows=16)

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,46 +11,30 @@ from loopmdm_kernels.cuda import compiler, driver, head, launch, sample_rows, te
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
 from tests.cuda.emulated import on_cuda
-
-pytest.importorskip("cuda.bindings", reason="cuda-python is not installed")
-from cuda.bindings import driver as real
-
-DONE = real.CUresult.CUDA_SUCCESS
+from tests.cuda.fake_driver import SUCCESS, FakeDriver, real
 
 
 @pytest.fixture
 def notes(monkeypatch):
     """What is compiled, mapped and launched."""
-    import cuda.bindings
-
     notes = SimpleNamespace(compiled=[], maps=[], launches=[])
 
     def encode(kind, rank, address, sizes, strides, box, *_):
         notes.maps.append((int(address), *([int(word) for word in words] for words in (sizes, strides, box))))
-        return DONE, real.CUtensorMap()
+        return SUCCESS, real.CUtensorMap()
 
     def start(config, function, pointers, extra):
         (address,) = (ctypes.c_void_p * 1).from_address(pointers)
         name = function.decode()
         size = ctypes.sizeof(sample_rows.Parameters) if name == "sample_rows_sm90" else 0
         notes.launches.append((name, config, ctypes.string_at(address, size)))
-        return (DONE,)
+        return (SUCCESS,)
 
     def compiled(source, macros, architecture):
         notes.compiled.append((source, macros, architecture))
         return b"cubin"
 
-    module = SimpleNamespace(
-        **{name: getattr(real, name) for name in dir(real) if name.startswith("CU") or "uint" in name},
-        cuDriverGetVersion=lambda: (DONE, 13000),
-        cuModuleLoadData=lambda cubin: (DONE, cubin),
-        cuModuleGetFunction=lambda module, name: (DONE, name),
-        cuFuncSetAttribute=lambda *_: (DONE,),
-        cuTensorMapEncodeTiled=encode,
-        cuLaunchKernelEx=start,
-    )
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", module)
-    monkeypatch.setattr(cuda.bindings, "driver", module)
+    FakeDriver(cuTensorMapEncodeTiled=encode, cuLaunchKernelEx=start).install(monkeypatch)
     monkeypatch.setattr(launch, "compile_kernel", compiled)
     monkeypatch.setattr(driver, "facts", lambda device: SimpleNamespace(sms=132))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())

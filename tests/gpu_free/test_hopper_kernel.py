@@ -36,6 +36,14 @@ def assert_contract(cubin, name):
         assert counts["REDG.E.ADD.S32.STRONG.GPU"] >= 2 and counts["LDG.E.STRONG.GPU"] > 0
 
 
+def test_a_part_of_a_package_is_not_the_package(tmp_path, monkeypatch):
+    """cuda-core and cuda-pathfinder make a package `cuda` too, without the bindings."""
+    (tmp_path / "somewhere" / "core").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert hopper.installed("somewhere") and hopper.installed("somewhere.core")
+    assert not hopper.installed("somewhere.bindings") and not hopper.installed("nowhere.bindings")
+
+
 @hopper.needs_nvcc
 @hopper.needs_cuobjdump
 @pytest.mark.parametrize("name", [name for name in hopper.SHAPES if name != BY_NVRTC])
