@@ -12,7 +12,8 @@ from loopmdm_kernels.cuda.targets import why_none
 
 OLDEST_DRIVER = 12000  # TMA and clusters
 _thread = threading.local()  # .devices: those that have been given a context here
-_lock = threading.Lock()
+_SEMAPHORE_BYTES = 64  # twice what sem_t has
+_lock = threading.RLock()  # a parameter that goes meanwhile gives L2 back
 _set_aside: dict[int, int] = {}  # devices whose L2 is set aside for windows: the limit before
 
 
@@ -223,6 +224,38 @@ class Kernel:
         )
 
 
+def capture_of(stream: int) -> tuple[int, Any]:
+    """The number, which no other has, and the graph of the capture that a stream is in."""
+    driver = bindings()
+    result = driver.cuStreamGetCaptureInfo(driver.CUstream(stream))
+    _, number, graph, *_ = check(result, "cuStreamGetCaptureInfo")
+    return int(number), graph
+
+
+class CapturedGraph:
+    """How long a graph lives, or anything that is instantiated from it.
+
+    At the end CUDA calls a function, in a thread that may neither call CUDA nor wait for Python: it is
+    `sem_post` of the C library. Its semaphore stays where Python ends first.
+    """
+
+    def __init__(self, graph: Any) -> None:
+        driver, library = bindings(), _c_library()
+        self._semaphore: int | None = library.calloc(1, _SEMAPHORE_BYTES)
+        library.sem_init(self._semaphore, 0, 0)
+        post = driver.CUhostFn(ctypes.cast(library.sem_post, ctypes.c_void_p).value)
+        apart = driver.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
+        owned = check(driver.cuUserObjectCreate(self._semaphore, post, 1, int(apart)), "cuUserObjectCreate")
+        move = driver.CUuserObjectRetain_flags.CU_GRAPH_USER_OBJECT_MOVE
+        check(driver.cuGraphRetainUserObject(graph, owned, 1, int(move)), "cuGraphRetainUserObject")
+
+    def ended(self) -> bool:
+        if self._semaphore is not None and _c_library().sem_trywait(self._semaphore) == 0:
+            _c_library().free(self._semaphore)
+            self._semaphore = None
+        return self._semaphore is None
+
+
 class L2Window(NamedTuple):
     """Bytes that shall stay in L2 while a kernel runs."""
 
@@ -279,6 +312,16 @@ def _set_limit(device: int, size: int) -> int:
     before = int(check(driver.cuCtxGetLimit(limit), "cuCtxGetLimit"))
     check(driver.cuCtxSetLimit(limit, size), "cuCtxSetLimit")
     return before
+
+
+@cache
+def _c_library() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)
+    library.calloc.restype = ctypes.c_void_p
+    library.calloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+    library.free.argtypes = library.sem_post.argtypes = library.sem_trywait.argtypes = [ctypes.c_void_p]
+    library.sem_init.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint]
+    return library
 
 
 def _cluster(size: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ from loopmdm_kernels.schedule import Device, device_of, measured
 
 ARCHITECTURE = "sm_90a"  # of the kernels launched here
 PORTABLE_CLUSTER = 8  # blocks; larger ones must be asked for
-_captured: list[Any] = []
+# What graphs read, by the number of their capture.
+_held: dict[int, tuple[driver.CapturedGraph, list[Any]]] = {}
+_lock = threading.Lock()
 
 
 class Kernel(NamedTuple):
@@ -67,13 +70,26 @@ def launch(kernel: Kernel, parameters: ctypes.Structure, blocks: int, device: to
 
 
 def keep_for_graphs(*read: Any) -> None:
-    """A graph that is being captured on the current stream reads this again at every replay: it stays.
+    """A graph that is captured on the current stream reads this at every replay: it lives as long."""
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return
+    owner = kept()
+    if owner is not None:  # a graph of `CudaGraphs`
+        owner.append(read)
+        return
+    drop_ended_graphs()
+    number, graph = driver.capture_of(torch.cuda.current_stream().cuda_stream)
+    with _lock:
+        if number not in _held:
+            _held[number] = driver.CapturedGraph(graph), []
+        _held[number][1].append(read)
 
-    As long as the graph, if that is one of `CudaGraphs`; nobody tells when others end.
-    """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        owner = kept()
-        (_captured if owner is None else owner).append(read)
+
+def drop_ended_graphs() -> None:
+    """Let go of what is kept for graphs that are gone: at the next capture or packing of weights."""
+    with _lock:
+        for number in [number for number, (graph, _) in _held.items() if graph.ended()]:
+            del _held[number]
 
 
 def set_map(parameters: ctypes.Structure, name: str, layout: tensor_maps.Layout) -> None:

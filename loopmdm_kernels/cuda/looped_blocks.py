@@ -16,6 +16,7 @@ from loopmdm_kernels.cuda.compiler import limited
 from loopmdm_kernels.cuda.launch import keep_for_graphs, known_device, loaded, set_map
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients
 from loopmdm_kernels.cuda.parameters import MAP, address, defines, fields
+from loopmdm_kernels.cuda.streams import Shared
 from loopmdm_kernels.cuda.targets import Target, target_of
 from loopmdm_kernels.cuda.weights import MATRICES, PackedWeights, packed
 from loopmdm_kernels.gradients import Kept as Saved
@@ -101,7 +102,8 @@ def run_forward(call: LoopedCall, *, keep: bool = False) -> tuple[Buffers, Packe
     target, device = target_of(torch.cuda.get_device_capability(x.device)), x.device.index
     with torch.cuda.device(x.device):
         kernel, plan, limits = _kernel(shape, target, device)
-        table, words, counters = _table(shape, plan.tiles, call.exit_threshold is not None, x.device)
+        table, shared = _shared_table(shape, plan.tiles, call.exit_threshold is not None, x.device)
+        words, counters = shared.read()
         keep_for_graphs(words, counters)
         weights = packed(call.plain_blocks)
         given = (call.num_loops, call.rotary, call.key_mask)
@@ -141,6 +143,13 @@ def _loaded(target: Target, shape: BlockShape, plan: Plan, device: int) -> drive
 
 
 @lru_cache(maxsize=_REMEMBERED)
+def _shared_table(
+    shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device
+) -> tuple[Table, Shared]:
+    table, words, counters = _table(shape, tiles, adaptive, device)
+    return table, Shared(words, counters)
+
+
 def _table(
     shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device
 ) -> tuple[Table, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from loopmdm_kernels.cuda import driver, tensor_maps
 from loopmdm_kernels.cuda.compiler import limited
 from loopmdm_kernels.cuda.launch import keep_for_graphs, known_device, loaded, set_map
 from loopmdm_kernels.cuda.parameters import MAP, address, backward_defines, fields, structure
+from loopmdm_kernels.cuda.streams import Shared
 from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.cuda.weights import MATRICES, PackedWeights
 from loopmdm_kernels.schedule import (
@@ -63,7 +64,8 @@ def gradients(
     device = grad.device.index
     with torch.cuda.device(grad.device):
         kernel, plan = _kernel(kept.shape, device)
-        table, words, counters = _table(kept.shape, plan.tiles, grad.device)
+        table, shared = _shared_table(kept.shape, plan.tiles, grad.device)
+        words, counters = shared.read()
         keep_for_graphs(words, counters)
         buffers = allocate(table, kept, grad, counters)
         parameters = pack_parameters(table, buffers, words)
@@ -88,6 +90,11 @@ def _kernel(shape: BlockShape, device: int) -> tuple[driver.Kernel, BackwardPlan
 
 
 @lru_cache(maxsize=64)
+def _shared_table(shape: BlockShape, tiles: BackwardTiles, device: torch.device) -> tuple[Table, Shared]:
+    table, words, counters = _table(shape, tiles, device)
+    return table, Shared(words, counters)
+
+
 def _table(shape: BlockShape, tiles: BackwardTiles, device: torch.device) -> tuple[Table, Tensor, Tensor]:
     """The table, its words and the first state of its counters on the device."""
     table = build_backward(shape, tiles)

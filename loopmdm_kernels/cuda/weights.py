@@ -3,10 +3,14 @@
 They are packed once, and again when a parameter's version says that it has changed or an optimizer has made
 a step. Writes that neither shows (`p.data.copy_()`, the replay of a captured optimizer) are found on the
 device: each call compares fingerprints there and converts what differs, without a word to the host.
+
+Calls on several streams may share them. What they keep in L2 is given back with the last parameter that was
+packed on a device, or by `clear`; an optimizer's step leaves it to the weights that are packed next.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -16,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from loopmdm_kernels.cuda.launch import keep_for_graphs
+from loopmdm_kernels.cuda import driver
+from loopmdm_kernels.cuda.launch import drop_ended_graphs, keep_for_graphs
 from loopmdm_kernels.cuda.refresh import Refresh, refresh_of
+from loopmdm_kernels.cuda.streams import Shared
 from loopmdm_kernels.types import BlockWeights
 
 MATRICES = ("qkv", "attn_out", "mlp_in", "mlp_out")
@@ -39,15 +45,23 @@ class _Entry(NamedTuple):
     state: tuple[Any, ...]
     packed: PackedWeights
     refresh: Refresh
+    shared: Shared  # all their memory
 
 
 _MOST_ENTRIES = 8
 _known: dict[tuple[int, ...], _Entry] = {}
+_owners: dict[int, int] = {}  # the first parameter of each stack that was packed, by its id: its device
+_lock = threading.RLock()  # of both; a parameter may go while they are looked at
 
 
 def clear() -> None:
-    """Forget all packed weights, which are then packed again where they are needed."""
-    _known.clear()
+    """Forget all packed weights, which are then packed again where they are needed, and give L2 back."""
+    with _lock:
+        _known.clear()
+        devices = set(_owners.values())
+    drop_ended_graphs()
+    for device in devices:
+        driver.release_l2(device)
 
 
 def packed(blocks: Sequence[BlockWeights]) -> PackedWeights:
@@ -57,27 +71,45 @@ def packed(blocks: Sequence[BlockWeights]) -> PackedWeights:
     state = tuple(
         (-1 if t.is_inference() else t._version, t.data_ptr(), t.shape, t.dtype, t.device) for t in tensors
     )
-    entry = _known.get(key)
+    with _lock:
+        entry = _known.get(key)
     # An id may be that of a tensor that has taken the place of a dead one.
-    capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    on_gpu = tensors[0].is_cuda
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     if entry and entry.state == state and all(r() is t for r, t in zip(entry.tensors, tensors, strict=True)):
         keep_for_graphs(entry)
-        if tensors[0].is_cuda:
-            entry.refresh.launch()
+        if on_gpu:
+            with entry.shared.writing():
+                entry.refresh.launch()
         return entry.packed
     fresh = _pack(blocks)
     refresh = None if capturing else refresh_of(_sources(blocks, fresh))
     if refresh is None:  # a graph packs at every replay into memory of its own
         return fresh
     _watch_optimizers()
-    entry = _Entry(tuple(map(weakref.ref, tensors)), state, fresh, refresh)
-    if tensors[0].is_cuda:  # takes the fingerprints, and loads the kernel before a graph is captured
+    if on_gpu:  # takes the fingerprints, and loads the kernel before a graph is captured
         refresh.launch()
-    _known.pop(key, None)
-    while len(_known) >= _MOST_ENTRIES:
-        _known.pop(next(iter(_known)))
-    _known[key] = entry
-    return entry.packed
+    shared = Shared(fresh.buffer, fresh.norms, fresh.mlp_in_bias, fresh.mlp_out_bias, *refresh)
+    with _lock:
+        _known.pop(key, None)
+        while len(_known) >= _MOST_ENTRIES:
+            _known.pop(next(iter(_known)))
+        _known[key] = _Entry(tuple(map(weakref.ref, tensors)), state, fresh, refresh, shared)
+        if on_gpu and key[0] not in _owners:
+            _owners[key[0]] = tensors[0].get_device()
+            weakref.finalize(tensors[0], _gone, key[0]).atexit = False
+    return fresh
+
+
+def _gone(parameter: int) -> None:
+    """Its stack's packed weights go too, and after the last one of a device what it keeps in L2."""
+    with _lock:
+        device = _owners.pop(parameter)
+        for key in [key for key in _known if key[0] == parameter]:
+            del _known[key]
+        last = device not in _owners.values()
+    if last and not torch.cuda.is_current_stream_capturing():
+        driver.release_l2(device)
 
 
 def _sources(blocks: Sequence[BlockWeights], packed: PackedWeights) -> Iterator[tuple[Tensor, Tensor]]:
@@ -112,4 +144,4 @@ def _pack(blocks: Sequence[BlockWeights]) -> PackedWeights:
 
 @cache
 def _watch_optimizers() -> None:
-    register_optimizer_step_post_hook(lambda *_: clear())
+    register_optimizer_step_post_hook(lambda *_: _known.clear())

@@ -36,9 +36,9 @@ class FakeDriver:
 
     def __init__(self, **functions):
         self.calls = []
-        self._contexts = {threading.get_ident(): 1}
+        self._contexts = {threading.current_thread(): 1}
         own = {
-            "cuCtxGetCurrent": lambda: (SUCCESS, self._contexts.get(threading.get_ident(), 0)),
+            "cuCtxGetCurrent": lambda: (SUCCESS, self._contexts.get(threading.current_thread(), 0)),
             "cuDevicePrimaryCtxRetain": lambda device: (SUCCESS, 100 + device),
             "cuCtxSetCurrent": self._set_current,
         }
@@ -61,13 +61,13 @@ class FakeDriver:
         return sum(each == name and thread in (None, of) for each, of in self.calls)
 
     def _set_current(self, context):
-        self._contexts[threading.get_ident()] = context
+        self._contexts[threading.current_thread()] = context
         return (SUCCESS,)
 
     def _noted(self, name, function, *, needs_context):
         def call(*arguments):
-            self.calls.append((name, threading.get_ident()))
-            if needs_context and not self._contexts.get(threading.get_ident()):
+            self.calls.append((name, threading.current_thread()))
+            if needs_context and not self._contexts.get(threading.current_thread()):
                 return (real.CUresult.CUDA_ERROR_INVALID_CONTEXT, None)
             return function(*arguments)
 

@@ -1,11 +1,13 @@
 """Packed weights after writes that no version shows: the kernel's source on the CPU, and who launches it."""
 
 import ctypes
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from loopmdm_kernels.cuda import launch, refresh, weights
+from loopmdm_kernels.cuda import driver, refresh, weights
 from loopmdm_kernels.testing import looped_inputs
 from tests.cuda import emulated
 
@@ -84,7 +86,10 @@ def test_a_call_that_finds_packed_weights_refreshes_them(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(launch, "_captured", [])
+    monkeypatch.setattr(weights, "Shared", lambda *tensors: SimpleNamespace(writing=nullcontext))
+    monkeypatch.setattr(driver, "release_l2", lambda device: None)
+    kept = []
+    monkeypatch.setattr(weights, "keep_for_graphs", lambda entry: kept.append((entry.packed, capturing[0])))
     blocks = looped_inputs(1, 4, 128, 2).to(torch.bfloat16).blocks
     capturing[0] = True
     assert weights.packed(blocks) is not weights.packed(blocks)
@@ -95,7 +100,7 @@ def test_a_call_that_finds_packed_weights_refreshes_them(monkeypatch):
     capturing[0] = True
     assert weights.packed(blocks) is first and len(launched) == 3
     weights.clear()
-    assert [entry.packed for (entry,) in launch._captured] == [first]
+    assert kept == [(first, False), (first, True)]
 
 
 def test_the_kernel_compiles(tmp_path):

@@ -24,7 +24,8 @@ def fake(monkeypatch):
     fake = FakeDriver().install(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: FACTS.capability)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=7))
+    stream = SimpleNamespace(cuda_stream=7, record_event=lambda event: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(driver, "facts", lambda device: FACTS)
     monkeypatch.setattr(driver, "_set_aside", {})
     monkeypatch.setattr(launch, "compile_kernel", lambda *_: b"cubin")
@@ -43,7 +44,7 @@ def inputs(**options):
 
 
 def in_a_thread(work):
-    """What `work` returns, and the thread's number."""
+    """What `work` returns, and the thread."""
     found = []
 
     def run():
@@ -57,7 +58,7 @@ def in_a_thread(work):
     thread.join()
     if isinstance(found[0], Exception):
         raise found[0]
-    return found[0], thread.ident
+    return found[0], thread
 
 
 def given_context(fake, thread):
@@ -82,7 +83,7 @@ def test_a_fresh_thread_is_given_the_context_of_its_device(fake):
     assert given_context(fake, thread) == (1, 1, 1)
     _, other = in_a_thread(lambda: kernel.blocks_per_sm(384))
     assert given_context(fake, other) == (1, 1, 1), "loaded in one thread, used in another"
-    assert not fake.named("cuDevicePrimaryCtxRetain", threading.get_ident()), "it has one"
+    assert not fake.named("cuDevicePrimaryCtxRetain", threading.current_thread()), "it has one"
 
 
 def test_without_it_the_driver_refuses(fake, monkeypatch):
