@@ -134,6 +134,20 @@ def product(columns: int, *, registers: bool, left_outer: bool, right_outer: boo
     return Peer(ours, [text, *_stored("#0", words=sums)])
 
 
+def _waits(attempt: str, succeeded: str, *before: str) -> list[str]:
+    """Tries until one succeeds, or the clock is two seconds on since the first had not: then an error.
+
+    `succeeded`: of the result of the try whose place among the effects is put into it.
+    """
+    clock, again = "mov.b32 result, %globaltimer_lo", 4 + len(before)  # the place of the second try
+    leave = f"@{succeeded.format(again)} bra L1"
+    # A barrier's try waits by itself; while a counter is loaded the clock can be read.
+    order, now = ([clock, leave], again + 1) if before else ([leave, clock], again + 2)
+    late = f"setp.gt.u32(sub.u32(#{now}.0, #2.0), {2 * 10**9})"
+    first = [attempt, f"@{succeeded.format(0)} bra L1", clock]
+    return [*first, "L0:", *before, attempt, *order, f"@!{late} bra L0", "trap", "L1:"]
+
+
 _BOX = (
     "const int32_t at[3] = {a, b, c}; "
     "cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, "
@@ -196,10 +210,9 @@ PEERS = {
         "cuda::ptx::space_shared, memory + 1, (uint32_t)a);",
         ("mbarrier_arrive",),
     ),
-    "barrier_try_wait(barrier, parity)": Peer(
-        f"*counter = barrier_try_wait({BARRIER}, a);",
-        "*counter = cuda::ptx::mbarrier_try_wait_parity(memory + 1, (uint32_t)a);",
-        ("mbarrier_wait",),
+    "barrier_wait(barrier, parity)": Peer(
+        f"barrier_wait({BARRIER}, a);",
+        _waits(f"mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 result, [{_SECOND}], a", "#{}.0"),
     ),
     # memory.cuh
     "load_shared(address)": Peer(
@@ -222,6 +235,10 @@ PEERS = {
     ),
     "add_release(address, value)": Peer(
         "add_release(counter, a);", ["red.release.gpu.global.add.s32 [counter], a"]
+    ),
+    "wait_for(counter, target)": Peer(
+        "wait_for(counter, a);",
+        _waits("ld.acquire.gpu.global.b32 result, [counter]", "setp.ge.s32(#{}.0, a)", "nanosleep.u32 20"),
     ),
     "proxy_fence()": Peer(
         "proxy_fence();", "cuda::ptx::fence_proxy_async(cuda::ptx::space_global);", ("fence",)
@@ -286,9 +303,9 @@ PEERS = {
         "*(int32_t**)x = (int32_t*)__cluster_map_shared_rank(counter, 0);",
     ),
     # wgmma.cuh
-    "products_begin()": Peer("products_begin();", ["wgmma.fence.sync.aligned"]),
     "products_commit()": Peer("products_commit();", ["wgmma.commit_group.sync.aligned"]),
     "products_wait()": Peer("products_wait<1>();", ["wgmma.wait_group.sync.aligned 1"]),
+    "products_begin(values)": Peer("products_begin();", ["wgmma.fence.sync.aligned"]),
 }
 # The same functions where signals are for a cluster, in shared memory of one of its blocks.
 IN_CLUSTER = {
@@ -304,5 +321,10 @@ IN_CLUSTER = {
     ),
     "add_release(address, value)": Peer(
         "add_release(counter, a);", ["red.release.cluster.add.s32 [counter], a"], cluster=True
+    ),
+    "wait_for(counter, target)": Peer(
+        "wait_for(counter, a);",
+        _waits("ld.acquire.cluster.b32 result, [counter]", "setp.ge.s32(#{}.0, a)", "nanosleep.u32 20"),
+        cluster=True,
     ),
 }

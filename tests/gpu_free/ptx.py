@@ -114,8 +114,9 @@ def registers(text: str) -> list[str]:
 
 _SPECIAL = re.compile(
     r"%(?:(?:n?tid|n?ctaid|clusterid|nclusterid|cluster_n?ctaid)(?:\.[xyz])?"
-    r"|cluster_n?ctarank|laneid|warpid|smid|globaltimer|clock(?:64)?|dynamic_smem_size)"
+    r"|cluster_n?ctarank|laneid|warpid|smid|globaltimer(?:_lo)?|clock(?:64)?|dynamic_smem_size)"
 )
+_CLOCK = re.compile(r"%(?:globaltimer|clock)")  # what is read there depends on when
 
 # Instructions without a result.
 NO_RESULT = re.compile(
@@ -154,7 +155,8 @@ def effects(kernel: Kernel, names: tuple[str, ...] = ()) -> list[str]:
     """
     values: dict[str, str] = {}
     done: list[str] = []
-    labels = {s.label: f"L{i}" for i, s in enumerate(kernel.statements) if s.label}
+    names_of_labels = [s.label for s in kernel.statements if s.label]
+    labels = {label: f"L{i}" for i, label in enumerate(names_of_labels)}
     unused = _never_read(kernel)
 
     def of(operand: str) -> str:
@@ -174,7 +176,7 @@ def effects(kernel: Kernel, names: tuple[str, ...] = ()) -> list[str]:
         opcode, operands = spelled_out(statement.opcode), statement.operands
         results = written(statement)
         guard = f"@{of(statement.predicate)} " if statement.predicate else ""
-        if _TRANSPARENT.match(opcode) and not guard:
+        if _TRANSPARENT.match(opcode) and not guard and not _CLOCK.match(operands[1]):
             values[results[0]] = of(operands[1]).strip("[]")
         elif _PURE.match(opcode) and not guard:
             inputs = [of(operand) for operand in operands[1:]]

@@ -103,8 +103,13 @@ FAULTS = {
     ),
     "a signal that releases nothing": ("add_release(address, value)", "red.release.", "red.relaxed."),
     "a wait that acquires nothing": ("load_acquire(address)", "ld.acquire.", "ld.relaxed."),
-    "the other parity's wait": (
-        "barrier_try_wait(barrier, parity)", "selp.u32 %0, 1, 0, p", "selp.u32 %0, 0, 1, p"
+    "a wait that goes on when nothing has come": (
+        "barrier_wait(barrier, parity)", "@done bra DONE", "@!done bra DONE"
+    ),
+    "a wait without an end": ("wait_for(counter, target)", '"trap;\\n"', ""),
+    "a wait that ends at once": ("wait_for(counter, target)", "@!late bra AGAIN", "@late bra AGAIN"),
+    "a clock that begins anew at each try": (
+        "barrier_wait(barrier, parity)", '"AGAIN:\\n"', '"AGAIN:\\nmov.u32 begin, %%globaltimer_lo;\\n"'
     ),
     "registers that nobody gave": ("take_registers()", "setmaxnreg.inc", "setmaxnreg.dec"),
     "bf16 in the wrong halves": ("pack_bf16(low, high)", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),

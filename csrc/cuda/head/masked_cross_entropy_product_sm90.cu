@@ -126,10 +126,9 @@ __device__ inline void multiply_gradient_tiles(const MaskedCrossEntropyProductPa
             outer_major_descriptor(stage + Shape::kLeftBytes, Shape::kPanelBytes, k), step + k > 0);
       }
     };
-    multiply_stages(ring, place, p.steps, multiply, [&](RingPlace at) {
+    multiply_stages(sums, ring, place, p.steps, multiply, [&](RingPlace at) {
       if (with_bias) add_columns(bias, ring.stage(at) + group * Shape::kPanelBytes);
     });
-    pin(sums);
     store_tile(sums, p, tile);
     if (with_bias) {
       const int64_t width = static_cast<int64_t>(p.tiles / p.column_tiles) * 2 * Shape::kRows;

@@ -110,8 +110,7 @@ __device__ inline void multiply_logits(Logits& sums, const Vocabulary::Ring& rin
                                              inner_major_descriptor(stage + right_offset, k), step + k > 0);
     }
   };
-  multiply_stages(ring, place, steps, multiply, [](RingPlace) {});
-  pin(sums);
+  multiply_stages(sums, ring, place, steps, multiply, [](RingPlace) {});
 }
 
 // Sums become logits; those of tokens that cannot be are minus infinity, whatever the weight holds there.

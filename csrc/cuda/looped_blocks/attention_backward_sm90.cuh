@@ -145,7 +145,7 @@ __device__ __forceinline__ void attention_gradient(const Parameters& p, const In
 #pragma unroll 1
     for (int span = 0; span < 64; span += kSpan) {
       float scores[kSpan / 2], products[kSpan / 2];
-      products_begin();
+      products_begin(scores, products);
       multiply_heads<kSpan>(scores, kept, 0, stage + span * 128, seat);
       multiply_heads<kSpan>(products, kept, 1, stage + kHeadPanels * kPanelBytes + span * 128, seat);
       products_commit();
@@ -154,7 +154,11 @@ __device__ __forceinline__ void attention_gradient(const Parameters& p, const In
       pin(products);
       uint32_t weights[kSpan / 16][4], gradients[kSpan / 16][4];
       score_gradient(scores, products, weights, gradients, block + span, seat);
-      products_begin();
+      if constexpr (kOfKeys) {
+        products_begin(first, second, weights, gradients);
+      } else {
+        products_begin(first, gradients);
+      }
       add_products<kSpan>(first, gradients, stage + span * 128);
       if constexpr (kOfKeys) {
         add_products<kSpan>(second, weights, stage + kHeadPanels * kPanelBytes + span * 128);

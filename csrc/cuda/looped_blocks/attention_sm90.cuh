@@ -48,7 +48,7 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
     float scores[kKeys / 2];
     ring.wait_full(place);
     const uint32_t keys = ring.stage(place) + panel * kKeys * kHeadPanelBytes;
-    products_begin();
+    products_begin(scores, queries);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       WarpGroupProduct<kKeys>::template registers<false>(
@@ -69,7 +69,7 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
 
     ring.wait_full(place);
     const uint32_t values = ring.stage(place) + panel * kKeys * kHeadPanelBytes;
-    products_begin();
+    products_begin(mixed, weights);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       WarpGroupProduct<kHeadDim>::template registers<true>(

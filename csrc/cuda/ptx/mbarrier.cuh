@@ -25,23 +25,28 @@ __device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
                : "memory");
 }
 
-__device__ inline bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
+// A try waits for a time of its own, which the hardware chooses. See `wait_for`.
+__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
+      ".reg .pred done, late;\n"
+      ".reg .u32 begin, now;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "mov.u32 begin, %%globaltimer_lo;\n"
+      "AGAIN:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "mov.u32 now, %%globaltimer_lo;\n"
+      "sub.u32 now, now, begin;\n"
+      "setp.gt.u32 late, now, " LOOPMDM_LONGEST_WAIT
+      ";\n"
+      "@!late bra AGAIN;\n"
+      "trap;\n"
+      "DONE:\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
       : "memory");
-  return done != 0;
-}
-
-__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  SpinLimit limit;
-  while (!barrier_try_wait(barrier, parity)) limit.count();
 }
 
 }  // namespace loopmdm

@@ -5,17 +5,10 @@
 
 namespace loopmdm {
 
-// Ends a kernel that waits for what never comes, in builds for tests (LOOPMDM_SPIN_LIMIT).
-struct SpinLimit {
-#if defined(LOOPMDM_SPIN_LIMIT)
-  uint32_t spins = 0;
-  __device__ void count() {
-    if (++spins > LOOPMDM_SPIN_LIMIT) __trap();
-  }
-#else
-  __device__ void count() {}
-#endif
-};
+// How long a wait may last before it ends the kernel with an error, in nanoseconds: less than the 32 bits
+// that are read of the clock. A kernel that is right waits for single tiles; one that is wrong would hold
+// the GPU.
+#define LOOPMDM_LONGEST_WAIT "2000000000"
 
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -61,13 +54,35 @@ __device__ inline void add_release(int32_t* address, int32_t value) {
 
 __device__ inline void raise_to(int32_t* address, int32_t value) { atomicMax(address, value); }
 
-// Until a counter that only grows has reached `target`.
+// Until a counter that only grows has reached `target`. The clock is read only by who has to wait, while a
+// load is under way. A loop in C++ with an exit of its own would serialise the products of the kernel.
 __device__ inline void wait_for(const int32_t* counter, int32_t target) {
-  SpinLimit limit;
-  while (load_acquire(counter) < target) {
-    __nanosleep(20);
-    limit.count();
-  }
+  asm volatile(
+      "{\n"
+      ".reg .pred reached, late;\n"
+      ".reg .s32 value;\n"
+      ".reg .u32 begin, now;\n"
+      "ld.acquire." LOOPMDM_SCOPE
+      ".b32 value, [%0];\n"
+      "setp.ge.s32 reached, value, %1;\n"
+      "@reached bra DONE;\n"
+      "mov.u32 begin, %%globaltimer_lo;\n"
+      "AGAIN:\n"
+      "nanosleep.u32 20;\n"
+      "ld.acquire." LOOPMDM_SCOPE
+      ".b32 value, [%0];\n"
+      "mov.u32 now, %%globaltimer_lo;\n"
+      "setp.ge.s32 reached, value, %1;\n"
+      "@reached bra DONE;\n"
+      "sub.u32 now, now, begin;\n"
+      "setp.gt.u32 late, now, " LOOPMDM_LONGEST_WAIT
+      ";\n"
+      "@!late bra AGAIN;\n"
+      "trap;\n"
+      "DONE:\n"
+      "}" ::"l"(counter),
+      "r"(target)
+      : "memory");
 }
 
 // Orders ordinary accesses to global memory with those of TMA, which are of another proxy: before a signal,

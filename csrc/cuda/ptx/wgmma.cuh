@@ -7,8 +7,6 @@
 
 namespace loopmdm {
 
-__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Until at most `kPending` groups of products are under way.
@@ -17,12 +15,21 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from reading sums before the wait that this stands behind: it knows only that the
-// products, not the wait, write them.
-template <int kNumber>
-__device__ inline void pin(float (&values)[kNumber]) {
+// Keeps the compiler from moving what makes values, or reads them, to the other side of this. Sums are read
+// behind the wait: the compiler knows only that the products, not the wait, write them.
+__device__ inline void pin(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+__device__ inline void pin(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
+template <class Value, int kNumber>
+__device__ inline void pin(Value (&values)[kNumber]) {
 #pragma unroll
-  for (int i = 0; i < kNumber; ++i) asm volatile("" : "+f"(values[i])::"memory");
+  for (int i = 0; i < kNumber; ++i) pin(values[i]);
+}
+
+// Before products: their sums and left operands in registers must have been written by now.
+template <class... Values>
+__device__ inline void products_begin(Values&... values) {
+  (pin(values), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
 // Left operand from shared memory (descriptor) or from registers. An operand in shared memory lies with its

@@ -27,7 +27,7 @@ __device__ void stream_product(float (&sums)[kSums], const Ring& ring, RingPlace
     reader.read_stage(operand, left, step * Config::kStep, rows);
     const uint32_t right =
         ring.right(place, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
-    products_begin();
+    products_begin(sums, operand);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       WarpGroupProduct<kColumns>::template registers<false>(sums, operand[k],
@@ -72,8 +72,7 @@ __device__ void shared_product(float (&sums)[kSums], const Ring& ring, RingPlace
       WarpGroupProduct<kColumns>::template shared<kLeftOuter, kRightOuter>(sums, rows, columns, step + k > 0);
     }
   };
-  multiply_stages(ring, place, steps, multiply, [](RingPlace) {});
-  pin(sums);
+  multiply_stages(sums, ring, place, steps, multiply, [](RingPlace) {});
 }
 
 }  // namespace loopmdm

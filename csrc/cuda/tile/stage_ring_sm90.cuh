@@ -102,14 +102,14 @@ class StageRing {
 
 // The products of a warp group over `steps` stages: `multiply(place, step)` issues those of one,
 // `beside(place)` does what else a stage is read for while they run.
-template <class Ring, class Multiply, class Beside>
-__device__ void multiply_stages(const Ring& ring, RingPlace& place, int steps, Multiply multiply,
-                                Beside beside) {
+template <int kSums, class Ring, class Multiply, class Beside>
+__device__ void multiply_stages(float (&sums)[kSums], const Ring& ring, RingPlace& place, int steps,
+                                Multiply multiply, Beside beside) {
   RingPlace before = place;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     ring.wait_full(place);
-    products_begin();
+    products_begin(sums);
     multiply(place, step);
     products_commit();
     beside(place);
@@ -119,6 +119,7 @@ __device__ void multiply_stages(const Ring& ring, RingPlace& place, int steps, M
     Ring::next(place);
   }
   products_wait<0>();
+  pin(sums);
   ring.release(before);
 }
 

@@ -7,12 +7,13 @@
 
 namespace loopmdm {
 
-inline void products_begin() {}
+template <class... Values>
+void products_begin(Values&...) {}
 inline void products_commit() {}
 template <int kPending>
 void products_wait() {}
-template <int kNumber>
-void pin(float (&)[kNumber]) {}
+template <class Values>
+void pin(Values&) {}
 
 // Element (outer, inner) of an operand in shared memory.
 inline float operand_element(uint64_t descriptor, bool outer_major, int outer, int inner) {
