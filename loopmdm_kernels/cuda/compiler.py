@@ -7,7 +7,6 @@ architecture, but no compiler: where all of that is the same, they are what is u
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -60,16 +59,6 @@ def _options(defines: Mapping[str, int]) -> list[str]:
 
 def _packaged_name(name: str, options: list[str], architecture: str) -> str:
     return cache_key(name, options, architecture, "") + ".cubin"
-
-
-def limited(macros: dict[str, int]) -> dict[str, int]:
-    """With LOOPMDM_CUDA_SPIN_LIMIT, if it is set: a kernel that waits in vain ends with an error."""
-    spins = os.environ.get("LOOPMDM_CUDA_SPIN_LIMIT")
-    if not spins:
-        return macros
-    if not spins.isdecimal() or int(spins) == 0:
-        raise ValueError(f"LOOPMDM_CUDA_SPIN_LIMIT: got {spins!r}, expected a number of polls, 1 or more")
-    return {**macros, "LOOPMDM_SPIN_LIMIT": int(spins)}
 
 
 def cache_key(

@@ -12,6 +12,9 @@ from loopmdm_kernels.cuda.targets import why_none
 
 OLDEST_DRIVER = 12000  # TMA and clusters
 _thread = threading.local()  # .devices: those that have been given a context here
+_REGISTERS = 65536  # of a multiprocessor, and the most that a block can have
+_MOST_REGISTERS = 255  # of a thread
+_THREADS_THAT_MOVE_REGISTERS = 384
 _SEMAPHORE_BYTES = 64  # twice what sem_t has
 _lock = threading.RLock()  # a parameter that goes meanwhile gives L2 back
 _set_aside: dict[int, int] = {}  # devices whose L2 is set aside for windows: the limit before
@@ -127,6 +130,25 @@ class Kernel:
         self._function = check(driver.cuModuleGetFunction(self._module, name.encode()), "cuModuleGetFunction")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes), "cuFuncSetAttribute")
+        self.registers = self._attribute("NUM_REGS")  # of a thread
+        self.local_bytes = self._attribute("LOCAL_SIZE_BYTES")
+
+    def breach(self, threads: int) -> str | None:
+        """How its code is not what it is written to be, in blocks of so many threads; None if it is.
+
+        What the registers do not hold goes through local memory, and products wait for each other. A kernel
+        of three warp groups moves registers from one to the others: if it begins with fewer than its share
+        of them, who asks for more waits for ever.
+        """
+        share = min(_MOST_REGISTERS, _REGISTERS // threads // 8 * 8)
+        moved = threads == _THREADS_THAT_MOVE_REGISTERS
+        if not self.local_bytes and (self.registers == share if moved else self.registers <= share):
+            return None
+        expected = f"{share} registers" if moved else f"at most {share} registers"
+        return (
+            f"its kernel {self.name} has {self.registers} registers and {self.local_bytes} bytes of local "
+            f"memory a thread, expected {expected} and none: this compiler makes other code of it"
+        )
 
     def blocks_per_sm(self, threads: int) -> int:
         ensure_context(self._device)
@@ -145,6 +167,11 @@ class Kernel:
         config.attrs, config.numAttrs = [_cluster(size)], 1
         query = driver.cuOccupancyMaxActiveClusters
         return int(check(query(self._function, config), query.__name__))
+
+    def _attribute(self, name: str) -> int:
+        driver = bindings()
+        attribute = getattr(driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
+        return int(check(driver.cuFuncGetAttribute(attribute, self._function), "cuFuncGetAttribute"))
 
     def launch(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.calls import HeadCall
-from loopmdm_kernels.cuda.launch import Kernel, launch, multiprocessors, set_map
+from loopmdm_kernels.cuda.launch import Kernel, launch, persistent_blocks, set_map, why_refused
 from loopmdm_kernels.cuda.parameters import address, structure
 from loopmdm_kernels.cuda.tensor_maps import layout
 from loopmdm_kernels.values import ceil_div
@@ -30,7 +30,8 @@ ModulatedRows = structure("head/modulated_row_sm90.cuh", "ModulatedRows")
 ModulatedRowsParameters = structure(MODULATED_ROWS.source, "ModulatedRowsParameters")
 
 
-def why_not(call: HeadCall) -> str | None:
+def why_not(call: HeadCall, *kernels: Kernel) -> str | None:
+    """Of a call of an op that runs these kernels on rows after the norm."""
     hidden = call.hidden
     reason = why_not_on(hidden.device)
     if reason is not None:
@@ -45,7 +46,7 @@ def why_not(call: HeadCall) -> str | None:
         return f"hidden may have 2^31 - 1 tokens, got {hidden.shape[0] * hidden.shape[1]}"
     if hidden.shape[-1] % 8:
         return f"hidden must be a multiple of 8 wide, got {hidden.shape[-1]}"
-    return None
+    return why_refused((MODULATED_ROWS, *kernels), hidden.device)
 
 
 def why_not_on(device: torch.device) -> str | None:
@@ -60,6 +61,12 @@ def with_logits(source: str, rows_of_tile: int) -> Kernel:
     stages, chunks, cluster = (3, 2, 1) if rows_of_tile == 64 else (4, 1, 2)
     stage = 2 * _STEP * (rows_of_tile + chunks * CHUNK)
     return Kernel(source, 384, stages * stage + RING_BYTES, (("LOOPMDM_ROWS", rows_of_tile),), cluster)
+
+
+def for_rows(source: str, num_rows: int) -> Kernel:
+    """The kernel for this number of rows; what it gives a row does not depend on the choice."""
+    few, many = ROWS_OF_TILE
+    return with_logits(source, few if num_rows <= many else many)
 
 
 class Operands:
@@ -111,9 +118,7 @@ class Operands:
         return [slice(first, first + size) for first in range(0, max(self.num_rows, 1), size)]
 
     def with_logits(self, source: str) -> Kernel:
-        """The kernel for this number of rows; what it gives a row does not depend on the choice."""
-        few, many = ROWS_OF_TILE
-        return with_logits(source, few if self.num_rows <= many else many)
+        return for_rows(source, self.num_rows)
 
     def reduce_logits(
         self, kernel: Kernel, kind: type[ctypes.Structure], part: slice = slice(None), /, **fields: object
@@ -135,8 +140,7 @@ class Operands:
         set_map(problem, "rows", layout(left[None], rows_of_tile))
         set_map(problem, "weight", layout(self.weight[None], CHUNK // pair))
         parameters = kind(problem=problem, **pointers(fields))
-        blocks = pair * min(problem.tiles, multiprocessors(self.device) // pair)
-        launch(kernel, parameters, blocks, self.device)
+        launch(kernel, parameters, persistent_blocks(kernel, problem.tiles, self.device), self.device)
 
 
 def pointers(fields: Mapping[str, object]) -> dict[str, object]:

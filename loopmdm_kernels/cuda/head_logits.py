@@ -16,7 +16,10 @@ _ROWS = 1024  # whose logits are in fp32 at a time
 
 
 def why_not(call: HeadCall) -> str | None:
-    return "it has no gradients" if call.trains else head.why_not(call)
+    if call.trains:
+        return "it has no gradients"
+    batch, length, _ = call.hidden.shape
+    return head.why_not(call, head.for_rows(SOURCE, batch * length))
 
 
 def run(call: HeadCall) -> Tensor:

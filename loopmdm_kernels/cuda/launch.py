@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from loopmdm_kernels.cuda import driver, tensor_maps
-from loopmdm_kernels.cuda.compiler import compile_kernel, limited
+from loopmdm_kernels.cuda.compiler import compile_kernel
 from loopmdm_kernels.graphs import kept
 from loopmdm_kernels.schedule import Device, device_of, measured
 
@@ -20,6 +21,10 @@ PORTABLE_CLUSTER = 8  # blocks; larger ones must be asked for
 # What graphs read, by the number of their capture.
 _held: dict[int, tuple[driver.CapturedGraph, list[Any]]] = {}
 _lock = threading.Lock()
+
+
+class Refused(RuntimeError):
+    """A kernel's code is not what it is written to be: another backend has to do the call."""
 
 
 class Kernel(NamedTuple):
@@ -45,12 +50,21 @@ def loaded(
     macros: tuple[tuple[str, int], ...],
     architecture: str,
     shared_bytes: int,
+    threads: int,
     device: int,
     cluster: int = 1,
 ) -> driver.Kernel:
-    """For the context of `device`, which must be the current one, and clusters of up to `cluster` blocks."""
+    """For the context of `device`, which must be the current one, and clusters of up to `cluster` blocks.
+
+    Raises:
+        Refused: its code is not what it is written to be.
+        RuntimeError: it does not compile or cannot be loaded.
+    """
     cubin = compile_kernel(source, dict(macros), architecture)
-    kernel = driver.Kernel(cubin, Path(source).stem, shared_bytes)
+    kernel = driver.Kernel(cubin, Path(source).stem, shared_bytes, device)
+    reason = kernel.breach(threads)
+    if reason is not None:
+        raise Refused(reason)
     if cluster > PORTABLE_CLUSTER:
         kernel.allow_large_clusters()
     return kernel
@@ -60,13 +74,45 @@ def launch(kernel: Kernel, parameters: ctypes.Structure, blocks: int, device: to
     """Nothing waits for the kernel but what comes later on the stream."""
     if blocks == 0:
         return
-    macros = tuple(limited(dict(kernel.macros)).items())
     with torch.cuda.device(device):
-        function = loaded(kernel.source, macros, ARCHITECTURE, kernel.shared_bytes, device.index)
+        function = _function(kernel, device)
         stream = torch.cuda.current_stream(device).cuda_stream
         function.launch_in_order(
             blocks, kernel.threads, stream, parameters, early=False, cluster=kernel.cluster
         )
+
+
+def why_refused(kernels: Iterable[Kernel], device: torch.device) -> str | None:
+    """Why one of these cannot be used there, or None."""
+    with torch.cuda.device(device):
+        return next(filter(None, (_why_refused(kernel, device) for kernel in kernels)), None)
+
+
+@lru_cache(maxsize=64)
+def _why_refused(kernel: Kernel, device: torch.device) -> str | None:
+    try:
+        _function(kernel, device)
+    except Refused as error:
+        return str(error)
+    return None
+
+
+def _function(kernel: Kernel, device: torch.device) -> driver.Kernel:
+    return loaded(
+        kernel.source, kernel.macros, ARCHITECTURE, kernel.shared_bytes, kernel.threads, device.index
+    )
+
+
+def persistent_blocks(kernel: Kernel, tiles: int, device: torch.device) -> int:
+    """Of a kernel that goes through tiles, each of one cluster: as many as there are tiles or room.
+
+    Raises:
+        RuntimeError: there is room for none.
+    """
+    clusters = driver.facts(device.index).sms // kernel.cluster
+    if not clusters:
+        raise RuntimeError(f"{kernel.source}: needs {kernel.cluster} multiprocessors, got 1 (MIG or MPS)")
+    return kernel.cluster * min(tiles, clusters)
 
 
 def keep_for_graphs(*read: Any) -> None:
@@ -94,7 +140,3 @@ def drop_ended_graphs() -> None:
 
 def set_map(parameters: ctypes.Structure, name: str, layout: tensor_maps.Layout) -> None:
     getattr(parameters, name)[:] = tensor_maps.encode(layout)
-
-
-def multiprocessors(device: torch.device) -> int:
-    return driver.facts(device.index).sms

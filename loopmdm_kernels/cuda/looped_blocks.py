@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.calls import LoopedCall
-from loopmdm_kernels.cuda import driver, tensor_maps
-from loopmdm_kernels.cuda.compiler import limited
-from loopmdm_kernels.cuda.launch import keep_for_graphs, known_device, loaded, set_map
-from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients
+from loopmdm_kernels.cuda import driver, refresh, tensor_maps
+from loopmdm_kernels.cuda.launch import Refused, keep_for_graphs, known_device, loaded, set_map
+from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients, kernel_on
 from loopmdm_kernels.cuda.parameters import MAP, address, defines, fields
 from loopmdm_kernels.cuda.streams import Shared
 from loopmdm_kernels.cuda.targets import Target, target_of
@@ -28,7 +27,6 @@ from loopmdm_kernels.schedule import (
     Tiles,
     build,
     choose,
-    choose_backward,
 )
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
@@ -54,17 +52,19 @@ def why_not(call: LoopedCall) -> str | None:
     if trains and capability != CAPABILITY:
         return "its backward pass needs compute capability 9.0 (H100, H200); call it under torch.no_grad()"
     shape = shape_of(call.x, call.blocks, call.num_heads)
-    return _why_no_plan(shape, target, call.x.device.index, trains)
+    with torch.cuda.device(call.x.device):
+        return _why_no_kernel(shape, target, call.x.device.index, trains)
 
 
 @lru_cache(maxsize=64)
-def _why_no_plan(shape: BlockShape, target: Target, device: int, trains: bool) -> str | None:
-    known = target.used_of(known_device(driver.facts(device)))
+def _why_no_kernel(shape: BlockShape, target: Target, device: int, trains: bool) -> str | None:
+    """No tiles divide the widths, or the code of a kernel is not what it is written to be."""
     try:
-        choose(shape, known)
+        refresh.kernel_on(target, device)
+        _kernel(shape, target, device)
         if trains:
-            choose_backward(shape, known)
-    except ValueError as error:
+            kernel_on(shape, device)
+    except (ValueError, Refused) as error:
         return str(error)
     return None
 
@@ -138,8 +138,10 @@ def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kern
 
 
 def _loaded(target: Target, shape: BlockShape, plan: Plan, device: int) -> driver.Kernel:
-    macros = tuple(limited(defines(shape, plan)).items())
-    return loaded(target.source, macros, target.architecture, plan.shared_bytes, device, plan.cluster)
+    macros = tuple(defines(shape, plan).items())
+    return loaded(
+        target.source, macros, target.architecture, plan.shared_bytes, target.threads, device, plan.cluster
+    )
 
 
 @lru_cache(maxsize=_REMEMBERED)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.cuda import driver, tensor_maps
-from loopmdm_kernels.cuda.compiler import limited
 from loopmdm_kernels.cuda.launch import keep_for_graphs, known_device, loaded, set_map
 from loopmdm_kernels.cuda.parameters import MAP, address, backward_defines, fields, structure
 from loopmdm_kernels.cuda.streams import Shared
@@ -63,7 +62,7 @@ def gradients(
     """Gradients of x, the blocks and the modulation from that of the result [B, L, D]."""
     device = grad.device.index
     with torch.cuda.device(grad.device):
-        kernel, plan = _kernel(kept.shape, device)
+        kernel, plan = kernel_on(kept.shape, device)
         table, shared = _shared_table(kept.shape, plan.tiles, grad.device)
         words, counters = shared.read()
         keep_for_graphs(words, counters)
@@ -82,11 +81,11 @@ def gradients(
 
 
 @lru_cache(maxsize=64)
-def _kernel(shape: BlockShape, device: int) -> tuple[driver.Kernel, BackwardPlan]:
+def kernel_on(shape: BlockShape, device: int) -> tuple[driver.Kernel, BackwardPlan]:
     limits = driver.facts(device)
     plan = choose_backward(shape, known_device(limits))
-    macros = tuple(limited(backward_defines(shape, plan)).items())
-    return loaded(SOURCE, macros, SM90.architecture, plan.shared_bytes, device), plan
+    macros = tuple(backward_defines(shape, plan).items())
+    return loaded(SOURCE, macros, SM90.architecture, plan.shared_bytes, SM90.threads, device), plan
 
 
 @lru_cache(maxsize=64)

@@ -13,22 +13,20 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.calls import CrossEntropyCall
+from loopmdm_kernels.cuda import head
 from loopmdm_kernels.cuda.head import (
     CHUNK,
     RING_BYTES,
     ROW_THREADS,
     Operands,
     pointers,
-    why_not,
     with_logits,
 )
-from loopmdm_kernels.cuda.launch import Kernel, launch, multiprocessors, set_map
+from loopmdm_kernels.cuda.launch import Kernel, launch, persistent_blocks, set_map
 from loopmdm_kernels.cuda.parameters import structure
 from loopmdm_kernels.cuda.tensor_maps import layout
 from loopmdm_kernels.gradients import Kept, differentiable
 from loopmdm_kernels.values import ceil_div
-
-__all__ = ["run", "why_not"]
 
 FORWARD = "head/masked_cross_entropy_sm90.cu"
 BACKWARD = with_logits("head/masked_cross_entropy_backward_sm90.cu", 128)  # the kernel of 64 rows spills
@@ -51,6 +49,13 @@ CombineParameters = structure(COMBINE.source, "MaskedCrossEntropyCombineParamete
 BackwardParameters = structure(BACKWARD.source, "MaskedCrossEntropyBackwardParameters")
 ProductParameters = structure(OF_ROWS.source, "MaskedCrossEntropyProductParameters")
 RowsBackwardParameters = structure(ROWS_BACKWARD.source, "ModulatedRowsBackwardParameters")
+
+
+def why_not(call: CrossEntropyCall) -> str | None:
+    kernels = [head.for_rows(FORWARD, call.rows.shape[0]), COMBINE]
+    if call.trains:
+        kernels += [BACKWARD, OF_ROWS, OF_WEIGHT, ROWS_BACKWARD]
+    return head.why_not(call, *kernels)
 
 
 def run(call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
@@ -182,8 +187,7 @@ def _product(
     left = left._replace(sizes=(vocab_size, *left.sizes[1:]))  # what lies beyond is not read
     set_map(parameters, "left", left)
     set_map(parameters, "right", layout(right[None], _INNER))
-    blocks = _PAIR * min(parameters.tiles, multiprocessors(out.device) // _PAIR)
-    launch(kernel, parameters, blocks, out.device)
+    launch(kernel, parameters, persistent_blocks(kernel, parameters.tiles, out.device), out.device)
 
 
 def _rows_backward(operands: Operands, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

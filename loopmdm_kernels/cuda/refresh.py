@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loopmdm_kernels.cuda import driver
 from loopmdm_kernels.cuda.launch import loaded
 from loopmdm_kernels.cuda.parameters import structure
-from loopmdm_kernels.cuda.targets import target_of
+from loopmdm_kernels.cuda.targets import Target, target_of
 
 SOURCE = "looped_blocks/refresh_weights.cu"
 THREADS = 256
@@ -18,6 +19,10 @@ SHARED_BYTES = 8 * THREADS // 32
 CHUNK = 16384  # elements: 64 KB of fp32, of which a block reads 8 to compare
 DTYPES = (torch.float32, torch.bfloat16)
 Arguments = structure(SOURCE, "RefreshArguments")
+
+
+def kernel_on(target: Target, device: int) -> driver.Kernel:
+    return loaded(SOURCE, (), target.architecture, SHARED_BYTES, THREADS, device)
 
 
 class Refresh(NamedTuple):
@@ -32,8 +37,8 @@ class Refresh(NamedTuple):
         with torch.cuda.device(device):
             arguments = Arguments(self.chunks.data_ptr(), self.fingerprints.data_ptr())
             stream = torch.cuda.current_stream(device).cuda_stream
-            architecture = target_of(torch.cuda.get_device_capability(device)).architecture
-            kernel = loaded(SOURCE, (), architecture, SHARED_BYTES, device.index)
+            target = target_of(torch.cuda.get_device_capability(device))
+            kernel = kernel_on(target, device.index)
             kernel.launch_in_order(len(self.chunks), THREADS, stream, arguments, early=False)
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import torch
 
 from loopmdm_kernels.calls import SampleCall
-from loopmdm_kernels.cuda.head import ROW_THREADS, Operands, pointers, why_not
+from loopmdm_kernels.cuda import head, head_logits
+from loopmdm_kernels.cuda.head import ROW_THREADS, Operands, pointers
 from loopmdm_kernels.cuda.head_logits import row_logits
 from loopmdm_kernels.cuda.launch import Kernel, launch
 from loopmdm_kernels.cuda.parameters import structure
 from loopmdm_kernels.reference.sample_rows import sample_in_parts
 from loopmdm_kernels.types import SampledRows
-
-__all__ = ["run", "why_not"]
 
 SOURCE = "head/sample_rows_sm90.cu"
 COMBINE = Kernel("head/sample_rows_combine_sm90.cu", ROW_THREADS)
@@ -24,6 +23,13 @@ _ROWS_WITH_LOGITS = 256
 
 Parameters = structure(SOURCE, "SampleRowsParameters")
 CombineParameters = structure(COMBINE.source, "SampleRowsCombineParameters")
+
+
+def why_not(call: SampleCall) -> str | None:
+    num_rows = call.rows.shape[0]
+    if call.draw.restricted:
+        return head.why_not(call, head.for_rows(head_logits.SOURCE, num_rows))
+    return head.why_not(call, head.for_rows(SOURCE, num_rows), COMBINE)
 
 
 def run(call: SampleCall) -> SampledRows:

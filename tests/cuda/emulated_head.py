@@ -52,7 +52,7 @@ def emulation(folder, *, multiprocessors=6):
     """Inside, kernels of `cuda.launch` run on the CPU; yields what tests may look at or set."""
     state = SimpleNamespace(launches=[], seed=0, multiprocessors=multiprocessors)
 
-    def loaded(source, macros, architecture, shared_bytes, device):
+    def loaded(source, macros, architecture, shared_bytes, threads, device):
         name = Path(source).stem
         variant = next((MACROS[key].index(value) for key, value in macros), 0)
         return Kernel(getattr(library(variant, str(folder)), f"run_{name}"), name, state)

@@ -2,13 +2,20 @@
 
 import sys
 import threading
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
+
+from loopmdm_kernels.cuda import driver, launch, weights
+from loopmdm_kernels.cuda import looped_blocks as op
+from loopmdm_kernels.cuda import looped_blocks_backward as backward
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed")
 from cuda.bindings import driver as real
 
+ATTRIBUTES = real.CUfunction_attribute
 SUCCESS = real.CUresult.CUDA_SUCCESS
 WITHOUT_CONTEXT = ("cuDriverGetVersion", "cuDeviceGet", "cuDeviceGetAttribute", "cuDeviceGetName")
 FUNCTIONS = {
@@ -17,6 +24,7 @@ FUNCTIONS = {
     "cuModuleLoadData": lambda cubin: (SUCCESS, cubin),
     "cuModuleGetFunction": lambda module, name: (SUCCESS, name),
     "cuFuncSetAttribute": lambda *_: (SUCCESS,),
+    "cuFuncGetAttribute": lambda name, _: (SUCCESS, 168 * (name is ATTRIBUTES.CU_FUNC_ATTRIBUTE_NUM_REGS)),
     "cuTensorMapEncodeTiled": lambda *_: (SUCCESS, real.CUtensorMap()),
     "cuLaunchKernelEx": lambda *_: (SUCCESS,),
     "cuOccupancyMaxActiveBlocksPerMultiprocessor": lambda *_: (SUCCESS, 1),
@@ -39,7 +47,7 @@ class FakeDriver:
         self._contexts = {threading.current_thread(): 1}
         own = {
             "cuCtxGetCurrent": lambda: (SUCCESS, self._contexts.get(threading.current_thread(), 0)),
-            "cuDevicePrimaryCtxRetain": lambda device: (SUCCESS, 100 + device),
+            "cuDevicePrimaryCtxRetain": lambda device: (SUCCESS, 100 + (device or 0)),
             "cuCtxSetCurrent": self._set_current,
         }
         types = {name: getattr(real, name) for name in dir(real) if name.startswith("CU") or "uint" in name}
@@ -73,3 +81,29 @@ class FakeDriver:
 
         call.__name__ = name
         return call
+
+
+FACTS = driver.Facts("a GPU", (9, 0), 132, 232_448, 1000, 2000)
+
+
+@contextmanager
+def hopper(monkeypatch, **functions):
+    """Inside, calls on tensors of the CPU find Hopper by a driver that takes notes; no kernel is compiled."""
+    caches = (
+        launch.loaded, launch._why_refused, op._kernel, op._why_no_kernel, backward.kernel_on
+    )  # fmt: skip
+    fake = FakeDriver(**functions).install(monkeypatch)
+    stream = SimpleNamespace(cuda_stream=7, record_event=lambda event: event)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: FACTS.capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(driver, "facts", lambda device: FACTS)
+    monkeypatch.setattr(driver, "_set_aside", {})
+    monkeypatch.setattr(launch, "compile_kernel", lambda *_: b"cubin")
+    for cached in caches:
+        cached.cache_clear()
+    weights.clear()
+    yield fake
+    for cached in caches:
+        cached.cache_clear()
+    weights.clear()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loopmdm_kernels.cuda import compiler, driver, head, launch, sample_rows, tensor_maps
+from loopmdm_kernels.cuda import driver, head, launch, sample_rows, tensor_maps
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
 from tests.cuda.emulated import on_cuda
@@ -39,7 +39,6 @@ def notes(monkeypatch):
     monkeypatch.setattr(driver, "facts", lambda device: SimpleNamespace(sms=132))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
-    monkeypatch.setenv("LOOPMDM_CUDA_SPIN_LIMIT", "1000")
     for cached in (launch.loaded, tensor_maps.encode):
         cached.cache_clear()
     yield notes
@@ -56,8 +55,7 @@ def test_a_draw(notes, num_rows, rows_of_tile, blocks):
 
     names = [name for name, _, _ in notes.launches]
     assert names == ["modulated_rows_sm90", "sample_rows_sm90", "sample_rows_combine_sm90"]
-    macros = {"LOOPMDM_ROWS": rows_of_tile, "LOOPMDM_SPIN_LIMIT": 1000}
-    assert notes.compiled[1] == ("head/sample_rows_sm90.cu", macros, "sm_90a")
+    assert notes.compiled[1] == ("head/sample_rows_sm90.cu", {"LOOPMDM_ROWS": rows_of_tile}, "sm_90a")
     for _, config, _ in notes.launches:
         assert int(config.hStream) == 77
     rows, product, combine = (config for _, config, _ in notes.launches)
@@ -93,10 +91,3 @@ def test_nothing_is_launched_for_no_rows(notes):
     head_ = Head(*(t.to(torch.bfloat16) for t in weights[:4]))
     on_cuda("sample_rows")(hidden.float(), head_, torch.arange(0), row_rng(0))
     assert not notes.launches and not notes.compiled
-
-
-@pytest.mark.parametrize("spins", ["many", "0", "-1", "1.5"])
-def test_a_spin_limit_that_is_no_number_is_refused(monkeypatch, spins):
-    monkeypatch.setenv("LOOPMDM_CUDA_SPIN_LIMIT", spins)
-    with pytest.raises(ValueError, match=f"LOOPMDM_CUDA_SPIN_LIMIT: got '{spins}', expected"):
-        compiler.limited({})

@@ -19,6 +19,7 @@ from loopmdm_kernels.schedule import BlockShape, Tiles, build, choose, device_of
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.testing import looped_inputs
 from tests.cuda.emulated import on_cuda
+from tests.cuda.fake_driver import hopper
 
 
 @pytest.fixture
@@ -157,6 +158,8 @@ def test_what_it_does_not_do(inputs, monkeypatch):
         return op.why_not(LoopedCall(x, inputs.blocks, inputs.modulation, 2, heads, **options))
 
     monkeypatch.setattr(driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 0, 0))
+    monkeypatch.setattr(op, "_why_no_kernel", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     assert "x must be float32" in why_not(x=inputs.x.double())
     assert "must be bfloat16, got torch.float32" in why_not(compute_dtype=torch.float32)
     assert "dropout" in why_not(dropout=0.1)
@@ -182,15 +185,15 @@ def test_what_it_does_not_do(inputs, monkeypatch):
 @pytest.mark.parametrize("trains", [False, True])
 def test_widths_that_no_tiles_divide_are_a_reason(inputs, monkeypatch, trains):
     """The plan of a kernel is asked for before the backend is chosen, that of the backward pass too."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 0, 0))
     narrow = [
         b._replace(mlp_in=b.mlp_in[:160], mlp_in_bias=b.mlp_in_bias[:160], mlp_out=b.mlp_out[:, :160])
         for b in inputs.blocks
     ]
     inputs.x.requires_grad_(trains)
-    assert op.why_not(LoopedCall(inputs.x, inputs.blocks, inputs.modulation, 2, 2)) is None
-    assert "columns divide the widths" in op.why_not(LoopedCall(inputs.x, narrow, inputs.modulation, 2, 2))
+    with hopper(monkeypatch):
+        assert op.why_not(LoopedCall(inputs.x, inputs.blocks, inputs.modulation, 2, 2)) is None
+        reason = op.why_not(LoopedCall(inputs.x, narrow, inputs.modulation, 2, 2))
+    assert "columns divide the widths" in reason
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -229,8 +232,11 @@ def loaded(monkeypatch):
     class Kernel:
         clusters = 1
 
-        def __init__(self, cubin, entry, shared_bytes):
+        def __init__(self, cubin, entry, shared_bytes, device):
             seen.append((entry, shared_bytes))
+
+        def breach(self, threads):
+            return None
 
         def allow_large_clusters(self):
             seen.append("large clusters")
@@ -293,8 +299,11 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
     compiled, launched, encoded = [], [], []
 
     class Kernel:
-        def __init__(self, cubin, entry, shared):
+        def __init__(self, cubin, entry, shared, device):
             self.loaded = (cubin, entry, shared)
+
+        def breach(self, threads):
+            return None
 
         def blocks_per_sm(self, threads):
             return 1

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU (`make gpu`). Waits are limited: a fault ends in an error, not in a hang.
+"""The CUDA kernels on a GPU (`make gpu`). A wait that lasts ends in an error, not in a hang.
 
 Hopper runs the kernel for older GPUs too.
 """
@@ -25,7 +25,6 @@ def target(request, monkeypatch):
             pytest.skip("that is its own")
         own = SM80._replace(architecture=f"sm_{capability[0]}{capability[1]}")
         monkeypatch.setattr(op, "target_of", lambda capability: own)
-    monkeypatch.setenv("LOOPMDM_CUDA_SPIN_LIMIT", str(10**7))
     return own
 
 

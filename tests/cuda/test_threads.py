@@ -1,42 +1,22 @@
 """Calls from threads that have no CUDA context yet, by a driver that takes notes."""
 
 import threading
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from loopmdm_kernels.cuda import driver, launch, weights
-from loopmdm_kernels.cuda import looped_blocks as op
-from loopmdm_kernels.cuda import looped_blocks_backward as backward
+from loopmdm_kernels.cuda import driver
 from loopmdm_kernels.testing import looped_inputs
 from tests.cuda.emulated import on_cuda
-from tests.cuda.fake_driver import FakeDriver
+from tests.cuda.fake_driver import hopper
 
-FACTS = driver.Facts("a GPU", (9, 0), 132, 232_448, 1000, 2000)
 looped_blocks = on_cuda("looped_blocks")
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Hopper, whose kernels compute nothing."""
-    fake = FakeDriver().install(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: FACTS.capability)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    stream = SimpleNamespace(cuda_stream=7, record_event=lambda event: event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-    monkeypatch.setattr(driver, "facts", lambda device: FACTS)
-    monkeypatch.setattr(driver, "_set_aside", {})
-    monkeypatch.setattr(launch, "compile_kernel", lambda *_: b"cubin")
-    caches = (op._kernel, backward._kernel, launch.loaded)
-    for cached in caches:
-        cached.cache_clear()
-    weights.clear()
-    yield fake
-    for cached in caches:
-        cached.cache_clear()
-    weights.clear()
+    with hopper(monkeypatch) as driver_with_notes:
+        yield driver_with_notes
 
 
 def inputs(**options):
