@@ -23,7 +23,7 @@ _held: dict[int, tuple[driver.CapturedGraph, list[Any]]] = {}
 _lock = threading.Lock()
 
 
-class Refused(RuntimeError):
+class Breach(RuntimeError):
     """A kernel's code is not what it is written to be: another backend has to do the call."""
 
 
@@ -57,14 +57,14 @@ def loaded(
     """For the context of `device`, which must be the current one, and clusters of up to `cluster` blocks.
 
     Raises:
-        Refused: its code is not what it is written to be.
+        Breach: its code is not what it is written to be.
         RuntimeError: it does not compile or cannot be loaded.
     """
     cubin = compile_kernel(source, dict(macros), architecture)
     kernel = driver.Kernel(cubin, Path(source).stem, shared_bytes, device)
     reason = kernel.breach(threads)
     if reason is not None:
-        raise Refused(reason)
+        raise Breach(reason)
     if cluster > PORTABLE_CLUSTER:
         kernel.allow_large_clusters()
     return kernel
@@ -92,7 +92,7 @@ def why_refused(kernels: Iterable[Kernel], device: torch.device) -> str | None:
 def _why_refused(kernel: Kernel, device: torch.device) -> str | None:
     try:
         _function(kernel, device)
-    except Refused as error:
+    except Breach as error:
         return str(error)
     return None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.cuda import driver, refresh, tensor_maps
-from loopmdm_kernels.cuda.launch import Refused, keep_for_graphs, known_device, loaded, set_map
+from loopmdm_kernels.cuda.launch import Breach, keep_for_graphs, known_device, loaded, set_map
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients, kernel_on
 from loopmdm_kernels.cuda.parameters import MAP, address, defines, fields
 from loopmdm_kernels.cuda.streams import Shared
@@ -64,7 +64,7 @@ def _why_no_kernel(shape: BlockShape, target: Target, device: int, trains: bool)
         _kernel(shape, target, device)
         if trains:
             kernel_on(shape, device)
-    except (ValueError, Refused) as error:
+    except (ValueError, Breach) as error:
         return str(error)
     return None
 
