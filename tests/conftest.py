@@ -132,9 +132,8 @@ def backend(request, monkeypatch):
                 inside.enter_context(interpreted())
         elif chosen.kind == "cuda":
             request.getfixturevalue("gpu")
-        elif chosen.kind == "gpu":
-            if torch.cuda.get_device_capability() != (9, 0):
-                pytest.skip("needs compute capability 9.0")
+        elif chosen.kind == "gpu" and torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs compute capability 9.0")
         inside.enter_context(lk.use_backend(chosen.name))
         yield chosen
 

@@ -10,7 +10,6 @@ from bench import gpu_hopper, gpu_small, gpu_times
 from bench.phases import LeftOut
 from bench.probes import hopper_facts
 from loopmdm_kernels.schedule import Device, choose, measured
-from tests.gpu_free.hopper import needs_nvrtc
 
 TIMES = {32: (4.0, 2.0), 128: (4.0, 2.1), 512: (4.0, 2.0), 1024: (4.0, 2.0)}  # torch.compile, cuda
 
