@@ -5,7 +5,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm_kernels.calls import HeadCall
-from loopmdm_kernels.cuda import masked_cross_entropy, sample_rows
+from loopmdm_kernels.cuda import head, masked_cross_entropy, sample_rows
 from loopmdm_kernels.cuda.head import why_not_on
 from loopmdm_kernels.cuda.head_logits import why_not as why_no_logits
 from loopmdm_kernels.types import Head
@@ -76,16 +76,16 @@ def test_it_is_for_hopper(monkeypatch):
     assert why_not_on(device) is None
 
 
-def test_what_it_does_not_do():
-    hidden, head, _, _ = case(CUDA)
+def test_what_it_does_not_do(gpu):
+    hidden, weights, _, _ = case(CUDA)
 
     def why_not(hidden, dtype=None):
-        return sample_rows.why_not(HeadCall(hidden, head, dtype))
+        return head.why_not(HeadCall(hidden, weights, dtype))
 
     assert why_not(hidden) is None
     assert why_not(hidden.double()) == "hidden must be float32, got torch.float64"
     assert why_not(hidden, torch.float32) == "compute_dtype must be bfloat16, got torch.float32"
     wide = torch.empty(1, 1, 8).expand(2**16, 2**15, 8)
     assert why_not(wide) == "hidden may have 2^31 - 1 tokens, got 2147483648"
-    assert why_no_logits(HeadCall(hidden.requires_grad_(), head, None)) == "it has no gradients"
+    assert why_no_logits(HeadCall(hidden.requires_grad_(), weights, None)) == "it has no gradients"
     assert why_not(hidden[..., :71]) == "hidden must be a multiple of 8 wide, got 71"
