@@ -56,7 +56,7 @@ def why_not(call: LoopedCall) -> str | None:
         return _why_no_kernel(shape, target, call.x.device.index, trains)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_REMEMBERED)
 def _why_no_kernel(shape: BlockShape, target: Target, device: int, trains: bool) -> str | None:
     """No tiles divide the widths, or the code of a kernel is not what it is written to be."""
     try:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from loopmdm_kernels.cuda import driver
+from loopmdm_kernels.cuda import driver, refresh
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda.parameters import defines
 from loopmdm_kernels.schedule import Tiles, plan
@@ -59,8 +59,9 @@ def emulation(folder, *, multiprocessors=4):
         patch.setattr(driver, "set_aside_l2", lambda device: None)
         patch.setattr(op, "choose", lambda shape, device: plan._plan(shape, device, TILES))
         patch.setattr(op, "_loaded", loaded)
-        for cached in (op._kernel, op._why_no_plan):
+        patch.setattr(refresh, "kernel_on", lambda target, device: None)
+        for cached in (op._kernel, op._why_no_kernel):
             cached.cache_clear()
         yield state
-        for cached in (op._kernel, op._why_no_plan):
+        for cached in (op._kernel, op._why_no_kernel):
             cached.cache_clear()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from loopmdm_kernels import graphs
 from loopmdm_kernels.cuda import driver, launch, refresh, weights
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
@@ -220,3 +221,6 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(gpu, monkeypatch):
     fake.end("graph 3")
     weights.clear()
     assert not launch._held
+    with graphs.keeping() as read:  # as CudaGraphs does: its replays hold the list
+        launch.keep_for_graphs("a table")
+    assert read == [("a table",)] and not launch._held

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import loopmdm_kernels as lk
-from loopmdm_kernels import backends, graphs
+from loopmdm_kernels import backends
 from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.cuda import driver, launch, tensor_maps, weights
 from loopmdm_kernels.cuda import looped_blocks as op
