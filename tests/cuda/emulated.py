@@ -23,18 +23,6 @@ ALIGNMENT = 64  # of the kernel's parameters
 FENCE = 64 * 1024  # elements
 
 
-def plant(fault, folder, monkeypatch):
-    """Puts a copy of the sources in their place, with one text of a file replaced."""
-    name, text, replacement = fault
-    copy = folder / "csrc"
-    shutil.copytree(sources.folder(), copy)
-    (path,) = copy.rglob(name)
-    source = path.read_text()
-    assert text in source, "the test looks for source that is not there"
-    path.write_text(source.replace(text, replacement))
-    monkeypatch.setattr(sources, "folder", lambda: copy)
-
-
 class Fenced(NamedTuple):
     """A tensor of NaN, and memory on both sides of it that nobody may write to."""
 
@@ -80,6 +68,12 @@ def compile_kernel(source, macros, folder, *, optimize=True):
     return loaded
 
 
+def fault(library):
+    """What ended the library's last run."""
+    library.fault.restype = ctypes.c_char_p
+    return f"fault: {library.fault().decode()}"
+
+
 def compile_source(name, macros, folder, *, optimize=True):
     compiler = shutil.which("g++")
     if compiler is None:
@@ -93,7 +87,7 @@ def compile_source(name, macros, folder, *, optimize=True):
         "-Wno-unknown-pragmas",
         "-Wno-psabi",
     ]
-    include = [f"-I{EMULATOR}", f"-I{sources.folder()}"]
+    include = [f"-I{EMULATOR}", f"-I{sources.folder()}", "-include", "emulator.h"]
     flags += [f"-D{key}={value}" for key, value in macros.items()]
     command = [compiler, *flags, *include, str(EMULATOR / f"{name}.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
@@ -152,6 +146,6 @@ def run_buffers(
     maps = op.map_layouts(shape, plan, buffers, packed) if fields(target.parameters, MAP) else {}
     with placed(parameters, maps) as address:
         finished = library.run_kernel(ctypes.c_void_p(address), num_blocks, target.threads, seed)
-    assert finished, "all threads wait"
+    assert finished, fault(library)
     assert all(fenced.intact() for fenced in written.values()), "written outside of a buffer"
     return buffers

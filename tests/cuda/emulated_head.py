@@ -12,7 +12,7 @@ import torch
 from loopmdm_kernels import backends
 from loopmdm_kernels.cuda import driver, launch, tensor_maps
 from loopmdm_kernels.testing.graphs import on_device
-from tests.cuda.emulated import ALIGNMENT, compile_source, encode
+from tests.cuda.emulated import ALIGNMENT, compile_source, encode, fault
 
 MACROS = {"LOOPMDM_ROWS": (64, 128), "LOOPMDM_OF_WEIGHT": (0, 1)}  # of the two variants that are built
 
@@ -27,22 +27,23 @@ def library(variant, folder):
 
 
 class Kernel:
-    def __init__(self, function, name, state):
-        self.function, self.name, self.state = function, name, state
+    def __init__(self, library, name, state):
+        self.library, self.name, self.state = library, name, state
 
     def launch_in_order(self, blocks, threads, stream, parameters, *, early, cluster):
         assert not early and blocks % cluster == 0
         self.state.launches.append((self.name, blocks))
         memory = ctypes.create_string_buffer(2048)  # as they are now, also for what runs later
         offset = -ctypes.addressof(memory) % ALIGNMENT
-        aligned = ctypes.addressof(memory) + offset
-        ctypes.memmove(aligned, ctypes.addressof(parameters), ctypes.sizeof(parameters))
+        ctypes.memmove(
+            ctypes.addressof(memory) + offset, ctypes.addressof(parameters), ctypes.sizeof(parameters)
+        )
 
         def run():
-            finished = self.function(
-                ctypes.c_void_p(ctypes.addressof(memory) + offset), blocks, threads, self.state.seed
-            )
-            assert finished, "all threads wait"
+            address = ctypes.c_void_p(ctypes.addressof(memory) + offset)
+            self.library.plant(self.state.fault)
+            finished = getattr(self.library, f"run_{self.name}")(address, blocks, threads, self.state.seed)
+            assert finished, fault(self.library)
 
         on_device(run)
 
@@ -50,12 +51,13 @@ class Kernel:
 @contextlib.contextmanager
 def emulation(folder, *, multiprocessors=6):
     """Inside, kernels of `cuda.launch` run on the CPU; yields what tests may look at or set."""
-    state = SimpleNamespace(launches=[], seed=0, multiprocessors=multiprocessors)
+    state = SimpleNamespace(launches=[], seed=0, multiprocessors=multiprocessors, fault=-1)
+    state.plant = lambda number: setattr(state, "fault", number)
 
     def loaded(source, macros, architecture, shared_bytes, threads, device):
         name = Path(source).stem
         variant = next((MACROS[key].index(value) for key, value in macros), 0)
-        return Kernel(getattr(library(variant, str(folder)), f"run_{name}"), name, state)
+        return Kernel(library(variant, str(folder)), name, state)
 
     def facts(device):
         return SimpleNamespace(sms=state.multiprocessors)

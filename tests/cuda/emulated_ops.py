@@ -33,7 +33,8 @@ class LoopedBlocks:
 
         def run():
             address = ctypes.c_void_p(ctypes.addressof(memory) + offset)
-            assert self.library.run_kernel(address, blocks, threads, self.state.seed), "all threads wait"
+            finished = self.library.run_kernel(address, blocks, threads, self.state.seed)
+            assert finished, emulated.fault(self.library)
 
         on_device(run)
 

@@ -133,32 +133,3 @@ def test_training_takes_both_kernels(variant, tmp_path, monkeypatch):
         grads.append(dict(zip(leaves, found, strict=True)))
     for name, ours in grads[0].items():
         assert_matches_oracle(ours, grads[1][name], grads[2][name], name=name)
-
-
-# Faults in the source that the emulation must notice: what replaces what, in which file.
-FAULTS = {
-    "no wait for the inputs": (
-        "backward_loader_sm90.cuh", "wait_for(p_.counters + item.wait + i, target);", "(void)target;"
-    ),
-    "kept operands overwritten while they are read": (
-        "backward_loader_sm90.cuh", "Ring::wait_together(kept_.empty(), kept_place_.round ^ 1);", ""
-    ),
-    "a weight read along where it lies across": (
-        "looped_blocks_backward_sm90.cu", "shared_product<false, true>", "shared_product"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_noticed(fault, tmp_path, monkeypatch):
-    emulated.plant(FAULTS[fault], tmp_path, monkeypatch)
-    columns, *sizes = 64, 128, 2
-    inputs = make(sizes, 1, 40, num_blocks=1)
-    shape, plan = emulated_backward.plan_of(inputs, columns)
-    library = emulated_backward.build(shape, plan, tmp_path, optimize=False)
-    for seed in range(3):
-        try:
-            check((library, plan, sizes), inputs, 1, num_blocks=2, seed=seed)
-        except AssertionError:
-            return
-    pytest.fail("the kernel with this fault computes the right values")

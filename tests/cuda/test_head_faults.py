@@ -6,22 +6,36 @@ import torch
 from loopmdm_kernels.testing import head_inputs, reference, row_rng
 from loopmdm_kernels.types import Head
 from tests.cuda import emulated, emulated_head
+from tests.cuda.planted import EARLY_COPY, EARLY_READ, Fault, choose_and_expect, plant
 
-# What replaces what, in which file.
+# What replaces what, and how the emulation notices.
 FAULTS = {
-    "no wait for a stage": (
-        "stage_ring_sm90.cuh", "barrier_wait(full(place), place.round)", "(void)place"
+    "no wait for a stage": Fault(
+        "stage_ring_sm90.cuh", "barrier_wait(full(place), place.round)", "(void)place", EARLY_READ
     ),
-    "a stage filled while it is read": (
-        "stage_ring_sm90.cuh", "wait_together(empty(place), place.round ^ 1)", "(void)place"
+    "a stage filled while it is read": Fault(
+        "stage_ring_sm90.cuh", "wait_together(empty(place), place.round ^ 1)", "(void)place", EARLY_COPY
     ),
-    "a stage filled while the other block reads it": (
-        "stage_ring_sm90.cuh", "kPaired ? 2 * kReaders : kReaders", "kReaders"
+    "a stage filled while the other block reads it": Fault(
+        "stage_ring_sm90.cuh", "[[kPaired ? 2 * kReaders : kReaders]]);", "kReaders",
+        EARLY_COPY,
     ),
-    "panels of the right operand too near": (
+    "panels of the right operand too near": Fault(
         "head/masked_cross_entropy_product_sm90.cu",
-        "outer_major_descriptor(stage + Shape::kLeftBytes, Shape::kPanelBytes, k)",
-        "outer_major_descriptor(stage + Shape::kLeftBytes, Shape::kPanelBytes / 2, k)",
+        "outer_major_descriptor(stage + Shape::kLeftBytes, [[Shape::kPanelBytes]], k)",
+        "Shape::kPanelBytes / 2",
+    ),
+    "no fence of initialised barriers": Fault(
+        "stage_ring_sm90.cuh", "barrier_init_fence();", "", "no fence behind the initialisation of a barrier"
+    ),
+    "blocks of a pair that do not meet before the first copy": Fault(
+        "vocabulary_sm90.cuh",
+        "if (threadIdx.x == 0) ring.initialise();\n  [[Vocabulary::Ring::meet_all();]]", "",
+        "a barrier is used before its initialisation is known",
+    ),
+    "blocks of a pair that do not meet behind the last copy": Fault(
+        "vocabulary_sm90.cuh", "if (Vocabulary::kPaired) [[Vocabulary::Ring::meet_all();]]", "",
+        "shared memory of a block that has ended|a block may end while others reach into it",
     ),
 }  # fmt: skip
 
@@ -51,16 +65,20 @@ def test_without_a_fault(gpu):
     assert right(0) and right(1)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_noticed(fault, tmp_path, monkeypatch):
-    emulated.plant(FAULTS[fault], tmp_path, monkeypatch)
-    with emulated_head.emulation(tmp_path) as state:
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """The emulation of kernels that have all faults, each off until it is chosen."""
+    folder = tmp_path_factory.mktemp("planted")
+    with pytest.MonkeyPatch.context() as patch, emulated_head.emulation(folder) as state:
+        plant(FAULTS, folder, patch)
         state.multiprocessors = 2  # one pair of blocks has all tiles
-        for seed in range(3):
-            state.seed = seed
-            try:
-                if not right(seed):
-                    return
-            except AssertionError:  # all threads wait
-                return
-    pytest.fail("the kernels with this fault compute the right values")
+        yield state
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_noticed(planted, fault):
+    def check(seed):
+        planted.seed = seed
+        assert right(seed), "values"
+
+    choose_and_expect(planted, FAULTS, fault, check)

@@ -20,7 +20,7 @@ def library(tmp_path_factory):
 def run(library, work):
     arguments = refresh.Arguments(work.chunks.data_ptr(), work.fingerprints.data_ptr())
     finished = library.run_kernel(ctypes.byref(arguments), len(work.chunks), refresh.THREADS, 0)
-    assert finished, "all threads wait"
+    assert finished, emulated.fault(library)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

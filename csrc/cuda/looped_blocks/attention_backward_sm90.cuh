@@ -30,7 +30,7 @@ __device__ __forceinline__ void attention(const Parameters& p, const Instruction
       const float value =
           running.largest[half] * score_scale() * kLog2E + fast_log2(quad_sum(running.sum[half]));
       // Of a row beyond the sequence every probability is 0.
-      if (seat.thread % 4 == 0) log_sum_exp[row] = row < p.length ? value : LOOPMDM_INFINITY;
+      if (seat.thread % 4 == 0) store(log_sum_exp + row, row < p.length ? value : LOOPMDM_INFINITY);
     }
     divide_by_sums(mixed, running);
     store_bf16<kHeadDim>(mixed, p.mixed_values, Config::kHidden, item.column * kHeadDim, p, item,

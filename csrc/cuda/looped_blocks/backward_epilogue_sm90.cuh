@@ -130,7 +130,7 @@ __device__ inline void store_grad_mixed(const float (&sums)[kSums], const Parame
       }
       inner = quad_sum(inner);
       float* const heads = p.inner + p.head_rows(item, item.column * (kColumns / Config::kHeadDim) + head);
-      if (seat.thread % 4 == 0) heads[lines.row[half]] = lines.inside[half] ? inner : 0.0f;
+      if (seat.thread % 4 == 0) store(heads + lines.row[half], lines.inside[half] ? inner : 0.0f);
     }
   }
   store_record(sums, p.grad_mixed_values, Config::kHidden, p, item, seat);

@@ -14,7 +14,7 @@ __device__ inline uint32_t load_bf16_pair(const uint16_t* address) {
 }
 
 __device__ inline void store_bf16_pair(uint16_t* address, float2 value) {
-  *reinterpret_cast<uint32_t*>(address) = pack_bf16(value.x, value.y);
+  store(reinterpret_cast<uint32_t*>(address), pack_bf16(value.x, value.y));
 }
 
 // Hidden from the compiler for the reason that Seat gives.

@@ -18,7 +18,7 @@ __device__ inline void enter(const Parameters& p, const Instruction& item, int32
     for (int part = 0; part < Config::kParts; ++part) {
       const int64_t place = token * Config::kHidden + part * Config::kPart + lane;
       const float value = __ldg(p.input + place);
-      target[place] = value;
+      store(target + place, value);
       const float mean = warp_sum(value) / Config::kPart;
       const float deviations = warp_sum((value - mean) * (value - mean));
       if (lane == 0) store_pair(&p.statistics1[token * Config::kParts + part].mean, {mean, deviations});
@@ -44,7 +44,7 @@ __device__ inline void decide(const Parameters& p, const Instruction& item, int3
     size = warp_sum(size);
     if (sqrtf(changed) / sqrtf(size) < p.exit_threshold) {
       goes_on = false;
-      if (threadIdx.x == 0) *stop = loop;
+      if (threadIdx.x == 0) store(stop, loop);
     }
   }
   if (threadIdx.x == 0) {

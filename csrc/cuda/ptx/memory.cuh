@@ -101,8 +101,15 @@ __device__ inline float2 load_pair(const float* address) {
   return __ldcg(reinterpret_cast<const float2*>(address));
 }
 
+// Stores to global memory that other threads of the kernel read are all made by these two: the emulator of
+// the tests looks for their order there.
+template <class T>
+__device__ inline void store(T* address, T value) {
+  *address = value;
+}
+
 __device__ inline void store_pair(float* address, float2 value) {
-  *reinterpret_cast<float2*>(address) = value;
+  store(reinterpret_cast<float2*>(address), value);
 }
 
 // What no block writes may lie in L1.

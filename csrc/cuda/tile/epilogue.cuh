@@ -18,7 +18,7 @@ __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, 
 #pragma unroll
       for (int group = 0; group < 2; ++group) {
         const uint32_t word = pack_bf16(sums[4 * group + 2 * half], sums[4 * group + 2 * half + 1]);
-        if (row < p.length) *reinterpret_cast<uint32_t*>(line + seat.column(4 * group)) = word;
+        if (row < p.length) store(reinterpret_cast<uint32_t*>(line + seat.column(4 * group)), word);
       }
       continue;
     }
@@ -33,7 +33,8 @@ __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, 
       }
       transpose_quad(words);
       if (row < p.length) {
-        *reinterpret_cast<uint4*>(line + 32 * group) = make_uint4(words[0], words[1], words[2], words[3]);
+        store(reinterpret_cast<uint4*>(line + 32 * group),
+              make_uint4(words[0], words[1], words[2], words[3]));
       }
     }
   }
@@ -163,7 +164,8 @@ __device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, 
     const int64_t tile =
         (static_cast<int64_t>(item.sequence) * p.row_tiles + item.row) * Config::kChanges + part;
     const int warp = 4 * seat.row_group + seat.thread / 32;
-    if (threadIdx.x % 32 == 0) change[tile * 4 * Config::kRowGroups + warp] = make_float2(changed, size);
+    if (threadIdx.x % 32 == 0)
+      store(change + tile * 4 * Config::kRowGroups + warp, make_float2(changed, size));
   }
 }
 

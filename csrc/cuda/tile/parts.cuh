@@ -28,7 +28,7 @@ __device__ void store_part(const float (&sums)[kColumns / 2], const Parameters& 
   float4* const target = part_of<kColumns>(p, item, item.part, seat);
 #pragma unroll
   for (int i = 0; i < kColumns / 8; ++i) {
-    target[128 * i] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+    store(target + 128 * i, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
   }
 }
 

@@ -7,6 +7,7 @@
 namespace loopmdm {
 
 inline void copy_16(uint32_t target, const void* source, bool there) {
+  if (there && !emulator::ordered_load(source, 16)) emulator::fail("a copy of what another thread stores");
   uint8_t* const place = emulator::shared_byte(target);
   const auto copy = [=] {
     if (there) {

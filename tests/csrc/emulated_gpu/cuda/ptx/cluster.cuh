@@ -13,19 +13,24 @@ template <class Work>
 void in_block(int rank, Work work) {
   emulator::Block* const own = emulator::self().block;
   const int wanted = own->index / 2 * 2 + rank, first = emulator::state->blocks.front()->index;
-  emulator::self().block = emulator::state->blocks.at(wanted - first).get();
+  emulator::Block& reached = *emulator::state->blocks.at(wanted - first);
+  emulator::reach_into(reached);
+  emulator::self().block = &reached;
   work();
   emulator::self().block = own;
 }
 
 inline void meet_in_pair() {
   emulator::Meeting* meeting = nullptr;
-  in_block(0, [&] { meeting = &emulator::self().block->named[2]; });
-  emulator::meet(*meeting, 2 * emulator::state->threads, 0, nullptr, [](void**) {});
+  in_block(0, [&] { meeting = &emulator::self().block->pair; });
+  emulator::meet_and_tell(*meeting, 2 * emulator::state->threads);
 }
 
 inline void barrier_arrive_at(uint32_t barrier, int rank) {
-  in_block(rank, [&] { barrier_arrive(barrier); });
+  in_block(rank, [&] {
+    require_fence(barrier);
+    barrier_arrive(barrier);
+  });
 }
 
 inline void load_box_for_pair(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,

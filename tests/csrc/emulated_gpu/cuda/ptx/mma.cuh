@@ -13,18 +13,13 @@ inline float of_bf16(uint32_t word, int upper) {
   return value;
 }
 
-template <class Given, class Work>
-void together_in_warp(Given& given, Work work) {
-  emulator::meet(emulator::self().block->warps[threadIdx.x / 32], 32, threadIdx.x % 32, &given, work);
-}
-
 inline void multiply_add(float* sums, const uint32_t (&left)[4], uint32_t right_low, uint32_t right_high) {
   struct Given {
     float* sums;
     const uint32_t* left;
     uint32_t right[2];
   } given{sums, left, {right_low, right_high}};
-  together_in_warp(given, [](void** all) {
+  emulator::meet_in_warp("mma", &given, [](void** all) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const Given& of = *static_cast<Given*>(all[lane]);
@@ -48,12 +43,13 @@ inline void multiply_add(float* sums, const uint32_t (&left)[4], uint32_t right_
 }
 
 inline void load_matrices(uint32_t (&values)[4], uint32_t address, bool transposed = false) {
+  emulator::read_shared(address);
   struct Given {
     uint32_t* values;
     uint32_t address;
     bool transposed;
   } given{values, address, transposed};
-  together_in_warp(given, [](void** all) {
+  emulator::meet_in_warp("ldmatrix", &given, [](void** all) {
     for (int lane = 0; lane < 32; ++lane) {
       Given& of = *static_cast<Given*>(all[lane]);
       for (int matrix = 0; matrix < 4; ++matrix) {

@@ -1,0 +1,334 @@
+"""Faults planted in the kernels of `looped_blocks`: what replaces what, and how the emulation notices.
+docs/kernels/machinery.md has a table of them."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
+from tests.cuda import emulated_backward, test_emulated_backward, test_emulated_kernel
+from tests.cuda.planted import EARLY_COPY, EARLY_READ, Fault, choose_and_expect, plant
+from tests.cuda.test_head_faults import FAULTS as HEAD
+
+NO_FENCE = "no wgmma.fence between the use of .* and a product"
+NOT_WAITED = "sums are used before the wait for their products|a thread ends before its products"
+NO_PROXY_FENCE = "a bulk copy of what a thread stores, without order and proxy fence"
+MISSED = "a lane may miss a round of a barrier"
+UNORDERED_STORE = "two threads store to one place, in no order|a copy of what another thread stores"
+UNORDERED = f"{NO_PROXY_FENCE}|{UNORDERED_STORE}|values"
+
+# Of both kernels for Hopper, and of both for the forward pass.
+SIGNALS = {
+    "a signal before all warps are done": Fault(
+        "ring_sm90.cuh", "meet<1>(Config::kComputeThreads);", "", f"{UNORDERED}|{MISSED}"
+    ),
+    "a counter that does not release": Fault(
+        "ring_sm90.cuh",
+        "add_release(counter(item.signal), item.signal_count);",
+        "*counter(item.signal) += item.signal_count;",
+        UNORDERED,
+    ),
+    "no proxy fence before a signal": Fault("ring_sm90.cuh", "proxy_fence();", "", ""),
+}
+WAITS = {
+    "no wait for the inputs": Fault(
+        "progress.cuh", "wait_for(p.counter(item.wait + i), target);", "(void)target;", UNORDERED
+    ),
+    "a wait that does not acquire": Fault(
+        "progress.cuh",
+        "wait_for(p.counter(item.wait + i), target);",
+        "emulator::wait_until([c = p.counter(item.wait + i), target] { return *c >= target; });",
+        UNORDERED,
+    ),
+}
+FORWARD = {
+    **SIGNALS,
+    **WAITS,
+    "no proxy fence behind the waits": Fault("loader_sm90.cuh", "proxy_fence();", "", ""),
+    "no proxy fence at all": Fault(
+        "ring_sm90.cuh", "proxy_fence();", "", NO_PROXY_FENCE,
+        Fault("loader_sm90.cuh", "proxy_fence();", ""),
+    ),
+    "lanes that do not meet behind their waits": Fault(
+        "progress.cuh", "wait_for(p.counter(item.wait + i), target);\n  [[__syncwarp();]]", "", ""
+    ),
+    "a load by way of L1": Fault(
+        "rows.cuh", "load_pair(&statistics[token * Config::kParts + part].mean)",
+        "load_constant_pair(&statistics[token * Config::kParts + part].mean)",
+        "a load by way of L1 of what the kernel stores",
+    ),
+    "no fence of initialised barriers": Fault(
+        "stage_ring_sm90.cuh", "barrier_init_fence();", "", "no fence behind the initialisation of a barrier"
+    ),
+    "no meeting behind the initialisation": Fault(
+        "looped_blocks_sm90.cu", "return __syncthreads();", "return;",
+        "a barrier is used before its initialisation is known",
+    ),
+    "half of the threads meet": Fault(
+        "ring_sm90.cuh", "meet<1>(Config::kComputeThreads);", "meet<1>(Config::kComputeThreads / 2);",
+        "other threads meet at a named barrier than before",
+    ),
+    "more threads are to meet than there are": Fault(
+        "ring_sm90.cuh", "meet<1>(Config::kComputeThreads);", "meet<1>(Config::kComputeThreads + 32);",
+        "all threads wait",
+    ),
+    "half of a warp is to meet": Fault(
+        "ring_sm90.cuh", "meet<1>(Config::kComputeThreads);", "meet<1>(Config::kComputeThreads - 16);",
+        "threads name different numbers at a named barrier",
+    ),
+    "stages that do not begin at an atom": Fault(
+        "stage_ring_sm90.cuh", "skipped = [[(1024 - address % 1024) % 1024]];", "128",
+        "a box is not aligned in shared memory",
+    ),
+    "a lane alone ends a group of products": Fault(
+        "product_sm90.cuh", "products_commit();", "if (threadIdx.x % 32 == 3) products_commit();",
+        "lanes of a warp have executed different instructions|sums are used before .*",
+    ),
+    "threads store into an operand": Fault(
+        "product_sm90.cuh", "products_begin(sums, operand);",
+        "++*emulator::shared_byte(right); products_begin(sums, operand);",
+        "a product reads what a thread has stored, without proxy fence",
+    ),
+    "no wait for a stage": Fault(
+        "stage_ring_sm90.cuh", "barrier_wait(full(place), place.round)", "(void)place", EARLY_READ
+    ),
+    "a stage filled while it is read": Fault(
+        "stage_ring_sm90.cuh", "wait_together(empty(place), place.round ^ 1)", "(void)place", EARLY_COPY
+    ),
+    "lanes that do not meet behind a barrier": Fault(
+        "stage_ring_sm90.cuh", "barrier_wait(barrier, parity);\n    [[__syncwarp();]]", "",
+        f"{MISSED}|all threads wait",
+    ),
+    "a stage released before all lanes have read it": Fault(
+        "stage_ring_sm90.cuh", "release(RingPlace place) const {\n    [[__syncwarp();]]", "", EARLY_COPY
+    ),
+    "the wrong half of the keys": Fault(
+        "loader_sm90.cuh", "qkv_slot([[item.read_slot]]", "1 - item.read_slot"
+    ),
+    "a part in the place of another": Fault(
+        "parts.cuh", "item.column) * Config::kMlpOutParts + [[part]]", "0", UNORDERED
+    ),
+    "a swizzle of the wrong bits": Fault(
+        "matrix_descriptor.h", "panel + [[32]] * step", "64", "an operand begins inside of an atom|values"
+    ),
+    "no wait for the last products": Fault("product_sm90.cuh", "products_wait<0>();", "", NOT_WAITED),
+    "wait<1> for wait<0> before the sums": Fault(
+        "product_sm90.cuh", "products_wait<0>();", "products_wait<1>();", NOT_WAITED
+    ),
+    "wait<1> for wait<0> before the scores": Fault(
+        "attention_sm90.cuh", "products_wait<0>();", "products_wait<1>();", NOT_WAITED
+    ),
+    "no end of a group of products": Fault("attention_sm90.cuh", "products_commit();", "", NOT_WAITED),
+    "a stage released before its products are done": Fault(
+        "stage_ring_sm90.cuh",
+        "products_wait<1>();\n    if (step > 0) ring.release(before);",
+        "if (step > 0) ring.release(before);\n    products_wait<1>();",
+        EARLY_COPY,
+    ),
+    "a left operand made again under its products": Fault(
+        "product_sm90.cuh", "stage(operands[1], step + 1);", "stage(operands[0], step + 1);",
+        "a left operand has changed under a product",
+    ),
+    "sums touched under their products": Fault(
+        "product_sm90.cuh", "products_commit();", "products_commit(); sums[0] += 1;",
+        "sums have changed under a product",
+    ),
+    "no fence before products of the stream": Fault(
+        "product_sm90.cuh", "products_begin(sums, operand);", "", NO_FENCE
+    ),
+    "a fence without the left operand": Fault(
+        "product_sm90.cuh", "products_begin(sums, operand);", "products_begin(sums);", NO_FENCE
+    ),
+    "no fence before products of stages": Fault(
+        "stage_ring_sm90.cuh", "products_begin(sums);", "", NO_FENCE
+    ),
+    "no fence before products of attention": Fault(
+        "attention_sm90.cuh", "products_begin(scores, queries);", "", NO_FENCE,
+        Fault("attention_sm90.cuh", "products_begin(mixed, weights);", ""),
+    ),
+}  # fmt: skip
+ADAPTIVE = {
+    "progress that does not release": Fault(
+        "sequence.cuh",
+        "store_release(p.progress(item.sequence), goes_on ? loop + 1 : kFinal);",
+        "*p.progress(item.sequence) = goes_on ? loop + 1 : kFinal;",
+        "a number is read that another thread stores",
+    ),
+    "a count of the settled that does not release": Fault(
+        "sequence.cuh", "add_release(p.settled(), 1);", "*p.settled() += 1;",
+        "a number is read that another thread stores",
+    ),
+}  # fmt: skip
+CLUSTER = {
+    "weights that stay, in one place": Fault(
+        "loader_sm90.cuh", "return kept - bytes;", "return 0;", f"{EARLY_READ}|{EARLY_COPY}|values"
+    ),
+    "blocks that do not meet before the first signal": Fault(
+        "looped_blocks_sm90.cu", "p.counters[i];\n  }\n  [[meet_in_cluster();]]", "",
+        "a barrier is used before its initialisation is known",
+    ),
+    "blocks that do not meet behind the last signal": Fault(
+        "looped_blocks_sm90.cu", "if (kCounterBytes > 0) [[meet_in_cluster();]]", "",
+        "shared memory of a block that has ended|a block may end while others reach into it",
+    ),
+}  # fmt: skip
+SM80 = {
+    **WAITS,
+    "a signal before all warps are done": Fault(
+        "walk_sm80.cuh", "complete() const {\n    [[__syncthreads();]]", "", UNORDERED
+    ),
+    "a counter that does not release": Fault(
+        "walk_sm80.cuh",
+        "add_release(p_.counter(item().signal), item().signal_count);",
+        "*p_.counter(item().signal) += item().signal_count;",
+        UNORDERED,
+    ),
+    "threads that do not meet behind the waits": Fault(
+        "walk_sm80.cuh",
+        "current_->loop = loop;\n        }\n      }\n      [[__syncthreads();]]",
+        "",
+        f"{UNORDERED}|all threads wait",
+    ),
+    "a stage read before it is full": Fault(
+        "stages_sm80.cuh", "copies_wait<Config::kStages - 2>();", "copies_wait<Config::kStages - 1>();"
+    ),
+    "a stage filled while it is read": Fault("walk_sm80.cuh", "read_all() {\n    [[__syncthreads();]]", ""),
+    "a swizzle of the wrong bits": Fault(
+        "product_sm80.cuh", "(lane / 8 % 2 ^ lane % 8)", "(lane / 8 % 2 ^ lane % 4)"
+    ),
+}
+BACKWARD = {
+    **SIGNALS,
+    "no wait for the inputs": Fault(
+        "backward_loader_sm90.cuh", "wait_for(p_.counters + item.wait + i, target);", "(void)target;",
+        UNORDERED,
+    ),
+    "lanes that do not meet behind their waits": Fault(
+        "backward_loader_sm90.cuh",
+        "wait_for(p_.counters + item.wait + i, target);\n    [[__syncwarp();]]",
+        "",
+        "",
+    ),
+    "no proxy fence behind the waits": Fault("backward_loader_sm90.cuh", "proxy_fence();", "", ""),
+    "no proxy fence at all": Fault(
+        "ring_sm90.cuh", "proxy_fence();", "", NO_PROXY_FENCE,
+        Fault("backward_loader_sm90.cuh", "proxy_fence();", ""),
+    ),
+    "kept operands overwritten while they are read": Fault(
+        "backward_loader_sm90.cuh", "Ring::wait_together(kept_.empty(), kept_place_.round ^ 1);", "",
+        EARLY_COPY,
+    ),
+    "kept operands released before all lanes are done": Fault(
+        "kept_sm90.cuh", "release() const {\n    [[__syncwarp();]]", "", ""
+    ),
+    "numbers of rows read before they are there": Fault(
+        "backward_rows_sm90.cuh", "meet<1>(Config::kComputeThreads);", ""
+    ),
+    "a weight read along where it lies across": Fault(
+        "looped_blocks_backward_sm90.cu",
+        "shared_product<false, true>(sums, ring_, place_, seat, inner / Config::kStep);",
+        "shared_product(sums, ring_, place_, seat, inner / Config::kStep);",
+    ),
+    "wait<1> for wait<0> before the gradients": Fault(
+        "attention_backward_sm90.cuh", "products_wait<0>();", "products_wait<1>();", NOT_WAITED
+    ),
+    "no fence before products of attention": Fault(
+        "attention_backward_sm90.cuh", "products_begin(scores, products);", "", NO_FENCE
+    ),
+}  # fmt: skip
+
+
+class Kernel(NamedTuple):
+    variant: str  # of test_emulated_kernel.py
+    loops: int
+    faults: dict[str, Fault]
+    length: int = 40
+    batch: int = 1
+    exit_threshold: float | None = None
+
+
+KERNELS = {
+    "forward": Kernel("128 rows", 1, FORWARD, 140),  # two row tiles
+    "early exit": Kernel("128 rows", 4, ADAPTIVE, 20, 2, 0.2),
+    "cluster": Kernel("heads of 16", 2, CLUSTER, batch=3),
+    "sm80": Kernel("sm80, 64 rows", 1, SM80, 80),
+}
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory):
+    """A kernel with all of its faults, by its name; built once."""
+    known = {}
+
+    def build(name):
+        if name not in known:
+            folder = tmp_path_factory.mktemp("planted")
+            with pytest.MonkeyPatch.context() as patch:
+                known[name] = build_with_faults(name, folder, patch)
+        return known[name]
+
+    return build
+
+
+def build_with_faults(name, folder, patch):
+    if name == "backward":
+        plant(BACKWARD, folder, patch)
+        return build_backward(folder)
+    plant(KERNELS[name].faults, folder, patch)
+    variant = test_emulated_kernel.VARIANTS[KERNELS[name].variant]
+    return test_emulated_kernel.build(variant, folder, optimize=False)
+
+
+def check_forward(built, kernel, seed):
+    inputs = test_emulated_kernel.make(built.sizes, kernel.batch, kernel.length)
+    oracle, exact = test_emulated_kernel.oracle, inputs.to(torch.float64)
+    if kernel.exit_threshold is None:
+        out, _ = built.run(inputs, kernel.loops, num_blocks=5, seed=seed)
+        assert_matches_oracle(out, oracle(inputs, kernel.loops), oracle(exact, kernel.loops))
+        return
+    scale = torch.tensor([1e-2, 1e3])[:, None, None]  # the larger one changes little, and stops early
+    inputs, exact = (given._replace(x=given.x * scale) for given in (inputs, exact))
+    _, expected = oracle(exact, kernel.loops, exit_threshold=kernel.exit_threshold)
+    assert expected[0] > expected[1]
+    _, used = built.run(inputs, kernel.loops, exit_threshold=kernel.exit_threshold, num_blocks=5, seed=seed)
+    assert torch.equal(used, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [(name, fault) for name in KERNELS for fault in [None, *KERNELS[name].faults]]
+)
+def test_forward(builds, name, fault):
+    built, kernel = builds(name), KERNELS[name]
+    choose_and_expect(built.library, kernel.faults, fault, lambda seed: check_forward(built, kernel, seed))
+
+
+SIZES = (128, 2)
+
+
+def backward_inputs():
+    return looped_inputs(1, 40, *SIZES, mlp_ratio=1, num_blocks=1).to(torch.bfloat16)
+
+
+def build_backward(folder):
+    shape, plan = emulated_backward.plan_of(backward_inputs(), 64)
+    return emulated_backward.build(shape, plan, folder, optimize=False), plan, SIZES
+
+
+@pytest.mark.parametrize("fault", [None, *BACKWARD])
+def test_backward(builds, fault):
+    variant = builds("backward")
+
+    def check(seed):
+        test_emulated_backward.check(variant, backward_inputs(), 1, num_blocks=2, seed=seed)
+
+    choose_and_expect(variant[0], BACKWARD, fault, check)
+
+
+def test_the_page_has_all_faults():
+    page = (Path(__file__).parents[2] / "docs/kernels/machinery.md").read_text()
+    listed = set(re.findall(r"^\| (.+?) \| [^|]+ \|$", page, re.MULTILINE))
+    planted = {fault for faults in (FORWARD, ADAPTIVE, CLUSTER, SM80, BACKWARD, HEAD) for fault in faults}
+    assert planted <= listed, planted - listed
