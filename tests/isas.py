@@ -37,7 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = ["attention", "head_logits", "looped_blocks", "masked_cross_entropy", "sample_rows"]
 ON_KERNELS = ["ops", "mdlm", "model", "sampling", "study", "train", "quality", "tools"]
 WITHOUT_VECTORS = ["ops", "mdlm"]
-WITH_NUMPY = ["ops", *OPS, "triton", "model", "study", "train"]
+WITH_NUMPY = [*OPS, "triton", "model", "study", "train"]
+BY_NUMPY = "triton or model or study or train"  # of the tests of an op, those of interpreted kernels
 ALL = ["cpu", *OPS, "triton", *ON_KERNELS]
 VARIABLES = (
     "LOOPMDM_CPU_ISA",
@@ -52,13 +53,14 @@ AVX2 = dict(zip(VARIABLES, ("avx2", "avx2", "AVX2", "AVX2"), strict=False))
 class Mode(NamedTuple):
     variables: dict[str, str]  # beside which none of VARIABLES is set
     folders: list[str]
+    only: str = ""  # what pytest's -k takes
 
 
 def modes() -> dict[str, Mode]:
     isas = _C.usable_cpu_isas().split(", ")
     found = {"avx2 everywhere": Mode(AVX2, ALL)} if "avx2" in isas else {}
     for core in ("Haswell", "Zen", *(["SkylakeX"] if "avx512" in isas else [])):
-        found[f"OPENBLAS_CORETYPE={core}"] = Mode({"OPENBLAS_CORETYPE": core}, WITH_NUMPY)
+        found[f"OPENBLAS_CORETYPE={core}"] = Mode({"OPENBLAS_CORETYPE": core}, WITH_NUMPY, BY_NUMPY)
     for isa in isas:
         if isa not in ("avx2", _C.cpu_isa()):
             folders = WITHOUT_VECTORS if isa == "generic" else ON_KERNELS
@@ -66,16 +68,17 @@ def modes() -> dict[str, Mode]:
     return found
 
 
-def run(mode: str, variables: dict[str, str], tests: list[str], jobs: int) -> tuple[bool, str]:
+def run(name: str, mode: Mode, tests: list[str], jobs: int) -> tuple[bool, str]:
     """Whether all passed, and the line that says so."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     parallel = ["-n", str(jobs)] if jobs > 1 else []
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "--no-header", *parallel, *tests],
+            [sys.executable, "-m", "pytest", "-q", "--no-header", *parallel, *tests]
+            + (["-k", mode.only] if mode.only else []),
             cwd=ROOT,
-            env=environment | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache} | variables,
+            env=environment | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache} | mode.variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -87,7 +90,7 @@ def run(mode: str, variables: dict[str, str], tests: list[str], jobs: int) -> tu
     failed = counts["failed"] + counts["error"]
     said = f"{counts['passed']} passed, {failed} failed, {counts['skipped']} skipped"
     names = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    status = f"{mode:<29} {said}, {time.monotonic() - start:.0f} s"
+    status = f"{name:<29} {said}, {time.monotonic() - start:.0f} s"
     if done.returncode != 0 and not failed:
         status += f"; pytest ended with {done.returncode}: {summary}"
     return done.returncode == 0, "\n".join([status, *names])
@@ -116,7 +119,7 @@ def main() -> int:
         if arguments.only and name not in arguments.only:
             continue
         tests = arguments.tests or [f"tests/{folder}" for folder in mode.folders]
-        passed, line = run(name, mode.variables, tests, arguments.jobs)
+        passed, line = run(name, mode, tests, arguments.jobs)
         print(line, flush=True)
         good &= passed
         lines.append(line)
