@@ -34,9 +34,9 @@ def reserved(monkeypatch):
     return sizes
 
 
-def check(model, reserved, **options):
+def check(model, reserved, *, backend="triton", **options):
     """Samples without and with graphs are the same bits."""
-    with lk.use_backend("triton"):
+    with lk.use_backend(backend):
         plain = sample(model, history=True, **options)
         graphed = sample(model, history=True, cuda_graphs=True, **options)
     assert reserved
@@ -51,6 +51,14 @@ def check(model, reserved, **options):
 def test_the_same_samples(make_model, reserved, plan, order, dtype):
     model = make_model(**SIZES, max_length=96).to("cuda", dtype)
     check(model, reserved, length=[96] * 9 + [50] * 4, steps=128, plan=plan, order=order, seed=3)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_the_cuda_kernels(make_model, reserved, plan):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    model = make_model(**SIZES, max_length=96).to("cuda", torch.bfloat16)
+    check(model, reserved, backend="cuda", length=[96] * 9 + [50] * 4, steps=64, plan=plan, seed=3)
 
 
 def test_autocast_and_conditioning_on_time(make_model, reserved):
