@@ -37,7 +37,6 @@ from loopmdm_kernels.testing import assert_matches_oracle, reference
 PACKAGES = ("torch", "triton", "cuda-bindings", "numpy", "nvidia-ml-py", "liger-kernel", "flashinfer-python")
 WIDTHS = ((64, 4), (128, 4), (256, 8), (512, 8), (768, 12), (1024, 16), (1024, 8))  # hidden size, heads
 LENGTHS = (1, 32, 64, 81, 128, 256, 512, 1000, 1024)
-REGISTERS = 168  # of a thread of a kernel that moves registers between warp groups
 REPEATS = 200
 _FORK = multiprocessing.get_context("fork")
 _INTERPRETER = ExitStack()  # of a dry run, to its end
@@ -69,14 +68,14 @@ class Compiled(NamedTuple):
     source: str
     macros: Mapping[str, int]
     shared_bytes: int
-    moves_registers: bool
+    threads: int
 
 
 def kernels_of(limits: driver.Facts) -> dict[str, Compiled]:
     """What tests and benchmarks launch on this GPU, each once."""
     target = targets.target_of(limits.capability)
     device, hopper = target.used_of(known_device(limits)), target is targets.SM90
-    found = {"refresh": Compiled(refresh.SOURCE, {}, 0, False)}
+    found = {"refresh": Compiled(refresh.SOURCE, {}, refresh.SHARED_BYTES, refresh.THREADS)}
     for hidden, heads in WIDTHS:
         if hidden // heads not in target.head_dims:
             continue
@@ -84,15 +83,18 @@ def kernels_of(limits: driver.Facts) -> dict[str, Compiled]:
             shape = BlockShape(1, length, hidden, heads, 4 * hidden, 2)
             plan = choose(shape, device)
             name = f"forward, {hidden} wide, {heads} heads, {length} tokens"
-            found[name] = Compiled(target.source, defines(shape, plan), plan.shared_bytes, hopper)
+            found[name] = Compiled(target.source, defines(shape, plan), plan.shared_bytes, target.threads)
             if hopper and hidden // heads in looped_blocks_backward.HEAD_DIMS:
                 back = choose_backward(shape, device)
                 found[name.replace("forward", "backward")] = Compiled(
-                    looped_blocks_backward.SOURCE, backward_defines(shape, back), back.shared_bytes, True
+                    looped_blocks_backward.SOURCE,
+                    backward_defines(shape, back),
+                    back.shared_bytes,
+                    target.threads,
                 )
     for kernel in HEAD_KERNELS if hopper else ():
         name = ", ".join([Path(kernel.source).stem, *(f"{key} {value}" for key, value in kernel.macros)])
-        found[name] = Compiled(kernel.source, dict(kernel.macros), kernel.shared_bytes, kernel.threads == 384)
+        found[name] = Compiled(kernel.source, dict(kernel.macros), kernel.shared_bytes, kernel.threads)
     different: dict[tuple[Any, ...], str] = {}
     for name, kernel in found.items():
         different.setdefault((kernel.source, *sorted(kernel.macros.items())), name)
@@ -129,20 +131,9 @@ def _compiled(kernel: Compiled, architecture: str) -> bytes | str:
 
 
 def as_declared(kernel: Compiled, cubin: bytes) -> str:
-    bindings = driver.bindings()
-    names = bindings.CUfunction_attribute
     loaded = driver.Kernel(cubin, Path(kernel.source).stem, kernel.shared_bytes)
-
-    def value(name: Any) -> int:
-        return int(driver.check(bindings.cuFuncGetAttribute(name, loaded._function), "cuFuncGetAttribute"))
-
-    local = value(names.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)
-    registers = value(names.CU_FUNC_ATTRIBUTE_NUM_REGS)
-    if local:
-        return f"{WRONG}{local} bytes of local memory a thread, {registers} registers"
-    if kernel.moves_registers and registers != REGISTERS:
-        return f"{WRONG}{registers} registers a thread, expected {REGISTERS}"
-    return RIGHT
+    reason = loaded.breach(kernel.threads)
+    return RIGHT if reason is None else WRONG + reason
 
 
 # An op with its gradients, or without: the tensors that are compared with those in float64.

@@ -29,21 +29,15 @@ def test_kernels_of_a_gpu():
         "looped_blocks/looped_blocks_sm80.cu",
         "looped_blocks/refresh_weights.cu",
     }
-    assert not any(kernel.moves_registers for kernel in older.values())
+    assert {kernel.threads for kernel in older.values()} == {256}
 
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """A driver that says these of every function, and a compiler that fails at heads."""
-    said = {"local": 0, "registers": 168}
-    attributes = SimpleNamespace(
-        CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES="local", CU_FUNC_ATTRIBUTE_NUM_REGS="registers"
-    )
-    bindings = SimpleNamespace(
-        CUfunction_attribute=attributes, cuFuncGetAttribute=lambda name, function: (0, said[name])
-    )
-    monkeypatch.setattr(driver, "bindings", lambda: bindings)
-    monkeypatch.setattr(driver, "Kernel", lambda cubin, name, shared: SimpleNamespace(_function=name))
+    """A driver that finds this in every kernel, and a compiler that fails at those of head_logits."""
+    said = {"breach": None}
+    kernel = SimpleNamespace(breach=lambda threads: said["breach"] and f"{threads} threads: {said['breach']}")
+    monkeypatch.setattr(driver, "Kernel", lambda cubin, name, shared: kernel)
     monkeypatch.setattr(driver, "facts", lambda device: facts())
     monkeypatch.setattr(driver, "why_unavailable", lambda capability: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -65,12 +59,9 @@ def test_the_contract(loaded):
     assert set(found) == set(gpu_checks.kernels_of(facts()))
     for name, value in found.items():
         assert value == ("wrong: it does not compile" if name.startswith("head_logits") else RIGHT), name
-    kernel = Compiled("looped_blocks/x.cu", {}, 0, moves_registers=True)
-    loaded["registers"] = 170
-    assert gpu_checks.as_declared(kernel, b"") == "wrong: 170 registers a thread, expected 168"
-    assert gpu_checks.as_declared(kernel._replace(moves_registers=False), b"") == RIGHT
-    loaded["local"] = 304
-    assert gpu_checks.as_declared(kernel, b"") == "wrong: 304 bytes of local memory a thread, 170 registers"
+    loaded["breach"] = "304 bytes of local memory"
+    kernel = Compiled("looped_blocks/x.cu", {}, 0, threads=384)
+    assert gpu_checks.as_declared(kernel, b"") == "wrong: 384 threads: 304 bytes of local memory"
 
 
 def test_bits_that_move():
