@@ -130,7 +130,7 @@ def _nvrtc() -> Any:
 
         nvrtc.nvrtcVersion()  # loads the library
     except ImportError as error:
-        raise RuntimeError("cuda-python is not installed: pip install 'loopmdm-kernels[gpu]'") from error
+        raise RuntimeError("cuda-bindings is not installed: pip install 'loopmdm-kernels[gpu]'") from error
     except (RuntimeError, OSError) as error:
         raise RuntimeError(f"NVRTC cannot be loaded (pip install nvidia-cuda-nvrtc): {error}") from error
     return nvrtc

@@ -1,4 +1,4 @@
-"""The CUDA driver through cuda-python: why it cannot be used here, and the few calls that are needed."""
+"""The CUDA driver through cuda-bindings: why it cannot be used here, and the few calls that are needed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def bindings() -> Any:
     """The module cuda.bindings.driver.
 
     Raises:
-        RuntimeError: cuda-python or the driver is missing, or the driver is too old; says what to do.
+        RuntimeError: cuda-bindings or the driver is missing, or the driver is too old; says what to do.
     """
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise RuntimeError("cuda-python is not installed: pip install 'loopmdm-kernels[gpu]'") from error
+        raise RuntimeError("cuda-bindings is not installed: pip install 'loopmdm-kernels[gpu]'") from error
     try:
         status, version = driver.cuDriverGetVersion()
     except (RuntimeError, OSError) as error:

@@ -12,7 +12,7 @@ from loopmdm_kernels.cuda import driver, launch, weights
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
 
-pytest.importorskip("cuda.bindings", reason="cuda-python is not installed")
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from cuda.bindings import driver as real
 
 ATTRIBUTES = real.CUfunction_attribute

@@ -104,7 +104,7 @@ def test_a_call_that_finds_packed_weights_refreshes_them(monkeypatch):
 
 
 def test_the_kernel_compiles(tmp_path):
-    pytest.importorskip("cuda.bindings", reason="cuda-python is not installed")
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
     from loopmdm_kernels.cuda import compiler, sources
 
     source = sources.folder() / "cuda" / refresh.SOURCE

@@ -59,7 +59,7 @@ def macros(shape: BlockShape, device: Device = HOPPER) -> list[str]:
 
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the path")
-needs_nvrtc = pytest.mark.skipif(not installed("cuda.bindings"), reason="cuda-python is not installed")
+needs_nvrtc = pytest.mark.skipif(not installed("cuda.bindings"), reason="cuda-bindings is not installed")
 needs_cuobjdump = pytest.mark.skipif(tool("cuobjdump") is None, reason="there is no cuobjdump")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
