@@ -160,7 +160,10 @@ def _entries(
             continue
         race = alone.get(_key(entry), races[_question(entry)])
         if "error" in race:
-            entry["why"] = f"right, but its time is not known: {race['error']}"
+            entry |= {"right": False, "why": f"at the sizes that are timed: {race['error']}"}
+            continue
+        if entry["backend"] in race["wrong"]:
+            entry |= {"right": False, "why": race["wrong"][entry["backend"]]}
             continue
         entry["seconds"] = _seconds(entry["backend"], race["seconds"], peers.get(_question(entry), {}))
         ratios = [times["eager"] / times["ours"] for times in entry["seconds"].values() if "ours" in times]

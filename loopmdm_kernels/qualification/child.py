@@ -53,7 +53,7 @@ def _done(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
         if task["kind"] == "check":
             finding = check(task["backend"], *question)
         elif task["kind"] == "race":
-            finding = {"seconds": race(task["backends"], *question)}
+            finding = race(task["backends"], *question)
         else:
             finding = {"seconds": compiled_race(*question)}
         if device.type == "cuda":

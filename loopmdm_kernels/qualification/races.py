@@ -1,8 +1,10 @@
-"""How long backends take beside plain PyTorch, eager and compiled, at a few sizes."""
+"""How long backends take beside plain PyTorch, eager and compiled, at a few sizes; and whether they are right
+there too, where they have more tiles than in the checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +21,19 @@ from loopmdm_kernels.calls import (
     HeadCall,
     LoopedCall,
     SampleCall,
+    apart,
+    together,
 )
+from loopmdm_kernels.qualification.cases import DOUBLE, Results, by_the_rule
 from loopmdm_kernels.testing.generators import head_inputs, looped_inputs, row_rng
 from loopmdm_kernels.testing.timers import interleaved_medians
 from loopmdm_kernels.types import BlockWeights, Head
 
 EAGER, COMPILED = "eager", "compiled"
 REPEATS = 7
+_FAR = (
+    8.0  # times the error of plain PyTorch: the rule itself is for the checks, what is wrong here is a tile
+)
 # Of the small model on a GPU, of a smaller one on a CPU: hidden size, heads, vocabulary, loops.
 _WIDTHS = {"cuda": (768, 12, 50_258, 4), "cpu": (256, 4, 8192, 2)}
 # (B, L) of blocks; rows of the head.
@@ -35,19 +43,27 @@ _ROWS = {"cuda": (64, 1024), "cpu": (16, 128)}
 
 def race(
     backends: Sequence[str], op: str, direction: str, dtype: torch.dtype, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Median seconds of each backend and of eager PyTorch, for each size; they take turns."""
-    found = {}
+) -> dict[str, Any]:
+    """{"seconds": {size: {backend or eager: median}}, "wrong": {backend: why}}; they take turns."""
+    seconds: dict[str, dict[str, float]] = {}
+    wrong: dict[str, str] = {}
     for size, call in calls(op, dtype, device, gradients=direction == "gradients"):
-        variants = {name: partial(_on, name, call) for name in backends}
+        with lk.use_backend("reference"):
+            plain, exact = _results(call), _results(_in_float64(call))
+        variants: dict[str, Callable[[], object]] = {}
         for name in backends:
             try:
-                variants[name]()
+                with lk.use_backend(name):
+                    out = _results(call)
+                by_the_rule(out, plain, exact, factor=_FAR)
             except Refused:
-                del variants[name]
+                continue
+            except AssertionError as error:
+                wrong.setdefault(name, f"{size}: {error}")
+            variants[name] = partial(_on, name, call)
         variants[EAGER] = partial(_on, "reference", call)
-        found[size] = interleaved_medians(variants, repeats=REPEATS)
-    return found
+        seconds[size] = interleaved_medians(variants, repeats=REPEATS)
+    return {"seconds": seconds, "wrong": wrong}
 
 
 def compiled_race(
@@ -56,7 +72,7 @@ def compiled_race(
     """Median seconds of compiled PyTorch beside eager, at the last size: each one is compiled for itself."""
     *_, (size, call) = calls(op, dtype, device, gradients=direction == "gradients")
     run = torch.compile(kernel("reference", op), dynamic=False)
-    variants = {COMPILED: partial(_timed, run, call), EAGER: partial(_on, "reference", call)}
+    variants = {COMPILED: partial(_run, run, call), EAGER: partial(_on, "reference", call)}
     return {size: interleaved_medians(variants, repeats=REPEATS)}
 
 
@@ -115,18 +131,37 @@ def calls(
 
 def _on(backend: str, call: Call) -> None:
     with lk.use_backend(backend):
-        _timed(_PUBLIC[type(call)], call)
+        _run(_PUBLIC[type(call)], call)
 
 
-def _timed(run: Callable[[Any], Any], call: Call) -> None:
+def _run(run: Callable[[Any], Any], call: Call) -> tuple[Any, tuple[Tensor, ...]]:
+    """What it returns, and the gradients that are wanted of its sum."""
     leaves = [leaf for leaf in call.leaves if leaf is not None and leaf.requires_grad]
     if not leaves:
         with torch.no_grad():
-            run(call)
-        return
+            return run(call), ()
     out = run(call)
     result = out if isinstance(out, Tensor) else out[0]
-    torch.autograd.grad(result.sum(), leaves)
+    return out, torch.autograd.grad(result.sum(), leaves)
+
+
+def _results(call: Call) -> Results:
+    """What can be compared: not a sum of many terms, nor what goes by a token that was drawn."""
+    out, gradients = _run(_PUBLIC[type(call)], call)
+    if isinstance(call, SampleCall):
+        return {name: getattr(out, name) for name in ("top1_prob", "top2_prob", "entropy")}
+    found = out if isinstance(out, Tensor) else out[1]
+    return {"out": found.detach(), **{f"gradient {i}": grad for i, grad in enumerate(gradients)}}
+
+
+def _in_float64(call: Call) -> Call:
+    tensors, rest = apart(call.arguments())
+    wide = []
+    for tensor in tensors:
+        leaf = tensor.detach().to(DOUBLE) if tensor.is_floating_point() else tensor
+        wide.append(leaf.requires_grad_(tensor.requires_grad) if leaf is not tensor else tensor)
+    same = type(call).of(*together(wide, rest))
+    return same if isinstance(same, AttentionCall) else replace(same, compute_dtype=None)  # type: ignore[call-arg]
 
 
 def _of_head(op: Callable[..., Any], *names: str) -> Callable[[Any], Any]:

@@ -31,7 +31,7 @@ def planted(run, fault, late=0):
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it")
         print("a library says something", flush=True)
         out = run(call)
-        if fault == "wrong":
+        if fault == "wrong" or (fault == "wrong if large" and call.q.numel() > 2**16):
             return out + 0.01
         if fault == "unwritten":
             return torch.cat((out[..., :-1], torch.empty_like(out[..., -1:])), dim=-1)

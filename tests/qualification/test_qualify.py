@@ -20,7 +20,7 @@ from loopmdm_kernels import qualification, verdicts
 from loopmdm_kernels.cpu import attention, sample_rows
 from loopmdm_kernels.graphs import captured_by
 from loopmdm_kernels.locks import Lock
-from loopmdm_kernels.qualification import processes
+from loopmdm_kernels.qualification import processes, races
 from loopmdm_kernels.qualification.checks import SAME_CALLS, check
 from loopmdm_kernels.testing import RecordedGraphs
 from tests.qualification import planted
@@ -154,7 +154,7 @@ def test_a_failure_ends_only_itself(plant, monkeypatch, tmp_path):
         ("forward", "bfloat16"): ("hang", "did not end within 3600 s"),
         ("gradients", "bfloat16"): (
             "crash if large",
-            "right, but its time is not known: ended by SIGSEGV: a library says something",
+            "at the sizes that are timed: ended by SIGSEGV: a library says something",
         ),
     }
     plant([(" ".join(question), fault) for question, (fault, _) in faults.items()])
@@ -179,10 +179,19 @@ def test_a_failure_ends_only_itself(plant, monkeypatch, tmp_path):
     found = by_question(verdict)
     for question, (fault, why) in faults.items():
         entry, other = (found[("attention", *question, name)] for name in ("cpu", "reference"))
-        assert entry["right"] is (fault == "crash if large") and entry["speedup"] is None
+        assert entry["right"] is False and entry["speedup"] is None
         assert entry["why"].startswith(why)
         assert other["right"] is True and other["speedup"] > 0 and other["why"] is None
         assert verdicts.standing(CPU).orders[("attention", *question)] == ()
+
+
+@pytest.mark.parametrize("direction", ["forward", "gradients"])
+def test_what_is_wrong_at_large_sizes_alone_is_found(monkeypatch, direction):
+    given = "attention", direction, torch.float32, CPU
+    assert races.race(["cpu"], *given)["wrong"] == {}
+    monkeypatch.setattr(attention, "run", planted.planted(attention.run, "wrong if large"))
+    assert check("cpu", *given)["right"] is True
+    assert races.race(["cpu"], *given)["wrong"]["cpu"].startswith("B4 L128 D256: out: error")
 
 
 def test_the_clock_stands_still_while_others_compute():
