@@ -50,7 +50,7 @@ def race(
     for size, call in calls(op, dtype, device, gradients=direction == "gradients"):
         with lk.use_backend("reference"):
             plain, exact = _results(call), _results(_in_float64(call))
-        variants: dict[str, Callable[[], object]] = {}
+        variants: dict[str, Callable[[], Any]] = {}
         for name in backends:
             try:
                 with lk.use_backend(name):

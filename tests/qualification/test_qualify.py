@@ -177,7 +177,7 @@ def test_a_failure_ends_only_itself(plant, monkeypatch, tmp_path):
     dtypes = ["float32", "bfloat16"]
     verdict = lk.qualify("cpu", backends=["reference", "cpu"], **{**SMALL, "dtypes": dtypes})
     found = by_question(verdict)
-    for question, (fault, why) in faults.items():
+    for question, (_, why) in faults.items():
         entry, other = (found[("attention", *question, name)] for name in ("cpu", "reference"))
         assert entry["right"] is False and entry["speedup"] is None
         assert entry["why"].startswith(why)
