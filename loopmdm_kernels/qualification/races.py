@@ -31,9 +31,8 @@ from loopmdm_kernels.types import BlockWeights, Head
 
 EAGER, COMPILED = "eager", "compiled"
 REPEATS = 7
-_FAR = (
-    8.0  # times the error of plain PyTorch: the rule itself is for the checks, what is wrong here is a tile
-)
+# Times the error of plain PyTorch: the rule is for the checks, and a wrong tile is far off.
+_FAR = 8.0
 # Of the small model on a GPU, of a smaller one on a CPU: hidden size, heads, vocabulary, loops.
 _WIDTHS = {"cuda": (768, 12, 50_258, 4), "cpu": (256, 4, 8192, 2)}
 # (B, L) of blocks; rows of the head.
@@ -72,7 +71,10 @@ def compiled_race(
     """Median seconds of compiled PyTorch beside eager, at the last size: each one is compiled for itself."""
     *_, (size, call) = calls(op, dtype, device, gradients=direction == "gradients")
     run = torch.compile(kernel("reference", op), dynamic=False)
-    variants = {COMPILED: partial(_run, run, call), EAGER: partial(_on, "reference", call)}
+    variants: dict[str, Callable[[], Any]] = {
+        COMPILED: partial(_run, run, call),
+        EAGER: partial(_on, "reference", call),
+    }
     return {size: interleaved_medians(variants, repeats=REPEATS)}
 
 
