@@ -1,5 +1,7 @@
 """The kernels of the vocabulary head: what is compiled, and how their parameters must lie."""
 
+from hopper import layout
+
 from loopmdm_kernels.cuda import head, head_logits, masked_cross_entropy, sample_rows
 from loopmdm_kernels.cuda.head import with_logits
 
@@ -19,10 +21,6 @@ KERNELS = {
     "gradient_product, weight": masked_cross_entropy.OF_WEIGHT,
     "modulated_rows_backward": masked_cross_entropy.ROWS_BACKWARD,
 }
-BY_NVRTC = (
-    "sample_rows, 64 rows",
-    "gradient_product, rows",
-)  # the others by nvcc
 
 PARAMETERS = {
     "modulated_rows": head.ModulatedRowsParameters,
@@ -37,3 +35,14 @@ PARAMETERS = {
 }
 # Bytes of shared memory as the kernel counts them.
 SHARED = {"LOOPMDM_ROWS": "Vocabulary::Ring::kBytes", "LOOPMDM_OF_WEIGHT": "GradientProduct::Ring::kBytes"}
+
+
+def assertions(name: str) -> list[str]:
+    """Lines behind the source: its parameters lie, and its shared memory is, as they are written here."""
+    kernel, lines = KERNELS[name], []
+    if name in PARAMETERS:
+        written = PARAMETERS[name]
+        lines += layout(written, f"loopmdm::{written.__name__}")
+    for macro, _ in kernel.macros:
+        lines.append(f"static_assert(loopmdm::{SHARED[macro]} == {kernel.shared_bytes});")
+    return lines

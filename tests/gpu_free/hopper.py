@@ -112,8 +112,8 @@ def nvcc_source(source: str, options: list[str], target: Path, arch: str = "sm_9
     return result.stderr
 
 
-def nvrtc_ptx(source: str, options: list[str], arch: str = "sm_90a") -> str:
-    """The PTX that NVRTC makes of a source text."""
+def nvrtc(source: str, options: list[str], arch: str = "sm_90a") -> tuple[str, bytes]:
+    """The PTX and the cubin that NVRTC makes of a source text."""
     from cuda.bindings import nvrtc
 
     def value(result: tuple[Any, ...]) -> Any:
@@ -130,7 +130,10 @@ def nvrtc_ptx(source: str, options: list[str], arch: str = "sm_90a") -> str:
         value(nvrtc.nvrtcCompileProgram(program, len(arguments), [a.encode() for a in arguments]))
         text = bytearray(value(nvrtc.nvrtcGetPTXSize(program)))
         value(nvrtc.nvrtcGetPTX(program, text))
-        return bytes(text).decode().rstrip("\0")
+        cubin = bytearray(value(nvrtc.nvrtcGetCUBINSize(program)))
+        if cubin:
+            value(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return bytes(text).decode().rstrip("\0"), bytes(cubin)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

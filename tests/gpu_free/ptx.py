@@ -57,11 +57,14 @@ def _statements(body: str) -> tuple[list[Statement], dict[str, list[str]]]:
                 for name in re.findall(r"[\w$%]+", part.split(None, 2)[2]):
                     scopes[-1][name] = f"%{name.lstrip('%')}_in{number}"
         elif part.endswith(":"):
-            statements.append(Statement(_renamed(part[:-1].strip(), scopes), "", "", ()))
+            statements.append(Statement(_inside(part[:-1].strip(), scopes, number), "", "", ()))
         elif match := re.match(r"(\S+):\s*\.branchtargets\s+(.*)", part, re.S):
             targets[match[1]] = [label.strip() for label in match[2].split(",")]
         elif not part.startswith("."):
-            statements.append(_statement(_renamed(part, scopes)))
+            statement = _statement(_renamed(part, scopes))
+            if statement.opcode.startswith("bra"):
+                statement = statement._replace(operands=(_inside(statement.operands[0], scopes, number),))
+            statements.append(statement)
     return statements, targets
 
 
@@ -88,6 +91,11 @@ def _renamed(text: str, scopes: list[dict[str, str]]) -> str:
     return text
 
 
+def _inside(label: str, scopes: list[dict[str, str]], number: int) -> str:
+    """A label of inline assembly is known in its braces only; those of the compiler begin with a dollar."""
+    return f"{label}_in{number}" if scopes and not label.startswith("$") else label
+
+
 def _statement(text: str) -> Statement:
     match = re.match(r"(?:@(!?\S+)\s+)?([\w.:]+)\s*(.*)", text, re.S)
     if match is None:
@@ -110,6 +118,21 @@ def split(text: str) -> list[str]:
 def registers(text: str) -> list[str]:
     """Those named in an operand, the special ones left out."""
     return [name for name in re.findall(r"%[\w$]+(?:\.[xyz])?", text) if not _SPECIAL.fullmatch(name)]
+
+
+def following(kernel: Kernel) -> list[list[int]]:
+    """For each statement the numbers of those that may come next."""
+    labels = {each.label: number for number, each in enumerate(kernel.statements) if each.label}
+    found = []
+    for number, each in enumerate(kernel.statements):
+        name = each.opcode.partition(".")[0]
+        onward = [] if name in ("bra", "brx", "ret", "exit") and not each.predicate else [number + 1]
+        if name == "bra":
+            onward.append(labels[each.operands[0]])
+        elif name == "brx":
+            onward += [labels[label] for label in kernel.targets[each.operands[1]]]
+        found.append([number for number in onward if number < len(kernel.statements)])
+    return found
 
 
 _SPECIAL = re.compile(

@@ -1,6 +1,5 @@
 """The backward kernel compiles without a GPU, and its machine code is what it is meant to be."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -9,31 +8,18 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # tests are imported by path
+import builds  # noqa: E402
 import hopper  # noqa: E402
 
-from loopmdm_kernels.cuda.looped_blocks_backward import SOURCE, parameters_of_kernel  # noqa: E402
-from loopmdm_kernels.cuda.parameters import backward_defines  # noqa: E402
-from loopmdm_kernels.schedule import BlockShape, choose_backward  # noqa: E402
-
-CONTRACT = json.loads((HERE / "hopper_backward_contract.json").read_text())
-SHAPES = {
-    "small": hopper.SHAPES["small, 1024 tokens"],
-    "1024 wide": BlockShape(1, 1024, 1024, 16, 4096, 2),
-}
+from loopmdm_kernels.cuda.looped_blocks_backward import parameters_of_kernel  # noqa: E402
+from loopmdm_kernels.schedule import choose_backward  # noqa: E402
 
 
-def macros(shape):
-    return [f"-D{name}={value}" for name, value in backward_defines(shape, choose_backward(shape)).items()]
-
-
-@hopper.needs_nvcc
-@hopper.needs_cuobjdump
-@pytest.mark.parametrize("name", SHAPES)
-def test_contract(name, tmp_path):
+@pytest.mark.parametrize("name", builds.each("backward"))
+def test_contract(name, built):
     """Registers and shared memory as declared; WGMMA, TMA, moving registers; nothing in local memory."""
-    shape, expected = SHAPES[name], CONTRACT[name]
-    cubin = tmp_path / "kernel.cubin"
-    messages = hopper.nvcc_source(SOURCE, macros(shape), cubin)
+    shape, expected = builds.BACKWARD_SHAPES[name], builds.CONTRACTS["backward"][name]
+    cubin, _, messages = built("backward", name)
     hopper.assert_nothing_serialised(messages)
     assert choose_backward(shape).shared_bytes == expected["shared_bytes"]
     counts = hopper.assert_as_declared(cubin, expected)
@@ -48,7 +34,7 @@ def test_parameters_lie_as_the_kernel_reads_them(tmp_path):
     checks = hopper.layout(parameters_of_kernel(), "loopmdm::backward::Parameters")
     source = tmp_path / "offsets.cu"
     source.write_text("\n".join(['#include "cuda/looped_blocks/backward_config_sm90.cuh"', *checks]))
-    hopper.nvcc_source(str(source), macros(SHAPES["small"]), tmp_path / "out")
+    hopper.nvcc_source(str(source), builds.options_of("backward", "small"), tmp_path / "out")
 
 
 @hopper.needs_triton

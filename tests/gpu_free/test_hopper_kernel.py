@@ -1,6 +1,5 @@
 """The Hopper kernel compiles without a GPU, and its machine code is what it is meant to be."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,22 +7,16 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # tests are imported by path
+import builds  # noqa: E402
 import hopper  # noqa: E402
 
-from loopmdm_kernels.cuda import (  # noqa: E402
-    compiler,
-    sources,
-    targets,
-)
+from loopmdm_kernels.cuda import targets  # noqa: E402
 from loopmdm_kernels.schedule import choose  # noqa: E402
-
-CONTRACT = json.loads((HERE / "hopper_contract.json").read_text())
-BY_NVRTC = "small, 128 tokens"  # the others by nvcc: a compilation takes seconds
 
 
 def assert_contract(cubin, name):
     """Registers and shared memory as declared; WGMMA, TMA, moving registers; nothing in local memory."""
-    plan, expected = choose(hopper.SHAPES[name]), CONTRACT[name]
+    plan, expected = choose(hopper.SHAPES[name]), builds.CONTRACTS["forward"][name]
     assert plan.shared_bytes == expected["shared_bytes"]
     counts = hopper.assert_as_declared(cubin, expected)
     assert counts["UTMALDG.3D"] > 0 and counts["USETMAXREG.TRY_ALLOC.CTAPOOL"] == 1
@@ -44,23 +37,12 @@ def test_a_part_of_a_package_is_not_the_package(tmp_path, monkeypatch):
     assert not hopper.installed("somewhere.bindings") and not hopper.installed("nowhere.bindings")
 
 
-@hopper.needs_nvcc
-@hopper.needs_cuobjdump
-@pytest.mark.parametrize("name", [name for name in hopper.SHAPES if name != BY_NVRTC])
-def test_nvcc(name, tmp_path):
-    cubin = tmp_path / "kernel.cubin"
-    messages = hopper.nvcc(hopper.SHAPES[name], cubin)
-    hopper.assert_nothing_serialised(messages)
-    assert_contract(cubin, name)
-
-
-@hopper.needs_nvrtc
-@hopper.needs_cuobjdump
-def test_nvrtc(tmp_path):
-    options = ["-std=c++17", *hopper.macros(hopper.SHAPES[BY_NVRTC])]
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiler.with_nvrtc(sources.folder() / "cuda" / hopper.SOURCE, options, "sm_90a"))
-    assert_contract(cubin, BY_NVRTC)
+@pytest.mark.parametrize("name", builds.each("forward"))
+def test_contract(name, built):
+    build = built("forward", name)
+    if build.messages:
+        hopper.assert_nothing_serialised(build.messages)
+    assert_contract(build.cubin, name)
 
 
 @hopper.needs_nvcc

@@ -53,7 +53,8 @@ def effects(peers, *options):
     lines = [f"#include <{file}>" for file in files] + ["using namespace loopmdm;"]
     lines += [instructions.probe(number, peer) for number, peer in enumerate(peers.values())]
     common = ["-std=c++17", "--use_fast_math", *([f"-I{HEADERS}"] if headers else [])]
-    kernels = ptx.kernels(hopper.nvrtc_ptx("\n".join(lines), [*options, *common]))
+    text, _ = hopper.nvrtc("\n".join(lines), [*options, *common], "compute_90a")
+    kernels = ptx.kernels(text)
     found = {}
     for number, (name, peer) in enumerate(peers.items()):
         texts = [kernels.get(f"{side}{number}") for side in ("ours", "theirs")]
