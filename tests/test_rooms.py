@@ -19,7 +19,7 @@ MODULE_LEVELS = {
     "loopmdm": [
         ["_sudoku", "lazy", "moved", "printable"],
         ["formats", "terminal"],
-        ["data", "model"],
+        ["data", "losses", "model"],
         ["exits"],
         ["mdlm", "plan"],
         ["sampling"],
