@@ -5,6 +5,7 @@
 #   TORCH=...    requirement for torch, installed first
 #   JOBS=n       test processes
 #   ARGS=...     more arguments of pytest for `make bench`: ARGS="-k looped" times some of the cases; of bench.gpu for `make gpu`
+#   ISA=avx2     for bench: torch and the kernels compute as on a processor that has AVX2 and nothing more
 #   OUT=folder   where `make gpu` puts its results
 #   MINUTES=n    how long `make fuzz` goes on; SEED=n repeats a run
 
@@ -14,6 +15,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 ARGS ?=
+ISA ?=
 MINUTES ?= 60
 SEED ?=
 OUT ?= bench/results
@@ -28,7 +30,7 @@ CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,9p' Makefile
+	@sed -n '1,10p' Makefile
 
 # One test or benchmark process uses one thread unless it asks for more itself.
 test: export OMP_NUM_THREADS = 1
@@ -47,10 +49,21 @@ test: $(VENV)/.installed-test
 test-isas: $(VENV)/.installed-test
 	$(BIN)/python tests/isas.py --jobs $(JOBS) --write build/test-isas.txt
 
+ifneq ($(filter-out avx2,$(ISA)),)
+$(error ISA: got '$(ISA)', expected 'avx2' or nothing)
+endif
+ifeq ($(ISA),avx2)
+bench: export LOOPMDM_CPU_ISA = avx2
+bench: export ATEN_CPU_CAPABILITY = avx2
+bench: export ONEDNN_MAX_CPU_ISA = AVX2
+bench: export MKL_ENABLE_INSTRUCTIONS = AVX2
+# torch.compile keeps its code by source alone, and code for AVX-512 ends here in NaN or in a crash.
+bench: export TORCHINDUCTOR_CACHE_DIR = $(CURDIR)/build/inductor-avx2
+endif
 bench: $(VENV)/.installed-test
 	@mkdir -p $(dir $(BENCH_RESULT))
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json --benchmark-quiet $(ARGS)
-	$(BIN)/python -m bench.report build/bench.json $(BENCH_RESULT) '$(subst ','\'',$(strip make bench $(if $(ARGS),ARGS="$(ARGS)")))'
+	$(BIN)/python -m bench.report build/bench.json $(BENCH_RESULT) '$(subst ','\'',$(strip make bench $(if $(ISA),ISA=$(ISA)) $(if $(ARGS),ARGS="$(ARGS)")))'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import loopmdm_kernels as lk
+from bench.roofline import native_dtype
 from bench.run import BF16, Calls, Run
 
 GPU_KINDS = (
@@ -61,12 +62,13 @@ def test_attention(compare, batch, heads, length, head_dim, backward):
         return run
 
     forward = 4.0 * batch * heads * length**2 * head_dim
+    native = native_dtype()
     compare(
-        variant(lk.attention, torch.bfloat16),
+        variant(lk.attention, native),
         {
             "sdpa fp32": variant(F.scaled_dot_product_attention, torch.float32),
             "sdpa bf16": variant(F.scaled_dot_product_attention, torch.bfloat16),
         },
         flops=forward * (3 if backward else 1),
-        dtype=torch.bfloat16,
+        dtype=native,
     )

@@ -11,9 +11,13 @@ import torch
 from bench.roofline import NAMES
 from loopmdm_kernels.testing import interleaved_times
 
-OURS = "ours"
+OURS, EAGER = "ours", "eager"
+WITH_BF16_PARAMETERS = (
+    "ours, bf16 parameters"  # where fp32 is the fast dtype: as fast, with half the weight memory?
+)
 SECONDS = 10.0  # spent on the variants that decide, about
 CONTENDER = 1.5  # a peer slower than the best by this factor is timed a few times only
+HOPELESS = 3.0  # a dtype in which eager PyTorch is slower by this factor is timed by its first call alone
 FEW, LEAST, MOST = 3, 5, 25  # repeats
 
 
@@ -27,20 +31,38 @@ def best_peer(medians: Mapping[str, float]) -> str:
     return min((name for name in medians if not name.startswith(OURS)), key=lambda name: medians[name])
 
 
+def hopeless(first: Mapping[str, float]) -> set[str]:
+    """Dtypes in which eager PyTorch took too long, given the seconds of its first calls ("eager fp32")."""
+    return {name.split()[-1] for name, seconds in first.items() if seconds > HOPELESS * min(first.values())}
+
+
 def measure(
     variants: Mapping[str, Callable[[], Any]], *, few: int = FEW, repeats: int | None = None
 ) -> dict[str, float]:
     """Median seconds of each variant. The first call compiles what is to be compiled and is not timed.
 
+    Without a product of bf16 in the processor, torch in bf16 takes many times as long as in fp32: of such a
+    dtype only eager PyTorch is timed, once, and the result lacks the other variants.
+
     few: times of each; repeats: times of those that decide, None: as many as fit into SECONDS.
     """
-    times = interleaved_times(variants, repeats=few, warmup=1)
+    eager = {name: call for name, call in variants.items() if name.startswith(EAGER)}
+    first = {name: times[0] for name, times in interleaved_times(eager, repeats=1, warmup=0).items()}
+    slow = hopeless(first)
+    chances = {
+        name: call for name, call in variants.items() if name.startswith(OURS) or name.split()[-1] not in slow
+    }
+    for name, call in chances.items():
+        if name not in first:
+            call()
+    times = interleaved_times(chances, repeats=few, warmup=0)
     medians = {name: statistics.median(values) for name, values in times.items()}
     chosen = contenders(medians)
     if repeats is None:
         repeats = min(MOST, max(LEAST, int(SECONDS / sum(medians[name] for name in chosen))))
-    more = interleaved_times({name: variants[name] for name in chosen}, repeats=repeats - few, warmup=0)
-    return {name: statistics.median(values + more.get(name, [])) for name, values in times.items()}
+    more = interleaved_times({name: chances[name] for name in chosen}, repeats=repeats - few, warmup=0)
+    medians |= {name: statistics.median(times[name] + values) for name, values in more.items()}
+    return {name: medians.get(name, first.get(name)) for name in variants if name in medians or name in first}
 
 
 def figures(
@@ -56,6 +78,8 @@ def figures(
         "dtype": NAMES[dtype],
         "gflops": round(flops / ours / 1e9, 1),
     }
+    if WITH_BF16_PARAMETERS in medians:
+        result["speedup_with_bf16_parameters"] = round(medians[best] / medians[WITH_BF16_PARAMETERS], 3)
     if bytes_read is not None:
         result["gigabytes_per_second"] = round(bytes_read / ours / 1e9, 2)
     return result

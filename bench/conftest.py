@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import loopmdm_kernels as lk
 from bench.compare import OURS, figures, measure
-from bench.roofline import limits, measure_peaks
+from bench.roofline import limits, measure_peaks, unequal_limits
 
 HERE = Path(__file__).parent
 BENCHMARKS = (
@@ -18,6 +23,11 @@ BENCHMARKS = (
     *("model", "plans", "sampling", "threads"),
 )
 Compare = Callable[..., None]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if why := unequal_limits():
+        raise pytest.UsageError(why)
 
 
 def pytest_collect_file(file_path: Path, parent: Any) -> pytest.Module | None:
@@ -43,6 +53,8 @@ def compare(benchmark: Any) -> Compare:
         measure_peaks()
         medians = measure({OURS: ours, **peers})
         report = figures(medians, flops=flops, dtype=dtype, bytes_read=bytes_read)
+        if left_out := sorted({*peers} - {*medians}):
+            more["left_out"] = left_out
         benchmark.extra_info.update(report, **more)
         benchmark.pedantic(ours, rounds=1, iterations=1)
 
@@ -59,3 +71,12 @@ def fresh_compiler() -> Iterator[None]:
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info["limits"] = limits()
+    machine_info["cores"] = os.cpu_count()
+    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine_info["backends"] = lk.available_backends()
+    machine_info["versions"] = {
+        "loopmdm_kernels": lk.__version__,
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("zentorch", "openvino") if find_spec(name)},
+        "python": platform.python_version(),
+    }

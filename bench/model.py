@@ -1,7 +1,7 @@
 """The whole model beside plain PyTorch: a forward pass, a training step, and on a GPU a Sudoku.
 
-Compiled block by block; training in bf16 also as one graph, which takes a minute to compile. On a forward
-pass over 1024 tokens that saves nothing.
+In the dtype of the processor's fastest product. Compiled block by block; training also as one graph, which
+takes a minute to compile. On a forward pass over 1024 tokens that saves nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 import loopmdm_kernels as lk
-from bench.peers import EAGER, compiled, compiled_head, compiled_pieces, plain_ops
+from bench.compare import WITH_BF16_PARAMETERS
+from bench.peers import EAGER, by_openvino, compiled, compiled_head, compiled_pieces, compilers, plain_ops
+from bench.roofline import NAMES, native_dtype
 from bench.run import Call, Figures, Run
 from loopmdm.model import LoopMDM
 from loopmdm.model.config import LoopMDMConfig
@@ -40,7 +42,8 @@ def plainly(call, functions):
 
 
 def plain_variants(call, name):
-    return {f"eager {name}": plainly(call, EAGER), f"compiled {name}": plainly(call, compiled_pieces())}
+    ways = {way: compiled_pieces(compile_) for way, compile_ in compilers().items()}
+    return {f"{way} {name}": plainly(call, functions) for way, functions in {"eager": EAGER, **ways}.items()}
 
 
 def test_model(compare, length=1024, vocab_size=50258, num_loops=12):
@@ -55,12 +58,17 @@ def test_model(compare, length=1024, vocab_size=50258, num_loops=12):
     def forward(model):
         return lambda: model(ids, num_loops=num_loops)
 
+    variants = plain_variants(forward(exact), "fp32") | plain_variants(forward(rounded), "bf16")
+    variants |= by_openvino(exact, ids, num_loops)
+    native = native_dtype()
+    if native == torch.float32:
+        variants[WITH_BF16_PARAMETERS] = forward(rounded)
     with torch.no_grad():
         compare(
-            forward(rounded),
-            plain_variants(forward(exact), "fp32") | plain_variants(forward(rounded), "bf16"),
+            forward(rounded if native == torch.bfloat16 else exact),
+            variants,
             flops=forward_flops(config, length, num_loops),
-            dtype=torch.bfloat16,
+            dtype=native,
         )
 
 
@@ -106,12 +114,15 @@ def test_training_step(compare, batch=4, length=512, num_loops=6):
     num_rows = int(spy.call_args.args[3].sum())
     blocks = batch * length * executed_layers(config, num_loops) * layer_flops(config, length)
     peers = plain_variants(step(autocast=False), "fp32") | plain_variants(step(autocast=True), "bf16")
-    peers["compiled whole bf16"] = plainly(step(autocast=True, whole_graph=True), compiled_head())
+    native = native_dtype()
+    narrow = native == torch.bfloat16
+    whole = step(autocast=narrow, whole_graph=True)
+    peers[f"compiled whole {NAMES[native]}"] = plainly(whole, compiled_head())
     compare(
-        step(autocast=True),
+        step(autocast=narrow),
         peers,
         flops=TRAINING_FACTOR * (blocks + num_rows * head_flops(config)),
-        dtype=torch.bfloat16,
+        dtype=native,
         rows=num_rows,
     )
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import loopmdm_kernels as lk
 from loopmdm_kernels.calls import LoopedCall
@@ -23,6 +24,7 @@ from loopmdm_kernels.reference.looped_blocks import Dropout, norm_modulate
 from loopmdm_kernels.types import Head
 
 Functions = Mapping[str, Callable[..., Any]]
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 _LOOPED_BLOCKS = import_module("loopmdm_kernels.reference.looped_blocks")
 
 
@@ -130,6 +132,48 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def compilers() -> dict[str, Compile]:
+    """Ways to compile a function: torch's own; and zentorch, AMD's for its CPUs, where it is installed."""
+    ways = {"compiled": compiled}
+    if find_spec("zentorch") is not None:
+        import_module("zentorch")  # registers itself
+        ways["zentorch"] = partial(torch.compile, backend="zentorch", dynamic=False)
+    return ways
+
+
+def by_openvino(model: nn.Module, ids: Tensor, num_loops: int) -> dict[str, Callable[[], Any]]:
+    """The logits of `model`, given in fp32, through OpenVINO's CPU plug-in, as one graph with all its loops.
+
+    By the dtype of the products. Empty where OpenVINO is not installed.
+    """
+    if find_spec("openvino") is None:
+        return {}
+    openvino = import_module("openvino")
+
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits: Tensor = self.model(ids, num_loops=num_loops)
+            return logits
+
+    with plain_ops(EAGER), torch.no_grad():
+        graph = openvino.convert_model(Unrolled(), example_input=ids)
+
+    def call(hint: str) -> Callable[[], Any]:
+        options = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        request = openvino.compile_model(graph, "CPU", options).create_infer_request()
+        return lambda: request.infer([ids.numpy()], share_inputs=True, share_outputs=True)
+
+    return {f"OpenVINO {name}": call(hint) for name, hint in {"fp32": "f32", "bf16": "bf16"}.items()}
+
+
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast("cpu", enabled=False):
@@ -157,24 +201,24 @@ EAGER: Functions = {
 }
 
 
-def compiled_head() -> Functions:
+def compiled_head(compile_: Compile = compiled) -> Functions:
     """Everything but the blocks compiled."""
     return {
         **EAGER,
-        "head_logits": _without_autocast(compiled(head_logits)),
-        "masked_cross_entropy": _of_mask(compiled(masked_cross_entropy)),
+        "head_logits": _without_autocast(compile_(head_logits)),
+        "masked_cross_entropy": _of_mask(compile_(masked_cross_entropy)),
     }
 
 
-def compiled_pieces() -> Functions:
+def compiled_pieces(compile_: Compile = compiled) -> Functions:
     """The blocks too: one block is one graph, however often it is applied."""
-    fast_block = compiled(_LOOPED_BLOCKS.block)
+    fast_block = compile_(_LOOPED_BLOCKS.block)
 
     def one_block(x: Tensor, *args: Any, dropout: Dropout, **kwargs: Any) -> Tensor:
         # Without dropout the number of the application is not used, and must not be compiled in.
         return fast_block(x, *args, dropout=dropout._replace(application=0), **kwargs)
 
-    return {**compiled_head(), "block": one_block}
+    return {**compiled_head(compile_), "block": one_block}
 
 
 @contextmanager

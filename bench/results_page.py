@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.report import processor
 from bench.script import arguments
 from loopmdm_kernels.files import write_file
 
@@ -85,10 +86,9 @@ def origin(machine: str, name: str) -> str:
     result = load(name)
     rates = result["machine"]["giga_per_second"]
     return (
-        f"{machine}: {result['machine']['cpu']}, {result['machine']['threads']} threads, "
-        f"{result['machine']['cpu_isa']}; torch {result['versions']['torch']}; peak {rates['peak_bf16']:.0f} "
-        f"GFLOP/s in bf16 and {rates['peak_fp32']:.0f} in fp32, measured in the run. `{name}`, by "
-        f"`{result['command']}`."
+        f"{machine}: {processor(result['machine'])}; torch {result['versions']['torch']}; peak "
+        f"{rates['peak_bf16']:.0f} GFLOP/s in bf16 and {rates['peak_fp32']:.0f} in fp32, measured in the run. "
+        f"`{name}`, by `{result['command']}`."
     )
 
 

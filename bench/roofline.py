@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -11,7 +12,30 @@ from loopmdm_kernels import _C
 from loopmdm_kernels.testing import interleaved_times
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+# What makes this package, torch, oneDNN and MKL compute as on a lesser processor.
+LIMITING = ("LOOPMDM_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _peaks = dict.fromkeys(NAMES.values(), 0.0)
+
+
+def multiplies_bf16(isa: str) -> bool:
+    """Whether the instruction set has a product of bf16; elsewhere fp32 is the dtype to be fast in."""
+    return isa.endswith("bf16")
+
+
+def native_dtype() -> torch.dtype:
+    return torch.bfloat16 if multiplies_bf16(_C.cpu_isa()) else torch.float32
+
+
+def limiting_variables() -> dict[str, str]:
+    return {name: os.environ[name] for name in LIMITING if os.environ.get(name)}
+
+
+def unequal_limits() -> str | None:
+    """Why a comparison would be unfair: only one side computes as on a lesser processor. None: it is fair."""
+    ours, theirs = _C.cpu_isa(), torch.backends.cpu.get_cpu_capability()
+    if os.environ.get("LOOPMDM_CPU_ISA") and (ours == "avx2") != (theirs == "AVX2"):
+        return f"the kernels use {ours} and torch {theirs}; `make bench ISA=avx2` limits all libraries"
+    return None
 
 
 def measure_peaks(attempts: int = 5) -> None:
@@ -27,6 +51,8 @@ def limits() -> dict[str, Any]:
     measure_peaks()
     return {
         "isa": _C.cpu_isa(),
+        "processor_isa": _C.usable_cpu_isas().split(", ")[-1],
+        "limiting_variables": limiting_variables(),
         "threads": torch.get_num_threads(),
         **{f"peak_{name}": rate for name, rate in _peaks.items()},
         **{f"matmul_{name}": _matmul_rate(dtype) for dtype, name in NAMES.items()},

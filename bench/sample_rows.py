@@ -10,6 +10,8 @@ import torch
 
 import loopmdm_kernels as lk
 from bench import peers
+from bench.compare import WITH_BF16_PARAMETERS
+from bench.roofline import NAMES, native_dtype
 from bench.run import BF16, DTYPES, REAL, Calls, Run, head_in_fp8
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
@@ -53,11 +55,14 @@ def test_sample_rows(compare, num_rows):
     for name, head in heads.items():
         variants[f"eager {name}"] = partial(peers.sample_rows, hidden, head, rows)
         variants[f"compiled {name}"] = partial(peers.compiled(peers.sample_rows), hidden, head, rows)
+    native = native_dtype()
+    if native == torch.float32:
+        variants[WITH_BF16_PARAMETERS] = partial(lk.sample_rows, hidden, heads["bf16"], rows, rng)
     with torch.no_grad():
         compare(
-            partial(lk.sample_rows, hidden, heads["bf16"], rows, rng),
+            partial(lk.sample_rows, hidden, heads[NAMES[native]], rows, rng),
             variants,
             flops=2.0 * num_rows * HIDDEN * VOCAB,
-            dtype=torch.bfloat16,
-            bytes_read=2.0 * VOCAB * HIDDEN,
+            dtype=native,
+            bytes_read=native.itemsize * VOCAB * HIDDEN,
         )

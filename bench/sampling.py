@@ -16,6 +16,7 @@ import loopmdm_kernels as lk
 from bench import reference_sampler
 from bench.compare import OURS, best_peer, figures, measure
 from bench.peers import EAGER, compiled, compiled_pieces, plain_ops
+from bench.roofline import native_dtype
 from bench.run import BF16, REAL, Call, Calls, Run
 from loopmdm import LoopMDM, LoopMDMConfig, sample
 from loopmdm.model.flops import forward_flops
@@ -88,7 +89,7 @@ def test_sampling(benchmark, num_loops):
     torch.manual_seed(0)
     exact = LoopMDM(config).eval()
     rounded = copy.deepcopy(exact).bfloat16()
-    narrow = str(lk.available_backends()["cpu"]).endswith("bf16")
+    narrow = native_dtype() == torch.bfloat16
     best_of_ours = rounded if narrow else exact
 
     def on_the_reference_backend() -> None:
@@ -110,7 +111,7 @@ def test_sampling(benchmark, num_loops):
     calls = STEPS * (1 - (1 - 1 / STEPS) ** LENGTH)
     flops = len(TIMED_CALLS) * forward_flops(config, LENGTH, num_loops, "blocks")
     benchmark.extra_info.update(
-        figures(medians, flops=flops, dtype=torch.bfloat16 if narrow else torch.float32),
+        figures(medians, flops=flops, dtype=native_dtype()),
         speedup_of_the_sampler_alone=round(eager / medians["ours on plain PyTorch"], 3),
         hours_to_1024_steps={
             name: round(medians[name] / len(TIMED_CALLS) * calls / 3600, 3) for name in (OURS, peer)

@@ -1,8 +1,11 @@
 """Which variants decide, the figures made of their times, and the peak beside them."""
 
+from functools import partial
+
+import pytest
 import torch
 
-from bench import compare, roofline
+from bench import compare, looped_blocks, roofline
 
 
 def test_slow_peers_do_not_decide_but_ours_always_counts():
@@ -14,14 +17,42 @@ def test_deciding_variants_are_timed_more_often(monkeypatch):
     calls = {"ours": 0, "fast": 0, "slow": 0}
 
     def timed(variants, *, repeats, warmup):
-        for name in variants:
-            calls[name] += warmup + repeats
+        for _ in range(warmup + repeats):
+            for call in variants.values():
+                call()
         return {name: [0.3 if name == "slow" else 0.1] * repeats for name in variants}
 
+    def counted(name):
+        calls[name] += 1
+
     monkeypatch.setattr(compare, "interleaved_times", timed)
-    medians = compare.measure(dict.fromkeys(calls, lambda: None))
+    medians = compare.measure({name: partial(counted, name) for name in calls})
     assert medians == {"ours": 0.1, "fast": 0.1, "slow": 0.3}
     assert calls == {"ours": 1 + compare.MOST, "fast": 1 + compare.MOST, "slow": 1 + compare.FEW}
+
+
+def test_a_dtype_in_which_pytorch_crawls_is_timed_once(monkeypatch):
+    """Beside two others, once eagerly; ours in it is timed all the same."""
+    seconds = {
+        **{"ours": 0.1, "eager fp32": 0.5, "eager bf16": 1.6, compare.WITH_BF16_PARAMETERS: 0.2},
+        **{"compiled fp32": 0.4, "compiled bf16": 1.5, "compiled whole bf16": 1.5},
+    }
+    calls = dict.fromkeys(seconds, 0)
+
+    def timed(variants, *, repeats, warmup):
+        for name in variants:
+            calls[name] += repeats + warmup
+        return {name: [seconds[name]] * repeats for name in variants}
+
+    monkeypatch.setattr(compare, "interleaved_times", timed)
+    medians = compare.measure(dict.fromkeys(seconds, lambda: None))
+    assert medians == {
+        name: value for name, value in seconds.items() if "compiled" not in name or "32" in name
+    }
+    assert calls["eager bf16"] == 1 and calls["compiled bf16"] == calls["compiled whole bf16"] == 0
+    assert calls["eager fp32"] > compare.FEW
+    seconds["eager bf16"] = 1.4
+    assert set(compare.measure(dict.fromkeys(seconds, lambda: None))) == set(seconds)
 
 
 def test_figures():
@@ -36,6 +67,33 @@ def test_figures():
     assert compare.figures(medians, flops=2e11, dtype=torch.float32) == expected
     expected["gigabytes_per_second"] = 20.0
     assert compare.figures(medians, flops=2e11, dtype=torch.float32, bytes_read=1e10) == expected
+
+
+def test_bf16_parameters_have_a_speed_up_of_their_own():
+    medians = {"ours": 0.5, compare.WITH_BF16_PARAMETERS: 0.8, "eager": 2.0, "compiled": 1.0}
+    figures = compare.figures(medians, flops=2e11, dtype=torch.float32)
+    assert (figures["best_peer"], figures["speedup"]) == ("compiled", 2.0)
+    assert figures["speedup_with_bf16_parameters"] == 1.25
+
+
+def test_a_comparison_must_be_fair(monkeypatch):
+    """Where our kernels are held to AVX2, torch has to be."""
+    monkeypatch.setattr(roofline._C, "cpu_isa", lambda: "avx2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("LOOPMDM_CPU_ISA", "avx2")
+    assert "torch AVX512" in roofline.unequal_limits()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert roofline.unequal_limits() is None
+
+
+@pytest.mark.parametrize(("isa", "dtype"), [("avx512", torch.float32), ("amx_bf16", torch.bfloat16)])
+def test_cases_have_the_dtype_of_the_fastest_product(monkeypatch, isa, dtype):
+    monkeypatch.setattr(roofline._C, "cpu_isa", lambda: isa)
+    assert roofline.native_dtype() == dtype
+    everything = [torch.float32, torch.bfloat16]
+    assert [*looped_blocks.kinds_of_peers(dtype)] == everything
+    alone = [torch.float32] if dtype == torch.bfloat16 else everything
+    assert [*looped_blocks.kinds_of_peers(torch.float32)] == alone
 
 
 def test_the_best_peak_of_a_run_is_kept(monkeypatch):
