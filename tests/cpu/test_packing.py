@@ -33,8 +33,7 @@ def unpacked(packed, isa, columns, depth, *, bf16, heads=0, parts=1):
     unit = part_columns // heads if heads else part_columns
     padding = LANES[isa] if heads else 2 * LANES[isa]
     unit_width = -(-unit // padding) * padding
-    pairs = bf16 and isa in ("avx512_bf16", "amx_bf16")
-    words = -(-depth // 2) if pairs else depth
+    words = -(-depth // 2) if bf16 else depth
     units_per_group = max(1, PANEL[isa] // unit_width)
     rest = packed
     units = []
@@ -49,7 +48,7 @@ def unpacked(packed, isa, columns, depth, *, bf16, heads=0, parts=1):
                 rest = rest[words * width :]
                 group_width -= width
             group = torch.cat(panels, dim=1).contiguous()
-            if pairs:
+            if bf16:
                 values = group.view(torch.bfloat16).view(words, -1, 2).transpose(1, 2)
                 values = values.reshape(2 * words, -1).float()
             else:

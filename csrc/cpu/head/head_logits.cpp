@@ -23,11 +23,12 @@ void head_logits(const HeadProblem& p, bool bf16_out, void* out, Isa isa, int nu
   const int64_t useful = static_cast<int64_t>(std::max(1.0, work / kThreadWork));
   const int workers = static_cast<int>(std::min<int64_t>({num_threads, useful, largest.count()}));
   const int64_t row_scratch = p.width + kRowPadding;
+  const int64_t scratch = round_up(kernel.logits_scratch(p, largest.batch_rows), kRowPadding);
   const int64_t out_row = p.vocab_size * static_cast<int64_t>(bf16_out ? sizeof(uint16_t) : sizeof(float));
 
   const auto operands = aligned_buffer<uint32_t>(group * words);
   const auto row_memory = aligned_buffer<float>(workers * row_scratch);
-  const auto sums = aligned_buffer<float>(workers * largest.batch_rows * kTileTokens);
+  const auto sums = aligned_buffer<float>(workers * scratch);
 
   prefer_large_pages(out, p.num_rows * out_row);
   for (int64_t first = 0; first < p.num_rows; first += kGroupRows) {
@@ -41,8 +42,8 @@ void head_logits(const HeadProblem& p, bool bf16_out, void* out, Isa isa, int nu
       worker.share(tasks.count(), [&](int64_t task) {
         const int64_t row = tasks.first_row(tasks.batch(task));
         kernel.project(p, operands.get() + row * words, tasks.end_row(tasks.batch(task)) - row,
-                       tasks.chunk(task), sums.get() + worker.index * largest.batch_rows * kTileTokens,
-                       bf16_out, static_cast<char*>(out) + (first + row) * out_row);
+                       tasks.chunk(task), sums.get() + worker.index * scratch, bf16_out,
+                       static_cast<char*>(out) + (first + row) * out_row);
       });
     });
   }

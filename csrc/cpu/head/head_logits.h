@@ -8,9 +8,10 @@ namespace loopmdm::cpu {
 
 // The functions of one instruction set.
 struct HeadLogitsKernel {
+  int64_t (*logits_scratch)(const HeadProblem&, int64_t rows);  // in floats
   void (*prepare)(const HeadProblem&, int64_t begin, int64_t end, float* row, uint32_t* operands);
-  // Logits of `num_rows` rows in one chunk of the vocabulary, in bf16 or in float. `sums`:
-  // scratch [rows, kTileTokens]; out: those rows of [R, V].
+  // Logits of `num_rows` rows in one chunk of the vocabulary, in bf16 or in float. `sums`: scratch for these
+  // rows; out: those rows of [R, V].
   void (*project)(const HeadProblem&, const uint32_t* operands, int64_t num_rows, int64_t chunk, float* sums,
                   bool bf16_out, void* out);
 };

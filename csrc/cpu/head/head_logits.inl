@@ -13,7 +13,7 @@ void project_chunk(const HeadProblem& p, const uint32_t* operands, int64_t num_r
   const int64_t last = first + kChunkTokens < p.vocab_size ? first + kChunkTokens : p.vocab_size;
   for (int64_t token = first; token < last; token += kTileTokens) {
     const int64_t count = last - token < kTileTokens ? last - token : kTileTokens;
-    multiply_tile(p, operands, num_rows, token, count, sums);
+    multiply_tile(p, operands, num_rows, token, count, sums, sums + num_rows * kTileTokens);
     for (int64_t r = 0; r < num_rows; ++r) {
       float* row = sums + r * kTileTokens;
       for (int64_t t = 0; t < count; ++t) row[t] += p.bias[token + t];
@@ -36,4 +36,4 @@ void project(const HeadProblem& p, const uint32_t* operands, int64_t num_rows, i
            : project_chunk(p, operands, num_rows, chunk, sums, static_cast<float*>(out));
 }
 
-constexpr HeadLogitsKernel table = {prepare_rows, project};
+constexpr HeadLogitsKernel table = {logits_scratch, prepare_rows, project};

@@ -50,18 +50,19 @@ void sample_rows(const SampleRowsProblem& p, const SampleRowsOutput& out, Isa is
   const int64_t useful = static_cast<int64_t>(std::max(1.0, work / kThreadWork));
   const int workers = static_cast<int>(std::min<int64_t>({num_threads, useful, largest.count()}));
   const int64_t row_scratch = p.head.width + kRowPadding;
+  const int64_t scratch = round_up(kernel.logits_scratch(p.head, largest.batch_rows), kRowPadding);
 
   const auto operands = aligned_buffer<uint32_t>(group * words);
   const auto partial = aligned_buffer<RowStatistics>(largest.num_chunks * group);  // [chunk][row]
   const auto row_memory = aligned_buffer<float>(workers * row_scratch);
-  const auto logits = aligned_buffer<float>(workers * largest.batch_rows * kTileTokens);
+  const auto logits = aligned_buffer<float>(workers * scratch);
   const auto floors = aligned_buffer<float>(workers * group);
 
   for (int64_t first = 0; first < num_rows; first += kGroupRows) {
     const HeadTasks tasks(std::min(kGroupRows, num_rows - first), p.head.vocab_size);
     parallel(workers, [&](Worker& worker) {
       float* const worker_floors = floors.get() + worker.index * group;
-      float* const worker_logits = logits.get() + worker.index * largest.batch_rows * kTileTokens;
+      float* const worker_logits = logits.get() + worker.index * scratch;
       std::fill_n(worker_floors, tasks.num_rows, -std::numeric_limits<float>::infinity());
       worker.share(tasks.num_batches, [&](int64_t batch) {
         const int64_t row = tasks.first_row(batch);

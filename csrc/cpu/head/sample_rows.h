@@ -36,9 +36,10 @@ struct SampleRowsOutput {
 
 // The functions of one instruction set.
 struct SampleRowsKernel {
+  int64_t (*logits_scratch)(const HeadProblem&, int64_t rows);  // in floats
   void (*prepare)(const HeadProblem&, int64_t begin, int64_t end, float* row, uint32_t* operands);
-  // Statistics of rows [begin, end), one batch, over one chunk of the vocabulary. `logits`: scratch
-  // [rows, kTileTokens]. `floors`: of each row, a score it is known to reach.
+  // Statistics of rows [begin, end), one batch, over one chunk of the vocabulary. `logits`: scratch for these
+  // rows. `floors`: of each row, a score it is known to reach.
   void (*scan)(const SampleRowsProblem&, int64_t begin, int64_t end, const uint32_t* operands, int64_t chunk,
                float* logits, float* floors, RowStatistics* out);
   // Winner of a row's race in double precision, -1 if there is none. `kept`: [V, up to whole tiles], -inf for

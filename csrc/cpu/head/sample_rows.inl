@@ -152,7 +152,7 @@ void scan(const SampleRowsProblem& p, int64_t begin, int64_t end, const uint32_t
   for (int64_t token = first; token < last; token += kTileTokens) {
     const int64_t count = last - token < kTileTokens ? last - token : kTileTokens;
     const int64_t visited = round_up(count, 2 * kLanes);  // whole vectors, filled up with impossible tokens
-    multiply_tile(p.head, operands, num_rows, token, count, logits);
+    multiply_tile(p.head, operands, num_rows, token, count, logits, logits + num_rows * kTileTokens);
     for (int64_t r = 0; r < num_rows; ++r) {
       float* row = logits + r * kTileTokens;
       for (int64_t t = 0; t < count; ++t) row[t] += p.head.bias[token + t];
@@ -170,4 +170,4 @@ void scan(const SampleRowsProblem& p, int64_t begin, int64_t end, const uint32_t
   }
 }
 
-constexpr SampleRowsKernel table = {prepare_rows, scan, race_among};
+constexpr SampleRowsKernel table = {logits_scratch, prepare_rows, scan, race_among};

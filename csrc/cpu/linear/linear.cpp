@@ -20,7 +20,7 @@ LinearLayout linear_layout(const LinearKernel& kernel, int64_t columns, int64_t 
           unit_width,
           columns / unit,
           std::max<int64_t>(1, kernel.panel / unit_width),
-          operand_words(kernel, depth, bf16),
+          bf16 ? (depth + 1) / 2 : depth,
           kernel.panel};
 }
 

@@ -15,9 +15,10 @@ struct LinearSource {
   bool transposed;
 };
 
-// Columns come in units (heads, or the whole matrix as one) padded with zero columns to `unit_width`. Units
-// of a group lie side by side and are cut into panels of at most `panel` columns; each panel is
-// [words][its columns]. The last group may have fewer units.
+// A word is a float, or two consecutive bf16 of the summed dimension where products are of bf16. Columns come
+// in units (heads, or the whole matrix as one) padded with zero columns to `unit_width`. Units of a group lie
+// side by side and are cut into panels of at most `panel` columns; each panel is [words][its columns]. The
+// last group may have fewer units.
 struct LinearLayout {
   int64_t unit, unit_width, num_units, units_per_group, words, panel;
 
@@ -33,7 +34,7 @@ struct LinearLayout {
 
 struct LinearKernel {
   int lanes, panel;
-  int words_per_pair;  // 32-bit words of two bf16 operands: 1 if an instruction multiplies pairs, else 2
+  int bf16_per_word;  // in a word of a left operand: 2 if an instruction multiplies pairs, else 1, as floats
   void (*pack_panel)(const LinearSource&, const LinearLayout&, bool bf16, int64_t group, int64_t panel,
                      uint32_t* packed);
 };
@@ -41,9 +42,10 @@ struct LinearKernel {
 LOOPMDM_KERNEL(LinearKernel, linear_kernel)
 
 inline int64_t operands_per_word(const LinearKernel& kernel, bool bf16) {
-  return bf16 && kernel.words_per_pair == 1 ? 2 : 1;
+  return bf16 ? kernel.bf16_per_word : 1;
 }
 
+// Words of a left operand; those of packed weights are in their layout.
 inline int64_t operand_words(const LinearKernel& kernel, int64_t depth, bool bf16) {
   const int64_t per_word = operands_per_word(kernel, bf16);
   return (depth + per_word - 1) / per_word;

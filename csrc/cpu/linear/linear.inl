@@ -33,28 +33,16 @@ void pack_panel_of(const Source* w, const LinearSource& source, const LinearLayo
   }
 }
 
-#if defined(__AVX512BF16__)
-using RoundedBf16 = Bf16;
-#else
-// Floats, but with the values of bf16.
-struct RoundedBf16 : Bf16 {
-  static void store(uint32_t* words, Floats first, Floats second) {
-    Bf16::store(words, round_to_bf16(first), round_to_bf16(second));
-  }
-  static Words zip(Floats row, Floats other) { return Bf16::zip(round_to_bf16(row), other); }
-};
-#endif
-
 void pack_panel(const LinearSource& source, const LinearLayout& layout, bool bf16, int64_t group,
                 int64_t panel, uint32_t* packed) {
   const float* floats = static_cast<const float*>(source.data);
   const uint16_t* halves = static_cast<const uint16_t*>(source.data);
   if (source.is_bf16)
-    bf16 ? pack_panel_of<Bf16>(halves, source, layout, group, panel, packed)
+    bf16 ? pack_panel_of<Bf16::Weights>(halves, source, layout, group, panel, packed)
          : pack_panel_of<Fp32>(halves, source, layout, group, panel, packed);
   else
-    bf16 ? pack_panel_of<RoundedBf16>(floats, source, layout, group, panel, packed)
+    bf16 ? pack_panel_of<Bf16::Weights>(floats, source, layout, group, panel, packed)
          : pack_panel_of<Fp32>(floats, source, layout, group, panel, packed);
 }
 
-constexpr LinearKernel table = {kLanes, kPanel, 2 / Bf16::kPerWord, pack_panel};
+constexpr LinearKernel table = {kLanes, kPanel, Bf16::kPerWord, pack_panel};

@@ -4,6 +4,13 @@
 #include "cpu/machine/layout.h"
 #include "cpu/vector/philox.inl"
 
+// Of a long summed dimension: a slice of a panel and the rows' slice of what they meet stay in the
+// second-level cache together.
+constexpr int64_t kSliceDepth = 768;
+
+// The deepest panel of weights that a product takes at once.
+inline int64_t deepest_panel(const BlockShape& s) { return s.hidden > kSliceDepth ? s.hidden : kSliceDepth; }
+
 // job(span, first of its rows among all)
 template <class Spans, class Job>
 inline void for_spans(const Spans& spans, Job&& job) {

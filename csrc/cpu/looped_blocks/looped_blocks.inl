@@ -8,6 +8,7 @@ struct BlockScratch {
   uint32_t* act;        // [kBlockRows, hidden words]: operand of the next product
   uint32_t* activated;  // [kBlockRows, width words]: inside the MLP, after gelu
   float* sums;          // [kBlockRows, sums_row]: a panel or a group of heads
+  float* wide;          // a panel of weights
   float* row;           // one head, padded
   uint32_t* words;      // of it
   uint32_t* keys;       // one head of a sequence that is kept in rows
@@ -30,6 +31,7 @@ inline int64_t lay_out(const BlockShape& s, void* memory, BlockScratch& t) {
   t.activated = layout.take<uint32_t>(kBlockRows * s.width_words());
   t.sums_row = sums_columns(s);
   t.sums = layout.take<float>(kBlockRows * t.sums_row + 2 * kLanes);
+  t.wide = layout.take<float>(wide_panel_size<Bf16>(deepest_panel(s)));
   t.row = layout.take<float>(round_up(s.head_width, 2 * kLanes));
   t.words = layout.take<uint32_t>(s.head_words());
   t.keys = layout.take<uint32_t>(rows ? s.keys * s.head_words() : 0);
@@ -163,7 +165,7 @@ inline void add_branch(const BlockShape& s, const float* bias, const float* gate
 template <class Operand>
 void project_rows(const BlockShape& s, const BlockPointers& weights, const RowSpans& spans, int parity,
                   BlockScratch& t) {
-  constexpr int kPer = Operand::kPerWord;
+  using Weights = typename Operand::Weights;
   for_spans(spans, [&](const RowSpan& span, int64_t row) {
     uint32_t* normed = span.record.normed1;
     for (int64_t r = span.first; r < span.first + span.count; ++r, ++row)
@@ -172,17 +174,18 @@ void project_rows(const BlockShape& s, const BlockPointers& weights, const RowSp
                                  normed ? normed + r * s.hidden_words() : nullptr, span.record.scale1 + r);
   });
   const Left act = {t.act, s.hidden_words(), 1};
-  const int64_t words = (s.hidden + kPer - 1) / kPer;
+  const int64_t words = operand_words<Operand>(s.hidden), column_words = right_words<Weights>(words);
   const int64_t fit = kPanel / s.head_width, group_heads = fit > 1 ? fit : 1;
-  const int64_t part_size = s.heads * s.head_width * words;
+  const int64_t part_size = s.heads * s.head_width * column_words;
   for (int part = 0; part < 3; ++part) {
     for (int64_t head = 0; head < s.heads; head += group_heads) {
       const int64_t heads = s.heads - head < group_heads ? s.heads - head : group_heads;
       const int64_t columns = heads * s.head_width;
-      const uint32_t* packed = weights.qkv + part * part_size + head * s.head_width * words;
+      const uint32_t* packed = weights.qkv + part * part_size + head * s.head_width * column_words;
       for (int64_t column = 0; column < columns; column += kPanel)
-        multiply<Operand>(act, spans.rows, packed + column * words, panel_width(columns, column), words,
-                          t.sums + column, t.sums_row, false, true);
+        multiply_packed<Operand>(act, spans.rows, packed + column * column_words,
+                                 panel_width(columns, column), words, t.sums + column, t.sums_row, false,
+                                 true, t.wide);
       for_spans(spans, [&](const RowSpan& span, int64_t row) {
         for (int64_t h = 0; h < heads; ++h) {
           const float* sums = t.sums + row * t.sums_row + h * s.head_width;
@@ -284,17 +287,17 @@ void activate(const BlockShape& s, const RowSpan& span, int64_t row, int64_t col
 template <class Operand>
 void finish_rows(const BlockShape& s, const BlockPointers& weights, const RowSpans& spans, int parity,
                  BlockScratch& t) {
-  constexpr int kPer = Operand::kPerWord;
+  using Weights = typename Operand::Weights;
   const int64_t hidden_words = s.hidden_words(), width_words = s.width_words();
   for_spans(spans, [&](const RowSpan& span, int64_t row) {
     attend_span<Operand>(s, span, parity, t.act + row * hidden_words, t);
   });
   const Left act = {t.act, hidden_words, 1};
-  const int64_t words = (s.hidden + kPer - 1) / kPer;
+  const int64_t words = operand_words<Operand>(s.hidden), column_words = right_words<Weights>(words);
   for (int64_t column = 0; column < s.hidden_padded; column += kPanel) {
     const int width = panel_width(s.hidden_padded, column);
-    multiply<Operand>(act, spans.rows, weights.attn_out + column * words, width, words, t.sums, t.sums_row,
-                      false, true);
+    multiply_packed<Operand>(act, spans.rows, weights.attn_out + column * column_words, width, words, t.sums,
+                             t.sums_row, false, true, t.wide);
     add_branches<Operand>(s, spans, 0, column, width, t);
   }
 
@@ -307,20 +310,20 @@ void finish_rows(const BlockShape& s, const BlockPointers& weights, const RowSpa
   });
   for (int64_t column = 0; column < s.width_padded; column += kPanel) {
     const int width = panel_width(s.width_padded, column);
-    multiply<Operand>(act, spans.rows, weights.mlp_in + column * words, width, words, t.sums, t.sums_row,
-                      false, true);
+    multiply_packed<Operand>(act, spans.rows, weights.mlp_in + column * column_words, width, words, t.sums,
+                             t.sums_row, false, true, t.wide);
     for_spans(spans,
               [&](const RowSpan& span, int64_t row) { activate<Operand>(s, span, row, column, width, t); });
   }
-  // A slice of a panel and the rows' slice of what they meet stay in the second-level cache together.
-  constexpr int64_t kSlice = 768 / kPer;
-  const int64_t depth = (s.width + kPer - 1) / kPer;
+  constexpr int64_t kSlice = kSliceDepth / Operand::kPerWord;
+  const int64_t depth = operand_words<Operand>(s.width), column_depth = right_words<Weights>(depth);
   for (int64_t column = 0; column < s.hidden_padded; column += kPanel) {
     const int width = panel_width(s.hidden_padded, column);
-    const uint32_t* panel = weights.mlp_out + column * depth;
+    const uint32_t* panel = weights.mlp_out + column * column_depth;
     for (int64_t k = 0; k < depth; k += kSlice)
-      multiply<Operand>({t.activated + k, width_words, 1}, spans.rows, panel + k * width, width,
-                        depth - k < kSlice ? depth - k : kSlice, t.sums, t.sums_row, k > 0, true);
+      multiply_packed<Operand>(
+          {t.activated + k, width_words, 1}, spans.rows, panel + right_words<Weights>(k) * width, width,
+          depth - k < kSlice ? depth - k : kSlice, t.sums, t.sums_row, k > 0, true, t.wide);
     add_branches<Operand>(s, spans, 1, column, width, t);
   }
 }

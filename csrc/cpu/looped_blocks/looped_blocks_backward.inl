@@ -9,6 +9,7 @@ struct BlockGradientScratch {
   uint32_t* grad_mlp_in;  // [kBlockRows, width words]
   uint32_t* dropout;      // [padded D]
   float* sums;            // [kBlockRows, kPanel]
+  float* wide;            // a panel of weights
   float* grad_act;        // [kBlockRows, padded D]
   float* heads;           // seven arrays [L, head width]
   void* attention;
@@ -27,6 +28,7 @@ inline int64_t lay_out(const BlockShape& s, void* memory, BlockGradientScratch& 
   t.grad_mlp_in = layout.take<uint32_t>(kBlockRows * s.width_words());
   t.dropout = layout.take<uint32_t>(s.hidden_padded);
   t.sums = layout.take<float>(kBlockRows * kPanel);
+  t.wide = layout.take<float>(wide_panel_size<Bf16>(deepest_panel(s)));
   t.grad_act = layout.take<float>(kBlockRows * s.hidden_padded);
   t.heads = layout.take<float>(kHeadArrays * head_array_size(s));
   t.attention = layout.take<char>(attention_backward_scratch_bytes(head_shape(s)));
@@ -152,14 +154,16 @@ inline void norm_gradient_row(const BlockShape& s, const float* d, const uint32_
 // c[count, columns] = a[count, depth] times packed panels.
 template <class Operand>
 void multiply_panels(const uint32_t* a, int64_t row_words, int64_t count, const uint32_t* packed,
-                     int64_t depth, int64_t columns, float* c) {
-  constexpr int64_t kSlice = 768 / Operand::kPerWord;
-  const int64_t words = (depth + Operand::kPerWord - 1) / Operand::kPerWord;
+                     int64_t depth, int64_t columns, float* c, float* wide) {
+  using Weights = typename Operand::Weights;
+  constexpr int64_t kSlice = kSliceDepth / Operand::kPerWord;
+  const int64_t words = operand_words<Operand>(depth), column_words = right_words<Weights>(words);
   for (int64_t column = 0; column < columns; column += kPanel) {
     const int width = panel_width(columns, column);
     for (int64_t k = 0; k < words; k += kSlice)
-      multiply<Operand>({a + k, row_words, 1}, count, packed + column * words + k * width, width,
-                        words - k < kSlice ? words - k : kSlice, c + column, columns, k > 0, true);
+      multiply_packed<Operand>(
+          {a + k, row_words, 1}, count, packed + column * column_words + right_words<Weights>(k) * width,
+          width, words - k < kSlice ? words - k : kSlice, c + column, columns, k > 0, true, wide);
   }
 }
 
@@ -231,21 +235,22 @@ template <class Operand>
 void finish_gradient_rows(const BlockShape& s, const TransposedPointers& weights, const Dropout& dropout,
                           const GradientSpans& spans, const ApplicationPanels& panels,
                           BlockGradientScratch& t) {
+  using Weights = typename Operand::Weights;
   const int64_t hidden_words = s.hidden_words(), width_words = s.width_words();
   for_spans(spans, [&](const GradientSpan& span, int64_t row) {
     branch_span<Operand>(s, span, row, dropout, 1, panels.grad_branch2, t);
   });
-  const int64_t depth = (s.hidden + Operand::kPerWord - 1) / Operand::kPerWord;
+  const int64_t depth = operand_words<Operand>(s.hidden), column_depth = right_words<Weights>(depth);
   for (int64_t column = 0; column < s.width_padded; column += kPanel) {
     const int width = panel_width(s.width_padded, column);
-    multiply<Operand>({t.act, hidden_words, 1}, spans.rows, weights.mlp_out + column * depth, width, depth,
-                      t.sums, kPanel);
+    multiply_packed<Operand>({t.act, hidden_words, 1}, spans.rows, weights.mlp_out + column * column_depth,
+                             width, depth, t.sums, kPanel, false, false, t.wide);
     for_spans(spans, [&](const GradientSpan& span, int64_t row) {
       activate_back<Operand>(s, span, row, column, width, panels, t);
     });
   }
   multiply_panels<Operand>(t.grad_mlp_in, width_words, spans.rows, weights.mlp_in, s.width, s.hidden_padded,
-                           t.grad_act);
+                           t.grad_act, t.wide);
   for_spans(spans, [&](const GradientSpan& span, int64_t row) {
     norm_span<Operand>(s, span, row, true, panels.act2, t);
     branch_span<Operand>(s, span, row, dropout, 0, panels.grad_branch1, t);
@@ -253,7 +258,7 @@ void finish_gradient_rows(const BlockShape& s, const TransposedPointers& weights
                        hidden_words, span.count);
   });
   multiply_panels<Operand>(t.act, hidden_words, spans.rows, weights.attn_out, s.hidden, s.hidden_padded,
-                           spans.at->grad_mixed);
+                           spans.at->grad_mixed, t.wide);
 }
 
 template <class Operand>
@@ -310,7 +315,7 @@ void project_gradient_rows(const BlockShape& s, const TransposedPointers& weight
                            const ApplicationPanels& panels, BlockGradientScratch& t) {
   const int64_t row_words = round_up(3 * s.hidden, 2 * kLanes) / Operand::kPerWord;
   multiply_panels<Operand>(spans.at->grad_qkv, row_words, spans.rows, weights.qkv, 3 * s.hidden,
-                           s.hidden_padded, t.grad_act);
+                           s.hidden_padded, t.grad_act, t.wide);
   for_spans(spans, [&](const GradientSpan& span, int64_t row) {
     put_words<Operand>(panels.grad_qkv, span.panel_row, span.grad_qkv, row_words, span.count);
     norm_span<Operand>(s, span, row, false, panels.act1, t);

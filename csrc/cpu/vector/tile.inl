@@ -2,9 +2,10 @@
 //
 // Operands are 32-bit words along the summed dimension: one float (Fp32), or a pair of bf16 (Bf16, where an
 // instruction multiplies them). The left operand is read word by word and broadcast; the right one lies in
-// panels [words][width], width at most kPanel columns, so that a tile reads it from front to back.
-// Every sum runs over the words in an order that depends on their number alone, whatever the shape of the
-// tile: results do not depend on how rows are grouped.
+// panels [words][width], width at most kPanel columns, so that a tile reads it from front to back. Where no
+// instruction multiplies bf16, packed weights are pairs all the same (Bf16Pairs), at half the bytes of
+// floats. Every sum runs over the words in an order that depends on their number alone, whatever the shape of
+// the tile: results do not depend on how rows are grouped.
 #pragma once
 
 #include "cpu/vector/vec.h"
@@ -26,7 +27,9 @@ inline Words load_words(const uint32_t* p) {
 inline void store_words(uint32_t* p, Words v) { __builtin_memcpy(p, &v, sizeof v); }
 
 struct Fp32 {
-  static constexpr int kPerWord = 1;
+  using Weights = Fp32;                   // the operand of products with packed weights
+  static constexpr int kPerWord = 1;      // values in a word
+  static constexpr int kLeftPerWord = 1;  // the same of the left operand
   static Floats multiply_add(Words a, Words b, Floats sum) {
     return fused_multiply_add(reinterpret_cast<Floats>(a), reinterpret_cast<Floats>(b), sum);
   }
@@ -45,7 +48,9 @@ struct Fp32 {
 
 #if defined(__AVX512BF16__)
 struct Bf16 {
+  using Weights = Bf16;
   static constexpr int kPerWord = 2;
+  static constexpr int kLeftPerWord = 2;
   static Floats multiply_add(Words a, Words b, Floats sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
@@ -66,8 +71,45 @@ struct Bf16 {
   }
 };
 #else
-using Bf16 = Fp32;  // no such instruction: bf16 operands are widened and multiplied as floats
+// Pairs, the even one in the low half, widened in registers and multiplied as floats with a left operand of
+// floats. Each sum has the order and the bits that widened weights would give.
+struct Bf16Pairs {
+  static constexpr int kPerWord = 2;
+  static constexpr int kLeftPerWord = 1;
+  template <int Part>
+  static Words widened(Words pairs) {
+    return Part == 0 ? pairs << 16 : pairs & 0xffff0000u;
+  }
+  static Floats multiply_add(Words a, Words b, Floats sum) { return Fp32::multiply_add(a, b, sum); }
+  static void store(uint32_t* words, Floats first, Floats second) {
+    uint16_t values[2 * kLanes];
+    store_bf16(values, first);
+    store_bf16(values + kLanes, second);
+    __builtin_memcpy(words, values, sizeof values);
+  }
+  static Words zip(Floats even, Floats odd) {
+    return reinterpret_cast<Words>(round_to_bf16(even)) >> 16 | reinterpret_cast<Words>(round_to_bf16(odd));
+  }
+};
+
+// No such instruction: operands are floats, but for packed weights.
+struct Bf16 : Fp32 {
+  using Weights = Bf16Pairs;
+};
 #endif
+
+// Words of a left operand of `depth` values.
+template <class Operand>
+constexpr int64_t operand_words(int64_t depth) {
+  return (depth + Operand::kLeftPerWord - 1) / Operand::kLeftPerWord;
+}
+
+// Words of a right operand for `words` of the left one.
+template <class Operand>
+constexpr int64_t right_words(int64_t words) {
+  constexpr int kLeftWords = Operand::kPerWord / Operand::kLeftPerWord;
+  return (words + kLeftWords - 1) / kLeftWords;
+}
 
 // The left operand: word k of row r is at[r * row + k * step].
 struct Left {
@@ -95,15 +137,27 @@ void tile(const Left& a, const uint32_t* b, int64_t words, float* c, int64_t c_r
     for (int v = 0; v < Vecs; ++v) sum[r][v] = Floats{};
   const uint32_t* left = a.at;
   const int64_t row = a.row, step = a.step;
-  for (int64_t k = 0; k < words; ++k) {
-    if (Ahead) __builtin_prefetch(ahead + k * kLineWords, 0, 2);
-    Words right[Vecs];
-    for (int v = 0; v < Vecs; ++v) right[v] = load_words(b + v * kLanes);
+  const auto add_products = [&](const Words(&right)[Vecs]) {
     for (int r = 0; r < Rows; ++r) {
       const Words value = Words{} + left[r * row];
       for (int v = 0; v < Vecs; ++v) sum[r][v] = Operand::multiply_add(value, right[v], sum[r][v]);
     }
     left += step;
+  };
+  for (int64_t k = 0; k < right_words<Operand>(words); ++k) {
+    if (Ahead) __builtin_prefetch(ahead + k * kLineWords, 0, 2);
+    Words right[Vecs];
+    if constexpr (Operand::kPerWord == Operand::kLeftPerWord) {
+      for (int v = 0; v < Vecs; ++v) right[v] = load_words(b + v * kLanes);
+      add_products(right);
+    } else {
+      for (int v = 0; v < Vecs; ++v) right[v] = Operand::template widened<0>(load_words(b + v * kLanes));
+      add_products(right);
+      if (2 * k + 1 == words) break;  // half a pair
+      __asm__("" : "+r"(b));          // read the pairs again: there is no register to keep them in
+      for (int v = 0; v < Vecs; ++v) right[v] = Operand::template widened<1>(load_words(b + v * kLanes));
+      add_products(right);
+    }
     b += Vecs * kLanes;
   }
   for (int r = 0; r < Rows; ++r)
@@ -117,14 +171,15 @@ template <class Operand, int Vecs, bool Accumulate>
 void multiply_panel(Left a, int64_t rows, const uint32_t* b, int64_t words, float* c, int64_t c_row,
                     bool streamed) {
   constexpr int kRows = tile_rows<Vecs>();
-  const uint32_t* next = b + words * Vecs * kLanes;
-  const uint32_t* const last = streamed ? next + words * Vecs * kLanes : next;
+  const int64_t b_words = right_words<Operand>(words);
+  const uint32_t* next = b + b_words * Vecs * kLanes;
+  const uint32_t* const last = streamed ? next + b_words * Vecs * kLanes : next;
   for (; rows >= kRows; rows -= kRows) {
     if (next < last)
       tile<Operand, kRows, Vecs, Accumulate, true>(a, b, words, c, c_row, next);
     else
       tile<Operand, kRows, Vecs, Accumulate>(a, b, words, c, c_row);
-    next += words * kLineWords;
+    next += b_words * kLineWords;
     a.at += kRows * a.row;
     c += kRows * c_row;
   }
@@ -178,9 +233,9 @@ struct TileScope {
 constexpr int kRowsAtOnce = tile_rows<kTileVecs>();
 #endif
 
-// c[rows, width] = or += a[rows, words] b[words, width]; width: a multiple of kLanes, at most kPanel. Rows
-// are best given kRowsAtOnce or more at a time. `streamed`: the next product reads as much as this one right
-// after b, which is not in the cache yet.
+// c[rows, width] = or += a[rows, words] b[right_words, width]; width: a multiple of kLanes, at most kPanel.
+// Rows are best given kRowsAtOnce or more at a time. `streamed`: the next product reads as much as this one
+// right after b, which is not in the cache yet.
 template <class Operand>
 void multiply(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t words, float* c,
               int64_t c_row, bool accumulate = false, bool streamed = false) {
@@ -192,6 +247,35 @@ void multiply(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t
     multiply_width<Operand, true>(a, rows, b, width, words, c, c_row, streamed);
   else
     multiply_width<Operand, false>(a, rows, b, width, words, c, c_row, streamed);
+}
+
+// Room for a panel of weights as floats, where a product widens it.
+template <class Operand>
+constexpr int64_t wide_panel_size(int64_t depth) {
+  return Operand::Weights::kPerWord == Operand::Weights::kLeftPerWord ? 0 : (depth + 1) * kPanel;
+}
+
+// The same with a panel of packed weights. `wide`: wide_panel_size(words) floats. For some tiles of rows
+// pairs of bf16 are widened once, for fewer rows in registers; the sums are the same.
+template <class Operand>
+void multiply_packed(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t words, float* c,
+                     int64_t c_row, bool accumulate, bool streamed, float* wide) {
+  using Weights = typename Operand::Weights;
+  if constexpr (Weights::kPerWord > Weights::kLeftPerWord) {
+    constexpr int64_t kFewRows = 2 * tile_rows<kTileVecs>();
+    if (rows > kFewRows) {
+      uint32_t* out = reinterpret_cast<uint32_t*>(wide);
+      for (int64_t k = 0; k < words; k += 2, out += 2 * width)
+        for (int j = 0; j < width; j += kLanes, b += kLanes) {
+          const Words pairs = load_words(b);
+          store_words(out + j, Weights::template widened<0>(pairs));
+          store_words(out + width + j, Weights::template widened<1>(pairs));
+        }
+      return multiply<Operand>(a, rows, reinterpret_cast<uint32_t*>(wide), width, words, c, c_row,
+                               accumulate);
+    }
+  }
+  multiply<Weights>(a, rows, b, width, words, c, c_row, accumulate, streamed);
 }
 
 // Words of the first `count` values of x; may read up to the next whole pair of vectors.
