@@ -87,17 +87,11 @@ class DIT(LoopMDM):
 
         A looped block reports the state after its last application.
         """
-        cfg = self.config
-        loop = range(cfg.loop_start, cfg.loop_end)
-        order = [*range(cfg.loop_start), *[i for _ in range(self.default_loops()) for i in loop]]
-        order += range(cfg.loop_end, cfg.num_layers)
         with _reference_autocast(indices.device):
             stages = self.stages(indices, sigma, dropout_seed=self._draw_dropout_seed(indices))
-            x = stages.embedded()
-            states = [x] * (cfg.num_layers + 1)
-            for application, i in enumerate(order):
-                x = states[i + 1] = stages.block(x, i, application)
-            return vocabulary.head_logits(x, self.head(sigma), compute_dtype=self.compute_dtype), states
+            states = stages.states(self.default_loops())
+            logits = vocabulary.head_logits(states[-1], self.head(sigma), compute_dtype=self.compute_dtype)
+            return logits, states
 
 
 class MaskedLMOutput(NamedTuple):

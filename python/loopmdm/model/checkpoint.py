@@ -28,6 +28,27 @@ MODEL_TYPES = {
 }
 Model = TypeVar("Model", bound="Trainable")
 _SHOWN_DIFFERENCES = 20
+# What transformers notes in a config.json beside the model's own fields.
+_NOTES_OF_TRANSFORMERS = {
+    "architectures",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "suppress_mask_token",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_PREFIX = "model."  # of the weights of a `loopmdm.hf.LoopMDMForMaskedLM`
 _FEWEST_TENSORS_OF_A_BLOCK = 4
 
 
@@ -115,8 +136,13 @@ def _read_weights(
     index = shards.find_index(Path(path_or_hub_id))
     if index is None:
         path = locate(path_or_hub_id, WEIGHTS_FILE, revision)
-        return path, safetensors_files.read(path)
-    return Path(path_or_hub_id) / index, shards.read_shards(path_or_hub_id, index, revision)
+        tensors = safetensors_files.read(path)
+    else:
+        path = Path(path_or_hub_id) / index
+        tensors = shards.read_shards(path_or_hub_id, index, revision)
+    if all(name.startswith(_PREFIX) for name in tensors):
+        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    return path, tensors
 
 
 def _check_sizes(config: Any, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -152,6 +178,9 @@ def _read_config(
             f"{config_path}: model_type is {shown(model_type)}, expected {cls.model_type!r}; "
             + (f"this is {known}" if known else "MDLM checkpoints are read by LoopMDM.from_mdlm")
         )
+    if "max_position_embeddings" in fields:
+        fields["max_length"] = fields.pop("max_position_embeddings")
+    fields = {name: value for name, value in fields.items() if name not in _NOTES_OF_TRANSFORMERS}
     try:
         return cls.config_class.from_dict({**fields, **overrides})
     except (ValueError, TypeError) as error:

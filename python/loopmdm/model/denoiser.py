@@ -48,19 +48,30 @@ class LoopMDM(Network):
 
     def stages(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         sigma: Tensor | None = None,
         *,
         attention_mask: Tensor | None = None,
         dropout_seed: int | Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Stages:
-        """One forward pass of input_ids [B, L] cut at the loop, to be run and looked at stage by stage."""
-        inputs.check(input_ids, sigma, attention_mask, self.config, self.device)
-        return Stages(self, input_ids, sigma, attention_mask, dropout_seed)
+        """One forward pass of input_ids [B, L] cut at the loop, to be run and looked at stage by stage.
+
+        inputs_embeds: [B, L, D] in place of the tokens' embeddings; `input_ids` is None then.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
+        if inputs_embeds is not None:
+            inputs.check_embeds(inputs_embeds, sigma, attention_mask, self.config, self.device)
+            input_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.int64)
+        else:
+            assert input_ids is not None
+            inputs.check(input_ids, sigma, attention_mask, self.config, self.device)
+        return Stages(self, input_ids, sigma, attention_mask, dropout_seed, inputs_embeds)
 
     def hidden(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         sigma: Tensor | None = None,
         *,
         num_loops: int | Tensor | None = None,
@@ -68,12 +79,20 @@ class LoopMDM(Network):
         exit: Exit | None = None,
         min_loops: int = 1,
         dropout_seed: int | Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Any:
         """Residual stream [B, L, D] before the final layer; with `exit`, (it, loops used [B]).
 
         exit ends the loop of a sequence before `num_loops`, and after `min_loops` at the earliest.
+        inputs_embeds: as in `stages`.
         """
-        stages = self.stages(input_ids, sigma, attention_mask=attention_mask, dropout_seed=dropout_seed)
+        stages = self.stages(
+            input_ids,
+            sigma,
+            attention_mask=attention_mask,
+            dropout_seed=dropout_seed,
+            inputs_embeds=inputs_embeds,
+        )
         loops = self.default_loops() if num_loops is None else num_loops
         if exit is not None:
             if not isinstance(exit, Exit):

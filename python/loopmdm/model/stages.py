@@ -21,6 +21,7 @@ from loopmdm.model.network import Network
 from loopmdm.model.parallel import refuse_split, with_whole_weights
 from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
 from loopmdm_kernels.types import Rotary
+from loopmdm_kernels.values import positive
 
 _SEED_BITS = 0x7FFF_FFFF_FFFF_FFFF
 
@@ -52,10 +53,12 @@ class Stages:
         sigma: Tensor | None,
         attention_mask: Tensor | None,
         dropout_seed: int | Tensor | None,
+        inputs_embeds: Tensor | None = None,
     ) -> None:
         refuse_split(model.vocab_embed.embedding)
         self.model = model
         self.tokens = tokens  # [B, L] int64
+        self._embeds = inputs_embeds  # [B, L, D] in place of the tokens', which then mean nothing
         self.sigma = sigma  # [B] or None
         self._key_mask = None if attention_mask is None else boolean("attention_mask", attention_mask)
         self._dropout = model.config.dropout if model.training else 0.0
@@ -73,6 +76,8 @@ class Stages:
     @property
     def masked(self) -> Tensor:
         """The positions that hold the mask token, bool [B, L]."""
+        if self._embeds is not None:
+            raise ValueError("inputs_embeds: exit rules read which tokens are masked; expected input_ids")
         return self.tokens == self.model.config.mask_token_id
 
     def before(self) -> Tensor:
@@ -83,7 +88,7 @@ class Stages:
     def embedded(self) -> Tensor:
         """The residual stream before the first block."""
         model = self.model
-        x = model.vocab_embed(self.tokens)
+        x = model.vocab_embed(self.tokens) if self._embeds is None else self._embeds
         if model.config.positions == "learned":
             x = x + model.position_embed(torch.arange(self.tokens.shape[1], device=x.device))
         wide: Tensor = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -122,11 +127,40 @@ class Stages:
         out: Tensor = self._run(hidden, config.loop_end, config.num_layers, 1)
         return out
 
+    def states(self, num_loops: int | Tensor) -> list[Tensor]:
+        """The residual stream [B, L, D] after the embedding and after each block, block by block.
+
+        A looped block reports the state after its last application; the last one is what `after` returns.
+
+        Args:
+            num_loops: of all sequences, or of each, int64 [B].
+        """
+        config = self.model.config
+        each = num_loops if isinstance(num_loops, Tensor) else None
+        if each is not None and (each.shape not in ((1,), self.tokens.shape[:1]) or int(each.min()) < 1):
+            raise ValueError(f"num_loops: got {each}, expected an int >= 1, or one for each sequence")
+        most = positive("num_loops", num_loops if each is None else int(each.max()))
+        loop = range(config.loop_start, config.loop_end)
+        order = [(0, i) for i in range(config.loop_start)]
+        order += [(number, i) for number in range(most) for i in loop]
+        order += [(0, i) for i in range(config.loop_end, config.num_layers)]
+        x = self.embedded()
+        states = [x] * (config.num_layers + 1)
+        for application, (number, i) in enumerate(order):
+            after = self.block(x, i, application)
+            if number == 0 or each is None:
+                x = states[i + 1] = after
+            else:
+                going = (number < each)[:, None, None]
+                x, states[i + 1] = torch.where(going, after, x), torch.where(going, after, states[i + 1])
+        return states
+
     def subset(self, active: Tensor) -> Stages:
         """The same pass for some of the sequences: `active` holds their numbers int64 [b], or is bool [B]."""
         part = object.__new__(Stages)
         part.__dict__.update(self.__dict__)
         part.tokens = self.tokens[active]
+        part._embeds = None if self._embeds is None else self._embeds[active]
         part.sigma = None if self.sigma is None else self.sigma[active]
         part._key_mask = None if self._key_mask is None else self._key_mask[active]
         if self._condition.shape[0] > 1:

@@ -15,6 +15,7 @@ from loopmdm_kernels.reference.sample_rows import sample_logits
 from loopmdm_kernels.types import Fp8Head, Head, RowRng, SampledRows
 
 NEVER = -1e30  # logit of a forbidden token: finite, so that no difference of two is NaN
+_NEVER_IN_HALF = -3e4
 
 
 class CalledHead(NamedTuple):
@@ -56,7 +57,12 @@ def without_tokens(head: AnyHead, tokens: Tensor) -> AnyHead:
     """A head under which `tokens`, int64, are never drawn."""
     if isinstance(head, CalledHead):
         return head._replace(forbidden=tokens.to(head.condition.device))
-    return head._replace(bias=head.bias.detach().index_fill(0, tokens.to(head.bias.device), NEVER))
+    return head._replace(bias=_forbid(head.bias, tokens.to(head.bias.device)))
+
+
+def _forbid(logits: Tensor, tokens: Tensor) -> Tensor:
+    """logits [..., V], those of `tokens` as low as their dtype allows."""
+    return logits.index_fill(-1, tokens, _NEVER_IN_HALF if logits.dtype == torch.float16 else NEVER)
 
 
 def head_logits(hidden: Tensor, head: AnyHead, *, compute_dtype: torch.dtype | None = None) -> Tensor:
@@ -123,7 +129,7 @@ def most_probable(
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _called(hidden: Tensor, head: CalledHead) -> Tensor:
     logits = head.layer(hidden, head.condition)
-    return logits if head.forbidden is None else logits.index_fill(-1, head.forbidden, NEVER)
+    return logits if head.forbidden is None else _forbid(logits, head.forbidden)
 
 
 def _row_logits(hidden: Tensor, head: CalledHead, rows: Tensor) -> Tensor:
