@@ -131,6 +131,10 @@ def test_masked_cross_entropy(compare, name):
         plain = peers.masked_cross_entropy
         variants[f"eager {kind}"] = loss_and_gradients(arguments, plain, compute_dtype)
         variants[f"compiled {kind}"] = loss_and_gradients(arguments, peers.compiled(plain), compute_dtype)
+        hidden, head, *chosen = arguments[:4]
+        if head.weight.dtype == compute_dtype:
+            for way, loss in peers.linear_losses(hidden, head, *chosen).items():
+                variants[f"{way} {kind}"] = gradients_of(loss, [hidden, head.weight, head.bias])
     fastest = native_dtype() if dtype == torch.float32 else dtype
     memory = {"memory": round(peak_memory(name), 3)} if sys.platform == "linux" else {}
     compare(

@@ -147,9 +147,9 @@ void chunk_products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const
         const uint32_t* panel = g.pairs + column * l.row_words;
         if (!out.weight_is_bf16 && column + width <= p.width) {
           multiply<Operand>(slopes, count, panel, width, row_words,
-                            static_cast<float*>(out.weight) + token * p.width + column, p.width, add);
+                            static_cast<float*>(out.weight) + token * p.width + column, p.width, add, true);
         } else {
-          multiply<Operand>(slopes, count, panel, width, row_words, scratch.logits, width);
+          multiply<Operand>(slopes, count, panel, width, row_words, scratch.logits, width, false, true);
           put_weight_gradient(p, out, scratch.logits, token, count, column, width, add);
         }
       }

@@ -171,7 +171,7 @@ void tile_products(const MaskedCrossEntropyProblem& p, const RowGroup& g, const 
   if (g.count <= kFewRows)
     few_row_products<Operand>({rows, 1, width}, g.count, weights, count, l.words, scratch, width);
   else
-    multiply<Operand>(weights, count, rows, width, l.words, out, width);
+    multiply<Operand>(weights, count, rows, width, l.words, out, width, false, true);
   const int64_t excluded = p.excluded_token - token;
   if (excluded >= 0 && excluded < count)
     __builtin_memset(out + excluded * width, 0, static_cast<size_t>(width) * sizeof *out);
