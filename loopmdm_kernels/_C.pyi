@@ -206,3 +206,34 @@ def head_logits_backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None: ...
+
+class PreparedNetwork:
+    def __init__(
+        self,
+        embedding: Tensor,
+        positions: Tensor | None,
+        stacks: tuple[tuple[list[Tensor], Tensor] | None, ...],
+        heads: int,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        head: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool],
+        excluded_token: int,
+    ) -> None: ...
+
+class DecodingRun:
+    def __init__(
+        self,
+        network: PreparedNetwork,
+        slots: tuple[Tensor, ...],
+        schedule: tuple[Tensor, Tensor] | None,
+        place: Tensor | None,
+        pace: tuple[str, str, float | None, float, int],
+        computes: tuple[Tensor, ...],
+        max_batch: int,
+        seed: int,
+        temperature: float,
+        state: tuple[Tensor, ...],
+    ) -> None: ...
+    def take_steps(
+        self, first: int, most: int, milliseconds: float, num_threads: int
+    ) -> tuple[int, int, int, int, int, int, int]: ...

@@ -143,6 +143,24 @@ class RowRng(NamedTuple):
     position: Tensor  # [R] int64, below 2^31
 
 
+class RevealRule(NamedTuple):
+    """Which of N masked positions, the slots, a step predicts and reveals: a decoding order as data.
+
+    A rating is "confidence", "margin", "certainty" (the negative entropy), "place", or "none": the very slots
+    that the schedule has for the step.
+    """
+
+    # Slots by step [N] int64, and where each step's end [T] int64. Rated, a step reveals as many slots of a
+    # sequence as it has here. None: the leading run of the best rated that pass, at least one.
+    schedule: tuple[Tensor, Tensor] | None
+    rating: str = "none"
+    score: str = "none"  # what must reach the threshold
+    place: Tensor | None = None  # [N] float64, the lowest first
+    threshold: float | None = None
+    entropy_bound: float | None = None  # without a threshold: sum H - max H of the run stays within it
+    window: int | None = None  # only so many leftmost masks of a sequence are in reach
+
+
 class SampledRows(NamedTuple):
     """What `sample_rows` returns for each row; statistics are of the distribution at temperature 1."""
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. Rooms of one line stand side by side and do not read each other.
 LEVELS = {
     "csrc": [["common"], ["cpu", "cuda"], ["bindings"]],
-    "csrc/cpu": [["machine"], ["vector"], ["linear"], ["attention"], ["looped_blocks", "head"]],
+    "csrc/cpu": [["machine"], ["vector"], ["linear"], ["attention"], ["looped_blocks", "head"], ["decoding"]],
     "csrc/cuda": [["ptx"], ["tile"], ["looped_blocks", "head"]],
 }
 # Rooms of the model, and of its studies: folders, and modules that stand alone.

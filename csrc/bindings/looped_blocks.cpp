@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "bindings/blocks.h"
 #include "bindings/ops.h"
 #include "bindings/tensor_view.h"
 #include "cpu/looped_blocks/looped_blocks_backward.h"
@@ -12,8 +13,6 @@ namespace py = pybind11;
 namespace loopmdm {
 namespace {
 
-constexpr size_t kTensorsPerBlock = 8;
-
 using Dims = std::initializer_list<int64_t>;
 
 template <class T>
@@ -21,8 +20,7 @@ T* optional(py::handle tensor, const char* name, DType dtype, Dims shape) {
   return tensor.is_none() ? nullptr : TensorView(tensor, name, {dtype}, shape).as<T>();
 }
 
-// The arguments both directions share, checked. blocks: for each block the tensors of BlockWeights, linear
-// weights packed by pack_linear.
+// The arguments both directions share, checked.
 struct Arguments {
   cpu::LoopedBlocksProblem problem;
   std::vector<cpu::BlockPointers> blocks;
@@ -36,36 +34,14 @@ struct Arguments {
     const int64_t batch = x.size(0), length = x.size(1), hidden = x.size(2);
     if (heads < 1 || hidden % (2 * heads) != 0)
       throw py::value_error("num_heads: got " + std::to_string(heads) + " for " + std::to_string(hidden));
-    if (py::len(blocks_arg) == 0 || py::len(blocks_arg) % kTensorsPerBlock != 0)
-      throw py::value_error("blocks: expected a multiple of 8 tensors, got " +
-                            std::to_string(py::len(blocks_arg)));
-    const int64_t num_blocks = static_cast<int64_t>(py::len(blocks_arg) / kTensorsPerBlock);
+    const int64_t width = block_width(blocks_arg);
+    blocks = block_pointers(blocks_arg, hidden, width, heads, bf16, isa);
+    const int64_t num_blocks = static_cast<int64_t>(blocks.size());
     const TensorView modulation(modulation_arg, "modulation", {DType::float32},
                                 {num_blocks, kAny, 6, hidden});
     if (modulation.size(1) != 1 && modulation.size(1) != batch)
       throw py::value_error("modulation: expected 1 or " + std::to_string(batch) + " sequences");
     const int64_t half = hidden / heads / 2;
-    const int64_t width = TensorView(blocks_arg[5], "mlp_in_bias", {DType::float32}, {kAny}).size(0);
-    const cpu::LinearKernel& linear = cpu::linear_kernel(isa);
-    const auto size = [&](int64_t columns, int64_t depth, int64_t head_dim) {
-      return cpu::linear_layout(linear, columns, depth, head_dim, bf16).size();
-    };
-    for (size_t at = 0; at < py::len(blocks_arg); at += kTensorsPerBlock) {
-      const auto packed = [&](size_t index, const char* name, int64_t words) {
-        return TensorView(blocks_arg[at + index], name, {DType::int32}, {words}).as<const uint32_t>();
-      };
-      const auto vector = [&](size_t index, const char* name, int64_t elements) {
-        return TensorView(blocks_arg[at + index], name, {DType::float32}, {elements}).as<const float>();
-      };
-      blocks.push_back({.qkv = packed(1, "qkv", 3 * size(hidden, hidden, hidden / heads)),
-                        .attn_out = packed(2, "attn_out", size(hidden, hidden, 0)),
-                        .mlp_in = packed(4, "mlp_in", size(width, hidden, 0)),
-                        .mlp_out = packed(6, "mlp_out", size(hidden, width, 0)),
-                        .norm1 = vector(0, "norm1", hidden),
-                        .norm2 = vector(3, "norm2", hidden),
-                        .mlp_in_bias = vector(5, "mlp_in_bias", width),
-                        .mlp_out_bias = vector(7, "mlp_out_bias", hidden)});
-    }
     problem = {
         .x = x.as<const float>(),
         .blocks = blocks.data(),

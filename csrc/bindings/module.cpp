@@ -16,6 +16,7 @@ PYBIND11_MODULE(_C, m) {
     return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
   });
   loopmdm::bind_attention(m);
+  loopmdm::bind_decoding(m);
   loopmdm::bind_head_logits(m);
   loopmdm::bind_linear(m);
   loopmdm::bind_looped_blocks(m);

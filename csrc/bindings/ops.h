@@ -6,6 +6,7 @@
 namespace loopmdm {
 
 void bind_attention(pybind11::module_& m);
+void bind_decoding(pybind11::module_& m);
 void bind_head_logits(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_looped_blocks(pybind11::module_& m);

@@ -15,6 +15,8 @@ const char* dtype_name(DType dtype) {
   switch (dtype) {
     case DType::float32:
       return "float32";
+    case DType::float64:
+      return "float64";
     case DType::bfloat16:
       return "bfloat16";
     case DType::int32:
@@ -33,6 +35,8 @@ dlpack::DataType dlpack_type(DType dtype) {
   switch (dtype) {
     case DType::float32:
       return {dlpack::kFloat, 32, 1};
+    case DType::float64:
+      return {dlpack::kFloat, 64, 1};
     case DType::bfloat16:
       return {dlpack::kBfloat, 16, 1};
     case DType::int32:

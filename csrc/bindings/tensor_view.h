@@ -10,7 +10,7 @@
 
 namespace loopmdm {
 
-enum class DType { float32, bfloat16, int32, int64, uint8, boolean };
+enum class DType { float32, float64, bfloat16, int32, int64, uint8, boolean };
 
 constexpr int64_t kAny = -1;  // in an expected shape: any length
 

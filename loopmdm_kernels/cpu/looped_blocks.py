@@ -40,7 +40,7 @@ def run(call: LoopedCall) -> tuple[Tensor, Tensor]:
     if call.trains:
         out, used = differentiable(call, _with_records, _backward)
         return out, used
-    return _forward(call, call.x, _packed(call), _loops(call), call.exit_threshold)
+    return _forward(call, call.x, packed_blocks(call), _loops(call), call.exit_threshold)
 
 
 def _loops(call: LoopedCall) -> Tensor:
@@ -62,7 +62,7 @@ def _options(
     return call.num_heads, cos, sin, mask, _is_bf16(call), call.dropout, int(call.dropout_seed)
 
 
-def _packed(call: LoopedCall) -> list[Tensor]:
+def packed_blocks(call: LoopedCall) -> list[Tensor]:
     """The tensors of all blocks as the kernels read them."""
     bf16 = _is_bf16(call)
     return [
@@ -172,7 +172,9 @@ def _with_records(call: LoopedCall, _: Sequence[bool]) -> tuple[tuple[Tensor, Te
         memory = _RecordMemory(_record_shape(call, most * len(call.blocks)))
     records = None if memory is None else memory.records
     out, used = _forward(
-        call, call.x, _packed(call), loops, call.exit_threshold, loop_inputs=loop_inputs, records=records
+        *(call, call.x, packed_blocks(call), loops, call.exit_threshold),
+        loop_inputs=loop_inputs,
+        records=records,
     )
     return (out, used), Kept((used,), (loop_inputs, memory))
 
@@ -181,7 +183,7 @@ def _backward(call: LoopedCall, kept: Kept, _: Sequence[bool], grads: Sequence[T
     (used,), (loop_inputs, memory) = kept
     blocks = call.plain_blocks
     gradients = [_Gradients.zeros(block, call.modulation.shape[1]) for block in blocks]
-    packed, bf16 = _packed(call), _is_bf16(call)
+    packed, bf16 = packed_blocks(call), _is_bf16(call)
     grad = grads[0].float().clone(memory_format=torch.contiguous_format)
     transposed = [
         packed_linear(weight, bf16=bf16, transposed=True)

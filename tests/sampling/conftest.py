@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loopmdm import LoopMDM, LoopMDMConfig
-from loopmdm.sampling import SampleResult
+from loopmdm.sampling import SampleResult, fused
 from loopmdm_kernels.types import Head
 
 NORM_EPS = 1e-5
@@ -154,3 +154,9 @@ def make_model() -> Callable[..., LoopMDM]:
 @pytest.fixture
 def model() -> LoopMDM:
     return random_model()
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are `OrderedRun`s: Python between the network calls, and the ops called one by one."""
+    monkeypatch.setattr(fused, "_can_fuse", lambda *_: False)

@@ -103,6 +103,7 @@ def test_a_call_for_each_model(make_fixed):
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("one_by_one")
 def test_the_ledger_counts_what_rules_execute(model, compute, monkeypatch):
     layers, rows = [], []
     blocks = lk.looped_blocks

@@ -197,15 +197,20 @@ class SamplingLedger:
                 f"rows_projected is {rows_projected}; accepted: 0 to {len(counts)} sequences"
                 f" x {length} tokens"
             )
-        self.network_calls += 1
-        self.sequence_calls += len(counts)
-        self.loops += sum(counts)
+        self.record_calls(dims, 1, len(counts), sum(counts), rows_projected, length=length)
+
+    def record_calls(
+        self, dims: Dimensions, calls: int, sequences: int, loops: int, rows_projected: int, *, length: int
+    ) -> None:
+        """Some network calls of so many sequences in all, which took so many loops in all."""
+        self.network_calls += calls
+        self.sequence_calls += sequences
+        self.loops += loops
         self.rows_projected += rows_projected
-        tokens = length * len(counts)
-        layers = sum(executed_layers(dims, s) for s in counts)
+        layers = sequences * dims.num_layers + (loops - sequences) * (dims.loop_end - dims.loop_start)
         self._flops["blocks"] += length * layers * layer_flops(dims, length)
         self._flops["head"] += rows_projected * head_flops(dims)
-        self._flops["embedding"] += tokens * head_flops(dims)
+        self._flops["embedding"] += length * sequences * head_flops(dims)
 
     def record_tails(self, dims: Dimensions, passes: int, *, length: int | None = None) -> None:
         """Passes of a sequence through the blocks behind the loop, beside the one of each call."""

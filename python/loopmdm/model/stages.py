@@ -19,6 +19,7 @@ from loopmdm.model.masks import boolean
 from loopmdm.model.modules import DDiTBlock, by_row
 from loopmdm.model.network import Network
 from loopmdm.model.parallel import refuse_split, with_whole_weights
+from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
 from loopmdm_kernels.types import Rotary
 from loopmdm_kernels.values import positive
@@ -173,6 +174,27 @@ class Stages:
             }
             part._condition = self._condition[active]
         return part
+
+    def calls(self) -> list[LoopedCall | None]:
+        """The calls of `looped_blocks` before, in and after the loop; None: there are no blocks.
+
+        Of one loop of a state without values, without dropout and key mask.
+        """
+        model, length = self.model, self.tokens.shape[1]
+        config, embedding = model.config, model.vocab_embed.embedding
+        dtype = torch.promote_types(embedding.dtype, torch.float32)
+        state = torch.empty(len(self.tokens), length, config.hidden_size, dtype=dtype, device=model.device)
+        bounds = (0, config.loop_start, config.loop_end, config.num_layers)
+        return [
+            LoopedCall(
+                *(state, model.block_weights(start, end), self._modulation(start, end), 1, config.num_heads),
+                rotary=self._rotary,
+                compute_dtype=self._compute_dtype,
+            )
+            if start < end
+            else None
+            for start, end in pairwise(bounds)
+        ]
 
     def _modulation(self, start: int, end: int) -> Tensor:
         """Of blocks start..end - 1, [end - start, 1 or B, 6, D]."""

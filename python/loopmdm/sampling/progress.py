@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from loopmdm import terminal
 
 
 @contextmanager
-def progress_bar(wanted: bool, num_steps: int) -> Iterator[Callable[[], object]]:
-    """Yields the function to call after each step. Draws on standard error, and only on a terminal."""
+def progress_bar(wanted: bool, num_steps: int) -> Iterator[Callable[[int], object]]:
+    """Yields the function to call with how many steps were taken. Draws on standard error, on a terminal."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = terminal.console()
@@ -22,4 +23,4 @@ def progress_bar(wanted: bool, num_steps: int) -> Iterator[Callable[[], object]]
     )
     with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as bar:
         task = bar.add_task("sampling", total=num_steps)
-        yield lambda: bar.advance(task)
+        yield partial(bar.advance, task)

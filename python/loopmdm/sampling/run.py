@@ -47,6 +47,11 @@ class Run(ABC):
     def step(self, step: int) -> StepEvent | None:
         """Run one step and write what it changes into `tokens`; None when it changes nothing."""
 
+    def advance(self, first: int, most: int, watched: bool) -> tuple[int, list[StepEvent]]:
+        """Take one step or more, at most so many, from `first` on: how many, and their events if watched."""
+        event = self.step(first)
+        return 1, [] if event is None else [event]
+
     def calls(
         self, step: int, active: Tensor, times: Tensor | None, start: Tensor | None = None
     ) -> Iterator[Call]:

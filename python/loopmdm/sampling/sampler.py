@@ -15,9 +15,9 @@ from torch import Tensor
 from loopmdm.plan import ComputePlan
 from loopmdm.sampling.canvas import make_canvas, make_sequence_ids
 from loopmdm.sampling.decoding import Decoding
+from loopmdm.sampling.fused import FusedRun
 from loopmdm.sampling.graphs import GraphNetwork
 from loopmdm.sampling.network import Network, checked_config, sampled
-from loopmdm.sampling.ordered import OrderedRun
 from loopmdm.sampling.orders import Order, Slots, make_order
 from loopmdm.sampling.progress import progress_bar
 from loopmdm.sampling.reference_numerics import ReferenceRun
@@ -158,9 +158,10 @@ def sample_with(
     order = _make_order(slots, decoding)
     make_network = GraphNetwork if decoding.cuda_graphs else Network
     network = make_network(model, decoding, batch=batch, context=min(longest, config.max_length))
-    make_run = ReferenceRun if decoding.reference_numerics else OrderedRun
+    make_run = ReferenceRun if decoding.reference_numerics else FusedRun
     run = make_run(canvas, order, network, decoding)
 
+    watched, most = history or on_step is not None, run.num_steps if on_step is None else 1
     events: list[StepEvent] = []
     taken = 0
     start = time.perf_counter()
@@ -173,14 +174,14 @@ def sample_with(
         progress_bar(progress, run.num_steps) as advance,
     ):
         while taken < run.num_steps and not run.finished:
-            event = run.step(taken)
-            taken += 1
-            if event is not None:
+            steps, new = run.advance(taken, most, watched)
+            taken += steps
+            for event in new:
                 if history:
                     events.append(event)
                 if on_step is not None:
                     on_step(event)
-            advance()
+            advance(steps)
     run.fill_behind_ends()
     return SampleResult(
         tokens=run.tokens.to(model.device),

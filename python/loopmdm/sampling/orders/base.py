@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopmdm.sampling.orders.pace import Schedule
 from loopmdm.sampling.orders.slots import Slots
-from loopmdm_kernels.types import SampledRows
+from loopmdm_kernels.types import RevealRule, SampledRows
 
 
 class Order(ABC):
@@ -32,6 +32,14 @@ class Order(ABC):
     def choose(self, step: int, candidates: Tensor, sampled: SampledRows) -> Tensor:
         """Boolean [R]: the candidates revealed now, given their predictions."""
         return torch.ones_like(candidates, dtype=torch.bool)
+
+    @property
+    def rule(self) -> RevealRule | None:
+        """What decides, as data; None: only `candidates`, `choose` and `remasked` say it.
+
+        A class that overrides one of these overrides this too.
+        """
+        return None
 
     def remasked(self, step: int) -> Tensor | None:
         """Slots that this step masks again, or None."""
@@ -66,3 +74,7 @@ class Scheduled(Order):
     def candidates(self, step: int) -> Tensor:
         due = self.schedule.at(step)
         return due[~self.slots.closed[due]]
+
+    @property
+    def rule(self) -> RevealRule | None:
+        return RevealRule((self.schedule.by_step, self.schedule.ends))

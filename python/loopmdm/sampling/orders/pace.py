@@ -92,10 +92,10 @@ class Schedule:
 
     def __init__(self, reveal_step: Tensor, num_steps: int) -> None:
         self.num_steps = num_steps
-        self._by_step = torch.argsort(reveal_step, stable=True)
-        ends = torch.bincount(reveal_step, minlength=num_steps).cumsum(0).tolist()
-        self._bounds = [0, *ends]
+        self.by_step = torch.argsort(reveal_step, stable=True)  # [N] slots
+        self.ends = torch.bincount(reveal_step, minlength=num_steps).cumsum(0)  # [num_steps] in `by_step`
+        self._bounds = [0, *self.ends.tolist()]
 
     def at(self, step: int) -> Tensor:
         """Slots of the step, ascending."""
-        return self._by_step[self._bounds[step] : self._bounds[step + 1]]
+        return self.by_step[self._bounds[step] : self._bounds[step + 1]]

@@ -10,7 +10,7 @@ from torch import Tensor
 from loopmdm.sampling.orders.base import Order
 from loopmdm.sampling.orders.pace import Pace, Schedule, Spread
 from loopmdm.sampling.orders.slots import Slots
-from loopmdm_kernels.types import SampledRows
+from loopmdm_kernels.types import RevealRule, SampledRows
 
 Rating = Callable[[SampledRows], Tensor]
 
@@ -28,6 +28,9 @@ def margin(sampled: SampledRows) -> Tensor:
 def negative_entropy(sampled: SampledRows) -> Tensor:
     """The surest prediction first."""
     return -sampled.entropy
+
+
+_NAMES: dict[Rating, str] = {confidence: "confidence", margin: "margin", negative_entropy: "certainty"}
 
 
 class Ranked(Order):
@@ -65,6 +68,17 @@ class Ranked(Order):
                 raise ValueError(
                     f"window is {window}, but with steps={pace.steps} a step reveals up to {most} positions"
                 )
+
+    @property
+    def rule(self) -> RevealRule | None:
+        place = self._rating.double() if isinstance(self._rating, Tensor) else None
+        rating = "place" if isinstance(self._rating, Tensor) else _NAMES.get(self._rating)
+        score = _NAMES.get(self._score)
+        if rating is None or score is None:
+            return None
+        pace, schedule = self._pace, self._schedule
+        by_step = None if schedule is None else (schedule.by_step, schedule.ends)
+        return RevealRule(by_step, rating, score, place, pace.threshold, pace.entropy_bound, pace.window)
 
     def candidates(self, step: int) -> Tensor:
         slots = self.slots
