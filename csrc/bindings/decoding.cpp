@@ -17,18 +17,17 @@ namespace {
 // A network whose tensors were checked once. They are kept alive, and must not be written to.
 class PreparedNetwork {
  public:
-  // stacks: of the blocks before, in and after the loop, each (packed tensors, modulation [n, 1, 6, D]), or
-  // None. head: what `sample_rows` takes before the excluded token, of any hidden state [1, 1, D].
-  PreparedNetwork(py::handle embedding_arg, py::handle positions_arg, const py::sequence& stacks,
-                  int64_t heads, py::handle cos, py::handle sin, const py::sequence& head,
-                  int64_t excluded_token)
+  // blocks: for each the tensors of BlockWeights, packed; modulation: [blocks, 1, 6, D].
+  // head: what `sample_rows` takes before the excluded token, of any hidden state [1, 1, D].
+  PreparedNetwork(py::handle embedding_arg, py::handle positions_arg, const py::sequence& blocks,
+                  py::handle modulation, int64_t num_before, int64_t num_after, int64_t heads, py::handle cos,
+                  py::handle sin, const py::sequence& head, int64_t excluded_token)
       : isa_(cpu::current_isa()),
-        kept_{py::make_tuple(embedding_arg, positions_arg, stacks, cos, sin, head)} {
+        kept_(py::make_tuple(embedding_arg, positions_arg, blocks, modulation, cos, sin, head)) {
     const TensorView embedding(embedding_arg, "embedding", {DType::float32, DType::bfloat16}, {kAny, kAny});
     const int64_t vocab_size = embedding.size(0), hidden = embedding.size(1);
     if (heads < 1 || hidden % (2 * heads) != 0)
       throw py::value_error("num_heads: got " + std::to_string(heads) + " for " + std::to_string(hidden));
-    if (py::len(stacks) != 3) throw py::value_error("stacks: expected those before, in and after the loop");
     if (py::len(head) != 9) throw py::value_error("head: expected 9 operands");
     if (excluded_token < 0 || excluded_token >= vocab_size || vocab_size < 2)
       throw py::value_error("excluded_token: expected a token of a vocabulary of at least 2, got " +
@@ -60,23 +59,15 @@ class PreparedNetwork {
     network_.heads = heads;
     network_.excluded_token = excluded_token;
     network_.bf16 = bf16;
-    network_.width = 0;
-    const std::array<cpu::Stack*, 3> parts = {&network_.before, &network_.loop, &network_.after};
-    for (size_t i = 0; i < parts.size(); ++i) {
-      if (py::object(stacks[i]).is_none()) continue;
-      const py::sequence stack = stacks[i];
-      const py::sequence blocks = stack[0];
-      const int64_t width = block_width(blocks);
-      if (network_.width != 0 && network_.width != width)
-        throw py::value_error("blocks: expected one width F, got " + std::to_string(network_.width) +
-                              " and " + std::to_string(width));
-      network_.width = width;
-      parts[i]->blocks = block_pointers(blocks, hidden, width, heads, bf16, isa_);
-      parts[i]->modulation = TensorView(stack[1], "modulation", {DType::float32},
-                                        {static_cast<int64_t>(parts[i]->blocks.size()), 1, 6, hidden})
-                                 .as<const float>();
-    }
-    if (network_.loop.blocks.empty()) throw py::value_error("stacks: expected blocks in the loop");
+    network_.width = block_width(blocks);
+    network_.blocks = block_pointers(blocks, hidden, network_.width, heads, bf16, isa_);
+    network_.num_before = num_before;
+    network_.num_after = num_after;
+    const int64_t stored = static_cast<int64_t>(network_.blocks.size());
+    if (num_before < 0 || num_after < 0 || num_before + num_after >= stored)
+      throw py::value_error("blocks: expected some in the loop");
+    network_.modulation =
+        TensorView(modulation, "modulation", {DType::float32}, {stored, 1, 6, hidden}).as<const float>();
   }
 
   const cpu::Network& network() const { return network_; }
@@ -212,10 +203,11 @@ class DecodingRun {
 
 void bind_decoding(py::module_& m) {
   py::class_<PreparedNetwork>(m, "PreparedNetwork")
-      .def(py::init<py::handle, py::handle, const py::sequence&, int64_t, py::handle, py::handle,
-                    const py::sequence&, int64_t>(),
-           py::arg("embedding"), py::arg("positions"), py::arg("stacks"), py::arg("heads"), py::arg("cos"),
-           py::arg("sin"), py::arg("head"), py::arg("excluded_token"));
+      .def(py::init<py::handle, py::handle, const py::sequence&, py::handle, int64_t, int64_t, int64_t,
+                    py::handle, py::handle, const py::sequence&, int64_t>(),
+           py::arg("embedding"), py::arg("positions"), py::arg("blocks"), py::arg("modulation"),
+           py::arg("num_before"), py::arg("num_after"), py::arg("heads"), py::arg("cos"), py::arg("sin"),
+           py::arg("head"), py::arg("excluded_token"));
   py::class_<DecodingRun>(m, "DecodingRun")
       .def(py::init<const PreparedNetwork&, const py::sequence&, const py::object&, const py::object&,
                     const py::tuple&, const py::sequence&, int64_t, uint64_t, double, const py::sequence&>(),

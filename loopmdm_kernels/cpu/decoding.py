@@ -110,16 +110,18 @@ class Steps:
         from loopmdm_kernels import _C
 
         draw = network.draw.draw
-        first = next(call for call in network.stacks if call is not None)
-        cos, sin = (None, None) if first.rotary is None else map(vector, first.rotary)
+        before, loop, after = network.stacks
+        assert loop is not None
+        calls = [call for call in network.stacks if call is not None]
+        cos, sin = (None, None) if loop.rotary is None else map(vector, loop.rotary)
         prepared = _C.PreparedNetwork(
             network.embedding.detach(),
             None if network.positions is None else network.positions.detach(),
-            tuple(
-                None if call is None else (packed_blocks(call), vector(call.modulation))
-                for call in network.stacks
-            ),
-            first.num_heads,
+            tuple(tensor for call in calls for tensor in packed_blocks(call)),
+            vector(torch.cat([call.modulation for call in calls])),
+            0 if before is None else len(before.blocks),
+            0 if after is None else len(after.blocks),
+            loop.num_heads,
             cos,
             sin,
             packed_operands(network.draw, network.draw.rows),

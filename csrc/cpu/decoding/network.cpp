@@ -49,41 +49,32 @@ void run_network(const Network& network, const NetworkCall& call, int64_t* loops
   const auto x = aligned_buffer<float>(call.batch * call.length * network.hidden);
   network.embedding_is_bf16 ? embed<uint16_t>(network, call, x.get()) : embed<float>(network, call, x.get());
 
-  std::vector<int64_t> loops(static_cast<size_t>(call.batch));
-  const auto apply = [&](const Stack& stack, int64_t num_loops, double exit_threshold) {
-    std::fill(loops.begin(), loops.end(), num_loops);
-    if (stack.blocks.empty() || num_loops == 0) return;
-    const LoopedBlocksProblem problem = {
-        .x = x.get(),
-        .blocks = stack.blocks.data(),
-        .modulation = stack.modulation,
-        .cos = network.cos,
-        .sin = network.sin,
-        .key_mask = nullptr,
-        .num_loops = loops.data(),
-        .batch = call.batch,
-        .length = call.length,
-        .hidden = network.hidden,
-        .width = network.width,
-        .heads = network.heads,
-        .num_blocks = static_cast<int64_t>(stack.blocks.size()),
-        .modulation_rows = 1,
-        .first_loop = 0,
-        .exit_threshold = exit_threshold,
-        .dropout = 0,
-        .dropout_seed = 0,
-        .bf16 = network.bf16,
-    };
-    looped_blocks(problem, {x.get(), loops_used, nullptr, nullptr}, isa, num_threads);
+  const std::vector<int64_t> loops(static_cast<size_t>(call.batch), call.num_loops);
+  const LoopedBlocksProblem problem = {
+      .x = x.get(),
+      .blocks = network.blocks.data(),
+      .modulation = network.modulation,
+      .cos = network.cos,
+      .sin = network.sin,
+      .key_mask = nullptr,
+      .num_loops = loops.data(),
+      .batch = call.batch,
+      .length = call.length,
+      .hidden = network.hidden,
+      .width = network.width,
+      .heads = network.heads,
+      .num_blocks = static_cast<int64_t>(network.blocks.size()) - network.num_before - network.num_after,
+      .modulation_rows = 1,
+      .first_loop = 0,
+      .exit_threshold = call.exit_threshold,
+      .dropout = 0,
+      .dropout_seed = 0,
+      .bf16 = network.bf16,
+      .num_before = network.num_before,
+      .num_after = network.num_after,
+      .free_loops = call.min_loops - 1,
   };
-  const bool exits = call.exit_threshold >= 0;
-  const int64_t free = exits ? call.min_loops - 1 : 0;
-  apply(network.before, 1, -1);
-  apply(network.loop, free, -1);
-  apply(network.loop, call.num_loops - free, call.exit_threshold);
-  const std::vector<int64_t> used(loops_used, loops_used + call.batch);
-  apply(network.after, 1, -1);
-  for (int64_t i = 0; i < call.batch; ++i) loops_used[i] = used[static_cast<size_t>(i)] + free;
+  looped_blocks(problem, {x.get(), loops_used, nullptr, nullptr}, isa, num_threads);
 
   HeadProblem head = network.head;
   head.hidden = x.get();

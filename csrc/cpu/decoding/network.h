@@ -11,17 +11,14 @@
 
 namespace loopmdm::cpu {
 
-struct Stack {
-  std::vector<BlockPointers> blocks;
-  const float* modulation = nullptr;  // [n, 1, 6, D]
-};
-
 struct Network {
   const void* embedding;   // [V, D] float or bf16
   const void* positions;   // [max L, D] of the same type, or null
   const float *cos, *sin;  // [L, K/2] or null
-  Stack before, loop, after;
-  HeadProblem head;  // but for hidden and rows
+  std::vector<BlockPointers> blocks;
+  const float* modulation;        // [blocks, 1, 6, D]
+  int64_t num_before, num_after;  // blocks before and after the loop
+  HeadProblem head;               // but for hidden and rows
   int64_t hidden, width, heads;
   int64_t excluded_token;  // -1: none
   bool embedding_is_bf16;

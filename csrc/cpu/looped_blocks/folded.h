@@ -19,9 +19,9 @@ class FoldedVectors {
       : modulation_rows_(p.modulation_rows),
         hidden_(s.hidden_padded),
         width_(s.width_padded),
-        modulation_(zeroed<float>(p.num_blocks * p.modulation_rows * kVectorsPerBlock * hidden_)),
-        biases_(zeroed<float>(p.num_blocks * (hidden_ + width_))) {
-    for (int64_t block = 0; block < p.num_blocks; ++block) {
+        modulation_(zeroed<float>(p.stored_blocks() * p.modulation_rows * kVectorsPerBlock * hidden_)),
+        biases_(zeroed<float>(p.stored_blocks() * (hidden_ + width_))) {
+    for (int64_t block = 0; block < p.stored_blocks(); ++block) {
       const BlockPointers& weights = p.blocks[block];
       float* bias = biases_.get() + block * (hidden_ + width_);
       std::copy_n(weights.mlp_in_bias, p.width, bias);

@@ -134,20 +134,25 @@ class Run {
       void* mine = scratch.get() + worker.index * bytes;
       kernel_.clear_scratch(shape_, mine);
       std::vector<Place>& all = own[static_cast<size_t>(worker.index)].places;
-      std::vector<Place*> active;
+      std::vector<Place*> active, some;
       std::vector<RowSpan> spans;
       for (bool more = true;;) {
         active.clear();
+        some.clear();
         for (Place& place : all) {
+          const bool was_free = place.sequence < 0;
           while (place.sequence < 0 && more) {
             const int64_t next = worker.take_task();
             more = next < p_.batch;
             if (more) enter(order[static_cast<size_t>(next)], place);
           }
-          if (place.sequence >= 0) active.push_back(&place);
+          if (place.sequence < 0) continue;
+          active.push_back(&place);
+          if (was_free) some.push_back(&place);
         }
         if (active.empty()) break;
-        one_loop(active, spans, mine);
+        apply(some, 0, p_.num_before, spans, mine);
+        one_loop(active, some, spans, mine);
       }
       worker.barrier();
     });
@@ -177,7 +182,24 @@ class Run {
                   place.state.x + r * shape_.hidden_padded);
   }
 
-  void one_loop(const std::vector<Place*>& active, std::vector<RowSpan>& spans, void* scratch) const {
+  // Blocks [first, first + count) on all rows of some sequences.
+  void apply(const std::vector<Place*>& places, int64_t first, int64_t count, std::vector<RowSpan>& spans,
+             void* scratch) const {
+    if (places.empty()) return;
+    for (int64_t block = first; block < first + count; ++block) {
+      spans.clear();
+      for (const Place* place : places)
+        spans.push_back(span_of(place->sequence, block, place->loop * p_.num_blocks + block - p_.num_before,
+                                place->state, 0, p_.length));
+      const RowSpans all = {spans.data(), static_cast<int64_t>(spans.size()),
+                            static_cast<int64_t>(spans.size()) * p_.length};
+      kernel_.project(shape_, p_.bf16, p_.blocks[block], all, 0, scratch);
+      kernel_.finish(shape_, p_.bf16, p_.blocks[block], all, 0, scratch);
+    }
+  }
+
+  void one_loop(const std::vector<Place*>& active, std::vector<Place*>& leaving, std::vector<RowSpan>& spans,
+                void* scratch) const {
     const Rows rows = {0, p_.length, p_.length};
     for (const Place* place : active) {
       if (exits_) keep(*place, rows);
@@ -185,32 +207,32 @@ class Run {
         copy_rows(place->state, rows,
                   out_.loop_inputs + (place->loop * p_.batch + place->sequence) * p_.length * p_.hidden);
     }
-    for (int64_t block = 0; block < p_.num_blocks; ++block) {
-      spans.clear();
-      for (const Place* place : active)
-        spans.push_back(
-            span_of(place->sequence, place->loop * p_.num_blocks + block, place->state, 0, p_.length));
-      const RowSpans all = {spans.data(), static_cast<int64_t>(spans.size()),
-                            static_cast<int64_t>(spans.size()) * p_.length};
-      kernel_.project(shape_, p_.bf16, p_.blocks[block], all, 0, scratch);
-      kernel_.finish(shape_, p_.bf16, p_.blocks[block], all, 0, scratch);
-    }
+    apply(active, p_.num_before, p_.num_blocks, spans, scratch);
+    leaving.clear();
     for (Place* place : active) {
       ++place->loop;
       if (exits_) measure(*place, rows);
-      if (place->loop < p_.num_loops[place->sequence] &&
-          !(exits_ && relative_change(*place) < p_.exit_threshold))
-        continue;
+      if (place->loop == p_.num_loops[place->sequence] || leaves(*place, place->loop))
+        leaving.push_back(place);
+    }
+    apply(leaving, p_.num_before + p_.num_blocks, p_.num_after, spans, scratch);
+    for (Place* place : leaving) {
       copy_rows(place->state, rows, out_.x + place->sequence * p_.length * p_.hidden);
       out_.loops_used[place->sequence] = place->loop;
       place->sequence = -1;
     }
   }
 
-  RowSpan span_of(int64_t sequence, int64_t application, const SequenceState& state, int64_t first,
-                  int64_t count) const {
+  // Whether a sequence that was measured after this loop ends by an exit.
+  bool leaves(const Place& place, int64_t loop) const {
+    return exits_ && loop > p_.free_loops && relative_change(place) < p_.exit_threshold;
+  }
+
+  // application: counts those in the loop.
+  RowSpan span_of(int64_t sequence, int64_t block, int64_t application, const SequenceState& state,
+                  int64_t first, int64_t count) const {
     return {&state,
-            vectors_.of(application % p_.num_blocks, sequence),
+            vectors_.of(block, sequence),
             record_of(application, sequence),
             dropout_of(p_, application),
             first,
@@ -253,46 +275,57 @@ class Run {
     const auto for_row_blocks = [&](auto&& job) {
       for (int64_t r = rows.first; r < rows.last; r += rows.step) job(r, std::min(rows.step, rows.last - r));
     };
-    const auto project = [&](int64_t application, int64_t first, int64_t rows_here) {
-      const RowSpan span = span_of(sequence, application, state, first, rows_here);
-      kernel_.project(shape_, p_.bf16, p_.blocks[application % n], {&span, 1, rows_here},
-                      parity_of(application), scratch);
+    // Applications count from the first block on, those in the loop from 0.
+    const auto project = [&](int64_t block, int64_t application, int64_t first, int64_t rows_here) {
+      const RowSpan span = span_of(sequence, block, application, state, first, rows_here);
+      kernel_.project(shape_, p_.bf16, p_.blocks[block], {&span, 1, rows_here}, parity_of(application),
+                      scratch);
     };
-    const auto finish = [&](int64_t application, int64_t first, int64_t rows_here) {
-      const RowSpan span = span_of(sequence, application, state, first, rows_here);
-      kernel_.finish(shape_, p_.bf16, p_.blocks[application % n], {&span, 1, rows_here},
-                     parity_of(application), scratch);
+    const auto finish = [&](int64_t block, int64_t application, int64_t first, int64_t rows_here) {
+      const RowSpan span = span_of(sequence, block, application, state, first, rows_here);
+      kernel_.finish(shape_, p_.bf16, p_.blocks[block], {&span, 1, rows_here}, parity_of(application),
+                     scratch);
     };
-    int64_t loop = 0;
-    for (bool going = loops > 0; going;) {
-      if (loop == 0 || exits_)
-        for_row_blocks([&](int64_t r, int64_t rows_here) { project(loop * n, r, rows_here); });
-      if (exits_) keep(place, rows);
-      if (out_.loop_inputs)
-        copy_rows(state, rows, out_.loop_inputs + (loop * p_.batch + sequence) * p_.length * p_.hidden);
-      for (int64_t block = 0; block < n; ++block) {
-        const int64_t application = loop * n + block;
-        const bool last = block + 1 == n && (exits_ || loop + 1 == loops);
+    int64_t application = -p_.num_before, loop = 0;
+    // Blocks [first, first + count), so many times; the state before each time is copied to `inputs`.
+    const auto apply = [&](int64_t first, int64_t count, int64_t times, float* inputs) {
+      if (count * times == 0) return;
+      for_row_blocks([&](int64_t r, int64_t rows_here) { project(first, application, r, rows_here); });
+      for (int64_t i = 0; i < count * times; ++i, ++application) {
+        if (inputs != nullptr && i % count == 0)
+          copy_rows(state, rows, inputs + i / count * p_.batch * p_.length * p_.hidden);
+        const bool last = i + 1 == count * times;
         sync();
         for_row_blocks([&](int64_t r, int64_t rows_here) {
-          finish(application, r, rows_here);
-          if (!last) project(application + 1, r, rows_here);
+          finish(first + i % count, application, r, rows_here);
+          if (!last) project(first + (i + 1) % count, application + 1, r, rows_here);
         });
       }
-      ++loop;
-      going = loop < loops;
-      if (exits_) {
-        measure(place, rows);
-        sync();
-        going = going && !(relative_change(place) < p_.exit_threshold);
-        sync();
-      }
+    };
+    const auto inputs = [&] {
+      return out_.loop_inputs ? out_.loop_inputs + (loop * p_.batch + sequence) * p_.length * p_.hidden
+                              : nullptr;
+    };
+    apply(0, p_.num_before, 1, nullptr);
+    if (!exits_) {
+      apply(p_.num_before, n, loops, inputs());
+      loop = loops;
     }
+    for (bool going = loop < loops; going;) {
+      keep(place, rows);
+      apply(p_.num_before, n, 1, inputs());
+      ++loop;
+      measure(place, rows);
+      sync();
+      going = loop < loops && !leaves(place, loop);
+      sync();
+    }
+    apply(p_.num_before + n, p_.num_after, 1, nullptr);
     copy_rows(state, rows, out_.x + sequence * p_.length * p_.hidden);
     if (index == 0) out_.loops_used[sequence] = loop;
   }
 
-  static int parity_of(int64_t application) { return static_cast<int>(application % 2); }
+  static int parity_of(int64_t application) { return static_cast<int>(application & 1); }
 
   void start(int64_t sequence, Place& place) const {
     SequenceState& state = place.state;

@@ -27,8 +27,8 @@ struct BlockPointers {
 
 struct LoopedBlocksProblem {
   const float* x;               // [B, L, D]
-  const BlockPointers* blocks;  // [n]
-  const float* modulation;      // [n, M, 6, D], M = 1 or B
+  const BlockPointers* blocks;  // [n], and before and behind them those outside the loop
+  const float* modulation;      // of all of them, [n, M, 6, D], M = 1 or B
   const float* cos;             // [L, K/2] or null
   const float* sin;
   const bool* key_mask;      // [B, L] or null
@@ -39,10 +39,15 @@ struct LoopedBlocksProblem {
   double dropout;
   uint64_t dropout_seed;
   bool bf16;  // multiply in bf16
+  // Blocks that are applied once, before and after the loop; without dropout and records only.
+  int64_t num_before = 0, num_after = 0;
+  int64_t free_loops = 0;  // the first ones, which no exit ends
+
+  int64_t stored_blocks() const { return num_before + num_blocks + num_after; }
 };
 
 struct LoopedBlocksOutput {
-  float* x;             // [B, L, D]
+  float* x;             // [B, L, D], may be the problem's
   int64_t* loops_used;  // [B]
   float* loop_inputs;   // [largest num_loops, B, L, D] or null: H(k) before each loop
   char* records;        // [largest num_loops * n, B] records of record_bytes(), or null

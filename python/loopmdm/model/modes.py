@@ -15,7 +15,7 @@ from loopmdm_kernels.tracing import transformed
 
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # Modules that are in eval mode for a while: by how many blocks at once, and the mode they had before.
-_switched: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
+_switched: dict[nn.Module, tuple[int, bool]] = {}
 _lock = threading.Lock()
 
 
@@ -25,13 +25,13 @@ def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
 
     Blocks may overlap, in one thread or in several: the last one out puts the modes back.
     """
-    modules = {module: None for model in models for module in model.modules()}
+    modules = _all_modules(models)
     try:
         with _lock:
             for module in modules:
                 count, training = _switched.get(module, (0, module.training))
                 _switched[module] = count + 1, training
-                module.training = False
+                _switch(module, False)
         yield
     finally:
         with _lock:
@@ -40,7 +40,24 @@ def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
                 if count > 1:
                     _switched[module] = count - 1, training
                 else:
-                    module.training = training
+                    _switch(module, training)
+
+
+def _all_modules(models: Iterable[nn.Module]) -> dict[nn.Module, None]:
+    """Each module once; `nn.Module.modules` takes as long as a step of a small model."""
+    found: dict[nn.Module, None] = {}
+    left = list(models)
+    while left:
+        module = left.pop()
+        if module not in found:
+            found[module] = None
+            left += [part for part in module._modules.values() if part is not None]
+    return found
+
+
+def _switch(module: nn.Module, training: bool) -> None:
+    if module.training != training:  # to set an attribute of a module is slow
+        module.training = training
 
 
 def say_if_trained(model: nn.Module, out: Tensor, max_loops: int) -> None:
