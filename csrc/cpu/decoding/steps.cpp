@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <iterator>
 #include <numeric>
 #include <vector>
 
@@ -64,7 +65,8 @@ class Steps {
     candidates_.clear();
     if (p_.pace.by_step != nullptr && p_.pace.rating == Rating::none) {
       const auto [begin, end] = scheduled(step);
-      candidates_.assign(begin, end);
+      std::copy_if(begin, end, std::back_inserter(candidates_),
+                   [this](int64_t slot) { return state_.masked[slot]; });
     } else {
       for (int64_t sequence = 0; sequence < p_.batch; ++sequence) due_[at(sequence)] = 0;
       if (p_.pace.by_step != nullptr) {
