@@ -17,8 +17,8 @@ WITH_BF16_PARAMETERS = (
 )
 SECONDS = 10.0  # spent on the variants that decide, about
 CONTENDER = 1.5  # a peer slower than the best by this factor is timed a few times only
-HOPELESS = 3.0  # a dtype in which eager PyTorch is slower by this factor is timed by its first call alone
-FEW, LEAST, MOST = 3, 5, 25  # repeats
+PATIENCE = 10.0  # seconds that eager PyTorch may take in a dtype in which it has no chance
+FEW, LEAST, MOST = 2, 3, 25  # repeats
 
 
 def contenders(medians: Mapping[str, float]) -> list[str]:
@@ -31,9 +31,21 @@ def best_peer(medians: Mapping[str, float]) -> str:
     return min((name for name in medians if not name.startswith(OURS)), key=lambda name: medians[name])
 
 
-def hopeless(first: Mapping[str, float]) -> set[str]:
-    """Dtypes in which eager PyTorch took too long, given the seconds of its first calls ("eager fp32")."""
-    return {name.split()[-1] for name, seconds in first.items() if seconds > HOPELESS * min(first.values())}
+def without_crawling(
+    variants: Mapping[str, Callable[[], Any]], flops: float, rate: float | None
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+    """The variants that are worth timing, and what is to be timed once: eager PyTorch in bf16, if short.
+
+    rate: FLOP/s of torch's product of bf16 where the processor has none (`roofline.crawls`), else None.
+    """
+    if rate is None:
+        return {**variants}, {}
+    crawling = {name for name in variants if not name.startswith(OURS) and "bf16" in name.split()}
+    once = {name for name in crawling if name.startswith(EAGER) and flops / rate < PATIENCE}
+    return (
+        {name: call for name, call in variants.items() if name not in crawling},
+        {name: call for name, call in variants.items() if name in once},
+    )
 
 
 def measure(
@@ -41,28 +53,15 @@ def measure(
 ) -> dict[str, float]:
     """Median seconds of each variant. The first call compiles what is to be compiled and is not timed.
 
-    Without a product of bf16 in the processor, torch in bf16 takes many times as long as in fp32: of such a
-    dtype only eager PyTorch is timed, once, and the result lacks the other variants.
-
     few: times of each; repeats: times of those that decide, None: as many as fit into SECONDS.
     """
-    eager = {name: call for name, call in variants.items() if name.startswith(EAGER)}
-    first = {name: times[0] for name, times in interleaved_times(eager, repeats=1, warmup=0).items()}
-    slow = hopeless(first)
-    chances = {
-        name: call for name, call in variants.items() if name.startswith(OURS) or name.split()[-1] not in slow
-    }
-    for name, call in chances.items():
-        if name not in first:
-            call()
-    times = interleaved_times(chances, repeats=few, warmup=0)
+    times = interleaved_times(variants, repeats=few, warmup=1)
     medians = {name: statistics.median(values) for name, values in times.items()}
     chosen = contenders(medians)
     if repeats is None:
         repeats = min(MOST, max(LEAST, int(SECONDS / sum(medians[name] for name in chosen))))
-    more = interleaved_times({name: chances[name] for name in chosen}, repeats=repeats - few, warmup=0)
-    medians |= {name: statistics.median(times[name] + values) for name, values in more.items()}
-    return {name: medians.get(name, first.get(name)) for name in variants if name in medians or name in first}
+    more = interleaved_times({name: variants[name] for name in chosen}, repeats=repeats - few, warmup=0)
+    return {name: statistics.median(values + more.get(name, [])) for name, values in times.items()}
 
 
 def figures(

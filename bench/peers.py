@@ -6,6 +6,7 @@ in the weights' dtype, as the reference model does under autocast and as is fast
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -159,7 +160,10 @@ def by_openvino(model: nn.Module, ids: Tensor, num_loops: int) -> dict[str, Call
             logits: Tensor = self.model(ids, num_loops=num_loops)
             return logits
 
-    with plain_ops(EAGER), torch.no_grad():
+    with plain_ops(EAGER), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of tracing: shapes and numbers of loops are constants, as they should be
         graph = openvino.convert_model(Unrolled(), example_input=ids)
 
     def call(hint: str) -> Callable[[], Any]:

@@ -86,9 +86,10 @@ def origin(machine: str, name: str) -> str:
     result = load(name)
     rates = result["machine"]["giga_per_second"]
     return (
-        f"{machine}: {processor(result['machine'])}; torch {result['versions']['torch']}; peak "
-        f"{rates['peak_bf16']:.0f} GFLOP/s in bf16 and {rates['peak_fp32']:.0f} in fp32, measured in the run. "
-        f"`{name}`, by `{result['command']}`."
+        f"{machine}: {processor(result['machine'])}; torch {result['versions']['torch']}; "
+        f"peak {rates['peak_bf16']:.0f} GFLOP/s in bf16 and {rates['peak_fp32']:.0f} in fp32, "
+        f"measured in the run. `{name}`, "
+        f"by `{result['command']}`."
     )
 
 

@@ -14,6 +14,8 @@ from loopmdm_kernels.testing import interleaved_times
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # What makes this package, torch, oneDNN and MKL compute as on a lesser processor.
 LIMITING = ("LOOPMDM_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+CRAWLS = 3.0  # torch in bf16 is left out where its product is so many times slower than that of fp32
+LONG = 0.2  # seconds of a product after which no larger one is timed
 _peaks = dict.fromkeys(NAMES.values(), 0.0)
 
 
@@ -60,12 +62,22 @@ def limits() -> dict[str, Any]:
     }
 
 
-def _matmul_rate(dtype: torch.dtype) -> float:
-    """Of a large square matrix product, the best of several sizes."""
+@functools.cache
+def crawls() -> float | None:
+    """FLOP/s of torch's product of bf16 where its product of fp32 is several times faster, else None."""
+    bf16, fp32 = (_matmul_rate(dtype, sizes=(512,)) for dtype in (torch.bfloat16, torch.float32))
+    return bf16 if CRAWLS * bf16 < fp32 else None
+
+
+def _matmul_rate(dtype: torch.dtype, sizes: tuple[int, ...] = (768, 1024, 2048)) -> float:
+    """Of a large square matrix product, the best of several sizes; of fewer where one takes long."""
     best = 0.0
-    for size in (768, 1024, 2048):
+    for size in sizes:
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        best = max(best, 2 * size**3 / _fastest(functools.partial(torch.mm, a, b)))
+        seconds = _fastest(functools.partial(torch.mm, a, b))
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > LONG:
+            break
     return best
 
 
@@ -76,4 +88,7 @@ def _read_bandwidth() -> float:
 
 
 def _fastest(call: Any) -> float:
-    return min(interleaved_times({"call": call}, repeats=9)["call"])
+    """Of ten calls, or of as many as one second has room for."""
+    first = interleaved_times({"call": call}, repeats=1, warmup=0)["call"][0]
+    more = interleaved_times({"call": call}, repeats=min(9, int(1 / first)), warmup=0)["call"]
+    return min([first, *more])

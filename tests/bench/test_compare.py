@@ -31,28 +31,44 @@ def test_deciding_variants_are_timed_more_often(monkeypatch):
     assert calls == {"ours": 1 + compare.MOST, "fast": 1 + compare.MOST, "slow": 1 + compare.FEW}
 
 
-def test_a_dtype_in_which_pytorch_crawls_is_timed_once(monkeypatch):
-    """Beside two others, once eagerly; ours in it is timed all the same."""
-    seconds = {
-        **{"ours": 0.1, "eager fp32": 0.5, "eager bf16": 1.6, compare.WITH_BF16_PARAMETERS: 0.2},
-        **{"compiled fp32": 0.4, "compiled bf16": 1.5, "compiled whole bf16": 1.5},
-    }
-    calls = dict.fromkeys(seconds, 0)
+def test_a_dtype_in_which_pytorch_crawls():
+    """Eager PyTorch is timed once in it, if that is short; compiled not at all, ours all the same."""
+    names = [
+        "ours",
+        "eager fp32",
+        "eager bf16",
+        compare.WITH_BF16_PARAMETERS,
+        "compiled fp32",
+        "compiled bf16",
+    ]
+    variants = dict.fromkeys(names, len)
+    assert compare.without_crawling(variants, 1e15, None) == (variants, {})
+    chances, once = compare.without_crawling(variants, 9e9, 1e9)
+    assert [*chances] == ["ours", "eager fp32", compare.WITH_BF16_PARAMETERS, "compiled fp32"]
+    assert [*once] == ["eager bf16"]
+    assert compare.without_crawling(variants, 11e9, 1e9) == (chances, {})
 
-    def timed(variants, *, repeats, warmup):
-        for name in variants:
-            calls[name] += repeats + warmup
-        return {name: [seconds[name]] * repeats for name in variants}
 
-    monkeypatch.setattr(compare, "interleaved_times", timed)
-    medians = compare.measure(dict.fromkeys(seconds, lambda: None))
-    assert medians == {
-        name: value for name, value in seconds.items() if "compiled" not in name or "32" in name
-    }
-    assert calls["eager bf16"] == 1 and calls["compiled bf16"] == calls["compiled whole bf16"] == 0
-    assert calls["eager fp32"] > compare.FEW
-    seconds["eager bf16"] = 1.4
-    assert set(compare.measure(dict.fromkeys(seconds, lambda: None))) == set(seconds)
+@pytest.mark.parametrize(("bf16", "expected"), [(1e9, 1e9), (4e9, None)])
+def test_torch_crawls_by_its_product(monkeypatch, bf16, expected):
+    rates = {torch.bfloat16: bf16, torch.float32: 1e10}
+    monkeypatch.setattr(roofline, "_matmul_rate", lambda dtype, sizes: rates[dtype])
+    roofline.crawls.cache_clear()
+    assert roofline.crawls() == expected
+    roofline.crawls.cache_clear()
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.1, [768, 1024, 2048]), (0.3, [768])])
+def test_long_products_are_not_timed_in_all_sizes(monkeypatch, seconds, sizes):
+    timed = []
+
+    def fastest(call):
+        timed.append(call.args[0].shape[0])
+        return seconds
+
+    monkeypatch.setattr(roofline, "_fastest", fastest)
+    assert roofline._matmul_rate(torch.float32) == 2 * sizes[-1] ** 3 / seconds
+    assert timed == sizes
 
 
 def test_figures():
