@@ -15,6 +15,7 @@ OURS, EAGER = "ours", "eager"
 WITH_BF16_PARAMETERS = (
     "ours, bf16 parameters"  # where fp32 is the fast dtype: as fast, with half the weight memory?
 )
+OF_OTHERS = ("zentorch", "OpenVINO")  # a peer that fails is an error, but for these
 SECONDS = 10.0  # spent on the variants that decide, about
 CONTENDER = 1.5  # a peer slower than the best by this factor is timed a few times only
 PATIENCE = 10.0  # seconds that eager PyTorch may take in a dtype in which it has no chance
@@ -29,6 +30,22 @@ def contenders(medians: Mapping[str, float]) -> list[str]:
 
 def best_peer(medians: Mapping[str, float]) -> str:
     return min((name for name in medians if not name.startswith(OURS)), key=lambda name: medians[name])
+
+
+def without_failing(
+    peers: Mapping[str, Callable[[], Any]],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The peers that work; and what those of other packages than torch say that do not."""
+    working, failed = dict(peers), {}
+    for name, call in peers.items():
+        if name.split()[0] not in OF_OTHERS:
+            continue
+        try:
+            call()
+        except Exception as error:  # whatever their compilers raise
+            failed[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            del working[name]
+    return working, failed
 
 
 def without_crawling(

@@ -5,7 +5,7 @@ python -m bench.environments --results bench/results
 Each of ENVIRONMENTS is made once, in --folder, and runs the same cases there with the kernels of this tree,
 whose compiled module links no torch. A case is a process in which ours and the peers take turns. The result
 file of an environment is RESULTS/DATE-cpu-NAME.json. On a machine with other work, --alone gives a command
-that runs another one undisturbed; then a case runs twice, first only to fill the compilers' caches.
+that runs another one undisturbed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ class Environment(NamedTuple):
 CASES = "(looped_blocks and D768) or test_model or test_training_step or test_masked_cross_entropy"
 INFERENCE = "(looped_blocks and D768) or test_model"
 ENVIRONMENTS = {
-    "torch-2.13": Environment(("torch==2.13.0",), CASES),
-    "torch-2.14": Environment(("torch==2.14.1",), CASES),
+    "torch-2.13-openvino": Environment(("torch==2.13.0", "openvino==2026.4.1"), CASES),
+    "torch-2.15": Environment(("torch==2.15.0",), CASES),
     "zentorch": Environment(("torch==2.13.0", "zentorch==2.13.0.2"), INFERENCE),
-    "openvino": Environment(("torch==2.13.0", "openvino==2026.4.1"), "test_model"),
 }
 
 
@@ -73,8 +72,6 @@ def variables() -> dict[str, str]:
 def measured(python: Path, case: str, raw: Path, alone: list[str]) -> dict[str, Any] | None:
     """What pytest-benchmark writes of the case; None where the case is not for this processor."""
     command = [str(python), "-m", "pytest", case, "-q", "-p", "no:cacheprovider", f"--benchmark-json={raw}"]
-    if alone:
-        run(command, env=variables())
     raw.unlink(missing_ok=True)
     run([*alone, *command], env=variables())
     if not raw.exists() or not raw.stat().st_size:

@@ -31,6 +31,15 @@ def test_deciding_variants_are_timed_more_often(monkeypatch):
     assert calls == {"ours": 1 + compare.MOST, "fast": 1 + compare.MOST, "slow": 1 + compare.FEW}
 
 
+def test_only_peers_of_other_packages_may_fail():
+    def broken():
+        raise IndexError("list index\nout of range")
+
+    peers = {"compiled fp32": broken, "zentorch fp32": broken, "OpenVINO bf16": dict}
+    working, failed = compare.without_failing(peers)
+    assert [*working] == ["compiled fp32", "OpenVINO bf16"] and failed == {"zentorch fp32": "list index"}
+
+
 def test_a_dtype_in_which_pytorch_crawls():
     """Eager PyTorch is timed once in it, if that is short; compiled not at all, ours all the same."""
     names = [
