@@ -57,7 +57,9 @@ def without_crawling(
     """
     if rate is None:
         return {**variants}, {}
-    crawling = {name for name in variants if not name.startswith(OURS) and "bf16" in name.split()}
+    crawling = {
+        name for name in variants if not name.startswith(OURS) and "bf16" in name.replace(",", "").split()
+    }
     once = {name for name in crawling if name.startswith(EAGER) and flops / rate < PATIENCE}
     return (
         {name: call for name, call in variants.items() if name not in crawling},

@@ -57,27 +57,27 @@ def made(folder: Path, environment: Environment) -> Path:
 def cases(python: Path, chosen: str) -> list[str]:
     """Those that pytest would run, as it names them."""
     command = [str(python), "-m", "pytest", "bench", "--collect-only", "-q", "-k", chosen]
-    listing = run(command, env=variables(), stdout=subprocess.PIPE).stdout
+    listing = run(command, env=variables(python), stdout=subprocess.PIPE).stdout
     return [line for line in listing.splitlines() if "::" in line]
 
 
-def variables() -> dict[str, str]:
+def variables(python: Path) -> dict[str, str]:
+    """Of a process in an environment: this tree is what is imported, and compiled code is not shared."""
     return {
         **os.environ,
         "PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{ROOT}",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(python.parents[1] / "inductor"),
     }
 
 
-def measured(python: Path, case: str, raw: Path, alone: list[str]) -> dict[str, Any] | None:
-    """What pytest-benchmark writes of the case; None where the case is not for this processor."""
+def measured(python: Path, case: str, raw: Path, alone: list[str]) -> list[dict[str, Any]]:
+    """What pytest-benchmark writes of the case; nothing where the case is not for this processor."""
     command = [str(python), "-m", "pytest", case, "-q", "-p", "no:cacheprovider", f"--benchmark-json={raw}"]
     raw.unlink(missing_ok=True)
-    run([*alone, *command], env=variables())
-    if not raw.exists() or not raw.stat().st_size:
-        return None
-    content: dict[str, Any] = json.loads(raw.read_text())
-    return content
+    run([*alone, *command], env=variables(python))
+    content = json.loads(raw.read_text() or "{}") if raw.exists() else {}
+    return [content] if content.get("benchmarks") else []
 
 
 def main() -> None:
@@ -87,18 +87,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ENVIRONMENTS, default=[*ENVIRONMENTS])
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "environments")
     parser.add_argument("--results", type=Path, default=ROOT / "build")
+    parser.add_argument(
+        "--cases", metavar="TEXT", help="what pytest's -k takes, in place of an environment's own"
+    )
     parser.add_argument("--alone", type=shlex.split, default=[], metavar="COMMAND")
     options = parser.parse_args()
     for name in options.only:
         environment = ENVIRONMENTS[name]
         python = made(options.folder / name, environment)
-        raws = []
-        for case in cases(python, environment.cases):
-            content = measured(python, case, options.folder / "raw.json", options.alone)
-            if content and content["benchmarks"]:
-                raws.append(content)
-        result = report.reduce(report.merged(raws), f"python -m bench.environments --only {name}")
-        report.write(result, options.results / f"{time.strftime('%Y-%m-%d')}-cpu-{name}.json")
+        raws: list[dict[str, Any]] = []
+        for case in cases(python, options.cases or environment.cases):
+            raws += measured(python, case, options.folder / "raw.json", options.alone)
+            if raws:
+                result = report.reduce(report.merged(raws), f"python -m bench.environments --only {name}")
+                report.write(result, options.results / f"{time.strftime('%Y-%m-%d')}-cpu-{name}.json")
         print(report.table(result), flush=True)
 
 

@@ -19,12 +19,28 @@ SPEED = {
     "Zen 5": "2026-11-24-cpu-zen5.json",
     "Zen 5, the head's ops again": "2026-11-29-cpu-zen5-head.json",
     "Zen 4": "2026-11-24-cpu-zen4.json",
+    "AVX2, played by a Zen 5": "2026-11-29-cpu-zen5-as-avx2.json",
 }
 SAMPLING = {
     "Zen 5": "2026-11-24-cpu-zen5-sampling.json",
     "Ice Lake, no bf16 instructions": "2026-11-24-cpu-sampling.json",
 }
 PLANS = {"Zen 4": "2026-11-24-cpu-zen4-plans.json"}
+# Beside what a user could install instead: `bench.environments`.
+OTHERS = {
+    "torch 2.13, OpenVINO": "2026-11-29-cpu-torch-2.13-openvino.json",
+    "torch 2.15": "2026-11-29-cpu-torch-2.15.json",
+    "torch 2.13, zentorch": "2026-11-29-cpu-zentorch.json",
+}
+OTHER_CASES = {
+    "test_looped_blocks[D768-T1024-bf16]": "`looped_blocks`, S = 12, D 768, 1024 tokens",
+    "test_looped_blocks[D768-T128-bf16]": "`looped_blocks`, S = 12, D 768, 128 tokens",
+    "test_looped_blocks[D768-T1024-fp32]": "`looped_blocks` in fp32, 1024 tokens",
+    "test_model": "whole small model, S = 12, 1024 tokens",
+    "test_training_step": "training step, 12 blocks of D 384, 2048 tokens, S = 6",
+    "test_masked_cross_entropy[bf16-parameters]": "`masked_cross_entropy` with gradients, 512 rows, V 50258",
+    "test_masked_cross_entropy[fp32-parameters]": "the same, parameters in fp32",
+}
 BOARDS = {
     "6x6, 166 k parameters, S <= 6 in training": "2026-11-21-sudoku6-eval.json",
     "9x9, 835 k parameters, S <= 8 in training": "2026-11-21-sudoku9-eval.json",
@@ -35,7 +51,10 @@ CASES = {
     "test_looped_blocks[D768-T128-bf16]": "the same, 128 tokens",
     "test_looped_blocks[D256-T81-bf16]": "the same, D 256, 81 tokens",
     "test_looped_blocks[D256-B64xL81-bf16]": "the same, D 256, 64 sequences of 81",
-    "test_looped_blocks[D768-T1024-fp32]": "the same, D 768, 1024 tokens, in fp32",
+    "test_looped_blocks[D768-T1024-fp32]": "`looped_blocks` in fp32, 2 blocks, S = 12: D 768, 1024 tokens",
+    "test_looped_blocks[D768-T128-fp32]": "the same, 128 tokens",
+    "test_looped_blocks[D256-T81-fp32]": "the same, D 256, 81 tokens",
+    "test_looped_blocks[D256-B64xL81-fp32]": "the same, D 256, 64 sequences of 81",
     "test_model": "whole small model, 1024 tokens, V 50258, S = 12",
     "test_training_step": "training step, 12 blocks of D 384, 4 x 512 tokens, S = 6",
     "test_attention[12x1024x64-forward]": "`attention`, 12 heads x 1024 x 64",
@@ -54,19 +73,21 @@ CASES = {
     "test_sample_rows[R16]": "the same, 16 rows",
     "test_sample_rows[R256]": "the same, 256 rows",
 }
-# The rows of the README: file, case, title.
-FRONT = [
-    (SPEED["Zen 5"], "test_looped_blocks[D768-T1024-bf16]", "`looped_blocks`, S = 12, D 768, 1024 tokens"),
-    (SPEED["Zen 5"], "test_model", "whole small model, S = 12, 1024 tokens"),
-    (SPEED["Zen 5"], "test_training_step", "training step, 12 blocks of D 384, 2048 tokens, S = 6"),
-    (
-        SPEED["Zen 5"],
-        "test_masked_cross_entropy[bf16-parameters]",
-        "`masked_cross_entropy` with gradients, 512 rows, V 50258",
-    ),
-    (SPEED["Zen 5"], "test_sample_rows[R256]", "`sample_rows`, 256 rows, V 50258"),
-    (SAMPLING["Zen 5"], "test_sampling[S12]", "sampling, S = 12, 1024 tokens, 8 steps"),
-]
+# The front page: by column the file of the kernels and that of sampling; a case, and what it is called there
+# where fp32 is the fast dtype.
+COLUMNS = {
+    "bf16": (SPEED["Zen 5"], SAMPLING["Zen 5"]),
+    "AVX2, fp32": (SPEED["AVX2, played by a Zen 5"], None),
+}
+LOSS = "`masked_cross_entropy` with gradients, 512 rows, V 50258"
+FRONT = {
+    "`looped_blocks`, S = 12, D 768, 1024 tokens": "test_looped_blocks[D768-T1024-{dtype}]",
+    "whole small model, S = 12, 1024 tokens": "test_model",
+    "training step, 12 blocks of D 384, 2048 tokens, S = 6": "test_training_step",
+    LOSS: "test_masked_cross_entropy[{dtype}-parameters]",
+    "`sample_rows`, 256 rows, V 50258": "test_sample_rows[R256]",
+    "sampling, S = 12, 1024 tokens, 8 steps": "test_sampling[S12]",
+}
 # Where a share of the peak rate says nothing: the weights are read for few rows.
 BOUND_BY_MEMORY = {"test_sample_rows[R1]", "test_sample_rows[R16]"}
 
@@ -107,18 +128,58 @@ def speed(machine: str, name: str) -> list[str]:
         times, peer = result["milliseconds"], result["best_peer"]
         share = "" if case in BOUND_BY_MEMORY else f"{100 * result['share_of_peak']:.0f} %"
         ours, best = milliseconds(times["ours"]), milliseconds(times[peer])
-        rows.append([title, ours, best, peer, f"{result['speedup']:.2f}", share])
-    header = ["case", "ours, ms", "best PyTorch, ms", "which", "speed-up", "of peak"]
+        row = [title, ours, best, peer, f"{result['speedup']:.2f}", share]
+        rows.append([*row, f"{result.get('speedup_with_bf16_parameters', '')}"])
+    header = ["case", "ours, ms", "best PyTorch, ms", "which", "speed-up", "of peak", "with bf16 parameters"]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return [origin(machine, name), "", *table(header, rows), ""]
 
 
 def front_table() -> str:
     rows = []
-    for name, case, title in FRONT:
-        result = load(name)["figures"][case]
-        times = [result["milliseconds"][whose] for whose in ("ours", result["best_peer"])]
-        rows.append([title, *map(milliseconds, times), f"{result['speedup']:.2f}"])
-    return "\n".join(table(["case", "ours, ms", "best PyTorch, ms", "speed-up"], rows)) + "\n"
+    for title, case in FRONT.items():
+        row = [title]
+        for column, (kernels, run) in COLUMNS.items():
+            dtype, name = column[-4:], run if "sampling" in case else kernels
+            if name is None:
+                row += ["", "", ""]
+                continue
+            result = load(name)["figures"][case.format(dtype=dtype)]
+            times = [result["milliseconds"][whose] for whose in ("ours", result["best_peer"])]
+            row += [*map(milliseconds, times), f"{result['speedup']:.2f}"]
+        rows.append(row)
+    header = [
+        f"{column}: {name}" for column in COLUMNS for name in ("ours, ms", "best PyTorch, ms", "speed-up")
+    ]
+    return "\n".join(table(["case", *header], rows)) + "\n"
+
+
+def program(peer: str) -> str:
+    """What a peer is of: PyTorch's eager and compiled modes are one."""
+    first = peer.replace(",", "").split()[0]
+    return "PyTorch" if first in ("eager", "compiled") else first
+
+
+def others() -> list[str]:
+    """Of each case and each program the fastest variant, beside ours in the same process."""
+    rows = []
+    for number, (case, title) in enumerate(OTHER_CASES.items()):
+        for environment, name in OTHERS.items():
+            result = load(name)["figures"].get(case, {"milliseconds": {}})
+            times = {
+                peer: time for peer, time in result["milliseconds"].items() if not peer.startswith("ours")
+            }
+            for kind in dict.fromkeys(map(program, times)):
+                best = min((peer for peer in times if program(peer) == kind), key=lambda peer: times[peer])
+                ratio = times[best] / result["milliseconds"]["ours"]
+                found = [milliseconds(time) for time in (times[best], result["milliseconds"]["ours"])]
+                rows.append((number, ratio, [title, best, environment, *found]))
+    rows.sort(key=lambda row: row[:2])
+    lines = [[*cells, f"{ratio:.2f}"] for _, ratio, cells in rows]
+    header = ["case", "peer", "environment", "peer, ms", "ours, ms", "speed-up"]
+    files = ", ".join(f"`{name}`" for name in OTHERS.values())
+    return [*table(header, lines), "", f"{files}.", ""]
 
 
 def sampling(machine: str, name: str) -> list[str]:
@@ -182,6 +243,14 @@ ABOUT_KERNELS = """## Kernels on a CPU
 The share of the peak is that of the instructions' rate in the case's dtype. Nothing that is computed twice
 counts. Shares are left out where few rows read the whole weight.
 """
+ABOUT_OTHERS = """## What else a user could install
+
+The same cases by `python -m bench.environments`: newer and other programs, each in an environment of its own,
+beside our kernels in the same process. Of each program the fastest variant; the fastest peer first. A
+speed-up below 1 is a case that the peer wins. OpenVINO runs the whole model as one graph with all its loops.
+zentorch runs without one of its passes, which fails on these blocks; no other program was helped. Intel's
+extension ended with torch 2.8, which is older than what this package takes.
+"""
 ABOUT_SAMPLING = """## Sampling on a CPU
 
 The small model beside the reference's algorithm (`ddpm_cache` in plain PyTorch): 1024 tokens, T = 1024,
@@ -196,7 +265,7 @@ Boards in a batch of 16, beside the same run at the largest number of loops.
 def page() -> str:
     lines = [OPENING, ABOUT_BOARDS, *boards(), "", ABOUT_KERNELS]
     lines += [line for machine, name in SPEED.items() for line in speed(machine, name)]
-    lines += [ABOUT_SAMPLING]
+    lines += [ABOUT_OTHERS, *others(), ABOUT_SAMPLING]
     lines += [line for machine, name in SAMPLING.items() for line in sampling(machine, name)]
     lines += [ABOUT_PLANS]
     lines += [line for machine, name in PLANS.items() for line in plans(machine, name)]
