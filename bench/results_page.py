@@ -28,9 +28,8 @@ SAMPLING = {
 PLANS = {"Zen 4": "2026-11-24-cpu-zen4-plans.json"}
 # Beside what a user could install instead: `bench.environments`.
 OTHERS = {
-    "torch 2.13, OpenVINO": "2026-11-29-cpu-torch-2.13-openvino.json",
-    "torch 2.15": "2026-11-29-cpu-torch-2.15.json",
-    "torch 2.13, zentorch": "2026-11-29-cpu-zentorch.json",
+    "torch 2.13, OpenVINO": "2026-11-29-cpu-zen5-torch-2.13-openvino.json",
+    "torch 2.13, zentorch": "2026-11-29-cpu-zen5-zentorch.json",
 }
 OTHER_CASES = {
     "test_looped_blocks[D768-T1024-bf16]": "`looped_blocks`, S = 12, D 768, 1024 tokens",
@@ -156,8 +155,10 @@ def front_table() -> str:
 
 
 def program(peer: str) -> str:
-    """What a peer is of: PyTorch's eager and compiled modes are one."""
-    first = peer.replace(",", "").split()[0]
+    """What a peer is of: PyTorch's eager and compiled modes are one; an option of its fused loss stands alone."""
+    first = peer.split()[0]
+    if first == "linear_cross_entropy":
+        return peer
     return "PyTorch" if first in ("eager", "compiled") else first
 
 
@@ -231,7 +232,8 @@ OPENING = """# Results
 
 Written by `python -m bench.results_page docs/results.md` from the files in `bench/results/`. Times are
 medians; peers ran in the same process. The best PyTorch is the best of eager and `torch.compile`, in fp32
-and bf16. No figure of a GPU is here yet: none has been measured.
+and bf16 (bf16 is left out of long cases where torch's product of it crawls: without instructions for it).
+`make bench ISA=avx2` holds all libraries to AVX2. No figure of a GPU is here yet: none has been measured.
 """
 ABOUT_BOARDS = """## Sudoku: what loops are for
 
