@@ -18,6 +18,8 @@ WITH_BF16_PARAMETERS = (
 OF_OTHERS = ("zentorch", "OpenVINO")  # a peer that fails is an error, but for these
 SECONDS = 10.0  # spent on the variants that decide, about
 CONTENDER = 1.5  # a peer slower than the best by this factor is timed a few times only
+HOPELESS = 5.0  # slower than the best first call by this factor
+COMPILED = ("compiled", "zentorch")
 PATIENCE = 10.0  # seconds that eager PyTorch may take in a dtype in which it has no chance
 FEW, LEAST, MOST = 2, 3, 25  # repeats
 
@@ -72,15 +74,27 @@ def measure(
 ) -> dict[str, float]:
     """Median seconds of each variant. The first call compiles what is to be compiled and is not timed.
 
+    Of a peer that compiles nothing and is HOPELESS there it is the only one: some of them take ten seconds.
+
     few: times of each; repeats: times of those that decide, None: as many as fit into SECONDS.
     """
-    times = interleaved_times(variants, repeats=few, warmup=1)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    plain = {name: call for name, call in variants.items() if not name.startswith(COMPILED)}
+    first = {name: times[0] for name, times in interleaved_times(plain, repeats=1, warmup=0).items()}
+    limit = HOPELESS * min(first.values())
+    once = {
+        name: [seconds] for name, seconds in first.items() if seconds > limit and not name.startswith(OURS)
+    }
+    for name, call in variants.items():
+        if name not in first:
+            call()
+    rest = {name: call for name, call in variants.items() if name not in once}
+    times = interleaved_times(rest, repeats=few, warmup=0)
+    medians = {name: statistics.median((once | times)[name]) for name in variants}
     chosen = contenders(medians)
     if repeats is None:
         repeats = min(MOST, max(LEAST, int(SECONDS / sum(medians[name] for name in chosen))))
     more = interleaved_times({name: variants[name] for name in chosen}, repeats=repeats - few, warmup=0)
-    return {name: statistics.median(values + more.get(name, [])) for name, values in times.items()}
+    return medians | {name: statistics.median(times[name] + values) for name, values in more.items()}
 
 
 def figures(

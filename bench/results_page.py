@@ -29,6 +29,7 @@ PLANS = {"Zen 4": "2026-11-24-cpu-zen4-plans.json"}
 # Beside what a user could install instead: `bench.environments`.
 OTHERS = {
     "torch 2.13, OpenVINO": "2026-11-29-cpu-zen5-torch-2.13-openvino.json",
+    "torch 2.15": "2026-11-29-cpu-zen5-torch-2.15.json",
     "torch 2.13, zentorch": "2026-11-29-cpu-zen5-zentorch.json",
 }
 OTHER_CASES = {
@@ -157,7 +158,7 @@ def front_table() -> str:
 def program(peer: str) -> str:
     """What a peer is of: PyTorch eager and compiled are one, an option of its fused loss stands alone."""
     first = peer.split()[0]
-    if first == "linear_cross_entropy":
+    if first.startswith("linear_cross_entropy"):
         return peer
     return "PyTorch" if first in ("eager", "compiled") else first
 

@@ -14,21 +14,23 @@ def test_slow_peers_do_not_decide_but_ours_always_counts():
 
 
 def test_deciding_variants_are_timed_more_often(monkeypatch):
-    calls = {"ours": 0, "fast": 0, "slow": 0}
+    seconds = {"ours": 0.1, "fast": 0.1, "slow": 0.3, "hopeless": 0.6, "compiled": 0.1}
+    calls = dict.fromkeys(seconds, 0)
 
     def timed(variants, *, repeats, warmup):
         for _ in range(warmup + repeats):
             for call in variants.values():
                 call()
-        return {name: [0.3 if name == "slow" else 0.1] * repeats for name in variants}
+        return {name: [seconds[name]] * repeats for name in variants}
 
     def counted(name):
         calls[name] += 1
 
     monkeypatch.setattr(compare, "interleaved_times", timed)
     medians = compare.measure({name: partial(counted, name) for name in calls})
-    assert medians == {"ours": 0.1, "fast": 0.1, "slow": 0.3}
-    assert calls == {"ours": 1 + compare.MOST, "fast": 1 + compare.MOST, "slow": 1 + compare.FEW}
+    assert medians == seconds
+    often = 1 + compare.MOST
+    assert calls == {"ours": often, "fast": often, "slow": 1 + compare.FEW, "hopeless": 1, "compiled": often}
 
 
 def test_only_peers_of_other_packages_may_fail():
