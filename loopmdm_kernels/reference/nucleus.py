@@ -51,7 +51,12 @@ def draw_restricted(log_probs: Tensor, draw: Draw) -> Tensor:
 
     The winners of the exponential race among them, with the times of the full race.
     """
-    allowed, rng = restriction(log_probs, *draw[1:]), draw.rng
+    return draw_among(log_probs, restriction(log_probs, *draw[1:]), draw)
+
+
+def draw_among(log_probs: Tensor, allowed: Tensor, draw: Draw) -> Tensor:
+    """Tokens [R] drawn from softmax(log_probs / temperature) where `allowed` [R, V]: at least one a row."""
+    rng = draw.rng
     row, token = allowed.nonzero(as_tuple=True)
     times = race_times_of(rng.seed, rng.sequence[row], rng.step[row], rng.position[row], token)
     scores = log_probs[row, token].double() / draw.temperature - times.log()

@@ -35,6 +35,8 @@ def test_values_are_made_plain():
     assert (made.plan, made.remask) == (ComputePlan.constant(3), Remasking("cap"))
     assert made.forbidden == (2, 5) and type(made.steps) is int and type(made.temperature) is float
     assert made == dataclasses.replace(made) and hash(made) == hash(dataclasses.replace(made))
+    each = Decoding(temperature=torch.tensor([0.5, 1.0]), top_k=np.array([2, 3]), min_p=[0.0, 0.25])
+    assert (each.temperature, each.top_k, each.min_p) == ((0.5, 1.0), (2, 3), (0.0, 0.25)) and hash(each)
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.steps = 5
     with pytest.raises(ValueError, match="steps and tokens_per_step are given"):

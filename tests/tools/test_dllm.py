@@ -117,10 +117,14 @@ def test_sampler_writes_what_generate_writes(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_sampler_with_guidance_stays_finite(model: Any) -> None:
+def test_sampler_with_guidance(model: Any) -> None:
     prompt = torch.tensor([[3, 9, 1], [4, 4, 20]])
     canvas = torch.cat((prompt, torch.full((2, 13), MASK)), dim=1)
-    assert (low_confidence(model, canvas, 5, cfg_scale=1.5) < MASK).all()
+    options: dict[str, Any] = {"max_denoising_steps": 5, "order": "confidence", "counts": "llada"}
+    ours = model.generate(prompt, do_sample=False, cfg_scale=1.5, **options)
+    assert torch.equal(low_confidence(model, canvas.clone(), 5, cfg_scale=1.5), ours.sequences)
+    assert ours.network_calls.tolist() == [10, 10]
+    assert not torch.equal(ours.sequences, model.generate(prompt, do_sample=False, **options).sequences)
 
 
 @torch.no_grad()

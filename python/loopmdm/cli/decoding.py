@@ -76,6 +76,20 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=number, default=1.0, metavar="P", help="nucleus (default: %(default)s)"
     )
     group.add_argument(
+        "--min-p",
+        type=number,
+        default=0.0,
+        metavar="P",
+        help="tokens at least P times as probable as the most probable one only",
+    )
+    group.add_argument(
+        "--cfg-scale",
+        type=number,
+        default=0.0,
+        metavar="W",
+        help="classifier-free guidance: away from what the model predicts without the given tokens",
+    )
+    group.add_argument(
         "--forbid",
         dest="forbidden",
         type=_ids,
@@ -83,6 +97,9 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         help="token ids that are never drawn",
     )
     group.add_argument("--stop-at-eos", action="store_true", help="an end-of-text token ends its sample")
+    group.add_argument(
+        "--min-new-tokens", type=positive_int, metavar="N", help="no end among the first N tokens filled"
+    )
     group.add_argument(
         "--reference-numerics",
         action="store_true",

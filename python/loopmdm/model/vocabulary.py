@@ -73,6 +73,22 @@ def head_logits(hidden: Tensor, head: AnyHead, *, compute_dtype: torch.dtype | N
     return logits
 
 
+def row_logits(
+    hidden: Tensor, head: AnyHead, rows: Tensor, *, compute_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Logits [R, V] of the rows (flat indices b*L + l) of hidden [B, L, D], in fp32 or wider.
+
+    They are those of `head_logits`, and as rounded.
+    """
+    chosen = hidden.flatten(0, 1)[rows]
+    if is_shared(head):
+        logits = head_logits(chosen[None], head, compute_dtype=compute_dtype)[0]
+    else:  # each row is a sequence of its own
+        own = of_sequences(head, rows // hidden.shape[1])
+        logits = head_logits(chosen[:, None], own, compute_dtype=compute_dtype)[:, 0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def masked_cross_entropy(
     hidden: Tensor,
     head: AnyHead,
@@ -113,7 +129,7 @@ def sample_rows(
             compute_dtype=compute_dtype,
         )
     with torch.no_grad():
-        logits = _row_logits(hidden, head, rows)
+        logits = row_logits(hidden, head, rows)
         return sample_logits(logits, head.excluded_token, Draw(rng, temperature, top_p, top_k))
 
 
@@ -132,16 +148,6 @@ def _called(hidden: Tensor, head: CalledHead) -> Tensor:
     return logits if head.forbidden is None else _forbid(logits, head.forbidden)
 
 
-def _row_logits(hidden: Tensor, head: CalledHead, rows: Tensor) -> Tensor:
-    """Logits [R, V] of the rows (flat indices b*L + l) of hidden [B, L, D], in fp32 or wider."""
-    chosen = hidden.flatten(0, 1)[rows]
-    if is_shared(head):
-        logits: Tensor = _called(chosen[None], head)[0]
-    else:  # each row is a sequence of its own
-        logits = _called(chosen[:, None], of_sequences(head, rows // hidden.shape[1]))[:, 0]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _called_cross_entropy(
     hidden: Tensor, head: CalledHead, targets: Tensor, rows: Tensor, row_weights: Tensor
@@ -150,6 +156,6 @@ def _called_cross_entropy(
         chosen = rows.flatten().nonzero().squeeze(1)
         total, nll = _called_cross_entropy(hidden, head, targets, chosen, row_weights.flatten()[chosen])
         return total, nll.new_zeros(rows.numel()).index_copy(0, chosen, nll).view(rows.shape)
-    log_probs = subs_log_probs(_row_logits(hidden, head, rows), head.excluded_token)
+    log_probs = subs_log_probs(row_logits(hidden, head, rows), head.excluded_token)
     nll = -log_probs.gather(1, targets.flatten()[rows][:, None]).squeeze(1)
     return (nll * row_weights.to(nll.dtype)).sum(), nll

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +18,13 @@ from loopmdm_kernels.ops import checks
 from loopmdm_kernels.values import meant, real, whole
 
 MAX_STEPS = 2**30 - 1  # the step is one word of the random number's name
-_COUNTS = ("steps", "tokens_per_step", "block_length", "window", "max_batch", "top_k")
+_COUNTS = ("steps", "tokens_per_step", "block_length", "window", "max_batch", "min_new_tokens")
 _PACES = ("steps", "tokens_per_step", "threshold", "entropy_bound")
+_GRAPHS = "options of a row's logits or of each sequence"
 _REFERENCE = "reference_numerics: the reference's sampler has none"
-_NOT_THE_REFERENCES = ("remask", "block_length", "temperature", "top_p", "top_k", "cuda_graphs")
+_OF_SEQUENCES = ("temperature", "top_p", "top_k", "min_p")  # each may be one value, or one a sequence
+_SHAPES = ("min_p", "logits_processor", "cfg_scale", "min_new_tokens")  # of a row's logits
+_NOT_THE_REFERENCES = ("remask", "block_length", "temperature", "top_p", "top_k", "cuda_graphs", *_SHAPES)
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,8 @@ class Decoding:
     steps: int | None = None
     order: str = "ancestral"
     plan: ComputePlan = field(default_factory=lambda: as_plan(None))
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | tuple[float, ...] = 1.0  # a tuple: of each sequence, here and below
+    top_p: float | tuple[float, ...] = 1.0
     seed: int = 0
     tokens_per_step: int | None = None
     threshold: float | None = None
@@ -46,9 +51,13 @@ class Decoding:
     block_length: int | None = None
     window: int | None = None
     remask: Remasking | None = None
-    top_k: int | None = None
+    top_k: int | tuple[int, ...] | None = None
+    min_p: float | tuple[float, ...] = 0.0
     forbidden: tuple[int, ...] = ()
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
+    cfg_scale: float = 0.0
     eos_token_id: int | None = None
+    min_new_tokens: int | None = None
     reference_numerics: bool = False
     max_batch: int | None = None
     skip_unchanged: bool = True
@@ -61,12 +70,21 @@ class Decoding:
             "threshold": _bound("threshold", self.threshold),
             "entropy_bound": _bound("entropy_bound", self.entropy_bound),
             "remask": as_remasking(self.remask),
-            "temperature": float(checks.temperature(self.temperature)),
-            "top_p": float(checks.top_p(self.top_p)),
+            "temperature": _each(self.temperature, lambda value: float(checks.temperature(value))),
+            "top_p": _each(self.top_p, lambda value: float(checks.top_p(value))),
+            "top_k": _each(self.top_k, lambda value: _count("top_k", value)),
+            "min_p": _each(self.min_p, _min_p),
+            "cfg_scale": _bound("cfg_scale", self.cfg_scale) or 0.0,
             "seed": checks.integer("seed", self.seed, 0, 2**63, "an int, 0 <= seed < 2^63", ValueError),
             "plan": as_plan(self.plan),
             "forbidden": _token_ids(self.forbidden),
         }
+        if isinstance(plain["top_k"], tuple) and None in plain["top_k"]:
+            raise TypeError(f"top_k must be an int for each sequence, got {self.top_k!r}")
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise TypeError(
+                f"logits_processor must be a function or None, got {type(self.logits_processor).__name__}"
+            )
         if self.eos_token_id is not None:
             plain["eos_token_id"] = _token_id("eos_token_id", self.eos_token_id)
         for name, value in plain.items():
@@ -105,9 +123,14 @@ class Decoding:
         for asked, what in ((self.remask, "remasking"), (self.reference_numerics, "reference_numerics")):
             if asked and self.order != "ancestral":
                 raise ValueError(f"{what} goes with the order ancestral, got {self.order}")
+        if self.min_new_tokens is not None and self.eos_token_id is None:
+            raise ValueError(
+                "min_new_tokens says from where on eos_token_id may be drawn, which is not given"
+            )
         drawn = f"the order {self.order}, which draws its reveal times"
         own = {"ancestral": "steps", "first_hitting": "tokens_per_step"}.get(self.order)
         for wanted, why, names in (
+            (self.cuda_graphs and self.shapes_rows, _GRAPHS, ("cuda_graphs",)),
             (self.remask, "remasking, which may take back any token", ("block_length", "eos_token_id")),
             (self.reference_numerics, _REFERENCE, _NOT_THE_REFERENCES),
             (own, drawn, [name for name in (*_PACES, "window", "counts") if name != own]),
@@ -136,6 +159,19 @@ class Decoding:
                 f"block_length is {self.block_length}, beyond the model's max_length {config.max_length}"
             )
 
+    def check_batch(self, batch: int) -> None:
+        """Raise ValueError where there is not one value for each of so many sequences."""
+        for name in _OF_SEQUENCES:
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != batch:
+                raise ValueError(f"{name} has {len(value)} values, but there are {batch} sequences")
+
+    @property
+    def shapes_rows(self) -> bool:
+        """Whether rows are drawn in ways of their own, which no kernel has."""
+        own = any(isinstance(getattr(self, name), tuple) for name in _OF_SEQUENCES)
+        return own or bool(self._given(*_SHAPES))
+
     @property
     def pace(self) -> Pace:
         """How much a step reveals: what is given, else the plan's number of steps."""
@@ -147,7 +183,7 @@ class Decoding:
     def draws_from_the_model(self) -> bool:
         """Whether a token follows the model's own prediction."""
         plain = (self.temperature, self.top_p, self.top_k, self.forbidden) == (1, 1, None, ())
-        return plain and not self.reference_numerics
+        return plain and not self.reference_numerics and not self.shapes_rows
 
     def num_steps(self, length: int, masks: int) -> int | None:
         """Steps that a sequence of `length` with so many masks takes; None where predictions decide."""
@@ -164,6 +200,24 @@ def _count(name: str, value: Any) -> int | None:
     if number is not None and not 1 <= number <= MAX_STEPS:
         raise ValueError(f"{name} must be in 1..{MAX_STEPS}, got {number}")
     return number
+
+
+def _each(value: Any, check: Callable[[Any], Any]) -> Any:
+    """A checked value, or a tuple of them where a sequence or a tensor gives one for each sequence."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return check(value)
+    return tuple(check(one) for one in value)
+
+
+def _min_p(value: Any) -> float:
+    number = real(value)
+    if number is None:
+        raise TypeError(f"min_p must be a number, got {value!r}")
+    if not 0 <= number < 1:
+        raise ValueError(f"min_p: got {number}, expected 0 <= min_p < 1")
+    return float(number)
 
 
 def _bound(name: str, value: Any) -> float | None:

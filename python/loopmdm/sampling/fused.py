@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +72,10 @@ class FusedRun(OrderedRun):
         assert not isinstance(head, CalledHead)
         none = torch.empty(0, dtype=torch.int64)
         draw = Draw(
-            RowRng(decoding.seed, none, none, none), decoding.temperature, decoding.top_p, decoding.top_k
+            RowRng(decoding.seed, none, none, none),
+            cast(float, decoding.temperature),
+            cast(float, decoding.top_p),
+            cast("int | None", decoding.top_k),
         )
         network = NetworkParts(
             model.vocab_embed.embedding,

@@ -83,7 +83,7 @@ class GraphNetwork(Network):
         self._batches: dict[tuple[Any, int, int], int] = {}
         self._buffers = Buffers(Layout(self.max_batch, context, padded_rows(positions)), device)
         self._stream: Tensor | None = None
-        if decoding.top_p < 1 or decoding.top_k is not None:
+        if cast(float, decoding.top_p) < 1 or decoding.top_k is not None:
             hidden = max(model.config.hidden_size for model in self.models)
             self._stream = torch.zeros(positions * hidden, device=device, dtype=torch.float32)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,9 +134,9 @@ class Network:
             self.head(model, sigma),
             rows,
             RowRng(options.seed, *names),
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
+            temperature=cast(float, options.temperature),
+            top_p=cast(float, options.top_p),
+            top_k=cast("int | None", options.top_k),
             compute_dtype=model.compute_dtype,
         )
 

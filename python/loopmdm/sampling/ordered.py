@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loopmdm.sampling.network import Call, Prediction
 from loopmdm.sampling.result import StepEvent
 from loopmdm.sampling.run import Run, check_finite
 from loopmdm_kernels.types import SampledRows
@@ -53,8 +54,7 @@ class OrderedRun(Run):
             inside = (place[sequence] >= 0).nonzero().squeeze(1)
             rows = place[sequence[inside]] * call.tokens.shape[1] + position[inside] - start[sequence[inside]]
             names = (slots.sequence_id[candidates[inside]], torch.full_like(rows, step), position[inside])
-            prediction = self.network.predict(call, rows, names)
-            self.account(call, prediction.spent, rows.numel())
+            prediction = self.predict(call, rows, names, candidates[inside], start)
             if prediction.sampled is not None:
                 check_finite(prediction.sampled.log_prob, step, sequence[inside], position[inside])
                 results.append((inside, prediction.sampled))
@@ -64,6 +64,14 @@ class OrderedRun(Run):
         return SampledRows(
             *(torch.cat(fields)[back] for fields in zip(*(s for _, s in results), strict=True))
         )
+
+    def predict(
+        self, call: Call, rows: Tensor, names: tuple[Tensor, ...], slots: Tensor, start: Tensor
+    ) -> Prediction:
+        """One network call and the draws of its rows, which are of `slots` [R]; start: [B], as of `calls`."""
+        prediction = self.network.predict(call, rows, names)
+        self.account(call, prediction.spent, rows.numel())
+        return prediction
 
     def _times(self, step: int) -> Tensor | None:
         """Diffusion times [B] before the step, where something depends on them."""

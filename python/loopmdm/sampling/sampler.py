@@ -23,6 +23,8 @@ from loopmdm.sampling.progress import progress_bar
 from loopmdm.sampling.reference_numerics import ReferenceRun
 from loopmdm.sampling.remasking import Remasked, Remasking
 from loopmdm.sampling.result import SampleResult, StepEvent
+from loopmdm.sampling.run import Run
+from loopmdm.sampling.shaped import ShapedRun
 from loopmdm_kernels.backends import recorded
 
 
@@ -35,8 +37,8 @@ def sample(
     plan: int | str | os.PathLike[str] | ComputePlan | None = None,
     prompt: Any = None,
     infill: Any = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    temperature: float | Sequence[float] | Tensor = 1.0,
+    top_p: float | Sequence[float] | Tensor = 1.0,
     seed: int = 0,
     on_step: Callable[[StepEvent], object] | None = None,
     progress: bool = True,
@@ -48,9 +50,13 @@ def sample(
     block_length: int | None = None,
     window: int | None = None,
     remask: str | Remasking | None = None,
-    top_k: int | None = None,
+    top_k: int | Sequence[int] | Tensor | None = None,
+    min_p: float | Sequence[float] | Tensor = 0.0,
     forbidden: Sequence[int] | Tensor | None = None,
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
+    cfg_scale: float = 0.0,
     eos_token_id: int | None = None,
+    min_new_tokens: int | None = None,
     reference_numerics: bool = False,
     history: bool = False,
     sequence_ids: Tensor | list[int] | None = None,
@@ -89,7 +95,8 @@ def sample(
         prompt: token ids every sequence starts with: [P], [B, P], or a list of B token lists of any lengths.
         infill: [L], [B, L] or a list of B token lists that hold the mask token at the positions to fill; all
             others stay as they are. A prompt given too must agree with it.
-        temperature: divides the logits before the draw; 0 takes the most probable token.
+        temperature: divides the logits before the draw; 0 takes the most probable token. It, top_p, top_k
+            and min_p are one value, or one for each sequence [B].
         top_p: draw from the most probable tokens that together reach this probability, in (0, 1].
         seed: 0 <= seed < 2^63.
         on_step: called with a `StepEvent` after every step that changed something; what it raises ends the
@@ -110,8 +117,15 @@ def sample(
         remask: "cap", "rescale", "conf", "loop" or a `Remasking`: revealed tokens are masked again at times
             (ReMDM, arXiv 2503.00307). With the order "ancestral".
         top_k: draw from the so many most probable tokens (before top_p).
+        min_p: draw from tokens at least so many times as probable as the most probable one, at the
+            temperature; in [0, 1).
         forbidden: token ids that are never drawn; probabilities are those without them.
+        logits_processor: called with the tokens that the network read [R, L], one row for each row of logits,
+            and these, [R, V] in fp32; returns the logits to draw from. As of transformers, on predicted rows.
+        cfg_scale: classifier-free guidance: logits are u + (cfg_scale + 1) (l - u), l those of the sequence
+            and u those with its given tokens masked (LLaDA). Each call is two.
         eos_token_id: ends a sequence when drawn: positions behind it are not computed, and hold it at last.
+        min_new_tokens: eos_token_id is not drawn at the so many first positions that a sequence fills.
         reference_numerics: draw as the reference does (`ddpm_cache`): an fp32 race against the mask in every
             step, which cuts off rare tokens, and the most probable token where masks are left. Slow, and only
             for comparison with figures made so. Same seed, same tokens on a CPU.
@@ -153,12 +167,14 @@ def sample_with(
     decoding.check_for(config)
     canvas = make_canvas(config, num_samples, length, prompt, infill, decoding.block_length)
     batch, longest = canvas.tokens.shape
+    decoding.check_batch(batch)
     ids = make_sequence_ids(sequence_ids, batch)
     slots = Slots(canvas.tokens, config.mask_token_id, ids, decoding.block_length, canvas.lengths)
     order = _make_order(slots, decoding)
     make_network = GraphNetwork if decoding.cuda_graphs else Network
     network = make_network(model, decoding, batch=batch, context=min(longest, config.max_length))
-    make_run = ReferenceRun if decoding.reference_numerics else FusedRun
+    make_run: type[Run] = ShapedRun if decoding.shapes_rows else FusedRun
+    make_run = ReferenceRun if decoding.reference_numerics else make_run
     run = make_run(canvas, order, network, decoding)
 
     watched, most = history or on_step is not None, run.num_steps if on_step is None else 1
