@@ -27,11 +27,13 @@ def test_each_sequence_is_drawn_as_it_is_alone(make_model, order, timed):
         "top_p": torch.tensor([1.0, 0.9, 0.6, 1.0]),
         "min_p": torch.tensor([0.0, 0.1, 0.0, 0.2]),
     }
-    together = sample(model, 4, order=order, **options, **RUN)
-    assert torch.equal(sample(model, 4, order=order, max_batch=1, **options, **RUN).tokens, together.tokens)
+    # Where every position is masked the network predicts the same everywhere, and rounding rates them.
+    run = {"order": order, "prompt": [2, 7, 1], **RUN}
+    together = sample(model, 4, **options, **run)
+    assert torch.equal(sample(model, 4, max_batch=1, **options, **run).tokens, together.tokens)
     for row in range(4):
         own = {name: values[row].item() for name, values in options.items()}
-        alone = sample(model, 1, order=order, sequence_ids=[row], **own, **RUN)
+        alone = sample(model, 1, sequence_ids=[row], **own, **run)
         assert torch.equal(alone.tokens[0], together.tokens[row]), row
 
 
