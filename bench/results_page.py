@@ -25,7 +25,7 @@ SAMPLING = {
     "Zen 5": "2026-11-24-cpu-zen5-sampling.json",
     "Ice Lake, no bf16 instructions": "2026-11-24-cpu-sampling.json",
 }
-PLANS = {"Zen 4": "2026-11-24-cpu-zen4-plans.json"}
+PLANS = {"Zen 5": "2026-11-29-cpu-zen5-plans.json"}
 # Beside what a user could install instead: `bench.environments`.
 OTHERS = {
     "torch 2.13, OpenVINO": "2026-11-29-cpu-zen5-torch-2.13-openvino.json",
@@ -212,10 +212,15 @@ def sampling(machine: str, name: str) -> list[str]:
 def plans(machine: str, name: str) -> list[str]:
     rows = []
     for case, result in load(name)["figures"].items():
-        model, eps = case.split("[")[1].rstrip("]").split("-")
-        saved = [f"{100 * result[kind]['adaptive']:.0f} %" for kind in ("flops_saved", "time_saved")]
-        rows.append([model, eps, f"{result['mean_loops']:.1f}", *saved])
-    header = ["model", "eps", "mean loops", "FLOPs saved", "time saved"]
+        model, batch = case.split("[")[1].rstrip("]").split("-")
+        for plan, share in result["flops_saved"].items():
+            milliseconds = 1000 * result["seconds"][plan] / result["steps"]
+            before, after = (result[f"time_saved{end}"][plan] for end in ("_in_python", ""))
+            reaches = f"{result['reaches_the_clock'][plan]:.2f}"
+            saved = [f"{100 * part:.0f} %" for part in (share, before, after)]
+            rows.append([model, batch, plan, f"{milliseconds:.2f}", *saved, reaches])
+    header = ["model", "batch", "plan", "ms a step", "FLOPs saved", "time saved, Python between steps"]
+    header += ["time saved", "time over FLOPs saved"]
     return [origin(machine, name), "", *table(header, rows), ""]
 
 
@@ -264,7 +269,9 @@ batch 1; 8 steps, of which 5 compute. The last column is our sampler on eager Py
 """
 ABOUT_PLANS = """## Adaptive loops, on the clock
 
-Boards in a batch of 16, beside the same run at the largest number of loops.
+Boards, alone and in a batch of 16, beside the same run at the largest number of loops: plans that end the
+loop where the hidden state changes by less than .2 or .3, and one loop. `sample` takes the steps in compiled
+code; the same with Python between the network calls stands beside it.
 """
 
 
