@@ -21,7 +21,7 @@ from loopmdm_kernels.testing import interleaved_times
 HERE = Path(__file__).parent
 BENCHMARKS = (
     *("attention", "head_logits", "looped_blocks", "masked_cross_entropy", "sample_rows"),
-    *("model", "plans", "sampling", "threads"),
+    *("drop_in", "model", "plans", "sampling", "threads"),
 )
 Compare = Callable[..., None]
 

@@ -72,9 +72,8 @@ def test_model(compare, length=1024, vocab_size=50258, num_loops=12):
         )
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it
-def test_training_step(compare, batch=4, length=512, num_loops=6):
-    config = LoopMDMConfig(
+def trained_config(length, num_loops):
+    return LoopMDMConfig(
         vocab_size=8192,
         mask_token_id=8191,
         hidden_size=384,
@@ -85,6 +84,27 @@ def test_training_step(compare, batch=4, length=512, num_loops=6):
         dropout=0.0,
         gate_init=1.0,
     )
+
+
+def training_step(model, loss, autocast):
+    """A call that makes one step; loss(model) is a scalar."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            value = loss(model)
+        value.backward()
+        optimizer.step()
+        # The fused optimizer does not, and what is kept of a parameter goes by its version.
+        torch.autograd.graph.increment_version(model.parameters())
+        optimizer.zero_grad()
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it
+def test_training_step(compare, batch=4, length=512, num_loops=6):
+    config = trained_config(length, num_loops)
     torch.manual_seed(0)
     initial = LoopMDM(config)
     ids = token_ids(batch, length, config)
@@ -96,18 +116,7 @@ def test_training_step(compare, batch=4, length=512, num_loops=6):
         model = copy.deepcopy(initial)
         if whole_graph:  # the loss itself draws masks, reads values and does not trace
             model.hidden = compiled(model.hidden)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-        def run():
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                value = loss(model)
-            value.backward()
-            optimizer.step()
-            # The fused optimizer does not, and what is kept of a parameter goes by its version.
-            torch.autograd.graph.increment_version(model.parameters())
-            optimizer.zero_grad()
-
-        return run
+        return training_step(model, loss, autocast)
 
     with mock.patch.object(lk, "masked_cross_entropy", wraps=lk.masked_cross_entropy) as spy:
         loss(initial)
