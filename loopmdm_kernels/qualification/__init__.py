@@ -24,6 +24,13 @@ from loopmdm_kernels.qualification import processes
 from loopmdm_kernels.values import meant, real
 
 OPS = ("looped_blocks", "attention", "head_logits", "masked_cross_entropy", "sample_rows")
+QUESTIONS: tuple[verdicts.Question, ...] = tuple(
+    (op, direction, dtype)
+    for op in OPS
+    for direction in ("forward", "gradients")
+    for dtype in verdicts.DTYPES
+    if (op, direction) != ("sample_rows", "gradients")
+)
 _RACES, _COMPILED = "race", "compiled"
 
 
@@ -72,13 +79,7 @@ def qualify(
     limit = real(time_limit)
     if limit is None or not 0 < limit <= threading.TIMEOUT_MAX:
         raise ValueError(f"time_limit: got {time_limit!r}, expected a number of seconds, more than 0")
-    questions = [
-        (op, direction, dtype)
-        for op in OPS
-        for direction in ("forward", "gradients")
-        for dtype in verdicts.DTYPES
-        if (ops is None or op in ops) and dtype in dtypes and (op, direction) != ("sample_rows", "gradients")
-    ]
+    questions = [q for q in QUESTIONS if (ops is None or q[0] in ops) and q[2] in dtypes]
     path = verdicts.path_of(where)
     before = _stamp(where)
     say = on_progress or (lambda line: None)

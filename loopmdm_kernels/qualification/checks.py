@@ -20,6 +20,24 @@ _ON_STREAMS = 10  # calls on each of two streams at once
 _REPLAYS = 3
 
 
+def usual_call(backend: str, op: str, direction: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Of the usual call alone, made once: how it differs from float64, or None.
+
+    Raises:
+        Refused: the backend does not do this.
+    """
+    case = next(cases(op, direction, dtype, device))
+    with lk.use_backend(backend):
+        call = case.prepare(dtype)
+        with poisoned():
+            out = call()
+    try:
+        _judge(case, out, dtype)
+    except AssertionError as error:
+        return f"{case.name}: {error}"
+    return None
+
+
 def check(backend: str, op: str, direction: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """right: True, False, or None where the backend does not do this; why; and what was checked.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from loopmdm.cli import demo, doctor
 from loopmdm.runs import models
 from loopmdm_kernels import _C
 from loopmdm_kernels.calls import HeadCall
+from loopmdm_kernels.cpu import attention as cpu_attention
 from loopmdm_kernels.reference.head_logits import row_logits, subs_log_probs
 
 from .conftest import Call
@@ -45,6 +47,45 @@ def test_doctor_reports_this_machine(call: Call, with_models: Callable[[str], Pa
     plain = call("doctor")
     assert plain.status == 0 and plain.err == ""
     assert "equals the reference" in plain.out and "sudoku9" in plain.out
+
+
+def test_doctor_prints_the_size_of_the_package(call: Call, with_models: Callable[[str], Path]) -> None:
+    package = call("doctor", "--json").json["package"]
+    folder = Path(lk.__file__).parent
+    assert str(folder) in package["folders"]
+    module = Path(_C.__file__).stat().st_size
+    assert module < package["bytes"]["loopmdm_kernels"] < module + 2**24
+    total = sum(package["bytes"].values())
+    assert package["total"] == f"{total / 1e6:.1f} MB"
+
+
+def test_self_test_covers_all_that_a_backend_does(call: Call, with_models: Callable[[str], Path]) -> None:
+    document = call("doctor", "--self-test", "--json").json
+    found = document["self_test"]
+    assert document["problems"] == []
+    assert {name for name, finding in found.items() if finding["tested"]} >= {
+        f"cpu {op} {direction} {dtype}"
+        for op in ("attention", "head_logits", "looped_blocks", "masked_cross_entropy", "sample_rows")
+        for direction in ("forward", "gradients")
+        for dtype in ("float32", "bfloat16")
+        if (op, direction) != ("sample_rows", "gradients")
+    }
+    assert found["cpu attention forward float16"] == {"tested": False, "problem": None}
+    plain = call("doctor", "--self-test")
+    assert plain.status == 0 and "cpu looped_blocks gradients bfloat16" in plain.out
+
+
+def test_self_test_finds_a_wrong_kernel(
+    call: Call, with_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = cpu_attention.run
+    monkeypatch.setattr(cpu_attention, "run", lambda call: run(call) + 0.01)
+    done = call("doctor", "--self-test")
+    assert done.status == 1
+    assert re.search(
+        r"loopmdm doctor: self-test cpu attention forward float32: 37 tokens, angles: out: error .*", done.err
+    )
+    assert "self-test cpu looped_blocks" not in done.err
 
 
 def test_doctor_names_a_bad_setting(

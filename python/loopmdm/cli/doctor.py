@@ -1,18 +1,22 @@
 """Say what works on this machine, and why the rest does not.
 
 Checks that every backend that can be used draws the same rows as the plain PyTorch reference, and that the
-shipped checkpoints load. Exit status 1 if something that should work does not.
+shipped checkpoints load. --self-test compares every op of every backend, values and gradients, with float64.
+Exit status 1 if something that should work does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import os
 import platform
 import shutil
 import subprocess
 from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +27,14 @@ from loopmdm.cli.parser import add_json
 from loopmdm.runs.models import SHIPPED, load_model, shipped_folder
 from loopmdm.runs.provenance import processor
 from loopmdm.terminal import note
+from loopmdm_kernels.backends import Refused
+from loopmdm_kernels.qualification import QUESTIONS
+from loopmdm_kernels.qualification.checks import usual_call
 from loopmdm_kernels.types import Head, RowRng
 
-EPILOG = """example:
+EPILOG = """examples:
   loopmdm doctor --json
+  loopmdm doctor --self-test
 """
 _PACKAGES = (
     "torch",
@@ -42,6 +50,11 @@ _ROWS = (2, 24, 64, 515)  # B, L, D, V of the self-check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="also compare every op of every backend that can be used with float64 (seconds on a CPU)",
+    )
     add_json(parser, "the findings")
 
 
@@ -50,17 +63,21 @@ def run(args: argparse.Namespace) -> int:
     for name, why in lk.available_backends(explain=True).items():
         backends[name]["chosen"] = why
     checkpoints = {name: _check_checkpoint(name) for name in SHIPPED}
+    usable = [name for name, finding in backends.items() if finding["usable"] and name != "reference"]
+    tests = _self_test(usable) if args.self_test else None
     problems = [
         f"{kind} {name}: {finding['problem']}"
-        for kind, findings in (("backend", backends), ("checkpoint", checkpoints))
+        for kind, findings in (("backend", backends), ("checkpoint", checkpoints), ("self-test", tests or {}))
         for name, finding in findings.items()
         if finding["problem"]
     ]
     document = {
         "versions": _versions(),
+        "package": _package(),
         "machine": _machine(),
         "backends": backends,
         "checkpoints": checkpoints,
+        "self_test": tests,
         "problems": problems,
     }
     if args.json:
@@ -78,6 +95,21 @@ def _versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {**versions, "nvcc": _nvcc()}
+
+
+def _package() -> dict[str, Any]:
+    """Where this installation lies, and the size of its files without what Python has compiled."""
+    folders = {name: Path(str(files(name))) for name in ("loopmdm_kernels", "loopmdm")}
+    sizes = {
+        name: [p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"]
+        for name, folder in folders.items()
+    }
+    return {
+        "folders": [str(folder) for folder in folders.values()],
+        "files": sum(map(len, sizes.values())),
+        "bytes": {name: sum(found) for name, found in sizes.items()},
+        "total": f"{sum(map(sum, sizes.values())) / 1e6:.1f} MB",
+    }
 
 
 def _nvcc() -> str | None:
@@ -134,6 +166,23 @@ def _check_backend(name: str, status: bool | str) -> dict[str, Any]:
     return finding
 
 
+def _self_test(backends: list[str]) -> dict[str, dict[str, Any]]:
+    """For each backend, op, direction and dtype, whether it was tested, and what is wrong."""
+    found: dict[str, dict[str, Any]] = {}
+    for backend, (op, direction, dtype) in itertools.product(backends, QUESTIONS):
+        device = torch.device("cuda" if backend in ("triton", "cuda") else "cpu")
+        finding: dict[str, Any] = {"tested": False, "problem": None}
+        try:
+            finding["problem"] = usual_call(backend, op, direction, getattr(torch, dtype), device)
+            finding["tested"] = True
+        except Refused:
+            pass  # not among what it does, in this dtype or on this GPU
+        except RuntimeError as error:
+            finding["problem"] = str(error)
+        found[f"{backend} {op} {direction} {dtype}"] = finding
+    return found
+
+
 def _compare(name: str, device: torch.device) -> str | None:
     """How the rows a backend draws differ from the reference's, or None."""
     batch, length, hidden_size, vocab_size = _ROWS
@@ -182,7 +231,7 @@ def _check_checkpoint(name: str) -> dict[str, Any]:
 
 
 def _print(document: dict[str, Any]) -> None:
-    for part in ("versions", "machine"):
+    for part in ("versions", "package", "machine"):
         print_table(
             (part, ""), [(name, _shown(value)) for name, value in document[part].items()], align="left"
         )
@@ -211,6 +260,16 @@ def _print(document: dict[str, Any]) -> None:
         for name, finding in document["checkpoints"].items()
     ]
     print_table(("checkpoint", "", "", ""), rows, align="left")
+    if document["self_test"] is not None:
+        print()
+        print_table(
+            ("self-test", ""),
+            [
+                (name, finding["problem"] or ("right" if finding["tested"] else "not done by this backend"))
+                for name, finding in document["self_test"].items()
+            ],
+            align="left",
+        )
     for problem in document["problems"]:
         note(f"loopmdm doctor: {problem}")
 
@@ -218,4 +277,6 @@ def _print(document: dict[str, Any]) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number:,}" for name, number in value.items())
     return "-" if value is None else str(value)
