@@ -29,6 +29,9 @@ class _State(NamedTuple):
     dtype: torch.dtype
 
 
+_PAGE_WORDS = 2**21 // 4  # 32-bit words of a large page
+
+
 class _Packs(NamedTuple):
     weight: weakref.ref[Tensor]
     state: _State
@@ -82,9 +85,17 @@ def _pack(weight: Tensor, bf16: bool, heads: int, parts: int, transposed: bool) 
     from loopmdm_kernels import _C
 
     columns, depth = reversed(weight.shape) if transposed else weight.shape
-    packed = torch.empty(_C.packed_size(columns, depth, heads, parts, bf16), dtype=torch.int32)
+    packed = _on_large_pages(_C.packed_size(columns, depth, heads, parts, bf16))
     _C.pack_linear(weight, heads, parts, bf16, transposed, torch.get_num_threads(), packed)
     return packed
+
+
+def _on_large_pages(words: int) -> Tensor:
+    """int32 [words]; from the beginning of a large page on, if it fills one."""
+    if words < _PAGE_WORDS:
+        return torch.empty(words, dtype=torch.int32)
+    memory = torch.empty(words + _PAGE_WORDS, dtype=torch.int32)
+    return memory[-memory.data_ptr() // 4 % _PAGE_WORDS :][:words]
 
 
 @cache

@@ -160,35 +160,37 @@ void attend(const HeadShape& shape, const uint32_t* queries, int64_t query_row, 
         for (int64_t key = 0; key < real; key += kPanel)
           multiply<Operand>(q, n, keys + (begin + key) * head_words, key_panel_width(real, key), head_words,
                             scratch.scores + key, kKeyBlock);
+        // All rows' largest scores before the first exponential: each ends in a chain of dependent steps.
+        const float* block_bias = bias ? bias + begin : nullptr;
+        float shifts[kRowsAtOnce];
         for (int r = 0; r < n; ++r) {
           float* scores = scratch.scores + r * kKeyBlock;
-          uint32_t* probs = scratch.probs + r * kKeyBlock;
           float& row_largest = largest[first - group + r];
           float& row_total = total[first - group + r];
-          const float* block_bias = bias ? bias + begin : nullptr;
           const float block_largest = largest_attended(scores, block_bias, count);
-          float before = 0;
           if (begin == 0) {
             row_largest = block_largest;
-          } else {
-            before = row_total;
-            if (block_largest > row_largest) {
-              const float factor =
-                  probability(broadcast(row_largest * scale - block_largest * scale), false)[0];
-              before *= factor;
-              multiply_row(sums + r * out_row, factor);
-              row_largest = block_largest;
-            }
+            row_total = 0;
+          } else if (block_largest > row_largest) {
+            const float factor =
+                probability(broadcast(row_largest * scale - block_largest * scale), false)[0];
+            row_total *= factor;
+            multiply_row(sums + r * out_row, factor);
+            row_largest = block_largest;
           }
           // Of a row without keys so far, all differences would be infinity minus infinity.
-          float shift = row_largest == -LOOPMDM_INFINITY ? 0.0f : row_largest * scale;
-          if (__builtin_fabsf(shift) > kLargeExponent) {
+          shifts[r] = row_largest == -LOOPMDM_INFINITY ? 0.0f : row_largest * scale;
+          if (__builtin_fabsf(shifts[r]) > kLargeExponent) {
             subtract_from(scores, count, row_largest);
-            shift = 0;
+            shifts[r] = 0;
           }
-          row_total =
-              before + (bias ? soften_row<Operand, true>(scores, block_bias, count, scale, shift, probs)
-                             : soften_row<Operand, false>(scores, nullptr, count, scale, shift, probs));
+        }
+        for (int r = 0; r < n; ++r) {
+          const float* scores = scratch.scores + r * kKeyBlock;
+          uint32_t* probs = scratch.probs + r * kKeyBlock;
+          total[first - group + r] +=
+              bias ? soften_row<Operand, true>(scores, block_bias, count, scale, shifts[r], probs)
+                   : soften_row<Operand, false>(scores, nullptr, count, scale, shifts[r], probs);
         }
         const Left p = {scratch.probs, kKeyBlock, 1};
         for (int64_t column = 0; column < width; column += kPanel) {

@@ -415,8 +415,6 @@ BlockRecord lay_out(const BlockShape& s, Layout& layout) {
 
 }  // namespace
 
-int64_t BlockShape::sequences_together() const { return std::max<int64_t>(1, kBlockRows / length); }
-
 int64_t BlockShape::record_bytes() const {
   Layout layout(nullptr);
   lay_out(*this, layout);

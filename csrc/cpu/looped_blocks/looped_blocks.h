@@ -61,6 +61,9 @@ struct BlockRecord {
   float* log_sum_exp;      // [H, L]
 };
 
+// Rows that a thread carries through a block together, and needs memory for.
+constexpr int kBlockRows = 96;
+
 // Sizes that follow from the problem and the instruction set. Padded lengths are zero-filled.
 struct BlockShape {
   int64_t length, hidden, width, heads, head_dim;
@@ -73,7 +76,8 @@ struct BlockShape {
   int64_t head_words() const { return head_dim / per_word; }
   int64_t record_bytes() const;  // of one application to one sequence
   BlockRecord record_at(char* memory) const;
-  int64_t sequences_together() const;  // how many fill a block of rows, at least 1
+  // How many fill a block of rows, at least 1.
+  int64_t sequences_together() const { return length < kBlockRows ? kBlockRows / length : 1; }
   int64_t key_size() const { return heads * keys * head_words(); }
   int64_t value_size() const { return heads * head_width * keys / per_word; }
 };
@@ -115,9 +119,6 @@ struct RowSpans {
   const RowSpan* at;
   int64_t size, rows;
 };
-
-// What a thread needs memory for.
-constexpr int kBlockRows = 96;
 
 struct LoopedBlocksKernel {
   int64_t (*scratch_bytes)(const BlockShape&);

@@ -10,7 +10,7 @@ struct BlockScratch {
   float* sums;          // [kBlockRows, sums_row]: a panel or a group of heads
   float* wide;          // a panel of weights
   float* row;           // one head, padded
-  uint32_t* words;      // of it
+  uint32_t* words;      // [kLanes, head words]: keys on their way into a panel
   uint32_t* keys;       // one head of a sequence that is kept in rows
   uint32_t* values;
   AttentionScratch* attention;
@@ -33,7 +33,7 @@ inline int64_t lay_out(const BlockShape& s, void* memory, BlockScratch& t) {
   t.sums = layout.take<float>(kBlockRows * t.sums_row + 2 * kLanes);
   t.wide = layout.take<float>(wide_panel_size<Bf16>(deepest_panel(s)));
   t.row = layout.take<float>(round_up(s.head_width, 2 * kLanes));
-  t.words = layout.take<uint32_t>(s.head_words());
+  t.words = layout.take<uint32_t>(kLanes * s.head_words());
   t.keys = layout.take<uint32_t>(rows ? s.keys * s.head_words() : 0);
   t.values = layout.take<uint32_t>(rows ? s.head_width * s.keys / s.per_word : 0);
   t.attention = layout.take<AttentionScratch>(1);
@@ -102,35 +102,56 @@ void put_values(const BlockShape& s, const RowSpan& span, int parity, int64_t he
   }
 }
 
-// A key's words into the panels of its head.
-inline void put_key(const BlockShape& s, const uint32_t* words, int64_t position, uint32_t* keys) {
+// Words of `count` keys into the panels of their head: one, or kLanes of them that fill a vector of a panel.
+inline void put_keys(const BlockShape& s, const uint32_t* words, int64_t count, int64_t position,
+                     uint32_t* keys) {
   const int64_t head_words = s.head_words(), panel = position / kPanel * kPanel;
   const int width = key_panel_width(s.length, panel);
   uint32_t* key = keys + panel * head_words + position - panel;
-  for (int64_t k = 0; k < head_words; ++k) key[k * width] = words[k];
+  if (count == 1) {
+    for (int64_t k = 0; k < head_words; ++k) key[k * width] = words[k];
+    return;
+  }
+  pack_columns_of(kLanes, head_words, width, key, [&](int j, int64_t k) {
+    return load_row_words(words + j * head_words + k, head_words - k);
+  });
 }
 
-// One head's columns of the queries or keys of a span, turned by the angles of their positions.
+// Words of a head, turned by the angles of its position.
+template <class Operand>
+inline void turn_row(const BlockShape& s, const SequenceState& seq, int64_t position, const float* source,
+                     float* row, uint32_t* words) {
+  if (seq.cos) {
+    const int64_t half = s.head_dim / 2;
+    rotate_row(source, seq.cos + position * half, seq.sin + position * half, 1.0f, half, row);
+    source = row;
+  }
+  store_row<Operand>(source, s.head_dim, words);
+}
+
+// One head's columns of the queries or keys of a span.
 template <class Operand>
 void put_turned(const BlockShape& s, const RowSpan& span, int parity, bool keys, int64_t head,
                 const float* sums, int64_t sums_row, BlockScratch& t) {
   const SequenceState& seq = *span.state;
-  const int64_t half = s.head_dim / 2;
   const size_t bytes = static_cast<size_t>(s.head_words()) * sizeof(uint32_t);
-  for (int64_t r = 0; r < span.count; ++r) {
-    const int64_t position = span.first + r;
-    const float* source = sums + r * sums_row;
-    if (seq.cos)
-      rotate_row(source, seq.cos + position * half, seq.sin + position * half, 1.0f, half, t.row);
-    else
-      __builtin_memcpy(t.row, source, static_cast<size_t>(s.head_dim) * sizeof(float));
-    store_row<Operand>(t.row, s.head_dim, t.words);
-    if (keys && seq.keys[parity])
-      put_key(s, t.words, position, seq.keys[parity] + head * s.keys * s.head_words());
-    for (uint32_t* rows : {keys ? seq.key_rows : seq.queries, keys ? span.record.key : span.record.query})
-      if (rows) __builtin_memcpy(head_of(s, rows, position, head), t.words, bytes);
+  uint32_t* const rows = keys ? seq.key_rows : seq.queries;
+  uint32_t* const record = keys ? span.record.key : span.record.query;
+  uint32_t* const panels =
+      keys && seq.keys[parity] ? seq.keys[parity] + head * s.keys * s.head_words() : nullptr;
+  for (int64_t r = 0; r < span.count;) {
+    // Other threads write the neighbours of keys that do not fill a vector.
+    const bool together = panels && (span.first + r) % kLanes == 0 && span.count - r >= kLanes;
+    const int64_t count = together ? kLanes : 1, first = span.first + r;
+    for (int64_t i = 0; i < count; ++i, ++r) {
+      uint32_t* words = panels ? t.words + i * s.head_words() : head_of(s, rows, first + i, head);
+      turn_row<Operand>(s, seq, first + i, sums + r * sums_row, t.row, words);
+      if (record) __builtin_memcpy(head_of(s, record, first + i, head), words, bytes);
+    }
+    if (panels) put_keys(s, t.words, count, first, panels);
   }
 }
+
 // x += gate * dropout(sums + bias), a panel of columns of some rows.
 template <class Operand>
 inline void add_branch(const BlockShape& s, const float* bias, const float* gate, const Dropout& dropout,

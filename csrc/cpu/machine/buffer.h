@@ -28,16 +28,19 @@ using AlignedBuffer = std::unique_ptr<T[], AlignedDelete>;
 
 // Asks for large pages where that pays: fewer faults on the first touch (of fresh
 // memory one each 4 KB, up to a fifth of the time that writing logits takes), fewer misses of the address
-// cache.
-inline void prefer_large_pages(void* memory, int64_t bytes) {
+// cache. `discard`: the contents are of no use. Memory that was in use before has small pages, which advice
+// leaves as they are; they are given back, and large ones come in their place.
+inline void prefer_large_pages(void* memory, int64_t bytes, bool discard = false) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   const uintptr_t last =
       (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (first >= last) return;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (discard) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 #else
-  (void)memory, (void)bytes;
+  (void)memory, (void)bytes, (void)discard;
 #endif
 }
 

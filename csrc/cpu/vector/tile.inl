@@ -17,6 +17,7 @@ constexpr int kTileVecs = 2;
 #endif
 constexpr int kPanel = kTileVecs * kLanes;
 constexpr int64_t kLineWords = 16;  // of a cache line
+constexpr int64_t kTilesAhead = 4;  // tiles that together ask for the next panel: at once would be a queue
 
 inline Words load_words(const uint32_t* p) {
   Words v;
@@ -128,39 +129,50 @@ constexpr int tile_rows() {
 #endif
 }
 
-// With Ahead, asks for one cache line of `ahead` per word of the sum.
+// With Ahead, asks for `share` words at `ahead` for each word of the sum. Never inlined: its sums need all
+// registers, and beside what a caller holds some of them would lie in memory.
 template <class Operand, int Rows, int Vecs, bool Accumulate, bool Ahead = false>
-void tile(const Left& a, const uint32_t* b, int64_t words, float* c, int64_t c_row,
-          const uint32_t* ahead = nullptr) {
+__attribute__((noinline)) void tile(const Left& a, const uint32_t* b, int64_t words, float* c, int64_t c_row,
+                                    const uint32_t* ahead = nullptr, int64_t share = 0) {
+  // Unrolled by name: left to its own, the compiler keeps some of these sums in memory.
   Floats sum[Rows][Vecs];
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
     for (int v = 0; v < Vecs; ++v) sum[r][v] = Floats{};
   const uint32_t* left = a.at;
   const int64_t row = a.row, step = a.step;
   const auto add_products = [&](const Words(&right)[Vecs]) {
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const Words value = Words{} + left[r * row];
+#pragma GCC unroll 16
       for (int v = 0; v < Vecs; ++v) sum[r][v] = Operand::multiply_add(value, right[v], sum[r][v]);
     }
     left += step;
   };
   for (int64_t k = 0; k < right_words<Operand>(words); ++k) {
-    if (Ahead) __builtin_prefetch(ahead + k * kLineWords, 0, 2);
+    if constexpr (Ahead) __builtin_prefetch(ahead + k * share, 0, 2);
     Words right[Vecs];
     if constexpr (Operand::kPerWord == Operand::kLeftPerWord) {
+#pragma GCC unroll 16
       for (int v = 0; v < Vecs; ++v) right[v] = load_words(b + v * kLanes);
       add_products(right);
     } else {
+#pragma GCC unroll 16
       for (int v = 0; v < Vecs; ++v) right[v] = Operand::template widened<0>(load_words(b + v * kLanes));
       add_products(right);
       if (2 * k + 1 == words) break;  // half a pair
       __asm__("" : "+r"(b));          // read the pairs again: there is no register to keep them in
+#pragma GCC unroll 16
       for (int v = 0; v < Vecs; ++v) right[v] = Operand::template widened<1>(load_words(b + v * kLanes));
       add_products(right);
     }
     b += Vecs * kLanes;
   }
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
     for (int v = 0; v < Vecs; ++v) {
       float* at = c + r * c_row + v * kLanes;
       store(at, Accumulate ? load(at) + sum[r][v] : sum[r][v]);
@@ -174,12 +186,16 @@ void multiply_panel(Left a, int64_t rows, const uint32_t* b, int64_t words, floa
   const int64_t b_words = right_words<Operand>(words);
   const uint32_t* next = b + b_words * Vecs * kLanes;
   const uint32_t* const last = streamed ? next + b_words * Vecs * kLanes : next;
+  const int64_t tiles = rows / kRows < kTilesAhead ? rows / kRows : kTilesAhead;
+  const int64_t part = (Vecs * kLanes + tiles - 1) / (tiles > 0 ? tiles : 1);
+  const int64_t share = part < kLineWords ? part : kLineWords;
   for (; rows >= kRows; rows -= kRows) {
-    if (next < last)
-      tile<Operand, kRows, Vecs, Accumulate, true>(a, b, words, c, c_row, next);
-    else
+    if (next < last) {
+      tile<Operand, kRows, Vecs, Accumulate, true>(a, b, words, c, c_row, next, share);
+      next += b_words * share;
+    } else {
       tile<Operand, kRows, Vecs, Accumulate>(a, b, words, c, c_row);
-    next += b_words * kLineWords;
+    }
     a.at += kRows * a.row;
     c += kRows * c_row;
   }
@@ -243,6 +259,10 @@ void multiply(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t
   if (Operand::kPerWord == 2 && a.step == 1)
     return multiply_tmm(a, rows, b, width, words, c, c_row, accumulate);
 #endif
+  // One tile of few words, as in attention: the way to it would take as long as some steps of the sum.
+  constexpr int kRows = tile_rows<kTileVecs>();
+  if (rows == kRows && width == kPanel && !accumulate && !streamed)
+    return tile<Operand, kRows, kTileVecs, false>(a, b, words, c, c_row);
   if (accumulate)
     multiply_width<Operand, true>(a, rows, b, width, words, c, c_row, streamed);
   else

@@ -1,0 +1,307 @@
+// Times the steps from a naive product to the present one, and the pieces of a block, on one thread: the
+// program of cpu_ladder.py, compiled for one instruction set. Prints a line "name FLOPs seconds" for each.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "common/philox.h"
+#include "common/row_math.h"
+#include "cpu/looped_blocks/looped_blocks.h"
+#include "cpu/machine/buffer.h"
+#include "cpu/machine/intrinsics.h"
+#include "cpu/vector/peak.h"
+
+namespace loopmdm::cpu {
+namespace {
+
+#include "cpu/looped_blocks/looped_blocks.inl"
+
+namespace peak {
+#include "cpu/vector/peak.inl"
+}
+
+struct Step {
+  std::string name;
+  double flops;
+  std::function<void()> run;
+  std::vector<double> seconds = {};
+};
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_of(const Step& step, int64_t calls) {
+  const auto begin = Clock::now();
+  for (int64_t i = 0; i < calls; ++i) step.run();
+  return std::chrono::duration<double>(Clock::now() - begin).count() / static_cast<double>(calls);
+}
+
+// The steps in turn, so that what disturbs the machine meets all of them; the median of each.
+void measure(std::vector<Step>& steps, double seconds, int turns) {
+  std::vector<int64_t> calls;
+  for (const Step& step : steps) {
+    const double once = std::max(1e-9, std::min(seconds_of(step, 1), seconds_of(step, 1)));
+    calls.push_back(std::max<int64_t>(1, static_cast<int64_t>(seconds / once)));
+  }
+  for (int turn = 0; turn < turns; ++turn)
+    for (size_t i = 0; i < steps.size(); ++i) steps[i].seconds.push_back(seconds_of(steps[i], calls[i]));
+  for (Step& step : steps) {
+    auto middle = step.seconds.begin() + turns / 2;
+    std::nth_element(step.seconds.begin(), middle, step.seconds.end());
+    std::printf("%s\t%.9g\t%.9g\n", step.name.c_str(), step.flops, *middle);
+  }
+}
+
+// Small values that differ, as operands or floats; freed with the process.
+template <class Operand>
+uint32_t* operands(int64_t words) {
+  constexpr int64_t kPage = 2 << 20;
+  const int64_t bytes = round_up((words + 64) * 4, kPage);
+  auto* out = static_cast<uint32_t*>(std::aligned_alloc(kPage, static_cast<size_t>(bytes)));
+  prefer_large_pages(out, bytes);
+  uint32_t state = 1;
+  const auto value = [&state] {
+    state = state * 1664525u + 1013904223u;
+    return static_cast<float>(static_cast<int32_t>(state)) * 0x1p-34f;
+  };
+  constexpr int64_t kValues = 2 * kLanes, kWords = kValues / Operand::kPerWord;
+  float values[kValues];
+  for (int64_t i = 0; i + kWords <= words + 64; i += kWords) {
+    for (float& v : values) v = value();
+    Operand::store(out + i, load(values), load(values + kLanes));
+  }
+  return out;
+}
+
+float* floats(int64_t count) { return reinterpret_cast<float*>(operands<Fp32>(count)); }
+
+template <class Operand>
+void three_loops(const uint32_t* a, int64_t rows, const uint32_t* b, int64_t columns, int64_t words,
+                 float* c) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t column = 0; column < columns; ++column) {
+      Floats sum = {};  // one lane of it counts
+      for (int64_t k = 0; k < words; ++k)
+        sum = Operand::multiply_add(Words{a[r * words + k]}, Words{b[k * columns + column]}, sum);
+      c[r * columns + column] = sum[0];
+    }
+}
+
+// Tiles of `Rows` rows of a right operand [words][columns] that nobody packed.
+template <class Operand, int Rows>
+void unpacked_tiles(const uint32_t* a, int64_t rows, const uint32_t* b, int64_t columns, int64_t words,
+                    float* c) {
+  for (int64_t column = 0; column < columns; column += kPanel)
+    for (int64_t first = 0; first < rows; first += Rows) {
+      Floats sum[Rows][kTileVecs] = {};
+      for (int64_t k = 0; k < words; ++k)
+        for (int r = 0; r < Rows; ++r)
+          for (int v = 0; v < kTileVecs; ++v)
+            sum[r][v] = Operand::multiply_add(Words{} + a[(first + r) * words + k],
+                                              load_words(b + k * columns + column + v * kLanes), sum[r][v]);
+      for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < kTileVecs; ++v) store(c + (first + r) * columns + column + v * kLanes, sum[r][v]);
+    }
+}
+
+template <class Operand>
+void packed_tiles(const uint32_t* a, int64_t rows, const uint32_t* b, int64_t columns, int64_t words,
+                  float* c) {
+  constexpr int kRows = tile_rows<kTileVecs>();
+  for (int64_t column = 0; column < columns; column += kPanel)
+    for (int64_t first = 0; first < rows; first += kRows)
+      tile<Operand, kRows, kTileVecs, false>({a + first * words, words, 1}, b + column * words, words,
+                                             c + first * columns + column, columns);
+}
+
+template <class Operand>
+void add_products(std::vector<Step>& steps, int64_t rows, int64_t hidden) {
+  constexpr int kRows = tile_rows<kTileVecs>();
+  const int64_t words = hidden / Operand::kPerWord, few = std::min<int64_t>(words, 128);
+  rows = rows / kRows * kRows;
+  const double flops = 2.0 * static_cast<double>(rows * hidden * hidden);
+  const uint32_t* a = operands<Operand>(rows * words);
+  const uint32_t* b = operands<Operand>(hidden * words);
+  float* c = floats(rows * hidden);
+  steps.push_back({"product: three loops, one row of it", flops / static_cast<double>(rows),
+                   [=] { three_loops<Operand>(a, 1, b, hidden, words, c); }});
+  steps.push_back({"product: vectors of columns", flops,
+                   [=] { unpacked_tiles<Operand, 1>(a, rows, b, hidden, words, c); }});
+  steps.push_back({"product: tiles of rows in registers", flops,
+                   [=] { unpacked_tiles<Operand, kRows>(a, rows, b, hidden, words, c); }});
+  steps.push_back(
+      {"product: packed panels", flops, [=] { packed_tiles<Operand>(a, rows, b, hidden, words, c); }});
+  steps.push_back({"product: as it is", flops, [=] {
+                     for (int64_t column = 0; column < hidden; column += kPanel)
+                       multiply<Operand>({a, words, 1}, rows, b + column * words, kPanel, words, c + column,
+                                         hidden, false, true);
+                   }});
+  const double tile_flops = 2.0 * static_cast<double>(kRows * kPanel * few * Operand::kPerWord);
+  steps.push_back({"one tile of few words, first-level cache", tile_flops,
+                   [=] { multiply<Operand>({a, words, 1}, kRows, b, kPanel, few, c, hidden); }});
+  steps.push_back({"one panel, second-level cache", flops / static_cast<double>(hidden) * kPanel,
+                   [=] { multiply<Operand>({a, words, 1}, rows, b, kPanel, words, c, hidden); }});
+}
+
+// A block of one sequence, of which a thread has `rows` rows.
+template <class Operand>
+struct Block {
+  BlockShape s;
+  RowSpan span;
+  RowSpans spans;
+  BlockScratch t;
+  SequenceState state = {};
+  void* memory;
+  std::vector<BlockPointers> weights;
+
+  Block(int64_t hidden, int64_t heads, int64_t length, int64_t rows, int64_t blocks) {
+    constexpr int kPer = Operand::kPerWord;
+    const int64_t head_dim = hidden / heads, unit = 2 * kLanes;
+    s = {length,
+         hidden,
+         4 * hidden,
+         heads,
+         head_dim,
+         round_up(hidden, unit),
+         round_up(4 * hidden, unit),
+         round_up(head_dim, kLanes),
+         round_up(length, unit),
+         kPer};
+    memory = operands<Fp32>(block_scratch_bytes(s) / 4);
+    clear_block_scratch(s, memory);
+    t = block_scratch(s, memory);
+    state.x = floats(length * s.hidden_padded);
+    state.queries = operands<Operand>(length * s.hidden_words());
+    for (int parity = 0; parity < 2; ++parity) {
+      state.keys[parity] = operands<Operand>(s.key_size());
+      state.values[parity] = operands<Operand>(s.value_size());
+    }
+    state.cos = floats(length * head_dim / 2);
+    state.sin = floats(length * head_dim / 2);
+    if (s.keys != length) {
+      float* bias = floats(s.keys);
+      for (int64_t key = 0; key < s.keys; ++key) bias[key] = key < length ? 0.0f : kMaskedScore;
+      state.key_bias = bias;
+    }
+    const float* vector = floats(s.width_padded);
+    span = {&state, {vector, vector, vector, vector, vector, vector, vector, vector}, {}, {}, 0, rows};
+    spans = {&span, 1, rows};
+    const int64_t square = hidden * s.hidden_words();
+    for (int64_t i = 0; i < blocks; ++i)
+      weights.push_back({operands<Operand>(3 * heads * s.head_width * s.hidden_words()),
+                         operands<Operand>(square), operands<Operand>(4 * square),
+                         operands<Operand>(4 * square), vector, vector, vector, vector});
+  }
+
+  const BlockPointers& next() {
+    std::rotate(weights.begin(), weights.begin() + 1, weights.end());
+    return weights.front();
+  }
+};
+
+template <class Operand>
+void add_block(std::vector<Step>& steps, int64_t hidden, int64_t heads, int64_t length, int64_t rows) {
+  auto* b = new Block<Operand>(hidden, heads, length, rows, 4);
+  const BlockShape& s = b->s;
+  const double square = 2.0 * static_cast<double>(rows * hidden * hidden);
+  const double attention = 4.0 * static_cast<double>(rows * length * hidden);
+  const int64_t words = s.hidden_words(), depth = s.width_words();
+  const auto panels = [b, rows](const uint32_t* a, int64_t row, int64_t k, const uint32_t* packed,
+                                int64_t columns) {
+    for (int64_t column = 0; column < columns; column += kPanel)
+      multiply<Operand>({a, row, 1}, rows, packed + column * k, panel_width(columns, column), k, b->t.sums,
+                        b->t.sums_row, false, true);
+  };
+  steps.push_back({"block", 12 * square + attention, [b] {
+                     const BlockPointers& w = b->next();
+                     project_rows<Operand>(b->s, w, b->spans, 0, b->t);
+                     finish_rows<Operand>(b->s, w, b->spans, 0, b->t);
+                   }});
+  steps.push_back({"block: norm, q k v, rotary", 3 * square,
+                   [b] { project_rows<Operand>(b->s, b->next(), b->spans, 0, b->t); }});
+  steps.push_back({"block: the product in that", 3 * square,
+                   [=] { panels(b->t.act, words, words, b->next().qkv, 3 * s.hidden); }});
+  steps.push_back(
+      {"block: attention", attention, [b] { attend_span<Operand>(b->s, b->span, 0, b->t.act, b->t); }});
+  steps.push_back({"block: attention, scores", attention / 2, [=] {
+                     for (int64_t head = 0; head < s.heads; ++head)
+                       for (int64_t first = 0; first < rows; first += kRowsAtOnce)
+                         for (int64_t key = 0; key < s.length; key += kPanel)
+                           multiply<Operand>({head_of(s, b->state.queries, first, head), words, 1},
+                                             std::min<int64_t>(kRowsAtOnce, rows - first),
+                                             b->state.keys[0] + (head * s.keys + key) * s.head_words(),
+                                             key_panel_width(s.length, key), s.head_words(),
+                                             b->t.attention->scores + key % kKeyBlock, kKeyBlock);
+                   }});
+  steps.push_back({"block: attention, exponentials", 0, [=] {
+                     for (int64_t i = 0; i < s.heads * rows; ++i)
+                       for (int64_t key = 0; key < s.keys; key += kKeyBlock) {
+                         const int64_t count = std::min<int64_t>(kKeyBlock, s.keys - key);
+                         const float most =
+                             largest_attended(b->t.attention->scores, b->state.key_bias, count);
+                         b->t.sums[0] =
+                             b->state.key_bias
+                                 ? soften_row<Operand, true>(b->t.attention->scores, b->state.key_bias, count,
+                                                             1, most, b->t.attention->probs)
+                                 : soften_row<Operand, false>(b->t.attention->scores, nullptr, count, 1, most,
+                                                              b->t.attention->probs);
+                       }
+                   }});
+  steps.push_back({"block: attention's output", square,
+                   [=] { panels(b->t.act, words, words, b->next().attn_out, s.hidden); }});
+  steps.push_back({"block: into the MLP", 4 * square,
+                   [=] { panels(b->t.act, words, words, b->next().mlp_in, s.width); }});
+  steps.push_back({"block: out of the MLP", 4 * square, [=] {
+                     const uint32_t* packed = b->next().mlp_out;
+                     const int64_t slice = kMlpSlice / Operand::kPerWord;
+                     for (int64_t column = 0; column < hidden; column += kPanel)
+                       for (int64_t k = 0; k < depth; k += slice)
+                         multiply<Operand>({b->t.activated + k, depth, 1}, rows,
+                                           packed + column * depth + k * kPanel, kPanel,
+                                           std::min(slice, depth - k), b->t.sums, b->t.sums_row, k > 0, true);
+                   }});
+  steps.push_back({"block: gelu", 0, [=] {
+                     for (int64_t column = 0; column < s.width_padded; column += kPanel)
+                       activate<Operand>(b->s, b->span, 0, column, panel_width(s.width_padded, column), b->t);
+                   }});
+  steps.push_back({"block: gate and residual, both", 0, [=] {
+                     for (uint32_t branch = 0; branch < 2; ++branch)
+                       for (int64_t column = 0; column < s.hidden_padded; column += kPanel)
+                         add_branches<Operand>(b->s, b->spans, branch, column,
+                                               panel_width(s.hidden_padded, column), b->t);
+                   }});
+  steps.push_back({"block: norms, both", 0, [=] {
+                     for (int64_t r = 0; r < 2 * rows; ++r)
+                       norm_modulate_row<Operand>(b->state.x + r % rows * s.hidden_padded, s.hidden,
+                                                  s.hidden_padded, b->span.vectors.gain1,
+                                                  b->span.vectors.shift1, b->t.act + r % rows * words,
+                                                  nullptr, nullptr);
+                   }});
+}
+
+template <class Operand>
+void run(int64_t hidden, int64_t heads, int64_t length, int64_t rows, double seconds) {
+  std::vector<Step> steps;
+  constexpr int64_t kRounds = 2000;
+  volatile float sink = 0;
+  const bool bf16 = Operand::kPerWord == 2;
+  steps.push_back({"peak", (bf16 ? peak::kBf16FlopsPerRound : peak::kFp32FlopsPerRound) * kRounds,
+                   [&] { sink = (bf16 ? peak::bf16_chains : peak::fp32_chains)(kRounds, 1.0f); }});
+  add_products<Operand>(steps, rows, hidden);
+  add_block<Operand>(steps, hidden, heads, length, rows);
+  measure(steps, seconds, 9);
+}
+
+}  // namespace
+}  // namespace loopmdm::cpu
+
+int main(int, char** argv) {
+  using namespace loopmdm::cpu;
+  const auto number = [argv](int i) { return std::atoll(argv[i]); };
+  const bool bf16 = std::strcmp(argv[1], "bf16") == 0;
+  (bf16 ? run<Bf16> : run<Fp32>)(number(2), number(3), number(4), number(5), std::atof(argv[6]));
+}
