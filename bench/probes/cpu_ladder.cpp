@@ -58,11 +58,11 @@ void measure(std::vector<Step>& steps, double seconds, int turns) {
 
 // Small values that differ, as operands or floats; freed with the process.
 template <class Operand>
-uint32_t* operands(int64_t words) {
+uint32_t* operands(int64_t words, bool large_pages = true) {
   constexpr int64_t kPage = 2 << 20;
   const int64_t bytes = round_up((words + 64) * 4, kPage);
   auto* out = static_cast<uint32_t*>(std::aligned_alloc(kPage, static_cast<size_t>(bytes)));
-  prefer_large_pages(out, bytes);
+  if (large_pages) prefer_large_pages(out, bytes);
   uint32_t state = 1;
   const auto value = [&state] {
     state = state * 1664525u + 1013904223u;
@@ -158,7 +158,7 @@ struct Block {
   void* memory;
   std::vector<BlockPointers> weights;
 
-  Block(int64_t hidden, int64_t heads, int64_t length, int64_t rows, int64_t blocks) {
+  Block(int64_t hidden, int64_t heads, int64_t length, int64_t rows, int64_t blocks, bool large_pages) {
     constexpr int kPer = Operand::kPerWord;
     const int64_t head_dim = hidden / heads, unit = 2 * kLanes;
     s = {length,
@@ -192,9 +192,9 @@ struct Block {
     spans = {&span, 1, rows};
     const int64_t square = hidden * s.hidden_words();
     for (int64_t i = 0; i < blocks; ++i)
-      weights.push_back({operands<Operand>(3 * heads * s.head_width * s.hidden_words()),
-                         operands<Operand>(square), operands<Operand>(4 * square),
-                         operands<Operand>(4 * square), vector, vector, vector, vector});
+      weights.push_back({operands<Operand>(3 * heads * s.head_width * s.hidden_words(), large_pages),
+                         operands<Operand>(square, large_pages), operands<Operand>(4 * square, large_pages),
+                         operands<Operand>(4 * square, large_pages), vector, vector, vector, vector});
   }
 
   const BlockPointers& next() {
@@ -205,7 +205,7 @@ struct Block {
 
 template <class Operand>
 void add_block(std::vector<Step>& steps, int64_t hidden, int64_t heads, int64_t length, int64_t rows) {
-  auto* b = new Block<Operand>(hidden, heads, length, rows, 4);
+  auto* b = new Block<Operand>(hidden, heads, length, rows, 4, true);
   const BlockShape& s = b->s;
   const double square = 2.0 * static_cast<double>(rows * hidden * hidden);
   const double attention = 4.0 * static_cast<double>(rows * length * hidden);
@@ -216,11 +216,14 @@ void add_block(std::vector<Step>& steps, int64_t hidden, int64_t heads, int64_t 
       multiply<Operand>({a, row, 1}, rows, packed + column * k, panel_width(columns, column), k, b->t.sums,
                         b->t.sums_row, false, true);
   };
-  steps.push_back({"block", 12 * square + attention, [b] {
-                     const BlockPointers& w = b->next();
-                     project_rows<Operand>(b->s, w, b->spans, 0, b->t);
-                     finish_rows<Operand>(b->s, w, b->spans, 0, b->t);
-                   }});
+  const auto whole = [](Block<Operand>* block) {
+    const BlockPointers& w = block->next();
+    project_rows<Operand>(block->s, w, block->spans, 0, block->t);
+    finish_rows<Operand>(block->s, w, block->spans, 0, block->t);
+  };
+  auto* small = new Block<Operand>(hidden, heads, length, rows, 4, false);
+  steps.push_back({"block", 12 * square + attention, [=] { whole(b); }});
+  steps.push_back({"block: its weights on pages of 4 KB", 12 * square + attention, [=] { whole(small); }});
   steps.push_back({"block: norm, q k v, rotary", 3 * square,
                    [b] { project_rows<Operand>(b->s, b->next(), b->spans, 0, b->t); }});
   steps.push_back({"block: the product in that", 3 * square,

@@ -2,9 +2,10 @@
 
 python -m bench.probes.cpu_ladder --output bench/results/DATE-cpu-ladder.json
 
-One thread, medians of nine turns. A step's share is that of the instructions' peak, measured in the same run; of a
-piece without products it is nothing, and its part of the block's time says what it costs. LOOPMDM_CPU_ISA chooses the
-instruction set. The steps are in cpu_ladder.cpp, compiled here with the flags of CMakeLists.txt.
+One thread, medians of nine turns. A step's share is that of the peak of the instructions, measured in the
+same run. A piece without products has none; its part of the block's time says what it costs.
+LOOPMDM_CPU_ISA chooses the instruction set. The steps are in cpu_ladder.cpp, compiled here with the flags of
+CMakeLists.txt.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,11 @@ def flags_of(isa: str) -> list[str]:
     found = dict(re.findall(r"set\((\w+)_flags ([^)]*)\)", text))
 
     def expanded(name: str) -> list[str]:
-        words = found.get(name, "").split()
-        return [
-            part
-            for word in words
-            for part in (expanded(m[1]) if (m := re.fullmatch(r"\$\{(\w+)_flags\}", word)) else [word])
-        ]
+        flags: list[str] = []
+        for word in found.get(name, "").split():
+            other = re.fullmatch(r"\$\{(\w+)_flags\}", word)
+            flags += expanded(other[1]) if other else [word]
+        return flags
 
     return expanded(isa)
 
@@ -102,8 +103,9 @@ def main() -> None:
                 results[name] = steps_of(program, case, args.dtype, args.seconds)
                 print(table(f"{name}, {args.dtype}, {isa}", results[name]), flush=True)
     if args.output:
-        report = {"isa": isa, "dtype": args.dtype, "cases": results}
-        write_file(args.output, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+        command = "python -m bench.probes.cpu_ladder " + " ".join(sys.argv[1:])
+        report = {"command": command, "isa": isa, "dtype": args.dtype, "cases": results}
+        write_file(args.output, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
