@@ -190,11 +190,12 @@ struct Block {
     const float* vector = floats(s.width_padded);
     span = {&state, {vector, vector, vector, vector, vector, vector, vector, vector}, {}, {}, 0, rows};
     spans = {&span, 1, rows};
-    const int64_t square = hidden * s.hidden_words();
+    using Weights = typename Operand::Weights;
+    const int64_t square = hidden * right_words<Weights>(s.hidden_words());
+    const auto packed = [=](int64_t words) { return operands<Weights>(words, large_pages); };
     for (int64_t i = 0; i < blocks; ++i)
-      weights.push_back({operands<Operand>(3 * heads * s.head_width * s.hidden_words(), large_pages),
-                         operands<Operand>(square, large_pages), operands<Operand>(4 * square, large_pages),
-                         operands<Operand>(4 * square, large_pages), vector, vector, vector, vector});
+      weights.push_back({packed(3 * square), packed(square), packed(4 * square), packed(4 * square), vector,
+                         vector, vector, vector});
   }
 
   const BlockPointers& next() {
@@ -210,11 +211,15 @@ void add_block(std::vector<Step>& steps, int64_t hidden, int64_t heads, int64_t 
   const double square = 2.0 * static_cast<double>(rows * hidden * hidden);
   const double attention = 4.0 * static_cast<double>(rows * length * hidden);
   const int64_t words = s.hidden_words(), depth = s.width_words();
-  const auto panels = [b, rows](const uint32_t* a, int64_t row, int64_t k, const uint32_t* packed,
-                                int64_t columns) {
+  using Weights = typename Operand::Weights;
+  const auto product = [b, rows](const uint32_t* a, int64_t row, const uint32_t* packed, int width, int64_t k,
+                                 bool accumulate) {
+    multiply_packed<Operand>({a, row, 1}, rows, packed, width, k, b->t.sums, b->t.sums_row, accumulate, true,
+                             b->t.wide);
+  };
+  const auto panels = [product, b](int64_t k, const uint32_t* packed, int64_t columns) {
     for (int64_t column = 0; column < columns; column += kPanel)
-      multiply<Operand>({a, row, 1}, rows, packed + column * k, panel_width(columns, column), k, b->t.sums,
-                        b->t.sums_row, false, true);
+      product(b->t.act, k, packed + column * right_words<Weights>(k), panel_width(columns, column), k, false);
   };
   const auto whole = [](Block<Operand>* block) {
     const BlockPointers& w = block->next();
@@ -226,8 +231,8 @@ void add_block(std::vector<Step>& steps, int64_t hidden, int64_t heads, int64_t 
   steps.push_back({"block: its weights on pages of 4 KB", 12 * square + attention, [=] { whole(small); }});
   steps.push_back({"block: norm, q k v, rotary", 3 * square,
                    [b] { project_rows<Operand>(b->s, b->next(), b->spans, 0, b->t); }});
-  steps.push_back({"block: the product in that", 3 * square,
-                   [=] { panels(b->t.act, words, words, b->next().qkv, 3 * s.hidden); }});
+  steps.push_back(
+      {"block: the product in that", 3 * square, [=] { panels(words, b->next().qkv, 3 * s.hidden); }});
   steps.push_back(
       {"block: attention", attention, [b] { attend_span<Operand>(b->s, b->span, 0, b->t.act, b->t); }});
   steps.push_back({"block: attention, scores", attention / 2, [=] {
@@ -254,18 +259,18 @@ void add_block(std::vector<Step>& steps, int64_t hidden, int64_t heads, int64_t 
                                                               b->t.attention->probs);
                        }
                    }});
-  steps.push_back({"block: attention's output", square,
-                   [=] { panels(b->t.act, words, words, b->next().attn_out, s.hidden); }});
-  steps.push_back({"block: into the MLP", 4 * square,
-                   [=] { panels(b->t.act, words, words, b->next().mlp_in, s.width); }});
+  steps.push_back(
+      {"block: attention's output", square, [=] { panels(words, b->next().attn_out, s.hidden); }});
+  steps.push_back({"block: into the MLP", 4 * square, [=] { panels(words, b->next().mlp_in, s.width); }});
   steps.push_back({"block: out of the MLP", 4 * square, [=] {
                      const uint32_t* packed = b->next().mlp_out;
-                     const int64_t slice = kMlpSlice / Operand::kPerWord;
+                     const int64_t slice = kSliceDepth / Operand::kPerWord;
                      for (int64_t column = 0; column < hidden; column += kPanel)
                        for (int64_t k = 0; k < depth; k += slice)
-                         multiply<Operand>({b->t.activated + k, depth, 1}, rows,
-                                           packed + column * depth + k * kPanel, kPanel,
-                                           std::min(slice, depth - k), b->t.sums, b->t.sums_row, k > 0, true);
+                         product(
+                             b->t.activated + k, depth,
+                             packed + column * right_words<Weights>(depth) + right_words<Weights>(k) * kPanel,
+                             kPanel, std::min(slice, depth - k), k > 0);
                    }});
   steps.push_back({"block: gelu", 0, [=] {
                      for (int64_t column = 0; column < s.width_padded; column += kPanel)
