@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,40 @@ def test_samples_are_of_the_adapted_model(order: str, options: dict[str, Any]) -
     with model.disable_adapter():
         assert not torch.equal(sample(base, **run).tokens, drawn)
     assert torch.equal(sample(model.merge_and_unload(), **run).tokens, drawn)
+
+
+@pytest.mark.filterwarnings("error:.*called one by one:UserWarning")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_adapters_are_folded_into_the_ops(frozen: bool) -> None:
+    """Nothing is called; values and gradients are those of the modules called one by one, in float64."""
+    model = lora(new_model(), init_lora_weights=False).double().train(not frozen)
+    base = model.get_base_model()
+    assert base.cuts() == []
+    folded = base(TOKENS, num_loops=3)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * (5 * 4 + 1 + 2)  # of blocks, head and the noise level's embedding
+    grads = torch.autograd.grad(folded.sin().sum(), trained.values())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*called one by one", UserWarning)
+        handles = [part.register_forward_hook(lambda *_: None) for part in base.modules()]
+        called = base(TOKENS, num_loops=3)
+        wanted = torch.autograd.grad(called.sin().sum(), trained.values())
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(folded, called)
+    for name, got, right in zip(trained, grads, wanted, strict=True):
+        torch.testing.assert_close(got, right, msg=lambda text, name=name: f"{name}: {text}")
+        assert got.abs().sum() > 0, name
+    with model.disable_adapter():
+        assert base.cuts() == [] and not torch.equal(base(TOKENS, num_loops=3), folded)
+
+
+def test_what_is_more_than_a_sum_of_weights_is_called() -> None:
+    assert lora(new_model(), lora_dropout=0.1).train().get_base_model().cuts()
+    assert lora(new_model(), lora_dropout=0.1).eval().get_base_model().cuts() == []
+    for options in ({"use_dora": True}, {"lora_bias": True}):
+        adapted = lora(new_model(), **options)
+        assert len(adapted.get_base_model().cuts()) == 6, options
 
 
 def test_modules_to_save() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from loopmdm.model.adapters import is_lora
+
 # Hooks that gather weights or note which module runs: ops do without, or `parallel` calls them; and ours.
 _WITHOUT_EFFECT = (
     "torch.distributed.",
@@ -53,7 +55,11 @@ def why_global() -> str | None:
 
 
 def why_linear(linear: Any, *, bias: bool) -> str | None:
-    """Why a linear layer is not the product with its weight alone."""
+    """Why a linear layer is not the product with its weight alone, or with that and its adapters'."""
+    if is_lora(linear):
+        inside = [part for part in linear.modules() if part is not linear]
+        watched = next((why for part in inside if (why := why_watched(part)) is not None), None)
+        return why_watched(linear) or watched or why_linear(linear.base_layer, bias=bias)
     if type(linear).forward is not _LINEAR:
         return _is_a(linear)
     parameters = linear._parameters  # a parametrized weight is not in here, and reading it would compute it

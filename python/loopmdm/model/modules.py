@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import loopmdm_kernels as lk
+from loopmdm.model.adapters import base_of, weight_of
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.cut import named, why_block, why_head
 from loopmdm.model.flops import SIGMA_FEATURES
@@ -154,13 +155,13 @@ def weights_of(block: Any) -> BlockWeights:
     """What `looped_blocks` reads of a block with the names of the reference's."""
     return BlockWeights(
         block.norm1.weight,
-        block.attn_qkv.weight,
-        block.attn_out.weight,
+        weight_of(block.attn_qkv),
+        weight_of(block.attn_out),
         block.norm2.weight,
-        block.mlp[0].weight,
-        block.mlp[0].bias,
-        block.mlp[2].weight,
-        block.mlp[2].bias,
+        weight_of(block.mlp[0]),
+        base_of(block.mlp[0]).bias,
+        weight_of(block.mlp[2]),
+        base_of(block.mlp[2]).bias,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loopmdm.model.adapters import base_of, weight_of
 from loopmdm.model.checkpoint import Trainable
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.cut import named, say, why_global
@@ -159,7 +160,8 @@ class Network(Trainable):
             return CalledHead(out, self.condition(sigma), self.config.mask_token_id)
         modulation = by_row(out.adaLN_modulation, self.condition(sigma))
         modulation = modulation.view(-1, 2, self.config.hidden_size)
-        norm, weight, bias = out.norm_final.weight, out.linear.weight, out.linear.bias
+        weight = self.once(("head weight",), lambda: weight_of(out.linear))
+        norm, bias = out.norm_final.weight, base_of(out.linear).bias
         if self._fp8_head:
             rounded = self.once(("fp8 head",), lambda: Fp8Weight.of(weight))
             return Fp8Head(norm, rounded, bias, modulation, self.config.mask_token_id)

@@ -1,0 +1,49 @@
+"""LoRA adapters of peft as weights: W + scaling B A, which an op reads as any weight.
+
+Gradients pass through the sum, so that adapters train through the op. Whatever is more than that sum has to be
+called: dropout on the adapter's input, DoRA and other variants, biases, quantized layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+_LORA = "peft.tuners.lora.layer"
+
+
+def is_lora(linear: Any) -> bool:
+    """Whether a linear layer is a plain one with LoRA adapters of peft, of which the sum is all there is."""
+    kind = type(linear)
+    if kind.__module__ != _LORA or kind.__name__ != "Linear" or "forward" in linear.__dict__:
+        return False
+    base = linear.base_layer
+    active = [name for name in linear.active_adapters if name in linear.lora_A]
+    return type(base) is nn.Linear and (
+        linear.disable_adapters
+        or linear.merged
+        or not any(
+            name in linear.lora_variant
+            or linear.lora_bias[name]
+            or type(linear.lora_A[name]) is not nn.Linear
+            or (linear.training and getattr(linear.lora_dropout[name], "p", 0.0) > 0)
+            for name in active
+        )
+    )
+
+
+def base_of(linear: Any) -> Any:
+    """The layer that holds weight and bias."""
+    return linear.base_layer if is_lora(linear) else linear
+
+
+def weight_of(linear: Any) -> Tensor:
+    """The weight of a linear layer, with its active adapters added."""
+    weight: Tensor = base_of(linear).weight
+    if not is_lora(linear) or linear.disable_adapters or linear.merged:
+        return weight
+    for name in linear.active_adapters:
+        if name in linear.lora_A:
+            weight = weight + linear.get_delta_weight(name).to(weight.dtype)
+    return weight
