@@ -1,6 +1,6 @@
 """LoRA adapters of peft as weights: W + scaling B A, which an op reads as any weight.
 
-Gradients pass through the sum, so that adapters train through the op. Whatever is more than that sum has to be
+Gradients pass through the sum, so that adapters train through the op. What is more than that sum has to be
 called: dropout on the adapter's input, DoRA and other variants, biases, quantized layers.
 """
 
