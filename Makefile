@@ -1,4 +1,4 @@
-# make demo | test | test-isas | bench | lint | sanitize | fuzz | gpu | gpu-quick | gpu-tests: each sets up what it needs.
+# make demo | test | test-isas | bench | docs | lint | sanitize | fuzz | gpu | gpu-quick | gpu-tests: each sets up what it needs.
 #   VENV=path    use this virtual environment instead of .venv
 #   ENV=system   for gpu: take python3 as it is, without a virtual environment, pip or a network (docs/gpu.md)
 #   PYTHON=...   interpreter that creates the environment (3.10 or later)
@@ -26,7 +26,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-isas bench lint sanitize fuzz gpu gpu-quick gpu-tests gpu-hopper gpu-ready-venv gpu-ready-system clean
+.PHONY: help demo test test-isas bench docs lint sanitize fuzz gpu gpu-quick gpu-tests gpu-hopper gpu-ready-venv gpu-ready-system clean
 .DELETE_ON_ERROR:
 
 help:
@@ -64,6 +64,11 @@ bench: $(VENV)/.installed-test
 	@mkdir -p $(dir $(BENCH_RESULT))
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json --benchmark-quiet $(ARGS)
 	$(BIN)/python -m bench.report build/bench.json $(BENCH_RESULT) '$(subst ','\'',$(strip make bench $(if $(ISA),ISA=$(ISA)) $(if $(ARGS),ARGS="$(ARGS)")))'
+
+# The documents as a site that fetches nothing: open build/site/index.html. The search needs a server (python3 -m http.server).
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -17,7 +17,9 @@ def attention(
     """softmax(q k^T / sqrt(K)) v over all L positions, no causal mask, no dropout.
 
     Args:
-        q, k, v: [B, H, L, K] of one float dtype; K is even where `rotary` is given.
+        q: [B, H, L, K] of a float dtype; K is even where `rotary` is given.
+        k: like q.
+        v: like q.
         key_mask: [B, L] bool, True at keys that may be attended; None: all.
         rotary: angles [L, K/2] applied to q and k first.
 

@@ -55,7 +55,9 @@ def qualify(
 
     Args:
         device: on which; None: the GPU if there is one, else the CPU.
-        backends, ops, dtypes: only these; what a valid verdict says of others stays. None: all.
+        backends: only these; what a valid verdict says of others stays. None: all.
+        ops: only these, likewise.
+        dtypes: only these, likewise.
         compiled: time compiled PyTorch too, for comparison; it decides nothing.
         time_limit: seconds for each task, which is stopped then and counts as wrong; while it waits for
             a processor that others use, they do not run.

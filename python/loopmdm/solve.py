@@ -68,8 +68,11 @@ def solve_puzzles(
         batch_size: puzzles solved at once; the answers do not depend on it.
         seed: of the token draws, where temperature > 0.
         temperature: 0 takes the most probable digit.
-        steps, tokens_per_step, threshold, entropy_bound: how many cells a step fills, as in `sample`; one at
-            most, and without any one cell a step ("ancestral": as many steps as cells).
+        steps: how many cells a step fills is said, as in `sample`, by one of these four at most; without any
+            it is one cell a step ("ancestral": as many steps as cells).
+        tokens_per_step: see `steps`.
+        threshold: see `steps`.
+        entropy_bound: see `steps`.
         progress: show a progress bar per batch when standard error is a terminal.
         first: what `sample` gave with these options for the first puzzles, which are then not solved again.
 

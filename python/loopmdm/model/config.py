@@ -32,7 +32,8 @@ class LoopMDMConfig:
         max_length: longest sequence the model was made for.
         dropout: on both branch outputs before the gate, in training only.
         time_conditioning: feed the noise level sigma; off (sigma = 0) as in MDLM's released models.
-        loop_start, loop_end: half-open range of looped blocks, zero-based ((1, 3) of 12 in LoopMDM).
+        loop_start: first looped block, zero-based (1 in LoopMDM).
+        loop_end: the block after the last looped one (3 of 12 in LoopMDM).
         max_loops: largest S drawn in training, and the default S of evaluation. Any S may be asked for.
         positions: "rotary", or "learned" (a table [max_length, D], for grids).
         key_padding_mask: let `attention_mask` also hide keys in `loss`; off as in the reference, whose

@@ -89,7 +89,8 @@ def evaluate_nll(
         seed: of all that is drawn.
         bytes_per_token: bytes of text per counted token, for bits per byte.
         exit: ends the loop of a sequence of a LoopMDM before `num_loops`, after `min_loops` at the earliest.
-        method, order: as in `loopmdm.likelihood`; "chain_rule" reads each sequence once for every token.
+        method: as in `loopmdm.likelihood`; "chain_rule" reads each sequence once for every token.
+        order: as in `loopmdm.likelihood`.
     """
     _check_bytes(bytes_per_token)
     checked_samples(method, order, None)
