@@ -26,7 +26,7 @@ MODULE_LEVELS = {
         ["quality", "solve", "train", "view"],
         ["evaluate", "hf"],
         ["runs"],
-        ["harness", "study"],
+        ["harness", "speed", "study"],
         ["cli"],
     ],
     "loopmdm.study": [

@@ -13,31 +13,28 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import statistics
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import loopmdm_kernels as lk
 from loopmdm.cli.output import print_json, print_table, writable
 from loopmdm.cli.parser import add_json, add_runtime, set_up
 from loopmdm.model.config import PRESETS
 from loopmdm.runs.options import UsageError, positive_int
+from loopmdm.runs.provenance import provenance
+from loopmdm.speed import cases, compare, measure, page
 from loopmdm.terminal import note
-from loopmdm_kernels.testing import head_inputs, interleaved_times, looped_inputs, row_rng
-from loopmdm_kernels.types import BlockWeights, Head, Rotary, RowRng
+from loopmdm_kernels.files import write_file
 
 EPILOG = """examples:
   loopmdm bench
   loopmdm bench --dtype bfloat16 --loops 12 --length 1024
+  loopmdm bench --repeats 9 --html report.html
+  loopmdm bench --json > old.json;  loopmdm bench --compare old.json
   loopmdm bench --tune tiles.json
 """
-VOCABULARY = 50_258
-_PEAK_MS = 15.0
 _TUNED = {"batches": ((16, 1024), (1, 1024), (1, 128)), "rows": 64}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("cpu", "triton"), help="whose kernels (default: cpu, or triton on a GPU)"
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of figures and charts too")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="say what moved since a run whose --json this is"
+    )
     add_json(parser, "the figures")
     add_runtime(parser)
 
@@ -64,32 +65,82 @@ def run(args: argparse.Namespace) -> int:
     if args.tune is not None:
         return _tune(args, device)
     backend = args.backend or ("triton" if device.type == "cuda" else "cpu")
+    document = {name: getattr(args, name) for name in ("preset", "batch", "length", "loops", "rows", "dtype")}
+    document |= {"device": str(device), "threads": torch.get_num_threads(), "backend": backend}
+    old = _old(args, document)
+    if args.html is not None:
+        writable("--html", args.html)
+        if args.html.is_file() and args.html.stat().st_size and not page.is_page(args.html):
+            raise UsageError(
+                f"--html: {args.html} is a file that this option did not write; choose another name"
+            )
     machine = _machine(backend, device)
     note(f"{machine}; {args.preset}, {args.dtype}, {args.repeats} turns of each after one to warm up")
-    peak = _Peak(backend, device, _DTYPES[args.dtype])
+    document |= _measured(args, device, backend)
+    if args.html is not None:
+        write_file(args.html, page.page(document))
+        note(f"{args.html}: written")
+    changes = [] if old is None else compare.moved(old, document)
+    if args.json:
+        moved = {} if old is None else {"moved": {one.name: one.verdict for one in changes}}
+        print_json(document | moved)
+        return 0
+    peak = document["peak_gflops"]
+    print(machine + ("" if peak is None else f", peak {peak:.0f} GFLOP/s in {args.dtype}"))
+    print_table(
+        ("", "shape", f"{backend}, ms", "spread", "PyTorch, ms", "spread", "ratio", "GFLOP/s", "of peak"),
+        [_row(name, figure, backend) for name, figure in document["figures"].items()],
+    )
+    if old is not None:
+        print()
+        print_table(
+            ("", "ms then", "ms now", "speed-up then", "speed-up now", "it moved", "PyTorch moved"),
+            [_change(one) for one in changes],
+        )
+    return 0
+
+
+def _old(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The run to compare with; refused before the work where it was another kind of run."""
+    if args.compare is None:
+        return None
+    old = compare.read(args.compare)
+    differing = compare.differing(old, settings)
+    if differing:
+        raise UsageError(f"--compare: {args.compare} is of another run: {'; '.join(differing)}")
+    return old
+
+
+def _measured(args: argparse.Namespace, device: torch.device, backend: str) -> dict[str, Any]:
+    """The figures; with --html all that its page shows."""
+    fields = PRESETS[args.preset]
+    sizes = cases.Sizes(
+        fields["hidden_size"], fields["num_heads"], args.batch, args.length, args.loops, args.rows,
+        _DTYPES[args.dtype],
+    )  # fmt: skip
+    peers, missing = ({}, {}) if args.html is None else measure.peers_of(sizes, device, note)
+    peak = measure.Peak(backend, device, sizes.dtype)
     figures: dict[str, Any] = {}
-    for case in _cases(args, device):
+    for case in cases.cases(sizes, device):
         note(f"  {case.name}: {case.shape} ...")
         peak.measure()
-        figures[case.name] = {"shape": case.shape, **_measured(case.call, backend, args.repeats)}
+        figure = measure.figure(case, backend, args.repeats, peers.get(case.name))
+        figures[case.name] = {"shape": case.shape, **figure}
+    more: dict[str, Any] = {}
+    if args.html is not None:
+        more = {
+            "series": measure.series(sizes, device, backend, args.repeats, note),
+            "memory": measure.memory(sizes, device, backend, note),
+            "errors": measure.errors(backend, device, sizes.dtype, note),
+            "read_gb_s": measure.read_bandwidth(device),
+            "missing": missing,
+        }
     peak.measure()
     for figure in figures.values():
         rate = figure["gflops"][backend]
         figure["share_of_peak"] = None if peak.gflops is None else round(rate / peak.gflops, 3)
-    if args.json:
-        sizes = {
-            name: getattr(args, name) for name in ("preset", "batch", "length", "loops", "rows", "dtype")
-        }
-        threads = torch.get_num_threads()
-        about = {"device": str(device), "threads": threads, "backend": backend, "peak_gflops": peak.gflops}
-        print_json({**sizes, **about, "figures": figures})
-        return 0
-    print(machine + ("" if peak.gflops is None else f", peak {peak.gflops:.0f} GFLOP/s in {args.dtype}"))
-    print_table(
-        ("", "shape", f"{backend}, ms", "spread", "PyTorch, ms", "spread", "ratio", "GFLOP/s", "of peak"),
-        [_row(name, figure, backend) for name, figure in figures.items()],
-    )
-    return 0
+    about = {"peak_gflops": peak.gflops, "repeats": args.repeats, "provenance": provenance()}
+    return {**about, "figures": figures, **more}
 
 
 def _row(name: str, figure: dict[str, Any], backend: str) -> tuple[str, ...]:
@@ -108,36 +159,12 @@ def _row(name: str, figure: dict[str, Any], backend: str) -> tuple[str, ...]:
     )
 
 
-def _measured(call: Callable[[], Any], backend: str, repeats: int) -> dict[str, Any]:
-    """Medians in ms, spreads and rates of the backend and of plain PyTorch, timed in turns."""
-    variants = {which: _with(which, call) for which in (backend, "reference")}
-    with FlopCounterMode(display=False) as counter:
-        variants[backend]()
-    flops = counter.get_total_flops()
-    times = interleaved_times(variants, repeats=repeats, warmup=1)
-    medians = {which: statistics.median(values) for which, values in times.items()}
-    return {
-        "ms": {which: round(1000 * value, 3) for which, value in medians.items()},
-        "spread": {which: round((max(v) - min(v)) / medians[which], 3) for which, v in times.items()},
-        "ratio": round(medians["reference"] / medians[backend], 2),
-        "flops": flops,
-        "gflops": {which: float(f"{flops / value / 1e9:.5g}") for which, value in medians.items()},
-    }
-
-
-class _Peak:
-    """The rate of the processor's instructions, the best of several short looks; None: it is not known."""
-
-    def __init__(self, backend: str, device: torch.device, dtype: torch.dtype) -> None:
-        self._known = backend == "cpu" and device.type == "cpu" and dtype != torch.float16
-        self._narrow = dtype == torch.bfloat16
-        self.gflops: float | None = None
-
-    def measure(self) -> None:
-        if self._known:
-            extension: Any = importlib.import_module("loopmdm_kernels._C")
-            rate = extension.cpu_peak_flops(self._narrow, torch.get_num_threads(), _PEAK_MS)
-            self.gflops = max(self.gflops or 0.0, round(rate / 1e9, 1))
+def _change(one: compare.Moved) -> tuple[str, ...]:
+    speedups = (
+        f"{median:.2f} [{low:.2f}, {high:.2f}]" for median, low, high in (one.old_speedup, one.new_speedup)
+    )
+    machine = "yes" if one.machine else "no"
+    return one.name, f"{one.old_ms:.1f}", f"{one.new_ms:.1f}", *speedups, one.verdict, machine
 
 
 def _machine(backend: str, device: torch.device) -> str:
@@ -158,76 +185,8 @@ def _tune(args: argparse.Namespace, device: torch.device) -> int:
     writable("--tune", args.tune)
     tuning: Any = importlib.import_module("loopmdm_kernels.triton.tuning")
     fields = PRESETS[args.preset]
-    workload = tuning.Workload(fields["hidden_size"], fields["num_heads"], VOCABULARY, **_TUNED)
+    workload = tuning.Workload(fields["hidden_size"], fields["num_heads"], cases.VOCABULARY, **_TUNED)
     with torch.no_grad():
         table = tuning.tune(args.tune, workload, device, report=note)
     note(f"{args.tune}: {len(table)} entries; LOOPMDM_TRITON_TILES={args.tune} puts them to use")
     return 0
-
-
-def _with(backend: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> Any:
-        with lk.use_backend(backend):
-            return call()
-
-    return run
-
-
-class _Case(NamedTuple):
-    name: str
-    shape: str
-    call: Callable[[], Any]
-
-
-def _cases(args: argparse.Namespace, device: torch.device) -> list[_Case]:
-    """What is timed."""
-    dtype, batch, length = _DTYPES[args.dtype], args.batch, args.length
-    hidden_size, heads = PRESETS[args.preset]["hidden_size"], PRESETS[args.preset]["num_heads"]
-    inputs = looped_inputs(batch, length, hidden_size, heads, 2).to(dtype)
-    blocks = [BlockWeights(*(w.to(device) for w in block)) for block in inputs.blocks]
-    x, modulation = inputs.x.to(device), inputs.modulation.to(device)
-    assert inputs.rotary is not None
-    rotary = Rotary(*(angle.to(device) for angle in inputs.rotary))
-    hidden, wide = head_inputs(batch, length, hidden_size, VOCABULARY, excluded_token=VOCABULARY - 1)
-    hidden = hidden.float().to(device)
-    norm, weight, bias, head_modulation = (t.to(device, dtype) for t in wide.tensors)
-    head = Head(norm, weight, bias, head_modulation, wide.excluded_token)
-    masked = torch.arange(0, batch * length, 2, device=device)
-    targets = torch.zeros(batch, length, dtype=torch.int64, device=device)
-    weights = torch.ones(masked.shape[0], device=device)
-    drawn = torch.arange(min(args.rows, batch * length), device=device)
-    names = RowRng(0, *(name.to(device) for name in row_rng(drawn.shape[0])[1:]))
-
-    def loops() -> Tensor:
-        out = lk.looped_blocks(x, blocks, modulation, args.loops, num_heads=heads, rotary=rotary)
-        assert isinstance(out, Tensor)
-        return out
-
-    def loss() -> Tensor:
-        return lk.masked_cross_entropy(hidden, head, targets, masked, weights)[0]
-
-    def gradients(result: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], Any]:
-        def run() -> Any:
-            try:
-                for leaf in leaves:
-                    leaf.requires_grad_()
-                return torch.autograd.grad(result().sum(), leaves)
-            finally:
-                for leaf in leaves:
-                    leaf.requires_grad_(False)
-
-        return run
-
-    block_leaves = [x, modulation, *(weight for block in blocks for weight in block)]
-    wide_shape = f"x [{batch}, {length}, {hidden_size}], 2 blocks, S {args.loops}"
-    rows = f"{masked.shape[0]} of {batch * length} rows, D {hidden_size}, V {VOCABULARY}"
-    return [
-        _Case("looped_blocks", wide_shape, loops),
-        _Case("looped_blocks, gradients", wide_shape, gradients(loops, block_leaves)),
-        _Case("masked_cross_entropy, gradients", rows, gradients(loss, [hidden, *head.tensors])),
-        _Case(
-            "sample_rows",
-            f"{drawn.shape[0]} rows, D {hidden_size}, V {VOCABULARY}",
-            lambda: lk.sample_rows(hidden, head, drawn, names),
-        ),
-    ]
