@@ -93,6 +93,21 @@ FRONT = {
 BOUND_BY_MEMORY = {"test_sample_rows[R1]", "test_sample_rows[R16]"}
 
 
+ABOUT_REPORT = """## One run as a page
+
+`loopmdm bench --html report.html` times the ops on your machine and writes one page that fetches nothing:
+speed-ups with intervals, a roofline, cost against S, length and batch, memory against S, and the error
+against float64. [This one](report.html) is of a Zen 5, from `2026-11-29-cpu-zen5-report.json`, by `loopmdm
+bench --dtype bfloat16 --threads 2 --repeats 9 --html report.html --json`: x [1, 256, 768], S = 4.
+
+![speed-ups over plain PyTorch with intervals, and a roofline](report.png)
+
+`loopmdm bench --compare OLD.json`, with what `--json` printed then, says which kernels moved: those whose
+intervals of the speed-up over plain PyTorch have nothing in common. A machine that is slower today slows
+PyTorch too, and moves none.
+"""
+
+
 def load(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return content
@@ -283,6 +298,7 @@ def page() -> str:
     lines += [line for machine, name in SAMPLING.items() for line in sampling(machine, name)]
     lines += [ABOUT_PLANS]
     lines += [line for machine, name in PLANS.items() for line in plans(machine, name)]
+    lines += [ABOUT_REPORT]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -118,10 +118,16 @@ def _measured(args: argparse.Namespace, device: torch.device, backend: str) -> d
         fields["hidden_size"], fields["num_heads"], args.batch, args.length, args.loops, args.rows,
         _DTYPES[args.dtype],
     )  # fmt: skip
-    peers, missing = ({}, {}) if args.html is None else measure.peers_of(sizes, device, note)
+    own = cases.cases(sizes, device)
+    peers: dict[str, dict[str, measure.Call]] = {}
+    missing: dict[str, str] = {}
+    if args.html is not None:
+        narrow = sizes.dtype != torch.float32
+        wide = cases.cases(sizes._replace(dtype=torch.float32), device) if narrow else []
+        peers, missing = measure.peers_of(own, wide, note)
     peak = measure.Peak(backend, device, sizes.dtype)
     figures: dict[str, Any] = {}
-    for case in cases.cases(sizes, device):
+    for case in own:
         note(f"  {case.name}: {case.shape} ...")
         peak.measure()
         figure = measure.figure(case, backend, args.repeats, peers.get(case.name))

@@ -106,12 +106,13 @@ def bars(rows: Sequence[tuple[str, Sequence[tuple[str, Point]]]], *, x: str, one
         _text(WIDTH / 2 + 50, bottom + 28, x, "middle"),
     ]
     at = 0
+    names = list(dict.fromkeys(name for _, group in rows for name, _ in group))
     for heading, group in rows:
         at += 14
         parts.append(_text(2, at - 2, heading, "start", "strong"))
-        for index, (name, point) in enumerate(group):
+        for name, point in group:
             at += 14
-            parts += [_text(144, at - 2, name, "end"), *_whisker(point, across, at - 6, index)]
+            parts += [_text(144, at - 2, name, "end"), *_whisker(point, across, at - 6, names.index(name))]
             parts.append(_text(WIDTH - 2, at - 2, f"{point.x:.2f}", "end"))
     return _svg(parts, bottom + 34, title)
 

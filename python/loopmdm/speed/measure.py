@@ -7,7 +7,7 @@ import gc
 import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import loopmdm_kernels as lk
-from loopmdm.speed.cases import BLOCKS, Case, Sizes, cases, looped_blocks, on_backend
-from loopmdm.speed.intervals import of_median, ratios
+from loopmdm.speed import peers
+from loopmdm.speed.cases import BLOCKS, Case, Sizes, looped_blocks, on_backend
+from loopmdm.speed.intervals import Interval, of_median, ratios
 from loopmdm_kernels.backends import kernel
+from loopmdm_kernels.cpu.looped_blocks import release_spare_memory
 from loopmdm_kernels.testing import error_over_loops, interleaved_times, looped_inputs
 
 REFERENCE = "reference"
@@ -27,6 +29,7 @@ _READ_BYTES = 2**29
 _DIGITS = 5
 # Of the series: loops; shares of the length, and of a batch at half the length.
 LOOPS = (1, 2, 4, 8, 12)
+MEMORY_LOOPS = (1, 4, 12)
 LENGTHS = (0.25, 0.5, 1, 2, 4)
 BATCHES = (1, 2, 4, 8)
 _ERROR_LOOPS = (1, 2, 4, 8, 12, 16, 24)
@@ -35,12 +38,14 @@ Call = Callable[[], Any]
 Say = Callable[[str], object]
 
 
-def figure(case: Case, backend: str, repeats: int, peers: Mapping[str, Call] | None = None) -> dict[str, Any]:
+def figure(
+    case: Case, backend: str, repeats: int, others: Mapping[str, Call] | None = None
+) -> dict[str, Any]:
     """Medians in ms, intervals, spreads and rates of the backend, of plain PyTorch and of other peers.
 
     `speedup` is that over plain PyTorch turn by turn, `ratio` that of the medians; `speedups` has all peers.
     """
-    variants = {which: on_backend(which, case.call) for which in (backend, REFERENCE)} | dict(peers or {})
+    variants = {which: on_backend(which, case.call) for which in (backend, REFERENCE)} | dict(others or {})
     with FlopCounterMode(display=False) as counter:
         variants[backend]()
     flops = counter.get_total_flops()
@@ -58,14 +63,15 @@ def figure(case: Case, backend: str, repeats: int, peers: Mapping[str, Call] | N
         "ratio": round(medians[REFERENCE] / medians[backend], 2),
         "flops": flops,
         "gflops": {which: float(f"{flops / value / 1e9:.5g}") for which, value in medians.items()},
-        "interval_ms": {
-            which: [1000 * value for value in interval.rounded(_DIGITS)]
-            for which, interval in intervals.items()
-        },
+        "interval_ms": {which: _milliseconds(interval) for which, interval in intervals.items()},
         "speedup": over[REFERENCE],
         "speedups": over,
         "traffic": case.traffic,
     }
+
+
+def _milliseconds(interval: Interval) -> list[float]:
+    return Interval(*(1000 * value for value in interval)).rounded(_DIGITS)
 
 
 class Peak:
@@ -91,20 +97,23 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def peers_of(
-    sizes: Sizes, device: torch.device, say: Say
+    own: Sequence[Case], wide: Sequence[Case], say: Say
 ) -> tuple[dict[str, dict[str, Call]], dict[str, str]]:
     """Other ways to compute each case in plain PyTorch, and why some are not here: compiled, and in fp32.
 
-    Compiling is done here, by a first call.
+    Compiling is done here, by a first call. wide: the cases in fp32, where `own` are of another dtype.
+    "eager" is what is faster than the reference (`loopmdm.speed.peers`), where there is such.
     """
-    found: dict[str, dict[str, Call]] = {case.name: {} for case in cases(sizes, device)}
+    found: dict[str, dict[str, Call]] = {case.name: {} for case in own}
+    for case in own:
+        if case.op in peers.OF:
+            found[case.name]["eager"] = case.by(peers.OF[case.op])
+    for case in wide:
+        found[case.name]["eager fp32"] = case.by(_plain(case.op))
     missing: dict[str, str] = {}
-    if sizes.dtype != torch.float32:
-        for case in cases(sizes._replace(dtype=torch.float32), device):
-            found[case.name]["eager fp32"] = on_backend(REFERENCE, case.call)
-    for case in cases(sizes, device):
+    for case in own:
         say(f"  {case.name}: torch.compile ...")
-        call = case.by(torch.compile(kernel(REFERENCE, case.op), dynamic=False))
+        call = case.by(torch.compile(_plain(case.op), dynamic=False))
         try:
             call()
         except Exception as error:  # of the compilers that torch calls, in many types
@@ -112,6 +121,10 @@ def peers_of(
         else:
             found[case.name]["compiled"] = call
     return found, missing
+
+
+def _plain(op: str) -> Callable[[Any], Any]:
+    return peers.OF.get(op) or kernel(REFERENCE, op)
 
 
 def series(sizes: Sizes, device: torch.device, backend: str, repeats: int, say: Say) -> dict[str, Any]:
@@ -131,7 +144,7 @@ def series(sizes: Sizes, device: torch.device, backend: str, repeats: int, say: 
             call = looped_blocks(at, device).call
             variants = {which: on_backend(which, call) for which in lines}
             for which, values in interleaved_times(variants, repeats=repeats, warmup=1).items():
-                lines[which].append([1000 * value for value in of_median(values).rounded(_DIGITS)])
+                lines[which].append(_milliseconds(of_median(values)))
         first = points[0][1]
         fixed = {"loops": first.loops, "length": first.length, "batch": first.batch}
         fixed.pop(name)
@@ -148,14 +161,14 @@ def memory(sizes: Sizes, device: torch.device, backend: str, say: Say) -> dict[s
         REFERENCE: (REFERENCE, False),
     }
     lines: dict[str, list[float]] = {name: [] for name in variants}
-    for loops in LOOPS:
+    for loops in MEMORY_LOOPS:
         for name, (which, recompute) in variants.items():
             case = looped_blocks(sizes._replace(loops=loops), device, gradients=True, recompute=recompute)
             taken = peak_bytes(on_backend(which, case.call), device)
             if taken is None:
                 return {}
             lines[name].append(round(taken / 2**20, 1))
-    return {"at": list(LOOPS), "mib": lines}
+    return {"at": list(MEMORY_LOOPS), "mib": lines}
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
@@ -165,6 +178,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     """
     call()
     gc.collect()
+    release_spare_memory()  # records of that call, which the next one would find in place
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated(device)

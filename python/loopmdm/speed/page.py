@@ -8,10 +8,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from loopmdm.speed.charts import Point, Series, bars, chart
+from loopmdm.speed.charts import Point, Series, bars, chart, number
 
 _HEAD = '<!doctype html>\n<html lang="en">\n<meta name="generator" content="loopmdm bench">\n'
-_NAMES = {"reference": "PyTorch, eager", "compiled": "PyTorch, compiled", "eager fp32": "PyTorch, eager fp32"}
+_NAMES = {
+    "reference": "PyTorch, eager",
+    "eager": "PyTorch, eager",
+    "compiled": "PyTorch, compiled",
+    "eager fp32": "PyTorch, eager fp32",
+}
 _AXES = {"loops": "loops S", "length": "length", "batch": "batch"}
 
 
@@ -41,8 +46,10 @@ def page(document: Mapping[str, Any]) -> str:
     )
 
 
-def _name(variant: str) -> str:
-    return _NAMES.get(variant, variant)
+def _name(variant: str, figure: Mapping[str, Any] | None = None) -> str:
+    if variant == "reference" and figure is not None and "eager" in figure["speedups"]:
+        return "PyTorch, head in fp32"
+    return _NAMES.get(variant, f"ours ({variant})")
 
 
 def _escape(text: Any) -> str:
@@ -102,14 +109,14 @@ def _interval(values: Sequence[float], digits: int = 3) -> str:
 def _speed(document: Mapping[str, Any]) -> str:
     figures, backend = document["figures"], document["backend"]
     groups = [
-        (name, [(_name(peer), Point(values[0], 0, *values[1:])) for peer, values in one["speedups"].items()])
+        (name, [(_name(peer, one), Point(v[0], 0, *v[1:])) for peer, v in one["speedups"].items()])
         for name, one in figures.items()
     ]
     rows = [
         (
             name,
             one["shape"],
-            _name(which),
+            _name(which, one),
             _interval(one["interval_ms"][which]),
             "" if which == backend else _interval(one["speedups"][which]),
             f"{one['gflops'][which]:.4g}",
@@ -120,8 +127,8 @@ def _speed(document: Mapping[str, Any]) -> str:
     columns = ("call", "shape", "by", "ms [interval]", "speed-up over it [interval]", "GFLOP/s")
     words = (
         "How many times as fast our kernels are as each way to compute the same in plain PyTorch, by the"
-        " ratios of times in the same turns: medians, and intervals that hold the true median with 95 %"
-        f" ({document['repeats']} turns; fewer than six give their range)."
+        " ratios of times in the same turns: medians, and intervals that hold the true median with at least"
+        f" 95 % ({document['repeats']} turns; fewer than six give their range)."
     )
     missing = "".join(
         f"<p>{_escape(f'Compiled {name} was not timed: {why}')}</p>"
@@ -135,24 +142,29 @@ def _roofline(document: Mapping[str, Any]) -> str:
     figures, backend, peak = document["figures"], document["backend"], document["peak_gflops"]
     read = document["read_gb_s"]
     at = {name: one["flops"] / one["traffic"] for name, one in figures.items()}
+    best = {
+        name: max((rate, which) for which, rate in one["gflops"].items() if which != backend)
+        for name, one in figures.items()
+    }
+    ours = {name: (one["gflops"][backend], backend) for name, one in figures.items()}
     lines = [
         Series(
-            _name(which),
+            title,
             [
-                Point(at[name], one["gflops"][which], label=f"{name}: {one['gflops'][which]:.4g} GFLOP/s")
-                for name, one in figures.items()
+                Point(at[name], rate, label=f"{name}: {rate:.4g} GFLOP/s, {_name(which, figures[name])}")
+                for name, (rate, which) in rates.items()
             ],
             line=False,
         )
-        for which in (backend, "reference")
+        for title, rates in ((_name(backend), ours), ("the fastest PyTorch of each", best))
     ]
     low, high = min(at.values()) / 2, max(at.values()) * 2
     if peak is None:
         roof = [Point(x, x * read) for x in (low, high)]
     else:
-        ridge = peak / read
-        corner = [Point(ridge, peak)] if low < ridge < high else []
-        roof = [Point(low, min(peak, low * read)), *corner, Point(high, min(peak, high * read))]
+        ridge = peak / read  # left of it memory is the limit, right of it the instructions
+        low, high = min(low, ridge / 4), max(high, 2 * ridge)
+        roof = [Point(low, low * read), Point(ridge, peak), Point(high, peak)]
     lines.append(Series("roof: instructions, and memory read once", roof, mark=False))
     drawn = chart(
         lines, x="FLOP for each byte that has to move", y="GFLOP/s", x_log=True, y_log=True, title="roofline"
@@ -160,7 +172,7 @@ def _roofline(document: Mapping[str, Any]) -> str:
     rows = [
         (
             name,
-            f"{at[name]:.3g}",
+            number(at[name]),
             f"{one['gflops'][backend]:.4g}",
             "-" if one["share_of_peak"] is None else f"{one['share_of_peak']:.0%}",
         )
