@@ -14,13 +14,14 @@ from torch import Tensor
 
 from loopmdm_kernels.calls import CrossEntropyCall, HeadCall, SampleCall
 from loopmdm_kernels.reference.looped_blocks import norm_modulate
+from loopmdm_kernels.types import Head
 
 
 def _logits(call: HeadCall, rows: Tensor) -> Tensor:
     """[R, V] in the call's dtype, -inf at the excluded token; one modulation for all rows."""
     head, dtype = call.head, call.dtype
     shift, scale = head.modulation[0].to(dtype)
-    assert head.norm is not None
+    assert head.norm is not None and isinstance(head, Head)
     h = norm_modulate(call.hidden.flatten(0, 1)[rows], head.norm, shift, scale).to(dtype)
     excluded = torch.tensor([head.excluded_token], device=head.bias.device)
     return F.linear(h, head.weight, head.bias.index_fill(0, excluded, float("-inf")))
