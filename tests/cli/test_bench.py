@@ -1,5 +1,6 @@
 """`loopmdm bench` without --tune: what it times and prints, tiny."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_page(call: Call, quick: None, tmp_path: Path) -> None:
     assert text.count("<svg") == 7 and "nan" not in text
     for title in ("Speed-ups", "Roofline", "Cost against", "Memory against", "Error against"):
         section = text.partition(f"<h2>{title}")[2].partition("</section>")[0]
-        assert document["provenance"]["command"] in section and torch.__version__ in section
+        assert html.escape(document["provenance"]["command"]) in section and torch.__version__ in section
     for name, figure in document["figures"].items():
         peers = {"reference", "eager fp32", "compiled"} | (set() if "looped" in name else {"eager"})
         assert set(figure["speedups"]) == peers, name
