@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from loopmdm.cli.parser import INTERRUPTED, TERMINATED
 from loopmdm.model.config import LoopMDMConfig
-from loopmdm.runs.jobs import Job, read_corpus, sudoku_job, text_job, text_tokenizer
+from loopmdm.runs import text_data
+from loopmdm.runs.jobs import Job, corpus_job, read_corpus, sudoku_job, text_job, text_tokenizer
 from loopmdm.runs.options import UsageError
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.runs.run_file import FILES, RunFile, replaced_by
@@ -31,6 +32,7 @@ from loopmdm_kernels.files import refuse_files
 _DATA_FIELDS = (
     "preset",
     "data",
+    "weights",
     "text_field",
     "errors",
     "tokenizer",
@@ -46,6 +48,16 @@ _LOOPED_ONLY = {
     "max_loops": "--max-loops",
     "loop_law": "--loop-law",
     "dropout": "--dropout",
+}
+
+
+# Options about documents that are still text.
+_FROM_TEXT = {
+    "tokenizer": "--tokenizer",
+    "text_field": "--text-field",
+    "errors": "--errors",
+    "validation": "--validation",
+    "cache": "--cache",
 }
 
 
@@ -153,6 +165,11 @@ def described_run(args: argparse.Namespace) -> RunFile:
         raise UsageError(f"--preset {preset} makes its own data and does not take {others}")
     if preset in TEXT_RECIPES and "data" not in given_data:
         raise UsageError("nothing to train on: give --data PATH, or --preset sudoku6 or sudoku")
+    if preset in TEXT_RECIPES and text_data.are_corpora(given_data["data"]):
+        refuse(args, _FROM_TEXT, "a corpus was tokenised and split when it was built")
+        _check_weights(given_data)
+    elif "weights" in given_data:
+        raise UsageError("--weights: they are those of corpora made by `loopmdm data build`")
     if preset in TEXT_RECIPES:
         refuse(args, {"clues": "--clues"}, f"--preset {preset} is about text")
     if args.autoregressive:
@@ -160,6 +177,12 @@ def described_run(args: argparse.Namespace) -> RunFile:
     if not 0 <= given_data.get("validation", 0) < 1:
         raise UsageError(f"--validation: got {args.validation}, expected a share of at least 0 and below 1")
     return RunFile(model=given_model, training=given_training, evaluation=evaluation, **given_data)
+
+
+def _check_weights(given: dict[str, Any]) -> None:
+    num_corpora = len(text_data.as_list(given["data"]))
+    if "weights" in given and len(given["weights"]) != num_corpora:
+        raise UsageError(f"--weights: got {len(given['weights'])} for {num_corpora} corpora")
 
 
 def refuse(args: argparse.Namespace, options: dict[str, str], why: str) -> None:
@@ -179,6 +202,12 @@ def _prepare(run: RunFile, args: argparse.Namespace, rank: int) -> Job:
     """The job of a run; rank 0 makes the tokenizer, and the others read it from the folder of the run."""
     if run.data is None:
         return sudoku_job(run, args.threads or 1)
+    if text_data.are_corpora(run.data):
+        job, tokenizer = corpus_job(run)
+        if rank == 0:
+            tokenizer.save(args.out)
+            note(_seen(job))
+        return job
     if rank == 0:
         corpus, tokenizer = text_tokenizer(run, args.out, begun=_begun(args))
     if dist.is_initialized():
@@ -191,6 +220,18 @@ def _prepare(run: RunFile, args: argparse.Namespace, rank: int) -> Job:
     if not dist.is_initialized():
         tokenizer.save(args.out)  # when nothing can be wrong with the options any more
     return job
+
+
+def _seen(job: Job) -> str:
+    """How much there is of the corpora of a run, and how often it comes."""
+    data, config = job.data, job.config
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    sequences = config.steps * config.accumulation * world_size * config.batch_size
+    repeats = ", ".join(f"{times:.2f}" for times in data.repeats(sequences))
+    return (
+        f"{len(data):,} sequences of {data.length} tokens; {config.steps:,} steps read {sequences:,}:"
+        f" every sequence comes {repeats} times"
+    )
 
 
 @contextmanager

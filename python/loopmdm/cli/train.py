@@ -44,6 +44,7 @@ forms of --data (docs/inputs.md says more):
                                cache, the hub's) the split train
   "data/**/*.txt"              the files that match
   stdlib                       the sources of Python's standard library
+  a corpus                     a folder made by `loopmdm data build`: tokenised once, of any size
 """
 
 
@@ -66,7 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="files, folders, patterns in quotes, or 'stdlib': text; .jsonl, .json, .csv, .tsv, .parquet and"
         " .arrow with a field or column of text; each of them compressed (.gz, .bz2, .xz, .zst); data sets"
-        " saved by the package datasets (all forms: docs/inputs.md)",
+        " saved by the package datasets (all forms: docs/inputs.md); or corpora made by `loopmdm data build`",
+    )
+    what.add_argument(
+        "--weights",
+        nargs="+",
+        type=positive_float,
+        metavar="W",
+        help="shares of the corpora of --data, in any unit (default: by their sizes)",
     )
     what.add_argument(
         "--text-field", metavar="NAME", help="field or column that holds the text (default: text)"

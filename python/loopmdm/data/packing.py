@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,21 @@ _STREAM = 0x44415441  # "DATA": keeps the permutations apart from every other us
 _SCAN_ROWS = 4096
 
 
+class TokenRows(Protocol):
+    """Sequences [N, L] that are read by row: an array, or the shards of a corpus."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: NDArray[np.int64], /) -> Array: ...
+
+
 def pack_wrapped(
     documents: Iterable[str], tokenizer: Tokenizer, length: int, *, group_size: int = GROUP_SIZE
 ) -> Array:
@@ -33,10 +49,10 @@ def pack_wrapped(
     Each document gets an EOS; `group_size` documents are concatenated and cut into blocks of L - 2 tokens,
     each stored as BOS block EOS. The remainder of a group is dropped.
     """
-    _check_length(length)
+    check_length(length)
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}; accepted: at least 1")
-    dtype = _dtype(tokenizer.vocab_size)
+    dtype = token_dtype(tokenizer.vocab_size)
     packed = [np.empty((0, length), dtype)]
     for group in _groups(documents, group_size):
         end = np.array([tokenizer.eos_token_id], dtype=np.int32)
@@ -54,8 +70,8 @@ def pack_padded(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> 
 
     Longer documents are truncated to L - 2 tokens; shorter rows are filled with EOS, never with the mask.
     """
-    _check_length(length)
-    dtype = _dtype(tokenizer.vocab_size)
+    check_length(length)
+    dtype = token_dtype(tokenizer.vocab_size)
     tokens, lengths = [np.empty((0, length), dtype)], []
     for group in _groups(documents, GROUP_SIZE):
         block = np.full((len(group), length), tokenizer.eos_token_id, dtype)
@@ -79,7 +95,7 @@ class TextData:
 
     def __init__(
         self,
-        tokens: Array,
+        tokens: TokenRows,
         *,
         vocab_size: int,
         mask_token_id: int,
@@ -113,7 +129,8 @@ class TextData:
             check_at_least(name, value, 1)
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; accepted: 0 to 2**64 - 1")
-        _check_tokens(tokens, vocab_size, mask_token_id)
+        if isinstance(tokens, np.ndarray):  # those of a corpus were made by its tokenizer and have checksums
+            _check_tokens(tokens, vocab_size, mask_token_id)
         self.tokens, self.lengths = tokens, lengths
         self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
         self.seed, self.accumulation, self.batch_size = seed, accumulation, batch_size
@@ -200,14 +217,7 @@ class TextData:
             if not 0 <= value < limit:
                 raise ValueError(f"{name} is {value}; accepted: 0 to {source} - 1 = {limit - 1}")
         start = ((step * self.accumulation + micro_step) * world_size + rank) * size
-        rows = np.empty(size, dtype=np.int64)
-        filled = 0
-        while filled < size:
-            epoch, position = divmod(start + filled, len(self))
-            part = self._order(epoch)[position : position + size - filled]
-            rows[filled : filled + len(part)] = part
-            filled += len(part)
-        return self._gather(rows)
+        return self._gather(self._rows_at(start, size))
 
     def source(self, accumulation: int) -> BatchSource:
         """The batches as a trainer asks for them, which has to accumulate as many micro-batches."""
@@ -223,6 +233,17 @@ class TextData:
         if not 0 <= start < stop <= len(self):
             raise ValueError(f"start, stop are {start}, {stop}; accepted: 0 <= start < stop <= {len(self)}")
         return self._gather(np.arange(start, stop))
+
+    def _rows_at(self, start: int, count: int) -> NDArray[np.int64]:
+        """The sequences at positions start..start+count-1 of the endless order."""
+        rows = np.empty(count, dtype=np.int64)
+        filled = 0
+        while filled < count:
+            epoch, position = divmod(start + filled, len(self))
+            part = self._order(epoch)[position : position + count - filled]
+            rows[filled : filled + len(part)] = part
+            filled += len(part)
+        return rows
 
     def _gather(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
         input_ids = torch.from_numpy(self.tokens[rows].astype(np.int64))
@@ -249,11 +270,13 @@ def _groups(documents: Iterable[str], size: int) -> Iterator[list[str]]:
         yield group
 
 
-def _dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    return np.uint16 if vocab_size <= 2**16 else np.int32
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Of the tokens of a vocabulary, little-endian."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
 
 
-def _check_length(length: int) -> None:
+def check_length(length: int) -> None:
+    """Raise a `ValueError` where BOS, EOS and a token do not fit."""
     check_at_least("length", length, 3)
 
 

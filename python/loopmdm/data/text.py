@@ -15,6 +15,7 @@ from loopmdm.data.records import NotText, documents_of
 __all__ = [
     "STDLIB",
     "Source",
+    "content_hash",
     "cut_document",
     "documents_in",
     "found_files",
@@ -121,7 +122,7 @@ def split_documents(
     if len(corpus) < _FEW_DOCUMENTS:
         piece = max(_SMALLEST_PIECE, sum(map(len, corpus)) // _PIECES)
         corpus = [part for document in corpus for part in cut_document(document, piece)]
-    hashes = [_hash(document, seed) for document in corpus]
+    hashes = [content_hash(d.encode("utf-8", "surrogatepass"), seed) for d in corpus]
     lowest, highest = min(hashes), max(hashes)
     if lowest == highest:
         raise ValueError(
@@ -163,8 +164,7 @@ def _warn_at_the_end(documents: Iterator[str], found: Found) -> Iterator[str]:
         warnings.warn(line, stacklevel=2)
 
 
-def _hash(document: str, seed: int) -> int:
-    digest = hashlib.blake2b(
-        document.encode("utf-8", "surrogatepass"), digest_size=8, key=seed.to_bytes(8, "little")
-    ).digest()
+def content_hash(data: bytes, seed: int = 0) -> int:
+    """64 bits of the content of a document, which say on which side of a split it lies."""
+    digest = hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest()
     return int.from_bytes(digest, "little")

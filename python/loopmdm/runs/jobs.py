@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loopmdm.data.corpus import CorpusData
 from loopmdm.data.sudoku.clues import parse_clues
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
@@ -90,32 +91,78 @@ def read_corpus(run: RunFile, *, quiet: bool = False) -> text_data.Corpus:
 
 def text_job(run: RunFile, corpus: text_data.Corpus, tokenizer: Tokenizer, cache: Path | None) -> Job:
     """A run on text; evaluated on windows of the documents held out."""
+    plan = _text_plan(run, tokenizer, bool(corpus.validation))
+    train = text_data.pack("training", corpus.train, tokenizer, plan.length, cache, **plan.batches())
+    validation = None
+    if corpus.validation:
+        validation = text_data.pack("validation", corpus.validation, tokenizer, plan.length, cache)
+    fingerprint = text_data.fingerprint(*([train] if validation is None else [train, validation]))
+    return plan.job(run, tokenizer, train, validation, fingerprint)
+
+
+def corpus_job(run: RunFile) -> tuple[Job, Tokenizer]:
+    """A run on corpora that `loopmdm data build` made; evaluated on windows of what they hold out."""
+    corpora = text_data.open_corpora(run.data)
+    tokenizer = corpora[0].tokenizer
+    held_out = any(corpus.shards("validation") for corpus in corpora)
+    plan = _text_plan(run, tokenizer, held_out)
+    with usage_errors():
+        train = CorpusData(corpora, plan.length, weights=run.weights, **plan.batches())
+    validation = None
+    if held_out:
+        have = [corpus for corpus in corpora if corpus.shards("validation")]
+        validation = CorpusData(have, plan.length, part="validation")
+    fingerprint = "-".join(corpus.digest for corpus in corpora)
+    return plan.job(run, tokenizer, train, validation, fingerprint), tokenizer
+
+
+class _TextPlan(NamedTuple):
+    """What follows from the options and the tokenizer, before any text is packed."""
+
+    model: Trainable
+    config: TrainConfig
+    length: int
+
+    def batches(self) -> dict[str, Any]:
+        config = self.config
+        return {"seed": config.seed, "accumulation": config.accumulation, "batch_size": config.batch_size}
+
+    def job(
+        self,
+        run: RunFile,
+        tokenizer: Tokenizer,
+        train: text_data.TextData,
+        validation: text_data.TextData | None,
+        fingerprint: str,
+    ) -> Job:
+        evaluate = None
+        if validation is not None:
+            windows = text_data.windows(
+                validation, tokenizer, run.evaluation.get("size") or EVALUATED_WINDOWS
+            )
+            evaluate = partial(_autoregressive if run.autoregressive else _likelihood, windows)
+        assert run.data is not None
+        if run.fingerprint not in (None, fingerprint):
+            raise ValueError(
+                f"the text of {text_data.named(run.data)} is not what this run began with, so it cannot be"
+                " continued exactly; restore the files, or start a new run in another folder"
+            )
+        training = self.config.to_dict()
+        run = dataclasses.replace(run, training=training, length=self.length, fingerprint=fingerprint)
+        return Job(self.model, train, self.config, evaluate, run)
+
+
+def _text_plan(run: RunFile, tokenizer: Tokenizer, held_out: bool) -> _TextPlan:
     recipe = TEXT_RECIPES[run.preset]
     length = run.length or recipe.length
     training = dict(run.training)
-    if not corpus.validation:
+    if not held_out:
         training.setdefault("eval_every", 0)
     build = recipe.build_causal if run.autoregressive else recipe.build
     with usage_errors():
         model, config = build(tokenizer, length, model=run.model, **training)
         LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=length)
-    options = {"seed": config.seed, "accumulation": config.accumulation, "batch_size": config.batch_size}
-    train = text_data.pack("training", corpus.train, tokenizer, length, cache, **options)
-    parts, evaluate = [train], None
-    if corpus.validation:
-        validation = text_data.pack("validation", corpus.validation, tokenizer, length, cache)
-        parts.append(validation)
-        windows = text_data.windows(validation, tokenizer, run.evaluation.get("size") or EVALUATED_WINDOWS)
-        evaluate = partial(_autoregressive if run.autoregressive else _likelihood, windows)
-    fingerprint = text_data.fingerprint(*parts)
-    assert run.data is not None
-    if run.fingerprint not in (None, fingerprint):
-        raise ValueError(
-            f"the text of {text_data.named(run.data)} is not what this run began with, so it cannot be"
-            " continued exactly; restore the files, or start a new run in another folder"
-        )
-    run = dataclasses.replace(run, training=config.to_dict(), length=length, fingerprint=fingerprint)
-    return Job(model, train, config, evaluate, run)
+    return _TextPlan(model, config, length)
 
 
 def _likelihood(windows: text_data.Windows, model: LoopMDM) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class RunFile:
     model: dict[str, Any]  # fields of the model's configuration that replace the preset's
     training: dict[str, Any]  # TrainConfig, whole
     data: str | list[str] | None = None  # a source of `read_documents`, or several
+    weights: list[float] | None = None  # of the corpora in `data`; None: by their sizes
     text_field: str = "text"
     errors: str = "strict"  # bytes that are not UTF-8, as in `read_documents`
     tokenizer: str = "byte"
@@ -97,6 +98,7 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "str": ("text", (str,)),
     "str | None": ("text or null", (str, type(None))),
     "str | list[str] | None": ("text, a list of them or null", (str, list, type(None))),
+    "list[float] | None": ("a list of numbers or null", (list, type(None))),
     "int | None": ("an integer or null", (int, type(None))),
     "float": ("a number", (int, float)),
     "bool": ("true or false", (bool,)),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from loopmdm.data import corpus as corpora
 from loopmdm.data.batches import Batch
 from loopmdm.data.files import listed
 from loopmdm.data.packing import TextData
@@ -26,11 +27,14 @@ __all__ = [
     "Corpus",
     "TextData",
     "Windows",
+    "are_corpora",
+    "as_list",
     "fingerprint",
     "load_tokenizer",
     "located",
     "make_tokenizer",
     "named",
+    "open_corpora",
     "pack",
     "read_corpus",
     "windows",
@@ -56,6 +60,33 @@ def named(data: str | list[str]) -> str:
     return data if isinstance(data, str) else listed(data)
 
 
+def as_list(data: str | list[str]) -> list[str]:
+    """Sources one by one."""
+    return [data] if isinstance(data, str) else data
+
+
+def are_corpora(data: str | list[str] | None) -> bool:
+    """Whether the sources are folders that `loopmdm data build` made.
+
+    Raises:
+        UsageError: some are, and others are not.
+    """
+    sources = [] if data is None else as_list(data)
+    built = [source for source in sources if corpora.is_corpus(source)]
+    if built and len(built) < len(sources):
+        other = next(source for source in sources if source not in built)
+        raise UsageError(
+            f"--data: {built[0]} is a corpus and {other} is not; build one of it with `loopmdm data build`"
+        )
+    return bool(built)
+
+
+def open_corpora(data: str | list[str] | None) -> list[corpora.Corpus]:
+    """The corpora in folders that `are_corpora` has found."""
+    assert data is not None
+    return [corpora.Corpus(source) for source in as_list(data)]
+
+
 class Corpus(NamedTuple):
     train: list[str]
     validation: list[str]
@@ -75,6 +106,9 @@ def read_corpus(
 
     quiet: do not say which files were read and which were not, and why.
     """
+    for source in as_list(data):
+        if corpora.is_corpus(source):
+            raise ValueError(f"{source} is a corpus of `loopmdm data build`; give the files it was made of")
     found = found_files(data)
     for file in found.files:
         note_waiting(file.path)
@@ -127,14 +161,15 @@ def fingerprint(*parts: TextData) -> str:
 def windows(data: TextData, tokenizer: Tokenizer, most: int) -> Windows:
     """At most `most` sequences, spread evenly over the data."""
     rows = np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).round().astype(int)).tolist()
+    chosen = data.tokens[np.array(rows)]
     tokens = TextData(
-        data.tokens[rows],
+        chosen,
         vocab_size=data.vocab_size,
         mask_token_id=data.mask_token_id,
         lengths=None if data.lengths is None else data.lengths[rows],
     )
-    num_bytes = sum(tokenizer.text_bytes(row) for row in tokens.tokens)
-    return Windows(list(_batches(tokens)), num_bytes / tokens.tokens.size)
+    num_bytes = sum(map(tokenizer.text_bytes, chosen))
+    return Windows(list(_batches(tokens)), num_bytes / chosen.size)
 
 
 def _batches(tokens: TextData) -> Iterator[Batch]:

@@ -1,0 +1,7 @@
+"""A corpus on disk: tokenised once into shards, then trained on without being held in memory."""
+
+from loopmdm.data.corpus.build import Settings, build_corpus
+from loopmdm.data.corpus.data import CorpusData
+from loopmdm.data.corpus.store import Corpus, is_corpus
+
+__all__ = ["Corpus", "CorpusData", "Settings", "build_corpus", "is_corpus"]

@@ -1,0 +1,340 @@
+"""Documents tokenised once, in several processes, into the shards of a corpus; a build that stops goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loopmdm.data.array_cache import Array
+from loopmdm.data.corpus.store import (
+    INDEX_FILE,
+    PARTS,
+    Corpus,
+    Index,
+    Shard,
+    shard_files,
+)
+from loopmdm.data.files import DataFile, Found
+from loopmdm.data.packing import token_dtype
+from loopmdm.data.raw import Errors
+from loopmdm.data.records import NotText, documents_of
+from loopmdm.data.text import content_hash
+from loopmdm.data.tokenizer import Tokenizer, load_tokenizer
+from loopmdm.formats.folders import read_json
+from loopmdm_kernels.files import remove_leftovers, write_files
+from loopmdm_kernels.locks import LOCK_FILE, Lock
+from loopmdm_kernels.values import check_at_least
+
+PLAN_FILE = "build.json"
+UNIT_BYTES = 2**26  # of source files that one process tokenises in one go
+BATCH_CHARS = 2**21  # of documents that are handed to the tokenizer together
+_WAIT = 0.5  # seconds between two looks at the workers
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How documents become shards; a build goes on only with the same.
+
+    Attributes:
+        text_field: field or column that holds the text.
+        errors: bytes that are not UTF-8: "strict" or "replace", as in `read_documents`.
+        validation: share of the documents held out, by a hash of their content; equal documents lie on the
+            same side.
+        shard_tokens: tokens of both parts after which their shards are written.
+    """
+
+    text_field: str = "text"
+    errors: Errors = "strict"
+    validation: float = 0.01
+    shard_tokens: int = 2**24
+
+    def __post_init__(self) -> None:
+        if self.errors not in ("strict", "replace"):
+            raise ValueError(f"errors is {self.errors!r}; accepted: 'strict' or 'replace'")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation is {self.validation}; accepted: 0 <= validation < 1")
+        check_at_least("shard_tokens", self.shard_tokens, 1)
+
+
+class Counts(NamedTuple):
+    """What a build has done so far, in this call and before."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+
+    def __add__(self, other: Any) -> Counts:
+        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass
+class _Unit:
+    """Files that one process tokenises one after the other, and how far it has come."""
+
+    number: int
+    files: list[DataFile]
+    consumed: int = 0  # documents in finished shards
+    done: bool = False
+    shards: tuple[Shard, ...] = ()
+
+    def path(self, folder: Path) -> Path:
+        return folder / f"unit-{self.number:05d}.json"
+
+    def read(self, folder: Path) -> None:
+        if self.path(folder).exists():
+            values = read_json(self.path(folder))
+            self.consumed, self.done = values["consumed"], values["done"]
+            self.shards = tuple(Shard(**one) for one in values["shards"])
+
+    def text(self) -> str:
+        shards = [asdict(shard) for shard in self.shards]
+        return json.dumps({"consumed": self.consumed, "done": self.done, "shards": shards}) + "\n"
+
+    def counts(self) -> Counts:
+        sums = (sum(getattr(s, n) for s in self.shards) for n in ("documents", "tokens", "text_bytes"))
+        return Counts(*sums)
+
+
+def build_corpus(
+    found: Found,
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    settings: Settings | None = None,
+    *,
+    workers: int | None = None,
+    made_of: dict[str, Any] | None = None,
+    on_progress: Callable[[Counts], None] | None = None,
+) -> Corpus:
+    """Tokenise the documents of files into shards in a folder, and open the corpus.
+
+    A build that was interrupted, or killed at any moment, goes on after its last whole shard when it is
+    called again with the same arguments; the corpus is the same, whatever the number of workers and stops.
+
+    Args:
+        found: the files, from `found_files`.
+        tokenizer: of the corpus; saved beside the shards.
+        folder: a new folder, or the one of an interrupted build.
+        settings: of the documents and the split.
+        workers: processes; None: one a processor, at most one for each 64 MiB of files. With more than one,
+            a script needs the usual `if __name__ == "__main__":`.
+        made_of: what the index tells people about where the documents come from.
+        on_progress: called at the start and now and then.
+
+    Raises:
+        ValueError: no document; a file that is not what its name says (with its name and line); a folder
+            with other files, or with the build of something else.
+        LockedError: another process builds there.
+        OSError: the disk is full, say; what is finished stays.
+    """
+    target, settings = Path(folder), settings or Settings()
+    if workers is not None:
+        check_at_least("workers", workers, 1)
+    target.mkdir(parents=True, exist_ok=True)
+    with Lock(target / LOCK_FILE, str(target)):
+        remove_leftovers(target)
+        units = _units(found)
+        _begin(target, found, tokenizer, settings, made_of or {})
+        for unit in units:
+            unit.read(target)
+        wanted = min(workers or os.cpu_count() or 1, max(1, sum(not unit.done for unit in units)))
+        _tokenise(target, units, settings, wanted, on_progress or (lambda _: None))
+        for unit in units:
+            unit.read(target)
+        shards = tuple(shard for unit in units for shard in unit.shards)
+        if not any(shard.part == "train" for shard in shards):
+            raise ValueError("; ".join(["the sources hold no document to train on", *found.remarks()]))
+        index = Index(tokenizer.fingerprint, tokenizer.vocab_size, shards, made_of=made_of or {})
+        write_files({target / INDEX_FILE: index.text()})
+        for path in (*(unit.path(target) for unit in units), target / PLAN_FILE):
+            path.unlink(missing_ok=True)
+    return Corpus(target)
+
+
+def _units(found: Found) -> list[_Unit]:
+    units: list[_Unit] = []
+    size = UNIT_BYTES
+    for file in found.files:
+        if size >= UNIT_BYTES:
+            units.append(_Unit(len(units), []))
+            size = 0
+        units[-1].files.append(file)
+        size += _size(file.path)
+    return units
+
+
+def _size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
+def _begin(
+    folder: Path, found: Found, tokenizer: Tokenizer, settings: Settings, made_of: dict[str, Any]
+) -> None:
+    """Write what is going to be built, or compare it with what was begun."""
+    files = [[str(f.path), f.kind, _size(f.path), f.path.stat().st_mtime_ns] for f in found.files]
+    plan = {
+        "tokenizer": tokenizer.fingerprint,
+        "settings": asdict(settings),
+        "made_of": made_of,
+        "files": files,
+    }
+    path = folder / PLAN_FILE
+    if path.exists():
+        begun = read_json(path)
+        changed = [name for name in plan if begun.get(name) != plan[name]]
+        if changed:
+            raise ValueError(
+                f"{folder} holds an unfinished build of something else: its {', '.join(changed)} changed;"
+                " delete the folder, or choose another"
+            )
+        return
+    others = sorted(p.name for p in folder.iterdir() if p.name != LOCK_FILE)
+    if others:
+        what = (
+            "a finished corpus"
+            if INDEX_FILE in others
+            else f"{len(others)} other file(s), {others[0]} among them"
+        )
+        raise ValueError(f"{folder} holds {what}; choose a new folder")
+    tokenizer.save(folder)
+    write_files({path: json.dumps(plan) + "\n"})
+
+
+def _tokenise(
+    folder: Path, units: list[_Unit], settings: Settings, workers: int, on_progress: Callable[[Counts], None]
+) -> None:
+    total = Counts(0, 0, 0)
+    for unit in units:
+        total += unit.counts()
+    on_progress(total)
+    left = [unit for unit in units if not unit.done]
+    if workers == 1:
+        for unit in left:
+            for counts in _run_unit(folder, unit, settings):
+                total += counts
+                on_progress(total)
+        return
+    context = multiprocessing.get_context("spawn")
+    reports = context.SimpleQueue()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(
+        workers, context, initializer=_start_worker, initargs=(reports, threads, os.getpid())
+    ) as pool:
+        pending = {pool.submit(_unit_in_worker, folder, unit, settings) for unit in left}
+        try:
+            while pending:
+                done, pending = wait(pending, _WAIT, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                while not reports.empty():
+                    total += reports.get()
+                on_progress(total)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+_reports: Any = None
+_parent = 0
+
+
+def _start_worker(reports: Any, threads: int, parent: int) -> None:
+    global _reports, _parent
+    _reports, _parent = reports, parent
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer, read when it is first used
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _unit_in_worker(folder: Path, unit: _Unit, settings: Settings) -> None:
+    try:
+        for counts in _run_unit(folder, unit, settings):
+            if os.getppid() != _parent:  # nobody waits any more
+                os._exit(1)
+            _reports.put(counts)
+    except NotText as error:  # its kind does not travel between processes
+        raise ValueError(str(error)) from None
+
+
+def _run_unit(folder: Path, unit: _Unit, settings: Settings) -> Iterator[Counts]:
+    """Tokenise a unit from where it stands; yields what each step added."""
+    tokenizer = load_tokenizer(folder)
+    dtype, end = token_dtype(tokenizer.vocab_size), [tokenizer.eos_token_id]
+    parts: dict[str, list[Array]] = {part: [] for part in PARTS}
+    text_bytes = dict.fromkeys(PARTS, 0)
+
+    def write(consumed: int, done: bool) -> None:
+        number = len({shard.name.rpartition("-")[2] for shard in unit.shards})
+        contents: dict[Path, Any] = {}
+        made = []
+        for part in PARTS:
+            if parts[part]:
+                name = f"{part}-{unit.number:05d}-{number:04d}"
+                shard, files = shard_files(folder, name, part, parts[part], text_bytes[part])
+                contents |= files
+                made.append(shard)
+            parts[part], text_bytes[part] = [], 0
+        unit.shards, unit.consumed, unit.done = (*unit.shards, *made), consumed, done
+        write_files({**contents, unit.path(folder): unit.text()})  # the progress last
+
+    consumed, unwritten = unit.consumed, 0
+    with ThreadPoolExecutor(1) as reader:
+        batches = _batches(unit.files, settings, consumed)
+        coming = reader.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(next, batches, None)  # read while these are tokenised
+            added = 0
+            encoded = tokenizer.encode_batch([one.text for one in batch])
+            for one, ids in zip(batch, encoded, strict=True):
+                part = PARTS[one.held_out]
+                parts[part].append(np.concatenate([ids, end]).astype(dtype))
+                text_bytes[part] += one.num_bytes
+                added += len(ids) + 1
+            consumed, unwritten = consumed + len(batch), unwritten + added
+            if unwritten >= settings.shard_tokens:
+                write(consumed, done=False)
+                unwritten = 0
+            yield Counts(len(batch), added, sum(one.num_bytes for one in batch))
+    write(consumed, done=True)
+
+
+class _Document(NamedTuple):
+    text: str
+    num_bytes: int
+    held_out: bool
+
+
+def _batches(files: Sequence[DataFile], settings: Settings, skip: int) -> Iterator[list[_Document]]:
+    """Documents that are tokenised together, without the first `skip`."""
+    threshold = settings.validation * 2**64
+    batch: list[_Document] = []
+    chars = 0
+    for number, text in enumerate(_documents(files, settings)):
+        if number < skip:
+            continue
+        data = text.encode()
+        batch.append(_Document(text, len(data), content_hash(data) < threshold))
+        chars += len(text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _documents(files: Sequence[DataFile], settings: Settings) -> Iterator[str]:
+    for file in files:
+        try:
+            yield from filter(None, documents_of(file, settings.text_field, settings.errors))
+        except NotText:
+            if file.named:
+                raise

@@ -1,0 +1,95 @@
+"""`loopmdm data`, and runs on what it has built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loopmdm.runs.run_file import RunFile
+from loopmdm.train import read_metrics
+
+from .conftest import STEPS, TINY, Call
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders of documents, a and b."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, word in (("a", "apple"), ("b", "berry")):
+        (folder / name).mkdir()
+        lines = [json.dumps({"text": f"{word} {number} " * 20}) for number in range(60)]
+        (folder / name / "one.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_build_show_train_and_eval(call: Call, tmp_path: Path, texts: Path) -> None:
+    built = call(
+        "data", "build", "--data", texts / "a", "--out", tmp_path / "a", "--validation", "0.2", "--json"
+    )
+    assert built.status == 0, built.err
+    train, held_out = built.json["train"], built.json["validation"]
+    assert train["documents"] + held_out["documents"] == 60 and held_out["documents"] > 3
+    assert train["tokens"] == train["text_bytes"] + train["documents"]  # a byte a token, and EOS
+    shown = call("data", "show", tmp_path / "a", "--check")
+    assert shown.status == 0 and f"{train['tokens']:,}" in shown.out and "checksum" in shown.err
+    trained = call("train", "--data", tmp_path / "a", *TINY, *STEPS, "--out", tmp_path / "run")
+    assert trained.status == 0, trained.err
+    sequences = train["tokens"] // 30
+    assert f"{sequences:,} sequences of 32 tokens; 4 steps read 16: every sequence comes" in trained.err
+    assert len([r for r in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in r]) == 4
+    measured = call("eval", tmp_path / "run", "--windows", "4", "--json")
+    assert measured.status == 0, measured.err
+    assert measured.json["held_out"][0]["num_sequences"] == 4
+
+
+def test_a_mixture_by_weight_and_its_resumption(call: Call, tmp_path: Path, texts: Path) -> None:
+    for name in "ab":
+        assert (
+            call(
+                "data", "build", "--data", texts / name, "--out", tmp_path / name, "--validation", "0"
+            ).status
+            == 0
+        )
+    mixed = ["--data", tmp_path / "a", tmp_path / "b", "--weights", "3", "1"]
+    trained = call("train", *mixed, *TINY, "--steps", "4", "--log-every", "1", "--out", tmp_path / "run")
+    assert trained.status == 0, trained.err
+    assert "nothing was held out" in trained.err
+    run = RunFile.read(tmp_path / "run")
+    assert run is not None and run.weights == [3, 1]
+    other = call("train", "--resume", "--out", tmp_path / "run", "--weights", "1", "1")
+    assert other.status == 2 and "weights is [3.0, 1.0], got [1.0, 1.0]" in other.err
+    # Another corpus under the same name is not what the run began with.
+    (tmp_path / "a").rename(tmp_path / "old")
+    assert (
+        call("data", "build", "--data", texts / "b", "--out", tmp_path / "a", "--validation", "0").status == 0
+    )
+    changed = call("train", "--resume", "--out", tmp_path / "run")
+    assert changed.status == 1 and "is not what this run began with" in changed.err
+
+
+def test_what_does_not_go_with_corpora(call: Call, tmp_path: Path, texts: Path) -> None:
+    assert call("data", "build", "--data", texts / "a", "--out", tmp_path / "a").status == 0
+    train = ["train", "--out", tmp_path / "run", "--data", tmp_path / "a"]
+    for words, message in (
+        (["--tokenizer", "byte"], "leave out --tokenizer"),
+        (["--validation", "0.1", "--text-field", "x"], "leave out --text-field, --validation"),
+        (["--weights", "1", "2"], "got 2 for 1 corpora"),
+        ([texts / "b"], "is a corpus and"),
+    ):
+        outcome = call(*train, *words)
+        assert outcome.status == 2 and message in outcome.err, outcome.err
+    text = call("train", "--out", tmp_path / "run", "--data", texts / "a", "--weights", "1")
+    assert text.status == 2 and "those of corpora" in text.err
+    again = call("data", "build", "--data", texts / "a", "--out", tmp_path / "a")
+    assert again.status == 1 and "holds a finished corpus" in again.err
+    nothing = call("data", "show", texts / "a")
+    assert nothing.status == 1 and "holds no corpus" in nothing.err
+    bad = call("data", "build", "--data", texts / "a", "--out", tmp_path / "c", "--validation", "1")
+    assert bad.status == 2 and "validation is 1" in bad.err
+    bpe = call(
+        "data", "build", "--data", texts / "a", "--out", tmp_path / "c", "--tokenizer", "bpe:300", "--json"
+    )
+    assert bpe.status == 0 and bpe.json["vocab_size"] <= 300
+    assert not (tmp_path / "run").exists()
