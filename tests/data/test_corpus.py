@@ -3,7 +3,6 @@ import multiprocessing
 import os
 import signal
 import time
-from itertools import count
 
 import numpy as np
 import pytest
@@ -33,9 +32,9 @@ def sources(tmp_path):
     return folder, documents
 
 
-def built(sources, folder, *, settings=None, **options):
+def built(sources, folder, *, settings=None, workers=1, **options):
     settings = settings or Settings(validation=0.1, shard_tokens=20_000)
-    return build_corpus(found_files(str(sources)), TOKENIZER, folder, settings, **options)
+    return build_corpus(found_files(str(sources)), TOKENIZER, folder, settings, workers=workers, **options)
 
 
 def tokens_of(corpus, part):
@@ -81,27 +80,30 @@ def test_the_number_of_workers_does_not_matter(sources, tmp_path):
 
 def test_a_build_that_stops_anywhere_goes_on_to_the_same_corpus(sources, tmp_path, small_units):
     folder, _ = sources
-    whole = built(folder, tmp_path / "whole")
+    settings = Settings(validation=0.1, shard_tokens=6000)
+    whole = built(folder, tmp_path / "whole", settings=settings)
 
     class Stop(Exception):
         pass
 
-    stops = 0
-    for limit in count(1):
-        seen = iter(range(limit))
+    def stopping_after(batches):
+        seen = iter(range(batches + 1))  # and the call at the start
 
-        def progress(_, seen=seen):
+        def progress(_):
             if next(seen, None) is None:
                 raise Stop
 
+        return progress
+
+    for stops in range(100):
         try:
-            parts = built(folder, tmp_path / "parts", on_progress=progress)
+            progress = stopping_after(3 + stops % 3)
+            parts = built(folder, tmp_path / "parts", settings=settings, on_progress=progress)
             break
         except Stop:
-            stops += 1
             with pytest.raises(FileNotFoundError, match="holds no corpus"):
                 Corpus(tmp_path / "parts")
-    assert stops > 5
+    assert 5 < stops < 99
     assert parts.index == whole.index
     assert np.array_equal(tokens_of(parts, "all"), tokens_of(whole, "all"))
 
