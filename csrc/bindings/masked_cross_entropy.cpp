@@ -173,7 +173,7 @@ void head_logits_backward(py::handle hidden, py::handle rows, py::handle norm, p
                             /*excluded_token=*/-1, bf16, num_threads);
   const cpu::MaskedCrossEntropyProblem& p = arguments.problem;
   const TensorView grad_logits(grad_logits_arg, "grad_logits", {bf16 ? DType::bfloat16 : DType::float32},
-                               {p.num_rows, p.vocab_size});
+                               {arguments.batch * arguments.length, p.vocab_size});
   const cpu::MaskedCrossEntropyGradients gradients = wanted_gradients(
       arguments, nullptr, grad_hidden, grad_norm, grad_shift, grad_scale, grad_weight, grad_bias);
   const cpu::Isa isa = cpu::current_isa();

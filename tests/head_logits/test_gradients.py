@@ -5,7 +5,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import loopmdm_kernels as lk
-from loopmdm_kernels.testing import assert_head_gradients, head_gradients, head_inputs, reference
+from loopmdm_kernels.testing import (
+    assert_head_gradients,
+    assert_matches_oracle,
+    head_gradients,
+    head_inputs,
+    reference,
+)
 from loopmdm_kernels.types import Head
 from tests.head_logits.cases import BF16, FLOAT, HALF, case
 
@@ -76,6 +82,56 @@ def test_bits_do_not_depend_on_threads(backend, dtype, threads):
         results.append(head_gradients(lk.head_logits, *inputs))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.by_backend(
+    "dtypes", reference=[(FLOAT, None)], cpu=[(FLOAT, None), (BF16, None), (FLOAT, BF16)], triton=[(FLOAT, None)]
+)
+def test_rows_without_gradients(backend, dtypes):
+    """As MDLM's loss leaves them: zeros of both signs in most rows, in one all but the last number."""
+    dtype, compute_dtype = dtypes
+    size = SMALL if backend.emulated else (2, 301, 24, 131)
+    hidden, head = case(backend, size, dtype)
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(*size[:2], size[3], generator=generator).to(backend.device, compute_dtype or dtype)
+    zero = torch.rand(size[:2], generator=generator) < 0.7
+    zero[0, 0], zero[-1, -1] = True, False
+    grad[zero.to(backend.device)] *= 0.0
+    grad[-1, -1, :-1] = 0.0
+
+    def results(op, kind=None, **options):
+        leaves = [t.to(kind or t.dtype).detach().requires_grad_() for t in (hidden, *head.tensors)]
+        logits = op(leaves[0], Head(*leaves[1:]), **options)
+        return torch.autograd.grad(logits, leaves, grad.to(logits.dtype))
+
+    options = {"compute_dtype": compute_dtype}
+    out, baseline = results(lk.head_logits, **options), results(reference.head_logits, **options)
+    oracle = results(reference.head_logits, torch.float64)
+    for name, *values in zip(("hidden", *Head._fields), out, baseline, oracle, strict=False):
+        assert_matches_oracle(*values, name=name)
+    assert torch.equal(out[0][zero.to(backend.device)], torch.zeros_like(out[0][zero.to(backend.device)]))
+
+
+@ALL
+def test_no_row_has_a_gradient(backend):
+    hidden, head = case(backend, SMALL)
+    leaves = [t.requires_grad_() for t in (hidden, *head.tensors)]
+    logits = lk.head_logits(hidden, head)
+    for found in torch.autograd.grad(logits, leaves, torch.zeros_like(logits)):
+        assert torch.equal(found, torch.zeros_like(found))
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("tokens", [1, 2, 3, 2047, 2049])
+def test_a_gradient_anywhere_in_a_row_is_seen(backend, dtype, tokens):
+    """Of a row as long as what is looked through at a time, and of one that ends within a word."""
+    hidden, head = case(backend, (1, 4, 8, tokens), dtype)
+    logits = lk.head_logits(hidden.requires_grad_(), head)
+    for token in {0, tokens // 2, tokens - 1}:
+        grad = torch.zeros_like(logits)
+        grad[0, 2, token] = 1e-30
+        (found,) = torch.autograd.grad(logits, hidden, grad, retain_graph=True)
+        assert found.any(-1).flatten().tolist() == [False, False, True, False]
 
 
 @ALL

@@ -14,9 +14,10 @@ constexpr int kGradRows = 96;   // queries at a time
 constexpr int kGradKeys = 256;  // keys in a block
 static_assert(kGradRows % kRowsAtOnce == 0 && kGradRows % 2 == 0 && kGradKeys % kPanel == 0);
 
-// Row-major floats of one head, `*_row` apart. q and k as attend() multiplied them, so already rotated.
+// Rows of one head, `*_row` apart: operands as attend() multiplied them, so q and k are already rotated.
 struct HeadGradientInput {
-  const float *q, *k, *v, *out, *grad_out;  // [L, K]; out: only where in_one_block() is false
+  const uint32_t *q, *k, *v, *out;  // [L, head words]; out: only where in_one_block() is false
+  const float* grad_out;            // [L, K]
   int64_t q_row, k_row, v_row, out_row, grad_out_row;
   const float* log_sum_exp;  // [L], as attend() writes it
 };
@@ -31,7 +32,7 @@ struct HeadGradientOutput {
 };
 
 struct GradientScratch {
-  uint32_t *query_rows, *grad_rows;    // [L, head words]
+  uint32_t* grad_rows;                 // [L, head words]
   uint32_t *query_pairs, *grad_pairs;  // panels over the queries
   uint32_t *keys, *values;             // panels of keys
   uint32_t* key_pairs;                 // panels over the keys
@@ -48,7 +49,6 @@ inline GradientScratch gradient_scratch(const HeadShape& shape, int64_t per_word
   Layout layout(memory);
   const int64_t head_words = (shape.head_dim + per_word - 1) / per_word;
   const int64_t query_words = (shape.length + per_word - 1) / per_word;
-  t.query_rows = layout.take<uint32_t>(shape.length * head_words);
   t.grad_rows = layout.take<uint32_t>(shape.length * head_words);
   t.query_pairs = layout.take<uint32_t>(query_words * shape.head_width);
   t.grad_pairs = layout.take<uint32_t>(query_words * shape.head_width);
@@ -74,11 +74,52 @@ int64_t attention_backward_scratch_bytes(const HeadShape& shape) {
   return gradient_scratch(shape, 1, nullptr).bytes;
 }
 
-inline float dot_product(const float* a, const float* b, int64_t count) {
+// Of `count` floats with the values of as many operands.
+template <class Operand>
+inline float dot_product(const float* a, const uint32_t* b, int64_t count) {
+  constexpr int kPer = Operand::kPerWord;
   Floats sum = {};
-  for (int64_t i = 0; i < count; i += kLanes)
-    sum = fused_multiply_add(load_some(a + i, count - i), load_some(b + i, count - i), sum);
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    Floats value[2];
+    load_some_words<Operand>(b + i / kPer, (count - i + kPer - 1) / kPer, value[0], value[1]);
+    for (int half = 0; half < 2 && i + half * kLanes < count; ++half) {
+      const int64_t at = i + half * kLanes;
+      sum = fused_multiply_add(load_some(a + at, count - at), value[half], sum);
+    }
+  }
   return sum_lanes(sum);
+}
+
+// pack_key_panels() of all keys, from rows of operands.
+template <class Operand>
+void pack_key_words(const HeadShape& shape, const uint32_t* x, int64_t row, int64_t head_words, uint32_t* out) {
+  for (int64_t key = 0; key < shape.length; key += kLanes) {
+    const int64_t panel = key / kPanel * kPanel, left = shape.length - key;
+    pack_columns_of(
+        static_cast<int>(left < kLanes ? left : kLanes), head_words, key_panel_width(shape.length, panel),
+        out + panel * head_words + key - panel,
+        [&](int j, int64_t k) { return load_row_words(x + (key + j) * row + k, head_words - k); });
+  }
+}
+
+// pack_row_pairs() of `count` rows of operands into panels of `panel_words`.
+template <class Operand>
+void pack_word_pairs(const uint32_t* x, int64_t row, int64_t count, int64_t head_words, int64_t padded,
+                     int64_t panel_words, uint32_t* out) {
+  constexpr int kPer = Operand::kPerWord;
+  for (int64_t r = 0; r < count; r += kPer)
+    for (int64_t i = 0; i < padded; i += 2 * kLanes) {
+      const uint32_t* from = x + r * row + i / kPer;
+      const int64_t left = head_words - i / kPer;
+      Floats even[2], odd[2] = {};
+      load_some_words<Operand>(from, left, even[0], even[1]);
+      if (kPer == 2 && r + 1 < count) load_some_words<Operand>(from + row, left, odd[0], odd[1]);
+      for (int half = 0; half < 2 && i + half * kLanes < padded; ++half) {
+        const int64_t column = i + half * kLanes, panel = column / kPanel * kPanel;
+        store_words(out + panel * panel_words + r / kPer * panel_width(padded, panel) + column - panel,
+                    Operand::zip(even[half], odd[half]));
+      }
+    }
 }
 
 // Of one query: its probabilities are those of the scores times `weight`.
@@ -180,8 +221,7 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
                                     : score_gradients<Operand, false, false>;
 
   // A float is an operand as it is, and whole vectors of gradients are written where they belong.
-  const Left queries = kPer > 1 ? Left{t.query_rows, head_words, 1}
-                                : Left{reinterpret_cast<const uint32_t*>(in.q), in.q_row, 1};
+  const Left queries = {in.q, in.q_row, 1};
   const Left grads = kPer > 1 ? Left{t.grad_rows, head_words, 1}
                               : Left{reinterpret_cast<const uint32_t*>(in.grad_out), in.grad_out_row, 1};
   const bool direct = head_dim == width;
@@ -190,21 +230,17 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
                 grad_v_row = direct ? out.grad_v_row : width;
 
   for (int64_t r = 0; r < length; ++r) {
-    if constexpr (kPer > 1) {
-      pack_row<Operand>(in.q + r * in.q_row, head_dim, t.query_rows + r * head_words);
-      pack_row<Operand>(in.grad_out + r * in.grad_out_row, head_dim, t.grad_rows + r * head_words);
-    }
-    if (!whole_rows)
-      t.offset[r] = scale * dot_product(in.grad_out + r * in.grad_out_row, in.out + r * in.out_row, head_dim);
+    const float* grad = in.grad_out + r * in.grad_out_row;
+    if constexpr (kPer > 1) pack_row<Operand>(grad, head_dim, t.grad_rows + r * head_words);
+    if (!whole_rows) t.offset[r] = scale * dot_product<Operand>(grad, in.out + r * in.out_row, head_dim);
   }
-  pack_row_pairs<Operand>(in.q, in.q_row, length, head_dim, width, query_words, 0, query_words,
-                          t.query_pairs);
+  pack_word_pairs<Operand>(in.q, in.q_row, length, head_words, width, query_words, t.query_pairs);
   pack_row_pairs<Operand>(in.grad_out, in.grad_out_row, length, head_dim, width, query_words, 0, query_words,
                           t.grad_pairs);
-  pack_key_panels<Operand>(shape, in.k, in.k_row, 0, shape.keys, t.keys);
-  pack_key_panels<Operand>(shape, in.v, in.v_row, 0, shape.keys, t.values);
+  pack_key_words<Operand>(shape, in.k, in.k_row, head_words, t.keys);
+  pack_key_words<Operand>(shape, in.v, in.v_row, head_words, t.values);
   const int64_t key_words = shape.keys / kPer;
-  pack_row_pairs<Operand>(in.k, in.k_row, length, head_dim, width, key_words, 0, query_words, t.key_pairs);
+  pack_word_pairs<Operand>(in.k, in.k_row, length, head_words, width, key_words, t.key_pairs);
 
   for (int64_t begin = 0; begin < length; begin += kGradKeys) {
     const int64_t count = shape.keys - begin < kGradKeys ? shape.keys - begin : kGradKeys;

@@ -234,9 +234,10 @@ bool attend_single_of(const AttentionProblem& p, const AttentionOutput& out, int
   return true;
 }
 
-// Float copies of the head's tensors, and its gradients.
+// The head's tensors as operands, and its gradients.
 struct BackwardScratch {
-  float *q, *k, *v, *out, *grad_out;  // [L, K]
+  uint32_t *q, *k, *v, *out;  // [L, head words]
+  float *rows, *grad_out;     // [L, K]
   float *grad_q, *grad_k, *grad_v;
   float* bias;
   void* attention;
@@ -246,7 +247,8 @@ struct BackwardScratch {
 inline BackwardScratch backward_scratch(const HeadShape& s, void* memory) {
   BackwardScratch t;
   Layout layout(memory);
-  for (float** array : {&t.q, &t.k, &t.v, &t.out, &t.grad_out, &t.grad_q, &t.grad_k, &t.grad_v})
+  for (uint32_t** array : {&t.q, &t.k, &t.v, &t.out}) *array = layout.take<uint32_t>(s.length * s.head_dim);
+  for (float** array : {&t.rows, &t.grad_out, &t.grad_q, &t.grad_k, &t.grad_v})
     *array = layout.take<float>(s.length * s.head_dim);
   t.bias = layout.take<float>(s.keys);
   t.attention = layout.take<char>(attention_backward_scratch_bytes(s));
@@ -263,12 +265,30 @@ void backward_head_of(const AttentionProblem& p, const AttentionOutput& forward,
                       int64_t head, void* scratch) {
   const HeadShape s = head_shape(p);
   const BackwardScratch t = backward_scratch(s, scratch);
+  constexpr int kPer = Operand::kPerWord;
+  const int64_t head_words = (s.head_dim + kPer - 1) / kPer;
   // Floats that need no rotation are read and written where they are.
-  const auto read = [&](const HeadsView& view, bool rotated, float* to) -> Rows<const float> {
+  const auto read = [&](const HeadsView& view, bool rotated, uint32_t* to) -> Rows<const uint32_t> {
     const Rows<const Element> from = rows_of<const Element>(p, view, head);
     if constexpr (sizeof(Element) == sizeof(float))
-      if (!rotated || !p.cos) return from;
-    read_rows(p, from, 0, s.length, rotated, to, s.head_dim);
+      if (!rotated || !p.cos) return {reinterpret_cast<const uint32_t*>(from.at), from.stride};
+    if constexpr (kPer == 1) {
+      read_rows(p, from, 0, s.length, rotated, reinterpret_cast<float*>(to), s.head_dim);
+    } else {
+      const bool turned = rotated && p.cos;
+      if (turned) read_rows(p, from, 0, s.length, true, t.rows, s.head_dim);
+      for (int64_t r = 0; r < s.length; ++r)
+        if (turned)
+          pack_row<Operand>(t.rows + r * s.head_dim, s.head_dim, to + r * head_words);
+        else
+          pack_row<Operand>(from.at + r * from.stride, s.head_dim, to + r * head_words);
+    }
+    return {to, head_words};
+  };
+  const auto read_floats = [&](const HeadsView& view, float* to) -> Rows<const float> {
+    const Rows<const Element> from = rows_of<const Element>(p, view, head);
+    if constexpr (sizeof(Element) == sizeof(float)) return from;
+    read_rows(p, from, 0, s.length, false, to, s.head_dim);
     return {to, s.head_dim};
   };
   const auto place = [&](const HeadsView& view, bool rotated, float* own) -> Rows<float> {
@@ -277,8 +297,8 @@ void backward_head_of(const AttentionProblem& p, const AttentionOutput& forward,
     return {own, s.head_dim};
   };
   const auto q = read(p.q, true, t.q), k = read(p.k, true, t.k), v = read(p.v, false, t.v);
-  const auto grad_out = read(g.grad_out, false, t.grad_out);
-  const auto out = in_one_block(s) ? Rows<const float>{} : read(forward.out, false, t.out);
+  const auto grad_out = read_floats(g.grad_out, t.grad_out);
+  const auto out = in_one_block(s) ? Rows<const uint32_t>{} : read(forward.out, false, t.out);
   const auto grad_q = place(g.grad_q, true, t.grad_q), grad_k = place(g.grad_k, true, t.grad_k),
              grad_v = place(g.grad_v, false, t.grad_v);
   if (has_bias(p, s)) fill_bias(p, head, 0, s.keys, t.bias);
@@ -294,8 +314,8 @@ void backward_head_of(const AttentionProblem& p, const AttentionOutput& forward,
     for (int64_t r = 0; r < s.length; ++r) {
       const float* turned = grad.at + r * grad.stride;
       if (rotated && p.cos) {
-        rotate_row(turned, p.cos + r * half, p.sin + r * half, -1.0f, half, t.q);
-        turned = t.q;
+        rotate_row(turned, p.cos + r * half, p.sin + r * half, -1.0f, half, t.rows);
+        turned = t.rows;
       }
       write_row(turned, s.head_dim, to.at + r * to.stride);
     }

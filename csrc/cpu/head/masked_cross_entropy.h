@@ -69,7 +69,7 @@ struct MaskedCrossEntropyGradients {
 };
 
 struct LogitGradients {
-  const void* values;  // [R, V] bf16 for bf16 operands, else float
+  const void* values;  // [B*L, V] bf16 for bf16 operands, else float
 };
 
 // At most kGroupRows rows, normalised, as operands; padded with zero rows to whole pairs of vectors.

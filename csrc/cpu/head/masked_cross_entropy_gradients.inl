@@ -180,10 +180,17 @@ void given_gradients(const MaskedCrossEntropyProblem& p, const RowGroup& g, cons
                      const TileScratch& scratch, const Source* given, int64_t token, int64_t count) {
   constexpr int kPer = Operand::kPerWord;
   const int64_t token_words = (count + kPer - 1) / kPer;
+  const int64_t* rows = p.rows + g.first;
   for (int64_t row = 0; row < g.padded; row += kLanes) {
     const int filled = static_cast<int>(g.count - row < kLanes ? g.count - row : kLanes);
-    pack_columns<Operand>(given + (g.first + row) * p.vocab_size + token, p.vocab_size, filled, count,
-                          token_words, l.rows_stride, scratch.row_pairs + row);
+    pack_columns_of(filled, token_words, l.rows_stride, scratch.row_pairs + row, [&](int j, int64_t k) {
+      const int64_t left = count - k * kPer;
+      const Source* from = given + rows[row + j] * p.vocab_size + token + k * kPer;
+      const bool both = kPer == 2 && left > kLanes;
+      uint32_t to[2 * kLanes / kPer];
+      Operand::store(to, load_some(from, left), both ? load_some(from + kLanes, left - kLanes) : Floats{});
+      return load_words(to);
+    });
   }
   for (int64_t k = 0; k < token_words; ++k) {
     Floats total[kPer] = {};

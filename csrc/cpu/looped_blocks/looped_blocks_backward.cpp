@@ -1,6 +1,7 @@
 #include "cpu/looped_blocks/looped_blocks_backward.h"
 
 #include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "cpu/looped_blocks/folded.h"
@@ -13,7 +14,7 @@ namespace {
 // Fixed numbers: sums over rows are grouped by them, so they may not depend on the machine.
 constexpr int64_t kTaskRows = 64;                     // of one sequence
 constexpr int64_t kWorkingRows = 1024;                // of whole sequences, at least one
-constexpr int64_t kLeftPanels = 8, kRightPanels = 4;  // of a weight gradient in one task
+constexpr int64_t kLeftPanels = 4, kRightPanels = 4;  // of a weight gradient in one task
 constexpr int kVectors = 6;
 
 // What is summed over the rows of one task.
@@ -23,6 +24,26 @@ struct Sums {
   VectorSums at(float* memory) const {
     return {memory, memory + (kVectors + 1) * hidden, memory + kVectors * hidden};
   }
+};
+
+// Adds up how long each phase takes, where that is wanted.
+class Laps {
+ public:
+  explicit Laps(int64_t* nanoseconds) : nanoseconds_(nanoseconds) {
+    if (nanoseconds_) last_ = Clock::now();
+  }
+
+  void end(int phase) {
+    if (nanoseconds_ == nullptr) return;
+    const Clock::time_point now = Clock::now();
+    nanoseconds_[phase] += std::chrono::nanoseconds(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  int64_t* nanoseconds_;
+  Clock::time_point last_;
 };
 
 class Backward {
@@ -117,10 +138,12 @@ class Backward {
       });
     };
 
+    Laps laps(worker.index == 0 ? p_.nanoseconds : nullptr);
     for_rows([&](const GradientSpans& spans) {
       for (int64_t i = 0; i < spans.size; ++i) std::fill_n(spans.at[i].sums.modulation, sums_.size(), 0.0f);
       kernel_.finish(shape_, f_.bf16, p_.transposed[block], dropout, spans, panels, scratch);
     });
+    laps.end(0);
     worker.share(count * f_.heads, [&](int64_t task) {
       const int64_t index = task / f_.heads;
       SequenceState state{};
@@ -130,9 +153,11 @@ class Backward {
       kernel_.head(shape_, f_.bf16, record_of(index), state, task % f_.heads,
                    rows_at(active[static_cast<size_t>(index)], index, 0, f_.length), scratch);
     });
+    laps.end(1);
     for_rows([&](const GradientSpans& spans) {
       kernel_.project(shape_, f_.bf16, p_.transposed[block], spans, panels, scratch);
     });
+    laps.end(2);
 
     const BlockGradients& out = p_.gradients[block];
     const Product products[] = {
@@ -157,6 +182,7 @@ class Backward {
         task -= tasks_of(product);
       }
     });
+    laps.end(3);
   }
 
   static int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -28,7 +28,12 @@ struct LoopedBlocksBackwardProblem {
   char* records;
   float* grad_x;                    // [B, L, D]: in of the output, out of the input
   const BlockGradients* gradients;  // [n]
+  int64_t* nanoseconds;             // [kBackwardPhases], added to, or null
 };
+
+// What follows one another in an application: MLP and output projection, attention, projections and first
+// norm, weight gradients.
+constexpr int kBackwardPhases = 4;
 
 // An operand of a product summed over rows: panels of at most kPanel columns, [row words][columns].
 struct RowPanels {

@@ -11,13 +11,13 @@ struct BlockGradientScratch {
   float* sums;            // [kBlockRows, kPanel]
   float* wide;            // a panel of weights
   float* grad_act;        // [kBlockRows, padded D]
-  float* heads;           // seven arrays [L, head width]
+  float* heads;           // three arrays [L, head width]
   void* attention;
 };
 
 inline HeadShape head_shape(const BlockShape& s) { return {s.length, s.keys, s.head_dim, s.head_width}; }
 
-constexpr int kHeadArrays = 7;  // q, k, v, out and the gradients of q, k, v
+constexpr int kHeadArrays = 3;  // the gradients of q, k, v
 
 inline int64_t head_array_size(const BlockShape& s) { return s.length * s.head_width + 2 * kLanes; }
 
@@ -262,47 +262,29 @@ void finish_gradient_rows(const BlockShape& s, const TransposedPointers& weights
 }
 
 template <class Operand>
-void load_head(const BlockShape& s, const uint32_t* words, int64_t head, float* out) {
-  constexpr int kPer = Operand::kPerWord;
-  for (int64_t r = 0; r < s.length; ++r) {
-    const uint32_t* row = words + r * s.hidden_words() + head * s.head_words();
-    for (int64_t i = 0; i < s.head_dim; i += 2 * kLanes) {
-      Floats first, second;
-      load_some_words<Operand>(row + i / kPer, s.head_words() - i / kPer, first, second);
-      store(out + r * s.head_width + i, first);
-      if (i + kLanes < s.head_width) store(out + r * s.head_width + i + kLanes, second);
-    }
-  }
-}
-
-template <class Operand>
 void head_gradient(const BlockShape& s, const BlockRecord& record, const SequenceState& seq, int64_t head,
                    const GradientRows& rows, BlockGradientScratch& t) {
   constexpr int kPer = Operand::kPerWord;
   float* arrays[kHeadArrays];
   for (int i = 0; i < kHeadArrays; ++i) arrays[i] = t.heads + i * head_array_size(s);
-  load_head<Operand>(s, record.query, head, arrays[0]);
-  load_head<Operand>(s, record.key, head, arrays[1]);
-  load_head<Operand>(s, record.value, head, arrays[2]);
-  if (!in_one_block(head_shape(s))) load_head<Operand>(s, record.mixed, head, arrays[3]);
-  const int64_t row = s.head_width;
-  const HeadGradientInput in = {.q = arrays[0],
-                                .k = arrays[1],
-                                .v = arrays[2],
-                                .out = arrays[3],
+  const int64_t row = s.head_width, words = s.hidden_words(), first = head * s.head_words();
+  const HeadGradientInput in = {.q = record.query + first,
+                                .k = record.key + first,
+                                .v = record.value + first,
+                                .out = record.mixed + first,
                                 .grad_out = rows.grad_mixed + head * s.head_dim,
-                                .q_row = row,
-                                .k_row = row,
-                                .v_row = row,
-                                .out_row = row,
+                                .q_row = words,
+                                .k_row = words,
+                                .v_row = words,
+                                .out_row = words,
                                 .grad_out_row = s.hidden_padded,
                                 .log_sum_exp = record.log_sum_exp + head * s.length};
   attend_backward<Operand>(head_shape(s), in, seq.key_bias, t.attention,
-                           {arrays[4], arrays[5], arrays[6], row, row, row});
+                           {arrays[0], arrays[1], arrays[2], row, row, row});
   const int64_t half = s.head_dim / 2, row_words = round_up(3 * s.hidden, 2 * kLanes) / kPer;
   for (int part = 0; part < 3; ++part)
     for (int64_t r = 0; r < s.length; ++r) {
-      float* source = arrays[4 + part] + r * row;
+      float* source = arrays[part] + r * row;
       if (part < 2 && seq.cos)
         rotate_row(source, seq.cos + r * half, seq.sin + r * half, -1.0f, half, source);
       store_row<Operand>(source, s.head_dim,
@@ -329,7 +311,7 @@ void project_gradient_rows(const BlockShape& s, const TransposedPointers& weight
 template <class Operand>
 void weight_gradient(const RowPanels& left, int64_t out, const PanelRange& left_range, const RowPanels& right,
                      const PanelRange& right_range, float* gradient) {
-  constexpr int64_t kSlice = Operand::kPerWord == 1 ? 128 : 256;
+  constexpr int64_t kSlice = Operand::kPerWord == 1 ? 128 : 512;
   for (int64_t k = 0; k < right.words; k += kSlice) {
     const int64_t words = right.words - k < kSlice ? right.words - k : kSlice;
     for (int64_t i = right_range.first; i < right_range.last; ++i) {
