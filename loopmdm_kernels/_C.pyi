@@ -57,6 +57,7 @@ def looped_blocks_backward(
     num_threads: int,
     records: Tensor,
     gradients: list[Tensor],
+    nanoseconds: Tensor | None = ...,
 ) -> None: ...
 def head_logits(
     hidden: Tensor,

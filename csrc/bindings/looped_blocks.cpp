@@ -109,13 +109,14 @@ void looped_blocks(py::handle x, const py::sequence& blocks, py::handle modulati
 }
 
 // grad_x: of the result, becomes that of x. transposed: four packed weights a block. gradients: seven
-// accumulators a block, in the order of BlockGradients; weights [out, padded in]. nanoseconds: int64 [4], those
-// of each phase are added to it; or None.
+// accumulators a block, in the order of BlockGradients; weights [out, padded in]. nanoseconds: int64 [4],
+// those of each phase are added to it; or None.
 void looped_blocks_backward(py::handle grad_x, const py::sequence& blocks, const py::sequence& transposed_arg,
                             py::handle modulation, py::handle num_loops, int64_t heads, py::handle cos,
                             py::handle sin, py::handle key_mask, bool bf16, double dropout,
                             uint64_t dropout_seed, int64_t first_loop, int num_threads,
-                            py::handle records_arg, const py::sequence& gradients_arg, py::handle nanoseconds) {
+                            py::handle records_arg, const py::sequence& gradients_arg,
+                            py::handle nanoseconds) {
   check_num_threads(num_threads);
   Arguments a(grad_x, blocks, modulation, num_loops, heads, cos, sin, key_mask, bf16, dropout, dropout_seed,
               first_loop);

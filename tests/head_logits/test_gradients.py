@@ -85,7 +85,10 @@ def test_bits_do_not_depend_on_threads(backend, dtype, threads):
 
 
 @pytest.mark.by_backend(
-    "dtypes", reference=[(FLOAT, None)], cpu=[(FLOAT, None), (BF16, None), (FLOAT, BF16)], triton=[(FLOAT, None)]
+    "dtypes",
+    reference=[(FLOAT, None)],
+    cpu=[(FLOAT, None), (BF16, None), (FLOAT, BF16)],
+    triton=[(FLOAT, None)],
 )
 def test_rows_without_gradients(backend, dtypes):
     """As MDLM's loss leaves them: zeros of both signs in most rows, in one all but the last number."""

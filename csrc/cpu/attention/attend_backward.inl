@@ -92,7 +92,8 @@ inline float dot_product(const float* a, const uint32_t* b, int64_t count) {
 
 // pack_key_panels() of all keys, from rows of operands.
 template <class Operand>
-void pack_key_words(const HeadShape& shape, const uint32_t* x, int64_t row, int64_t head_words, uint32_t* out) {
+void pack_key_words(const HeadShape& shape, const uint32_t* x, int64_t row, int64_t head_words,
+                    uint32_t* out) {
   for (int64_t key = 0; key < shape.length; key += kLanes) {
     const int64_t panel = key / kPanel * kPanel, left = shape.length - key;
     pack_columns_of(
