@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _TWICE = (
     "loopmdm_kernels: the kernels differentiate once; for gradients of gradients compute in plain PyTorch: "
@@ -38,6 +42,26 @@ def traced(*tensors: Tensor) -> bool:
             or any([tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors])
         )
     )
+
+
+def not_compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """As `torch.compiler.disable`, which imports the compiler, and that takes longer than all the rest.
+
+    The decorator inside torch imports it when it is called, and it is called where something is compiled.
+    """
+    interrupts = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return (interrupts if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call
+
+
+def constant_when_compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """As `torch.compiler.assume_constant_result`, which imports the compiler to set this attribute."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def can_read(value: Tensor) -> bool:

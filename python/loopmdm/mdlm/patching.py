@@ -15,6 +15,7 @@ from loopmdm.mdlm.trial import StandIn
 from loopmdm.mdlm.weights import NETWORK_ATTRIBUTES
 from loopmdm.model import LoopMDM, cut
 from loopmdm.model.modules import rotary_angles, weights_of
+from loopmdm_kernels.tracing import not_compiled
 from loopmdm_kernels.values import positive
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -185,7 +186,7 @@ class _LoopedBlocks:
             self._compare(index)
         return None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _compare(self, index: int) -> None:
         likeness.check_blocks(self.network, [index], _named(self.network))
         self._compared[index] = _norms(self.network.blocks[index])

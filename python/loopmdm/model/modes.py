@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from loopmdm_kernels.tracing import transformed
+from loopmdm_kernels.tracing import constant_when_compiled, transformed
 
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # Modules that are in eval mode for a while: by how many blocks at once, and the mode they had before.
@@ -86,7 +86,7 @@ def say_if_trained(model: nn.Module, out: Tensor, max_loops: int) -> None:
     out.register_hook(say)  # type: ignore[no-untyped-call]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _say_of_graph(message: str) -> int:
     """Runs while a graph is traced, and leaves nothing in it."""
     warnings.warn(message, stacklevel=2)

@@ -24,7 +24,7 @@ from loopmdm.model.modules import (
     by_row,
 )
 from loopmdm.model.vocabulary import AnyHead, CalledHead
-from loopmdm_kernels.tracing import can_read, traced, transformed, without_autocast
+from loopmdm_kernels.tracing import can_read, not_compiled, traced, transformed, without_autocast
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Fp8Head, Fp8Weight, Head
 
 T = TypeVar("T")
@@ -145,7 +145,7 @@ class Network(Trainable):
         """Whether `head` is one of modules that are called."""
         return why_global() is not None or OutputLayer.why_called(self.output_layer) is not None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def say_cuts(self) -> None:
         """Warn once of each reason in `cuts`."""
         say(self, self.cuts())

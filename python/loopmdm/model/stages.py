@@ -21,6 +21,7 @@ from loopmdm.model.network import Network
 from loopmdm.model.parallel import refuse_split, with_whole_weights
 from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
+from loopmdm_kernels.tracing import not_compiled
 from loopmdm_kernels.types import Rotary
 from loopmdm_kernels.values import positive
 
@@ -275,7 +276,7 @@ class Stages:
 
         return with_whole_weights(self._blocks(start, end), x, run)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _run_modules(
         self,
         x: Tensor,

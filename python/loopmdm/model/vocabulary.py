@@ -12,6 +12,7 @@ import loopmdm_kernels as lk
 from loopmdm_kernels.calls import Draw
 from loopmdm_kernels.reference.head_logits import subs_log_probs
 from loopmdm_kernels.reference.sample_rows import sample_logits
+from loopmdm_kernels.tracing import not_compiled
 from loopmdm_kernels.types import Fp8Head, Head, RowRng, SampledRows
 
 NEVER = -1e30  # logit of a forbidden token: finite, so that no difference of two is NaN
@@ -142,13 +143,13 @@ def most_probable(
     return sample_rows(hidden, head, rows, rng, temperature=0.0, compute_dtype=compute_dtype)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def _called(hidden: Tensor, head: CalledHead) -> Tensor:
     logits = head.layer(hidden, head.condition)
     return logits if head.forbidden is None else _forbid(logits, head.forbidden)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def _called_cross_entropy(
     hidden: Tensor, head: CalledHead, targets: Tensor, rows: Tensor, row_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
