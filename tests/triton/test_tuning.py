@@ -7,6 +7,7 @@ import torch
 
 from loopmdm.cli import bench as command
 from loopmdm.cli import main
+from loopmdm.speed import cases
 from loopmdm_kernels.triton import tuning
 from loopmdm_kernels.triton.config import KERNELS, Tiles, default_tiles, key, tiles
 from loopmdm_kernels.triton.launch import processor
@@ -66,7 +67,7 @@ def test_the_table_goes_on_where_it_was(device, tmp_path, monkeypatch):
 
 def test_the_command(device, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(command.PRESETS, "tiny", {"hidden_size": 16, "num_heads": 1})
-    monkeypatch.setattr(command, "VOCABULARY", 20)
+    monkeypatch.setattr(cases, "VOCABULARY", 20)
     monkeypatch.setattr(command, "_TUNED", {"batches": ((1, 3),), "rows": 2})
     monkeypatch.setattr(tuning, "interleaved_medians", lambda calls, **_: dict.fromkeys(calls, 1.0))
     for kernel in KERNELS:

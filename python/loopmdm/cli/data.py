@@ -34,7 +34,7 @@ EPILOG = """examples:
   loopmdm train --preset small --data web books --weights 0.8 0.2 --out run
 
 A build that was stopped goes on when the same command is given again. `loopmdm data build --help` and
-`loopmdm data show --help` have the options."""
+`loopmdm data show --help` have the options; both take --json."""
 # Text that a bpe:VOCAB is trained on: the first documents of files spread over the corpus.
 _SAMPLE_CHARS, _SAMPLE_FILES = 2**26, 64
 _EVERY = 5.0  # seconds between two lines of progress

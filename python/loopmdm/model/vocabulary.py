@@ -79,14 +79,19 @@ def row_logits(
 ) -> Tensor:
     """Logits [R, V] of the rows (flat indices b*L + l) of hidden [B, L, D], in fp32 or wider.
 
-    They are those of `head_logits`, and as rounded.
+    They are those of `head_logits`, and as rounded; of a layer that is called, what it returns.
     """
+
+    def of(hidden: Tensor, head: AnyHead) -> Tensor:
+        if isinstance(head, CalledHead):
+            return _called(hidden, head)
+        return head_logits(hidden, head, compute_dtype=compute_dtype)
+
     chosen = hidden.flatten(0, 1)[rows]
     if is_shared(head):
-        logits = head_logits(chosen[None], head, compute_dtype=compute_dtype)[0]
+        logits = of(chosen[None], head)[0]
     else:  # each row is a sequence of its own
-        own = of_sequences(head, rows // hidden.shape[1])
-        logits = head_logits(chosen[:, None], own, compute_dtype=compute_dtype)[:, 0]
+        logits = of(chosen[:, None], of_sequences(head, rows // hidden.shape[1]))[:, 0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
