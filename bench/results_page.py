@@ -17,6 +17,7 @@ from loopmdm_kernels.files import write_file
 RESULTS = Path(__file__).parent / "results"
 SPEED = {
     "Zen 5": "2026-11-24-cpu-zen5.json",
+    "Zen 5, blocks, model and training again": "2026-11-29-cpu-zen5-blocks.json",
     "Zen 5, the head's ops again": "2026-11-29-cpu-zen5-head.json",
     "Zen 4": "2026-11-24-cpu-zen4.json",
     "AVX2, played by a Zen 5": "2026-11-29-cpu-zen5-as-avx2.json",
