@@ -17,11 +17,12 @@ class Device(NamedTuple):
     attention_flops: float = 450e12
     l2_bytes: float = 5.5e12
     sm_bytes: float = 0.11e12  # one SM alone: 64 bytes a cycle
-    wait_seconds: float = 1e-6  # from the last signal of a phase to the first load of the next
+    wait_seconds: float = 1.5e-6  # from the last signal of a phase to the first data of the next
     shared_bytes: int = 232_448  # what a block may use
     keeps_weights: bool = True  # its kernel can leave weights in shared memory for all loops
     cluster: int = 16  # blocks that can signal by the shared memory of one of them; 1: its kernel cannot
-    cluster_wait_seconds: float = 0.6e-6  # instead of wait_seconds: without two ways to L2 and back
+    cluster_wait_seconds: float = 1.1e-6  # instead of wait_seconds: without two ways to L2 and back
+    node_seconds: float = 1.5e-6  # a small kernel or copy of a CUDA graph, with the way from the one before
 
     def as_cluster(self) -> Device:
         """The part of the device that one cluster is."""
@@ -34,6 +35,18 @@ class Device(NamedTuple):
             shared_bytes=self.shared_bytes - COUNTER_BYTES,
         )
 
+
+# Between what and what the assumptions of the H200 may lie. A wait is fence, meeting and signal (0.5 us),
+# a poll that sees it (0.3) and the way of the first box from L2 (0.6 to 0.8).
+RANGES = {
+    "wait_seconds": (1.0e-6, 2.0e-6),
+    "cluster_wait_seconds": (0.7e-6, 1.4e-6),
+    "l2_bytes": (4.0e12, 7.0e12),
+    "sm_bytes": (0.08e12, 0.13e12),
+    "product_flops": (600e12, 800e12),
+    "attention_flops": (350e12, 550e12),
+    "node_seconds": (1.0e-6, 2.0e-6),
+}
 
 # By compute capability: A100, RTX 3090, RTX 4090, H200. Peak rates times what their like reach elsewhere;
 # nothing here is measured.
