@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,12 @@ from typing import Any
 from loopmdm.cli.output import print_json, print_table, show
 from loopmdm.cli.parser import FOOTER, Parser, add_json
 from loopmdm.data.corpus import Corpus, Settings, build_corpus
-from loopmdm.data.corpus.build import PLAN_FILE, Counts
+from loopmdm.data.corpus.build import Counts
 from loopmdm.data.corpus.store import PARTS
-from loopmdm.data.files import Found
-from loopmdm.data.text import documents_in, found_files
-from loopmdm.data.tokenizer import Tokenizer, load_tokenizer
+from loopmdm.data.text import found_files
 from loopmdm.printable import printable_lines
 from loopmdm.runs.options import Sources, number, positive_int, usage_errors
-from loopmdm.runs.text_data import located, make_tokenizer
+from loopmdm.runs.text_data import corpus_tokenizer, located
 from loopmdm.terminal import note
 
 EPILOG = """examples:
@@ -35,8 +32,6 @@ EPILOG = """examples:
 
 A build that was stopped goes on when the same command is given again. `loopmdm data build --help` and
 `loopmdm data show --help` have the options; both take --json."""
-# Text that a bpe:VOCAB is trained on: the first documents of files spread over the corpus.
-_SAMPLE_CHARS, _SAMPLE_FILES = 2**26, 64
 _EVERY = 5.0  # seconds between two lines of progress
 
 
@@ -108,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     made_of = {"data": sources, "tokenizer": args.tokenizer}
     corpus = build_corpus(
         found,
-        _tokenizer(args, found),
+        corpus_tokenizer(args.tokenizer, found, args.out, args.text_field, args.errors),
         args.out,
         settings,
         workers=args.workers,
@@ -123,31 +118,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         show(f"\ntry: loopmdm train --data {shlex.quote(str(args.out))} --out run")
     return 0
-
-
-def _tokenizer(args: argparse.Namespace, found: Found) -> Tokenizer:
-    """That of a build which goes on, else a new one."""
-    if (args.out / PLAN_FILE).exists():
-        return load_tokenizer(args.out)
-    documents = list(_sample(found, args)) if args.tokenizer.startswith("bpe:") else []
-    return make_tokenizer(args.tokenizer, documents)
-
-
-def _sample(found: Found, args: argparse.Namespace) -> Iterator[str]:
-    step = -(-len(found.files) // _SAMPLE_FILES)
-    chosen = found.files[::step]
-    for file in chosen:
-        left = _SAMPLE_CHARS // len(chosen)
-        one = Found(found.sources, [file._replace(named=False)])
-        try:
-            for document in documents_in(one, args.text_field, args.errors):
-                yield document[:left]
-                left -= len(document)
-                if left <= 0:
-                    break
-        except ValueError:
-            if one.files:  # damaged; one without text is left out by the build as well
-                raise
 
 
 class _Lines:

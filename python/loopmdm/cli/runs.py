@@ -17,9 +17,13 @@ import torch
 import torch.distributed as dist
 
 from loopmdm.cli.parser import INTERRUPTED, TERMINATED
+from loopmdm.data.corpus import CorpusStream, GrowingCorpus, Settings
+from loopmdm.data.corpus.stream import SHARD_TOKENS
+from loopmdm.data.text import found_files
 from loopmdm.model.config import LoopMDMConfig
+from loopmdm.printable import printable_lines
 from loopmdm.runs import text_data
-from loopmdm.runs.jobs import Job, corpus_job, read_corpus, sudoku_job, text_job, text_tokenizer
+from loopmdm.runs.jobs import Job, corpus_job, read_corpus, stream_job, sudoku_job, text_job, text_tokenizer
 from loopmdm.runs.options import UsageError
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.runs.run_file import FILES, RunFile, replaced_by
@@ -33,6 +37,7 @@ _DATA_FIELDS = (
     "preset",
     "data",
     "weights",
+    "stream",
     "text_field",
     "errors",
     "tokenizer",
@@ -58,6 +63,7 @@ _FROM_TEXT = {
     "errors": "--errors",
     "validation": "--validation",
     "cache": "--cache",
+    "stream": "--stream",
 }
 
 
@@ -85,7 +91,7 @@ def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> Trai
             out = stack.enter_context(RunFolder(args.out, FILES))
             if not _begun(args):
                 refuse_files(args.out, replaced_by(run, args.out), "a new run")
-        job = _prepare(run, args, rank)
+        job = _prepare(run, args, rank, stack)
         trainer = Trainer(job.model.to(device), job.data, job.config, out, evaluate=job.evaluate)
         if args.resume:
             done = trainer.resume()
@@ -168,6 +174,8 @@ def described_run(args: argparse.Namespace) -> RunFile:
     if preset in TEXT_RECIPES and text_data.are_corpora(given_data["data"]):
         refuse(args, _FROM_TEXT, "a corpus was tokenised and split when it was built")
         _check_weights(given_data)
+    elif args.stream and args.cache is not None:
+        raise UsageError("--cache: --stream keeps its tokens in the folder of the run; leave out --cache")
     elif "weights" in given_data:
         raise UsageError("--weights: they are those of corpora made by `loopmdm data build`")
     if preset in TEXT_RECIPES:
@@ -198,7 +206,7 @@ def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
-def _prepare(run: RunFile, args: argparse.Namespace, rank: int) -> Job:
+def _prepare(run: RunFile, args: argparse.Namespace, rank: int, stack: ExitStack) -> Job:
     """The job of a run; rank 0 makes the tokenizer, and the others read it from the folder of the run."""
     if run.data is None:
         return sudoku_job(run, args.threads or 1)
@@ -208,6 +216,8 @@ def _prepare(run: RunFile, args: argparse.Namespace, rank: int) -> Job:
             tokenizer.save(args.out)
             note(_seen(job))
         return job
+    if run.stream:
+        return _streamed(run, args, rank, stack)
     if rank == 0:
         corpus, tokenizer = text_tokenizer(run, args.out, begun=_begun(args))
     if dist.is_initialized():
@@ -219,6 +229,25 @@ def _prepare(run: RunFile, args: argparse.Namespace, rank: int) -> Job:
     job = text_job(run, corpus, tokenizer, args.cache)
     if not dist.is_initialized():
         tokenizer.save(args.out)  # when nothing can be wrong with the options any more
+    return job
+
+
+def _streamed(run: RunFile, args: argparse.Namespace, rank: int, stack: ExitStack) -> Job:
+    """The job of a run on text that rank 0 tokenises meanwhile, into the folder of the run."""
+    assert run.data is not None
+    folder = args.out / text_data.STREAM_FOLDER
+    if rank:
+        return stream_job(run, GrowingCorpus(folder))
+    settings = Settings(
+        run.text_field, "replace" if run.errors == "replace" else "strict", run.validation, SHARD_TOKENS
+    )
+    found = found_files(run.data)
+    note(printable_lines(f"reading: {found.read()}"))
+    tokenizer = text_data.corpus_tokenizer(run.tokenizer, found, folder, settings.text_field, settings.errors)
+    made_of = {"data": run.data, "tokenizer": run.tokenizer}
+    stream = stack.enter_context(CorpusStream(found, tokenizer, folder, settings, made_of=made_of))
+    job = stream_job(run, stream.corpus)
+    tokenizer.save(args.out)
     return job
 
 

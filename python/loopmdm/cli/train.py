@@ -29,6 +29,7 @@ EPILOG = """examples:
   loopmdm train --data a.txt more/ "web/**/*.jsonl.gz" --text-field content --out run
   loopmdm train --data stdlib --tokenizer bpe:4096 --hidden 256 --steps 5000 --out run
   loopmdm train --preset sudoku6 --out run6         6x6 Sudoku, about ten minutes on one core
+  loopmdm train --data "web/*.parquet" --stream --out run
   loopmdm train --resume --out run                  continue a run that was stopped
   loopmdm train --family light=2,3,4,5 heavy=6 --data stdlib --out family
   torchrun --nproc-per-node 8 -m loopmdm train --preset small --data corpus.parquet --out run
@@ -105,6 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND=N,...",
         help="plain models of several depths, such as light=2,3,4,5 heavy=6,6, each in its own folder of"
         " DIR; a count given again gets the next seed; the same command goes on where it was stopped",
+    )
+    what.add_argument(
+        "--stream",
+        action="store_true",
+        default=None,
+        help="tokenise --data while training, into the folder corpus of DIR; memory does not grow with it",
     )
     what.add_argument("--cache", type=Path, metavar="DIR", help="keep packed tokens here between runs")
     model = parser.add_argument_group("model")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loopmdm.data.corpus import CorpusData
+from loopmdm.data.corpus import Corpus, CorpusData, GrowingCorpus
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
 from loopmdm.runs import text_data
@@ -73,15 +73,23 @@ def held_out_text(args: argparse.Namespace, model: LoopMDM, name: str) -> HeldOu
         part, field, errors, share = "all", args.text_field, args.errors, VALIDATION
     part = args.part or part
     length = args.length or (run.length if run is not None and run.length else model.config.max_length)
+    corpora: list[Corpus] = []
     if text_data.are_corpora(source):
-        return HeldOutText(_of_corpora(source, part, tokenizer, length), tokenizer, source, part, length)
+        corpora = text_data.open_corpora(source)
+    elif run is not None and run.stream and source == trained_on:
+        corpora = [GrowingCorpus(Path(name) / text_data.STREAM_FOLDER)]  # as far as it has come
+    if corpora:
+        return HeldOutText(
+            _of_corpora(corpora, source, part, tokenizer, length), tokenizer, source, part, length
+        )
     corpus = text_data.read_corpus(source, field, errors, share if part == "validation" else 0.0)
     documents = corpus.validation if part == "validation" else corpus.train
     return HeldOutText(text_data.pack(part, documents, tokenizer, length), tokenizer, source, part, length)
 
 
-def _of_corpora(source: str | list[str], part: str, tokenizer: Tokenizer, length: int) -> text_data.TextData:
-    corpora = text_data.open_corpora(source)
+def _of_corpora(
+    corpora: list[Corpus], source: str | list[str], part: str, tokenizer: Tokenizer, length: int
+) -> text_data.TextData:
     if part == "validation":
         corpora = [corpus for corpus in corpora if corpus.shards(part)]
         if not corpora:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loopmdm.data.corpus import CorpusData
+from loopmdm.data.corpus import Corpus, CorpusData, GrowingCorpus, StreamData
 from loopmdm.data.sudoku.clues import parse_clues
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
@@ -108,12 +108,27 @@ def corpus_job(run: RunFile) -> tuple[Job, Tokenizer]:
     plan = _text_plan(run, tokenizer, held_out)
     with usage_errors():
         train = CorpusData(corpora, plan.length, weights=run.weights, **plan.batches())
-    validation = None
-    if held_out:
-        have = [corpus for corpus in corpora if corpus.shards("validation")]
-        validation = CorpusData(have, plan.length, part="validation")
+    validation = _held_out(corpora, plan.length) if held_out else None
     fingerprint = "-".join(corpus.digest for corpus in corpora)
     return plan.job(run, tokenizer, train, validation, fingerprint), tokenizer
+
+
+def _held_out(corpora: list[Corpus], length: int) -> CorpusData:
+    have = [corpus for corpus in corpora if corpus.shards("validation")]
+    return CorpusData(have, length, part="validation")
+
+
+def stream_job(run: RunFile, corpus: GrowingCorpus) -> Job:
+    """A run on a corpus that grows; evaluated on windows of the first shard of what it holds out."""
+    length = run.length or TEXT_RECIPES[run.preset].length
+    begun = corpus.beginning("validation" if run.validation else "train", length)
+    held_out = any(shard.tokens >= length - 2 for shard in begun.shards("validation"))
+    plan = _text_plan(run, corpus.tokenizer, held_out)
+    with usage_errors():
+        train = StreamData(corpus, plan.length, **plan.batches())
+    validation = _held_out([begun], plan.length) if held_out else None
+    fingerprint = corpus.beginning("train", length).digest
+    return plan.job(run, corpus.tokenizer, train, validation, fingerprint)
 
 
 class _TextPlan(NamedTuple):

@@ -34,6 +34,7 @@ class RunFile:
     training: dict[str, Any]  # TrainConfig, whole
     data: str | list[str] | None = None  # a source of `read_documents`, or several
     weights: list[float] | None = None  # of the corpora in `data`; None: by their sizes
+    stream: bool = False  # `data` is tokenised into the folder while it is trained on
     text_field: str = "text"
     errors: str = "strict"  # bytes that are not UTF-8, as in `read_documents`
     tokenizer: str = "byte"

@@ -13,8 +13,10 @@ import numpy as np
 
 from loopmdm.data import corpus as corpora
 from loopmdm.data.batches import Batch
-from loopmdm.data.files import listed
+from loopmdm.data.corpus.build import PLAN_FILE
+from loopmdm.data.files import Found, listed
 from loopmdm.data.packing import TextData
+from loopmdm.data.raw import Errors
 from loopmdm.data.text import STDLIB, documents_in, found_files, split_documents
 from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
 from loopmdm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
@@ -23,12 +25,14 @@ from loopmdm.runs.options import UsageError
 from loopmdm.terminal import note, note_waiting
 
 __all__ = [
+    "STREAM_FOLDER",
     "TOKENIZER_FILE",
     "Corpus",
     "TextData",
     "Windows",
     "are_corpora",
     "as_list",
+    "corpus_tokenizer",
     "fingerprint",
     "load_tokenizer",
     "located",
@@ -41,6 +45,10 @@ __all__ = [
 ]
 
 _BATCH = 16
+STREAM_FOLDER = "corpus"  # in the folder of a run: what it has tokenised beside training
+# Text that a bpe:VOCAB is trained on where a corpus is not read at once: the first documents of files spread
+# over it.
+_SAMPLE_CHARS, _SAMPLE_FILES = 2**26, 64
 
 
 def located(data: str | list[str]) -> str | list[str]:
@@ -130,6 +138,33 @@ def make_tokenizer(choice: str, documents: list[str]) -> Tokenizer:
     if tokenizer.vocab_size < int(size):
         note(f"note: the text has pairs for a vocabulary of {tokenizer.vocab_size:,} only, not {int(size):,}")
     return tokenizer
+
+
+def corpus_tokenizer(
+    choice: str, found: Found, folder: Path, text_field: str = "text", errors: Errors = "strict"
+) -> Tokenizer:
+    """That of a corpus begun or finished in a folder, else a new one, trained on a sample of the files."""
+    if (folder / PLAN_FILE).exists() or corpora.is_corpus(folder):
+        return load_tokenizer(folder)
+    sampled = choice.startswith(f"{BPETokenizer.kind}:")
+    return make_tokenizer(choice, list(_sample(found, text_field, errors)) if sampled else [])
+
+
+def _sample(found: Found, text_field: str, errors: Errors) -> Iterator[str]:
+    step = -(-len(found.files) // _SAMPLE_FILES)
+    chosen = found.files[::step]
+    for file in chosen:
+        left = _SAMPLE_CHARS // len(chosen)
+        one = Found(found.sources, [file._replace(named=False)])
+        try:
+            for document in documents_in(one, text_field, errors):
+                yield document[:left]
+                left -= len(document)
+                if left <= 0:
+                    break
+        except ValueError:
+            if one.files:  # damaged; one without text is left out by the build as well
+                raise
 
 
 def pack(

@@ -6,11 +6,12 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from loopmdm.data.corpus.store import (
 from loopmdm.data.files import DataFile, Found
 from loopmdm.data.packing import token_dtype
 from loopmdm.data.raw import Errors
-from loopmdm.data.records import NotText, documents_of
+from loopmdm.data.records import NotText, documents_of, text_of, whole
 from loopmdm.data.text import content_hash
 from loopmdm.data.tokenizer import Tokenizer, load_tokenizer
 from loopmdm.formats.folders import read_json
@@ -34,7 +35,11 @@ from loopmdm_kernels.files import remove_leftovers, write_files
 from loopmdm_kernels.locks import LOCK_FILE, Lock
 from loopmdm_kernels.values import check_at_least
 
+# Texts, or records with a field of text.
+Documents: TypeAlias = "Found | Iterable[str | Mapping[str, Any]]"
+
 PLAN_FILE = "build.json"
+PLAN_VERSION = 2  # of what a build writes down to go on
 UNIT_BYTES = 2**26  # of source files that one process tokenises in one go
 BATCH_CHARS = 2**21  # of documents that are handed to the tokenizer together
 _WAIT = 0.5  # seconds between two looks at the workers
@@ -78,11 +83,12 @@ class Counts(NamedTuple):
 
 @dataclass
 class _Unit:
-    """Files that one process tokenises one after the other, and how far it has come."""
+    """Documents that one process tokenises one after the other, and how far it has come."""
 
     number: int
     files: list[DataFile]
-    consumed: int = 0  # documents in finished shards
+    documents: Iterable[str | Mapping[str, Any]] | None = None  # instead of files
+    consumed: int = 0  # documents in finished shards, and empty ones between them
     done: bool = False
     shards: tuple[Shard, ...] = ()
 
@@ -105,7 +111,7 @@ class _Unit:
 
 
 def build_corpus(
-    found: Found,
+    documents: Documents,
     tokenizer: Tokenizer,
     folder: str | os.PathLike[str],
     settings: Settings | None = None,
@@ -114,13 +120,15 @@ def build_corpus(
     made_of: dict[str, Any] | None = None,
     on_progress: Callable[[Counts], None] | None = None,
 ) -> Corpus:
-    """Tokenise the documents of files into shards in a folder, and open the corpus.
+    """Tokenise documents into shards in a folder, and open the corpus.
 
     A build that was interrupted, or killed at any moment, goes on after its last whole shard when it is
     called again with the same arguments; the corpus is the same, whatever the number of workers and stops.
 
     Args:
-        found: the files, from `found_files`.
+        documents: files, from `found_files`; or texts, or records with a field `settings.text_field`, such as
+            a data set of the package datasets, streamed or not. These are read in this process; a build that
+            goes on has to be given the same again, and calls its method `skip` if it has one.
         tokenizer: of the corpus; saved beside the shards.
         folder: a new folder, or the one of an interrupted build.
         settings: of the documents and the split.
@@ -130,19 +138,28 @@ def build_corpus(
         on_progress: called at the start and now and then.
 
     Raises:
-        ValueError: no document; a file that is not what its name says (with its name and line); a folder
-            with other files, or with the build of something else.
+        ValueError: no document; a file or a record that is not what it should be (with its name and line); a
+            folder with other files, or with the build of something else; workers for what is no file.
         LockedError: another process builds there.
         OSError: the disk is full, say; what is finished stays.
     """
     target, settings = Path(folder), settings or Settings()
     if workers is not None:
         check_at_least("workers", workers, 1)
+    if not isinstance(documents, Found):
+        if isinstance(documents, str) or not isinstance(documents, Iterable):
+            kind = type(documents).__name__
+            raise TypeError(
+                f"documents is a {kind}; accepted: what found_files gives, or an iterable of texts"
+            )
+        if workers not in (None, 1):
+            raise ValueError(f"workers is {workers}; documents that are no files are read by one process")
+        workers = 1
     target.mkdir(parents=True, exist_ok=True)
     with Lock(target / LOCK_FILE, str(target)):
         remove_leftovers(target)
-        units = _units(found)
-        _begin(target, found, tokenizer, settings, made_of or {})
+        units = _units(documents)
+        _begin(target, units, tokenizer, settings, made_of or {})
         for unit in units:
             unit.read(target)
         wanted = min(workers or os.cpu_count() or 1, max(1, sum(not unit.done for unit in units)))
@@ -151,7 +168,8 @@ def build_corpus(
             unit.read(target)
         shards = tuple(shard for unit in units for shard in unit.shards)
         if not any(shard.part == "train" for shard in shards):
-            raise ValueError("; ".join(["the sources hold no document to train on", *found.remarks()]))
+            remarks = documents.remarks() if isinstance(documents, Found) else []
+            raise ValueError("; ".join(["the sources hold no document to train on", *remarks]))
         index = Index(tokenizer.fingerprint, tokenizer.vocab_size, shards, made_of=made_of or {})
         write_files({target / INDEX_FILE: index.text()})
         for path in (*(unit.path(target) for unit in units), target / PLAN_FILE):
@@ -159,10 +177,25 @@ def build_corpus(
     return Corpus(target)
 
 
-def _units(found: Found) -> list[_Unit]:
+def finished_shards(folder: Path) -> list[Shard]:
+    """The shards that a build has finished, those which will be the first of the corpus."""
+    shards: list[Shard] = []
+    unit = _Unit(0, [])
+    while unit.path(folder).exists():
+        unit.read(folder)
+        shards += unit.shards
+        if not unit.done:
+            break
+        unit = _Unit(unit.number + 1, [])
+    return shards
+
+
+def _units(documents: Documents) -> list[_Unit]:
+    if not isinstance(documents, Found):
+        return [_Unit(0, [], documents)]
     units: list[_Unit] = []
     size = UNIT_BYTES
-    for file in found.files:
+    for file in documents.files:
         if size >= UNIT_BYTES:
             units.append(_Unit(len(units), []))
             size = 0
@@ -176,11 +209,14 @@ def _size(path: Path) -> int:
 
 
 def _begin(
-    folder: Path, found: Found, tokenizer: Tokenizer, settings: Settings, made_of: dict[str, Any]
+    folder: Path, units: list[_Unit], tokenizer: Tokenizer, settings: Settings, made_of: dict[str, Any]
 ) -> None:
     """Write what is going to be built, or compare it with what was begun."""
-    files = [[str(f.path), f.kind, _size(f.path), f.path.stat().st_mtime_ns] for f in found.files]
+    files = [
+        [str(f.path), f.kind, _size(f.path), f.path.stat().st_mtime_ns] for unit in units for f in unit.files
+    ]
     plan = {
+        "version": PLAN_VERSION,
         "tokenizer": tokenizer.fingerprint,
         "settings": asdict(settings),
         "made_of": made_of,
@@ -288,22 +324,22 @@ def _run_unit(folder: Path, unit: _Unit, settings: Settings) -> Iterator[Counts]
 
     consumed, unwritten = unit.consumed, 0
     with ThreadPoolExecutor(1) as reader:
-        batches = _batches(unit.files, settings, consumed)
+        batches = _batches(unit, settings)
         coming = reader.submit(next, batches, None)
         while (batch := coming.result()) is not None:
             coming = reader.submit(next, batches, None)  # read while these are tokenised
             added = 0
-            encoded = tokenizer.encode_batch([one.text for one in batch])
-            for one, ids in zip(batch, encoded, strict=True):
+            encoded = tokenizer.encode_batch([one.text for one in batch.documents])
+            for one, ids in zip(batch.documents, encoded, strict=True):
                 part = PARTS[one.held_out]
                 parts[part].append(np.concatenate([ids, end]).astype(dtype))
                 text_bytes[part] += one.num_bytes
                 added += len(ids) + 1
-            consumed, unwritten = consumed + len(batch), unwritten + added
+            consumed, unwritten = consumed + batch.read, unwritten + added
             if unwritten >= settings.shard_tokens:
                 write(consumed, done=False)
                 unwritten = 0
-            yield Counts(len(batch), added, sum(one.num_bytes for one in batch))
+            yield Counts(len(batch.documents), added, sum(one.num_bytes for one in batch.documents))
     write(consumed, done=True)
 
 
@@ -313,28 +349,51 @@ class _Document(NamedTuple):
     held_out: bool
 
 
-def _batches(files: Sequence[DataFile], settings: Settings, skip: int) -> Iterator[list[_Document]]:
-    """Documents that are tokenised together, without the first `skip`."""
+class _Batch(NamedTuple):
+    documents: list[_Document]  # without empty ones
+    read: int  # with them
+
+
+def _batches(unit: _Unit, settings: Settings) -> Iterator[_Batch]:
+    """Documents that are tokenised together, without those that the unit has consumed."""
     threshold = settings.validation * 2**64
     batch: list[_Document] = []
-    chars = 0
-    for number, text in enumerate(_documents(files, settings)):
-        if number < skip:
-            continue
-        data = text.encode()
-        batch.append(_Document(text, len(data), content_hash(data) < threshold))
-        chars += len(text)
+    chars = read = 0
+    for text in _texts(unit, settings):
+        read += 1
+        if text:
+            data = text.encode()
+            batch.append(_Document(text, len(data), content_hash(data) < threshold))
+            chars += len(text)
         if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
+            yield _Batch(batch, read)
+            batch, chars, read = [], 0, 0
+    if read:
+        yield _Batch(batch, read)
 
 
-def _documents(files: Sequence[DataFile], settings: Settings) -> Iterator[str]:
+def _texts(unit: _Unit, settings: Settings) -> Iterator[str]:
+    if unit.documents is None:
+        yield from islice(_texts_of_files(unit.files, settings), unit.consumed, None)
+        return
+    documents, skipped = unit.documents, unit.consumed
+    if skipped and hasattr(documents, "skip"):
+        rest: Iterable[str | Mapping[str, Any]] = documents.skip(skipped)
+    else:
+        rest = islice(documents, skipped, None)
+    for number, one in enumerate(rest, skipped):
+        where = f"document {number}"
+        if isinstance(one, str):
+            yield whole(one, where, settings.errors)
+        else:
+            record = dict(one) if isinstance(one, Mapping) else one
+            yield text_of(record, settings.text_field, where, settings.errors)
+
+
+def _texts_of_files(files: Iterable[DataFile], settings: Settings) -> Iterator[str]:
     for file in files:
         try:
-            yield from filter(None, documents_of(file, settings.text_field, settings.errors))
+            yield from documents_of(file, settings.text_field, settings.errors)
         except NotText:
             if file.named:
                 raise

@@ -80,15 +80,24 @@ class Corpus:
             raise FileNotFoundError(
                 f"{folder} holds no corpus: {INDEX_FILE} is missing; `loopmdm data build` writes it last"
             )
-        self.index = read_index(self.folder / INDEX_FILE)
+        self._open(read_index(self.folder / INDEX_FILE))
+
+    def _open(self, index: Index) -> None:
         self.tokenizer: Tokenizer = load_tokenizer(self.folder)
-        if self.tokenizer.fingerprint != self.index.tokenizer:
+        if self.tokenizer.fingerprint != index.tokenizer:
             raise DamagedCorpusError(
-                f"{folder}: the tokenizer beside the shards is not the one they were made with"
+                f"{self.folder}: the tokenizer beside the shards is not the one they were made with"
             )
-        self.dtype = token_dtype(self.index.vocab_size)
-        self._tables = {shard.name: self._table(shard) for shard in self.index.shards}
+        self.dtype = token_dtype(index.vocab_size)
+        self._tables: dict[str, _Table] = {}
         self._maps: dict[str, Array] = {}
+        self._take(index)
+
+    def _take(self, index: Index) -> None:
+        """An index of the shards there are, which may be more than before."""
+        self.index = index
+        new = [shard for shard in index.shards if shard.name not in self._tables]
+        self._tables |= {shard.name: self._table(shard) for shard in new}
 
     @property
     def digest(self) -> str:
