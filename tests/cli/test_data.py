@@ -69,6 +69,42 @@ def test_a_mixture_by_weight_and_its_resumption(call: Call, tmp_path: Path, text
     assert changed.status == 1 and "is not what this run began with" in changed.err
 
 
+def test_text_is_tokenised_while_it_is_trained_on(call: Call, tmp_path: Path, texts: Path) -> None:
+    options = ["--data", texts / "a", "--stream", "--validation", "0.2", *TINY, "--log-every", "1"]
+    whole = call("train", *options, "--steps", "6", "--out", tmp_path / "whole")
+    assert whole.status == 0, whole.err
+    assert "reading: 1 file(s)" in whole.err
+    assert call("data", "show", tmp_path / "whole" / "corpus", "--check").status == 0
+    assert call("train", *options, "--steps", "4", "--out", tmp_path / "run").status == 0
+    # Tokenising goes on where it was, and is not done again: here the corpus is finished, its source gone.
+    resumed = call("train", "--resume", "--steps", "6", "--out", tmp_path / "run")
+    assert resumed.status == 0, resumed.err
+    losses = [
+        [r["loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r]
+        for name in ("whole", "run")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    measured = call("eval", tmp_path / "run", "--windows", "4", "--json")
+    assert measured.status == 0, measured.err
+    assert measured.json["held_out"][0]["num_sequences"] == 4
+
+
+def test_what_does_not_go_with_a_stream(call: Call, tmp_path: Path, texts: Path) -> None:
+    assert call("data", "build", "--data", texts / "a", "--out", tmp_path / "a").status == 0
+    train = ["train", "--stream", "--out", tmp_path / "run"]
+    for words, message in (
+        (["--data", tmp_path / "a"], "leave out --stream"),
+        (["--data", texts / "a", "--cache", tmp_path], "leave out --cache"),
+        (["--data", texts / "a", "--weights", "1"], "--weights: they are those of corpora"),
+        (["--preset", "sudoku6"], "makes its own data and does not take --stream"),
+    ):
+        refused = call(*train, *words)
+        assert refused.status == 2 and message in refused.err, refused.err
+    (texts / "bad.jsonl").write_text('{"text": "good"}\n{"word": "bad"}\n')
+    refused = call(*train, "--data", texts / "bad.jsonl")
+    assert refused.status == 1 and "bad.jsonl, line 2: no field 'text'" in refused.err
+
+
 def test_what_does_not_go_with_corpora(call: Call, tmp_path: Path, texts: Path) -> None:
     assert call("data", "build", "--data", texts / "a", "--out", tmp_path / "a").status == 0
     train = ["train", "--out", tmp_path / "run", "--data", tmp_path / "a"]
