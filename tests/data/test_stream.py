@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 import time
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 from loopmdm.data.corpus import Corpus, CorpusStream, GrowingCorpus, Settings, StreamData, build_corpus
 from loopmdm.data.corpus import build as building
 from loopmdm.data.corpus.data import CorpusRows
-from loopmdm.data.corpus.store import INDEX_FILE
 from loopmdm.data.text import found_files
 from loopmdm.data.tokenizer import BPETokenizer, ByteTokenizer
 
@@ -93,7 +91,7 @@ def test_ranks_share_the_order_of_one_process(finished):
 
 
 class Records(list):
-    """As a streamed data set of the package datasets: records, read from a position on; here up to an error."""
+    """As a streamed data set of the package datasets: records, read from a position on; here, to an error."""
 
     def __init__(self, records, end, first=0):
         super().__init__(records)
@@ -190,14 +188,16 @@ def test_what_the_build_raises_reaches_who_waits(documents, finished, tmp_path, 
         with pytest.raises(ValueError, match="document 300: no field 'text'"):
             [data.batch(step) for step in range(len(finished.shards("train")) * 6000 // 32)]
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\nnot json\n')
-    with CorpusStream(found_files(str(tmp_path / "bad.jsonl")), TOKENIZER, tmp_path / "lines") as stream:
-        with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not JSON"):
-            StreamData(stream.corpus, LENGTH)
-    with CorpusStream(["short"], TOKENIZER, tmp_path / "short", Settings(validation=0)) as stream:
-        with pytest.raises(ValueError, match="holds no sequence of length 34"):
-            StreamData(stream.corpus, LENGTH)
-    with pytest.raises(ValueError, match="no document to train on"):
-        with CorpusStream([""], TOKENIZER, tmp_path / "empty") as stream:
+    bad_lines = found_files(str(tmp_path / "bad.jsonl"))
+    for name, wrong, message in (
+        ("lines", bad_lines, r"bad\.jsonl, line 2: not JSON"),
+        ("short", ["short"], "holds no sequence of length 34"),
+        ("empty", [""], "no document to train on"),
+    ):
+        with (
+            pytest.raises(ValueError, match=message),
+            CorpusStream(wrong, TOKENIZER, tmp_path / name, Settings(validation=0)) as stream,
+        ):
             StreamData(stream.corpus, LENGTH)
     other = BPETokenizer.train(documents, 300)
     with pytest.raises(ValueError, match="another tokenizer"):
