@@ -91,7 +91,7 @@ def write_files(contents: Mapping[Path, Content]) -> None:
         for temporary, target in staged:
             os.replace(temporary, target)
         for folder in {target.parent for target in contents}:
-            _sync(folder)
+            sync(folder)
     except OSError as error:
         raise _failure(target, error) from error
     finally:
@@ -118,7 +118,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
             _finish(path, folder / path.name, _new_mode(staging))
         for path in written:
             os.replace(path, folder / path.name)
-        _sync(folder)
+        sync(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -186,6 +186,15 @@ def kind_of(path: Path) -> str | None:
     """What stands at a path, such as "a link"; None for a regular file or nothing."""
     mode = _mode(path, follow=False)
     return None if mode is None or stat.S_ISREG(mode) else _kind(mode)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_replaceable(path: Path, *, links: bool = True) -> None:
@@ -287,15 +296,7 @@ def _finish(temporary: Path, target: Path, new_mode: int | None = None) -> None:
         temporary.chmod(stat.S_IMODE(replaced.st_mode) & 0o777)
     elif new_mode is not None:
         temporary.chmod(new_mode)
-    _sync(temporary)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(temporary)
 
 
 def _failure(target: Path, error: OSError) -> WriteError:

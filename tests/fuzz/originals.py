@@ -22,6 +22,7 @@ from loopmdm.data.tokenizer import BPETokenizer, load_tokenizer
 from loopmdm.runs.run_file import RUN_FILE, RunFile
 from loopmdm.train import EMA
 from loopmdm.train.config import TrainConfig
+from loopmdm.train.optimizers import Optimizer
 from loopmdm.train.state import STATE_FILE, read_metadata, write_state
 from tests.mdlm.files import averaged, diffusion, write_lightning
 
@@ -94,11 +95,11 @@ def _tokenizer(folder: Path) -> dict[str, Tensor]:
 
 def _write_training_state(folder: Path) -> None:
     model = LoopMDM(_config())
-    optimizer = torch.optim.AdamW(model.parameters())
+    ema = EMA(model, 0.9)
+    optimizer = Optimizer(ema.names, ema.parameters, TrainConfig(steps=5), torch.device("cpu"))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    ema = EMA(model, 0.9)
+    optimizer.step(1e-3)
     ema.updates = 1
     counters = {"step": 1, "tokens": 10}
     metadata = {"config": {"steps": 5}, "counters": counters, "world_size": 1, "torch": "2"}

@@ -17,7 +17,8 @@ import torch
 
 from loopmdm.cli.output import print_json, print_table, show
 from loopmdm.cli.parser import set_up
-from loopmdm.cli.runs import described_run, process_group, refuse, train_run
+from loopmdm.cli.processes import process_group
+from loopmdm.cli.runs import described_run, refuse, train_run
 from loopmdm.data.batches import Batch
 from loopmdm.formats.folders import read_json
 from loopmdm.model import LoopMDM
@@ -31,8 +32,8 @@ from loopmdm.runs.provenance import provenance
 from loopmdm.runs.run_file import RUN_FILE, RunFile
 from loopmdm.terminal import note
 from loopmdm.train import TrainConfig, read_metrics
+from loopmdm.train.checkpoints import has_checkpoint, newest
 from loopmdm.train.metrics import METRICS_FILE
-from loopmdm.train.state import STATE_FILE, read_metadata
 from loopmdm_kernels.files import kind_of, write_files
 
 FAMILY_FILE = "family.json"
@@ -136,18 +137,18 @@ def member_options(args: argparse.Namespace, member: Member) -> argparse.Namespa
 
 
 def _begun(folder: Path) -> bool:
-    return (folder / STATE_FILE).exists() or (folder / RUN_FILE).is_file()
+    return has_checkpoint(folder) or (folder / RUN_FILE).is_file()
 
 
 def _finished(options: argparse.Namespace) -> bool:
     """Whether the run is trained to its end; with other options it is left to `train_run`, which refuses."""
-    if not (options.out / STATE_FILE).exists():
+    found = newest(options.out)
+    if found is None:
         return False
-    run = described_run(options)
-    metadata = read_metadata(options.out / STATE_FILE)
-    config = TrainConfig.from_dict(run.training)
-    done = int(metadata["counters"]["step"]) >= config.steps
-    return done and not TrainConfig.from_dict(metadata["config"]).differences(config)
+    config = TrainConfig.from_dict(described_run(options).training)
+    return found.step >= config.steps and not TrainConfig.from_dict(found.metadata["config"]).differences(
+        config
+    )
 
 
 def _report(args: argparse.Namespace, members: list[Member], device: torch.device) -> None:

@@ -30,7 +30,7 @@ from loopmdm.runs.run_file import FILES, RunFile, replaced_by
 from loopmdm.runs.text_data import load_tokenizer, located
 from loopmdm.terminal import note
 from loopmdm.train import RunFolder, TrainConfig, Trainer
-from loopmdm.train.state import STATE_FILE
+from loopmdm.train.checkpoints import has_checkpoint
 from loopmdm_kernels.files import refuse_files
 
 _DATA_FIELDS = (
@@ -92,7 +92,16 @@ def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> Trai
             if not _begun(args):
                 refuse_files(args.out, replaced_by(run, args.out), "a new run")
         job = _prepare(run, args, rank, stack)
-        trainer = Trainer(job.model.to(device), job.data, job.config, out, evaluate=job.evaluate)
+        trainer = Trainer(
+            job.model.to(device),
+            job.data,
+            job.config,
+            out,
+            evaluate=job.evaluate,
+            parallel=args.parallel,
+            shard_size=args.shard_size,
+            keep=args.keep,
+        )
         if args.resume:
             done = trainer.resume()
             if rank == 0:
@@ -108,22 +117,6 @@ def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> Trai
 def _begun(args: argparse.Namespace) -> bool:
     """Whether the options continue the run in the folder; else they begin one there."""
     return bool(args.resume) and RunFile.read(args.out) is not None
-
-
-@contextmanager
-def process_group(device: torch.device) -> Iterator[tuple[int, torch.device]]:
-    """Joins the processes `torchrun` started; yields the rank and the device of this one."""
-    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-        yield 0, device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), device
-    finally:
-        dist.destroy_process_group()
 
 
 def described_run(args: argparse.Namespace) -> RunFile:
@@ -155,7 +148,11 @@ def described_run(args: argparse.Namespace) -> RunFile:
             training=stored.training | given_training,
             evaluation=stored.evaluation | evaluation,
         )
-    if not args.resume and (args.out / STATE_FILE).exists():
+    if args.parallel is not None and "WORLD_SIZE" not in os.environ:
+        raise UsageError(f"--parallel {args.parallel}: start the command with torchrun (docs/training.md)")
+    if args.shard_size is not None and args.parallel != "hsdp":
+        raise UsageError("--shard-size is of --parallel hsdp")
+    if not args.resume and has_checkpoint(args.out):
         raise UsageError(
             f"{args.out} holds a run already: continue it with --resume, or choose another folder"
         )
@@ -269,10 +266,14 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
     received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
-        if received:
+        # After the Ctrl-C of a terminal torchrun sends its own SIGTERM, which asks for no more.
+        if received and (not dist.is_initialized() or number == received[0]):
             raise KeyboardInterrupt
         received.append(number)
         trainer.request_stop()
+        # torchrun ends processes so when one is lost: nothing will stop in order then.
+        if dist.is_initialized():
+            return
         # print is not safe in a signal handler, and the terminal may be gone
         with suppress(OSError):
             os.write(2, _STOPPING)

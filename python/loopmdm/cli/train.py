@@ -2,7 +2,8 @@
 
 The folder of a run holds config.json and model.safetensors (the averaged weights), the tokenizer, the state
 to resume from, metrics.jsonl and loss.png. Ctrl-C stops after the present step and writes a checkpoint;
---resume continues with the very same losses. Under `torchrun` gradients are averaged over the processes.
+--resume continues with the very same losses. Under `torchrun` several processes share each step, and
+--resume takes any number of them that divides its micro-batches.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 from loopmdm.cli import family
 from loopmdm.cli.output import print_json, print_table, show
 from loopmdm.cli.parser import add_json, add_runtime, set_up
-from loopmdm.cli.runs import process_group, train_run
+from loopmdm.cli.processes import process_group
+from loopmdm.cli.runs import train_run
 from loopmdm.runs import likelihood
 from loopmdm.runs.boards import SHARE_COLUMNS, share_row
 from loopmdm.runs.jobs import PRESETS, Job
@@ -23,6 +25,7 @@ from loopmdm.runs.options import Sources, count, loop_range, number, positive_fl
 from loopmdm.terminal import note
 from loopmdm.train import plot_loss, read_metrics
 from loopmdm.train.metrics import METRICS_FILE
+from loopmdm.train.parallel import FORMS
 
 EPILOG = """examples:
   loopmdm train --data mytext/ --out run            a small byte-level model, minutes on two processor cores
@@ -32,7 +35,7 @@ EPILOG = """examples:
   loopmdm train --data "web/*.parquet" --stream --out run
   loopmdm train --resume --out run                  continue a run that was stopped
   loopmdm train --family light=2,3,4,5 heavy=6 --data stdlib --out family
-  torchrun --nproc-per-node 8 -m loopmdm train --preset small --data corpus.parquet --out run
+  torchrun --nproc-per-node 8 -m loopmdm train --preset small --parallel fsdp2 --data corpus --out run
 
 forms of --data (docs/inputs.md says more):
   .jsonl .ndjson .jsonlines    a document a line, its field "text" (or --text-field)
@@ -148,7 +151,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument("--seed", type=count, metavar="N")
     training.add_argument("--recompute", action="store_true", default=None, help="less memory, more time")
+    ranks = parser.add_argument_group("several processes, started by torchrun (docs/training.md)")
+    ranks.add_argument(
+        "--parallel",
+        choices=FORMS,
+        help="ddp (default): every process holds the model; fsdp2: parameters, gradients and optimizer are"
+        " split over all; hsdp: over those of a node, and copied from node to node",
+    )
+    ranks.add_argument(
+        "--shard-size",
+        type=positive_int,
+        metavar="N",
+        help="processes that hsdp splits the model over (default: those of a node)",
+    )
     log = parser.add_argument_group("checkpoints and evaluation")
+    log.add_argument(
+        "--keep",
+        type=positive_int,
+        metavar="N",
+        help="keep the newest N checkpoints and the one with the best held-out NLL (default: 3 of several"
+        " processes; of one, a single file)",
+    )
     log.add_argument("--checkpoint-every", type=count, metavar="STEPS", help="0 for by the clock only")
     log.add_argument("--checkpoint-minutes", type=number, metavar="MIN", help="(default: 10; 0 for never)")
     log.add_argument("--eval-every", type=count, metavar="STEPS", help="0 for at the end only")

@@ -9,33 +9,33 @@ import torch
 
 from loopmdm.data.batches import Batch, BatchSource
 from loopmdm.train.config import TrainConfig
+from loopmdm.train.parallel import Layout
 
 
 class Prefetcher:
     """Makes the next batch of one rank in a thread while the present one is trained on."""
 
     def __init__(
-        self, source: BatchSource, config: TrainConfig, rank: int, world_size: int, device: torch.device
+        self, source: BatchSource, config: TrainConfig, layout: Layout, device: torch.device
     ) -> None:
-        self._source, self._config, self._device = source, config, device
-        self._rank, self._world_size = rank, world_size
+        self._source, self._config, self._layout, self._device = source, config, layout, device
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._position: tuple[int, int] | None = None
         self._future: Future[Batch] | None = None
 
-    def get(self, step: int, micro_step: int) -> Batch:
-        """A batch on the device."""
-        if self._position != (step, micro_step) or self._future is None:
-            self._future = self._executor.submit(self._make, step, micro_step)
+    def get(self, step: int, index: int) -> Batch:
+        """This rank's micro-batch `index` of a step, on the device."""
+        if self._position != (step, index) or self._future is None:
+            self._future = self._executor.submit(self._make, step, index)
         batch = self._future.result()
-        carry, next_micro_step = divmod(micro_step + 1, self._config.accumulation)
-        self._position, self._future = (step + carry, next_micro_step), None
+        carry, next_index = divmod(index + 1, self._layout.own)
+        self._position, self._future = (step + carry, next_index), None
         if step + carry < self._config.steps:
             self._future = self._executor.submit(self._make, *self._position)
         return batch.to(self._device)
 
-    def _make(self, step: int, micro_step: int) -> Batch:
-        batch = self._source(step, micro_step, self._rank, self._world_size, self._config.batch_size)
+    def _make(self, step: int, index: int) -> Batch:
+        batch = self._source(step, *self._layout.place(index), self._config.batch_size)
         return batch.pinned() if self._device.type == "cuda" else batch
 
     def close(self) -> None:

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from loopmdm.train.parallel import local
+
 
 class EMA:
     """Averages the trainable parameters of a model, in fp32 and in the order of `named_parameters`.
 
     Update n (counted from 1) uses the decay min(decay, (1 + n) / (10 + n)):
-    shadow -= (1 - decay_n) * (shadow - parameter).
+    shadow -= (1 - decay_n) * (shadow - parameter). Of a parameter that is split over ranks, each averages its
+    part.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -29,7 +32,8 @@ class EMA:
         """Move the average towards the present parameters."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.shadow, [p.float() for p in self.parameters], 1 - decay)
+        parameters = [local(p).float() for p in self.parameters]
+        torch._foreach_lerp_([local(s) for s in self.shadow], parameters, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -44,4 +48,4 @@ class EMA:
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:
         # In place, so that caches keyed on a parameter's version notice.
-        torch._foreach_copy_(self.parameters, values)
+        torch._foreach_copy_([local(p) for p in self.parameters], [local(value) for value in values])

@@ -12,24 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
 
-from loopmdm.data.batches import Batch
 from loopmdm.formats.folders import CONFIG_FILE as MODEL_CONFIG_FILE
 from loopmdm.formats.folders import WEIGHTS_FILE, read_json
-from loopmdm.model import flops
 from loopmdm.model.checkpoint import Trainable
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.model.modes import evaluating
-from loopmdm.model.seeds import derive_seed
 from loopmdm.train.batches import Prefetcher, batch_source
+from loopmdm.train.checkpoints import KEPT, Checkpoints, Found, has_checkpoint, load, newest
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.folder import RunFolder
 from loopmdm.train.metrics import METRICS_FILE, MetricsLog, keep_until
+from loopmdm.train.optimizers import Optimizer
+from loopmdm.train.parallel import Form, Layout, Ranks
 from loopmdm.train.progress import Progress, describe_evaluation
-from loopmdm.train.state import STATE_FILE, read_metadata, read_state, staged, write_state
+from loopmdm.train.state import STATE_FILE, counted, read_state, staged, tensors_of, write_state
+from loopmdm.train.step import Step, Stepper
 from loopmdm_kernels.files import refuse_files, write_files
 
 CONFIG_FILE = "train_config.json"
@@ -51,41 +50,19 @@ class Counters:
     cpu_seconds: float = 0.0  # processor time of rank 0 in `train`, all threads
 
 
-class _Loss(nn.Module):
-    """`model.loss` as a forward pass, which is what DistributedDataParallel can wrap."""
-
-    def __init__(self, model: Trainable) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, num_loops: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        out = self.model.loss(
-            batch.input_ids, batch.attention_mask, num_loops, seed, prompt_mask=batch.prompt_mask
-        )
-        return out.loss, out.nll_sum, out.num_tokens
-
-
-@dataclass
-class _Step:
-    """A step whose figures may still be on their way from the device."""
-
-    record: dict[str, Any]
-    figures: Tensor  # [5] float64: loss, NLL sum, tokens, stop requests, gradient norm
-    arrived: torch.cuda.Event | None
-
-
 class Trainer:
     """Trains a model and writes everything a run leaves behind into one folder.
 
     The loss of a step is the mean over ranks and micro-batches of their losses per token, as in the
     reference. One loop count S is drawn per step and shared by all ranks and micro-batches; times, masks and
-    dropout are drawn per rank and micro-batch. Everything random is a function of (seed, step, micro-batch,
-    rank), so a run resumed from a checkpoint computes what the uninterrupted one would have (on a CPU, bit
-    for bit).
+    dropout are drawn per micro-batch. Everything random is a function of (seed, step, number of the
+    micro-batch), so a run resumed from a checkpoint computes what the uninterrupted one would have (on a CPU
+    and as many ranks, bit for bit), and N ranks with one micro-batch each compute what one process computes
+    with N.
 
-    Under `torchrun` (an initialised `torch.distributed`) gradients are averaged over the ranks, and rank 0
-    writes. The folder holds training_state.safetensors (to resume from), config.json and model.safetensors
-    (the averaged weights, for `from_pretrained`), train_config.json and metrics.jsonl.
+    The folder holds config.json and model.safetensors (the averaged weights, for `from_pretrained`),
+    train_config.json and metrics.jsonl, and what a run is resumed from: training_state.safetensors of a
+    single process, checkpoints in shards of several (see `loopmdm.train.checkpoints`).
     """
 
     def __init__(
@@ -98,6 +75,9 @@ class Trainer:
         *,
         evaluate: Callable[[Any], dict[str, Any]] | None = None,
         show_progress: bool = True,
+        parallel: Form | None = None,
+        shard_size: int | None = None,
+        keep: int | None = None,
     ) -> None:
         """Prepare a run; nothing is written before `train`.
 
@@ -112,6 +92,10 @@ class Trainer:
                 the averaged weights in it; what it returns (JSON values) is logged under "evaluation".
                 `plot_loss` draws the `NLLResult.to_dict()`s it finds there in a list under "held_out".
             show_progress: report on stderr.
+            parallel, shard_size: how the ranks of an initialised `torch.distributed` share the model, see
+                `loopmdm.train.parallel.Ranks`; None: ddp. The sharded forms split it in place.
+            keep: checkpoints in shards that stay, the newest and the one with the best held-out NLL; None: 3,
+                and of a single process one file of the newest.
         """
         if config.eval_every and evaluate is None:
             raise ValueError("eval_every is set, but there is nothing to run: pass evaluate")
@@ -119,34 +103,28 @@ class Trainer:
         self._held_by_caller = isinstance(out_dir, RunFolder)
         self._claimed = out_dir if isinstance(out_dir, RunFolder) else None
         self.out_dir = out_dir.path if isinstance(out_dir, RunFolder) else Path(out_dir)
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep: got {keep}, expected at least 1")
         self.counters = Counters()
-        self.distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.distributed else 0
-        self.world_size = dist.get_world_size() if self.distributed else 1
         self.device = next(model.parameters()).device
+        model.recompute = config.recompute
+        self.ranks = Ranks(model, parallel, bf16=config.precision == "bf16", shard_size=shard_size)
+        self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
+        self.layout = Layout(config.accumulation, self.world_size, self.rank, self.world_size)
         self._source = batch_source(data, config.accumulation)
-        length = self._source(0, 0, self.rank, self.world_size, 1).input_ids.shape[1]
+        length = self._source(0, *self.layout.place(0), 1).input_ids.shape[1]
         self._law = LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=length)
         self._on_log, self._evaluate, self._show_progress = on_log, evaluate, show_progress
-        model.recompute = config.recompute
-        self._loss: nn.Module = _Loss(model)
-        if self.distributed:
-            self._loss = nn.parallel.DistributedDataParallel(
-                self._loss
-            )  # gives all ranks the weights of rank 0
         self.ema = EMA(model, config.ema)
-        self.optimizer = torch.optim.AdamW(
-            self.ema.parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        self.optimizer = Optimizer(self.ema.names, self.ema.parameters, config, self.device)
+        self._checkpoints: Checkpoints | None = None
+        if keep is not None or self.ranks.distributed:
+            self._checkpoints = Checkpoints(self.out_dir, keep or KEPT, self.ranks)
         # A GPU is kept busy: the figures of a step are read when the next one has been launched.
         self._read_late = self.device.type == "cuda"
         self._stop_requested = False
         self._resumed = False
+        self._best_nll: float | None = None
 
     def resume(self) -> int:
         """Continue the run in `out_dir` from its checkpoint; returns the number of steps already done.
@@ -154,31 +132,46 @@ class Trainer:
         Without a checkpoint (the run was stopped before its first) it starts from the beginning.
 
         Raises:
-            ValueError: if the checkpoint is damaged, or belongs to another model or another configuration; or
-                the folder holds no run, but files that a run would replace.
+            ValueError: if the checkpoint is damaged, or belongs to another model or another configuration; if
+                the ranks cannot share the micro-batches of a step evenly; or the folder holds no run, but
+                files that a run would replace.
             LockedError: another process trains there.
         """
         with self._claim(until_the_end=False):
             return self._resume()
 
     def _resume(self) -> int:
-        path = self.out_dir / STATE_FILE
-        if not path.exists() and not _is_config(self.out_dir / CONFIG_FILE) and self.rank == 0:
+        # The other ranks look when rank 0 has the folder.
+        found = newest(self.out_dir) if self.rank == 0 else None
+        found = self.ranks.agreed(found)
+        if found is None and not _is_config(self.out_dir / CONFIG_FILE) and self.rank == 0:
             refuse_files(self.out_dir, FILES, "a new run")
-        if path.exists():
-            metadata = read_metadata(path)
-            changed = TrainConfig.from_dict(metadata["config"]).differences(self.config)
-            if metadata["world_size"] != self.world_size:
-                changed["world_size"] = (metadata["world_size"], self.world_size)
-            if changed:
-                listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
-                raise ValueError(f"{path} belongs to another run: {listed}")
-            read_state(path, self.model, self.ema, self.optimizer)
-            self.counters = Counters(**metadata["counters"])
+        if found is not None:
+            config = TrainConfig.from_dict(found.metadata["config"])
+            self._check_config(found, config)
+            self.layout = Layout(
+                config.accumulation, found.metadata["world_size"], self.rank, self.world_size
+            )
+            self._load(found)
+            self.counters = Counters(**found.metadata["counters"])
         if self.rank == 0:
             keep_until(self.out_dir / METRICS_FILE, self.counters.step)
         self._resumed = True
         return self.counters.step
+
+    def _check_config(self, found: Found, config: TrainConfig) -> None:
+        changed = config.differences(self.config)
+        if changed:
+            listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
+            raise ValueError(f"{found.path} belongs to another run: {listed}")
+
+    def _load(self, found: Found) -> None:
+        if not found.sharded:
+            read_state(found.path, self.model, self.ema, self.optimizer)
+            return
+        self.optimizer.begin(found.metadata["adam_steps"])
+        load(found, tensors_of(self.model, self.ema, self.optimizer), self.ranks)
+        self.ema.updates = found.metadata["ema_updates"]
 
     @contextlib.contextmanager
     def _claim(self, until_the_end: bool) -> Iterator[None]:
@@ -212,12 +205,26 @@ class Trainer:
             return self._train()
 
     def _train(self) -> Counters:
-        if not self._resumed and (self.out_dir / STATE_FILE).exists():
+        if not self._resumed and has_checkpoint(self.out_dir):
             raise ValueError(f"{self.out_dir} holds a run already: resume it, or choose another folder")
         if not self._resumed and self.rank == 0:
             refuse_files(self.out_dir, FILES, "a new run")
-        self._batches = Prefetcher(self._source, self.config, self.rank, self.world_size, self.device)
-        with contextlib.closing(self._batches):
+        with contextlib.ExitStack() as stack:
+            batches = Prefetcher(self._source, self.config, self.layout, self.device)
+            stack.enter_context(contextlib.closing(batches))
+            if self._checkpoints is not None:
+                stack.enter_context(contextlib.closing(self._checkpoints))
+            self._stepper = Stepper(
+                self.ranks,
+                self.layout,
+                batches,
+                self._law,
+                self.config,
+                self.model.config,
+                self.optimizer,
+                self.ema,
+                self.device,
+            )
             return self._train_rank_zero() if self.rank == 0 else self._run(None, None)
 
     def _train_rank_zero(self) -> Counters:
@@ -233,87 +240,52 @@ class Trainer:
         self._start = self._rate_start = self._last_checkpoint = time.perf_counter()
         self._cpu_start, self._before = time.process_time(), (counters.seconds, counters.cpu_seconds)
         self._rate_tokens = counters.tokens
-        self._stop_after = config.steps
+        self._stop_after, self._save_after = config.steps, 0
         if counters.step == 0:
             self._checkpoint()  # tells now, not after hours, whether the disk takes one
         if counters.step >= config.steps:
             self._checkpoint()  # a kill may have come between the state and the exported weights
         self.model.train()
-        pending: _Step | None = None
+        pending: Step | None = None
         while counters.step < self._stop_after:
             previous, pending = pending, self._step(counters.step)
             if previous is not None:
                 self._finish(previous)
             counters.step += 1
-            last = counters.step == self._stop_after
             evaluation_due = self._evaluate is not None and (
                 counters.step == config.steps or _every(config.eval_every, counters.step)
             )
-            checkpoint_due = last or self._checkpoint_due(counters.step)
+            checkpoint_due = self._checkpoint_due(counters.step)
             if not self._read_late or evaluation_due or checkpoint_due:
                 self._finish(pending)
                 pending = None
-            if evaluation_due:
-                self._run_evaluation()
-            if checkpoint_due:
-                self._checkpoint()
+            nll = self._run_evaluation() if evaluation_due else None
+            if checkpoint_due or self._is_best(nll):
+                self._checkpoint(nll)
+        self._export()
         return counters
 
-    def _step(self, step: int) -> _Step:
+    def _step(self, step: int) -> Step:
         """One optimizer step; its figures are not waited for."""
-        config, dims = self.config, self.model.config
-        num_loops = self._law.sample(config.seed, step)
-        lr = config.learning_rate_at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        figures = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for micro_step in range(config.accumulation):
-            batch = self._batches.get(step, micro_step)
-            batch_size, length = batch.input_ids.shape
-            seed = derive_seed(config.seed, self.rank, step, micro_step)
-            last = micro_step == config.accumulation - 1
-            with contextlib.ExitStack() as stack:
-                if self.distributed and not last:
-                    stack.enter_context(self._loss.no_sync())  # type: ignore[operator]
-                stack.enter_context(
-                    torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
-                )
-                loss, nll_sum, num_tokens = self._loss(batch, num_loops, seed)
-                (loss / config.accumulation).backward()
-            figures[:3] += torch.stack([v.detach().double() for v in (loss, nll_sum, num_tokens)])
-            sequences = self.world_size * batch_size
-            self.counters.flops += sequences * flops.training_flops(dims, length, num_loops)
-        figures[3] = float(self._stop_requested)
-        if self.distributed:
-            dist.all_reduce(figures)
-        norm = nn.utils.clip_grad_norm_(self.ema.parameters, config.clip or math.inf)
-        figures = torch.cat([figures, norm.detach().double()[None]])
-        record = {"step": step + 1, "num_loops": num_loops, "lr": lr, "flops": self.counters.flops}
-        if not self._read_late:
-            self._check_finite(step + 1, *figures[[0, 4]].tolist())
-        self.optimizer.step()
-        # The fused update does not count as a change of version by itself; caches of the ops are keyed on it.
-        torch.autograd.graph.increment_version(self.ema.parameters)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
-        figures = figures.to("cpu", non_blocking=True)
-        arrived = None
-        if self.device.type == "cuda":
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record(torch.cuda.current_stream(self.device))
-        return _Step(record, figures, arrived)
+        requests = self._stop_requested, self._log is not None and self._checkpoint_is_old()
+        taken = self._stepper.take(step, requests, None if self._read_late else self._check_finite)
+        self.counters.flops += taken.record.pop("work")
+        taken.record["flops"] = self.counters.flops
+        return taken
 
-    def _finish(self, step: _Step) -> None:
+    def _finish(self, step: Step) -> None:
         """Read the figures of a step; check, count and log them."""
-        if step.arrived is not None:
-            step.arrived.synchronize()
-        loss_sum, nll_sum, tokens, stop_requests, grad_norm = step.figures.tolist()
-        number: int = step.record["step"]
-        self._check_finite(number, loss_sum, grad_norm)
-        self.counters.tokens += int(tokens)
-        if stop_requests:
+        figures, number = step.figures(), step.number
+        self._check_finite(number, figures.loss_sum, figures.grad_norm)
+        if self._checkpoints is not None:
+            self._checkpoints.check()
+        self.counters.tokens += int(figures.tokens)
+        stop, save = figures.requests
+        if stop:
             # The same step on every rank, also where the next one has been launched already.
             self._stop_after = min(self._stop_after, number + 1)
+        if save:
+            self._save_after = number + 1
         if self._log is None or not (_every(self.config.log_every, number) or number == self.config.steps):
             return
         self._update_clocks()
@@ -323,10 +295,10 @@ class Trainer:
         self._write(
             {
                 "step": number,
-                "loss": loss_sum / (self.config.accumulation * self.world_size),
-                "nll": nll_sum / tokens,
+                "loss": figures.loss_sum / self.layout.total,
+                "nll": figures.nll_sum / figures.tokens,
                 **step.record,
-                "grad_norm": grad_norm,
+                "grad_norm": figures.grad_norm,
                 "tokens": self.counters.tokens,
                 "tokens_per_second": rate,
                 "seconds": self.counters.seconds,
@@ -344,32 +316,73 @@ class Trainer:
         )
 
     def _checkpoint_due(self, step: int) -> bool:
-        age = (time.perf_counter() - self._last_checkpoint) / 60
-        return _every(self.config.checkpoint_every, step) or 0 < self.config.checkpoint_minutes < age
+        # By the clock of rank 0, whose word takes a step to reach the others.
+        by_clock = step == self._save_after if self.ranks.distributed else self._checkpoint_is_old()
+        return step == self._stop_after or by_clock or _every(self.config.checkpoint_every, step)
 
-    def _checkpoint(self) -> None:
-        """Write the state and the averaged weights, after the records that lead to them."""
-        if self._log is None:
-            return
-        self._update_clocks()
-        self._log.sync()
+    def _checkpoint_is_old(self) -> bool:
+        age = (time.perf_counter() - self._last_checkpoint) / 60
+        return 0 < self.config.checkpoint_minutes < age
+
+    def _checkpoint(self, nll: float | None = None) -> None:
+        """Write the state, after the records that lead to it; nll: held out, if it was measured at it."""
+        if self._log is not None:
+            self._update_clocks()
+            self._log.sync()
         metadata = {
             "config": self.config.to_dict(),
             "counters": asdict(self.counters),
-            "world_size": self.world_size,
+            "world_size": self.layout.began_with,
             "torch": torch.__version__,
         }
-        with staged(self.out_dir) as folder:
-            write_state(folder / STATE_FILE, self.model, self.ema, self.optimizer, metadata)
-            with self.ema.applied():
-                self.model.save_pretrained(folder)
+        if self._checkpoints is not None:
+            tensors = tensors_of(self.model, self.ema, self.optimizer)
+            self._checkpoints.save(tensors, counted(metadata, self.ema, self.optimizer), nll)
+        else:
+            with staged(self.out_dir) as folder:
+                write_state(folder / STATE_FILE, self.model, self.ema, self.optimizer, metadata)
+                with self.ema.applied():
+                    self.model.save_pretrained(folder)
         self._last_checkpoint = time.perf_counter()
 
-    def _run_evaluation(self) -> None:
-        if self._log is None or self._evaluate is None:
+    def _export(self) -> None:
+        """Write the averaged weights in the one-file form, which checkpoints in shards are not."""
+        if self._checkpoints is None:
             return
-        with evaluating([self.model]), self.ema.applied(), torch.no_grad():
-            results = self._evaluate(self.model)
+        self._checkpoints.wait()
+        with self._averaged() as model:
+            if model is not None:
+                with staged(self.out_dir) as folder:
+                    model.save_pretrained(folder)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[Trainable | None]:
+        """On rank 0 a whole model with the averaged weights; every rank has to enter."""
+        if self.ranks.sharded:
+            yield self.ranks.whole_model(dict(zip(self.ema.names, self.ema.shadow, strict=True)))
+        elif self.rank:
+            yield None
+        else:
+            with self.ema.applied():
+                yield self.model
+
+    def _is_best(self, nll: float | None) -> bool:
+        """Whether a checkpoint of now would be kept for its NLL."""
+        if self._checkpoints is None or nll is None or (self._best_nll is not None and nll >= self._best_nll):
+            return False
+        self._best_nll = nll
+        return True
+
+    def _run_evaluation(self) -> float | None:
+        """The held-out NLL of the averaged weights, the best over loop counts, if it is measured."""
+        with self._averaged() as model:
+            nll = None if model is None else self._evaluated(model)
+        return None if self._checkpoints is None else self.ranks.agreed(nll)
+
+    def _evaluated(self, model: Trainable) -> float | None:
+        assert self._evaluate is not None
+        with evaluating([model]), torch.no_grad():
+            results = self._evaluate(model)
         self._update_clocks()
         counters = self.counters
         self._write(
@@ -382,6 +395,8 @@ class Trainer:
             }
         )
         self._rate_start, self._rate_tokens = time.perf_counter(), counters.tokens
+        held_out = results.get("held_out")
+        return min((one["nll"] for one in held_out), default=None) if isinstance(held_out, list) else None
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._log is not None and self._progress is not None

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from loopmdm.formats import safetensors_files
 from loopmdm.model.checkpoint import check_same
 from loopmdm.train.ema import EMA
+from loopmdm.train.optimizers import Optimizer
+from loopmdm.train.parallel import put
 from loopmdm_kernels.files import staging_folder
 from loopmdm_kernels.values import parse_json
 
 STATE_FILE = "training_state.safetensors"
 _HEADER_KEY = "loopmdm_training_state"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class CheckpointError(OSError):
@@ -48,19 +49,24 @@ def staged(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def write_state(
-    path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, metadata: dict[str, Any]
-) -> None:
-    """Write the state of a run; `metadata` holds JSON values."""
+def tensors_of(model: nn.Module, ema: EMA, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Everything of a run that is a tensor, by the names of the files; the memory is that of the run."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in zip(ema.names, ema.shadow, strict=True)}
-    for name, parameter in zip(ema.names, ema.parameters, strict=True):
-        for moment in _MOMENTS:
-            if moment in optimizer.state[parameter]:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    adam_steps = {int(s["step"]) for s in optimizer.state.values() if "step" in s} or {0}
-    metadata = metadata | {"ema_updates": ema.updates, "adam_steps": max(adam_steps)}
-    safetensors_files.write(path, tensors, {_HEADER_KEY: json.dumps(metadata)})
+    return tensors | optimizer.moments()
+
+
+def counted(metadata: dict[str, Any], ema: EMA, optimizer: Optimizer) -> dict[str, Any]:
+    """`metadata`, and the numbers that belong to `tensors_of`."""
+    return metadata | {"ema_updates": ema.updates, "adam_steps": optimizer.steps}
+
+
+def write_state(
+    path: Path, model: nn.Module, ema: EMA, optimizer: Optimizer, metadata: dict[str, Any]
+) -> None:
+    """Write the state of a run; `metadata` holds JSON values."""
+    header = {_HEADER_KEY: json.dumps(counted(metadata, ema, optimizer))}
+    safetensors_files.write(path, tensors_of(model, ema, optimizer), header)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged or is no safetensors file: {error}") from error
     metadata = _metadata(path)
-    _check_ranges(path, metadata)
+    check_ranges(path, metadata)
     if not has_digest:
         warnings.warn(
             f"{path} states no digest (earlier versions wrote none): damage to its tensors would not be seen",
@@ -95,8 +101,8 @@ def _metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _check_ranges(path: Path, metadata: dict[str, Any]) -> None:
-    """Refuse counters that no run has, of a file without a digest (an earlier version wrote none)."""
+def check_ranges(path: Path, metadata: dict[str, Any]) -> None:
+    """Refuse counters that no run has, such as one without a digest may hold."""
     fields = {"config", "counters", "world_size", "torch", "ema_updates", "adam_steps"}
     if not isinstance(metadata, dict) or set(metadata) != fields:
         raise ValueError(f"{path} is damaged: its metadata are not those of a training state")
@@ -116,32 +122,21 @@ def _check_ranges(path: Path, metadata: dict[str, Any]) -> None:
         raise ValueError(f"{path} is damaged: its counters contradict each other or its configuration")
 
 
-def read_state(path: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
+def read_state(path: Path, model: nn.Module, ema: EMA, optimizer: Optimizer) -> None:
     """Put the state of a run into a model, its average and its optimizer, strictly by name and shape.
 
     `read_metadata` has found the file whole before.
     """
     metadata = _metadata(path)
-    adam_steps = int(metadata["adam_steps"])
-    current = {f"model.{name}": value for name, value in model.state_dict().items()}
-    current |= {f"ema.{name}": value for name, value in zip(ema.names, ema.shadow, strict=True)}
-    expected = {name: tuple(value.shape) for name, value in current.items()}
-    if adam_steps > 0:
-        for name, parameter in zip(ema.names, ema.parameters, strict=True):
-            expected |= {f"{moment}.{name}": tuple(parameter.shape) for moment in _MOMENTS}
+    optimizer.begin(int(metadata["adam_steps"]))
+    current = tensors_of(model, ema, optimizer)
     with safe_open(path, framework="pt") as file:
         names = file.keys()
         found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         tied = safetensors_files.aliases(file.metadata(), set(found))
         found |= {alias: found[kept] for alias, kept in tied.items()}
-        check_same(expected, found, str(path))
+        check_same({name: tuple(value.shape) for name, value in current.items()}, found, str(path))
         with torch.no_grad():
             for name, value in current.items():
-                value.copy_(file.get_tensor(tied.get(name, name)))
-        states: dict[int, dict[str, Tensor]] = {}
-        if adam_steps > 0:
-            for index, name in enumerate(ema.names):
-                states[index] = {moment: file.get_tensor(f"{moment}.{name}") for moment in _MOMENTS}
-                states[index]["step"] = torch.tensor(float(adam_steps), dtype=torch.float32)
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+                put(value, file.get_tensor(tied.get(name, name)))
     ema.updates = int(metadata["ema_updates"])
