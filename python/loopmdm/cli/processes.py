@@ -1,0 +1,73 @@
+"""The processes of a run that `torchrun` started: joined, and ended together, with one error."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from loopmdm.cli.parser import FAILED
+
+_FIRST = "loopmdm/first-error"
+# In the errors of the backends when a process at the other end is gone.
+_GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# What gloo says around an error: the line of its source, advice.
+_NOISE = re.compile(r"^\[\S*\] |\. This is typically .*")
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run has ended in the middle of it."""
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[tuple[int, torch.device]]:
+    """Joins the processes `torchrun` started; yields the rank and the device of this one.
+
+    Of errors inside the first one is raised; processes that fail after it, as a rule because of it, end
+    without a word.
+
+    Raises:
+        LostProcessError: another process was killed, say.
+    """
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        yield 0, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    # gloo too: checkpoints are agreed on and gathered by it.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), device
+    except Exception as error:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others; this one is ending
+        if not _is_first():
+            raise SystemExit(FAILED) from error
+        if _is_of_a_lost_process(error):
+            what = _NOISE.sub("", str(error).strip().splitlines()[0])
+            raise LostProcessError(
+                f"another process of this run has ended (rank {dist.get_rank()} sees: {what}); checkpoints are"
+                " intact, and --resume continues from the last one"
+            ) from error
+        raise
+    dist.destroy_process_group()
+
+
+def _is_first() -> bool:
+    """Whether no process of the run has failed before; also where that cannot be known any more."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return bool(store.add(_FIRST, 1) == 1)
+    except RuntimeError:
+        return True
+
+
+def _is_of_a_lost_process(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _GONE)

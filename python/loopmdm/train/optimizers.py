@@ -1,0 +1,73 @@
+"""What moves the weights: AdamW alone, or Muon for the matrices of the blocks and AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from loopmdm.train.config import TrainConfig
+
+_MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
+
+
+class Optimizer:
+    """One step over all parameters, whatever moves each of them."""
+
+    def __init__(
+        self, names: Sequence[str], parameters: Sequence[Tensor], config: TrainConfig, device: torch.device
+    ) -> None:
+        self._names = dict(zip(parameters, names, strict=True))
+        adamw = torch.optim.AdamW(
+            parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        self.parts: list[torch.optim.Optimizer] = [adamw]
+
+    def step(self, learning_rate: float) -> None:
+        """Move the parameters by their gradients, and drop these."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+        # The fused update does not count as a change of version by itself; caches of the ops are keyed on it.
+        torch.autograd.graph.increment_version(list(self._names))
+
+    def moments(self) -> dict[str, Tensor]:
+        """The state by `moment.parameter`; empty before the first step."""
+        return {
+            f"{moment}.{self._names[parameter]}": part.state[parameter][moment]
+            for part, parameter, moment in self._kept()
+            if moment in part.state[parameter]
+        }
+
+    def begin(self, steps: int) -> None:
+        """Make the state that `steps` steps leave, with zeros to be written over."""
+        for part in self.parts:
+            part.state.clear()
+        if not steps:
+            return
+        for part, parameter, moment in self._kept():
+            part.state[parameter][moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            if isinstance(part, torch.optim.AdamW):
+                done = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
+                part.state[parameter]["step"] = done
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        states = (state for part in self.parts for state in part.state.values())
+        return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+    def _kept(self) -> Iterator[tuple[torch.optim.Optimizer, Tensor, str]]:
+        for part in self.parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    for moment in _MOMENTS[type(part)]:
+                        yield part, parameter, moment

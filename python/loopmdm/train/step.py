@@ -1,0 +1,113 @@
+"""One optimizer step of one rank: passes over its micro-batches, clipping, the update, the average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loopmdm.data.batches import Batch
+from loopmdm.model import flops
+from loopmdm.model.loop_law import LoopLaw
+from loopmdm.model.seeds import derive_seed
+from loopmdm.train.batches import Prefetcher
+from loopmdm.train.config import TrainConfig
+from loopmdm.train.ema import EMA
+from loopmdm.train.optimizers import Optimizer
+from loopmdm.train.parallel import Layout, Ranks, full
+
+
+class MicroBatch(NamedTuple):
+    """What a loss was computed from."""
+
+    batch: Batch
+    num_loops: int
+    seed: int
+
+
+class Figures(NamedTuple):
+    """What a step tells, summed over the ranks."""
+
+    loss_sum: float  # of the micro-batches
+    nll_sum: float
+    tokens: float
+    requests: list[float]
+    grad_norm: float
+
+
+@dataclass
+class Step:
+    """A step whose figures may still be on their way from the device."""
+
+    number: int  # counted from 1
+    record: dict[str, Any]
+    micro_batches: list[MicroBatch]  # of this rank
+    _values: Tensor  # float64
+    _arrived: torch.cuda.Event | None
+
+    def figures(self) -> Figures:
+        """The figures, waited for."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss_sum, nll_sum, tokens, *requests, grad_norm = self._values.tolist()
+        return Figures(loss_sum, nll_sum, tokens, requests, grad_norm)
+
+
+@dataclass
+class Stepper:
+    """Takes optimizer steps; what is random in one follows from (seed, step, number of the micro-batch)."""
+
+    ranks: Ranks
+    layout: Layout
+    batches: Prefetcher
+    law: LoopLaw
+    config: TrainConfig
+    dims: Any  # configuration of the model, for the ledger of FLOPs
+    optimizer: Optimizer
+    ema: EMA
+    device: torch.device
+
+    def take(
+        self, step: int, requests: Sequence[bool], check: Callable[[int, float, float], None] | None
+    ) -> Step:
+        """Step `step`, counted from 0; its figures are not waited for.
+
+        Args:
+            requests: of this rank, added up over all.
+            check: called with (number, loss, gradient norm) before the weights move; None: they are not
+                waited for.
+        """
+        config, layout, device = self.config, self.layout, self.device
+        num_loops = self.law.sample(config.seed, step)
+        learning_rate = config.learning_rate_at(step)
+        figures = torch.zeros(3 + len(requests), dtype=torch.float64, device=device)
+        work, used = 0.0, []
+        for index in range(layout.own):
+            batch = self.batches.get(step, index)
+            seed = derive_seed(config.seed, 0, step, layout.number(index))
+            used.append(MicroBatch(batch, num_loops, seed))
+            with self.ranks.micro_batch(last=index == layout.own - 1):
+                loss, nll_sum, num_tokens = self.ranks.loss(*used[-1])
+                (loss / layout.own).backward()  # type: ignore[no-untyped-call]
+            figures[:3] += torch.stack([v.detach().double() for v in (loss, nll_sum, num_tokens)])
+            batch_size, length = batch.input_ids.shape
+            work += layout.world_size * batch_size * flops.training_flops(self.dims, length, num_loops)
+        figures[3:] = torch.tensor([float(one) for one in requests], dtype=torch.float64)
+        self.ranks.add_up(figures)
+        norm = nn.utils.clip_grad_norm_(self.ema.parameters, config.clip or math.inf)
+        figures = torch.cat([figures, full(norm.detach()).double()[None]])
+        if check is not None:
+            check(step + 1, *figures[[0, -1]].tolist())
+        self.optimizer.step(learning_rate)
+        self.ema.update()
+        figures = figures.to("cpu", non_blocking=True)
+        arrived = None
+        if device.type == "cuda":
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(torch.cuda.current_stream(device))
+        record = {"num_loops": num_loops, "lr": learning_rate, "work": work}
+        return Step(step + 1, record, used, figures, arrived)
