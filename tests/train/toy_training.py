@@ -19,6 +19,8 @@ VOCAB, MASK, LENGTH = 7, 6, 8
 class ToyModel(nn.Module):
     """An MLP applied S times; the interface of LoopMDM as the trainer uses it."""
 
+    model_type = "toy"
+
     def __init__(self, seed: int = 0, width: int = 16) -> None:
         super().__init__()
         self.config = LoopMDMConfig(

@@ -1,32 +1,49 @@
-"""Turn a reference (MDLM) checkpoint into a folder with config.json and model.safetensors.
+"""Turn a reference (MDLM) checkpoint, or a run of several processes, into config.json and model.safetensors.
 
 Reads a Lightning .ckpt (the averaged weights, which published figures use), a bare state dict in a torch
 file, a safetensors file or folder, or a hub id. Torch files are read without running any code in them. The
-weights stay as they are; the loop is configuration only.
+weights stay as they are; the loop is configuration only. Of a run with checkpoints in shards, also while it
+goes on, it takes the averaged weights of the newest one, and the tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from loopmdm.cli.output import print_json, show
 from loopmdm.cli.parser import add_json
+from loopmdm.cli.runs import refuse
 from loopmdm.mdlm import convert_checkpoint
 from loopmdm.model.loop_law import loop_count
-from loopmdm.runs.options import count, loop_range, positive_int, usage_errors
+from loopmdm.runs.export import export_run
+from loopmdm.runs.options import UsageError, count, loop_range, positive_int, usage_errors
 from loopmdm.runs.run_file import RUN_FILE
+from loopmdm.train.checkpoints import CHECKPOINTS
 from loopmdm.train.loop import FILES
 from loopmdm_kernels.files import refuse_files
 
 EPILOG = """examples:
   loopmdm convert mdlm.ckpt mdlm-looped --loop 1:3 --max-loops 12
   loopmdm convert kuleshov-group/mdlm-owt mdlm-owt --max-loops 1
+  loopmdm convert run out               the newest checkpoint of a run that several processes train
 """
+
+# Options about what a reference checkpoint does not say.
+_REFERENCE = {
+    "loop": "--loop",
+    "max_loops": "--max-loops",
+    "max_length": "--max-length",
+    "mask_token_id": "--mask-token-id",
+    "num_heads": "--num-heads",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="checkpoint file, folder or hub id")
+    parser.add_argument(
+        "source", metavar="SRC", help="checkpoint file, folder or hub id; or the folder of a run"
+    )
     parser.add_argument("target", metavar="DST", help="folder to write, without a checkpoint or a run in it")
     parser.add_argument(
         "--no-ema", action="store_true", help="take the raw weights of a Lightning checkpoint"
@@ -48,12 +65,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "the configuration")
 
 
+def _run_of_shards(args: argparse.Namespace) -> int:
+    found, config = export_run(args.source, args.target)
+    if args.json:
+        print_json({"source": args.source, "target": args.target, "config": config, "step": found.step})
+    else:
+        show(f"{args.target}: the averaged weights of step {found.step}, from {found.path}")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     if args.max_loops is not None:
         with usage_errors():
             loop_count("--max-loops", args.max_loops)
     options: dict[str, Any] = {} if args.max_length is None else {"max_length": args.max_length}
     refuse_files(args.target, (*FILES, RUN_FILE), "the converted checkpoint")
+    if (Path(args.source) / CHECKPOINTS).is_dir():
+        refuse(args, _REFERENCE, "the configuration of a run is known")
+        if args.no_ema:
+            raise UsageError("--no-ema: of a run the averaged weights are taken")
+        return _run_of_shards(args)
     config = convert_checkpoint(
         args.source,
         args.target,

@@ -53,8 +53,8 @@ def process_group(device: torch.device) -> Iterator[tuple[int, torch.device]]:
         if _is_of_a_lost_process(error):
             what = _NOISE.sub("", str(error).strip().splitlines()[0])
             raise LostProcessError(
-                f"another process of this run has ended (rank {dist.get_rank()} sees: {what}); checkpoints are"
-                " intact, and --resume continues from the last one"
+                f"another process of this run has ended (rank {dist.get_rank()} sees: {what}); checkpoints"
+                " are intact, and --resume continues from the last one"
             ) from error
         raise
     dist.destroy_process_group()

@@ -43,6 +43,7 @@ class Found(NamedTuple):
 
     path: Path  # a folder of shards, or the file of a state
     metadata: dict[str, Any]
+    model: dict[str, Any]  # model_type and configuration; empty of a file, beside which they lie
 
     @property
     def step(self) -> int:
@@ -51,6 +52,14 @@ class Found(NamedTuple):
     @property
     def sharded(self) -> bool:
         return self.path.name != STATE_FILE
+
+
+class Header(NamedTuple):
+    """What checkpoint.json says of a checkpoint."""
+
+    metadata: dict[str, Any]  # as in the file of a state
+    model: dict[str, Any]  # model_type, and the configuration
+    nll: float | None  # held out, where it was measured at this step
 
 
 class Checkpoints:
@@ -64,10 +73,10 @@ class Checkpoints:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, tensors: dict[str, Tensor], metadata: dict[str, Any], nll: float | None) -> None:
+    def save(self, tensors: dict[str, Tensor], header: Header) -> None:
         """Copy the tensors now, and write them while the training goes on."""
         self.wait()
-        step = int(metadata["counters"]["step"])
+        step = int(header.metadata["counters"]["step"])
         staging = self._folder / f".loopmdm-{step:016x}.tmp"  # one name on all ranks; leftovers look like it
         try:
             if self._ranks.rank == 0:
@@ -75,7 +84,6 @@ class Checkpoints:
             write = self._begin(staging, tensors)
         except OSError as error:
             raise _failure(self._folder, error) from error
-        header = {"format": _FORMAT, "nll": nll, "metadata": metadata}
         self._pending = self._executor.submit(self._finish, write, staging, header)
 
     def _begin(self, staging: Path, tensors: dict[str, Tensor]) -> Callable[[], object]:
@@ -94,7 +102,7 @@ class Checkpoints:
         name = _SHARD.format(1) + "model-00001-of-00001.safetensors"
         return lambda: safetensors_files.write(staging / name, copies, {})
 
-    def _finish(self, write: Callable[[], object], staging: Path, header: dict[str, Any]) -> None:
+    def _finish(self, write: Callable[[], object], staging: Path, header: Header) -> None:
         try:
             write()
             self._publish(staging, header)
@@ -103,7 +111,7 @@ class Checkpoints:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
 
-    def _publish(self, staging: Path, header: dict[str, Any]) -> None:
+    def _publish(self, staging: Path, header: Header) -> None:
         sums = {}
         for path in sorted(staging.glob(_SHARD.format(self._ranks.rank + 1) + "*")):
             sync(path)
@@ -114,8 +122,13 @@ class Checkpoints:
             sums = {name: digest for part in gathered for name, digest in part.items()}
         if self._ranks.rank:
             return
-        write_files({staging / FILE: json.dumps(header | {"files": sums}, indent=1) + "\n"})
-        target = self._folder / CHECKPOINTS / f"step-{header['metadata']['counters']['step']:08d}"
+        write_files(
+            {
+                staging / FILE: json.dumps({"format": _FORMAT, **header._asdict(), "files": sums}, indent=1)
+                + "\n"
+            }
+        )
+        target = self._folder / CHECKPOINTS / f"step-{header.metadata['counters']['step']:08d}"
         target.parent.mkdir(exist_ok=True)
         if target.exists():  # of a step that was done again
             _remove(self._folder, target)
@@ -157,7 +170,6 @@ def load(found: Found, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     Raises:
         ValueError: damaged, or of another model.
     """
-    from torch.distributed.checkpoint import state_dict_loader
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     files = read_json(found.path / FILE)["files"]
@@ -166,10 +178,39 @@ def load(found: Found, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     stored = reader.read_metadata().state_dict_metadata
     shapes = {name: tuple(getattr(one, "size", ())) for name, one in stored.items()}
     check_same({name: tuple(value.shape) for name, value in tensors.items()}, shapes, str(found.path))
+    _read_into(tensors, reader)
+
+
+def read_tensors(found: Found, prefix: str) -> dict[str, Tensor]:
+    """The whole tensors of a sharded checkpoint whose names begin so, without that; in a single process.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    files = read_json(found.path / FILE)["files"]
+    complaint = _damage(found.path, files, sorted(files))
+    if complaint:
+        raise ValueError(complaint)
+    reader = HuggingFaceStorageReader(str(found.path))
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(one.size, dtype=one.properties.dtype)
+        for name, one in stored.items()
+        if name.startswith(prefix)
+    }
+    _read_into(tensors, reader)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _read_into(tensors: dict[str, Tensor], reader: Any) -> None:
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     with torch.no_grad(), warnings.catch_warnings():
         # In a single process it says that it is one.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        state_dict_loader.load(tensors, storage_reader=reader)
+        load(tensors, storage_reader=reader)
 
 
 def newest(folder: Path) -> Found | None:
@@ -181,7 +222,7 @@ def newest(folder: Path) -> Found | None:
     found = [_read(path) for path in _steps(folder)[-1:]]
     state = folder / STATE_FILE
     if state.exists():
-        found.append(Found(state, read_metadata(state)))
+        found.append(Found(state, read_metadata(state), {}))
     return max(found, key=lambda one: one.step, default=None)
 
 
@@ -199,12 +240,12 @@ def _steps(folder: Path) -> list[Path]:
 def _read(path: Path) -> Found:
     try:
         values = read_json(path / FILE)
-        if values.get("format") != _FORMAT or set(values) != {"format", "nll", "metadata", "files"}:
+        if values.get("format") != _FORMAT or set(values) != {"format", *Header._fields, "files"}:
             raise ValueError(f"{path / FILE} was not written by this version of loopmdm, or is damaged")
         check_ranges(path, values["metadata"])
     except (OSError, ValueError) as error:
         raise ValueError(f"{error}; {_EARLIER.format(path)}") from error
-    return Found(path, values["metadata"])
+    return Found(path, values["metadata"], values["model"])
 
 
 def _damage(folder: Path, files: dict[str, str], names: list[str]) -> str | None:

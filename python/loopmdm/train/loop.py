@@ -19,7 +19,7 @@ from loopmdm.model.checkpoint import Trainable
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.model.modes import evaluating
 from loopmdm.train.batches import Prefetcher, batch_source
-from loopmdm.train.checkpoints import KEPT, Checkpoints, Found, has_checkpoint, load, newest
+from loopmdm.train.checkpoints import KEPT, Checkpoints, Found, Header, has_checkpoint, load, newest
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.folder import RunFolder
@@ -337,7 +337,8 @@ class Trainer:
         }
         if self._checkpoints is not None:
             tensors = tensors_of(self.model, self.ema, self.optimizer)
-            self._checkpoints.save(tensors, counted(metadata, self.ema, self.optimizer), nll)
+            model = {"model_type": self.model.model_type, **self.model.config.to_dict()}
+            self._checkpoints.save(tensors, Header(counted(metadata, self.ema, self.optimizer), model, nll))
         else:
             with staged(self.out_dir) as folder:
                 write_state(folder / STATE_FILE, self.model, self.ema, self.optimizer, metadata)

@@ -1,0 +1,45 @@
+"""A run's checkpoint in shards turned into the one-file form: config.json, model.safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loopmdm.model import LoopMDM
+from loopmdm.model.checkpoint import Trainable, fill
+from loopmdm.quality.causal import CausalLM
+from loopmdm.runs.text_data import TOKENIZER_FILE, load_tokenizer
+from loopmdm.train.checkpoints import Found, newest, read_tensors
+
+_MODELS: dict[str, type[Trainable]] = {kind.model_type: kind for kind in (LoopMDM, CausalLM)}
+
+
+def export_run(
+    source: str | os.PathLike[str], target: str | os.PathLike[str]
+) -> tuple[Found, dict[str, Any]]:
+    """Write the averaged weights of the newest checkpoint of the run `source` into the folder `target`.
+
+    Returns:
+        The checkpoint, and the configuration of its model.
+
+    Raises:
+        ValueError: the run has no checkpoint in shards, or a damaged one.
+    """
+    found = newest(Path(source))
+    if found is None or not found.sharded:
+        raise ValueError(f"{source} holds no whole checkpoint in shards, which its processes write")
+    config = dict(found.model)
+    kind = _MODELS.get(config.pop("model_type"))
+    if kind is None:
+        raise ValueError(f"{found.path} is of a model that is not known here: {found.model}")
+    with torch.device("meta"):
+        model = kind(kind.config_class.from_dict(config))
+    tensors = read_tensors(found, "model.") | read_tensors(found, "ema.")
+    fill(model, tensors, str(found.path))
+    model.save_pretrained(target)
+    if Path(source, TOKENIZER_FILE).is_file():
+        load_tokenizer(source).save(target)
+    return found, config
