@@ -74,6 +74,9 @@ CASES = {
     "test_sample_rows[R1]": "`sample_rows`, 1 row, V 50258",
     "test_sample_rows[R16]": "the same, 16 rows",
     "test_sample_rows[R256]": "the same, 256 rows",
+    "test_sample_tokens[R1]": "`sample_rows` without statistics, 1 row, V 50258",
+    "test_sample_tokens[R16]": "the same, 16 rows",
+    "test_sample_tokens[R256]": "the same, 256 rows",
 }
 # The front page: by column the file of the kernels and that of sampling; a case, and what it is called there
 # where fp32 is the fast dtype.
@@ -91,7 +94,7 @@ FRONT = {
     "sampling, S = 12, 1024 tokens, 8 steps": "test_sampling[S12]",
 }
 # Where a share of the peak rate says nothing: the weights are read for few rows.
-BOUND_BY_MEMORY = {"test_sample_rows[R1]", "test_sample_rows[R16]"}
+BOUND_BY_MEMORY = {f"test_sample_{what}[{rows}]" for what in ("rows", "tokens") for rows in ("R1", "R16")}
 
 
 ABOUT_REPORT = """## One run as a page

@@ -44,25 +44,43 @@ def fp8_calls(run: Run, batch: int, length: int) -> Calls:
     }
 
 
-@pytest.mark.parametrize("num_rows", [1, 16, 256], ids=["R1", "R16", "R256"])
+NUM_ROWS = pytest.mark.parametrize("num_rows", [1, 16, 256], ids=["R1", "R16", "R256"])
+
+
+@NUM_ROWS
 def test_sample_rows(compare, num_rows):
+    """Tokens with the statistics of their rows, beside tokens alone of the reference model's draw."""
+    beside_peers(compare, num_rows)
+
+
+@NUM_ROWS
+def test_sample_tokens(compare, num_rows):
+    """Tokens alone on both sides; ours reads the weight as bytes."""
+    beside_peers(compare, num_rows, statistics=False)
+
+
+def beside_peers(compare, num_rows, *, statistics=True):
     hidden, exact = head_inputs(1, LENGTH, HIDDEN, VOCAB, excluded_token=VOCAB - 1)
     hidden = hidden.float()
     rows = torch.arange(num_rows) * (LENGTH // num_rows)
     rng = row_rng(num_rows)
     heads = {name: Head(*(t.to(dtype) for t in exact[:4]), VOCAB - 1) for name, dtype in DTYPES.items()}
+
+    def ours(name):
+        return partial(lk.sample_rows, hidden, heads[name], rows, rng, statistics=statistics)
+
     variants = {}
     for name, head in heads.items():
         variants[f"eager {name}"] = partial(peers.sample_rows, hidden, head, rows)
         variants[f"compiled {name}"] = partial(peers.compiled(peers.sample_rows), hidden, head, rows)
     native = native_dtype()
     if native == torch.float32:
-        variants[WITH_BF16_PARAMETERS] = partial(lk.sample_rows, hidden, heads["bf16"], rows, rng)
+        variants[WITH_BF16_PARAMETERS] = ours("bf16")
     with torch.no_grad():
         compare(
-            partial(lk.sample_rows, hidden, heads[NAMES[native]], rows, rng),
+            ours(NAMES[native]),
             variants,
             flops=2.0 * num_rows * HIDDEN * VOCAB,
             dtype=native,
-            bytes_read=native.itemsize * VOCAB * HIDDEN,
+            bytes_read=(native.itemsize if statistics else 1) * VOCAB * HIDDEN,
         )

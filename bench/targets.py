@@ -32,6 +32,9 @@ BF16_TARGETS = {
     "test_sample_rows[R1]": Target(4.0, reach=5.0),
     "test_sample_rows[R16]": Target(4.0, reach=5.0),
     "test_sample_rows[R256]": Target(3.0),
+    "test_sample_tokens[R1]": Target(4.0, reach=5.0),
+    "test_sample_tokens[R16]": Target(4.0, reach=5.0),
+    "test_sample_tokens[R256]": Target(3.0),
     "test_sampling[S1]": Target(4.0),
     "test_sampling[S12]": Target(2.5),
 }
@@ -48,6 +51,9 @@ FP32_TARGETS = {
     "test_sample_rows[R1]": Target(3.0),
     "test_sample_rows[R16]": Target(3.0),
     "test_sample_rows[R256]": Target(3.0),
+    "test_sample_tokens[R1]": Target(3.0),
+    "test_sample_tokens[R16]": Target(3.0),
+    "test_sample_tokens[R256]": Target(3.0),
 }
 
 

@@ -59,6 +59,30 @@ def looped_blocks_backward(
     gradients: list[Tensor],
     nanoseconds: Tensor | None = ...,
 ) -> None: ...
+def quantized_size(vocab_size: int, width: int) -> int: ...
+def quantize_head(weight: Tensor, bf16: bool, num_threads: int, quantized: Tensor) -> None: ...
+def sample_tokens(
+    hidden: Tensor,
+    rows: Tensor,
+    norm: Tensor,
+    shift: Tensor,
+    gain: Tensor,
+    weight: Tensor | None,
+    bias: Tensor,
+    normalized: bool,
+    bf16: bool,
+    quantized: Tensor,
+    plain_weight: Tensor,
+    excluded_token: int,
+    seed: int,
+    sequence: Tensor,
+    step: Tensor,
+    position: Tensor,
+    temperature: float,
+    num_threads: int,
+    token: Tensor,
+    finite: Tensor,
+) -> None: ...
 def head_logits(
     hidden: Tensor,
     rows: Tensor,
@@ -220,8 +244,10 @@ class PreparedNetwork:
         heads: int,
         cos: Tensor | None,
         sin: Tensor | None,
-        head: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool],
+        head: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, bool, bool],
         excluded_token: int,
+        quantized: Tensor | None,
+        weight: Tensor | None,
     ) -> None: ...
 
 class DecodingRun:

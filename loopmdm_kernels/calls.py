@@ -305,6 +305,12 @@ class Draw(NamedTuple):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
+    statistics: bool = True  # wanted besides the token
+
+    @property
+    def limits(self) -> tuple[float, float, int | None]:
+        """Temperature, top_p and top_k."""
+        return self.temperature, self.top_p, self.top_k
 
     @property
     def restricted(self) -> bool:
@@ -326,6 +332,6 @@ class SampleCall(HeadCall):
 
     @classmethod
     def of(cls, *arguments: Any) -> Self:
-        hidden, *head, rows, seed, sequence, step, position, temperature, top_p, top_k, dtype = arguments
-        draw = Draw(RowRng(seed, sequence, step, position), temperature, top_p, top_k)
-        return cls(hidden, _head(*head), dtype, rows, draw)
+        hidden, norm, weight, scale, bias, modulation, excluded_token, rows, *draw, dtype = arguments
+        head = _head(norm, weight, scale, bias, modulation, excluded_token)
+        return cls(hidden, head, dtype, rows, Draw(RowRng(*draw[:4]), *draw[4:]))

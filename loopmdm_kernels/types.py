@@ -162,7 +162,10 @@ class RevealRule(NamedTuple):
 
 
 class SampledRows(NamedTuple):
-    """What `sample_rows` returns for each row; statistics are of the distribution at temperature 1."""
+    """What `sample_rows` returns for each row; statistics are of the distribution at temperature 1.
+
+    Where they were not asked for they are NaN, and `top1_token` is -1.
+    """
 
     token: Tensor  # [R] int64
     log_prob: Tensor  # [R] log-probability of `token`
@@ -182,3 +185,9 @@ class SampledRows(NamedTuple):
                 for name in cls._fields
             )
         )
+
+    @classmethod
+    def of_tokens(cls, token: Tensor, dtype: torch.dtype = torch.float32) -> SampledRows:
+        """Without statistics."""
+        nothing = torch.full(token.shape, torch.nan, dtype=dtype, device=token.device)
+        return cls(token, nothing, torch.full_like(token, -1), nothing, nothing, nothing)

@@ -18,12 +18,15 @@ namespace {
 class PreparedNetwork {
  public:
   // blocks: for each the tensors of BlockWeights, packed; modulation: [blocks, 1, 6, D].
-  // head: what `sample_rows` takes before the excluded token, of any hidden state [1, 1, D].
+  // head: what `sample_rows` takes before the excluded token, of any hidden state [1, 1, D]. quantized,
+  // weight: what `sample_tokens` takes besides, or None where draws come with their statistics.
   PreparedNetwork(py::handle embedding_arg, py::handle positions_arg, const py::sequence& blocks,
                   py::handle modulation, int64_t num_before, int64_t num_after, int64_t heads, py::handle cos,
-                  py::handle sin, const py::sequence& head, int64_t excluded_token)
+                  py::handle sin, const py::sequence& head, int64_t excluded_token, py::handle quantized,
+                  py::handle weight)
       : isa_(cpu::current_isa()),
-        kept_(py::make_tuple(embedding_arg, positions_arg, blocks, modulation, cos, sin, head)) {
+        kept_(py::make_tuple(embedding_arg, positions_arg, blocks, modulation, cos, sin, head, quantized,
+                             weight)) {
     const TensorView embedding(embedding_arg, "embedding", {DType::float32, DType::bfloat16}, {kAny, kAny});
     const int64_t vocab_size = embedding.size(0), hidden = embedding.size(1);
     if (heads < 1 || hidden % (2 * heads) != 0)
@@ -38,6 +41,7 @@ class PreparedNetwork {
     if (network_.head.width != hidden || network_.head.vocab_size != vocab_size)
       throw py::value_error("head: expected [" + std::to_string(vocab_size) + ", " + std::to_string(hidden) +
                             "] like the embedding");
+    if (!quantized.is_none()) network_.race = token_race_problem(network_.head, quantized, weight);
     network_.embedding = embedding.data();
     network_.embedding_is_bf16 = embedding.dtype() == DType::bfloat16;
     network_.positions = nullptr;
@@ -152,6 +156,9 @@ class DecodingRun {
     if (!place.is_none()) p.place = TensorView(place, "place", {DType::float64}, {size}).as<double>();
     if (p.rating == cpu::Rating::place && p.place == nullptr)
       throw py::value_error("place: expected a tensor");
+    const bool rated = p.rating != cpu::Rating::none && p.rating != cpu::Rating::place;
+    if (network.network().race && (rated || schedule.is_none()))
+      throw py::value_error("rating: expected none of predictions whose tokens are drawn alone");
     if (p.window < 1) throw py::value_error("window: expected at least 1");
     if (!schedule.is_none()) {
       const py::tuple both = schedule;
@@ -204,10 +211,11 @@ class DecodingRun {
 void bind_decoding(py::module_& m) {
   py::class_<PreparedNetwork>(m, "PreparedNetwork")
       .def(py::init<py::handle, py::handle, const py::sequence&, py::handle, int64_t, int64_t, int64_t,
-                    py::handle, py::handle, const py::sequence&, int64_t>(),
+                    py::handle, py::handle, const py::sequence&, int64_t, py::handle, py::handle>(),
            py::arg("embedding"), py::arg("positions"), py::arg("blocks"), py::arg("modulation"),
            py::arg("num_before"), py::arg("num_after"), py::arg("heads"), py::arg("cos"), py::arg("sin"),
-           py::arg("head"), py::arg("excluded_token"));
+           py::arg("head"), py::arg("excluded_token"), py::arg("quantized").none(true),
+           py::arg("weight").none(true));
   py::class_<DecodingRun>(m, "DecodingRun")
       .def(py::init<const PreparedNetwork&, const py::sequence&, const py::object&, const py::object&,
                     const py::tuple&, const py::sequence&, int64_t, uint64_t, double, const py::sequence&>(),

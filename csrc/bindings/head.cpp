@@ -20,7 +20,9 @@ cpu::HeadProblem head_problem(py::handle hidden_arg, py::handle rows_arg, py::ha
                           std::to_string(vocab_size));
   const cpu::LinearLayout layout =
       cpu::linear_layout(cpu::linear_kernel(isa), vocab_size, width, /*head_dim=*/0, bf16);
-  const TensorView weight(weight_arg, "packed head.weight", {DType::int32}, {layout.size()});
+  const uint32_t* weight = nullptr;
+  if (!weight_arg.is_none())
+    weight = TensorView(weight_arg, "packed head.weight", {DType::int32}, {layout.size()}).as<uint32_t>();
   const TensorView norm(norm_arg, "head.norm", {DType::float32}, {width});
   const TensorView shift(shift_arg, "shift", {DType::float32}, {kAny, width});
   const TensorView gain(gain_arg, "gain", {DType::float32}, {shift.size(0), width});
@@ -35,7 +37,7 @@ cpu::HeadProblem head_problem(py::handle hidden_arg, py::handle rows_arg, py::ha
       .norm = norm.as<const float>(),
       .shift = shift.as<const float>(),
       .gain = gain.as<const float>(),
-      .weight = weight.as<const uint32_t>(),
+      .weight = weight,
       .bias = bias.as<const float>(),
       .num_rows = rows.size(0),
       .rows_per_group = shift.size(0) == 1 ? groups * length : length,
@@ -43,6 +45,22 @@ cpu::HeadProblem head_problem(py::handle hidden_arg, py::handle rows_arg, py::ha
       .vocab_size = vocab_size,
       .bf16 = bf16,
       .normalized = normalized,
+  };
+}
+
+cpu::TokenRaceProblem token_race_problem(const cpu::HeadProblem& head, py::handle quantized_arg,
+                                         py::handle weight_arg) {
+  if (head.width > cpu::kMostQuantizedWidth)
+    throw py::value_error("hidden: expected a width of at most " + std::to_string(cpu::kMostQuantizedWidth));
+  const cpu::QuantizedSize size(head.vocab_size, head.width);
+  const TensorView quantized(quantized_arg, "quantized head.weight", {DType::int32}, {size.total()});
+  const TensorView weight(weight_arg, "head.weight", {DType::float32, DType::bfloat16},
+                          {head.vocab_size, head.width});
+  return {
+      .rows = nullptr,
+      .quantized = size.in(quantized.as<uint32_t>()),
+      .weight = weight.data(),
+      .weight_is_bf16 = weight.dtype() == DType::bfloat16,
   };
 }
 

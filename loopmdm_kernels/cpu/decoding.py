@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loopmdm_kernels import backends
 from loopmdm_kernels.calls import LoopedCall, SampleCall
-from loopmdm_kernels.cpu.head import packed_operands
+from loopmdm_kernels.cpu.head import packed_operands, unpacked_operands
 from loopmdm_kernels.cpu.looped_blocks import packed_blocks
 from loopmdm_kernels.cpu.operands import DTYPES, vector
+from loopmdm_kernels.cpu.packing import quantized_head
+from loopmdm_kernels.cpu.sample_rows import reads_bytes
 from loopmdm_kernels.types import RevealRule
 
 _ANY_WINDOW = 2**62
@@ -96,7 +98,11 @@ class Taken(NamedTuple):
 
 
 class Steps:
-    """The steps of a run. Weights are packed and checked once: none may change while they are taken."""
+    """The steps of a run. Weights are packed and checked once: none may change while they are taken.
+
+    Where the draw leaves out statistics, the rule may not rate predictions, and the log-probabilities of
+    what is revealed are 0 or NaN.
+    """
 
     def __init__(
         self,
@@ -110,6 +116,7 @@ class Steps:
         from loopmdm_kernels import _C
 
         draw = network.draw.draw
+        operands, quantized, weight = _head_operands(network.draw)
         before, loop, after = network.stacks
         assert loop is not None
         calls = [call for call in network.stacks if call is not None]
@@ -124,8 +131,10 @@ class Steps:
             loop.num_heads,
             cos,
             sin,
-            packed_operands(network.draw, network.draw.rows),
+            operands,
             network.draw.head.excluded_token,
+            quantized,
+            weight,
         )
         size = len(slots.sequence)
         slot, step, loops = torch.empty(3, size, dtype=torch.int64)
@@ -161,3 +170,13 @@ class Steps:
         return Taken(
             steps, calls, sequences, loops, rows, not_finite, self._reveals.part(before, self._count)
         )
+
+
+def _head_operands(call: SampleCall) -> tuple[Any, Tensor | None, Tensor | None]:
+    """Those of `_C.sample_rows`; or those of `_C.sample_tokens`, the weight in bytes and as it is."""
+    weight = call.head.weight
+    assert isinstance(weight, Tensor)  # fp8 weights are refused before
+    if call.draw.statistics or not reads_bytes(call):
+        return packed_operands(call, call.rows), None, None
+    operands = unpacked_operands(call, call.rows)
+    return operands, quantized_head(weight, bf16=operands[-1]), weight.detach()

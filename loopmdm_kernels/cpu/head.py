@@ -31,20 +31,34 @@ def packed_operands(
     call: HeadCall, rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool]:
     """The first arguments of `_C.sample_rows` and `_C.head_logits`, the weight packed for this processor."""
-    bf16 = call.dtype == torch.bfloat16
-    shift, scale = call.head.modulation.to(call.dtype).unbind(1)
     weight = call.head.weight
     assert isinstance(weight, Tensor)  # fp8 weights are refused before
+    before, after = _operands(call, rows)
+    return *before, packed_linear(weight, bf16=after[-1]), *after
+
+
+def unpacked_operands(
+    call: HeadCall, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None, Tensor, bool, bool]:
+    """The same for `_C.sample_tokens`, which does not read the packed weight."""
+    before, after = _operands(call, rows)
+    return *before, None, *after
+
+
+def _operands(
+    call: HeadCall, rows: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, bool, bool]]:
+    """Those before the weight, and those behind it."""
+    shift, scale = call.head.modulation.to(call.dtype).unbind(1)
     return (
-        call.hidden.contiguous(),
-        rows.contiguous(),
-        _norm_or_ones(call),
-        shift.float().contiguous(),
-        (1 + scale).float().contiguous(),
-        packed_linear(weight, bf16=bf16),
-        vector(call.head.bias),
-        call.head.norm is not None,
-        bf16,
+        (
+            call.hidden.contiguous(),
+            rows.contiguous(),
+            _norm_or_ones(call),
+            shift.float().contiguous(),
+            (1 + scale).float().contiguous(),
+        ),
+        (vector(call.head.bias), call.head.norm is not None, call.dtype == torch.bfloat16),
     )
 
 

@@ -13,6 +13,7 @@ weight itself are always seen.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -56,10 +57,24 @@ def packed_linear(
     `heads` > 0: its rows are `parts` times `heads` heads. `transposed`: the panels of its transpose.
     A weight that is not contiguous is packed at each call.
     """
-    from loopmdm_kernels import _C
-
     if not weight.is_contiguous():
         return _pack(weight.detach().contiguous(), bf16, heads, parts, transposed)
+    options = (bf16, heads, parts, transposed)
+    return _kept(weight, options, lambda: _pack(weight, *options))
+
+
+def quantized_head(weight: Tensor, *, bf16: bool) -> Tensor:
+    """The contiguous weight [V, D] in bytes, with what bounds their error; see `csrc/cpu/head/token_race.h`.
+
+    bf16: of the products whose results it bounds.
+    """
+    return _kept(weight, ("bytes", bf16), lambda: _quantize(weight, bf16))
+
+
+def _kept(weight: Tensor, options: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+    """What is made of a weight, once while it does not change."""
+    from loopmdm_kernels import _C
+
     # Read before packing: a write by another thread meanwhile is seen by the next call.
     state = _State(
         -1 if weight.is_inference() else weight._version,
@@ -74,10 +89,10 @@ def packed_linear(
         _watch_optimizers()
         known = _Packs(weakref.ref(weight, partial(_known.pop, key)), state, {})
         _known[key] = known
-    options = (bf16, heads, parts, transposed, _C.cpu_isa())
+    options = (*options, _C.cpu_isa())
     packed = known.packed.get(options)
     if packed is None:
-        packed = known.packed[options] = _pack(weight, bf16, heads, parts, transposed)
+        packed = known.packed[options] = make()
     return packed
 
 
@@ -88,6 +103,14 @@ def _pack(weight: Tensor, bf16: bool, heads: int, parts: int, transposed: bool) 
     packed = _on_large_pages(_C.packed_size(columns, depth, heads, parts, bf16))
     _C.pack_linear(weight, heads, parts, bf16, transposed, torch.get_num_threads(), packed)
     return packed
+
+
+def _quantize(weight: Tensor, bf16: bool) -> Tensor:
+    from loopmdm_kernels import _C
+
+    quantized = _on_large_pages(_C.quantized_size(*weight.shape))
+    _C.quantize_head(weight, bf16, torch.get_num_threads(), quantized)
+    return quantized
 
 
 def _on_large_pages(words: int) -> Tensor:

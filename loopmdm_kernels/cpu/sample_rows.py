@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.calls import Draw, SampleCall
-from loopmdm_kernels.cpu.head import packed_operands, why_not
+from loopmdm_kernels.cpu.head import packed_operands, unpacked_operands, why_not
+from loopmdm_kernels.cpu.packing import quantized_head
 from loopmdm_kernels.reference.sample_rows import sample_in_parts
 from loopmdm_kernels.types import RowRng, SampledRows
 
-__all__ = ["run", "why_not"]
+__all__ = ["reads_bytes", "run", "why_not"]
 
 _ROWS_WITH_LOGITS = 64  # top_p and top_k need a row's logits together
+_LEAST_QUANTIZED = 2**22  # weights; fewer are read from a cache
+_MOST_QUANTIZED_WIDTH = 2**15  # sums of products of two bytes fit into int32
 
 
 def run(call: SampleCall) -> SampledRows:
@@ -29,10 +32,32 @@ def run(call: SampleCall) -> SampledRows:
 
         return sample_in_parts(call, _ROWS_WITH_LOGITS, logits, draw_restricted)
     out = SampledRows.empty(call.rows.shape[0])
+    if not call.draw.statistics and reads_bytes(call):
+        _draw_tokens(call, out.token)
+        return out
     operands = packed_operands(call, call.rows)
     names, temperature = _names(call.draw.rng), call.draw.temperature
     _C.sample_rows(*operands, call.head.excluded_token, *names, temperature, threads, *out)
     return out
+
+
+def reads_bytes(call: SampleCall) -> bool:
+    """Whether a token alone is drawn from a copy of the weight in bytes."""
+    weight, draw = call.head.weight, call.draw
+    assert isinstance(weight, Tensor)  # fp8 weights are refused before
+    large = weight.numel() >= _LEAST_QUANTIZED and weight.shape[1] <= _MOST_QUANTIZED_WIDTH
+    return large and weight.is_contiguous() and not draw.restricted
+
+
+def _draw_tokens(call: SampleCall, token: Tensor) -> None:
+    from loopmdm_kernels import _C
+
+    weight, finite = call.head.weight, torch.empty(token.shape, dtype=torch.bool)
+    assert isinstance(weight, Tensor)
+    operands = unpacked_operands(call, call.rows)
+    quantized = quantized_head(weight, bf16=operands[-1])
+    how = (*_names(call.draw.rng), call.draw.temperature, torch.get_num_threads())
+    _C.sample_tokens(*operands, quantized, weight.detach(), call.head.excluded_token, *how, token, finite)
 
 
 def draw_restricted(log_probs: Tensor, draw: Draw) -> Tensor:

@@ -22,6 +22,7 @@ def sample_rows(
     top_p: float = 1.0,
     top_k: int | None = None,
     compute_dtype: torch.dtype | None = None,
+    statistics: bool = True,
 ) -> SampledRows:
     """Draw one token for each row from softmax(logits / temperature), and describe the row's distribution.
 
@@ -38,9 +39,11 @@ def sample_rows(
         top_p: in (0, 1]; below 1, draw from the smallest set of most probable tokens that reaches it.
         top_k: draw from so many most probable tokens, the lowest ids on ties; with top_p, that is of these.
         compute_dtype: dtype of the projection's operands; None: that of `head.weight`, unless this is fp8.
+        statistics: False: the token alone is wanted, the same one. On a CPU a large head is then read as
+            bytes, of which a copy is kept, and exactly only where a token may win.
 
     Returns:
-        `SampledRows`; its statistics are of the distribution at temperature 1.
+        `SampledRows`; its statistics are of the distribution at temperature 1, or NaN if not wanted.
     """
     checks.tensor("hidden", hidden, dtypes=checks.STREAM_FLOATS, shape=("B", "L", "D"))
     checks.not_empty("hidden", hidden)
@@ -56,26 +59,33 @@ def sample_rows(
     checks.compute_dtype(compute_dtype)
     if isinstance(head, Fp8Head):
         checks.for_inference("head", compute_dtype)
-    draw = Draw(rng, temperature, top_p, top_k)
+    if not isinstance(statistics, bool):
+        raise TypeError(f"statistics: got {statistics!r}, expected a bool")
+    draw = Draw(rng, temperature, top_p, top_k, statistics)
     return SampledRows(*OPERATOR(checks.plain(SampleCall(hidden, head, compute_dtype, rows, draw))))
 
 
 def _run(call: SampleCall) -> SampledRows:
     with torch.no_grad():
         sampled: SampledRows = backends.run("sample_rows", call)
-    return sampled
+        return sampled if call.draw.statistics else SampledRows.of_tokens(sampled.token, _dtype(call))
 
 
 def _fake(call: SampleCall) -> tuple[Tensor, ...]:
-    dtype = torch.promote_types(torch.promote_types(call.hidden.dtype, call.dtype), torch.float32)
-    return SampledRows.empty(call.rows.shape[0], call.hidden.device, dtype)
+    return SampledRows.empty(call.rows.shape[0], call.hidden.device, _dtype(call))
+
+
+def _dtype(call: SampleCall) -> torch.dtype:
+    """Of the statistics."""
+    return torch.promote_types(torch.promote_types(call.hidden.dtype, call.dtype), torch.float32)
 
 
 OPERATOR = Operator(
     SampleCall,
     "sample_rows(Tensor hidden, Tensor? norm, Tensor weight, Tensor? weight_scale, Tensor bias, "
     "Tensor modulation, int excluded_token, Tensor rows, SymInt seed, Tensor sequence, Tensor step, "
-    "Tensor position, float temperature, float top_p, SymInt? top_k, ScalarType compute_dtype)"
+    "Tensor position, float temperature, float top_p, SymInt? top_k, bool statistics, "
+    "ScalarType compute_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     flops=lambda call, _: 2 * call.rows.shape[0] * call.head.weight.shape.numel(),

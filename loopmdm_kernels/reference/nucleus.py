@@ -51,7 +51,7 @@ def draw_restricted(log_probs: Tensor, draw: Draw) -> Tensor:
 
     The winners of the exponential race among them, with the times of the full race.
     """
-    return draw_among(log_probs, restriction(log_probs, *draw[1:]), draw)
+    return draw_among(log_probs, restriction(log_probs, *draw.limits), draw)
 
 
 def draw_among(log_probs: Tensor, allowed: Tensor, draw: Draw) -> Tensor:

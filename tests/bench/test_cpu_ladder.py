@@ -8,7 +8,7 @@ def test_an_instruction_set_has_the_flags_of_those_below_it():
     assert flags["generic"] == []
     assert flags["avx2"] == ["-mavx2", "-mfma"]
     assert flags["avx512"][:2] == flags["avx2"] and "-mavx512f" in flags["avx512"]
-    assert flags["avx512_bf16"] == [*flags["avx512"], "-mavx512bf16"]
+    assert flags["avx512_bf16"] == [*flags["avx512"], "-mavx512bf16", "-mavx512vnni"]
 
 
 def test_shares_are_of_the_peak_and_of_the_block(tmp_path):

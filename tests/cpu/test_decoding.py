@@ -13,7 +13,7 @@ from tests.sampling.conftest import random_model
 
 NETWORK = (
     *("embedding", "positions", "blocks", "modulation", "num_before", "num_after", "heads", "cos", "sin"),
-    *("head", "excluded_token"),
+    *("head", "excluded_token", "quantized", "weight"),
 )
 RUN = (
     *("network", "slots", "schedule", "place", "pace", "computes", "max_batch", "seed", "temperature"),
@@ -77,6 +77,8 @@ def test_what_was_given_is_taken_again(given):
         ("head", lambda old: old[:-1], ValueError),
         ("excluded_token", lambda _: 12, ValueError),
         ("excluded_token", lambda _: -1, ValueError),
+        ("quantized", lambda _: ints(0), TypeError),
+        ("quantized", lambda _: torch.zeros(3, dtype=torch.int32), ValueError),
     ],
 )
 def test_networks_that_are_refused(given, name, change, error):
@@ -114,6 +116,18 @@ def test_runs_that_are_refused(given, name, change):
     arguments = {**given["DecodingRun"], "network": network}
     with pytest.raises(ValueError):
         _C.DecodingRun(**{**arguments, name: change(arguments[name])})
+
+
+def test_rated_predictions_have_probabilities(given):
+    arguments = given["PreparedNetwork"]
+    weight = torch.randn(arguments["embedding"].shape)
+    quantized = torch.empty(_C.quantized_size(*weight.shape), dtype=torch.int32)
+    _C.quantize_head(weight, False, 1, quantized)
+    network = _C.PreparedNetwork(**{**arguments, "quantized": quantized, "weight": weight})
+    run = {**given["DecodingRun"], "network": network}
+    _C.DecodingRun(**run)
+    with pytest.raises(ValueError, match="drawn alone"):
+        _C.DecodingRun(**{**run, "pace": replaced(PACE, 0, "confidence")})
 
 
 @pytest.mark.parametrize("arguments", [(-1, 1, 1.0, 1), (5, 1, 1.0, 1), (0, 1, 1.0, 0)])

@@ -12,7 +12,9 @@ import loopmdm_kernels as lk
 from loopmdm import ComputePlan, LoopMDM, sample
 from loopmdm.sampling import SampleResult, StepEvent, fused
 from loopmdm_kernels import _C
+from loopmdm_kernels.cpu import sample_rows as cpu_sample_rows
 from loopmdm_kernels.cpu.decoding import Steps
+from loopmdm_kernels.cpu.packing import quantized_head
 from tests.sampling.conftest import random_model
 
 ADAPTIVE = ComputePlan.adaptive(0.4, 4)
@@ -112,6 +114,36 @@ def test_the_bits_are_those_of_steps_in_python(kind, options, taken, in_python):
     assert not taken
     assert_same(run(MODELS[kind], **options), expected)
     assert sum(taken) > 0
+
+
+@pytest.fixture
+def bytes_made(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The weights of which steps in compiled code ask for a copy in bytes, however small they are."""
+    weights: list[torch.Tensor] = []
+
+    def counted(weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        weights.append(weight)
+        return quantized_head(weight, **options)
+
+    monkeypatch.setattr(cpu_sample_rows, "_LEAST_QUANTIZED", 1)
+    monkeypatch.setattr("loopmdm_kernels.cpu.decoding.quantized_head", counted)
+    return weights
+
+
+@pytest.mark.parametrize("options", FUSED, ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_tokens_alone_where_nothing_else_is_asked(kind, options, bytes_made, in_python):
+    """An order that rates nothing needs no probabilities, unless the run is watched."""
+    options = {**options, "history": False}
+    assert_same(run(MODELS[kind], **options), in_python(MODELS[kind], **options))
+    rated = options["order"] in ("confidence", "margin", "entropy") or "threshold" in options
+    assert len(bytes_made) == (0 if rated else 1)
+
+
+def test_a_watched_run_has_probabilities(bytes_made):
+    events: list[StepEvent] = []
+    run(MODELS["fp32"], order="random", history=False, on_step=events.append)
+    assert not bytes_made and all(bool((event.confidence < 1).all()) for event in events)
 
 
 @pytest.mark.parametrize("isa", _C.usable_cpu_isas().split(", "))
@@ -222,13 +254,15 @@ def test_a_replaced_method_is_asked(taken):
     assert not taken
 
 
-def test_weights_that_are_not_finite(in_python):
+@pytest.mark.parametrize("history", [True, False])
+def test_weights_that_are_not_finite(in_python, bytes_made, history):
     model = random_model()
     model.output_layer.linear.weight.data[3, 3] = float("nan")
     with pytest.raises(ValueError, match="not finite") as expected:
-        in_python(model)
+        in_python(model, history=history)
     with pytest.raises(ValueError, match="not finite") as got:
-        run(model)
+        run(model, history=history)
+    assert len(bytes_made) == (0 if history else 1)
     assert str(got.value) == str(expected.value)
     assert type(got.value) is type(expected.value)
 

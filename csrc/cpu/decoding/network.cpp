@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "cpu/machine/buffer.h"
 
@@ -90,7 +91,13 @@ void run_network(const Network& network, const NetworkCall& call, int64_t* loops
       .seed = call.seed,
       .temperature = call.temperature,
   };
-  sample_rows(rows, drawn, isa, num_threads);
+  if (!network.race) return sample_rows(rows, drawn, isa, num_threads);
+  TokenRaceProblem race = *network.race;
+  race.rows = &rows;
+  const auto finite = aligned_buffer<bool>(call.num_rows);
+  sample_tokens(race, drawn.token, finite.get(), isa, num_threads);
+  for (int64_t row = 0; row < call.num_rows; ++row)
+    drawn.log_prob[row] = finite[row] ? 0.0f : std::numeric_limits<float>::quiet_NaN();
 }
 
 }  // namespace loopmdm::cpu

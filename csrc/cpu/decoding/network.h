@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cpu/head/sample_rows.h"
@@ -16,9 +17,11 @@ struct Network {
   const void* positions;   // [max L, D] of the same type, or null
   const float *cos, *sin;  // [L, K/2] or null
   std::vector<BlockPointers> blocks;
-  const float* modulation;        // [blocks, 1, 6, D]
-  int64_t num_before, num_after;  // blocks before and after the loop
-  HeadProblem head;               // but for hidden and rows
+  const float* modulation;               // [blocks, 1, 6, D]
+  int64_t num_before, num_after;         // blocks before and after the loop
+  HeadProblem head;                      // but for hidden and rows
+  std::optional<TokenRaceProblem> race;  // but for rows: tokens are drawn alone, and of probabilities it is
+                                         // only said whether they are finite: log_prob is 0 or NaN
   int64_t hidden, width, heads;
   int64_t excluded_token;  // -1: none
   bool embedding_is_bf16;

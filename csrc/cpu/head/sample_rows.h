@@ -11,6 +11,7 @@
 #include "common/row_math.h"
 #include "cpu/head/head.h"
 #include "cpu/head/restricted_draw.h"
+#include "cpu/head/token_race.h"
 #include "cpu/machine/isa.h"
 
 namespace loopmdm::cpu {
@@ -45,6 +46,18 @@ struct SampleRowsKernel {
   // Winner of a row's race in double precision, -1 if there is none. `kept`: [V, up to whole tiles], -inf for
   // tokens that may not be drawn.
   int64_t (*race_among)(const RestrictedDrawProblem&, int64_t row, const float* kept);
+
+  // Of token_race.h. A panel of the head, and a row of operands, as bytes.
+  void (*quantize_panel)(const LinearSource& head, bool bf16, int64_t panel, const QuantizedHead& out);
+  void (*quantize_row)(const HeadProblem&, const uint32_t* operands, uint32_t* bytes, RowBound& bound);
+  // Of rows [begin, end) and one chunk the tokens that may win, at most all of them; their number. `sums`:
+  // scratch of kTileTokens for each row. `floors`: raised to what a token of the row reaches.
+  int64_t (*find_contenders)(const TokenRaceProblem&, int64_t begin, int64_t end, const uint32_t* bytes,
+                             const RowBound* bounds, int64_t chunk, float* sums, float* floors,
+                             Contender* out);
+  // Lets tokens, in ascending order, race. `panel`: scratch, a vector of words for each of D + 1.
+  void (*race_contenders)(const TokenRaceProblem&, int64_t row, const uint32_t* operands,
+                          const int32_t* tokens, int64_t count, uint32_t* panel, RaceState& state);
 };
 
 LOOPMDM_KERNEL(SampleRowsKernel, sample_rows_kernel)

@@ -41,6 +41,11 @@ struct RowCounter {
   uint32_t position, step, sequence;
 };
 
+RowCounter row_counter(const SampleRowsProblem& p, int64_t row) {
+  return {philox_key(p.seed), static_cast<uint32_t>(p.position[row]), static_cast<uint32_t>(p.step[row]),
+          static_cast<uint32_t>(p.sequence[row])};
+}
+
 // First words of the race for the 2 * kLanes tokens from first_token, a multiple of 4.
 inline void race_words(const RowCounter& row, uint32_t first_token, uint32_t* words) {
   philox_groups(row.key, first_token / 4, row.position, row.step, row.sequence, words);
@@ -160,14 +165,15 @@ void scan(const SampleRowsProblem& p, int64_t begin, int64_t end, const uint32_t
       const int64_t excluded = p.excluded_token - token;
       if (excluded >= 0 && excluded < count) row[excluded] = -__builtin_inff();
       add_statistics(row, visited, static_cast<int32_t>(token), out[r]);
-      if (p.temperature > 0) {
-        const RowCounter counter = {philox_key(p.seed), static_cast<uint32_t>(p.position[begin + r]),
-                                    static_cast<uint32_t>(p.step[begin + r]),
-                                    static_cast<uint32_t>(p.sequence[begin + r])};
-        run_race(row, visited, counter, p.temperature, static_cast<int32_t>(token), floors[r], out[r]);
-      }
+      if (p.temperature > 0)
+        run_race(row, visited, row_counter(p, begin + r), p.temperature, static_cast<int32_t>(token),
+                 floors[r], out[r]);
     }
   }
 }
 
-constexpr SampleRowsKernel table = {logits_scratch, prepare_rows, scan, race_among};
+#include "cpu/head/token_race.inl"
+
+constexpr SampleRowsKernel table = {logits_scratch,  prepare_rows,   scan,
+                                    race_among,      quantize_panel, quantize_row,
+                                    find_contenders, race_contenders};

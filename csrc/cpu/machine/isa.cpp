@@ -68,7 +68,7 @@ Isa detect() {
   if ((saved & kSavesYmm) != kSavesYmm || !has_all(extended.ebx, bit_AVX2)) return Isa::generic;
   constexpr uint32_t avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
   if ((saved & kSavesZmm) != kSavesZmm || !has_all(extended.ebx, avx512)) return Isa::avx2;
-  if (!has_all(extended1.eax, bit_AVX512BF16)) return Isa::avx512;
+  if (!has_all(extended1.eax, bit_AVX512BF16) || !has_all(extended.ecx, bit_AVX512VNNI)) return Isa::avx512;
   return has_tiles(saved) ? Isa::amx_bf16 : Isa::avx512_bf16;
 }
 #else

@@ -99,6 +99,39 @@ struct Bf16 : Fp32 {
 };
 #endif
 
+// Four bytes a word: unsigned ones of the left operand, each kOffset more than the value, and signed ones of
+// the right one. The sums are int32 in the place of floats, and exact.
+struct Bytes {
+  using Weights = Bytes;
+  static constexpr int kPerWord = 4;
+  static constexpr int kLeftPerWord = 4;
+#if defined(__AVX512VNNI__) || !defined(__AVX2__)
+  static constexpr int kOffset = 128;
+#else
+  static constexpr int kOffset = 64;  // two products of a byte below 128 fit into 16 bits
+#endif
+  static constexpr int kLargest = kOffset - 1;  // magnitude of a left value
+  static Floats multiply_add(Words a, Words b, Floats sum) {
+#if defined(__AVX512VNNI__)
+    return reinterpret_cast<Floats>(_mm512_dpbusd_epi32(
+        reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX512F__)
+    const __m512i pairs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(sum) +
+                                    reinterpret_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1))));
+#elif defined(__AVX2__)
+    const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(sum) +
+                                    reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+#else
+    Ints total = reinterpret_cast<Ints>(sum);
+    for (int i = 0; i < 32; i += 8)
+      total += reinterpret_cast<Ints>((a >> i) & 0xffu) * (reinterpret_cast<Ints>(b << (24 - i)) >> 24);
+    return reinterpret_cast<Floats>(total);
+#endif
+  }
+};
+
 // Words of a left operand of `depth` values.
 template <class Operand>
 constexpr int64_t operand_words(int64_t depth) {
@@ -389,19 +422,26 @@ inline void pack_columns_of(int filled, int64_t words, int64_t stride, uint32_t*
   }
 }
 
-// The same of columns of `depth` values each, `column` apart.
-template <class Operand, class Source>
-void pack_columns(const Source* x, int64_t column, int filled, int64_t depth, int64_t words, int64_t stride,
-                  uint32_t* out) {
+// The same of columns of `depth` values each, column j at column(j).
+template <class Operand, class ColumnAt>
+void pack_columns_at(int filled, int64_t depth, int64_t words, int64_t stride, uint32_t* out,
+                     ColumnAt&& column) {
   constexpr int kPer = Operand::kPerWord;
   pack_columns_of(filled, words, stride, out, [&](int j, int64_t k) {
     const int64_t left = depth - k * kPer;
-    const Source* from = x + j * column + k * kPer;
+    const auto* from = column(j) + k * kPer;
     const bool both = kPer == 2 && left > kLanes;
     uint32_t to[2 * kLanes / kPer];
     Operand::store(to, load_some(from, left), both ? load_some(from + kLanes, left - kLanes) : Floats{});
     return load_words(to);
   });
+}
+
+// The same of columns that are `column` values apart.
+template <class Operand, class Source>
+void pack_columns(const Source* x, int64_t column, int filled, int64_t depth, int64_t words, int64_t stride,
+                  uint32_t* out) {
+  pack_columns_at<Operand>(filled, depth, words, stride, out, [&](int j) { return x + j * column; });
 }
 
 // A right operand whose summed dimension are the rows of x: [count][columns] with `row` between rows, columns

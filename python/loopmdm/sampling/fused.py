@@ -49,7 +49,7 @@ class FusedRun(OrderedRun):
         if self._rule is None or not _is_plain(self.network.models[0]):
             return super().advance(first, most, watched)
         if self._steps is None:
-            self._steps = self._prepare(self._rule)
+            self._steps = self._prepare(self._rule, watched)
             if self._steps is None:
                 self._rule = None
                 return super().advance(first, most, watched)
@@ -65,8 +65,11 @@ class FusedRun(OrderedRun):
         return taken.steps, self._events(taken.reveals) if watched else []
 
     @torch.inference_mode()
-    def _prepare(self, rule: RevealRule) -> Steps | None:
-        """The compiled steps; None where other kernels than theirs would be used."""
+    def _prepare(self, rule: RevealRule, watched: bool) -> Steps | None:
+        """The compiled steps; None where other kernels than theirs would be used.
+
+        Where nobody watches, and the order rates no prediction, tokens are drawn without their statistics.
+        """
         model, decoding, slots = self.network.models[0], self.decoding, self.slots
         head = self.network.head(model, None)
         assert not isinstance(head, CalledHead)
@@ -76,6 +79,7 @@ class FusedRun(OrderedRun):
             cast(float, decoding.temperature),
             cast(float, decoding.top_p),
             cast("int | None", decoding.top_k),
+            statistics=watched or rule.schedule is None or rule.rating not in ("none", "place"),
         )
         network = NetworkParts(
             model.vocab_embed.embedding,

@@ -117,7 +117,7 @@ def _draw(scores: Tensor, excluded_token: int, rng: RowRng, how: _How) -> Sample
         least = log_probs.amax(dim=-1, keepdim=True) + how.temperature * math.log(how.min_p)
         allowed = log_probs >= least
         if draw.restricted:
-            allowed &= restriction(log_probs, *draw[1:])
+            allowed &= restriction(log_probs, *draw.limits)
         return draw_among(log_probs, allowed, draw)
 
     # With a top_k there are always tokens that cannot be drawn, and `among` is asked.
