@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loopmdm.data.sudoku import SudokuSpec, is_valid_solution
 from loopmdm.data.sudoku.boards import Cells, check_cells
+from loopmdm.model.flops import SamplingLedger
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.sampling import Decoding, SampleResult
 from loopmdm.sampling.sampler import sample_with
@@ -28,6 +29,8 @@ class SolveResult:
     loops: NDArray[np.int64]  # [N] loops summed over the network calls
     network_calls: NDArray[np.int64]  # [N]
     seconds: float
+    ledger: SamplingLedger  # of all network calls
+    num_steps: int  # denoising steps
 
     @property
     def solved(self) -> NDArray[np.bool_]:
@@ -113,6 +116,9 @@ def solve_with(
         part = tokens[start : start + size]
         ids = list(range(start, start + len(part)))
         results.append(sample_with(model, decoding, infill=part, sequence_ids=ids, progress=progress))
+    ledger = SamplingLedger(spec.cells)
+    for result in results:
+        ledger.add(result.ledger)
     boards = torch.cat([result.tokens for result in results]).cpu().numpy().astype(np.uint8) + np.uint8(1)
     return SolveResult(
         boards=boards,
@@ -121,6 +127,8 @@ def solve_with(
         loops=torch.cat([result.loops for result in results]).cpu().numpy(),
         network_calls=torch.cat([result.network_calls for result in results]).cpu().numpy(),
         seconds=sum(result.seconds for result in results),
+        ledger=ledger,
+        num_steps=max(result.num_steps for result in results),
     )
 
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+import sys
+from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +17,11 @@ import torch
 from loopmdm import ComputePlan, LoopMDM, sample
 from loopmdm.data.text import read_documents, split_documents
 from loopmdm.data.tokenizer import ByteTokenizer
+from loopmdm.model.flops import head_flops, layer_flops
 from loopmdm.quality import load_scorer, quality
+from loopmdm.quality.causal import CausalLM
+from loopmdm.quality.cost import cost_line
+from loopmdm.sampling import Remasking
 
 from .conftest import Call
 
@@ -114,3 +125,219 @@ def test_bad_usage(
     folders = {"TEXT": text_run, "SUDOKU": sudoku_run}
     done = call("eval", *(folders.get(word, word) for word in words))
     assert (done.status, done.out) == (status, "") and message in done.err, done.err
+
+
+@pytest.mark.parametrize(
+    "words, options",
+    [
+        (["--order", "random", "--tokens-per-step", 4], {"order": "random", "tokens_per_step": 4}),
+        (
+            [
+                *[
+                    "--order",
+                    "confidence",
+                    "--steps",
+                    "8",
+                    "--temperature",
+                    "0",
+                    "--plan",
+                    "L4,H4",
+                    "--light",
+                    "1",
+                    "--heavy",
+                    "2",
+                ]
+            ],
+            {"order": "confidence", "steps": 8, "temperature": 0.0, "plan": ComputePlan.parse("L4,H4", 1, 2)},
+        ),
+        (
+            ["--order", "entropy", "--entropy-bound", 2.5, "--top-k", 9, "--block-length", 16],
+            {"order": "entropy", "entropy_bound": 2.5, "top_k": 9, "block_length": 16},
+        ),
+        (["--steps", 12, "--remask", "cap", "--eta", 0.1], {"steps": 12, "remask": Remasking("cap", 0.1)}),
+        (["--steps", 6, "--reference-numerics"], {"steps": 6, "reference_numerics": True}),
+    ],
+    ids=str,
+)
+def test_any_order_and_any_plan(
+    call: Call, text_run: Path, words: list[object], options: dict[str, Any]
+) -> None:
+    given = ["eval", text_run, "--samples", 3, "--length", 16, "--seed", 4, *words]
+    if "plan" not in options:
+        given += ["--plan", 2]
+    done = call(*given, "--json")
+    assert done.status == 0, done.err
+    row, about = done.json["rows"][0], done.json["samples"]
+    plan = options.pop("plan", 2)
+    model = LoopMDM.from_pretrained(text_run)
+    result = sample(model, num_samples=3, length=16, seed=4, plan=plan, progress=False, **options)
+    expected = quality(result.tokens)
+    assert {name: row[name] for name in expected} == expected
+    assert about["order"] == options.get("order", "ancestral")
+    cost = row["cost"]
+    assert cost["plan"] == str(result.plan) and cost["steps"] == result.num_steps
+    assert cost["network_calls"] == result.total_network_calls and cost["seeds"] == {"samples": 4}
+    assert cost["tokens_per_forward"] == 48 / result.total_network_calls
+    assert cost["gflop_per_token"] == pytest.approx(result.ledger.flops() / 48 / 1e9)
+    printed = call(*given).out
+    assert cost_line(cost) in printed and f"{about['order']} order" in printed
+    assert ("lost" in printed) == ("reference_numerics" in options)
+    assert ("the most probable token" in printed) == (options.get("temperature") == 0)
+
+
+def duos_perplexity(model: CausalLM, rows: list[list[int]], end: int) -> float:
+    """Over all tokens but the first of a row, and ends behind the first end."""
+    terms: list[float] = []
+    for row in rows:
+        nll = model.token_nll(torch.tensor([row]))[0].tolist()
+        ends = 0
+        for place, (token, value) in enumerate(zip(row, nll, strict=True)):
+            ends += token == end
+            if place and (token != end or ends == 1):
+                terms.append(value)
+    return math.exp(sum(terms) / len(terms))
+
+
+def test_samples_are_written_and_read_back(call: Call, text_run: Path, scorer: Path, tmp_path: Path) -> None:
+    file, judge = tmp_path / "samples.json", CausalLM.from_pretrained(scorer)
+    words = ["eval", text_run, "--samples", 4, "--steps", 8, "--plan", 2, "--scorer", scorer, "--json"]
+    drawn = call(*words, "--save-samples", file)
+    assert drawn.status == 0 and f"wrote {file}" in drawn.err
+    document, row = json.loads(file.read_text()), drawn.json["rows"][0]
+    assert list(document)[:3] == ["generative_ppl", "entropy", "generated_seqs"]
+    model = LoopMDM.from_pretrained(text_run)
+    rows = sample(model, num_samples=4, length=32, steps=8, plan=2, progress=False).tokens.tolist()
+    assert document["token_ids"] == rows and document["cost"] == row["cost"]
+    assert document["entropy"] == row["unigram_entropy"]["value"]
+    assert document["generative_ppl"] == pytest.approx(duos_perplexity(judge, rows, 256), rel=1e-5)
+    for text, ids in zip(document["generated_seqs"], rows, strict=True):
+        assert text.count("<|endoftext|>") == ids.count(256)
+    words = ["eval", text_run, "--from-samples", file, "--scorer", scorer]
+    again = call(*words, "--json")
+    assert again.status == 0, again.err
+    (read, _) = again.json["rows"]
+    same = ("unigram_entropy", "generative_perplexity", "bits_per_byte", "self_bleu", "duo", "cost")
+    assert {name: read[name] for name in same} == {name: row[name] for name in same}
+    assert read["stated"] == {name: document[name] for name in ("generative_ppl", "entropy")}
+    printed = call(*words).out
+    assert f"the file says generative_ppl {document['generative_ppl']:.5g}" in printed
+    assert cost_line(row["cost"]) in printed
+
+
+def test_samples_of_duo_are_read(call: Call, text_run: Path, scorer: Path, tmp_path: Path) -> None:
+    """Texts alone, with the tokens that begin and end them written out."""
+    file, end = tmp_path / "duo.json", "<|endoftext|>"
+    texts = [f"{end}one and two{end}{end}three", f"{end}four five six seven", "no mark é"]
+    rows = [
+        [256, *b"one and two", 256, 256, *b"three"],
+        [256, *b"four five six seven"],
+        [*"no mark é".encode()],
+    ]
+    file.write_text(json.dumps({"generative_ppl": 31.5, "entropy": 2.5, "generated_seqs": texts}, indent=4))
+    done = call("eval", text_run, "--from-samples", file, "--scorer", scorer, "--json")
+    assert done.status == 0, done.err
+    (row, _) = done.json["rows"]
+    entropy = [sum(-n / len(r) * math.log(n / len(r)) for n in Counter(r).values()) for r in rows]
+    assert row["duo"]["entropy"] == pytest.approx(sum(entropy) / 3)
+    wanted = duos_perplexity(CausalLM.from_pretrained(scorer), rows, 256)
+    assert row["duo"]["generative_ppl"] == pytest.approx(wanted, rel=1e-5)
+    assert row["stated"] == {"generative_ppl": 31.5, "entropy": 2.5} and "cost" not in row
+    for content, message in (
+        ("{", "duo.json: not JSON: Expecting"),
+        ('["text"]', "no file of samples"),
+        ('{"generated_seqs": ["a", 1]}', "no file of samples"),
+        ('{"generated_seqs": ["abc", ""]}', "the text 1 is empty"),
+    ):
+        file.write_text(content)
+        done = call("eval", text_run, "--from-samples", file)
+        assert done.status == 1 and message in done.err, done.err
+
+
+def test_mauve_beside_held_out_text(
+    call: Call, text_run: Path, scorer: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in has the arguments of mauve-text; where that is installed, the value is its."""
+    given: dict[str, Any] = {}
+
+    def compute_mauve(**options: Any) -> SimpleNamespace:
+        given.update(options)
+        return SimpleNamespace(mauve=0.25, frontier_integral=0.5, num_buckets=2)
+
+    stand_in = ModuleType("mauve")
+    monkeypatch.setattr(stand_in, "compute_mauve", compute_mauve, raising=False)
+    words = ["eval", text_run, "--samples", 5, "--steps", 4, "--plan", 1, "--mauve", scorer]
+    words += ["--data", corpus, "--part", "all"]
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "mauve", stand_in)
+        document = call(*words, "--json").json
+        printed = call(*words).out
+    found = document["rows"][0]["mauve"]
+    assert (found["value"], found["samples"], found["human"], found["buckets"]) == (0.25, 5, 5, 2)
+    assert (found["featurizer"], found["max_text_length"], found["seed"]) == (str(scorer), 32, 25)
+    assert "MAUVE of 5 samples beside 5 held-out texts" in printed and "32 tokens at most" in printed
+    heading, _, drawn, *_ = printed.splitlines()[2:6]
+    assert "MAUVE" in heading and "0.25" in drawn and "mauve" not in document["rows"][1]
+    model = CausalLM.from_pretrained(scorer)
+    tokens = sample(
+        LoopMDM.from_pretrained(text_run), num_samples=5, length=32, steps=4, plan=1, progress=False
+    ).tokens
+    with torch.no_grad():
+        wanted = model.norm_final(model.hidden(tokens))[:, -1]
+    torch.testing.assert_close(torch.from_numpy(given["q_features"]), wanted, rtol=1e-4, atol=1e-5)
+    assert given["p_features"].shape == wanted.shape and given["seed"] == 25
+    if find_spec("mauve") is not None:
+        from mauve import compute_mauve as theirs
+
+        real = call(*words, "--json").json["rows"][0]["mauve"]
+        again = theirs(p_features=given["p_features"], q_features=given["q_features"], seed=25)
+        assert real["value"] == pytest.approx(again.mauve) and 0 < real["value"] <= 1
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    done = call(*words)
+    assert done.status == 1 and "MAUVE needs the package mauve-text: pip install mauve-text" in done.err
+
+
+def test_likelihoods_and_puzzles_say_what_they_cost(call: Call, text_run: Path, sudoku_run: Path) -> None:
+    words = ["eval", text_run, "--loops", "1,2", "--num-t", 3, "--windows", 4, "--seed", 6]
+    printed, document = call(*words).out, call(*words, "--json").json
+    model = LoopMDM.from_pretrained(text_run)
+    for one, loops in zip(document["held_out"], (1, 2), strict=True):
+        cost = one["cost"]
+        assert (cost["plan"], cost["precision"], cost["steps"]) == (f"S{loops}", "fp32", 3)
+        assert cost["network_calls"] == 12 and cost["seeds"] == {"masks": 6}
+        assert cost["tokens_per_forward"] == one["num_tokens"] / 12
+        blocks = 12 * 32 * (loops + 2) * layer_flops(model.config, 32)  # layers 0 and 2 run once
+        rows = cost["gflop_per_token"] * 1e9 * one["num_tokens"] - blocks
+        assert 0 < rows < 12 * 32 * head_flops(model.config)
+        assert cost_line(cost) in printed
+    exact = call(*words, "--method", "chain_rule", "--json").json["held_out"][0]["cost"]
+    assert exact["seeds"] == {} and exact["tokens_per_forward"] == 1 and exact["steps"] == 32
+    words = ["eval", sudoku_run, "--num", 3, "--num-t", 1, "--loops", 2, "--order", "confidence"]
+    printed, document = call(*words).out, call(*words, "--json").json
+    (solved,) = document["solved"]
+    assert solved["cost"]["seeds"] == {"puzzles": 20000} and solved["cost"]["tokens_per_forward"] == 1
+    assert solved["cost"]["network_calls"] == solved["network_calls"]
+    assert f"confidence, {cost_line(solved['cost'])}" in printed
+    assert cost_line(document["held_out"][0]["cost"]) in printed
+    done = call(*words[:-1], "margin")
+    assert done.status == 2 and "--order: got margin; of Sudoku, expected left_to_right" in done.err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--order", "random"], "--order: it belongs to --samples N"),
+        (["--temperature", "0.5"], "--temperature: it belongs to --samples N"),
+        (["--forbid", "3"], "--forbid: it belongs to --samples N"),
+        (["--save-samples", "x"], "--save-samples: it belongs to --samples N"),
+        (["--from-samples", "x", "--steps", "3"], "--steps: of drawing samples, and --from-samples draws"),
+        (["--from-samples", "x", "--loops", "2"], "--loops: of drawing samples"),
+        (["--samples", "2", "--from-samples", "x"], "not allowed with argument"),
+        (["--samples", "2", "--save-samples", "x"], "--save-samples: it keeps those of one plan"),
+        (["--samples", "2", "--order", "both"], "--order: both is of Sudoku"),
+        (["--samples", "2", "--order", "random", "--remask", "cap"], "remasking goes with the order ancest"),
+        (["--samples", "2", "--eta", "0.1"], "--eta: it belongs to --remask"),
+    ],
+)
+def test_options_that_do_not_go_together(call: Call, text_run: Path, words: list[str], message: str) -> None:
+    done = call("eval", text_run, *words)
+    assert (done.status, done.out) == (2, "") and message in done.err, done.err

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from loopmdm import ComputePlan
-from loopmdm.cli import COMMANDS, eval_samples, family
+from loopmdm.cli import COMMANDS, family, samples_table
 from loopmdm.cli.study import STUDIES
 from loopmdm.exits.rules import RULES
 from loopmdm.model import flops
@@ -47,7 +47,7 @@ def test_each_word_has_one_meaning() -> None:
     [
         boards.SHARE_COLUMNS,
         likelihood.columns([{"mean_loops": 1.0}]),
-        eval_samples.COLUMNS,
+        samples_table.COLUMNS,
         family.COLUMNS,
         ("spread", "ratio", "GFLOP/s", "of peak"),
         flops.CONVENTIONS,

@@ -15,6 +15,7 @@ from torch import Tensor
 from loopmdm.data.tokenizer import BPETokenizer, ByteTokenizer
 from loopmdm.quality import CausalScorer, generative_perplexity, load_scorer, quality, unigram_entropy
 from loopmdm.quality.causal import CausalConfig, CausalLM
+from loopmdm.quality.duo_samples import duo_perplexity, texts_of
 from loopmdm.quality.scorer import windows
 
 BYTES = ByteTokenizer()
@@ -198,3 +199,54 @@ def test_what_a_model_of_transformers_needs(
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"which is not installed: pip install 'loopmdm-kernels\[hf\]'"):
         load_scorer(gpt2, BYTES)
+
+
+def test_duo_scores_the_texts_of_its_samples(gpt2: Path) -> None:
+    """Texts with their marks, padded by the token that ends a text, in pieces of the context."""
+    import transformers
+
+    scorer, mark = load_scorer(gpt2, BYTES), "<|endoftext|>"
+    texts = ["def f(x):", f"aaaa{mark}bbbb{mark}Ünï", "def f(x): return x def f(x): return x aaaa bbbb def"]
+    width = 60
+    rows = [[EOS if c == "¬" else c for c in _bytes_and_marks(text, mark)] for text in texts]
+    tokens = torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+    assert texts_of(tokens, BYTES) == texts
+    encoder = transformers.AutoTokenizer.from_pretrained(gpt2)
+    encoder.pad_token = encoder.eos_token
+    model = transformers.GPT2LMHeadModel.from_pretrained(gpt2).eval()
+    padded = encoder(texts, return_tensors="pt", padding=True, truncation=True, max_length=width)
+    total = count = 0.0
+    pieces = zip(padded["input_ids"].split(16, 1), padded["attention_mask"].split(16, 1), strict=True)
+    for ids, mask in pieces:
+        with torch.no_grad():
+            log_probs = model(ids, attention_mask=mask).logits[:, :-1].double().log_softmax(-1)
+        nll = -log_probs.gather(-1, ids[:, 1:, None])[..., 0]
+        end = ids == encoder.eos_token_id
+        counted = (~end | (end.cumsum(1) == 1))[:, 1:]
+        # A piece that is padding alone counts its first token nowhere, and no others; ours has no such piece.
+        counted &= mask.any(1, keepdim=True)
+        total += float(nll[counted].sum())
+        count += int(counted.sum())
+    # Of the padding behind a text one token is counted, in its last piece only.
+    assert duo_perplexity(scorer, tokens, BYTES) == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_features_are_those_of_mauve_text(gpt2: Path) -> None:
+    import transformers
+
+    texts = ["def f(x):", "aaaa bbbb", "Ünï"]
+    scorer = load_scorer(gpt2, BYTES)
+    found = scorer.features(torch.zeros(3, 1, dtype=torch.int64), texts, 6)
+    model, encoder = (
+        kind.from_pretrained(gpt2) for kind in (transformers.AutoModel, transformers.AutoTokenizer)
+    )
+    for text, feature in zip(texts, found, strict=True):
+        ids = encoder.encode(text, return_tensors="pt", truncation=True, max_length=6)
+        with torch.no_grad():
+            hidden = model.eval()(ids, output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(feature, hidden[0, -1])
+
+
+def _bytes_and_marks(text: str, mark: str) -> list[Any]:
+    parts = [list(part.encode()) for part in text.split(mark)]
+    return parts[0] + [item for part in parts[1:] for item in ("¬", *part)]

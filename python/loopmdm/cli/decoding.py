@@ -18,9 +18,9 @@ from loopmdm.sampling.remasking import DEFAULT_ETA
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
-def add_pace(parser: argparse.ArgumentParser) -> None:
-    """How much a step reveals, beside --steps."""
-    group = parser.add_argument_group("pace", "how much a step reveals; one of these at most")
+def add_pace(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """How much a step reveals, beside --steps; of: what the heading of the options says before."""
+    group = parser.add_argument_group(f"{of}pace", "how much a step reveals; one of these at most")
     group.add_argument("--tokens-per-step", type=positive_int, metavar="K", help="so many tokens")
     group.add_argument(
         "--threshold",
@@ -39,13 +39,19 @@ def add_pace(parser: argparse.ArgumentParser) -> None:
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     """Every option of decoding that `sample` has."""
     parser.add_argument(
-        "--steps", type=positive_int, metavar="T", help="denoising steps (default: one a token)"
-    )
-    parser.add_argument(
         "--order",
         choices=sorted(ORDERS),
         default="ancestral",
         help="which masks are filled next (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=count, default=0, metavar="N", help="(default: %(default)s)")
+    add_drawing(parser)
+
+
+def add_drawing(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """The options of decoding but for order and seed; of: what the headings of the options say before."""
+    parser.add_argument(
+        "--steps", type=positive_int, metavar="T", help="denoising steps (default: one a token)"
     )
     parser.add_argument(
         "--counts",
@@ -54,8 +60,8 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         help="which steps fill one more where T does not divide the tokens: spread evenly, or the first of a"
         " block, as in LLaDA's sampler (default: %(default)s)",
     )
-    add_pace(parser)
-    group = parser.add_argument_group("where, and again")
+    add_pace(parser, of)
+    group = parser.add_argument_group(f"{of}where, and again")
     group.add_argument(
         "--block-length",
         type=positive_int,
@@ -67,7 +73,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--remask", choices=sorted(DEFAULT_ETA), help="mask tokens again at times (ReMDM)")
     group.add_argument("--eta", type=number, metavar="E", help="how often (default: by the kind of --remask)")
-    group = parser.add_argument_group("what is drawn")
+    group = parser.add_argument_group(f"{of}what is drawn")
     group.add_argument(
         "--temperature", type=number, default=1.0, help="0 for the most probable (default: %(default)s)"
     )
@@ -105,7 +111,6 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the reference's fp32 race, which loses rare tokens: to compare with figures made so",
     )
-    group.add_argument("--seed", type=count, default=0, metavar="N", help="(default: %(default)s)")
 
 
 def decoding_of(args: argparse.Namespace, **others: Any) -> Decoding:
@@ -115,8 +120,21 @@ def decoding_of(args: argparse.Namespace, **others: Any) -> Decoding:
         return Decoding(**(options | others))
 
 
-def chosen_decoding(args: argparse.Namespace, tokenizer: Tokenizer | None, plan: ComputePlan) -> Decoding:
-    """What the options of `add_decoding` ask for."""
+def drawing_options() -> dict[str, tuple[str, Any]]:
+    """The options of `add_drawing`: their names in a namespace, with the flag and the default of each."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_drawing(parser)
+    flags = {"forbidden": "--forbid"}
+    return {
+        name: (flags.get(name, f"--{name.replace('_', '-')}"), default)
+        for name, default in vars(parser.parse_args([])).items()
+    }
+
+
+def chosen_decoding(
+    args: argparse.Namespace, tokenizer: Tokenizer | None, plan: ComputePlan, **others: Any
+) -> Decoding:
+    """What the options of `add_decoding` ask for; `others` go before."""
     if args.eta is not None and args.remask is None:
         raise UsageError("--eta: it belongs to --remask")
     if args.stop_at_eos and tokenizer is None:
@@ -124,7 +142,9 @@ def chosen_decoding(args: argparse.Namespace, tokenizer: Tokenizer | None, plan:
     with usage_errors():
         remask = None if args.remask is None else Remasking(args.remask, args.eta)
     eos_token_id = tokenizer.eos_token_id if args.stop_at_eos and tokenizer is not None else None
-    return decoding_of(args, plan=plan, remask=remask, eos_token_id=eos_token_id, dtype=DTYPES[args.dtype])
+    dtype = DTYPES[args.dtype or "fp32"]
+    options = {"plan": plan, "remask": remask, "eos_token_id": eos_token_id, "dtype": dtype}
+    return decoding_of(args, **(options | others))
 
 
 def _ids(text: str) -> list[int]:

@@ -5,8 +5,9 @@ standard error over windows. Sudoku: the share of held-out puzzles solved in eac
 NELBO of their blanks. Times, masks and puzzles are the same for every loop count and every model. The NELBO
 is a bound; --method chain_rule gives the exact likelihood in an order, and reads a text once for each token.
 
-With --samples a model of text is measured by what it writes: generative perplexity and bits per byte under an
-autoregressive scorer, unigram entropy, distinct n-grams and self-BLEU, beside those of held-out text.
+With --samples a model of text is measured by what it writes, in any order and with any plan: generative
+perplexity and bits per byte under an autoregressive scorer, unigram entropy, distinct n-grams, self-BLEU and
+MAUVE, beside those of held-out text. Below a table stands what each row was computed with.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from loopmdm.cli import eval_samples
+from loopmdm.cli import eval_samples, samples_table
 from loopmdm.cli.output import print_json, print_table, show
 from loopmdm.cli.parser import add_json, add_runtime, set_up
 from loopmdm.cli.plans import adaptive, adapts, exit_rule, note_beyond_training
@@ -23,9 +24,11 @@ from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
 from loopmdm.quality.copies import METHODS, checked_samples
 from loopmdm.quality.copies import ORDERS as CHAIN_ORDERS
+from loopmdm.quality.cost import cost_line
 from loopmdm.quality.likelihood import evaluate_nll
 from loopmdm.runs import likelihood, text_data
 from loopmdm.runs.boards import (
+    HELD_OUT_SEED,
     ORDERS,
     SHARE_COLUMNS,
     blanks,
@@ -39,6 +42,7 @@ from loopmdm.runs.boards import (
 from loopmdm.runs.held_out import add_text_options, held_out_text
 from loopmdm.runs.models import default_loops, load_model, sudoku_spec
 from loopmdm.runs.options import UsageError, count, loop_counts, positive_int, usage_errors
+from loopmdm.sampling import ORDERS as SAMPLING_ORDERS
 from loopmdm.terminal import note
 
 EPILOG = """examples:
@@ -47,10 +51,13 @@ EPILOG = """examples:
   loopmdm eval run --adaptive 0.1                   loops that stop by themselves
   loopmdm eval run --method chain_rule --windows 8  exact, token by token from left to right
   loopmdm eval run --samples 64 --scorer scorer --steps 64 --loops 1,4
+  loopmdm eval run --samples 64 --order confidence --plan L16,H48 --light 1 --heavy 4 --temperature 0.8
+  loopmdm eval run --samples 64 --loops 4 --save-samples samples.json
+  loopmdm eval run --from-samples samples.json --scorer scorer --mauve scorer
   loopmdm eval sudoku9 --num 200 --json
 """
 # Options about the other kind of model, with their defaults.
-_OF_SUDOKU = {"num": 100, "order": "both"}
+_OF_SUDOKU = {"num": 100}
 _OF_TEXT = dict.fromkeys(("part", "length", "tokenizer")) | {
     "windows": 64,
     "text_field": "text",
@@ -91,7 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     puzzles.add_argument(
         "--num", type=positive_int, default=100, metavar="N", help="puzzles (default: %(default)s)"
     )
-    puzzles.add_argument("--order", choices=[*ORDERS, "both"], default="both", help="(default: %(default)s)")
+    parser.add_argument(
+        "--order",
+        choices=[*sorted(SAMPLING_ORDERS), "both"],
+        help="of decoding: Sudoku, left_to_right, confidence or both (default); samples, any (default:"
+        " ancestral)",
+    )
     eval_samples.add_arguments(parser)
     add_json(parser, "the figures")
     add_runtime(parser)
@@ -101,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     device = set_up(args)
     model = load_model(args.model, device)
     spec = sudoku_spec(model)
-    adaptive_loops = args.samples is None and adapts(args)
+    adaptive_loops = not eval_samples.wanted(args) and adapts(args)
     loops = args.loops or ([model.config.max_loops] if adaptive_loops else default_loops(model))
     if spec is not None and args.data is not None:
         raise UsageError(f"--data: {args.model} solves {spec} Sudoku; give --puzzles FILE")
@@ -112,7 +124,11 @@ def run(args: argparse.Namespace) -> int:
             kind = "a model of text" if spec is None else f"one of {spec} Sudoku"
             raise UsageError(f"--{name.replace('_', '-')}: {args.model} is {kind}, to which it means nothing")
     eval_samples.check(args, text=spec is None)
-    if args.samples is not None:
+    if spec is None and args.order is not None and not eval_samples.wanted(args):
+        raise UsageError("--order: it belongs to --samples N")
+    if spec is not None and args.order not in (None, "both", *ORDERS):
+        raise UsageError(f"--order: got {args.order}; of Sudoku, expected {', '.join(ORDERS)} or both")
+    if eval_samples.wanted(args):
         return _samples(args, model, loops)
     with usage_errors():
         checked_samples(args.method, args.chain_order, None)
@@ -124,10 +140,12 @@ def run(args: argparse.Namespace) -> int:
     show(f"model {args.model}, {document['source']}\n")
     if "solved" in document:
         print_table(SHARE_COLUMNS, [share_row(one) for one in document["solved"]])
+        show("\n" + "\n".join(f"{one['order']}, {cost_line(one['cost'])}" for one in document["solved"]))
         if not document["held_out"]:
             return 0
         print(f"\n{'NLL' if args.method == 'chain_rule' else 'NELBO'} of the blanks, given the clues:")
     print_table(likelihood.columns(document["held_out"]), likelihood.rows(document["held_out"]))
+    show("\n" + "\n".join(cost_line(one["cost"]) for one in document["held_out"]))
     return 0
 
 
@@ -137,8 +155,8 @@ def _samples(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> int:
         print_json({"model": args.model, **document})
         return 0
     show(f"model {args.model}\n")
-    print_table(eval_samples.COLUMNS, eval_samples.table(document))
-    show("\n" + eval_samples.describe(document))
+    print_table(samples_table.columns(document), samples_table.table(document))
+    show("\n" + samples_table.describe(document))
     return 0
 
 
@@ -188,9 +206,10 @@ def _sudoku(args: argparse.Namespace, model: LoopMDM, spec: SudokuSpec, loops: l
             raise ValueError(f"{args.puzzles}: no puzzle with exactly one solution")
         solutions = solve(spec, clues, threads=threads)
         source = f"{len(clues)} {spec} puzzles of {args.puzzles}"
-    orders = ORDERS if args.order == "both" else (args.order,)
+    orders = ORDERS if args.order in (None, "both") else (args.order,)
     plans = [adaptive(args, most) if adapts(args) else ComputePlan.constant(most) for most in loops]
-    solved = solve_all(model, spec, clues, greedy(orders, plans), progress=True)
+    seeds = {"puzzles": HELD_OUT_SEED} if args.puzzles is None else {}
+    solved = solve_all(model, spec, clues, greedy(orders, plans), progress=True, seeds=seeds)
     batches = blanks(clues, solutions)
     results = []
     if batches:

@@ -3,7 +3,8 @@
 All words are those of its own command `lm-eval`: `run`, `ls` and `validate` with their options, such as
 --output_path for a JSON document. Of --model_args, pretrained= is a folder of `loopmdm train`; method=,
 order=, samples=, num_loops= and seed= are those of `loopmdm.likelihood`; decoding=, plan= and steps= say how
-text is written. batch_size is how many corrupted copies of a text one network call reads.
+text is written. batch_size is how many corrupted copies of a text one network call reads. The model name
+`dlm` has the options of Duo's harness by its names and, with the same weights, its figures.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 EPILOG = """examples:
   loopmdm lm-eval run --model loopmdm --model_args pretrained=run,num_loops=8 --tasks hellaswag
   loopmdm lm-eval run --model loopmdm --model_args pretrained=run,method=chain_rule --tasks piqa
+  loopmdm lm-eval run --model dlm --model_args checkpoint_path=mdlm.ckpt,num_mc_samples=2048 --tasks piqa
 """
 
 

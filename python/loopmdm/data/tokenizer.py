@@ -107,6 +107,10 @@ class Tokenizer(ABC):
             parts.append("".join(shown[i] for i in run) if special else self._decode_text(run))
         return "".join(parts)
 
+    def mark(self, token: int) -> str:
+        """How BOS or EOS is written in a text that shows them."""
+        return END_OF_TEXT
+
     def text_bytes(self, ids: Iterable[int]) -> int:
         """UTF-8 bytes of text behind ids: the denominator of bits per byte. Mask, BOS and EOS count 0."""
         return len(self.decode(ids, mask_text="").encode())
@@ -197,6 +201,9 @@ class _BackedTokenizer(Tokenizer):
             _utf8(text)
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def mark(self, token: int) -> str:
+        return self._backend.id_to_token(token) or END_OF_TEXT
 
     def text_bytes(self, ids: Iterable[int]) -> int:
         if not self._byte_level:

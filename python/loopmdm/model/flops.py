@@ -225,6 +225,15 @@ class SamplingLedger:
         self.rows_projected += rows
         self._flops["head"] += rows * head_flops(dims)
 
+    def add(self, other: SamplingLedger) -> None:
+        """Count all that another ledger counted, too."""
+        self.network_calls += other.network_calls
+        self.sequence_calls += other.sequence_calls
+        self.loops += other.loops
+        self.rows_projected += other.rows_projected
+        for part, flops in other._flops.items():
+            self._flops[part] += flops
+
     def flops(self, convention: Convention = DEFAULT_CONVENTION) -> float:
         """Executed FLOPs so far; the head is counted for the projected rows only."""
         _projections(convention)

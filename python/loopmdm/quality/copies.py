@@ -138,8 +138,9 @@ def _confidence(reader: Reader, batch: Batch, counted: Tensor) -> Tensor:
         for part in reader.calls(masked.any(1).nonzero().squeeze(1)):
             share = masked[part].sum(1).double() / total[part]
             inputs = (tensor.to(reader.device) for tensor in (part, masked[part], share))
-            hidden, head, dtype, _ = reader.read(batch, *inputs)
+            hidden, head, dtype, used = reader.read(batch, *inputs)
             rows = masked[part].flatten().nonzero().squeeze(1)
+            reader.count(masked[part], used, len(rows))
             found = vocabulary.most_probable(hidden, head, rows.to(reader.device), compute_dtype=dtype)
             sure = torch.full(masked[part].shape, -1.0, dtype=torch.float64)
             sure[masked[part]] = found.top1_prob.double().cpu()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from loopmdm.data.batches import Batch
 from loopmdm.model import vocabulary
 from loopmdm.model.config import LoopMDMConfig
+from loopmdm.model.flops import SamplingLedger
 from loopmdm.model.masks import boolean
 from loopmdm.model.modes import evaluating
 from loopmdm.quality.copies import Copies, checked_samples, copies_of, counted_tokens, drawn
@@ -40,6 +41,7 @@ class Likelihood:
     num_tokens: Tensor  # [B] int64, counted tokens
     token_log_prob: Tensor  # [B, L] what each token adds to `log_prob`; 0 where it does not count
     samples: Tensor  # [B, K] the estimates whose mean is `log_prob`
+    ledger: SamplingLedger  # what was executed: network calls, loops, FLOPs; of a LoopMDM only
 
 
 def likelihood(
@@ -94,6 +96,7 @@ def likelihood(
         num_tokens=sums.counted.long(),
         token_log_prob=-by_token / samples,
         samples=values,
+        ledger=reader.ledger,
     )
 
 
@@ -134,6 +137,7 @@ def estimate(reader: Reader, batch: Batch, copies: Copies, samples: int) -> tupl
             torch.ones(len(rows), device=device, dtype=torch.float32),
             compute_dtype=dtype,
         )
+        reader.count(masked, used, len(rows))
         own = scale.new_zeros(len(part)).index_add(0, copy, nll.double())
         plain = plain.index_add(0, place, own)
         weighted = weighted.index_add(0, place, own / scale)

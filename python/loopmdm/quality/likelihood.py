@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from loopmdm.data.batches import Batch
 from loopmdm.exits import ExitRule
 from loopmdm.model import LoopMDM, diffusion
+from loopmdm.model.flops import SamplingLedger
 from loopmdm.model.modes import evaluating
+from loopmdm.plan import ComputePlan
 from loopmdm.quality.causal import CausalLM
 from loopmdm.quality.copies import checked_samples, copies_of, counted_tokens, drawn
+from loopmdm.quality.cost import Cost
 from loopmdm.quality.estimator import Sums, estimate
 from loopmdm.quality.reader import Reader
 from loopmdm_kernels.ops import checks
@@ -43,6 +46,7 @@ class NLLResult:
     num_t: int
     mean_loops: float | None = None  # that an exit rule ran, over sequences and times; None without one
     method: str = "stratified"
+    cost: Cost | None = None  # what it was computed with; None of a model whose FLOPs are not known
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is not finite becomes None."""
@@ -94,18 +98,31 @@ def evaluate_nll(
     """
     _check_bytes(bytes_per_token)
     checked_samples(method, order, None)
-    num_t = positive("num_t", num_t) if drawn(method, order) else 1
+    seeded = drawn(method, order)
+    num_t = positive("num_t", num_t) if seeded else 1
     if exit is not None and not isinstance(model, LoopMDM):
         raise TypeError(f"exit: given with a {type(model).__name__}, expected a LoopMDM")
     measured = _measure(model, batches, num_loops, num_t, seed, exit, min_loops, method, order)
-    return [
-        replace(
-            _nll_result(sums.weighted.mean(1), sums.counted, loops, num_t, bytes_per_token),
-            mean_loops=None if exit is None else float(sums.loops.mean()),
-            method=method,
-        )
-        for loops, sums in measured.items()
-    ]
+    seeds = {"orders" if method == "chain_rule" else "masks": checks.seed("seed", seed)} if seeded else {}
+    results = []
+    for loops, (sums, ledger) in measured.items():
+        result = _nll_result(sums.weighted.mean(1), sums.counted, loops, num_t, bytes_per_token)
+        plan = ComputePlan.constant(loops)
+        if exit is not None:
+            plan = ComputePlan.adaptive(None, loops, min_loops, exit)
+        cost = None
+        if isinstance(model, LoopMDM):
+            cost = Cost.of(
+                ledger,
+                result.num_tokens,
+                precision=model.compute_dtype,
+                plan=plan,
+                steps=ledger.sequence_calls / result.num_sequences,
+                seeds=seeds,
+            )
+        mean_loops = None if exit is None else float(sums.loops.mean())
+        results.append(replace(result, mean_loops=mean_loops, method=method, cost=cost))
+    return results
 
 
 @torch.no_grad()
@@ -162,7 +179,7 @@ def nll_by_sequence(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """NELBO in nats and counted tokens of each sequence, both [N] float64; arguments as in `evaluate_nll`."""
-    sums = _measure(model, batches, [num_loops], positive("num_t", num_t), seed)[num_loops]
+    sums = _measure(model, batches, [num_loops], positive("num_t", num_t), seed)[num_loops].sums
     return sums.weighted.mean(1), sums.counted
 
 
@@ -182,7 +199,7 @@ def nll_by_time_bin(
     measured = _measure(model, batches, num_loops, num_bins, seed)
     edges = [diffusion.MIN_TIME + (1 - diffusion.MIN_TIME) * j / num_bins for j in range(num_bins + 1)]
     results = []
-    for loops, sums in measured.items():
+    for loops, (sums, _) in measured.items():
         bins = []
         for j in range(num_bins):
             nll, stderr = ratio_of_sums(sums.weighted[:, j], sums.counted)
@@ -228,17 +245,18 @@ def _measure(
     min_loops: int = 1,
     method: str = "stratified",
     order: str | None = None,
-) -> dict[int, Sums]:
+) -> dict[int, _Measurement]:
     """Of all sequences, on the CPU, at each loop count."""
     seed = checks.seed("seed", seed)
     parts: dict[int, list[Sums]] = {loops: [] for loops in _loop_counts(num_loops)}
+    ledgers = {loops: SamplingLedger(1) for loops in parts}
     done = 0
     with evaluating([model]):
         for item in _items(batches):
             batch = _batch(item)
             size = len(batch.input_ids)
             for loops, sums in parts.items():
-                reader = Reader(model, loops, size, exit, min_loops)
+                reader = Reader(model, loops, size, exit, min_loops, ledgers[loops])
                 copies = copies_of(reader, batch, method, order, samples, seed, done)
                 found, _ = estimate(reader, batch, copies, samples)
                 sums.append(Sums(*(values.cpu() for values in found)))
@@ -248,7 +266,12 @@ def _measure(
     merged = {loops: Sums(*map(torch.cat, zip(*sums, strict=True))) for loops, sums in parts.items()}
     if not next(iter(merged.values())).counted.sum():
         raise ValueError("batches: every token is prompt or padding, there is none to count")
-    return merged
+    return {loops: _Measurement(sums, ledgers[loops]) for loops, sums in merged.items()}
+
+
+class _Measurement(NamedTuple):
+    sums: Sums
+    ledger: SamplingLedger
 
 
 def ratio_of_sums(values: Tensor, tokens: Tensor) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from loopmdm.data.batches import Batch
 from loopmdm.exits import ExitRule
 from loopmdm.model import LoopMDM, diffusion, vocabulary
+from loopmdm.model.flops import SamplingLedger
 from loopmdm_kernels.values import positive
 
 _TOKENS_A_CALL = 2**14
@@ -31,6 +32,7 @@ class Reader:
     max_batch: int  # copies in a network call
     exit: ExitRule | None = None
     min_loops: int = 1
+    ledger: SamplingLedger = field(default_factory=lambda: SamplingLedger(1))  # lengths come with each call
 
     @property
     def device(self) -> torch.device:
@@ -40,6 +42,20 @@ class Reader:
     def calls(self, copies: Tensor) -> Iterable[Tensor]:
         """Copies [N] in parts that one network call reads."""
         return torch.split(copies, self.max_batch) if len(copies) else ()
+
+    def count(self, masked: Tensor, used: Tensor, rows: int) -> None:
+        """Count a call of `read` with masks [N, L], which used so many loops [N], and projected rows.
+
+        Of a module that is no LoopMDM nothing is counted: what it executes is not known.
+        """
+        if not isinstance(self.model, LoopMDM):
+            return
+        config, length = self.model.config, masked.shape[1]
+        self.ledger.record(config, used.tolist(), rows, length=length)
+        if self.exit is not None:
+            spent = self.exit.cost(used.cpu(), torch.full((len(used),), self.num_loops), self.min_loops)
+            self.ledger.record_tails(config, int(spent.tails.sum()), length=length)
+            self.ledger.record_rows(config, int((spent.projections * masked.sum(1).cpu()).sum()))
 
     def read(
         self, batch: Batch, sequence: Tensor, masked: Tensor, t: Tensor

@@ -58,14 +58,42 @@ class CausalScorer:
                 f"tokens: got the id {int(tokens.max())}, but the scorer {self.name} has {config.vocab_size}"
                 " tokens: samples and scorer need the same tokenizer"
             )
-        rows = [row[:size] for row, size in zip(tokens, lengths(tokens).tolist(), strict=True)]
+        rows = self.rows_of(tokens, [])
         filler = int(config.mask_token_id == 0)
+        return score_rows(self.token_nll, rows, context=config.max_length, unscored=0, filler=filler)
 
-        def token_nll(ids: Tensor, counted: Tensor) -> Tensor:
-            with evaluating([self.model]):
-                return self.model.token_nll(ids.to(self.model.device), counted.to(self.model.device))
+    @property
+    def context(self) -> int:
+        return self.model.config.max_length
 
-        return score_rows(token_nll, rows, context=config.max_length, unscored=0, filler=filler)
+    @property
+    def eos_token_id(self) -> int | None:
+        return None if self.tokenizer is None else self.tokenizer.eos_token_id
+
+    @property
+    def refused_id(self) -> int | None:
+        """An id that may not be read."""
+        return self.model.config.mask_token_id
+
+    def rows_of(self, tokens: Tensor, texts: list[str]) -> list[Tensor]:
+        """What Duo scores of samples [N, L] and their texts: the samples, which are of the same tokenizer."""
+        return [row[:size] for row, size in zip(tokens, lengths(tokens).tolist(), strict=True)]
+
+    def token_nll(self, ids: Tensor, counted: Tensor) -> Tensor:
+        """-log p of the counted ids given those before them, [B, W], 0 elsewhere."""
+        with evaluating([self.model]):
+            return self.model.token_nll(ids.to(self.model.device), counted.to(self.model.device))
+
+    @torch.no_grad()
+    def features(self, tokens: Tensor, texts: list[str], max_length: int) -> Tensor:
+        """Last hidden state of the last token of each sample [N, L], float32 [N, D] on the CPU."""
+        rows = [row[: min(max_length, self.context)] for row in self.rows_of(check_samples(tokens), texts)]
+        with evaluating([self.model]):
+            states = [
+                self.model.norm_final(self.model.hidden(row[None].to(self.model.device)))[0, -1]
+                for row in rows
+            ]
+        return torch.stack(states).float().cpu()
 
 
 class TransformersScorer:
@@ -116,9 +144,48 @@ class TransformersScorer:
         encoded = self.encoder(texts, add_special_tokens=False)["input_ids"]
         rows = [torch.tensor([*opening, *ids], dtype=torch.int64) for ids in encoded]
         context = getattr(self.model.config, "max_position_embeddings", None) or _CONTEXT
-        return score_rows(self._token_nll, rows, context=context, unscored=1, filler=0)
+        return score_rows(self.token_nll, rows, context=context, unscored=1, filler=0)
 
-    def _token_nll(self, ids: Tensor, counted: Tensor) -> Tensor:
+    @property
+    def context(self) -> int:
+        """Tokens that Duo and mauve-text have it read at once: 1024, or its context where that is less."""
+        return min(_CONTEXT, getattr(self.model.config, "max_position_embeddings", None) or _CONTEXT)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        end: int | None = self.encoder.eos_token_id
+        return end
+
+    @property
+    def refused_id(self) -> int | None:
+        """An id that may not be read: there is none."""
+        return None
+
+    def rows_of(self, tokens: Tensor, texts: list[str]) -> list[Tensor]:
+        """What Duo scores of samples [N, L] and their texts: these, L tokens at most, and one of padding."""
+        encoded = self._encoded(texts, tokens.shape[1])
+        longest = max(map(len, encoded))
+        padding = [] if self.eos_token_id is None else [self.eos_token_id]
+        rows = [ids if len(ids) == longest else [*ids, *padding] for ids in encoded]
+        return [torch.tensor(ids, dtype=torch.int64) for ids in rows]
+
+    def _encoded(self, texts: list[str], most: int) -> list[list[int]]:
+        ids: list[list[int]] = self.encoder(texts, truncation=True, max_length=most)["input_ids"]
+        return ids
+
+    @torch.no_grad()
+    def features(self, tokens: Tensor, texts: list[str], max_length: int) -> Tensor:
+        """Last hidden state of the last token of each text, float32 [N, D] on the CPU."""
+        rows = self._encoded(texts, min(max_length, self.context))
+        states = []
+        with evaluating([self.model]):
+            for row in rows:
+                ids = torch.tensor([row], device=self.model.device)
+                states.append(self.model(ids, output_hidden_states=True).hidden_states[-1][0, -1])
+        return torch.stack(states).float().cpu()
+
+    def token_nll(self, ids: Tensor, counted: Tensor) -> Tensor:
+        """-log p of ids [B, W] given those before them in the window, 0 of the first."""
         ids = ids.to(self.model.device)
         # Attention is causal and the filler is at the end, so no mask is needed.
         with evaluating([self.model]):
@@ -133,7 +200,7 @@ def load_scorer(
     tokenizer: Tokenizer | None = None,
     *,
     device: torch.device | str = "cpu",
-) -> Scorer:
+) -> CausalScorer | TransformersScorer:
     """The scorer in a local folder: a run of `loopmdm train --autoregressive`, or a model of `transformers`.
 
     Args:

@@ -6,8 +6,9 @@ import io
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from loopmdm.data.sudoku.clues import Clues
 from loopmdm.data.sudoku.layouts import looks_like_board
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
+from loopmdm.quality.cost import Cost
 from loopmdm.sampling import Decoding, SampleResult
 from loopmdm.solve import SolveResult, solve_with
 from loopmdm.terminal import note, note_waiting
@@ -47,7 +49,10 @@ class Solved(NamedTuple):
 
     decoding: Decoding
     result: SolveResult
+    blanks: int  # cells that were filled
+    precision: torch.dtype  # of the network's products
     counted: NDArray[np.bool_] | None = None  # [N] puzzles that the share is of; None: all
+    seeds: Mapping[str, int] = MappingProxyType({})  # of what was drawn before
 
     def to_dict(self) -> dict[str, Any]:
         result = self.result
@@ -61,7 +66,21 @@ class Solved(NamedTuple):
             "network_calls": int(result.network_calls.sum()),
             "loops": int(result.loops.sum()),
             "seconds": result.seconds,
+            "cost": self.cost.to_dict(),
         }
+
+    @property
+    def cost(self) -> Cost:
+        decoding = self.decoding
+        seeds = {"digits": decoding.seed} if decoding.temperature or decoding.order == "random" else {}
+        return Cost.of(
+            self.result.ledger,
+            self.blanks,
+            precision=self.precision,
+            plan=decoding.plan,
+            steps=self.result.num_steps,
+            seeds={**self.seeds, **seeds},
+        )
 
     @property
     def num_loops(self) -> int | None:
@@ -164,18 +183,22 @@ def solve_all(
     progress: bool = False,
     counted: NDArray[np.bool_] | None = None,
     last_first: SampleResult | None = None,
+    seeds: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Solved]:
     """Solve the puzzles [N, cells] once in every way.
 
     counted: [N] puzzles that the shares are of, None for all; last_first: `first` of `solve_puzzles` for the
-    last way.
+    last way; seeds: of what was drawn before, such as the puzzles.
     """
     firsts = [None] * (len(decodings) - 1) + [last_first]
     return [
         Solved(
             decoding,
             solve_with(model, puzzles, spec, decoding, batch_size=batch_size, progress=progress, first=first),
+            int((puzzles == 0).sum()),
+            decoding.dtype or model.compute_dtype,
             counted,
+            seeds,
         )
         for decoding, first in zip(decodings, firsts, strict=True)
     ]

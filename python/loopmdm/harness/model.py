@@ -1,4 +1,4 @@
-"""LoopMDM in lm-evaluation-harness (EleutherAI), as the model `loopmdm` once this module is imported."""
+"""A LoopMDM as the harness asks it: `loopmdm`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loopmdm.data.batches import Batch
+from loopmdm.harness.tally import Tally
 from loopmdm.model import vocabulary
 from loopmdm.model.modes import evaluating
 from loopmdm.plan import as_plan
-from loopmdm.quality.copies import checked_samples, copies_of
+from loopmdm.quality.copies import checked_samples, copies_of, drawn
 from loopmdm.quality.estimator import likelihood
 from loopmdm.quality.reader import Reader, copies_a_call
 from loopmdm.runs.models import load_model, load_tokenizer
@@ -104,6 +105,7 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
             eos_token_id=self.eot_token_id,
         )
         self._decoding.check_for(self.model.config)
+        self._tally = Tally()
 
     @property
     def eot_token_id(self) -> int:
@@ -133,6 +135,17 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
                 "plan": str(self._decoding.plan),
                 "steps": self._decoding.steps,
             },
+            "cost": self._tally.to_dict(),
+        }
+
+    def _likelihood_facts(self) -> dict[str, Any]:
+        """Of `Cost.of`."""
+        what = "orders" if self._options["method"] == "chain_rule" else "masks"
+        is_drawn = drawn(self._options["method"], self._options["order"])
+        return {
+            "precision": self.model.compute_dtype,
+            "plan": as_plan(self._options["num_loops"]),
+            "seeds": {what: self._options["seed"]} if is_drawn else {},
         }
 
     @torch.no_grad()
@@ -144,9 +157,11 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         results = []
         for texts, context, continuation in tqdm(requests, desc="likelihood", disable=disable_tqdm):
-            result = self._log_prob(context, continuation), self._is_greedy(context, continuation)
+            score = self._log_prob("loglikelihood", context, continuation)
+            result = score, self._is_greedy(context, continuation)
             self.cache_hook.add_partial("loglikelihood", texts, result)
             results.append(result)
+        self._tally.close("loglikelihood", len(results), **self._likelihood_facts())
         return results
 
     @torch.no_grad()
@@ -157,9 +172,11 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
             windows = get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length - 1, 1
             )
-            result = sum(self._log_prob(*make_disjoint_window(window)) for window in windows)
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
+            kind = "loglikelihood_rolling"
+            result = sum(self._log_prob(kind, *make_disjoint_window(window)) for window in windows)
+            self.cache_hook.add_partial(kind, request.args, result)
             results.append(result)
+        self._tally.close("loglikelihood_rolling", len(results), **self._likelihood_facts())
         return results
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
@@ -175,6 +192,9 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
             seen[key] += 1
             self.cache_hook.add_partial("generate_until", request.args, text)
             results.append(text)
+        decoding = self._decoding
+        facts: dict[str, Any] = {"precision": self.model.compute_dtype, "plan": decoding.plan}
+        self._tally.close("generate_until", len(results), seeds={"samples": decoding.seed}, **facts)
         return results
 
     def _batch(self, context: list[int], continuation: list[int]) -> Batch:
@@ -183,13 +203,14 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
         given = torch.arange(tokens.shape[1], device=self._device)[None] < tokens.shape[1] - len(continuation)
         return Batch(tokens, prompt_mask=given)
 
-    def _log_prob(self, context: list[int], continuation: list[int]) -> float:
+    def _log_prob(self, kind: str, context: list[int], continuation: list[int]) -> float:
         if not continuation:
             return 0.0
         batch = self._batch(context, continuation)
         found = likelihood(
             self.model, batch.input_ids, batch.prompt_mask, max_batch=self._max_batch, **self._options
         )
+        self._tally.add(kind, found.ledger, len(continuation), found.ledger.sequence_calls)
         return float(found.log_prob)
 
     def _is_greedy(self, context: list[int], continuation: list[int]) -> bool:
@@ -198,17 +219,23 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
             return False
         batch, loops = self._batch(context, continuation), self._options["num_loops"]
         reader = Reader(self.model, loops, copies_a_call(batch.input_ids.shape[1], self._max_batch))
-        copies = copies_of(reader, batch, "chain_rule", None, 1, 0)
+        copies, greedy = copies_of(reader, batch, "chain_rule", None, 1, 0), False
         with evaluating([self.model]):
             for part in reader.calls(torch.arange(len(copies.sequence))):
                 masked, scored = (mask.to(self._device) for mask in copies.masks(part))
                 sequence = copies.sequence[part].to(self._device)
-                hidden, head, dtype, _ = reader.read(batch, sequence, masked, copies.t[part].to(self._device))
+                hidden, head, dtype, used = reader.read(
+                    batch, sequence, masked, copies.t[part].to(self._device)
+                )
                 rows = scored.flatten().nonzero().squeeze(1)
+                reader.count(masked, used, len(rows))
                 found: Tensor = vocabulary.most_probable(hidden, head, rows, compute_dtype=dtype).token
                 if not torch.equal(found, batch.input_ids[sequence].flatten()[rows]):
-                    return False
-        return True
+                    break
+            else:
+                greedy = True
+        self._tally.add("loglikelihood", reader.ledger, 0, reader.ledger.sequence_calls)
+        return greedy
 
     def _continued(self, context: str, options: dict[str, Any], number: int) -> str:
         if options.get("do_sample"):
@@ -218,14 +245,15 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
         if most >= self.max_length:
             raise ValueError(f"max_gen_toks: got {most}, expected less than max_length = {self.max_length}")
         prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - most) :]
-        drawn = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
+        law = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
         found = sample_with(
             self.model,
-            replace(self._decoding, **{"temperature": 0.0, **drawn}),
+            replace(self._decoding, **{"temperature": 0.0, **law}),
             prompt=[prompt],
             length=len(prompt) + most,
             sequence_ids=[number],
             progress=False,
         )
+        self._tally.add("generate_until", found.ledger, int(found.lengths[0]) - len(prompt), found.num_steps)
         text = self._tokens.decode(found.tokens[0, len(prompt) : int(found.lengths[0])])
         return str(postprocess_generated_text(text, options["until"] or [], None))
