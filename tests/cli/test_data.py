@@ -89,6 +89,43 @@ def test_text_is_tokenised_while_it_is_trained_on(call: Call, tmp_path: Path, te
     assert measured.json["held_out"][0]["num_sequences"] == 4
 
 
+def test_responses_to_prompts_are_learned(call: Call, tmp_path: Path) -> None:
+    lines = [json.dumps({"question": f"{n}+1", "answer": str(n + 1)}) for n in range(200)]
+    lines.append(json.dumps({"question": "long " * 20, "answer": "x"}))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    options = ["--data", tmp_path / "a.jsonl", "--validation", "0.2", *TINY, "--log-every", "1"]
+    options += ["--pairs", "question", "answer"]
+    whole = call("train", *options, "--steps", "6", "--out", tmp_path / "whole")
+    assert whole.status == 0, whole.err
+    assert "1 of " in whole.err and "left out, the prompt is too long for 32 tokens" in whole.err
+    assert call("train", *options, "--steps", "4", "--out", tmp_path / "run").status == 0
+    assert call("train", "--resume", "--steps", "6", "--out", tmp_path / "run").status == 0
+    losses = [
+        [r["loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r]
+        for name in ("whole", "run")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    measured = call("eval", tmp_path / "run", "--windows", "4", "--json")
+    assert measured.status == 0, measured.err
+    held_out = measured.json["held_out"][0]
+    assert held_out["num_sequences"] == 4 and held_out["num_tokens"] <= 4 * 5  # responses and EOS alone
+
+
+def test_what_does_not_go_with_pairs(call: Call, tmp_path: Path, texts: Path) -> None:
+    assert call("data", "build", "--data", texts / "a", "--out", tmp_path / "a").status == 0
+    train = ["train", "--out", tmp_path / "run", "--data"]
+    for words, message in (
+        ([texts / "a", "--pairs", "one"], "got 1 field(s)"),
+        ([texts / "a", "--pairs", "--stream"], "leave out --stream"),
+        ([texts / "a", "--pairs", "--text-field", "x"], "leave out --text-field"),
+        ([tmp_path / "a", "--pairs"], "leave out --pairs"),
+    ):
+        refused = call(*train, *words)
+        assert refused.status == 2 and message in refused.err, refused.err
+    refused = call(*train, texts / "a", "--pairs")
+    assert refused.status == 1 and "no field 'prompt'" in refused.err
+
+
 def test_what_does_not_go_with_a_stream(call: Call, tmp_path: Path, texts: Path) -> None:
     assert call("data", "build", "--data", texts / "a", "--out", tmp_path / "a").status == 0
     train = ["train", "--stream", "--out", tmp_path / "run"]

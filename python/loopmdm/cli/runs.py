@@ -19,11 +19,23 @@ import torch.distributed as dist
 from loopmdm.cli.parser import INTERRUPTED, TERMINATED
 from loopmdm.data.corpus import CorpusStream, GrowingCorpus, Settings
 from loopmdm.data.corpus.stream import SHARD_TOKENS
+from loopmdm.data.pairs import FIELDS
 from loopmdm.data.text import found_files
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.printable import printable_lines
 from loopmdm.runs import text_data
-from loopmdm.runs.jobs import Job, corpus_job, read_corpus, stream_job, sudoku_job, text_job, text_tokenizer
+from loopmdm.runs.jobs import (
+    Job,
+    corpus_job,
+    pairs_job,
+    read_corpus,
+    read_run_pairs,
+    run_tokenizer,
+    stream_job,
+    sudoku_job,
+    text_job,
+    text_tokenizer,
+)
 from loopmdm.runs.options import UsageError
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.runs.run_file import FILES, RunFile, replaced_by
@@ -37,6 +49,7 @@ _DATA_FIELDS = (
     "preset",
     "data",
     "weights",
+    "pairs",
     "stream",
     "text_field",
     "errors",
@@ -127,6 +140,8 @@ def described_run(args: argparse.Namespace) -> RunFile:
     given_training = _given(args, TrainConfig)
     if args.clip == 0:
         given_training["clip"] = None
+    if args.pairs == []:
+        args.pairs = list(FIELDS)
     given_data = {name: getattr(args, name) for name in _DATA_FIELDS if getattr(args, name) is not None}
     if "data" in given_data:
         given_data["data"] = located(given_data["data"])
@@ -169,8 +184,10 @@ def described_run(args: argparse.Namespace) -> RunFile:
     if preset in TEXT_RECIPES and "data" not in given_data:
         raise UsageError("nothing to train on: give --data PATH, or --preset sudoku6 or sudoku")
     if preset in TEXT_RECIPES and text_data.are_corpora(given_data["data"]):
-        refuse(args, _FROM_TEXT, "a corpus was tokenised and split when it was built")
+        refuse(args, _FROM_TEXT | {"pairs": "--pairs"}, "a corpus was tokenised and split when it was built")
         _check_weights(given_data)
+    elif args.pairs is not None:
+        _check_pairs(args)
     elif args.stream and args.cache is not None:
         raise UsageError("--cache: --stream keeps its tokens in the folder of the run; leave out --cache")
     elif "weights" in given_data:
@@ -182,6 +199,13 @@ def described_run(args: argparse.Namespace) -> RunFile:
     if not 0 <= given_data.get("validation", 0) < 1:
         raise UsageError(f"--validation: got {args.validation}, expected a share of at least 0 and below 1")
     return RunFile(model=given_model, training=given_training, evaluation=evaluation, **given_data)
+
+
+def _check_pairs(args: argparse.Namespace) -> None:
+    if len(args.pairs) != 2:
+        raise UsageError(f"--pairs: got {len(args.pairs)} field(s), expected those of prompt and response")
+    others = {"stream": "--stream", "cache": "--cache", "text_field": "--text-field", "weights": "--weights"}
+    refuse(args, others, "--pairs reads prompts and responses")
 
 
 def _check_weights(given: dict[str, Any]) -> None:
@@ -215,15 +239,21 @@ def _prepare(run: RunFile, args: argparse.Namespace, rank: int, stack: ExitStack
         return job
     if run.stream:
         return _streamed(run, args, rank, stack)
+    pairs = None if run.pairs is None else read_run_pairs(run)
     if rank == 0:
-        corpus, tokenizer = text_tokenizer(run, args.out, begun=_begun(args))
+        if pairs is None:
+            corpus, tokenizer = text_tokenizer(run, args.out, begun=_begun(args))
+        else:
+            tokenizer = run_tokenizer(run, pairs.texts, args.out, begun=_begun(args))
     if dist.is_initialized():
         if rank == 0:
             tokenizer.save(args.out)
         dist.barrier()
     if rank:
-        corpus, tokenizer = read_corpus(run, quiet=True), load_tokenizer(args.out)
-    job = text_job(run, corpus, tokenizer, args.cache)
+        tokenizer = load_tokenizer(args.out)
+        if pairs is None:
+            corpus = read_corpus(run, quiet=True)
+    job = text_job(run, corpus, tokenizer, args.cache) if pairs is None else pairs_job(run, pairs, tokenizer)
     if not dist.is_initialized():
         tokenizer.save(args.out)  # when nothing can be wrong with the options any more
     return job

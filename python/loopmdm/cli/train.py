@@ -33,6 +33,7 @@ EPILOG = """examples:
   loopmdm train --data stdlib --tokenizer bpe:4096 --hidden 256 --steps 5000 --out run
   loopmdm train --preset sudoku6 --out run6         6x6 Sudoku, about ten minutes on one core
   loopmdm train --data "web/*.parquet" --stream --out run
+  loopmdm train --data questions.jsonl --pairs question answer --out run
   loopmdm train --resume --out run                  continue a run that was stopped
   loopmdm train --family light=2,3,4,5 heavy=6 --data stdlib --out family
   torchrun --nproc-per-node 8 -m loopmdm train --preset small --parallel fsdp2 --data corpus --out run
@@ -109,6 +110,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND=N,...",
         help="plain models of several depths, such as light=2,3,4,5 heavy=6,6, each in its own folder of"
         " DIR; a count given again gets the next seed; the same command goes on where it was stopped",
+    )
+    what.add_argument(
+        "--pairs",
+        nargs="*",
+        metavar="FIELD",
+        help="--data is prompts and responses, of the fields prompt and response or of two others named here;"
+        " a prompt is given, never masked, and only the response is learned",
     )
     what.add_argument(
         "--stream",

@@ -221,12 +221,19 @@ class TextData:
 
     def source(self, accumulation: int) -> BatchSource:
         """The batches as a trainer asks for them, which has to accumulate as many micro-batches."""
+        self._check_accumulation(accumulation)
+        return lambda *place: Batch(*self.batch(*place))
+
+    def rows(self, rows: NDArray[np.int64]) -> Batch:
+        """Rows [R] in stored order, in the form of a batch: for evaluation."""
+        return Batch(*self._gather(rows))
+
+    def _check_accumulation(self, accumulation: int) -> None:
         if self.accumulation != accumulation:
             raise ValueError(
                 f"data was made for accumulation {self.accumulation}, the run accumulates {accumulation}"
                 " micro-batches: sequences would be skipped or repeated"
             )
-        return lambda *place: Batch(*self.batch(*place))
 
     def examples(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Sequences start..stop-1 in stored order, in the form of `batch`: for evaluation."""

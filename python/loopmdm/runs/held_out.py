@@ -82,6 +82,12 @@ def held_out_text(args: argparse.Namespace, model: LoopMDM, name: str) -> HeldOu
         return HeldOutText(
             _of_corpora(corpora, source, part, tokenizer, length), tokenizer, source, part, length
         )
+    if run is not None and run.pairs is not None and source == trained_on:
+        pairs = text_data.read_run_pairs(source, run.pairs, errors, share if part == "validation" else 0.0)
+        chosen = pairs.validation if part == "validation" else pairs.train
+        return HeldOutText(
+            text_data.pack_pairs(part, chosen, tokenizer, length), tokenizer, source, part, length
+        )
     corpus = text_data.read_corpus(source, field, errors, share if part == "validation" else 0.0)
     documents = corpus.validation if part == "validation" else corpus.train
     return HeldOutText(text_data.pack(part, documents, tokenizer, length), tokenizer, source, part, length)

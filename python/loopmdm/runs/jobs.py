@@ -60,6 +60,23 @@ def sudoku_job(run: RunFile, threads: int) -> Job:
     return Job(model, data, config, evaluate, dataclasses.replace(run, training=config.to_dict()))
 
 
+def pairs_job(run: RunFile, pairs: text_data.Pairs, tokenizer: Tokenizer) -> Job:
+    """A run on prompts and responses; evaluated on responses to prompts held out."""
+    plan = _text_plan(run, tokenizer, bool(pairs.validation))
+    train = text_data.pack_pairs("training", pairs.train, tokenizer, plan.length, **plan.batches())
+    validation = None
+    if pairs.validation:
+        validation = text_data.pack_pairs("validation", pairs.validation, tokenizer, plan.length)
+    fingerprint = text_data.fingerprint(*([train] if validation is None else [train, validation]))
+    return plan.job(run, tokenizer, train, validation, fingerprint)
+
+
+def read_run_pairs(run: RunFile) -> text_data.Pairs:
+    """The pairs of a run, split as it splits them."""
+    assert run.data is not None and run.pairs is not None
+    return text_data.read_run_pairs(run.data, run.pairs, run.errors, run.validation)
+
+
 def text_tokenizer(run: RunFile, folder: Path, *, begun: bool) -> tuple[text_data.Corpus, Tokenizer]:
     """The documents of a run and its tokenizer: that in `folder` if the run has begun, else a new one.
 
@@ -67,13 +84,22 @@ def text_tokenizer(run: RunFile, folder: Path, *, begun: bool) -> tuple[text_dat
         ValueError: the run has not begun, and the folder holds another tokenizer.
     """
     corpus = read_corpus(run)
+    return corpus, run_tokenizer(run, corpus.train, folder, begun=begun)
+
+
+def run_tokenizer(run: RunFile, texts: list[str], folder: Path, *, begun: bool) -> Tokenizer:
+    """The tokenizer in the folder of a run that has begun, else a new one, trained on the texts if need be.
+
+    Raises:
+        ValueError: the run has not begun, and the folder holds another tokenizer.
+    """
     if begun and (folder / text_data.TOKENIZER_FILE).is_file():
-        return corpus, text_data.load_tokenizer(folder)
-    tokenizer = text_data.make_tokenizer(run.tokenizer, corpus.train)
+        return text_data.load_tokenizer(folder)
+    tokenizer = text_data.make_tokenizer(run.tokenizer, texts)
     # A start that failed has left the very same files.
-    texts = tokenizer.texts().items()
-    refuse_files(folder, [name for name, text in texts if not _holds(folder / name, text)], "a new run")
-    return corpus, tokenizer
+    files = tokenizer.texts().items()
+    refuse_files(folder, [name for name, text in files if not _holds(folder / name, text)], "a new run")
+    return tokenizer
 
 
 def _holds(path: Path, text: str) -> bool:

@@ -34,6 +34,7 @@ class RunFile:
     training: dict[str, Any]  # TrainConfig, whole
     data: str | list[str] | None = None  # a source of `read_documents`, or several
     weights: list[float] | None = None  # of the corpora in `data`; None: by their sizes
+    pairs: list[str] | None = None  # fields of prompt and response in `data`; None: plain text
     stream: bool = False  # `data` is tokenised into the folder while it is trained on
     text_field: str = "text"
     errors: str = "strict"  # bytes that are not UTF-8, as in `read_documents`
@@ -100,6 +101,7 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "str | None": ("text or null", (str, type(None))),
     "str | list[str] | None": ("text, a list of them or null", (str, list, type(None))),
     "list[float] | None": ("a list of numbers or null", (list, type(None))),
+    "list[str] | None": ("a list of texts or null", (list, type(None))),
     "int | None": ("an integer or null", (int, type(None))),
     "float": ("a number", (int, float)),
     "bool": ("true or false", (bool,)),

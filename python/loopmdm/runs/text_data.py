@@ -16,10 +16,12 @@ from loopmdm.data.batches import Batch
 from loopmdm.data.corpus.build import PLAN_FILE
 from loopmdm.data.files import Found, listed
 from loopmdm.data.packing import TextData
+from loopmdm.data.pairs import Pair, PairData, read_pairs, split_pairs
 from loopmdm.data.raw import Errors
 from loopmdm.data.text import STDLIB, documents_in, found_files, split_documents
 from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
 from loopmdm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from loopmdm.model.masks import counted_tokens
 from loopmdm.printable import printable_lines
 from loopmdm.runs.options import UsageError
 from loopmdm.terminal import note, note_waiting
@@ -127,6 +129,42 @@ def read_corpus(
     return Corpus(*split_documents(documents, validation))
 
 
+class Pairs(NamedTuple):
+    """Prompts and responses, split, before there is a tokenizer."""
+
+    train: list[Pair]
+    validation: list[Pair]
+
+    @property
+    def texts(self) -> list[str]:
+        """What a tokenizer is trained on."""
+        return [text for pair in self.train for text in pair]
+
+
+def read_run_pairs(data: str | list[str], fields: list[str], errors: str, validation: float) -> Pairs:
+    """The pairs of `data`; of a share `validation` of the prompts they are held out."""
+    prompt, response = fields
+    pairs = read_pairs(
+        as_list(data), (prompt, response), errors="replace" if errors == "replace" else "strict"
+    )
+    return Pairs(*split_pairs(pairs, validation))
+
+
+def pack_pairs(part: str, pairs: list[Pair], tokenizer: Tokenizer, length: int, **options: Any) -> PairData:
+    """The pairs of one part; says what did not fit."""
+    try:
+        packed = PairData(pairs, tokenizer, length, **options)
+    except ValueError as error:
+        raise ValueError(f"the {part} part of the data: {error}") from error
+    for number, what in (
+        (packed.dropped, "left out, the prompt is too long"),
+        (packed.cut, "cut"),
+    ):
+        if number:
+            note(f"{part}: {number:,} of {len(pairs):,} pair(s) {what} for {length} tokens")
+    return packed
+
+
 def make_tokenizer(choice: str, documents: list[str]) -> Tokenizer:
     """ "byte", "bpe:VOCAB" (trained on the documents), or a tokenizer on disk or on the hub."""
     kind, _, size = choice.partition(":")
@@ -195,18 +233,11 @@ def fingerprint(*parts: TextData) -> str:
 
 def windows(data: TextData, tokenizer: Tokenizer, most: int) -> Windows:
     """At most `most` sequences, spread evenly over the data."""
-    rows = np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).round().astype(int)).tolist()
-    chosen = data.tokens[np.array(rows)]
-    tokens = TextData(
-        chosen,
-        vocab_size=data.vocab_size,
-        mask_token_id=data.mask_token_id,
-        lengths=None if data.lengths is None else data.lengths[rows],
-    )
-    num_bytes = sum(map(tokenizer.text_bytes, chosen))
-    return Windows(list(_batches(tokens)), num_bytes / chosen.size)
-
-
-def _batches(tokens: TextData) -> Iterator[Batch]:
-    for start in range(0, len(tokens), _BATCH):
-        yield Batch(*tokens.examples(start, min(start + _BATCH, len(tokens))))
+    rows = np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).round().astype(int))
+    batches = [data.rows(rows[start : start + _BATCH]) for start in range(0, len(rows), _BATCH)]
+    num_bytes = num_tokens = 0
+    for batch in batches:
+        for ids, counted in zip(batch.input_ids, counted_tokens(*batch), strict=True):
+            num_bytes += tokenizer.text_bytes(ids[counted].tolist())
+            num_tokens += int(counted.sum())
+    return Windows(batches, num_bytes / num_tokens)
