@@ -54,7 +54,8 @@ def names():
 
 
 @pytest.mark.parametrize(("name", "code"), blocks("python"), ids=[name for name, _ in blocks("python")])
-def test_code_runs(name, code, names, capsys):
+def test_code_runs(name, code, names, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, name, "exec"), names)
     if name == "README.md":
         assert capsys.readouterr().out.startswith("torch.Size([4, 81]) tensor([72, 72, 72, 72])")
