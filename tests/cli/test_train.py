@@ -24,7 +24,7 @@ from loopmdm.train import read_metrics
 
 from .conftest import STEPS, TINY, Call
 
-TIMINGS = ("seconds", "cpu_seconds", "tokens_per_second")
+TIMINGS = ("seconds", "cpu_seconds", "tokens_per_second", "flops_per_second", "peak_memory")
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

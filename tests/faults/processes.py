@@ -27,7 +27,7 @@ Fault = Callable[[str], None]
 
 # Where waiting for the disk, which these trainings do most of the time, takes none.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-TIMINGS = ("seconds", "cpu_seconds", "tokens_per_second")
+TIMINGS = ("seconds", "cpu_seconds", "tokens_per_second", "flops_per_second", "peak_memory")
 _AUDITED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}
 
 

@@ -28,11 +28,11 @@ from safetensors.torch import load_file
 from loopmdm.train import read_metrics
 
 ROOT = Path(__file__).parents[2]
-TIMINGS = ("seconds", "cpu_seconds", "tokens_per_second")
+TIMINGS = ("seconds", "cpu_seconds", "tokens_per_second", "flops_per_second", "peak_memory")
 WEIGHTS = "model.safetensors"
 OPTIONS = (
-    "--hidden 32 --heads 2 --layers 3 --length 32 --batch-size 2 --checkpoint-every 4 --log-every 1"
-    " --eval-size 4 --eval-every 100"
+    "--hidden 32 --heads 2 --layers 3 --length 32 --batch-size 2 --checkpoint-every 5 --log-every 1"
+    " --eval-size 4 --eval-every 50"
 )
 
 
@@ -76,80 +76,85 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def one_life(
-    words: list[str], log: Path, ranks: int, delay: float, draws: random.Random
+    words: list[str], log: Path, ranks: int, longest: float, draws: random.Random
 ) -> dict[str, Any] | None:
-    """Starts the run and kills it after `delay` seconds of life; None: it had ended before.
+    """Starts the run and kills it in the first `longest` seconds of training, one time in five before them.
 
     Returns:
-        What was killed, seconds until all of the run had ended, errors of it.
+        What was killed, seconds until all of the run had ended, errors of it; None: it had ended before.
     """
     process = start(words, log)
-    deadline = time.monotonic() + delay
-    while time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
+    early = draws.random() < 0.2
+    delay, victim = draws.uniform(0.0, longest), draws.randrange(ranks)
     alive: list[int] = []
-    while process.poll() is None and len(alive) < ranks:  # torchrun has not started them all
+    while process.poll() is None and (len(alive) < ranks or not (early or _trains(log))):
         time.sleep(0.02)
         with suppress(OSError):  # one has ended meanwhile
             alive = workers(process, ranks)
+    deadline = time.monotonic() + delay
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     if process.poll() is not None:
         assert process.returncode == 0, log.read_text()
         return None
-    victim = draws.randrange(ranks)
     killed_at = time.monotonic()
     os.kill(alive[victim], signal.SIGKILL)
     process.wait()
+    ended = round(time.monotonic() - killed_at, 2)
     errors = re.findall(r"^loopmdm train: error: .*$", log.read_text(), re.MULTILINE)
-    return {"victim": victim, "ended_after_s": round(time.monotonic() - killed_at, 2), "errors": errors}
+    return {"victim": victim, "early": early, "ended_after_s": ended, "errors": errors}
+
+
+def _trains(log: Path) -> bool:
+    return re.search(r"^(step|resuming) ", log.read_text(), re.MULTILINE) is not None
 
 
 def campaign(
     folder: Path, *, kills: int, ranks: int, form: str, steps: int, longest: float, seed: int
 ) -> dict[str, Any]:
-    """Kills of one run, and what became of it.
-
-    longest: seconds that a start may live. steps: of the run; if it is done before the last kill, the rest of
-    the kills do not happen, which `kills` tells.
-    """
+    """Kills, and what became of the runs; a run that is done is compared whole, and another one begins."""
     text = "".join(path.read_text("utf-8") for path in sorted((ROOT / "python/loopmdm/cli").glob("*.py")))
     (folder / "text.txt").write_text(text[:20_000])
-    words = {"ranks": ranks, "steps": steps, "form": form}
+    words: dict[str, Any] = {"ranks": ranks, "steps": steps, "form": form}
     process = start(command(folder, "whole", **words, resume=False), folder / "whole.log")
     assert process.wait() == 0, (folder / "whole.log").read_text()
     expected = records(folder / "whole")
     draws = random.Random(seed)
     lives: list[dict[str, Any]] = []
-    while len(lives) < kills:
-        life = one_life(
-            command(folder, "killed", **words, resume=True),
-            folder / "killed.log",
-            ranks,
-            draws.uniform(0.0, longest),
-            draws,
-        )
+    runs: list[dict[str, Any]] = []
+    while len(lives) < kills or len(runs) <= lives[-1]["run"]:
+        name = f"killed-{len(runs)}"
+        resumed = command(folder, name, **words, resume=True)
+        if len(lives) < kills:
+            life = one_life(resumed, folder / "killed.log", ranks, longest, draws)
+        else:
+            life = None
+            assert start(resumed, folder / "killed.log").wait() == 0, (folder / "killed.log").read_text()
+        got = records(folder / name)
         if life is None:
-            break
-        got = records(folder / "killed")
-        life |= {"steps_logged": len([r for r in got if "loss" in r]), "equal": got == expected[: len(got)]}
-        lives.append(life)
-        print(json.dumps(life), flush=True)
-    process = start(command(folder, "killed", **words, resume=True), folder / "killed.log")
-    ended = process.wait() == 0
-    weights = [load_file(folder / name / WEIGHTS) for name in ("whole", "killed")] if ended else [{}, {"": 0}]
-    same = weights[0].keys() == weights[1].keys() and all(
-        torch.equal(weights[0][name], weights[1][name]) for name in weights[0]
-    )
+            same = _same(folder / "whole" / WEIGHTS, folder / name / WEIGHTS)
+            left = [path.name for path in (folder / name).glob("*.tmp")]
+            runs.append({"run": len(runs), "log_equal": got == expected, "weights_equal": same, "left": left})
+            print(json.dumps(runs[-1]), flush=True)
+            continue
+        logged = sum("loss" in record for record in got)
+        lives.append({"run": len(runs), **life, "steps": logged, "equal": got == expected[: len(got)]})
+        print(json.dumps(lives[-1]), flush=True)
     return {
         **words,
         "kills": len(lives),
-        "equal_after_kill": sum(life["equal"] for life in lives),
-        "slowest_end_s": max((life["ended_after_s"] for life in lives), default=None),
-        "most_errors": max((len(life["errors"]) for life in lives), default=None),
-        "log_equal": records(folder / "killed") == expected,
-        "weights_equal": same,
-        "left_over": [path.name for path in (folder / "killed").glob("*.tmp")],
+        "log_equal_after": sum(life["equal"] for life in lives),
+        "slowest_end_s": max(life["ended_after_s"] for life in lives),
+        "most_errors": max(len(life["errors"]) for life in lives),
+        "runs_bitwise": sum(run["log_equal"] and run["weights_equal"] and not run["left"] for run in runs),
+        "runs": runs,
         "lives": lives,
     }
+
+
+def _same(*paths: Path) -> bool:
+    first, second = map(load_file, paths)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def main() -> None:
@@ -157,8 +162,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--form", choices=("ddp", "fsdp2"), default="fsdp2")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--longest", type=float, default=15.0, metavar="SECONDS")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--longest", type=float, default=4.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()

@@ -178,7 +178,7 @@ def test_reading_figures_late_changes_nothing(tmp_path: Path) -> None:
     trainer = Trainer(ToyModel(), batches, config(), tmp_path / "late", show_progress=False)
     trainer._read_late = True
     trainer.train()
-    clocks = ("seconds", "cpu_seconds", "tokens_per_second")
+    clocks = ("seconds", "cpu_seconds", "tokens_per_second", "flops_per_second", "peak_memory")
     now, late = (
         [
             {k: v for k, v in r.items() if k not in clocks}

@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
     "checkpoint_every": 20,
     "seed": 3,
 }
-TIMINGS = ("seconds", "cpu_seconds", "tokens_per_second")
+TIMINGS = ("seconds", "cpu_seconds", "tokens_per_second", "flops_per_second", "peak_memory")
 
 
 class Killed(BaseException):

@@ -8,7 +8,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ from loopmdm.runs.text_data import load_tokenizer, located
 from loopmdm.terminal import note
 from loopmdm.train import RunFolder, TrainConfig, Trainer
 from loopmdm.train.checkpoints import has_checkpoint
+from loopmdm.train.loggers import Logger, logger
 from loopmdm_kernels.files import refuse_files
 
 _DATA_FIELDS = (
@@ -65,6 +67,7 @@ _LOOPED_ONLY = {
     "loop": "--loop",
     "max_loops": "--max-loops",
     "loop_law": "--loop-law",
+    "backprop_loops": "--backprop-loops",
     "dropout": "--dropout",
 }
 
@@ -105,15 +108,18 @@ def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> Trai
             if not _begun(args):
                 refuse_files(args.out, replaced_by(run, args.out), "a new run")
         job = _prepare(run, args, rank, stack)
+        logs = _loggers(args, job, stack) if rank == 0 else []
         trainer = Trainer(
             job.model.to(device),
             job.data,
             job.config,
             out,
+            partial(_tell, logs),
             evaluate=job.evaluate,
             parallel=args.parallel,
             shard_size=args.shard_size,
             keep=args.keep,
+            peak_flops=None if args.peak_tflops is None else 1e12 * args.peak_tflops,
         )
         if args.resume:
             done = trainer.resume()
@@ -125,6 +131,17 @@ def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> Trai
             counters = trainer.train()
     stopped = bool(received) and counters.step < job.config.steps
     return TrainedRun(job, counters.step, received[0] if stopped else None)
+
+
+def _loggers(args: argparse.Namespace, job: Job, stack: ExitStack) -> list[Logger]:
+    """What `--log` asks for, closed with the stack."""
+    settings = {"model": job.model.config.to_dict(), "training": job.config.to_dict()}
+    return [stack.enter_context(closing(logger(name, args.out, settings))) for name in args.log]
+
+
+def _tell(logs: list[Logger], record: dict[str, Any]) -> None:
+    for log in logs:
+        log.write(record)
 
 
 def _begun(args: argparse.Namespace) -> bool:

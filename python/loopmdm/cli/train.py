@@ -24,6 +24,7 @@ from loopmdm.runs.jobs import PRESETS, Job
 from loopmdm.runs.options import Sources, count, loop_range, number, positive_float, positive_int
 from loopmdm.terminal import note
 from loopmdm.train import plot_loss, read_metrics
+from loopmdm.train.loggers import NAMES as LOGGERS
 from loopmdm.train.metrics import METRICS_FILE
 from loopmdm.train.parallel import FORMS
 
@@ -158,6 +159,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loop-law", metavar="LAW", help="of S: uniform, fixed:S, poisson, poisson:R or flops"
     )
     training.add_argument("--seed", type=count, metavar="N")
+    training.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        help="muon: for the matrices of the blocks, and adamw for the rest",
+    )
+    training.add_argument(
+        "--backprop-loops",
+        type=positive_int,
+        metavar="K",
+        help="differentiate through the last K loops only (default: all)",
+    )
+    training.add_argument(
+        "--compile", action="store_true", default=None, help="the passes by torch.compile; not with fsdp2"
+    )
     training.add_argument("--recompute", action="store_true", default=None, help="less memory, more time")
     ranks = parser.add_argument_group("several processes, started by torchrun (docs/training.md)")
     ranks.add_argument(
@@ -188,6 +203,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         metavar="N",
         help="windows (text, 32) or puzzles (Sudoku, 100) held out",
+    )
+    log.add_argument(
+        "--log",
+        nargs="+",
+        choices=LOGGERS,
+        default=(),
+        metavar="PROGRAM",
+        help="beside metrics.jsonl also for tensorboard, or wandb (offline); each needs its package",
+    )
+    log.add_argument(
+        "--spike",
+        type=number,
+        metavar="FACTOR",
+        help="warn of a loss so many times the median of the last 100, and save its batch in spikes/"
+        " (default: 10; 0 for never)",
+    )
+    log.add_argument(
+        "--peak-tflops",
+        type=positive_float,
+        metavar="T",
+        help="of one device, to log the share that is used as mfu (default: by the name of the GPU)",
     )
     log.add_argument("--log-every", type=count, metavar="STEPS", help="(default: 10)")
     add_json(parser, "the outcome")

@@ -59,12 +59,14 @@ class Trainable(nn.Module):
     config_class: ClassVar[Any]
     config: Any
     recompute: bool
+    backprop_loops: int
     loss: Callable[..., Any]
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.recompute = False  # keep for backward what a loop or a block begins with, and no more
+        self.backprop_loops = 0  # differentiate through so many last loops only; 0: through all
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into the folder `path`, each one whole or not at all.

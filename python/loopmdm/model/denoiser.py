@@ -100,10 +100,21 @@ class LoopMDM(Network):
                     f"exit must be an ExitRule such as HiddenChange(0.1), got {type(exit).__name__}"
                 )
             return exit.run(stages, loops, min_loops)
-        hidden = stages.after(stages.loop(stages.before(), loops))
+        hidden = stages.after(self._looped(stages, loops))
         if num_loops is None and not torch.compiler.is_compiling():
             self._say_if_trained(hidden)
         return hidden
+
+    def _looped(self, stages: Stages, loops: int | Tensor) -> Tensor:
+        """H(S), differentiable through the last `backprop_loops` loops, where that is set."""
+        kept = self.backprop_loops
+        if not kept or not torch.is_grad_enabled() or not isinstance(loops, int) or loops <= kept:
+            out: Tensor = stages.loop(stages.before(), loops)
+            return out
+        with torch.no_grad():
+            hidden = stages.loop(stages.before(), loops - kept)
+        out = stages.loop(hidden, kept)
+        return out
 
     @overload
     def forward(

@@ -11,10 +11,20 @@ from loopmdm_kernels.values import meant, real, whole
 
 Schedule = Literal["constant", "cosine", "linear"]
 Precision = Literal["fp32", "bf16"]
+OptimizerName = Literal["adamw", "muon"]
 
 # May differ between a checkpoint and the run that resumes it; every other field shapes the numbers.
 RESUMABLE_CHANGES = frozenset(
-    {"steps", "checkpoint_every", "checkpoint_minutes", "eval_every", "log_every", "recompute"}
+    {
+        "steps",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "eval_every",
+        "log_every",
+        "recompute",
+        "compile",
+        "spike",
+    }
 )
 
 
@@ -30,6 +40,12 @@ class TrainConfig:
     checkpoint_every, eval_every, log_every: in optimizer steps, 0 for never (a checkpoint is always written
     at the end). checkpoint_minutes: also write one when the last is that old; 0 for never.
     recompute: keep the activations of one block only and recompute the others in the backward pass.
+    optimizer: `muon` moves the matrices of the blocks by torch.optim.Muon, at the same learning rate (its
+    updates scaled to the size of AdamW's), and the rest by AdamW.
+    backprop_loops: differentiate through the last k loops only; 0 for all. In a step with more loops what
+    stands before them (embedding and blocks before the loop) gets no gradient.
+    compile: compile the passes by torch.compile, in at most two graphs for all S.
+    spike: warn of a loss so many times the median of the last 100, and save its batch; 0 for never.
     """
 
     steps: int
@@ -52,15 +68,19 @@ class TrainConfig:
     eval_every: int = 0
     log_every: int = 10
     recompute: bool = False
+    optimizer: OptimizerName = "adamw"
+    backprop_loops: int = 0
+    compile: bool = False
+    spike: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):
             self._require(name, int, 1, math.inf)
-        for name in ("warmup_steps", "checkpoint_every", "eval_every", "log_every", "seed"):
+        for name in ("warmup_steps", "checkpoint_every", "eval_every", "log_every", "seed", "backprop_loops"):
             self._require(name, int, 0, math.inf)
         for name in ("learning_rate", "eps"):
             self._require(name, float, math.ulp(0.0), math.inf)
-        for name in ("weight_decay", "checkpoint_minutes"):
+        for name in ("weight_decay", "checkpoint_minutes", "spike"):
             self._require(name, float, 0.0, math.inf)
         self._require("decay_fraction", float, 0.0, 1.0)
         self._require("ema", float, 0.0, 1.0)
@@ -72,7 +92,8 @@ class TrainConfig:
         if not all(beta is not None and 0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         object.__setattr__(self, "betas", betas)
-        for name, accepted in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
+        choices = {"schedule": Schedule, "precision": Precision, "optimizer": OptimizerName}
+        for name, accepted in ((name, get_args(kind)) for name, kind in choices.items()):
             if getattr(self, name) not in accepted:
                 got = getattr(self, name)
                 raise ValueError(
@@ -80,8 +101,12 @@ class TrainConfig:
                 )
         if not isinstance(self.loop_law, str):
             raise TypeError(f"loop_law must be a string, got {type(self.loop_law).__name__}")
-        if not isinstance(self.recompute, bool):
-            raise TypeError(f"recompute must be True or False, got {self.recompute!r}")
+        for name in ("recompute", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+        if self.compile and self.backprop_loops:
+            raise ValueError("compile and backprop_loops: got both, expected one of them")
 
     def _require(self, name: str, kind: type, low: float, high: float) -> None:
         value = getattr(self, name)

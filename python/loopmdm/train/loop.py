@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,18 @@ from loopmdm.formats.folders import WEIGHTS_FILE, read_json
 from loopmdm.model.checkpoint import Trainable
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.model.modes import evaluating
+from loopmdm.train import usage
 from loopmdm.train.batches import Prefetcher, batch_source
-from loopmdm.train.checkpoints import KEPT, Checkpoints, Found, Header, has_checkpoint, load, newest
+from loopmdm.train.checkpoints import (
+    CHECKPOINTS,
+    KEPT,
+    Checkpoints,
+    Found,
+    Header,
+    has_checkpoint,
+    load,
+    newest,
+)
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.folder import RunFolder
@@ -28,7 +38,9 @@ from loopmdm.train.optimizers import Optimizer
 from loopmdm.train.parallel import Form, Layout, Ranks
 from loopmdm.train.progress import Progress, describe_evaluation
 from loopmdm.train.state import STATE_FILE, counted, read_state, staged, tensors_of, write_state
-from loopmdm.train.step import Step, Stepper
+from loopmdm.train.step import MicroBatch, Step, Stepper
+from loopmdm.train.usage import peak_memory
+from loopmdm.train.watch import Watch
 from loopmdm_kernels.files import refuse_files, write_files
 
 CONFIG_FILE = "train_config.json"
@@ -78,6 +90,7 @@ class Trainer:
         parallel: Form | None = None,
         shard_size: int | None = None,
         keep: int | None = None,
+        peak_flops: float | None = None,
     ) -> None:
         """Prepare a run; nothing is written before `train`.
 
@@ -96,6 +109,8 @@ class Trainer:
                 `loopmdm.train.parallel.Ranks`; None: ddp. The sharded forms split it in place.
             keep: checkpoints in shards that stay, the newest and the one with the best held-out NLL; None: 3,
                 and of a single process one file of the newest.
+            peak_flops: of the device of one rank, FLOP/s, for the share of it that is used (mfu); None: that
+                of the GPU's data sheet, if it is known.
         """
         if config.eval_every and evaluate is None:
             raise ValueError("eval_every is set, but there is nothing to run: pass evaluate")
@@ -107,8 +122,17 @@ class Trainer:
             raise ValueError(f"keep: got {keep}, expected at least 1")
         self.counters = Counters()
         self.device = next(model.parameters()).device
-        model.recompute = config.recompute
-        self.ranks = Ranks(model, parallel, bf16=config.precision == "bf16", shard_size=shard_size)
+        model.recompute, model.backprop_loops = config.recompute, config.backprop_loops
+        self.ranks = Ranks(
+            model,
+            parallel,
+            bf16=config.precision == "bf16",
+            shard_size=shard_size,
+            unused_parameters=config.backprop_loops > 0,
+            compiled=config.compile,
+        )
+        if self.ranks.sharded and config.optimizer == "muon":
+            raise ValueError(f"optimizer: muon reads whole matrices, which {parallel} splits; use ddp")
         self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
         self.layout = Layout(config.accumulation, self.world_size, self.rank, self.world_size)
         self._source = batch_source(data, config.accumulation)
@@ -117,9 +141,12 @@ class Trainer:
         self._on_log, self._evaluate, self._show_progress = on_log, evaluate, show_progress
         self.ema = EMA(model, config.ema)
         self.optimizer = Optimizer(self.ema.names, self.ema.parameters, config, self.device)
+        self._watch = Watch(self.out_dir, self.rank, config.spike)
         self._checkpoints: Checkpoints | None = None
         if keep is not None or self.ranks.distributed:
             self._checkpoints = Checkpoints(self.out_dir, keep or KEPT, self.ranks)
+        peak = peak_flops or usage.peak_flops(self.device)
+        self._peak = None if peak is None else peak * self.world_size
         # A GPU is kept busy: the figures of a step are read when the next one has been launched.
         self._read_late = self.device.type == "cuda"
         self._stop_requested = False
@@ -237,9 +264,9 @@ class Trainer:
     def _run(self, log: MetricsLog | None, progress: Progress | None) -> Counters:
         config, counters = self.config, self.counters
         self._log, self._progress = log, progress
-        self._start = self._rate_start = self._last_checkpoint = time.perf_counter()
+        self._start = self._last_checkpoint = time.perf_counter()
         self._cpu_start, self._before = time.process_time(), (counters.seconds, counters.cpu_seconds)
-        self._rate_tokens = counters.tokens
+        self._begin_rates(self._start, counters.flops)
         self._stop_after, self._save_after = config.steps, 0
         if counters.step == 0:
             self._checkpoint()  # tells now, not after hours, whether the disk takes one
@@ -276,7 +303,11 @@ class Trainer:
     def _finish(self, step: Step) -> None:
         """Read the figures of a step; check, count and log them."""
         figures, number = step.figures(), step.number
-        self._check_finite(number, figures.loss_sum, figures.grad_norm)
+        self._check_finite(number, figures.loss_sum, figures.grad_norm, step.micro_batches)
+        loss = figures.loss_sum / self.layout.total
+        warning = self._watch.look(number, loss, step.micro_batches)
+        if warning is not None and self._progress is not None:
+            self._progress.note(f"warning: {warning}")
         if self._checkpoints is not None:
             self._checkpoints.check()
         self.counters.tokens += int(figures.tokens)
@@ -291,28 +322,39 @@ class Trainer:
         self._update_clocks()
         now = time.perf_counter()
         rate = (self.counters.tokens - self._rate_tokens) / max(now - self._rate_start, 1e-9)
-        self._rate_start, self._rate_tokens = now, self.counters.tokens
+        flops_rate = (step.record["flops"] - self._rate_flops) / max(now - self._rate_start, 1e-9)
+        self._begin_rates(now, step.record["flops"])
         self._write(
             {
                 "step": number,
-                "loss": figures.loss_sum / self.layout.total,
+                "loss": loss,
                 "nll": figures.nll_sum / figures.tokens,
                 **step.record,
                 "grad_norm": figures.grad_norm,
                 "tokens": self.counters.tokens,
                 "tokens_per_second": rate,
+                "flops_per_second": flops_rate,
+                **({} if self._peak is None else {"mfu": flops_rate / self._peak}),
+                "peak_memory": peak_memory(self.device),
                 "seconds": self.counters.seconds,
                 "cpu_seconds": self.counters.cpu_seconds,
             }
         )
 
-    def _check_finite(self, number: int, loss: float, grad_norm: float) -> None:
+    def _begin_rates(self, now: float, flops: float) -> None:
+        """Speeds of the next record are of the time from now on."""
+        self._rate_start, self._rate_flops, self._rate_tokens = now, flops, self.counters.tokens
+
+    def _check_finite(
+        self, number: int, loss: float, grad_norm: float, micro_batches: Sequence[MicroBatch]
+    ) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        saved = self.out_dir / STATE_FILE
+        saved = self.out_dir / (STATE_FILE if self._checkpoints is None else CHECKPOINTS)
         raise NonFiniteError(
-            f"step {number}: loss {loss}, gradient norm {grad_norm}; stopped. {saved} is from before this "
-            "step. Lower the learning rate, lengthen the warm-up, or look for NaN in the initial weights"
+            f"step {number}: loss {loss}, gradient norm {grad_norm}; stopped. {saved} is from before this"
+            f" step, and {self._watch.save(number, loss, micro_batches)}. Lower the learning rate, lengthen"
+            " the warm-up, or look for NaN in the initial weights"
         )
 
     def _checkpoint_due(self, step: int) -> bool:
@@ -395,7 +437,7 @@ class Trainer:
                 "cpu_seconds": counters.cpu_seconds,
             }
         )
-        self._rate_start, self._rate_tokens = time.perf_counter(), counters.tokens
+        self._begin_rates(time.perf_counter(), counters.flops)
         held_out = results.get("held_out")
         return min((one["nll"] for one in held_out), default=None) if isinstance(held_out, list) else None
 

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from loopmdm.train.config import TrainConfig
 
-_MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
+_MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
 
 class Optimizer:
@@ -19,8 +22,10 @@ class Optimizer:
         self, names: Sequence[str], parameters: Sequence[Tensor], config: TrainConfig, device: torch.device
     ) -> None:
         self._names = dict(zip(parameters, names, strict=True))
+        matrices = [p for p in parameters if config.optimizer == "muon" and _is_matrix(self._names[p], p)]
+        chosen = set(matrices)
         adamw = torch.optim.AdamW(
-            parameters,
+            [p for p in parameters if p not in chosen],
             lr=config.learning_rate,
             betas=config.betas,
             eps=config.eps,
@@ -28,6 +33,14 @@ class Optimizer:
             fused=device.type in ("cpu", "cuda"),
         )
         self.parts: list[torch.optim.Optimizer] = [adamw]
+        if matrices:
+            muon = torch.optim.Muon(
+                matrices,
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            self.parts.append(muon)
 
     def step(self, learning_rate: float) -> None:
         """Move the parameters by their gradients, and drop these."""
@@ -71,3 +84,8 @@ class Optimizer:
                 for parameter in group["params"]:
                     for moment in _MOMENTS[type(part)]:
                         yield part, parameter, moment
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon is meant for it: a product within a block, not an embedding, a head or a modulation."""
+    return parameter.ndim == 2 and name.startswith("blocks.") and "adaLN" not in name

@@ -95,12 +95,14 @@ class Ranks:
         bf16: bool = False,
         shard_size: int | None = None,
         unused_parameters: bool = False,
+        compiled: bool = False,
     ) -> None:
         """Take a model on its device; the sharded forms split it in place.
 
         form: None: ddp under `torch.distributed`, else nothing.
         shard_size: of hsdp; None: the ranks of this node (LOCAL_WORLD_SIZE).
         unused_parameters: some get no gradient in some steps, which DistributedDataParallel has to know.
+        compiled: the passes, by torch.compile.
         """
         self.distributed = dist.is_available() and dist.is_initialized()
         if form is not None and form not in FORMS:
@@ -113,7 +115,14 @@ class Ranks:
         self.sharded = self.form in ("fsdp2", "hsdp")
         self._device = next(model.parameters()).device
         self._bf16, self._whole = bf16, cast(Trainable, None)
-        self._loss: nn.Module = _Loss(model)
+        self._loss: Any = _Loss(model)
+        self._compiled = compiled
+        if compiled:
+            if self.sharded:
+                raise ValueError(
+                    f"compile: not with {self.form}, whose hooks around blocks a graph leaves out; use ddp"
+                )
+            self._loss = torch.compile(self._loss)
         if self.sharded:
             self._whole = copy.deepcopy(model).to("meta")
             self._shard(model, bf16, shard_size)
@@ -151,8 +160,10 @@ class Ranks:
     def loss(self, batch: Batch, num_loops: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, NLL sum, tokens) of a micro-batch, each a scalar."""
         autocast = self._bf16 and not self.sharded
+        # As a tensor S is one graph for all its values; as a number, 1 would be one of its own.
+        loops: Any = torch.tensor([num_loops]) if self._compiled else num_loops
         with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast):
-            out: tuple[Tensor, Tensor, Tensor] = self._loss(batch, num_loops, seed)
+            out: tuple[Tensor, Tensor, Tensor] = self._loss(batch, loops, seed)
             return out
 
     @contextmanager
@@ -163,7 +174,7 @@ class Ranks:
             model.set_requires_gradient_sync(last)
             yield
         elif self.distributed and not last:
-            with cast(Any, self._loss).no_sync():
+            with self._loss.no_sync():
                 yield
         else:
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ class MicroBatch(NamedTuple):
     batch: Batch
     num_loops: int
     seed: int
+
+
+Check: TypeAlias = Callable[[int, float, float, list[MicroBatch]], None]
 
 
 class Figures(NamedTuple):
@@ -71,15 +74,13 @@ class Stepper:
     ema: EMA
     device: torch.device
 
-    def take(
-        self, step: int, requests: Sequence[bool], check: Callable[[int, float, float], None] | None
-    ) -> Step:
+    def take(self, step: int, requests: Sequence[bool], check: Check | None) -> Step:
         """Step `step`, counted from 0; its figures are not waited for.
 
         Args:
             requests: of this rank, added up over all.
-            check: called with (number, loss, gradient norm) before the weights move; None: they are not
-                waited for.
+            check: called with (number, loss, gradient norm, micro-batches) before the weights move; None:
+                they are not waited for.
         """
         config, layout, device = self.config, self.layout, self.device
         num_loops = self.law.sample(config.seed, step)
@@ -95,13 +96,19 @@ class Stepper:
                 (loss / layout.own).backward()  # type: ignore[no-untyped-call]
             figures[:3] += torch.stack([v.detach().double() for v in (loss, nll_sum, num_tokens)])
             batch_size, length = batch.input_ids.shape
-            work += layout.world_size * batch_size * flops.training_flops(self.dims, length, num_loops)
+            work += layout.world_size * batch_size * self._work(length, num_loops)
         figures[3:] = torch.tensor([float(one) for one in requests], dtype=torch.float64)
+        if config.backprop_loops:
+            # Otherwise Adam would count other steps for these than for the rest.
+            for parameter in self.ema.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         self.ranks.add_up(figures)
         norm = nn.utils.clip_grad_norm_(self.ema.parameters, config.clip or math.inf)
         figures = torch.cat([figures, full(norm.detach()).double()[None]])
         if check is not None:
-            check(step + 1, *figures[[0, -1]].tolist())
+            loss_sum, grad_norm = figures[[0, -1]].tolist()
+            check(step + 1, loss_sum, grad_norm, used)
         self.optimizer.step(learning_rate)
         self.ema.update()
         figures = figures.to("cpu", non_blocking=True)
@@ -111,3 +118,11 @@ class Stepper:
             arrived.record(torch.cuda.current_stream(device))
         record = {"num_loops": num_loops, "lr": learning_rate, "work": work}
         return Step(step + 1, record, used, figures, arrived)
+
+    def _work(self, length: int, num_loops: int) -> float:
+        """Training FLOPs of a sequence; a backward pass is twice a forward pass."""
+        whole = flops.training_flops(self.dims, length, num_loops)
+        kept = self.config.backprop_loops
+        if not kept or num_loops <= kept:
+            return whole
+        return whole / 3 + 2 / 3 * flops.training_flops(self.dims, length, kept)

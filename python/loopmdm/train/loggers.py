@@ -1,0 +1,74 @@
+"""The records of a run for other programs: TensorBoard, and Weights & Biases without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+NAMES = ("tensorboard", "wandb")
+
+
+class Logger(Protocol):
+    """Takes the records of metrics.jsonl."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoardLogger:
+    """Event files in `tensorboard/` of the run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("--log tensorboard needs a package: pip install tensorboard") from error
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in scalars(record):
+            self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLogger:
+    """An offline run in `wandb/` of the run's folder, which `wandb sync` sends when you say so."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("--log wandb needs a package: pip install wandb") from error
+        self._run: Any = wandb.init(
+            mode="offline", dir=str(folder), project="loopmdm", name=folder.name, config=config
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._run.log(dict(scalars(record)), step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a record, by names with slashes: train/loss, held_out/nll_S4, solved/confidence_S4."""
+    for name, value in record.items():
+        if name != "step" and isinstance(value, (int, float)):
+            yield f"train/{name}", value
+    evaluation = record.get("evaluation", {})
+    for one in evaluation.get("held_out", []):
+        yield f"held_out/nll_S{one['num_loops']}", one["nll"]
+    for one in evaluation.get("solved", []):
+        yield f"solved/{one['order']}_S{one['num_loops']}", one["share_solved"]
+
+
+def logger(name: str, folder: Path, config: dict[str, Any]) -> Logger:
+    """One of `NAMES`.
+
+    Raises:
+        ImportError: its package is not installed.
+    """
+    return TensorBoardLogger(folder) if name == "tensorboard" else WandbLogger(folder, config)
