@@ -25,8 +25,10 @@ from loopmdm.data.text import found_files
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.printable import printable_lines
 from loopmdm.runs import text_data
+from loopmdm.runs.initial import LORA_TARGETS, check_targets, model_fields, read_initial
 from loopmdm.runs.jobs import (
     Job,
+    begun,
     corpus_job,
     pairs_job,
     read_corpus,
@@ -209,6 +211,15 @@ def described_run(args: argparse.Namespace) -> RunFile:
         raise UsageError("--cache: --stream keeps its tokens in the folder of the run; leave out --cache")
     elif "weights" in given_data:
         raise UsageError("--weights: they are those of corpora made by `loopmdm data build`")
+    if args.lora_targets is not None and args.lora is None:
+        raise UsageError("--lora-targets: they are those of --lora RANK")
+    if args.init_from is not None or args.lora is not None:
+        refuse(args, {"autoregressive": "--autoregressive"}, "--init-from and --lora are of diffusion models")
+    if args.init_from is not None:
+        given_model = _begun_from(args.init_from, given_model, given_data)
+    if args.lora is not None:
+        check_targets(args.lora_targets or [])
+        given_data["lora"] = {"rank": args.lora, "targets": args.lora_targets or list(LORA_TARGETS)}
     if preset in TEXT_RECIPES:
         refuse(args, {"clues": "--clues"}, f"--preset {preset} is about text")
     if args.autoregressive:
@@ -216,6 +227,19 @@ def described_run(args: argparse.Namespace) -> RunFile:
     if not 0 <= given_data.get("validation", 0) < 1:
         raise UsageError(f"--validation: got {args.validation}, expected a share of at least 0 and below 1")
     return RunFile(model=given_model, training=given_training, evaluation=evaluation, **given_data)
+
+
+def _begun_from(source: str, given: dict[str, Any], given_data: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the model of a run that begins with a checkpoint, whose tokenizer and length it takes too."""
+    model = read_initial(source)
+    given_data["init_from"] = os.path.abspath(source) if os.path.exists(source) else source
+    if given_data["preset"] in TEXT_RECIPES:
+        given_data.setdefault("length", model.config.max_length)
+        corpora = text_data.are_corpora(given_data["data"])
+        if Path(source, text_data.TOKENIZER_FILE).is_file() and not corpora:
+            given_data.setdefault("tokenizer", os.path.abspath(source))
+        given = {"max_length": max(given_data["length"], model.config.max_length), **given}
+    return model_fields(model, given)
 
 
 def _check_pairs(args: argparse.Namespace) -> None:
@@ -246,16 +270,18 @@ def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
 
 def _prepare(run: RunFile, args: argparse.Namespace, rank: int, stack: ExitStack) -> Job:
     """The job of a run; rank 0 makes the tokenizer, and the others read it from the folder of the run."""
+    fresh = not has_checkpoint(args.out)
     if run.data is None:
-        return sudoku_job(run, args.threads or 1)
+        return begun(sudoku_job(run, args.threads or 1), fresh)
     if text_data.are_corpora(run.data):
         job, tokenizer = corpus_job(run)
+        begun(job, fresh)
         if rank == 0:
             tokenizer.save(args.out)
             note(_seen(job))
         return job
     if run.stream:
-        return _streamed(run, args, rank, stack)
+        return begun(_streamed(run, args, rank, stack), fresh)
     pairs = None if run.pairs is None else read_run_pairs(run)
     if rank == 0:
         if pairs is None:
@@ -271,6 +297,7 @@ def _prepare(run: RunFile, args: argparse.Namespace, rank: int, stack: ExitStack
         if pairs is None:
             corpus = read_corpus(run, quiet=True)
     job = text_job(run, corpus, tokenizer, args.cache) if pairs is None else pairs_job(run, pairs, tokenizer)
+    begun(job, fresh)
     if not dist.is_initialized():
         tokenizer.save(args.out)  # when nothing can be wrong with the options any more
     return job

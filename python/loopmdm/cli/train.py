@@ -20,6 +20,7 @@ from loopmdm.cli.processes import process_group
 from loopmdm.cli.runs import train_run
 from loopmdm.runs import likelihood
 from loopmdm.runs.boards import SHARE_COLUMNS, share_row
+from loopmdm.runs.initial import LORA_TARGETS
 from loopmdm.runs.jobs import PRESETS, Job
 from loopmdm.runs.options import Sources, count, loop_range, number, positive_float, positive_int
 from loopmdm.terminal import note
@@ -37,6 +38,8 @@ EPILOG = """examples:
   loopmdm train --data questions.jsonl --pairs question answer --out run
   loopmdm train --resume --out run                  continue a run that was stopped
   loopmdm train --family light=2,3,4,5 heavy=6 --data stdlib --out family
+  loopmdm train --init-from mdlm.ckpt --tokenizer gpt2 --loop 1:3 --max-loops 12 --data corpus.txt --out tuned
+  loopmdm train --init-from run --lora 8 --data pairs.jsonl --pairs prompt response --out chat
   torchrun --nproc-per-node 8 -m loopmdm train --preset small --parallel fsdp2 --data corpus --out run
 
 forms of --data (docs/inputs.md says more):
@@ -135,6 +138,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--max-loops", type=positive_int, metavar="S", help="largest loop count in training")
     model.add_argument("--dropout", type=number, metavar="P")
+    tuning = parser.add_argument_group("fine-tuning")
+    tuning.add_argument(
+        "--init-from",
+        metavar="MODEL",
+        help="begin with the weights of an MDLM checkpoint (.ckpt, folder, hub id) or of another run; --loop"
+        " and --max-loops add loops to it",
+    )
+    tuning.add_argument(
+        "--lora",
+        type=positive_int,
+        metavar="RANK",
+        help="train adapters only (peft), merged into model.safetensors",
+    )
+    tuning.add_argument(
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        help=f"matrices of the blocks that get them (default: {' '.join(LORA_TARGETS)})",
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=positive_int, metavar="N", help="optimizer steps")
     training.add_argument("--batch-size", type=positive_int, metavar="B", help="sequences of a micro-batch")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _LORA = "peft.tuners.lora.layer"
@@ -47,3 +48,18 @@ def weight_of(linear: Any) -> Tensor:
         if name in linear.lora_A:
             weight = weight + linear.get_delta_weight(name).to(weight.dtype)
     return weight
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a model, with LoRA adapters merged into the weights that they stand on."""
+    tensors: dict[str, Tensor] = model.state_dict()
+    for name, module in model.named_modules():
+        if not is_lora(module):
+            continue
+        merged = {key: value for key, value in tensors.items() if not key.startswith(f"{name}.")}
+        with torch.no_grad():
+            merged[f"{name}.weight"] = weight_of(module).detach()
+        if base_of(module).bias is not None:
+            merged[f"{name}.bias"] = base_of(module).bias.detach()
+        tensors = merged
+    return tensors

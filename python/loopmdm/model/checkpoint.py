@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from loopmdm.formats import safetensors_files, shards
 from loopmdm.formats.folders import CONFIG_FILE, WEIGHTS_FILE, locate, read_json
+from loopmdm.model.adapters import plain_state
 from loopmdm.printable import printable, shown
 from loopmdm_kernels.files import write_files
 
@@ -71,13 +72,15 @@ class Trainable(nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into the folder `path`, each one whole or not at all.
 
+        LoRA adapters of peft inside the model are merged in the file.
+
         Raises:
             OSError: the files cannot be written (full disk, permissions); no partial file is left.
         """
         folder = Path(path)
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"path: got the file {folder}, expected a folder")
-        tensors = self.state_dict()
+        tensors = plain_state(self)
         write_files(
             {
                 folder / WEIGHTS_FILE: lambda temporary: safetensors_files.write(

@@ -11,6 +11,8 @@ import torch
 from loopmdm.model import LoopMDM
 from loopmdm.model.checkpoint import Trainable, fill
 from loopmdm.quality.causal import CausalLM
+from loopmdm.runs.initial import add_lora
+from loopmdm.runs.run_file import RunFile
 from loopmdm.runs.text_data import TOKENIZER_FILE, load_tokenizer
 from loopmdm.train.checkpoints import Found, newest, read_tensors
 
@@ -37,6 +39,9 @@ def export_run(
         raise ValueError(f"{found.path} is of a model that is not known here: {found.model}")
     with torch.device("meta"):
         model = kind(kind.config_class.from_dict(config))
+    run = RunFile.read(Path(source))
+    if run is not None and run.lora and isinstance(model, LoopMDM):
+        add_lora(model, run.lora["rank"], run.lora["targets"], 0)
     tensors = read_tensors(found, "model.") | read_tensors(found, "ema.")
     fill(model, tensors, str(found.path))
     model.save_pretrained(target)

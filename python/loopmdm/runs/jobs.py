@@ -17,6 +17,7 @@ from loopmdm.quality.causal import CausalLM
 from loopmdm.quality.likelihood import evaluate_autoregressive, evaluate_nll
 from loopmdm.runs import likelihood, text_data
 from loopmdm.runs.boards import ORDERS, greedy, held_out_puzzles, solve_all
+from loopmdm.runs.initial import add_lora, begin_with, read_initial
 from loopmdm.runs.models import default_loops
 from loopmdm.runs.options import usage_errors
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
@@ -40,6 +41,21 @@ class Job(NamedTuple):
     config: TrainConfig
     evaluate: Evaluate | None
     run: RunFile
+
+
+def begun(job: Job, fresh: bool) -> Job:
+    """The job, whose model has got what its run says it begins with.
+
+    fresh: False where a checkpoint is read over the weights anyway.
+    """
+    run = job.run
+    if run.init_from is not None and fresh:
+        assert isinstance(job.model, LoopMDM)
+        begin_with(job.model, read_initial(run.init_from), run.init_from)
+    if run.lora:
+        assert isinstance(job.model, LoopMDM)
+        add_lora(job.model, run.lora["rank"], run.lora["targets"], job.config.seed)
+    return job
 
 
 def sudoku_job(run: RunFile, threads: int) -> Job:

@@ -44,6 +44,8 @@ class RunFile:
     validation: float = VALIDATION  # share of the documents held out
     evaluation: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None  # of the packed tokens
+    init_from: str | None = None  # the checkpoint whose weights it begins with; None: new ones
+    lora: dict[str, Any] = field(default_factory=dict)  # rank and targets of adapters; empty: none
     clues: str | None = None  # of Sudoku boards, as `parse_clues` reads it; None: the preset's
 
     def write(self, folder: Path) -> None:

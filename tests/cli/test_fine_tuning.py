@@ -1,0 +1,133 @@
+"""loopmdm train --init-from and --lora: what a run begins with, what it trains, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loopmdm import LoopMDM
+from loopmdm.runs.run_file import RunFile
+
+from .conftest import STEPS, TINY, Call
+
+LIGHT = ["--steps", "4", "--batch-size", "2", "--eval-size", "2", "--warmup", "0", "--lr", "1e-3"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(f"line {number}: the quick brown fox {'x' * number}\n" * 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a loop."""
+    from loopmdm.cli import main
+
+    out = tmp_path_factory.mktemp("plain") / "run"
+    sizes = [*TINY[:6], "--loop", "0:1", "--max-loops", "1", "--length", "16", *STEPS]
+    assert main(["train", "--data", str(text), *sizes, "--out", str(out)]) == 0
+    return out
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_loops_are_added_to_a_plain_model(call: Call, plain: Path, text: Path, tmp_path: Path) -> None:
+    """Before the first step it is that model; its tokenizer and length are taken."""
+    out = tmp_path / "looped"
+    options = ["--init-from", str(plain), "--loop", "1:2", "--max-loops", "3", "--out", str(out)]
+    done = call("train", "--data", str(text), *LIGHT, *options, "--ema", "0", "--lr", "1e-12")
+    assert done.status == 0, done.err
+    model = LoopMDM.from_pretrained(out)
+    assert (model.config.loop_start, model.config.loop_end, model.config.max_loops) == (1, 2, 3)
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(out)[name], value, rtol=0, atol=1e-9)
+    run = RunFile.read(out)
+    assert run is not None and (run.length, run.init_from) == (16, str(plain))
+    again = call("train", "--resume", "--out", str(out), "--steps", "6")
+    assert again.status == 0, again.err
+
+
+def test_reference_checkpoints_begin_a_run(call: Call, plain: Path, text: Path, tmp_path: Path) -> None:
+    """A bare state dict with the reference's names, in a torch file."""
+    reference = tmp_path / "mdlm.pt"
+    config = LoopMDM.from_pretrained(plain).config
+    torch.save({f"backbone.{name}": value for name, value in weights(plain).items()}, reference)
+    out = tmp_path / "run"
+    done = call("train", "--data", str(text), *LIGHT, "--init-from", str(reference), "--length", "16",
+                "--loop", "1:3", "--out", str(out))  # fmt: skip
+    assert done.status == 0, done.err
+    assert LoopMDM.from_pretrained(out).config.hidden_size == config.hidden_size
+
+
+def test_lora_trains_adapters_and_is_merged(call: Call, plain: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    out = tmp_path / "lora"
+    options = ["--init-from", str(plain), "--lora", "2", "--lora-targets", "attn_qkv", "mlp.0"]
+    options += ["--out", str(out), "--lr", "1e-2"]
+    done = call("train", "--data", str(text), *LIGHT, *options)
+    assert done.status == 0, done.err
+    before, after = weights(plain), weights(out)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        adapted = "blocks." in name and name.endswith(("attn_qkv.weight", "mlp.0.weight"))
+        change = after[name] - value
+        assert bool(change.any()) == adapted, name
+        if adapted:
+            assert torch.linalg.matrix_rank(change.double(), rtol=1e-4) <= 2, name
+    state = load_file(out / "training_state.safetensors")
+    assert {name for name in state if name.startswith("ema.")} == {
+        f"ema.blocks.{block}.{target}.lora_{half}.default.weight"
+        for block in range(3)
+        for target in ("attn_qkv", "mlp.0")
+        for half in "AB"
+    }
+    done = call("train", "--resume", "--out", str(out), "--steps", "6")
+    assert done.status == 0, done.err
+    assert call("sample", str(out), "--num", "1", "--steps", "2").status == 0
+
+
+def test_lora_in_shards_is_merged_on_demand(call: Call, plain: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    out, exported = tmp_path / "lora", tmp_path / "exported"
+    options = ["--init-from", str(plain), "--lora", "2", "--keep", "1", "--out", str(out), "--lr", "1e-2"]
+    assert call("train", "--data", str(text), *LIGHT, *options).status == 0
+    done = call("convert", str(out), str(exported))
+    assert done.status == 0, done.err
+    expected, got = weights(out), weights(exported)
+    assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_what_does_not_fit_is_refused_in_a_line(call: Call, plain: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file(weights(plain), other / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "loopmdm-causal"}))
+    unfinished = tmp_path / "unfinished"
+    (unfinished / "checkpoints").mkdir(parents=True)
+    cases = {
+        "missing": (["--init-from", str(tmp_path / "nothing")], 1, "--init-from: "),
+        "autoregressive": (["--init-from", str(other)], 1, "--init-from: .*autoregressive scorer"),
+        "unfinished": (["--init-from", str(unfinished)], 1, "`loopmdm convert` exports it"),
+        "size": (["--init-from", str(plain), "--hidden", "32"], 2, "hidden_size 16, got 32"),
+        "tokenizer": (["--init-from", str(plain), "--tokenizer", "bpe:300"], 1, "not a pair"),
+        "targets": (["--lora", "2", "--lora-targets", "head"], 2, "--lora-targets: got head, expected"),
+        "no rank": (["--lora-targets", "mlp.0"], 2, "those of --lora RANK"),
+    }
+    for name, (options, status, message) in cases.items():
+        done = call("train", "--data", str(text), *LIGHT, *options, "--out", str(out))
+        lines = [line for line in done.err.splitlines() if "error: " in line]
+        assert done.status == status and len(lines) == 1, (name, done.err)
+        assert re.search(message, lines[0]), (name, lines)
+        assert not (out / "model.safetensors").exists()
