@@ -1,4 +1,4 @@
-# make demo | test | test-isas | bench | docs | lint | sanitize | fuzz | gpu | gpu-quick | gpu-tests: each sets up what it needs.
+# make demo | test | test-isas | test-aarch64 | bench | docs | lint | sanitize | fuzz | gpu | gpu-quick | gpu-tests: each sets up what it needs.
 #   VENV=path    use this virtual environment instead of .venv
 #   ENV=system   for gpu: take python3 as it is, without a virtual environment, pip or a network (docs/gpu.md)
 #   PYTHON=...   interpreter that creates the environment (3.10 or later)
@@ -26,7 +26,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-isas bench docs lint sanitize fuzz gpu gpu-quick gpu-tests gpu-hopper gpu-ready-venv gpu-ready-system clean
+.PHONY: help demo test test-isas test-aarch64 bench docs lint sanitize fuzz gpu gpu-quick gpu-tests gpu-hopper gpu-ready-venv gpu-ready-system clean
 .DELETE_ON_ERROR:
 
 help:
@@ -48,6 +48,10 @@ test: $(VENV)/.installed-test
 # The tests as on other processors: AVX2 emulated, other kernels of OpenBLAS, each instruction set of this machine.
 test-isas: $(VENV)/.installed-test
 	$(BIN)/python tests/isas.py --jobs $(JOBS) --write build/test-isas.txt
+
+# Values and gradients of the ops by kernels of another processor: needs aarch64-linux-gnu-g++ and qemu-aarch64.
+test-aarch64: $(VENV)/.installed-test
+	$(BIN)/python -m tests.aarch64
 
 ifneq ($(filter-out avx2,$(ISA)),)
 $(error ISA: got '$(ISA)', expected 'avx2' or nothing)

@@ -20,7 +20,9 @@ SPEED = {
     "Zen 5, blocks, model and training again": "2026-11-29-cpu-zen5-blocks.json",
     "Zen 5, the head's ops again": "2026-11-29-cpu-zen5-head.json",
     "Zen 4": "2026-11-24-cpu-zen4.json",
+    "Zen 5, tokens of few rows": "2026-11-29-cpu-zen5-sample-rows.json",
     "AVX2, played by a Zen 5": "2026-11-29-cpu-zen5-as-avx2.json",
+    "AVX2, tokens of few rows": "2026-11-29-cpu-avx2-sample-rows.json",
 }
 SAMPLING = {
     "Zen 5": "2026-11-24-cpu-zen5-sampling.json",
@@ -93,8 +95,9 @@ FRONT = {
     "`sample_rows`, 256 rows, V 50258": "test_sample_rows[R256]",
     "sampling, S = 12, 1024 tokens, 8 steps": "test_sampling[S12]",
 }
-# Where a share of the peak rate says nothing: the weights are read for few rows.
-BOUND_BY_MEMORY = {f"test_sample_{what}[{rows}]" for what in ("rows", "tokens") for rows in ("R1", "R16")}
+# Where a share of the peak rate says nothing: the weights are read for few rows, or products are of bytes.
+WITHOUT_SHARE = {f"test_sample_rows[{rows}]" for rows in ("R1", "R16")}
+WITHOUT_SHARE |= {f"test_sample_tokens[{rows}]" for rows in ("R1", "R16", "R256")}
 
 
 ABOUT_REPORT = """## One run as a page
@@ -146,7 +149,7 @@ def speed(machine: str, name: str) -> list[str]:
             continue
         result = figures[case]
         times, peer = result["milliseconds"], result["best_peer"]
-        share = "" if case in BOUND_BY_MEMORY else f"{100 * result['share_of_peak']:.0f} %"
+        share = "" if case in WITHOUT_SHARE else f"{100 * result['share_of_peak']:.0f} %"
         ours, best = milliseconds(times["ours"]), milliseconds(times[peer])
         row = [title, ours, best, peer, f"{result['speedup']:.2f}", share]
         rows.append([*row, f"{result.get('speedup_with_bf16_parameters', '')}"])

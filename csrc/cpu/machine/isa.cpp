@@ -4,7 +4,9 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__)
+#if defined(__aarch64__) && defined(__linux__)
+#  include <sys/auxv.h>
+#elif defined(__x86_64__)
 #  include <cpuid.h>
 #  if defined(__linux__)
 #    include <sys/syscall.h>
@@ -70,6 +72,14 @@ Isa detect() {
   if ((saved & kSavesZmm) != kSavesZmm || !has_all(extended.ebx, avx512)) return Isa::avx2;
   if (!has_all(extended1.eax, bit_AVX512BF16) || !has_all(extended.ecx, bit_AVX512VNNI)) return Isa::avx512;
   return has_tiles(saved) ? Isa::amx_bf16 : Isa::avx512_bf16;
+}
+#elif defined(__aarch64__)
+Isa detect() {
+#  if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16 (Documentation/arch/arm64/elf_hwcaps.rst)
+  if (getauxval(AT_HWCAP2) & kBf16) return Isa::asimd_bf16;
+#  endif
+  return Isa::generic;
 }
 #else
 Isa detect() { return Isa::generic; }

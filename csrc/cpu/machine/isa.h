@@ -8,6 +8,8 @@
 #  define LOOPMDM_ISAS(of_each, ...)                                                      \
     of_each(generic, __VA_ARGS__) of_each(avx2, __VA_ARGS__) of_each(avx512, __VA_ARGS__) \
         of_each(avx512_bf16, __VA_ARGS__) of_each(amx_bf16, __VA_ARGS__)
+#elif defined(__aarch64__)
+#  define LOOPMDM_ISAS(of_each, ...) of_each(generic, __VA_ARGS__) of_each(asimd_bf16, __VA_ARGS__)
 #else
 #  define LOOPMDM_ISAS(of_each, ...) of_each(generic, __VA_ARGS__)
 #endif

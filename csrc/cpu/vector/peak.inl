@@ -103,6 +103,28 @@ float bf16_chains(int64_t rounds, float start) {
 
 constexpr double kBf16FlopsPerRound = 2 * kFp32FlopsPerRound;
 
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+
+float bf16_chains(int64_t rounds, float start) {
+  // The number after 1: GCC 12 makes 1 itself with an instruction of half precision, which may not be there.
+  const bfloat16x8_t one = vreinterpretq_bf16_u16(vdupq_n_u16(0x3f81));
+  const bfloat16x8_t minus_one = vreinterpretq_bf16_u16(vdupq_n_u16(0xbf81));
+  Floats chain[kChains];
+  start_chains(chain, start);
+  const auto add = [&](const bfloat16x8_t& value) {
+#  pragma GCC unroll 32
+    for (int i = 0; i < kChains; ++i)
+      chain[i] = reinterpret_cast<Floats>(vbfdotq_f32(reinterpret_cast<float32x4_t>(chain[i]), one, value));
+  };
+  for (int64_t round = 0; round < rounds; ++round) {  // each round adds what it subtracts again
+    add(one);
+    add(minus_one);
+  }
+  return sum_of_chains(chain);
+}
+
+constexpr double kBf16FlopsPerRound = 2 * kFp32FlopsPerRound;
+
 #else
 
 float bf16_chains(int64_t rounds, float start) { return fp32_chains(rounds, start); }

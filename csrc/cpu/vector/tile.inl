@@ -72,31 +72,51 @@ struct Bf16 {
   }
 };
 #else
-// Pairs, the even one in the low half, widened in registers and multiplied as floats with a left operand of
-// floats. Each sum has the order and the bits that widened weights would give.
-struct Bf16Pairs {
+// Pairs, the even one in the low half.
+struct Bf16InPairs {
   static constexpr int kPerWord = 2;
-  static constexpr int kLeftPerWord = 1;
-  template <int Part>
-  static Words widened(Words pairs) {
-    return Part == 0 ? pairs << 16 : pairs & 0xffff0000u;
-  }
-  static Floats multiply_add(Words a, Words b, Floats sum) { return Fp32::multiply_add(a, b, sum); }
   static void store(uint32_t* words, Floats first, Floats second) {
     uint16_t values[2 * kLanes];
     store_bf16(values, first);
     store_bf16(values + kLanes, second);
     __builtin_memcpy(words, values, sizeof values);
   }
+  static void load(const uint32_t* words, Floats& first, Floats& second) {
+    first = widen(words);
+    second = widen(words + kLanes / 2);
+  }
   static Words zip(Floats even, Floats odd) {
     return reinterpret_cast<Words>(round_to_bf16(even)) >> 16 | reinterpret_cast<Words>(round_to_bf16(odd));
   }
+};
+
+#  if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+struct Bf16 : Bf16InPairs {
+  using Weights = Bf16;
+  static constexpr int kLeftPerWord = 2;
+  static Floats multiply_add(Words a, Words b, Floats sum) {
+    return reinterpret_cast<Floats>(vbfdotq_f32(reinterpret_cast<float32x4_t>(sum),
+                                                reinterpret_cast<bfloat16x8_t>(a),
+                                                reinterpret_cast<bfloat16x8_t>(b)));
+  }
+};
+#  else
+// Widened in registers and multiplied as floats with a left operand of floats. Each sum has the order and the
+// bits that widened weights would give.
+struct Bf16Pairs : Bf16InPairs {
+  static constexpr int kLeftPerWord = 1;
+  template <int Part>
+  static Words widened(Words pairs) {
+    return Part == 0 ? pairs << 16 : pairs & 0xffff0000u;
+  }
+  static Floats multiply_add(Words a, Words b, Floats sum) { return Fp32::multiply_add(a, b, sum); }
 };
 
 // No such instruction: operands are floats, but for packed weights.
 struct Bf16 : Fp32 {
   using Weights = Bf16Pairs;
 };
+#  endif
 #endif
 
 // Four bytes a word: unsigned ones of the left operand, each kOffset more than the value, and signed ones of
@@ -212,15 +232,22 @@ __attribute__((noinline)) void tile(const Left& a, const uint32_t* b, int64_t wo
     }
 }
 
+// What the next product reads, and no cache holds yet.
+struct Next {
+  const uint32_t* at;
+  int64_t words;
+};
+
 template <class Operand, int Vecs, bool Accumulate>
 void multiply_panel(Left a, int64_t rows, const uint32_t* b, int64_t words, float* c, int64_t c_row,
-                    bool streamed) {
+                    const Next& ahead) {
   constexpr int kRows = tile_rows<Vecs>();
   const int64_t b_words = right_words<Operand>(words);
-  const uint32_t* next = b + b_words * Vecs * kLanes;
-  const uint32_t* const last = streamed ? next + b_words * Vecs * kLanes : next;
+  const uint32_t* next = ahead.at;
+  const uint32_t* const last = next + ahead.words;
   const int64_t tiles = rows / kRows < kTilesAhead ? rows / kRows : kTilesAhead;
-  const int64_t part = (Vecs * kLanes + tiles - 1) / (tiles > 0 ? tiles : 1);
+  const int64_t asking = (tiles > 0 ? tiles : 1) * b_words;
+  const int64_t part = (ahead.words + asking - 1) / asking;
   const int64_t share = part < kLineWords ? part : kLineWords;
   for (; rows >= kRows; rows -= kRows) {
     if (next < last) {
@@ -256,17 +283,17 @@ void multiply_panel(Left a, int64_t rows, const uint32_t* b, int64_t words, floa
 
 template <class Operand, bool Accumulate>
 void multiply_width(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t words, float* c,
-                    int64_t c_row, bool streamed) {
+                    int64_t c_row, const Next& next) {
   switch (width / kLanes) {
     case 1:
-      return multiply_panel<Operand, 1, Accumulate>(a, rows, b, words, c, c_row, streamed);
+      return multiply_panel<Operand, 1, Accumulate>(a, rows, b, words, c, c_row, next);
     case 2:
-      return multiply_panel<Operand, 2, Accumulate>(a, rows, b, words, c, c_row, streamed);
+      return multiply_panel<Operand, 2, Accumulate>(a, rows, b, words, c, c_row, next);
 #if defined(__AVX512F__)
     case 3:
-      return multiply_panel<Operand, 3, Accumulate>(a, rows, b, words, c, c_row, streamed);
+      return multiply_panel<Operand, 3, Accumulate>(a, rows, b, words, c, c_row, next);
     case 4:
-      return multiply_panel<Operand, 4, Accumulate>(a, rows, b, words, c, c_row, streamed);
+      return multiply_panel<Operand, 4, Accumulate>(a, rows, b, words, c, c_row, next);
 #endif
   }
 }
@@ -296,10 +323,12 @@ void multiply(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t
   constexpr int kRows = tile_rows<kTileVecs>();
   if (rows == kRows && width == kPanel && !accumulate && !streamed)
     return tile<Operand, kRows, kTileVecs, false>(a, b, words, c, c_row);
+  const int64_t size = right_words<Operand>(words) * width;
+  const Next next = {b + size, streamed ? size : 0};
   if (accumulate)
-    multiply_width<Operand, true>(a, rows, b, width, words, c, c_row, streamed);
+    multiply_width<Operand, true>(a, rows, b, width, words, c, c_row, next);
   else
-    multiply_width<Operand, false>(a, rows, b, width, words, c, c_row, streamed);
+    multiply_width<Operand, false>(a, rows, b, width, words, c, c_row, next);
 }
 
 // Room for a panel of weights as floats, where a product widens it.
@@ -309,13 +338,13 @@ constexpr int64_t wide_panel_size(int64_t depth) {
 }
 
 // The same with a panel of packed weights. `wide`: wide_panel_size(words) floats. For some tiles of rows
-// pairs of bf16 are widened once, for fewer rows in registers; the sums are the same.
+// pairs of bf16 are widened once, for few in registers; the sums are the same.
 template <class Operand>
 void multiply_packed(const Left& a, int64_t rows, const uint32_t* b, int width, int64_t words, float* c,
                      int64_t c_row, bool accumulate, bool streamed, float* wide) {
   using Weights = typename Operand::Weights;
   if constexpr (Weights::kPerWord > Weights::kLeftPerWord) {
-    constexpr int64_t kFewRows = 2 * tile_rows<kTileVecs>();
+    constexpr int64_t kFewRows = kTileVecs / 2 * tile_rows<kTileVecs>();  // measured
     if (rows > kFewRows) {
       uint32_t* out = reinterpret_cast<uint32_t*>(wide);
       for (int64_t k = 0; k < words; k += 2, out += 2 * width)
@@ -324,8 +353,10 @@ void multiply_packed(const Left& a, int64_t rows, const uint32_t* b, int width, 
           store_words(out + j, Weights::template widened<0>(pairs));
           store_words(out + width + j, Weights::template widened<1>(pairs));
         }
-      return multiply<Operand>(a, rows, reinterpret_cast<uint32_t*>(wide), width, words, c, c_row,
-                               accumulate);
+      const uint32_t* widened = reinterpret_cast<uint32_t*>(wide);
+      const Next next = {b, streamed ? right_words<Weights>(words) * width : 0};
+      return accumulate ? multiply_width<Operand, true>(a, rows, widened, width, words, c, c_row, next)
+                        : multiply_width<Operand, false>(a, rows, widened, width, words, c, c_row, next);
     }
   }
   multiply<Weights>(a, rows, b, width, words, c, c_row, accumulate, streamed);
