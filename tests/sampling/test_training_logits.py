@@ -5,6 +5,7 @@ import torch
 
 import loopmdm_kernels as lk
 from loopmdm import LoopMDM, LoopMDMConfig
+from loopmdm_kernels.types import RowRng
 
 LOOPS = 3
 
@@ -62,3 +63,28 @@ def test_logits_of_sampling_are_those_of_training(backend, dtype, model, tokens)
             for row in range(len(tokens)):
                 for ours, theirs in zip(trained, logits(model, tokens[row : row + 1], dtype), strict=True):
                     assert torch.equal(ours[row].detach(), theirs[0])
+
+
+@pytest.mark.backends("reference", "cpu")
+@pytest.mark.by_backend(
+    "dtype", reference=[torch.float32, torch.bfloat16], cpu=[torch.float32, torch.bfloat16]
+)
+def test_log_probabilities_of_sampling_and_of_training(backend, dtype, model, tokens):
+    """The loss has the same bits with and without gradients; the draw's are those to the rounding of a sum."""
+    hidden, rows = logits(model, tokens, dtype)[0].detach(), (tokens == 129).flatten().nonzero().squeeze(1)
+    head = model.head()
+
+    def nll(values, targets):
+        ones = torch.ones(len(rows))
+        return lk.masked_cross_entropy(values, head, targets, rows, ones, compute_dtype=dtype)[1]
+
+    with torch.no_grad():
+        rng = RowRng(3, rows // 20, torch.zeros_like(rows), rows % 20)
+        drawn = lk.sample_rows(hidden, head, rows, rng, compute_dtype=dtype)
+        targets = tokens.flatten().scatter(0, rows, drawn.token).view_as(tokens)
+        sampled = nll(hidden, targets)
+    trained = nll(hidden.clone().requires_grad_(), targets)
+    assert trained.requires_grad and torch.equal(trained.detach(), sampled)
+    # A sum of V numbers one by one, its logarithm, and a difference of numbers up to `size`.
+    size = float(sampled.max()) + 8
+    assert (sampled + drawn.log_prob).abs().max() <= (130 + 4 * size) * 2.0**-24

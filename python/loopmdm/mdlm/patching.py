@@ -30,8 +30,8 @@ def patch(reference_module: Module, num_loops: int = 12, loop: tuple[int, int] =
 
     Blocks loop[0]..loop[1]-1 are applied `num_loops` times. The module stays itself: class, parameters (an
     optimizer keeps working), state_dict, embedding, head, autocast regions and dropout in training. Only the
-    forward of its blocks is replaced. A block whose modules are watched (hooks), wrapped (adapters) or
-    replaced, now or later, runs its own forward.
+    forward of its blocks is replaced. A block whose modules are watched (hooks), replaced, or wrapped in more
+    than a sum of weights (which LoRA adapters are), now or later, runs its own forward.
 
     With `num_loops=1` it computes what it computed before: a copy of each block is run once, on random
     weights and 29 random positions, beside the op that takes its place. What shows in longer sequences only

@@ -1,7 +1,8 @@
 """Where the fused ops have to be cut: parts whose modules must be called, one by one.
 
-The ops read weights; they never call the modules that hold them. So a module that somebody watches (hooks),
-wraps (adapters) or replaces is called as in the reference model, together with the rest of its block or head.
+The ops read weights; they never call the modules that hold them. So a module that somebody watches (hooks) or
+replaces is called as in the reference model, together with the rest of its block or head. So is one that is
+wrapped, except in LoRA adapters that only add to its weight: the ops read that sum (`model/adapters.py`).
 The looks at a module here cost a call of the model a few microseconds a block.
 """
 

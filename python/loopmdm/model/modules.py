@@ -1,7 +1,7 @@
 """The modules of LoopMDM under the reference's names (MDLM's DIT).
 
 The ops compute blocks and head from the weights in here. The forwards are for where an op is cut (see `cut`):
-what is watched, wrapped or replaced is called as the reference model calls it.
+what is watched, replaced, or wrapped in more than LoRA's sum of weights is called as the reference model does.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class DDiTBlock(nn.Module):
         """For `looped_blocks`.
 
         Raises:
-            ValueError: a module of the block is watched, wrapped or replaced.
+            ValueError: a module of the block has to be called (`why_called`).
         """
         why = self.why_called()
         if why is not None:
