@@ -49,30 +49,29 @@ def _operands(
     call: HeadCall, rows: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, bool, bool]]:
     """Those before the weight, and those behind it."""
-    shift, scale = call.head.modulation.to(call.dtype).unbind(1)
     return (
-        (
-            call.hidden.contiguous(),
-            rows.contiguous(),
-            _norm_or_ones(call),
-            shift.float().contiguous(),
-            (1 + scale).float().contiguous(),
-        ),
+        (call.hidden.contiguous(), rows.contiguous(), _norm_or_ones(call), *_shift_and_gain(call)),
         (vector(call.head.bias), call.head.norm is not None, call.dtype == torch.bfloat16),
     )
 
 
+def _shift_and_gain(call: HeadCall) -> tuple[Tensor, Tensor]:
+    """[M, D] each in float32, rounded as every op rounds them: logits of the loss are those of sampling."""
+    shift, scale = call.head.modulation.to(call.dtype).unbind(1)
+    return shift.float().contiguous(), (1 + scale).float().contiguous()
+
+
 def plain_operands(call: HeadCall, rows: Tensor) -> dict[str, Any]:
     """What the other kernels have in common, the weight as it is."""
-    shift, scale = call.head.modulation.float().unbind(1)
+    shift, gain = _shift_and_gain(call)
     weight = call.head.weight
     assert isinstance(weight, Tensor)
     return {
         "hidden": call.hidden.contiguous(),
         "rows": rows.contiguous(),
         "norm": _norm_or_ones(call),
-        "shift": shift.contiguous(),
-        "gain": (1 + scale).contiguous(),
+        "shift": shift,
+        "gain": gain,
         "weight": weight.contiguous(),
         "bias": vector(call.head.bias),
         "normalized": call.head.norm is not None,

@@ -8,6 +8,12 @@ inline int64_t block_rows(const RowGroup& g, int64_t block) {
   return left < kPanel ? left : kPanel;
 }
 
+// Whether rows are stored as floats, but with the values of bf16.
+template <class Operand>
+constexpr bool kFloatsOfBf16 = false;
+template <>
+constexpr bool kFloatsOfBf16<Bf16> = Bf16::kPerWord == 1;
+
 template <class Operand>
 void prepare_block(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_t block, float* h) {
   const HeadLayout<Operand> l(p, g.padded);
@@ -30,7 +36,9 @@ void prepare_block(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_
     for (int64_t i = 0; i < l.padded_width; i += kLanes) {
       const int64_t left = p.width - i;
       const Floats scaled = (load(out + i) - m.mean) * m.scale * load_some(p.norm + i, left);
-      store(out + i, fused_multiply_add(scaled, load_some(gain + i, left), load_some(shift + i, left)));
+      // Rounded as prepare_rows of head.inl rounds: rows, and with them logits, have the bits of sampling.
+      const Floats modulated = scaled * load_some(gain + i, left) + load_some(shift + i, left);
+      store(out + i, kFloatsOfBf16<Operand> ? round_to_bf16(modulated) : modulated);
     }
   }
   for (int j = 0; j < width; j += kLanes)

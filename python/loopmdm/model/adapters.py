@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loopmdm_kernels.tracing import without_autocast
+
 _LORA = "peft.tuners.lora.layer"
 
 
@@ -46,7 +48,7 @@ def weight_of(linear: Any) -> Tensor:
         return weight
     for name in linear.active_adapters:
         if name in linear.lora_A:
-            weight = weight + linear.get_delta_weight(name).to(weight.dtype)
+            weight = _with_delta(weight, linear, name)
     return weight
 
 
@@ -63,3 +65,14 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
             merged[f"{name}.bias"] = base_of(module).bias.detach()
         tensors = merged
     return tensors
+
+
+def _with_delta(weight: Tensor, linear: Any, name: str) -> Tensor:
+    """W + scaling B A, in one pass over W where the dtypes are one; autocast would round it."""
+    a: Tensor = linear.lora_A[name].weight
+    b: Tensor = linear.lora_B[name].weight
+    with without_autocast(weight.device):
+        if linear.fan_in_fan_out or not a.dtype == b.dtype == weight.dtype:
+            delta: Tensor = linear.get_delta_weight(name)
+            return weight + delta.to(weight.dtype)
+        return torch.addmm(weight, b, a, alpha=linear.scaling[name])

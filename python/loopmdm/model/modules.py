@@ -1,7 +1,7 @@
 """The modules of LoopMDM under the reference's names (MDLM's DIT).
 
 The ops compute blocks and head from the weights in here. The forwards are for where an op is cut (see `cut`):
-what is watched, replaced, or wrapped in more than LoRA's sum of weights is called as the reference model does.
+what is watched, replaced, or wrapped in more than LoRA's sum of weights is called as in the reference model.
 """
 
 from __future__ import annotations

@@ -132,8 +132,8 @@ class Network(Trainable):
     def cuts(self) -> list[str]:
         """Why parts of the model run module by module instead of in the fused ops; empty: none does.
 
-        It is so where modules are watched (hooks), replaced, or wrapped in more than a sum of weights, as LoRA
-        adapters are one.
+        It is so where modules are watched (hooks), replaced, or wrapped in more than a sum of weights; LoRA
+        adapters are such a sum.
         """
         why = why_global()
         if why is not None:

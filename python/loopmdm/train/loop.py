@@ -105,8 +105,9 @@ class Trainer:
                 the averaged weights in it; what it returns (JSON values) is logged under "evaluation".
                 `plot_loss` draws the `NLLResult.to_dict()`s it finds there in a list under "held_out".
             show_progress: report on stderr.
-            parallel, shard_size: how the ranks of an initialised `torch.distributed` share the model, see
+            parallel: how the ranks of an initialised `torch.distributed` share the model, see
                 `loopmdm.train.parallel.Ranks`; None: ddp. The sharded forms split it in place.
+            shard_size: ranks that share one copy of it, see there.
             keep: checkpoints in shards that stay, the newest and the one with the best held-out NLL; None: 3,
                 and of a single process one file of the newest.
             peak_flops: of the device of one rank, FLOP/s, for the share of it that is used (mfu); None: that
