@@ -69,7 +69,9 @@ def commands(folder: Path) -> dict[Path, list[str]]:
 def build(folder: Path) -> Path:
     """The program; only what is older than its sources is compiled again."""
     folder.mkdir(parents=True, exist_ok=True)
-    changed = max(path.stat().st_mtime for part in (ROOT / "csrc", HERE) for path in part.rglob("*.*"))
+    sources = [*(ROOT / "csrc/common").glob("*"), *(ROOT / "csrc/bindings").glob("*")]
+    sources += [*(ROOT / "csrc/cpu").glob("*/*"), HERE / "server.cpp", *HERE.glob("stand_in/*/*")]
+    changed = max(path.stat().st_mtime for path in sources)
     todo = commands(folder)
     stale = [path for path in todo if not path.exists() or path.stat().st_mtime < changed]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
