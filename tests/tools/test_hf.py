@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +60,33 @@ def test_either_class_reads_what_either_writes(tmp_path: Path) -> None:
         for auto in (transformers.AutoModelForMaskedLM, transformers.AutoModel):
             theirs = auto.from_pretrained(tmp_path / name)
             assert torch.equal(theirs(ids).logits, plain(ids).logits)
+
+
+def test_push_to_hub_uploads_what_either_class_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the hub's side of it played: config, shards and their index, a card, and no code."""
+    from transformers.utils import hub
+
+    def keep(self: Any, working_dir: str, repo_id: str, *_: Any, **__: Any) -> None:
+        shutil.copytree(working_dir, tmp_path / repo_id)
+
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(hf.LoopMDMForMaskedLM, "_upload_modified_files", keep)
+    if hasattr(hub.PushToHubMixin, "_create_repo"):  # transformers 4
+        monkeypatch.setattr(hub.PushToHubMixin, "_create_repo", lambda self, repo_id, *_, **__: repo_id)
+    else:
+        made = SimpleNamespace(create_repo=lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
+        monkeypatch.setattr(hub, "hf_api", lambda: made)
+    model, ids = new_model(), noisy()
+    theirs = loaded(tmp_path / "ours", model)
+    theirs.push_to_hub("owner-name", max_shard_size="20KB")
+    files = {path.name for path in (tmp_path / "owner-name").iterdir()}
+    weights = {name for name in files if name.endswith(".safetensors")}
+    assert len(weights) > 5
+    assert files - weights == {"README.md", "config.json", "model.safetensors.index.json"}
+    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "owner-name")
+    assert torch.equal(again(ids).logits, theirs(ids).logits)
+    assert LoopMDM.from_pretrained(tmp_path / "owner-name").config == model.config
 
 
 def test_options_of_loading(tmp_path: Path) -> None:
