@@ -15,7 +15,8 @@ from loopmdm_kernels import backends
 from loopmdm_kernels.calls import Call, apart, together
 from loopmdm_kernels.tracing import once_differentiable, traced
 
-LIBRARY = torch.library.Library("loopmdm", "DEF")  # type: ignore[no-untyped-call]
+NAMESPACE = "loopmdm"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 DEVICES = ("CPU", "CUDA")
 
 
@@ -31,7 +32,7 @@ def register(
     LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
     for device in DEVICES:
         LIBRARY.impl(name, implementation, device)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"loopmdm::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
 
 @contextmanager
@@ -78,7 +79,7 @@ class Operator:
         self._run, self._traced = run or partial(backends.run, name), traced
         self._gradients = backward or self._again
         register(schema, self._forward, lambda *arguments: fake(call.of(*arguments)))
-        self._operator = getattr(torch.ops.loopmdm, name)
+        self._operator = getattr(getattr(torch.ops, NAMESPACE), name)
         self._count = len(self._operator.default._schema.arguments)
 
         def formula(*arguments: Any, out_val: Any = None) -> int:
@@ -92,13 +93,13 @@ class Operator:
                 self._backward,
                 self._backward_fake,
             )
-            self._backward_operator = getattr(torch.ops.loopmdm, f"{name}_backward")
+            self._backward_operator = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward")
             # As for PyTorch's own operators: the products of the mathematics, whatever is computed again.
             register_flop_formula(self._backward_operator, get_raw=True)(
                 lambda *given, out_val=None: 2 * formula(*given)
             )
             torch.library.register_autograd(
-                f"loopmdm::{name}",
+                f"{NAMESPACE}::{name}",
                 once_differentiable(self._differentiate),
                 setup_context=self._setup_context,
                 lib=LIBRARY,
