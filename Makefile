@@ -1,9 +1,11 @@
-# make demo | test | test-isas | test-aarch64 | bench | docs | lint | sanitize | fuzz | gpu | gpu-quick | gpu-tests: each sets up what it needs.
+# make demo | test | test-isas | test-aarch64 | bench | docs | lint | wheel | test-wheel | sanitize | fuzz | gpu | gpu-quick | gpu-tests:
+#     each sets up what it needs.
 #   VENV=path    use this virtual environment instead of .venv
 #   ENV=system   for gpu: take python3 as it is, without a virtual environment, pip or a network (docs/gpu.md)
 #   PYTHON=...   interpreter that creates the environment (3.10 or later)
 #   TORCH=...    requirement for torch, installed first
 #   JOBS=n       test processes
+#   PYTHONS=...  for wheel and test-wheel: one or several interpreters in place of PYTHON
 #   ARGS=...     more arguments of pytest for `make bench`: ARGS="-k looped" times some of the cases; of bench.gpu for `make gpu`
 #   ISA=avx2     for bench: torch and the kernels compute as on a processor that has AVX2 and nothing more
 #   OUT=folder   where `make gpu` puts its results
@@ -14,6 +16,7 @@ ENV ?= venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+PYTHONS ?= $(PYTHON)
 ARGS ?=
 ISA ?=
 MINUTES ?= 60
@@ -26,11 +29,11 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-isas test-aarch64 bench docs lint sanitize fuzz gpu gpu-quick gpu-tests gpu-hopper gpu-ready-venv gpu-ready-system clean
+.PHONY: help demo test test-isas test-aarch64 bench docs lint wheel test-wheel sanitize fuzz gpu gpu-quick gpu-tests gpu-hopper gpu-ready-venv gpu-ready-system clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,10p' Makefile
+	@sed -n '1,12p' Makefile
 
 # One test or benchmark process uses one thread unless it asks for more itself.
 test: export OMP_NUM_THREADS = 1
@@ -79,6 +82,14 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+# The source distribution, and from it, without a network, a wheel for each of PYTHONS: in dist/.
+wheel:
+	$(PYTHON) tests/build/wheels.py build --python $(PYTHONS)
+
+# Those wheels in new environments outside this tree: self-test, training, samples.
+test-wheel:
+	$(PYTHON) tests/build/wheels.py try dist/*.whl --python $(PYTHONS) --torch '$(TORCH)'
 
 # The tests of the CPU kernels under AddressSanitizer with UndefinedBehaviorSanitizer, and ThreadSanitizer.
 sanitize: $(VENV)/.installed-test

@@ -1,6 +1,8 @@
 """A wheel builds in isolation and holds everything a user needs."""
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +30,7 @@ def test_installed_metadata():
 
 @pytest.mark.slow
 def test_wheel(tmp_path):
-    """Builds from a copy of the tracked files, as from a clean clone."""
+    """As from a clean clone: source distribution, wheel without a network, its files, and what it does."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -37,38 +39,45 @@ def test_wheel(tmp_path):
         if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", str(tmp_path / "wheels")]
-    subprocess.run(command, cwd=source, env=environment, check=True)
-
-    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    script = [sys.executable, source / "tests/build/wheels.py"]
+    subprocess.run([*script, "build", "--into", tmp_path / "dist"], check=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert wheel.name.startswith(f"loopmdm_kernels-{__version__}-cp")
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        info = f"loopmdm_kernels-{__version__}.dist-info"
-        metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
-        assert "loopmdm = loopmdm.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
-    expected = {
-        "loopmdm_kernels/__init__.py",
+        (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    assert not [r for r in metadata.get_all("Requires-Dist") if r.startswith("triton") and "extra" not in r]
+    tried = subprocess.run(
+        [*script, "try", wheel, "--borrow"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert f"loopmdm-kernels {__version__}, Python" in tried.stdout and "sample of sudoku9" in tried.stdout
+
+    # What it must hold is no empty list, and what it must not hold is found.
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("tests/stray.py", "")
+    checked = subprocess.run([*script, "check", wheel], capture_output=True, text=True)
+    assert checked.returncode != 0 and "not expected ['tests/stray.py']" in checked.stderr
+
+
+def test_what_a_wheel_must_hold():
+    spec = importlib.util.spec_from_file_location("wheels", ROOT / "tests/build/wheels.py")
+    wheels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wheels)
+    expected = set(wheels.expected())
+    assert {
         "loopmdm_kernels/py.typed",
         "loopmdm_kernels/schedule/measured.json",
-        "loopmdm_kernels/reference/sample_rows.py",
         "loopmdm_kernels/csrc/common/philox.h",
-        "loopmdm/__init__.py",
-        "loopmdm/py.typed",
-        *(f"loopmdm/docs/{name}.md" for name in ("glossary", "inputs", "notation")),
-        *(f"loopmdm/view/page.{kind}" for kind in ("html", "css", "js")),
-        f"{info}/licenses/LICENSE",
+        "loopmdm_kernels/csrc/cuda/head/masked_cross_entropy_sm90.cu",
+        "loopmdm/hf/model.py",
+        "loopmdm/checkpoints/sudoku9/model.safetensors",
+        "loopmdm/docs/glossary.md",
+        "loopmdm/view/page.html",
+    } <= expected
+    assert not [name for name in expected if "/cpu/" in name and not name.endswith(".py")]
+    assert {"pybind11", "cmake", "ninja", "setuptools"} <= {
+        re.split("[^a-z0-9]", t)[0] for t in wheels.tools()
     }
-    shipped = {"python/loopmdm/checkpoints": "loopmdm/checkpoints", "csrc/cuda": "loopmdm_kernels/csrc/cuda"}
-    for folder, package in shipped.items():
-        for path in filter(Path.is_file, (source / folder).rglob("*")):
-            expected.add(f"{package}/{path.relative_to(source / folder)}")
-    assert expected <= names, expected - names
-    for module in ("loopmdm_kernels/_C.", "loopmdm/_sudoku."):
-        assert [name for name in names if name.startswith(module) and name.endswith(".so")], module
-    assert not [name for name in names if name.startswith(("tests", "bench", "csrc", "python"))]
-    assert not [r for r in metadata.get_all("Requires-Dist") if r.startswith("triton") and "extra" not in r]
 
 
 def test_cubins_are_compiled_for_gpus_that_exist(tmp_path):
