@@ -90,7 +90,8 @@ def variant_of(launch: Launch) -> Variant:
             continue
         if isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
-            multiple = value.storage_offset() * value.element_size() % 16 == 0
+            anywhere = fixed or parameter.do_not_specialize_on_alignment
+            multiple = not anywhere and value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, float):
             signature[name], multiple = "fp32", False
         else:

@@ -38,7 +38,7 @@ class Stream(NamedTuple):
     @classmethod
     def like(cls, x: Tensor) -> Stream:
         groups = ceil_div(x.shape[1], STATISTICS_GROUP)
-        return cls(torch.empty_like(x), *x.new_empty(2, x.shape[0], groups).unbind())
+        return cls(torch.empty_like(x), *(x.new_empty(x.shape[0], groups) for _ in range(2)))
 
     @classmethod
     def of(cls, x: Tensor) -> Stream:

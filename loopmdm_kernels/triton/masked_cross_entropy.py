@@ -48,8 +48,8 @@ def _forward(call: CrossEntropyCall, _: Sequence[bool]) -> tuple[tuple[Tensor, T
     vocab_size, size = shape = (call.vocab_size, call.hidden.shape[-1])
     tile = tiles("vocabulary", shape, call.dtype, processor(call.hidden.device))
     chunks = ceil_div(vocab_size, chunk_of(tile))
-    top, sums = call.hidden.new_empty(2, num_rows, chunks).unbind()
-    target_logit, nll = call.hidden.new_empty(2, num_rows).unbind()
+    top, sums = (call.hidden.new_empty(num_rows, chunks) for _ in range(2))
+    target_logit, nll = (call.hidden.new_empty(num_rows) for _ in range(2))
     log_sum_exp = call.hidden.new_empty(2, num_rows)
     launch(
         masked_cross_entropy_kernel,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import subprocess
 import sys
+
+import pytest
 
 from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
 from loopmdm_kernels.cuda.parameters import defines
@@ -50,10 +54,86 @@ open("/dev/null", "w").close()
 assert found, "the hook sees writes"
 """
 
+# What Triton's own launcher tells compilations apart by. Tensors are real, so their alignment is too.
+OF_TRITON = """
+import json, random, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from loopmdm_kernels.calls import CrossEntropyCall, Draw, HeadCall, LoopedCall, SampleCall
+from loopmdm_kernels.testing import head_inputs, looped_inputs, row_rng
+from loopmdm_kernels.triton import head_logits, looped_blocks, masked_cross_entropy, sample_rows
+from loopmdm_kernels.triton.launch import Processor, recording
+from loopmdm_kernels.types import BlockWeights, Head, RowRng
+
+D, H, V, L, BF16 = 64, 2, 200, 27, torch.bfloat16
+MOST = 40, 1500, 6  # batch, rows, loops
+backend, binders = make_backend(GPUTarget("cuda", 90, 32)), {}
+torch.set_num_threads(1)
+
+def leaf(tensor):
+    return tensor.to(BF16).detach().requires_grad_()
+
+case = looped_inputs(MOST[0], L, D, H, 1)
+blocks = [BlockWeights(*map(leaf, block)) for block in case.blocks]
+one = leaf(case.modulation[:, :1])
+hidden, head = head_inputs(MOST[0], L, D, V)
+head = Head(*map(leaf, head[:4]), V - 1)
+rng = row_rng(2 * MOST[1])
+choice = torch.zeros(2 * MOST[1], dtype=torch.int64)
+
+def compilation(launch):
+    kernel = launch.kernel
+    if kernel not in binders:
+        binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, told_apart, _ = binders[kernel](**launch.arguments)
+    return kernel.__name__, str(told_apart), str(sorted(launch.options.items()))
+
+def compilations(batch, rows, loops, first, trains):
+    # `first`: rows and their names are parts of longer vectors.
+    x, hid = case.x[:batch].float().requires_grad_(trains), hidden[:batch].float().requires_grad_(trains)
+    part = slice(first, first + rows)
+    modulation = one if rows % 2 else leaf(case.modulation[:, :1].expand(-1, batch, -1, -1))
+    with recording(Processor(90, 4)) as launches, torch.set_grad_enabled(trains):
+        call = LoopedCall(x, blocks, modulation, loops, H)
+        loss = CrossEntropyCall(hid, head, BF16, choice[: batch * L], choice[part], torch.ones(rows))
+        out = looped_blocks.run(call)[0].sum() + masked_cross_entropy.run(loss)[0]
+        if trains:
+            out.backward()
+        else:
+            names = RowRng(0, *(name[part] for name in rng[1:]))
+            sample_rows.run(SampleCall(hid, head, BF16, choice[part], Draw(names)))
+            head_logits.run(HeadCall(hid, head, BF16))
+    return set(map(compilation, launches))
+
+seen = set()
+for batch, rows, loops in ((2, 6, 2), (2, 7, 2), (MOST[0], MOST[1], 2), (MOST[0], MOST[1] - 1, 2)):
+    for trains in (False, True):
+        seen |= compilations(batch, rows, loops, 0, trains)
+draw, new = random.Random(0), {}
+for number in range(1000):
+    sizes = [draw.randint(1, most) for most in (*MOST, MOST[1])]
+    for found in compilations(*sizes, trains=number % 4 == 0) - seen:
+        new.setdefault(str(found), sizes)
+print(json.dumps({"kernels": len(seen), "new": list(new.items())[:5]}))
+"""
+
 
 def test_on_the_cpu():
     done = subprocess.run([sys.executable, "-c", ON_THE_CPU], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_of_triton():
+    """After a small and a large call, with one modulation and with one a sequence."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", OF_TRITON]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["new"] == [] and 20 < found["kernels"] < 80, found
 
 
 def test_of_cuda():

@@ -7,7 +7,7 @@ sum of the products of the halves.
 import triton
 import triton.language as tl
 
-from loopmdm_kernels.triton.kernels.common import LOWEST, dot, rounded
+from loopmdm_kernels.triton.kernels.common import LOWEST, dot, launched, rounded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -76,7 +76,7 @@ def scores(a1, a2, b1, b2):
     return dot(a2, tl.trans(b2), acc)
 
 
-@triton.jit
+@launched
 def attention_kernel(
     q_ptr,  # element (b, h, l, k) at b, h, l times their strides + k; so k, v and out
     k_ptr,

@@ -12,7 +12,7 @@ from loopmdm_kernels.triton.kernels.attention import (
     load_rows,
     scores,
 )
-from loopmdm_kernels.triton.kernels.common import dot, rounded
+from loopmdm_kernels.triton.kernels.common import dot, launched, rounded
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def store_halves(
     tl.store(at + half, rounded(second, dtype), mask=row_exists & (col < head_dim - half)[None, :])
 
 
-@triton.jit
+@launched
 def attention_gradient_kernel(
     own_ptr,  # q or, OF_KEYS, k; each tensor has strides of its own
     own_value_ptr,  # gradient of out, or v

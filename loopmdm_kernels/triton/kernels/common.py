@@ -10,6 +10,17 @@ NORM_EPS = tl.constexpr(1e-5)
 LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite: differences of it are no NaN
 STATISTICS_GROUP = tl.constexpr(64)  # columns of a row whose mean and squares one partial result holds
 
+# Decorates kernels that are launched. Triton compiles one anew where a number turns 1 or a multiple of 16, or
+# a pointer one of 16 bytes: not for numbers that differ from call to call, nor parts of vectors over rows.
+launched = triton.jit(
+    do_not_specialize=[
+        *("num_rows", "tokens", "tiles_n", "loop", "application", "dropout_seed", "dropout_threshold", "seed")
+    ],
+    do_not_specialize_on_alignment=[
+        *("rows_ptr", "targets_ptr", "sequence_ptr", "step_ptr", "position_ptr", "log_total_ptr")
+    ],
+)
+
 
 @triton.jit
 def dot(a, b, acc):

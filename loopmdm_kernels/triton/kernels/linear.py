@@ -1,11 +1,11 @@
 """Persistent products: each program takes every n-th tile of the result until there are none left."""
 
-import triton
 import triton.language as tl
 
 from loopmdm_kernels.triton.kernels.common import (
     dot,
     gelu_slope,
+    launched,
     product,
     rounded,
     scaled_and_biased,
@@ -13,7 +13,7 @@ from loopmdm_kernels.triton.kernels.common import (
 )
 
 
-@triton.jit
+@launched
 def linear_kernel(
     a_ptr,  # [T, K]
     b_ptr,  # element (k, n) at k * b_depth_stride + n * b_col_stride
@@ -64,7 +64,7 @@ def linear_kernel(
         tl.store(out_ptr + at, rounded(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@launched
 def weight_gradient_kernel(
     a_ptr,  # [T, M]: gradients of the result, rows a_row_stride apart, a_cols of which can be loaded
     b_ptr,  # [T, N]: operands

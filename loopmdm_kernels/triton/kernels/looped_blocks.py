@@ -1,6 +1,5 @@
 """`looped_blocks`: the two kinds of product of a block, persistent; moments of rows; the end of a loop."""
 
-import triton
 import triton.language as tl
 
 from loopmdm_kernels.triton.kernels.common import (
@@ -8,6 +7,7 @@ from loopmdm_kernels.triton.kernels.common import (
     dot,
     gain,
     gelu,
+    launched,
     product,
     rounded,
     scaled_and_biased,
@@ -18,7 +18,7 @@ from loopmdm_kernels.triton.kernels.common import (
 from loopmdm_kernels.triton.kernels.philox import dropout_keep
 
 
-@triton.jit
+@launched
 def norm_linear_kernel(
     x_ptr,  # [T, K] fp32
     mean_ptr,  # [T, groups], partial moments of x
@@ -98,7 +98,7 @@ def norm_linear_kernel(
             tl.store(out_ptr + at, out, mask=mask)
 
 
-@triton.jit(do_not_specialize=["application", "dropout_seed", "dropout_threshold"])
+@launched
 def residual_linear_kernel(
     a_ptr,  # [T, K]
     weight_ptr,  # [N, K]
@@ -174,7 +174,7 @@ def residual_linear_kernel(
             tl.store(change_ptr + at_part, tl.sum(size * size, axis=1), mask=row_exists)
 
 
-@triton.jit
+@launched
 def row_moments_kernel(
     x_ptr,  # [T, D] fp32
     mean_ptr,  # [T, groups]
@@ -192,7 +192,7 @@ def row_moments_kernel(
     store_moments(x, mean_ptr, square_ptr, row, num_rows, 0, size)
 
 
-@triton.jit(do_not_specialize=["tiles_n"])
+@launched
 def exit_kernel(
     change_ptr,  # [2, T, tiles_n] fp32: squares of the change and of the result, or None
     limit_ptr,  # [B] int64: loops allowed

@@ -1,14 +1,13 @@
 """`looped_blocks`, backward: the gate and dropout of a branch."""
 
-import triton
 import triton.language as tl
 
-from loopmdm_kernels.triton.kernels.common import rounded
+from loopmdm_kernels.triton.kernels.common import launched, rounded
 from loopmdm_kernels.triton.kernels.modulated_rows import add_to
 from loopmdm_kernels.triton.kernels.philox import dropout_keep
 
 
-@triton.jit(do_not_specialize=["application", "dropout_seed", "dropout_threshold"])
+@launched
 def branch_backward_kernel(
     grad_ptr,  # [T, D] fp32, of x + gate * dropout(branch)
     branch_ptr,  # [T, D], after dropout

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from loopmdm_kernels.triton.kernels.common import LOWEST, rounded
+from loopmdm_kernels.triton.kernels.common import LOWEST, launched, rounded
 from loopmdm_kernels.triton.kernels.logits import logits_tile, results_of_chunks, walk_chunk
 
 
@@ -18,7 +18,7 @@ def summed(state, logits, possible, first, target):
     return total, higher, target_logit
 
 
-@triton.jit
+@launched
 def masked_cross_entropy_kernel(
     h_ptr,  # [R, D]
     weight_ptr,  # [V, D]
@@ -57,7 +57,7 @@ def masked_cross_entropy_kernel(
     tl.store(target_logit_ptr + row, target_logit, mask=row_exists & mine)
 
 
-@triton.jit
+@launched
 def masked_cross_entropy_combine_kernel(
     top_ptr,
     total_ptr,
@@ -81,7 +81,7 @@ def masked_cross_entropy_combine_kernel(
     tl.store(log_sum_exp_ptr + num_rows + row, log_total, mask=row_exists)
 
 
-@triton.jit
+@launched
 def masked_cross_entropy_backward_kernel(
     h_ptr,  # [R, D]
     weight_ptr,

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from loopmdm_kernels.triton.kernels.common import gain, one_plus, rounded, row_moments
+from loopmdm_kernels.triton.kernels.common import gain, launched, one_plus, rounded, row_moments
 
 
-@triton.jit
+@launched
 def modulated_rows_kernel(
     hidden_ptr,  # [T, D] fp32
     rows_ptr,  # [R] int64
@@ -37,7 +37,7 @@ def modulated_rows_kernel(
     tl.store(out, rounded(h, out_ptr.dtype.element_ty), mask=exists)
 
 
-@triton.jit
+@launched
 def modulated_rows_backward_kernel(
     hidden_ptr,  # [T, D] fp32
     rows_ptr,  # [R] int64, or None: row b L + l of sequence b

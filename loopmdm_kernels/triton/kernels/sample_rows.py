@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from loopmdm_kernels.triton.kernels.common import LOWEST
+from loopmdm_kernels.triton.kernels.common import LOWEST, launched
 from loopmdm_kernels.triton.kernels.logits import results_of_chunks, walk_chunk
 from loopmdm_kernels.triton.kernels.philox import race_times
 
@@ -39,7 +39,7 @@ def sampled(state, raw, possible, first, race_of):
     return total, weighted, top, top2, top1_token, race, race_logit, race_token
 
 
-@triton.jit(do_not_specialize=["seed"])
+@launched
 def sample_rows_kernel(
     h_ptr,  # [R, D]
     weight_ptr,  # [V, D]
@@ -103,7 +103,7 @@ def best_chunk(value, token, chunk, CHUNKS: tl.constexpr):
     return best, here, tl.sum(tl.where(here, token, 0), axis=1)
 
 
-@triton.jit
+@launched
 def sample_rows_combine_kernel(
     numbers_ptr,
     tokens_ptr,
