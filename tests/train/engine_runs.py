@@ -1,4 +1,4 @@
-"""Small runs of the engine, alone or as a rank: python engine_runs.py FOLDER JOB..., a job in JSON.
+"""Small runs of the engine, alone or as ranks: python engine_runs.py FOLDER '{"RANKS": {"NAME": OPTIONS}}'.
 
 A step has four micro-batches, whoever computes them; what they hold follows from their numbers.
 """
@@ -8,7 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import socket
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,28 +124,62 @@ def traffic(folder: Path, options: dict[str, Any]) -> int:
     return counting.count
 
 
-def main(folder: Path, jobs: list[dict[str, Any]]) -> None:
+def work(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
+    """What one rank does."""
     dist.init_process_group("gloo")
-    for job in jobs:
-        name, source = job.pop("name"), job.pop("resumes", None)
+    for name, job in jobs.items():
         if name.startswith("traffic"):
             print(name, traffic(folder / name, job), flush=True)
             continue
-        accumulation = job.pop("accumulation", None)
+        options = dict(job)
+        source, accumulation = options.pop("resumes", None), options.pop("accumulation", None)
         changes = {} if accumulation is None else {"accumulation": accumulation}
         if source is None:
-            built = run(folder / name, job, **changes)
+            built = run(folder / name, options, **changes)
         else:
             if dist.get_rank() == 0:
                 half(folder / source, name)
             dist.barrier()
-            built = resume(folder / name, job, **changes)
+            built = resume(folder / name, options, **changes)
         result = weights(built)
         if dist.get_rank() == 0:
             torch.save(result, folder / f"{name}.pt")
     dist.barrier()
-    os._exit(0)
+
+
+def ranks_of(number: int, folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
+    """Processes forked from this one, which has imported everything and computed nothing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
+    children = []
+    for rank in range(number):
+        child = os.fork()
+        if not child:
+            os.environ["RANK"] = str(rank)
+            status = 1
+            try:
+                work(folder, jobs)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        children.append(child)
+    failed = False
+    for _ in range(number):
+        _, status = os.wait()
+        if status and not failed:  # the others may wait for it for ever
+            failed = True
+            for child in children:
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [json.loads(job) for job in sys.argv[2:]])
+    for ranks, jobs in json.loads(sys.argv[2]).items():
+        ranks_of(int(ranks), Path(sys.argv[1]), jobs)

@@ -1,4 +1,4 @@
-"""Processes of one run, as torchrun would start them."""
+"""Two processes of one run, as torchrun would start them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(*command: str | Path, ranks: int = 2, **variables: str) -> list[str]:
-    """What each of several ranks of `python command` prints; all must end well."""
+def run_ranks(*command: str | Path, **variables: str) -> list[str]:
+    """What each of two ranks of `python command` prints; both must end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
-    for rank in range(ranks):
+    for rank in range(2):
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT), *sys.path]),
             "OMP_NUM_THREADS": "1",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
+            "WORLD_SIZE": "2",
             **variables,
         }
         processes.append(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import engine_runs
 import pytest
 import torch
-from engine_runs import HALF, MICRO_BATCHES, half, new_model, resume, run, trainer, weights
-from ranks import run_ranks
+from engine_runs import HALF, MICRO_BATCHES, STEPS, half, new_model, resume, run, trainer, weights
 from safetensors.torch import load_file
+from test_resume import files_limited_to
 from torch import Tensor
 
 from loopmdm import LoopMDM
 from loopmdm.cli import main
-from loopmdm.train import read_metrics
+from loopmdm.formats import safetensors_files
+from loopmdm.train import CheckpointError, read_metrics
 from loopmdm_kernels.testing import assert_matches_oracle
 
 FOUR = {
@@ -48,10 +53,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     double = trainer(folder / "double", new_model().double(), {})
     double.train()
     torch.save(weights(double), folder / "double.pt")
-    for jobs, ranks in ((FOUR, 4), (TWO | TRAFFIC, 2)):
-        words = [json.dumps({"name": name, **job}) for name, job in jobs.items()]
-        printed = run_ranks(engine_runs.__file__, folder, *words, ranks=ranks)
-        folder.joinpath("printed").write_text(printed[0])
+    jobs = json.dumps({4: FOUR, 2: TWO | TRAFFIC})
+    done = subprocess.run(
+        [sys.executable, engine_runs.__file__, str(folder), jobs],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    folder.joinpath("printed").write_text(done.stdout)
     return folder
 
 
@@ -77,7 +87,8 @@ def vector_of(model: LoopMDM) -> Tensor:
 
 def test_gradients_travel_once_a_step(runs: Path) -> None:
     """Of two micro-batches; in one bucket of ddp, and of fsdp2 once for each block and for the rest."""
-    assert runs.joinpath("printed").read_text().split("\n")[:2] == ["traffic-ddp 1", "traffic-fsdp2 4"]
+    printed = set(runs.joinpath("printed").read_text().splitlines())
+    assert printed == {"traffic-ddp 1", "traffic-fsdp2 4"}
 
 
 def test_the_same_ranks_resume_bitwise(runs: Path) -> None:
@@ -91,6 +102,8 @@ def test_one_process_continues_what_four_began(runs: Path, tmp_path: Path) -> No
     built = resume(half(tmp_path / "fsdp4", "alone"), {}, accumulation=1)
     got = torch.cat([value.flatten() for value in weights(built).values()])
     assert_matches_oracle(got, vector(runs, "one"), vector(runs, "double"))
+    last = tmp_path / "alone" / "checkpoints" / f"step-{STEPS:08d}"
+    assert last.is_dir() and not (tmp_path / "alone" / "training_state.safetensors").exists()
 
 
 def test_ranks_that_cannot_share_a_step_are_refused(
@@ -125,6 +138,36 @@ def test_a_checkpoint_is_exported_on_demand(runs: Path, tmp_path: Path) -> None:
     got, expected = (load_file(at / "model.safetensors") for at in (tmp_path / "out", runs / "fsdp4"))
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
     assert LoopMDM.from_pretrained(tmp_path / "out").config == LoopMDM.from_pretrained(runs / "fsdp4").config
+
+
+@pytest.mark.parametrize("failure", ["no space", "file size limit"])
+def test_a_full_disk_leaves_the_checkpoints_before(
+    tmp_path: Path, failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(tmp_path / "run", new_model(), {"keep": 2}, steps=HALF).train()
+    before = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("*.*")}
+    built = trainer(tmp_path / "run", new_model(), {"keep": 2})
+    assert built.resume() == HALF
+    with (
+        pytest.raises(CheckpointError, match="the previous ones are intact: "),
+        monkeypatch.context() as patch,
+    ):
+        if failure == "no space":
+            patch.setattr(safetensors_files, "write", no_space)
+            built.train()
+        else:
+            with files_limited_to(20_000):
+                built.train()
+    after = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("*.*")}
+    assert after == before and not list((tmp_path / "run").glob("*.tmp"))
+    again = trainer(tmp_path / "run", new_model(), {"keep": 2})
+    assert again.resume() == HALF
+    again.train()
+    assert again.counters.step == STEPS
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path: Path) -> None:

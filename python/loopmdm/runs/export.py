@@ -32,7 +32,7 @@ def export_run(
     """
     found = newest(Path(source))
     if found is None or not found.sharded:
-        raise ValueError(f"{source} holds no whole checkpoint in shards, which its processes write")
+        raise ValueError(f"{source} holds no whole checkpoint in shards that is newer than its other files")
     config = dict(found.model)
     kind = _MODELS.get(config.pop("model_type"))
     if kind is None:

@@ -109,7 +109,7 @@ class Trainer:
                 `loopmdm.train.parallel.Ranks`; None: ddp. The sharded forms split it in place.
             shard_size: ranks that share one copy of it, see there.
             keep: checkpoints in shards that stay, the newest and the one with the best held-out NLL; None: 3,
-                and of a single process one file of the newest.
+                and of a single process one file of the newest, unless the run has shards already.
             peak_flops: of the device of one rank, FLOP/s, for the share of it that is used (mfu); None: that
                 of the GPU's data sheet, if it is known.
         """
@@ -144,7 +144,7 @@ class Trainer:
         self.optimizer = Optimizer(self.ema.names, self.ema.parameters, config, self.device)
         self._watch = Watch(self.out_dir, self.rank, config.spike)
         self._checkpoints: Checkpoints | None = None
-        if keep is not None or self.ranks.distributed:
+        if keep is not None or self.ranks.distributed or (self.out_dir / CHECKPOINTS).is_dir():
             self._checkpoints = Checkpoints(self.out_dir, keep or KEPT, self.ranks)
         peak = peak_flops or usage.peak_flops(self.device)
         self._peak = None if peak is None else peak * self.world_size
