@@ -98,7 +98,11 @@ def one_life(
         assert process.returncode == 0, log.read_text()
         return None
     killed_at = time.monotonic()
-    os.kill(alive[victim], signal.SIGKILL)
+    try:
+        os.kill(alive[victim], signal.SIGKILL)
+    except ProcessLookupError:  # it has just ended
+        assert process.wait() == 0, log.read_text()
+        return None
     process.wait()
     ended = round(time.monotonic() - killed_at, 2)
     errors = re.findall(r"^loopmdm train: error: .*$", log.read_text(), re.MULTILINE)
