@@ -60,7 +60,7 @@ CASES = {
     "test_looped_blocks[D256-B64xL81-fp32]": "the same, D 256, 64 sequences of 81",
     "test_model": "whole small model, 1024 tokens, V 50258, S = 12",
     "test_training_step": "training step, 12 blocks of D 384, 4 x 512 tokens, S = 6",
-    "test_drop_in": "training step of MDLM's own loop with our network, 12 blocks of D 768, 2 x 512 tokens",
+    "test_drop_in": "training step of MDLM's own loop with our network, 4 blocks of D 768, 2 x 256 tokens",
     "test_attention[12x1024x64-forward]": "`attention`, 12 heads x 1024 x 64",
     "test_attention[12x1024x64-forward-backward]": "the same with its gradients",
     "test_attention[12x256x64-forward]": "`attention`, 12 heads x 256 x 64",

@@ -27,8 +27,9 @@ int64_t packed_size(int64_t columns, int64_t depth, int64_t heads, int64_t parts
 }
 
 // Packs weight [N, K], or its transpose, into `packed`; with heads, in `parts` of N / parts columns each.
+// `fresh`: `packed` is new memory.
 void pack_linear(py::handle weight_arg, int64_t heads, int64_t parts, bool bf16, bool transposed,
-                 int num_threads, py::handle packed_arg) {
+                 int num_threads, py::handle packed_arg, bool fresh) {
   check_num_threads(num_threads);
   const TensorView weight(weight_arg, "weight", {DType::float32, DType::bfloat16}, {kAny, kAny});
   const int64_t columns = weight.size(transposed ? 1 : 0), depth = weight.size(transposed ? 0 : 1);
@@ -42,7 +43,7 @@ void pack_linear(py::handle weight_arg, int64_t heads, int64_t parts, bool bf16,
   for (int64_t i = 0; i < parts; ++i) {
     const char* data = weight.as<const char>() + i * part * depth * (is_bf16 ? 2 : 4);
     cpu::pack_linear({data, part, depth, is_bf16, transposed}, layout, bf16,
-                     packed.as<uint32_t>() + i * layout.size(), isa, num_threads);
+                     packed.as<uint32_t>() + i * layout.size(), fresh, isa, num_threads);
   }
 }
 
@@ -61,7 +62,7 @@ void bind_linear(py::module_& m) {
   m.def("packed_size", &packed_size, py::arg("columns"), py::arg("depth"), py::arg("heads"), py::arg("parts"),
         py::arg("bf16"));
   m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("heads"), py::arg("parts"), py::arg("bf16"),
-        py::arg("transposed"), py::arg("num_threads"), py::arg("packed"));
+        py::arg("transposed"), py::arg("num_threads"), py::arg("packed"), py::arg("fresh"));
 }
 
 }  // namespace loopmdm

@@ -109,13 +109,14 @@ void looped_blocks(py::handle x, const py::sequence& blocks, py::handle modulati
 }
 
 // grad_x: of the result, becomes that of x. transposed: four packed weights a block. gradients: seven
-// accumulators a block, in the order of BlockGradients; weights [out, padded in]. nanoseconds: int64 [4],
+// accumulators a block, in the order of BlockGradients; weights [out, padded in], overwritten by the first
+// sums unless `add`, which needs a sequence with a loop. nanoseconds: int64 [4],
 // those of each phase are added to it; or None.
 void looped_blocks_backward(py::handle grad_x, const py::sequence& blocks, const py::sequence& transposed_arg,
                             py::handle modulation, py::handle num_loops, int64_t heads, py::handle cos,
                             py::handle sin, py::handle key_mask, bool bf16, double dropout,
                             uint64_t dropout_seed, int64_t first_loop, int num_threads,
-                            py::handle records_arg, const py::sequence& gradients_arg,
+                            py::handle records_arg, const py::sequence& gradients_arg, bool add,
                             py::handle nanoseconds) {
   check_num_threads(num_threads);
   Arguments a(grad_x, blocks, modulation, num_loops, heads, cos, sin, key_mask, bf16, dropout, dropout_seed,
@@ -156,6 +157,7 @@ void looped_blocks_backward(py::handle grad_x, const py::sequence& blocks, const
       .records = records.as<char>(),
       .grad_x = const_cast<float*>(p.x),
       .gradients = gradients.data(),
+      .add = add,
       .nanoseconds = optional<int64_t>(nanoseconds, "nanoseconds", DType::int64, {cpu::kBackwardPhases}),
   };
   const py::gil_scoped_release release;
@@ -177,7 +179,7 @@ void bind_looped_blocks(py::module_& m) {
         py::arg("transposed"), py::arg("modulation"), py::arg("num_loops"), py::arg("heads"), py::arg("cos"),
         py::arg("sin"), py::arg("key_mask"), py::arg("bf16"), py::arg("dropout"), py::arg("dropout_seed"),
         py::arg("first_loop"), py::arg("num_threads"), py::arg("records"), py::arg("gradients"),
-        py::arg("nanoseconds") = py::none());
+        py::arg("add"), py::arg("nanoseconds") = py::none());
 }
 
 }  // namespace loopmdm

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.cpu.operands import DTYPES, vector
-from loopmdm_kernels.cpu.packing import packed_linear
+from loopmdm_kernels.cpu.packing import packed_linear, release_stale_memory
 from loopmdm_kernels.gradients import Kept, differentiable
 from loopmdm_kernels.types import BlockWeights
 
@@ -122,11 +122,13 @@ class _Gradients(NamedTuple):
     modulation: Tensor  # [M, 6, D]; of the gains (1 + scale) * norm in place of the scales
 
     @classmethod
-    def zeros(cls, block: BlockWeights, modulation_rows: int) -> _Gradients:
+    def memory(cls, block: BlockWeights, modulation_rows: int, *, zeros: bool) -> _Gradients:
+        """Zeros; those of the weights as they come, unless `zeros`."""
         from loopmdm_kernels import _C
 
         def like(weight: Tensor) -> Tensor:
-            return torch.zeros(weight.shape[0], _C.padded_columns(weight.shape[1]), dtype=torch.float32)
+            shape = (weight.shape[0], _C.padded_columns(weight.shape[1]))
+            return (torch.zeros if zeros else torch.empty)(shape, dtype=torch.float32)
 
         hidden = block.norm1.shape[0]
         return cls(
@@ -182,7 +184,8 @@ def _with_records(call: LoopedCall, _: Sequence[bool]) -> tuple[tuple[Tensor, Te
 def _backward(call: LoopedCall, kept: Kept, _: Sequence[bool], grads: Sequence[Tensor]) -> Sequence[Tensor]:
     (used,), (loop_inputs, memory) = kept
     blocks = call.plain_blocks
-    gradients = [_Gradients.zeros(block, call.modulation.shape[1]) for block in blocks]
+    most = int(used.max())  # fewer than were allowed where every sequence stopped early
+    gradients = [_Gradients.memory(block, call.modulation.shape[1], zeros=most == 0) for block in blocks]
     packed, bf16 = packed_blocks(call), _is_bf16(call)
     grad = grads[0].float().clone(memory_format=torch.contiguous_format)
     transposed = [
@@ -192,23 +195,22 @@ def _backward(call: LoopedCall, kept: Kept, _: Sequence[bool], grads: Sequence[T
     ]
     sums = [tensor for gradient in gradients for tensor in gradient]
 
-    def back(first_loop: int, loops: Tensor, records: Tensor) -> None:
+    def back(first_loop: int, loops: Tensor, records: Tensor, add: bool) -> None:
         from loopmdm_kernels import _C
 
         _C.looped_blocks_backward(
             *(grad, packed, transposed, vector(call.modulation), loops, *_options(call)),
-            *(first_loop, torch.get_num_threads(), records, sums),
+            *(first_loop, torch.get_num_threads(), records, sums, add),
         )
 
-    most = int(used.max())  # fewer than were allowed where every sequence stopped early
     if memory is not None:
-        back(0, used, memory.records[: most * len(blocks)])
+        back(0, used, memory.records[: most * len(blocks)], most == 0)
     else:
         memory = _RecordMemory(_record_shape(call, len(blocks)))
         for loop in reversed(range(most)):
             once = (used > loop).long()
             _forward(call, loop_inputs[loop], packed, once, None, loop, records=memory.records)
-            back(loop, once, memory.records)
+            back(loop, once, memory.records, loop + 1 < most)
     grad_weights: list[Tensor] = []
     grad_modulation = torch.empty_like(call.modulation)
     for index, (block, gradient) in enumerate(zip(blocks, gradients, strict=True)):
@@ -256,5 +258,6 @@ class _RecordMemory:
 
 def release_spare_memory() -> None:
     """Return to the system the memory that training steps keep for the next one."""
+    release_stale_memory()
     with _RecordMemory._lock:
         _RecordMemory._spare.clear()

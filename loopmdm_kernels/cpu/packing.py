@@ -12,6 +12,7 @@ weight itself are always seen.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from functools import cache, partial
@@ -33,10 +34,14 @@ class _State(NamedTuple):
 _PAGE_WORDS = 2**21 // 4  # 32-bit words of a large page
 
 
+_ByOptions = dict[tuple[Any, ...], Tensor]  # of packing, and the instruction set
+
+
 class _Packs(NamedTuple):
     weight: weakref.ref[Tensor]
-    state: _State
-    packed: dict[tuple[Any, ...], Tensor]  # by the options of packing and the instruction set
+    state: _State | None  # None: an optimizer has stepped over the weight
+    packed: _ByOptions
+    stale: _ByOptions  # of an earlier state, kept for their memory: fresh pages cost as much as packing
 
 
 # By id of the weight. An entry dies with its weight, and is replaced, never changed, when the weight changes:
@@ -47,6 +52,12 @@ _known: dict[int, _Packs] = {}
 def clear() -> None:
     """Forget all packed weights, which are then packed again where they are needed."""
     _known.clear()
+
+
+def release_stale_memory() -> None:
+    """Return to the system the memory of what was packed of weights that have changed since."""
+    for packs in list(_known.values()):
+        packs.stale.clear()
 
 
 def packed_linear(
@@ -60,7 +71,7 @@ def packed_linear(
     if not weight.is_contiguous():
         return _pack(weight.detach().contiguous(), bf16, heads, parts, transposed)
     options = (bf16, heads, parts, transposed)
-    return _kept(weight, options, lambda: _pack(weight, *options))
+    return _kept(weight, options, lambda memory: _pack(weight, *options, memory))
 
 
 def quantized_head(weight: Tensor, *, bf16: bool) -> Tensor:
@@ -68,11 +79,11 @@ def quantized_head(weight: Tensor, *, bf16: bool) -> Tensor:
 
     bf16: of the products whose results it bounds.
     """
-    return _kept(weight, ("bytes", bf16), lambda: _quantize(weight, bf16))
+    return _kept(weight, ("bytes", bf16), lambda _: _quantize(weight, bf16))
 
 
-def _kept(weight: Tensor, options: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-    """What is made of a weight, once while it does not change."""
+def _kept(weight: Tensor, options: tuple[Any, ...], make: Callable[[Tensor | None], Tensor]) -> Tensor:
+    """What is made of a weight, once while it does not change; of what it was before, `make` gets the memory."""
     from loopmdm_kernels import _C
 
     # Read before packing: a write by another thread meanwhile is seen by the next call.
@@ -87,21 +98,37 @@ def _kept(weight: Tensor, options: tuple[Any, ...], make: Callable[[], Tensor]) 
     known = _known.get(key)
     if known is None or known.weight() is not weight or known.state != state:
         _watch_optimizers()
-        known = _Packs(weakref.ref(weight, partial(_known.pop, key)), state, {})
+        known = _Packs(weakref.ref(weight, partial(_known.pop, key)), state, {}, _stale(known))
         _known[key] = known
     options = (*options, _C.cpu_isa())
     packed = known.packed.get(options)
     if packed is None:
-        packed = known.packed[options] = make()
+        old = known.stale.pop(options, None)
+        if old is not None and sys.getrefcount(old) > _OWN_REFERENCES:  # somebody computes with it
+            old = None
+        packed = known.packed[options] = make(old)
     return packed
 
 
-def _pack(weight: Tensor, bf16: bool, heads: int, parts: int, transposed: bool) -> Tensor:
+_OWN_REFERENCES = 2  # a name, and the argument of getrefcount
+
+
+def _stale(known: _Packs | None) -> _ByOptions:
+    """What may be overwritten when the weight of `known` is packed again."""
+    return {} if known is None else known.stale | known.packed
+
+
+def _pack(
+    weight: Tensor, bf16: bool, heads: int, parts: int, transposed: bool, memory: Tensor | None = None
+) -> Tensor:
+    """Into `memory`, if that has the size."""
     from loopmdm_kernels import _C
 
     columns, depth = reversed(weight.shape) if transposed else weight.shape
-    packed = _on_large_pages(_C.packed_size(columns, depth, heads, parts, bf16))
-    _C.pack_linear(weight, heads, parts, bf16, transposed, torch.get_num_threads(), packed)
+    words = _C.packed_size(columns, depth, heads, parts, bf16)
+    fresh = memory is None or memory.numel() != words
+    packed = _on_large_pages(words) if memory is None or fresh else memory
+    _C.pack_linear(weight, heads, parts, bf16, transposed, torch.get_num_threads(), packed, fresh)
     return packed
 
 
@@ -129,4 +156,5 @@ def _watch_optimizers() -> None:
 def _forget_stepped(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     for group in optimizer.param_groups:
         for weight in group["params"]:
-            _known.pop(id(weight), None)
+            if (known := _known.get(id(weight))) is not None and known.weight() is weight:
+                _known[id(weight)] = known._replace(state=None, packed={}, stale=_stale(known))

@@ -166,6 +166,24 @@ def test_fused_step_of_one_value():
     assert_current(weight)
 
 
+def test_memory_of_an_earlier_state_is_used_again():
+    """Unless somebody computes with what is in it."""
+    weight = nn.Parameter(torch.randn(600, 256))
+    optimizer = sgd([weight])
+    weight.grad = torch.randn_like(weight)
+    held = packed_linear(weight, bf16=False)
+    before = held.clone()
+    optimizer.step()
+    address = packed_linear(weight, bf16=False).data_ptr()
+    assert address != held.data_ptr()
+    assert_current(weight)
+    assert torch.equal(held, before)
+    for change in (optimizer.step, lambda: weight.data.neg_()):
+        change()
+        assert packed_linear(weight, bf16=False).data_ptr() == address
+        assert_current(weight)
+
+
 @pytest.mark.parametrize(
     "write",
     [

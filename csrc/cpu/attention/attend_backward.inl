@@ -230,8 +230,13 @@ void attend_backward(const HeadShape& shape, const HeadGradientInput& in, const 
   const int64_t grad_q_row = direct ? out.grad_q_row : width, grad_k_row = direct ? out.grad_k_row : width,
                 grad_v_row = direct ? out.grad_v_row : width;
 
+  constexpr int64_t kRowsAhead = 16;  // of whole sequences of hidden states: too far apart to be foreseen
   for (int64_t r = 0; r < length; ++r) {
     const float* grad = in.grad_out + r * in.grad_out_row;
+    for (int64_t i = 0; i < head_dim; i += kLineWords)
+      __builtin_prefetch(grad + kRowsAhead * in.grad_out_row + i);
+    for (int64_t i = 0; !whole_rows && i < head_words; i += kLineWords)
+      __builtin_prefetch(in.out + (r + kRowsAhead) * in.out_row + i);
     if constexpr (kPer > 1) pack_row<Operand>(grad, head_dim, t.grad_rows + r * head_words);
     if (!whole_rows) t.offset[r] = scale * dot_product<Operand>(grad, in.out + r * in.out_row, head_dim);
   }

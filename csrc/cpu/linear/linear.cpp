@@ -24,10 +24,10 @@ LinearLayout linear_layout(const LinearKernel& kernel, int64_t columns, int64_t 
           kernel.panel};
 }
 
-void pack_linear(const LinearSource& source, const LinearLayout& layout, bool bf16, uint32_t* packed, Isa isa,
-                 int num_threads) {
+void pack_linear(const LinearSource& source, const LinearLayout& layout, bool bf16, uint32_t* packed,
+                 bool fresh, Isa isa, int num_threads) {
   const LinearKernel& kernel = linear_kernel(isa);
-  prefer_large_pages(packed, layout.size() * 4, true);
+  if (fresh) prefer_large_pages(packed, layout.size() * 4, true);
   const int64_t panels = layout.panels_per_group();
   const int workers = static_cast<int>(std::min<int64_t>(num_threads, 1 + layout.size() / kThreadWords));
   for_each_task(layout.num_groups() * panels, workers, [&](int64_t task, int) {

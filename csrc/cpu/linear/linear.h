@@ -59,7 +59,8 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
 LinearLayout linear_layout(const LinearKernel& kernel, int64_t columns, int64_t depth, int64_t head_dim,
                            bool bf16);
 
-void pack_linear(const LinearSource& source, const LinearLayout& layout, bool bf16, uint32_t* packed, Isa isa,
-                 int num_threads);
+// `fresh`: `packed` is new memory, which holds nothing.
+void pack_linear(const LinearSource& source, const LinearLayout& layout, bool bf16, uint32_t* packed,
+                 bool fresh, Isa isa, int num_threads);
 
 }  // namespace loopmdm::cpu

@@ -53,8 +53,10 @@ struct LoopedBlocksOutput {
   char* records;        // [largest num_loops * n, B] records of record_bytes(), or null
 };
 
-// What backward needs of one application of a block to one sequence. Rows of operand words, stride that of
-// the act or width rows; branches are before dropout and gate. Null pointers: nothing is recorded.
+// What backward needs of one application of a block to one sequence, in operand words; branches are before
+// dropout and gate. [L, hidden words], but for what is read a head or a panel of columns at a time and lies
+// together as it is read: query, key and value [H, L, head words], mlp_in [panels, L, words of a panel]. Null
+// pointers: nothing is recorded.
 struct BlockRecord {
   uint32_t *normed1, *query, *key, *value, *mixed, *branch1, *normed2, *mlp_in, *branch2;
   float *scale1, *scale2;  // [L] reciprocal standard deviations
@@ -76,6 +78,10 @@ struct BlockShape {
   int64_t head_words() const { return head_dim / per_word; }
   int64_t record_bytes() const;  // of one application to one sequence
   BlockRecord record_at(char* memory) const;
+  // Where the rows of one head begin in what is recorded by heads.
+  int64_t head_record(int64_t head) const { return head * length * head_words(); }
+  // The same of a panel of columns that begins at `column`.
+  int64_t panel_record(int64_t column) const { return column / per_word * length; }
   // How many fill a block of rows, at least 1.
   int64_t sequences_together() const { return length < kBlockRows ? kBlockRows / length : 1; }
   int64_t key_size() const { return heads * keys * head_words(); }

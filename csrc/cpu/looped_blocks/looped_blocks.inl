@@ -85,9 +85,14 @@ template <class Operand>
 void put_values(const BlockShape& s, const RowSpan& span, int parity, int64_t head, const float* sums,
                 int64_t sums_row) {
   constexpr int kPer = Operand::kPerWord;
-  for (uint32_t* rows : {span.record.value, span.state->value_rows})
-    for (int64_t r = 0; rows && r < span.count; ++r)
-      store_row<Operand>(sums + r * sums_row, s.head_dim, head_of(s, rows, span.first + r, head));
+  const auto store_rows = [&](uint32_t* out, int64_t row_words) {
+    for (int64_t r = 0; r < span.count; ++r)
+      store_row<Operand>(sums + r * sums_row, s.head_dim, out + r * row_words);
+  };
+  if (span.record.value)
+    store_rows(span.record.value + s.head_record(head) + span.first * s.head_words(), s.head_words());
+  if (span.state->value_rows)
+    store_rows(head_of(s, span.state->value_rows, span.first, head), s.hidden_words());
   if (span.state->values[parity] == nullptr) return;
   uint32_t* values = span.state->values[parity] + head * s.head_width * (s.keys / kPer);
   for (int64_t column = 0; column < s.head_width; column += kPanel) {
@@ -136,7 +141,8 @@ void put_turned(const BlockShape& s, const RowSpan& span, int parity, bool keys,
   const SequenceState& seq = *span.state;
   const size_t bytes = static_cast<size_t>(s.head_words()) * sizeof(uint32_t);
   uint32_t* const rows = keys ? seq.key_rows : seq.queries;
-  uint32_t* const record = keys ? span.record.key : span.record.query;
+  uint32_t* record = keys ? span.record.key : span.record.query;
+  if (record) record += s.head_record(head);
   uint32_t* const panels =
       keys && seq.keys[parity] ? seq.keys[parity] + head * s.keys * s.head_words() : nullptr;
   for (int64_t r = 0; r < span.count;) {
@@ -146,7 +152,7 @@ void put_turned(const BlockShape& s, const RowSpan& span, int parity, bool keys,
     for (int64_t i = 0; i < count; ++i, ++r) {
       uint32_t* words = panels ? t.words + i * s.head_words() : head_of(s, rows, first + i, head);
       turn_row<Operand>(s, seq, first + i, sums + r * sums_row, t.row, words);
-      if (record) __builtin_memcpy(head_of(s, record, first + i, head), words, bytes);
+      if (record) __builtin_memcpy(record + (first + i) * s.head_words(), words, bytes);
     }
     if (panels) put_keys(s, t.words, count, first, panels);
   }
@@ -291,6 +297,8 @@ void activate(const BlockShape& s, const RowSpan& span, int64_t row, int64_t col
               BlockScratch& t) {
   constexpr int kPer = Operand::kPerWord;
   const int64_t width_words = s.width_words();
+  uint32_t* record = span.record.mlp_in;
+  if (record) record += s.panel_record(column);
   for (int64_t r = 0; r < span.count; ++r)
     for (int j = 0; j < width; j += 2 * kLanes) {
       Floats u[2];
@@ -298,8 +306,7 @@ void activate(const BlockShape& s, const RowSpan& span, int64_t row, int64_t col
         const int at = j + half * kLanes;
         u[half] = load(t.sums + (row + r) * t.sums_row + at) + load(span.vectors.mlp_in_bias + column + at);
       }
-      if (span.record.mlp_in)
-        Operand::store(span.record.mlp_in + (span.first + r) * width_words + (column + j) / kPer, u[0], u[1]);
+      if (record) Operand::store(record + (span.first + r) * (width / kPer) + j / kPer, u[0], u[1]);
       for (int half = 0; half < 2; ++half) u[half] = gelu(u[half], kPer == 2);
       Operand::store(t.activated + (row + r) * width_words + (column + j) / kPer, u[0], u[1]);
     }

@@ -82,6 +82,7 @@ class Backward {
     const int64_t most = *std::max_element(f_.num_loops, f_.num_loops + f_.batch);
     parallel(num_threads, [&](Worker& worker) {
       void* mine = scratch.get() + worker.index * bytes;
+      std::vector<bool> add(static_cast<size_t>(f_.num_blocks), p_.add);
       for (int64_t first = 0; first < f_.batch; first += chunk_) {
         const int64_t count = std::min(chunk_, f_.batch - first);
         worker.share(count, [&](int64_t slot) { read(first + slot, slot); });
@@ -91,8 +92,11 @@ class Backward {
           for (int64_t slot = 0; slot < count; ++slot)
             if (f_.num_loops[first + slot] > loop) active.push_back(slot);
           if (active.empty()) continue;
-          for (int64_t block = f_.num_blocks - 1; block >= 0; --block)
-            application(worker, first, active, loop * f_.num_blocks + block, mine);
+          for (int64_t block = f_.num_blocks - 1; block >= 0; --block) {
+            application(worker, first, active, loop * f_.num_blocks + block, add[static_cast<size_t>(block)],
+                        mine);
+            add[static_cast<size_t>(block)] = true;
+          }
         }
         worker.share(count, [&](int64_t slot) { write(first + slot, slot); });
       }
@@ -107,7 +111,7 @@ class Backward {
   };
 
   void application(Worker& worker, int64_t first, const std::vector<int64_t>& active, int64_t application,
-                   void* scratch) {
+                   bool add, void* scratch) {
     const int64_t block = application % f_.num_blocks, count = static_cast<int64_t>(active.size());
     const ApplicationPanels panels = panels_for(count);
     const Dropout dropout = dropout_of(f_, application);
@@ -176,7 +180,7 @@ class Backward {
           const int64_t groups = ceil_divide(out_panels, kLeftPanels);
           kernel_.weight(f_.bf16, product.left, product.out, range(task % groups, kLeftPanels, out_panels),
                          product.right, range(task / groups, kRightPanels, panel_count(product.right)),
-                         product.gradient);
+                         product.gradient, add);
           return;
         }
         task -= tasks_of(product);

@@ -14,7 +14,8 @@ struct TransposedPointers {
   const uint32_t *qkv, *attn_out, *mlp_in, *mlp_out;
 };
 
-// Accumulators of one block: [out, padded in] for weights, sums over modulation rows for vectors.
+// Accumulators of one block: [out, padded in] for weights, sums over modulation rows for vectors, which are
+// added to.
 struct BlockGradients {
   float *qkv, *attn_out, *mlp_in, *mlp_out;
   float* mlp_in_bias;   // [F]
@@ -28,6 +29,7 @@ struct LoopedBlocksBackwardProblem {
   char* records;
   float* grad_x;                    // [B, L, D]: in of the output, out of the input
   const BlockGradients* gradients;  // [n]
+  bool add;                         // to the gradients of the weights; else the first sums overwrite them
   int64_t* nanoseconds;             // [kBackwardPhases], added to, or null
 };
 
@@ -92,9 +94,9 @@ struct LoopedBlocksBackwardKernel {
   // The projections of q, k, v and the norm before them.
   void (*project)(const BlockShape&, bool bf16, const TransposedPointers&, const GradientSpans&,
                   const ApplicationPanels&, void* scratch);
-  // gradient[out, padded in] += left^T right for some panels of both.
+  // gradient[out, padded in] = or += left^T right for some panels of both.
   void (*weight)(bool bf16, const RowPanels& left, int64_t out, const PanelRange& left_range,
-                 const RowPanels& right, const PanelRange& right_range, float* gradient);
+                 const RowPanels& right, const PanelRange& right_range, float* gradient, bool add);
 };
 
 LOOPMDM_KERNEL(LoopedBlocksBackwardKernel, looped_blocks_backward_kernel)

@@ -90,6 +90,10 @@ void put_modulated(const RowPanels& panels, int64_t panel_row, const uint32_t* n
     }
 }
 
+inline void ask_for(const uint32_t* words, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLineWords) __builtin_prefetch(words + i, 0, 2);
+}
+
 inline void add_to(float* sum, Floats x) { store(sum, load(sum) + x); }
 
 // Gradient of a branch from that of the residual stream: through the gate and dropout. Adds to the sums of
@@ -187,23 +191,25 @@ template <class Operand>
 void activate_back(const BlockShape& s, const GradientSpan& span, int64_t row, int64_t column, int width,
                    const ApplicationPanels& panels, BlockGradientScratch& t) {
   constexpr int kPer = Operand::kPerWord;
-  const int64_t width_words = s.width_words();
+  const int64_t width_words = s.width_words(), panel_words = width / kPer;
   const float* sums = t.sums + row * kPanel;
-  uint32_t* out = t.grad_mlp_in + row * width_words;
-  for (int64_t r = 0; r < span.count; r += kPer)
-    for (int j = 0; j < width; j += 2 * kLanes) {
+  const uint32_t* record = span.record.mlp_in + s.panel_record(column) + span.first * panel_words;
+  uint32_t* out = t.grad_mlp_in + row * width_words + column / kPer;
+  for (int j = 0; j < width; j += 2 * kLanes) {
+    float* const bias_sum = span.sums.mlp_in_bias + column + j;
+    Floats bias[2] = {load(bias_sum), load(bias_sum + kLanes)};
+    for (int64_t r = 0; r < span.count; r += kPer) {
       Floats activated[2][2] = {}, grad[2][2] = {};  // [row][half]
       for (int odd = 0; odd < kPer && r + odd < span.count; ++odd) {
         Floats u[2];
-        const int64_t at = (column + j) / kPer;
-        Operand::load(span.record.mlp_in + (span.first + r + odd) * width_words + at, u[0], u[1]);
+        Operand::load(record + (r + odd) * panel_words + j / kPer, u[0], u[1]);
         for (int half = 0; half < 2; ++half) {
           Floats slope;
           activated[odd][half] = gelu_with_slope(u[half], kPer == 2, slope);
           grad[odd][half] = load(sums + (r + odd) * kPanel + j + half * kLanes) * slope;
-          add_to(span.sums.mlp_in_bias + column + j + half * kLanes, grad[odd][half]);
+          bias[half] += grad[odd][half];
         }
-        Operand::store(out + (r + odd) * width_words + at, grad[odd][0], grad[odd][1]);
+        Operand::store(out + (r + odd) * width_words + j / kPer, grad[odd][0], grad[odd][1]);
       }
       for (int half = 0; half < 2; ++half) {
         const int64_t at = column + j + half * kLanes;
@@ -211,6 +217,9 @@ void activate_back(const BlockShape& s, const GradientSpan& span, int64_t row, i
         put_rows<Operand>(panels.grad_mlp_in, span.panel_row + r, at, grad[0][half], grad[1][half]);
       }
     }
+    store(bias_sum, bias[0]);
+    store(bias_sum + kLanes, bias[1]);
+  }
 }
 
 // Through a norm and its modulation, the attention's or the MLP's: from t.grad_act into the residual stream,
@@ -243,6 +252,11 @@ void finish_gradient_rows(const BlockShape& s, const TransposedPointers& weights
   const int64_t depth = operand_words<Operand>(s.hidden), column_depth = right_words<Weights>(depth);
   for (int64_t column = 0; column < s.width_padded; column += kPanel) {
     const int width = panel_width(s.width_padded, column);
+    for_spans(spans, [&](const GradientSpan& span, int64_t) {  // from memory, while the product runs
+      const int64_t panel_words = width / Operand::kPerWord;
+      const uint32_t* record = span.record.mlp_in + s.panel_record(column) + span.first * panel_words;
+      ask_for(record, span.count * panel_words);
+    });
     multiply_packed<Operand>({t.act, hidden_words, 1}, spans.rows, weights.mlp_out + column * column_depth,
                              width, depth, t.sums, kPanel, false, false, t.wide);
     for_spans(spans, [&](const GradientSpan& span, int64_t row) {
@@ -267,29 +281,32 @@ void head_gradient(const BlockShape& s, const BlockRecord& record, const Sequenc
   constexpr int kPer = Operand::kPerWord;
   float* arrays[kHeadArrays];
   for (int i = 0; i < kHeadArrays; ++i) arrays[i] = t.heads + i * head_array_size(s);
-  const int64_t row = s.head_width, words = s.hidden_words(), first = head * s.head_words();
+  const int64_t row = s.head_width, words = s.head_words(), first = s.head_record(head);
   const HeadGradientInput in = {.q = record.query + first,
                                 .k = record.key + first,
                                 .v = record.value + first,
-                                .out = record.mixed + first,
+                                .out = record.mixed + head * words,
                                 .grad_out = rows.grad_mixed + head * s.head_dim,
                                 .q_row = words,
                                 .k_row = words,
                                 .v_row = words,
-                                .out_row = words,
+                                .out_row = s.hidden_words(),
                                 .grad_out_row = s.hidden_padded,
                                 .log_sum_exp = record.log_sum_exp + head * s.length};
   attend_backward<Operand>(head_shape(s), in, seq.key_bias, t.attention,
                            {arrays[0], arrays[1], arrays[2], row, row, row});
   const int64_t half = s.head_dim / 2, row_words = round_up(3 * s.hidden, 2 * kLanes) / kPer;
-  for (int part = 0; part < 3; ++part)
-    for (int64_t r = 0; r < s.length; ++r) {
+  constexpr int64_t kRowsAhead = 16;  // rows are too far apart to be foreseen
+  for (int part = 0; part < 3; ++part) {
+    uint32_t* out = rows.grad_qkv + (part * s.hidden + head * s.head_dim) / kPer;
+    for (int64_t r = 0; r < s.length; ++r, out += row_words) {
       float* source = arrays[part] + r * row;
+      for (int64_t i = 0; i < words; i += kLineWords) __builtin_prefetch(out + kRowsAhead * row_words + i, 1);
       if (part < 2 && seq.cos)
         rotate_row(source, seq.cos + r * half, seq.sin + r * half, -1.0f, half, source);
-      store_row<Operand>(source, s.head_dim,
-                         rows.grad_qkv + r * row_words + (part * s.hidden + head * s.head_dim) / kPer);
+      store_row<Operand>(source, s.head_dim, out);
     }
+  }
 }
 
 template <class Operand>
@@ -304,28 +321,56 @@ void project_gradient_rows(const BlockShape& s, const TransposedPointers& weight
   });
 }
 
-// A slice of the left panels stays in the second-level cache while the slices of the right ones pass by. The
+// sums = or += a b for a panel of both. If `ahead` is given, first tiles ask for the `words` of that panel.
+template <class Operand, bool Add>
+void multiply_asking(Left a, int64_t rows, const uint32_t* b, int width, int64_t words, const uint32_t* ahead,
+                     float* sums, int64_t sums_row) {
+  constexpr int kRows = tile_rows<kTileVecs>();
+  constexpr int64_t kShare = kPanel < kLineWords ? kPanel : kLineWords;
+  for (int64_t asked = 0; ahead && width == kPanel && rows >= kRows && asked < kPanel; asked += kShare) {
+    tile<Operand, kRows, kTileVecs, Add, true>(a, b, words, sums, sums_row, ahead + asked * words, kShare);
+    a.at += kRows * a.row;
+    sums += kRows * sums_row;
+    rows -= kRows;
+  }
+  multiply<Operand>(a, rows, b, width, words, sums, sums_row, Add);
+}
+
+// A slice of the left panels stays in the second-level cache while the slices of the right ones pass by; each
+// is asked for one product ahead, since a tile's words of a left panel are too far apart to be foreseen. The
 // sums come from afar, and each slice more fetches them once more. Sums of floats are cut shorter: the
 // rounding of a running sum grows with its length, and of 256 rows it was about half of the error of the
 // worst element.
 template <class Operand>
 void weight_gradient(const RowPanels& left, int64_t out, const PanelRange& left_range, const RowPanels& right,
-                     const PanelRange& right_range, float* gradient) {
+                     const PanelRange& right_range, float* gradient, bool add) {
   constexpr int64_t kSlice = Operand::kPerWord == 1 ? 128 : 512;
   for (int64_t k = 0; k < right.words; k += kSlice) {
     const int64_t words = right.words - k < kSlice ? right.words - k : kSlice;
+    const auto slice_of = [k](const RowPanels& panels, int64_t panel) -> const uint32_t* {
+      const int64_t column = panel * kPanel;
+      return panels.at + column * panels.words + k * panel_width(panels.columns, column);
+    };
+    const auto whole = [](const RowPanels& panels, int64_t panel) {
+      return panel_width(panels.columns, panel * kPanel) == kPanel;
+    };
     for (int64_t i = right_range.first; i < right_range.last; ++i) {
       const int64_t column = i * kPanel;
       const int width = panel_width(right.columns, column);
       for (int64_t panel = left_range.first; panel < left_range.last; ++panel) {
         const int64_t row = panel * kPanel, rows = out - row < kPanel ? out - row : kPanel;
-        const int left_width = panel_width(left.columns, row);
-        const Left a = {left.at + row * left.words + k * left_width, 1, left_width};
+        const Left a = {slice_of(left, panel), 1, panel_width(left.columns, row)};
         float* const sums = gradient + row * right.columns + column;
         for (int64_t r = 0; r < rows; ++r)
           for (int j = 0; j < width; j += kLineWords) __builtin_prefetch(sums + r * right.columns + j, 1, 2);
-        multiply<Operand>(a, rows, right.at + column * right.words + k * width, width, words, sums,
-                          right.columns, true);
+        const uint32_t* ahead = nullptr;
+        if (panel + 1 < left_range.last) {
+          if (i == right_range.first && whole(left, panel + 1)) ahead = slice_of(left, panel + 1);
+        } else if (i + 1 < right_range.last && whole(right, i + 1)) {
+          ahead = slice_of(right, i + 1);
+        }
+        const auto product = add || k > 0 ? multiply_asking<Operand, true> : multiply_asking<Operand, false>;
+        product(a, rows, slice_of(right, i), width, words, ahead, sums, right.columns);
       }
     }
   }
@@ -357,9 +402,9 @@ void project_gradient(const BlockShape& s, bool bf16, const TransposedPointers& 
 }
 
 void weight_gradient_of(bool bf16, const RowPanels& left, int64_t out, const PanelRange& left_range,
-                        const RowPanels& right, const PanelRange& right_range, float* gradient) {
-  bf16 ? weight_gradient<Bf16>(left, out, left_range, right, right_range, gradient)
-       : weight_gradient<Fp32>(left, out, left_range, right, right_range, gradient);
+                        const RowPanels& right, const PanelRange& right_range, float* gradient, bool add) {
+  bf16 ? weight_gradient<Bf16>(left, out, left_range, right, right_range, gradient, add)
+       : weight_gradient<Fp32>(left, out, left_range, right, right_range, gradient, add);
 }
 
 constexpr LoopedBlocksBackwardKernel table = {gradient_scratch_bytes, finish_gradient, head_gradient_of,

@@ -42,32 +42,31 @@ inline Floats exp2_scaled(Floats x) {
 }
 #endif
 
-// 1 / (1 + 2^-x)
-inline Floats sigmoid2(Floats x, bool coarse) {
+// 1 / (1 + 2^x)
+inline Floats falling_sigmoid2(Floats x, bool coarse) {
+#if defined(__AVX512F__)
+  if (coarse) return _mm512_rcp14_ps(exp2_scaled(x) + 1.0f);
+#endif
   const Floats limit = broadcast(126.0f);
   const Floats bounded = x > limit ? limit : (x < -limit ? -limit : x);
-  const Floats denominator = exp2_in_range(-bounded, coarse) + 1.0f;
-#if defined(__AVX512F__)
-  if (coarse) return _mm512_rcp14_ps(denominator);
-#endif
-  return 1.0f / denominator;
+  return 1.0f / (exp2_in_range(bounded, coarse) + 1.0f);
 }
 
-// gelu(u), tanh form: u * sigmoid(2 sqrt(2/pi) (u + 0.044715 u^3)); the exponent is in base 2.
+// gelu(u), tanh form: u / (1 + 2^-x), where x = 2 sqrt(2/pi) (u + 0.044715 u^3) log2(e).
 constexpr float kGeluLinear = 2.30220819f;  // 2 sqrt(2/pi) log2(e)
 constexpr float kGeluCubic = 0.102943240f;  // 0.044715 of it
 
 inline Floats gelu(Floats u, bool coarse) {
-  const Floats slope = fused_multiply_add(u * u, broadcast(kGeluCubic), broadcast(kGeluLinear));
-  return u * sigmoid2(u * slope, coarse);
+  const Floats slope = fused_multiply_add(u * u, broadcast(-kGeluCubic), broadcast(-kGeluLinear));
+  return u * falling_sigmoid2(u * slope, coarse);
 }
 
 // Also gelu'(u) = s + u s (1 - s) 2 sqrt(2/pi) (1 + 3 * 0.044715 u^2) with the sigmoid s.
 inline Floats gelu_with_slope(Floats u, bool coarse, Floats& slope) {
   constexpr float kLn2 = 0.693147181f;
   const Floats square = u * u;
-  const Floats exponent = u * fused_multiply_add(square, broadcast(kGeluCubic), broadcast(kGeluLinear));
-  const Floats s = sigmoid2(exponent, coarse), value = u * s;
+  const Floats exponent = u * fused_multiply_add(square, broadcast(-kGeluCubic), broadcast(-kGeluLinear));
+  const Floats s = falling_sigmoid2(exponent, coarse), value = u * s;
   const Floats inner =
       fused_multiply_add(square, broadcast(3 * kLn2 * kGeluCubic), broadcast(kLn2 * kGeluLinear));
   slope = fused_multiply_add(value * (1.0f - s), inner, s);

@@ -25,9 +25,16 @@ inline Floats load(const float* p) {
 
 // kLanes bf16 values, widened.
 inline Floats widen(const void* p) {
+#if defined(__AVX512F__)  // by name: GCC 12 would do each half alone
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
   Halves h;
   __builtin_memcpy(&h, p, sizeof h);
-  return reinterpret_cast<Floats>(__builtin_convertvector(h, Words) << 16);
+  const Words words = __builtin_convertvector(h, Words);
+#endif
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(words) << 16);
 }
 
 inline Floats load(const uint16_t* p) { return widen(p); }
