@@ -83,7 +83,7 @@ def quantized_head(weight: Tensor, *, bf16: bool) -> Tensor:
 
 
 def _kept(weight: Tensor, options: tuple[Any, ...], make: Callable[[Tensor | None], Tensor]) -> Tensor:
-    """What is made of a weight, once while it does not change; of what it was before, `make` gets the memory."""
+    """What is made of a weight, once while it does not change. `make` gets what was made before, or None."""
     from loopmdm_kernels import _C
 
     # Read before packing: a write by another thread meanwhile is seen by the next call.
