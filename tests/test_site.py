@@ -60,3 +60,17 @@ def test_names_of_the_interfaces_exist_and_are_explained(name):
 )
 def test_links_of_the_tree_are_links_of_the_site(hooks, origin, link, rewritten):
     assert hooks.rewritten(f"see [it]({link}).", origin) == f"see [it]({rewritten})."
+
+
+def test_links_lead_to_what_the_site_has(hooks):
+    """What stands elsewhere in the tree is named, not linked: the site does not have it."""
+    count = 0
+    for name in ({f"docs/{page}" for page in PAGES}) | hooks.PAGES.keys():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for link in re.findall(
+            r"\]\(([^)\s:#]+)(?:#[^)\s]*)?\)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        ):
+            target = (ROOT / name).parent.joinpath(link).resolve().relative_to(ROOT).as_posix()
+            count += 1
+            assert target.startswith("docs/") or target in hooks.PAGES, f"{name}: {link}"
+    assert count > 100
