@@ -5,7 +5,21 @@
 
 namespace loopmdm {
 
-enum Phase : int32_t { kEnter, kQkv, kAttention, kAttnOut, kMlpIn, kMlpOut, kMlpSum, kExit, kLeave, kEnd };
+// As in loopmdm_kernels/schedule/forward.py.
+enum Phase : int32_t {
+  kEnter,
+  kNorm1,
+  kQkv,
+  kAttention,
+  kAttnOut,
+  kNorm2,
+  kMlpIn,
+  kMlpOut,
+  kMlpSum,
+  kExit,
+  kLeave,
+  kEnd
+};
 
 namespace backward {
 

@@ -28,10 +28,10 @@ from loopmdm_kernels.schedule import (
     build,
     choose,
 )
+from loopmdm_kernels.schedule.forward import STATISTICS_COLUMNS
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
 
-STATISTICS_COLUMNS = 32  # of a row, whatever the tiles
 _REMEMBERED = 128  # a graph is captured with what its call made before: 32 calls of a sampler, 4 stacks each
 
 
@@ -102,7 +102,8 @@ def run_forward(call: LoopedCall, *, keep: bool = False) -> tuple[Buffers, Packe
     target, device = target_of(torch.cuda.get_device_capability(x.device)), x.device.index
     with torch.cuda.device(x.device):
         kernel, plan, limits = _kernel(shape, target, device)
-        table, shared = _shared_table(shape, plan.tiles, call.exit_threshold is not None, x.device)
+        loops = None if isinstance(call.num_loops, Tensor) else int(call.num_loops)
+        table, shared = _shared_table(shape, plan.tiles, call.exit_threshold is not None, x.device, loops)
         words, counters = shared.read()
         keep_for_graphs(words, counters)
         weights = packed(call.plain_blocks)
@@ -115,8 +116,11 @@ def run_forward(call: LoopedCall, *, keep: bool = False) -> tuple[Buffers, Packe
         driver.set_aside_l2(device)
         kept = driver.l2_window(weights.buffer.data_ptr(), 2 * weights.buffer.numel(), limits)
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        grid = plan.cluster if plan.cluster > 1 else limits.sms * kernel.blocks_per_sm(target.threads)
-        kernel.launch(grid, target.threads, stream, parameters, kept, cluster=plan.cluster)
+        if plan.pair > 1:
+            grid = plan.pair * kernel.active_clusters(plan.pair, target.threads)
+        else:
+            grid = plan.cluster if plan.cluster > 1 else limits.sms * kernel.blocks_per_sm(target.threads)
+        kernel.launch(grid, target.threads, stream, parameters, kept, cluster=max(plan.cluster, plan.pair))
     return buffers, weights
 
 
@@ -131,7 +135,8 @@ def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kern
     known = target.used_of(known_device(limits))
     plan = choose(shape, known)
     kernel = _loaded(target, shape, plan, device)
-    if plan.cluster > 1 and not kernel.active_clusters(plan.cluster, target.threads):
+    size = max(plan.cluster, plan.pair)
+    if size > 1 and not kernel.active_clusters(size, target.threads):
         plan = choose(shape, known._replace(cluster=1))  # no part of this GPU has so many SMs
         kernel = _loaded(target, shape, plan, device)
     return kernel, plan, limits
@@ -146,20 +151,25 @@ def _loaded(target: Target, shape: BlockShape, plan: Plan, device: int) -> drive
 
 @lru_cache(maxsize=_REMEMBERED)
 def _shared_table(
-    shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device
+    shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device, loops: int | None = None
 ) -> tuple[Table, Shared]:
-    table, words, counters = _table(shape, tiles, adaptive, device)
+    table, words, counters = _table(shape, tiles, adaptive, device, loops)
     return table, Shared(words, counters)
 
 
 def _table(
-    shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device
+    shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device, loops: int | None = None
 ) -> tuple[Table, Tensor, Tensor]:
-    """The table, its words and the first state of its counters on the device."""
+    """The table, its words and the first state of its counters on the device.
+
+    Behind the counters, if it is one number, that of the loops as `Buffers.stop` has it: one copy for both.
+    """
     table = build(shape, tiles, adaptive=adaptive)
-    counters = torch.zeros(table.num_counters + shape.batch + 2, dtype=torch.int32)
+    number = table.num_counters + shape.batch + 2
+    counters = torch.zeros(number + (0 if loops is None else shape.batch + 1), dtype=torch.int32)
     if not adaptive:
-        counters[table.num_counters : -2] = FINAL
+        counters[table.num_counters : number - 2] = FINAL
+    counters[number:] = loops or 0
     return table, table.encode().to(device), counters.to(device)
 
 
@@ -172,6 +182,7 @@ class Buffers(NamedTuple):
     qkv_values: Tensor  # bf16 [2, B, L, 3 D]
     mixed_values: Tensor  # bf16 [B, L, D]
     gelu_values: Tensor  # bf16 [B, L, F]
+    rows_values: Tensor | None  # bf16 [B, L, D]
     partial_values: Tensor | None  # fp32 [B, row tiles, D, parts, rows], in the order of parts.cuh
     statistics1: Tensor  # fp32 [B, L, parts, 2]
     statistics2: Tensor
@@ -202,7 +213,7 @@ class Buffers(NamedTuple):
     ) -> Buffers:
         shape, tiles = table.shape, table.tiles
         batch, length, hidden = shape.batch, shape.length, shape.hidden
-        groups = 128 // tiles.rows  # warp groups that share the columns of a tile
+        groups = max(1, 128 // tiles.rows)  # warp groups that share the columns of a tile
 
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=x.device)
@@ -210,9 +221,12 @@ class Buffers(NamedTuple):
         parts, changes = hidden // STATISTICS_COLUMNS, groups * hidden // tiles.mlp_out
         partial = (batch, table.row_tiles, hidden, tiles.mlp_out_parts, tiles.rows)
         affine, gate = fold_modulation(modulation, weights.norms)
+        number = table.num_counters + batch + 2
+        counters = counters.clone()
+        counters, stop = counters[:number], counters[number:]
         if isinstance(num_loops, Tensor):
             stop = torch.cat((num_loops, num_loops.max()[None])).int()
-        else:
+        elif not stop.numel():
             stop = torch.full((batch + 1,), num_loops, dtype=torch.int32, device=x.device)
         slots = 2
         if keep:  # a tensor of loop counts is read by the host: memory cannot wait for it
@@ -224,6 +238,7 @@ class Buffers(NamedTuple):
             qkv_values=empty(2, batch, length, 3 * hidden, dtype=torch.bfloat16),
             mixed_values=empty(batch, length, hidden, dtype=torch.bfloat16),
             gelu_values=empty(batch, length, shape.mlp, dtype=torch.bfloat16),
+            rows_values=empty(batch, length, hidden, dtype=torch.bfloat16) if tiles.part else None,
             partial_values=empty(*partial) if tiles.mlp_out_parts > 1 else None,
             statistics1=empty(batch, length, parts, 2),
             statistics2=empty(batch, length, parts, 2),
@@ -235,35 +250,41 @@ class Buffers(NamedTuple):
             cosines=None if rotary is None else rotary.cos.float().contiguous(),
             sines=None if rotary is None else rotary.sin.float().contiguous(),
             key_mask=None if key_mask is None else key_mask.contiguous().view(torch.uint8),
-            counters=counters.clone(),
+            counters=counters,
             stop=stop,
         )
 
 
 def fold_modulation(modulation: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     """(affine, gate) in fp32: for two columns each gain, gain, shift, shift; the norm is in the gain."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.float().unbind(2)
-    scale, shift = torch.stack((scale1, scale2), dim=2), torch.stack((shift1, shift2), dim=2)
-    gain = norms[:, None] * (1 + scale)
-    pairs = [values.unflatten(-1, (-1, 2)) for values in (gain, shift)]  # type: ignore[no-untyped-call]
-    return torch.cat(pairs, dim=-1).contiguous(), torch.stack((gate1, gate2), dim=2)
+    layers, sequences, _, hidden = modulation.shape
+    pairs = modulation.float().view(layers, sequences, 2, 3, hidden // 2, 2)
+    shift, scale, gate = pairs.unbind(3)
+    affine = shift.new_empty(layers, sequences, 2, hidden // 2, 4)
+    norm = norms.view(layers, 1, 2, hidden // 2, 2)
+    torch.addcmul(norm, norm, scale, out=affine[..., :2])
+    affine[..., 2:].copy_(shift)
+    return affine, gate.contiguous().view(layers, sequences, 2, hidden)
 
 
 def map_layouts(
     shape: BlockShape, plan: Plan, buffers: Buffers, weights: PackedWeights
 ) -> dict[str, tensor_maps.Layout]:
     """Tensors and boxes of the kernel's maps."""
-    tiles = plan.tiles
+    tiles, pair = plan.tiles, plan.pair
+    rows = tiles.rows // pair  # of a block; of a pair each loads half of what is for both
     boxes = {
-        "stream": (buffers.stream_values.flatten(0, 1), tiles.rows),
-        "qkv": (buffers.qkv_values.flatten(0, 1), tiles.rows),
-        "mixed": (buffers.mixed_values, tiles.rows),
-        "gelu": (buffers.gelu_values, tiles.rows),
-        "qkv_weight": (weights.qkv, tiles.qkv),
-        "attn_out_weight": (weights.attn_out, tiles.attn_out),
-        "mlp_in_weight": (weights.mlp_in, tiles.mlp_in),
-        "mlp_out_weight": (weights.mlp_out, tiles.mlp_out),
+        "stream": (buffers.stream_values.flatten(0, 1), rows),
+        "qkv": (buffers.qkv_values.flatten(0, 1), rows // pair),
+        "mixed": (buffers.mixed_values, rows),
+        "gelu": (buffers.gelu_values, rows),
+        "qkv_weight": (weights.qkv, tiles.qkv // pair),
+        "attn_out_weight": (weights.attn_out, tiles.attn_out // pair),
+        "mlp_in_weight": (weights.mlp_in, tiles.mlp_in // pair),
+        "mlp_out_weight": (weights.mlp_out, tiles.mlp_out // pair),
     }
+    if buffers.rows_values is not None:
+        boxes["rows"] = (buffers.rows_values, rows)
     # A small head is a panel of its own.
     row_bytes = {"qkv": min(tensor_maps.SWIZZLE_BYTES, 2 * shape.head_dim)}
     return {

@@ -106,6 +106,7 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
         "MLP": shape.mlp,
         "LAYERS": shape.layers,
         "ROWS": tiles.rows,
+        "NORM_ROWS": tiles.part,
         "QKV_COLUMNS": tiles.qkv,
         "ATTN_OUT_COLUMNS": tiles.attn_out,
         "MLP_IN_COLUMNS": tiles.mlp_in,

@@ -17,6 +17,7 @@ from loopmdm_kernels.schedule.device import Device
 from loopmdm_kernels.schedule.table import BlockShape, Phase, Table, Work
 
 STEP = 64  # of the inner dimension, per stage of the ring: 128 bytes of bf16, one swizzle row
+ROWS_OF_A_BLOCK = 128  # at most: two warp groups of 64
 KEY_BLOCKS = (64, 128)  # keys that one step of the attention meets
 
 
@@ -45,27 +46,41 @@ def costs(phases: Iterable[Phase], shape: BlockShape, tiles: Any, device: Device
 
 def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     assert phase.cost is not None
-    work, tiles = phase.cost(table.shape, table.tiles), phase.number(table)
+    work, tiles, blocks = phase.cost(table.shape, table.tiles), phase.number(table), blocks_of(table.tiles)
     seconds = work.flops / (device.attention_flops if work.attention else device.product_flops)
-    waves = math.ceil(tiles / device.sms)  # of tiles whose arithmetic is the whole device's
-    rate = min(device.sm_bytes, device.l2_bytes / min(tiles, device.sms))
-    arithmetic, traffic = waves * seconds * device.sms, waves * work.bytes / rate
-    return PhaseCost(tiles, waves, arithmetic, traffic, tiles * work.bytes, work.weights)
+    workers = device.sms // blocks
+    waves = math.ceil(tiles / workers)  # of tiles whose arithmetic is the whole device's
+    sent = work.bytes + (device.multicast_cost - 1) * work.shared
+    received = (work.bytes - work.shared) / blocks + work.shared
+    traffic = max(received / device.sm_bytes, sent * min(tiles, workers) / device.l2_bytes)
+    return PhaseCost(tiles, waves, waves * seconds * workers, waves * traffic, tiles * sent, work.weights)
+
+
+def blocks_of(tiles: Any) -> int:
+    """How many execute an instruction together."""
+    return 2 if tiles.rows > ROWS_OF_A_BLOCK else 1
 
 
 def product_work(
     shape: BlockShape, rows: int, columns: int, inner: int, *, left_bytes: int = 2, written: int = 0
 ) -> Work:
     """Of a tile of rows times weights. Rows beyond the sequence cost arithmetic and are not moved."""
-    moved = inner * (left_bytes * min(rows, shape.length) + 2 * columns) + written
-    return Work(2 * rows * columns * inner, moved, 2 * columns * inner)
+    weights = 2 * columns * inner
+    moved = inner * left_bytes * min(rows, shape.length) + weights + written
+    return Work(2 * rows * columns * inner, moved, weights, shared=_shared(rows, weights))
+
+
+def _shared(rows: int, number: int) -> int:
+    return number if rows > ROWS_OF_A_BLOCK else 0
 
 
 def attention_work(shape: BlockShape, tiles: Any) -> Work:
     block = key_block(shape, tiles)
     keys = block * math.ceil(shape.length / block)
     width = tiles.heads * shape.head_dim
-    return Work(4 * tiles.rows * keys * width, 2 * width * (tiles.rows + 2 * shape.length), attention=True)
+    read = 4 * width * shape.length
+    flops, shared = 4 * tiles.rows * keys * width, _shared(tiles.rows, read)
+    return Work(flops, 2 * width * tiles.rows + read, attention=True, shared=shared)
 
 
 def key_block(shape: BlockShape, tiles: Any) -> int:

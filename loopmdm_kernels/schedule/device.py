@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from loopmdm_kernels.schedule.measured import Table as Measured
 
+FIRST_BOX_SECONDS = 0.7e-6  # of a wait, once its counter is seen: the way of the first box from L2
 COUNTER_BYTES = 1_024  # room for the counters of a cluster in the shared memory of one block
 
 
@@ -18,9 +19,13 @@ class Device(NamedTuple):
     l2_bytes: float = 5.5e12
     sm_bytes: float = 0.11e12  # one SM alone: 64 bytes a cycle
     wait_seconds: float = 1.5e-6  # from the last signal of a phase to the first data of the next
+    # What a byte for both blocks of a pair costs L2, in bytes: 1 if it is read once, 2 if they gain nothing.
+    multicast_cost: float = 1.2
     shared_bytes: int = 232_448  # what a block may use
     keeps_weights: bool = True  # its kernel can leave weights in shared memory for all loops
-    cluster: int = 16  # blocks that can signal by the shared memory of one of them; 1: its kernel cannot
+    has_norms: bool = True  # its kernel can normalise rows once, for all of their tiles
+    # Blocks that can signal by the shared memory of one of them; 1: its kernel cannot, nor has it pairs.
+    cluster: int = 16
     cluster_wait_seconds: float = 1.1e-6  # instead of wait_seconds: without two ways to L2 and back
     node_seconds: float = 1.5e-6  # a small kernel or copy of a CUDA graph, with the way from the one before
 
@@ -33,6 +38,7 @@ class Device(NamedTuple):
             attention_flops=self.attention_flops * share,
             wait_seconds=self.cluster_wait_seconds,
             shared_bytes=self.shared_bytes - COUNTER_BYTES,
+            cluster=1,
         )
 
 
@@ -45,6 +51,7 @@ RANGES = {
     "sm_bytes": (0.08e12, 0.13e12),
     "product_flops": (600e12, 800e12),
     "attention_flops": (350e12, 550e12),
+    "multicast_cost": (1.0, 2.0),
     "node_seconds": (1.0e-6, 2.0e-6),
 }
 
@@ -52,10 +59,38 @@ RANGES = {
 # nothing here is measured.
 ASSUMED = {
     (8, 0): Device(
-        108, 200e12, 150e12, 4.0e12, 0.09e12, shared_bytes=166_912, keeps_weights=False, cluster=1
+        108,
+        200e12,
+        150e12,
+        4.0e12,
+        0.09e12,
+        shared_bytes=166_912,
+        keeps_weights=False,
+        has_norms=False,
+        cluster=1,
     ),
-    (8, 6): Device(82, 50e12, 40e12, 2.0e12, 0.10e12, shared_bytes=101_376, keeps_weights=False, cluster=1),
-    (8, 9): Device(128, 120e12, 90e12, 4.5e12, 0.15e12, shared_bytes=101_376, keeps_weights=False, cluster=1),
+    (8, 6): Device(
+        82,
+        50e12,
+        40e12,
+        2.0e12,
+        0.10e12,
+        shared_bytes=101_376,
+        keeps_weights=False,
+        has_norms=False,
+        cluster=1,
+    ),
+    (8, 9): Device(
+        128,
+        120e12,
+        90e12,
+        4.5e12,
+        0.15e12,
+        shared_bytes=101_376,
+        keeps_weights=False,
+        has_norms=False,
+        cluster=1,
+    ),
     (9, 0): Device(),
 }
 

@@ -1,36 +1,44 @@
 """The phases of the forward pass, and the table of a shape.
 
 Buffers: `stream` x, two halves; `qkv`, two halves; `mixed`, the attention output; `gelu`, the activations
-inside the MLP; `partial`, what the parts of MLP_OUT leave for MLP_SUM; `statistics1` and `statistics2`, mean
-and squared deviations of tile columns for the norms of attention and MLP; `change`, the squared norms that
-EXIT adds up; `stop`, the sequence's number of loops; `out`. Weights and modulation are never written.
+inside the MLP; `rows`, normalised and modulated rows; `partial`, what the parts of MLP_OUT leave for
+MLP_SUM; `statistics1` and `statistics2`, mean and squared deviations of tile columns for the norms of
+attention and MLP; `change`, the squared norms that EXIT adds up; `stop`, the sequence's number of loops;
+`out`. Weights and modulation are never written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
 from loopmdm_kernels.schedule.cost import attention_work, product_work
 from loopmdm_kernels.schedule.table import BlockShape, Counters, Phase, Region, Table, Work, check_sizes
 
+STATISTICS_COLUMNS = 32  # of a row, whatever the tiles
+
 
 class Forward(IntEnum):
     ENTER = 0
-    QKV = 1
-    ATTENTION = 2
-    ATTN_OUT = 3
-    MLP_IN = 4
-    MLP_OUT = 5
-    MLP_SUM = 6
-    EXIT = 7
-    LEAVE = 8
+    NORM1 = 1
+    QKV = 2
+    ATTENTION = 3
+    ATTN_OUT = 4
+    NORM2 = 5
+    MLP_IN = 6
+    MLP_OUT = 7
+    MLP_SUM = 8
+    EXIT = 9
+    LEAVE = 10
 
 
 class Tiles(NamedTuple):
     """Tile sizes: rows (tokens) of every phase, columns of each product, heads of an attention tile.
 
-    The inner dimension of MLP_OUT may be cut into parts, so that few tokens give more tiles.
+    The inner dimension of MLP_OUT may be cut into parts, so that few tokens give more tiles. Rows are
+    normalised by NORM1 and NORM2, `part` of them at a time, or where that is 0 on their way into each
+    product. A tile of more than 128 rows is done by two blocks, half of the rows each.
     """
 
     rows: int
@@ -40,6 +48,7 @@ class Tiles(NamedTuple):
     mlp_out: int
     heads: int = 1
     mlp_out_parts: int = 1
+    part: int = 0
 
 
 _LAST = (Forward.MLP_SUM, Forward.MLP_OUT)  # of a layer
@@ -71,19 +80,53 @@ _MLP_SUM = _MLP_OUT._replace(
     reads=(Region("partial", "tile"), *_MLP_OUT.reads[1:]),
     cost=lambda s, t: Work(0, t.mlp_out_parts * _part_bytes(s, t)),
 )
+
+
+def _norm(name: Forward, after: Counters, statistics: str, slots: Callable[[int], tuple[int, int]]) -> Phase:
+    return Phase(
+        name, "norm and modulation, rounded", after,
+        columns=lambda s, t: (t.rows, t.part), slots=slots,
+        reads=(Region("stream", rows="part"), Region(statistics, rows="part")),
+        writes=(Region("rows", rows="part"),),
+        cost=lambda s, t: Work(0, t.part * (6 * s.hidden + 8 * s.hidden // STATISTICS_COLUMNS)),
+    )  # fmt: skip
+
+
+def _of_norm(
+    name: Forward, does: str, norm: Forward, width: Callable[[BlockShape], int], tile: str, writes: str
+) -> Phase:
+    """A product of normalised rows."""
+    return Phase(
+        name, does, Counters((norm,)),
+        columns=lambda s, t: (width(s), getattr(t, tile)), slots=lambda layer: (0, layer & 1),
+        reads=(Region("rows"),), writes=(Region(writes, "tile"),),
+        cost=lambda s, t: product_work(s, t.rows, getattr(t, tile), s.hidden),
+    )  # fmt: skip
+
+
+def _of_stream(phase: Phase, norm: Phase) -> Phase:
+    """The same where rows are normalised on their way into the product."""
+    return phase._replace(
+        does=f"norm, modulation, {phase.does}",
+        waits_for=norm.waits_for,
+        slots=lambda layer: (norm.slots(layer)[0], phase.slots(layer)[1]),
+        reads=tuple(region._replace(rows="own") for region in norm.reads),
+        cost=lambda s, t: product_work(s, t.rows, phase.columns(s, t)[1], s.hidden, left_bytes=4),
+    )
+
+
+_BEFORE = Counters(_LAST, layer=-1)
+_NORM1 = _norm(Forward.NORM1, _BEFORE, "statistics1", lambda layer: (int(layer > 0), 0))
+_NORM2 = _norm(Forward.NORM2, Counters((Forward.ATTN_OUT,)), "statistics2", lambda layer: (1, 0))
+_QKV = _of_norm(Forward.QKV, "product, rotary", Forward.NORM1, lambda s: 3 * s.hidden, "qkv", "qkv")
+_MLP_IN = _of_norm(Forward.MLP_IN, "product, bias, GELU", Forward.NORM2, lambda s: s.mlp, "mlp_in", "gelu")
 PHASES = (
     Phase(
         Forward.ENTER, "rows of x", Counters(), signals=Counters(_LAST, layer=-1), slots=lambda layer: (0, 1),
         writes=(Region("stream"), Region("statistics1")),
     ),
-    Phase(
-        Forward.QKV, "norm, modulation, product, rotary", Counters(_LAST, layer=-1),
-        columns=lambda s, t: (3 * s.hidden, t.qkv),
-        slots=lambda layer: (int(layer > 0), layer & 1),
-        reads=(Region("stream"), Region("statistics1")),
-        writes=(Region("qkv", "tile"),),
-        cost=lambda s, t: product_work(s, t.rows, t.qkv, s.hidden, left_bytes=4),
-    ),
+    _NORM1,
+    _QKV,
     Phase(
         Forward.ATTENTION, "queries of one tile by all keys, one head", Counters((Forward.QKV,), "every"),
         columns=lambda s, t: (s.hidden, t.heads * s.head_dim),
@@ -104,14 +147,8 @@ PHASES = (
         writes=(Region("stream", "tile"), Region("statistics2", "number")),
         cost=lambda s, t: product_work(s, t.rows, t.attn_out, s.hidden),
     ),
-    Phase(
-        Forward.MLP_IN, "norm, modulation, product, bias, GELU", Counters((Forward.ATTN_OUT,)),
-        columns=lambda s, t: (s.mlp, t.mlp_in),
-        slots=lambda layer: (1, 0),
-        reads=(Region("stream"), Region("statistics2")),
-        writes=(Region("gelu", "tile"),),
-        cost=lambda s, t: product_work(s, t.rows, t.mlp_in, s.hidden, left_bytes=4),
-    ),
+    _NORM2,
+    _MLP_IN,
     _MLP_OUT,
     _MLP_SUM,
     Phase(
@@ -131,9 +168,14 @@ def _part_bytes(shape: BlockShape, tiles: Tiles) -> int:
 
 
 def phases_of(tiles: Tiles) -> tuple[Phase, ...]:
-    if tiles.mlp_out_parts > 1:
-        return tuple(_MLP_PART if phase is _MLP_OUT else phase for phase in PHASES)
-    return tuple(phase for phase in PHASES if phase is not _MLP_SUM)
+    """Those that the table of such tiles has."""
+    instead: dict[Forward, Phase | None] = {}
+    if tiles.part == 0:
+        instead |= {Forward.NORM1: None, Forward.NORM2: None}
+        instead |= {Forward.QKV: _of_stream(_QKV, _NORM1), Forward.MLP_IN: _of_stream(_MLP_IN, _NORM2)}
+    instead |= {Forward.MLP_OUT: _MLP_PART} if tiles.mlp_out_parts > 1 else {Forward.MLP_SUM: None}
+    phases = (instead.get(Forward(phase.name), phase) for phase in PHASES)
+    return tuple(phase for phase in phases if phase is not None)
 
 
 def build(shape: BlockShape, tiles: Tiles, *, adaptive: bool = False) -> Table:
@@ -168,4 +210,6 @@ def _check(shape: BlockShape, tiles: Tiles) -> None:
         raise ValueError(f"tiles.mlp_out_parts: got {tiles.mlp_out_parts}, expected a divisor of {shape.mlp}")
     if tiles.qkv % shape.head_dim:
         raise ValueError(f"tiles.qkv: got {tiles.qkv}, expected a multiple of the head size {shape.head_dim}")
+    if tiles.part < 0 or (tiles.part and tiles.rows % tiles.part):
+        raise ValueError(f"tiles.part: got {tiles.part}, expected 0 or a divisor of tiles.rows {tiles.rows}")
     check_sizes(**shape._asdict(), **{"tiles.rows": tiles.rows, "tiles.heads": tiles.heads})

@@ -22,6 +22,7 @@ CEILINGS = (  # of `Device`
     "sm_bytes",
     "wait_seconds",
     "cluster_wait_seconds",
+    "multicast_cost",
 )
 Table = Mapping[str, Mapping[str, float]]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
 from loopmdm_kernels.schedule import backward
 from loopmdm_kernels.schedule.backward import KEY_BLOCK, PART, ROWS, BackwardTiles
-from loopmdm_kernels.schedule.cost import STEP, PhaseCost, costs, key_block
+from loopmdm_kernels.schedule.cost import STEP, PhaseCost, blocks_of, costs, key_block
 from loopmdm_kernels.schedule.device import COUNTER_BYTES, Device
 from loopmdm_kernels.schedule.forward import Forward, Tiles, phases_of
 from loopmdm_kernels.schedule.table import BlockShape, Table
@@ -18,14 +19,13 @@ MAX_STAGES = 8
 ENOUGH_STAGES = 3  # with two a load has only one step of arithmetic to hide behind
 RESIDENT_STAGES = 4  # of the ring, beside weights that stay in shared memory
 ROW_TILES = (64, 128)
-COLUMN_TILES = (
-    64,
-    128,
-)  # with sums of 96 or 192 columns the registers do not suffice: docs/kernels/looped_blocks.md
+PAIR_ROWS = 256  # of two blocks
+COLUMN_TILES = (64, 128)  # where rows are normalised on their way into a product, in registers
+WIDE_TILES = (64, 128, 192, 256)  # where both operands come from shared memory
+BACKWARD_TILES = (64, 128, 192)
+NORM_PARTS = (16, 32, 64, 128)  # rows that go through a norm together
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
-# Share of the time that a split may take, which costs traffic in every batch and may gain in none, and a
-# cluster, which leaves most of the device alone.
-WORTH = 0.9
+WORTH = 0.9  # share of the time that a cluster may take, which leaves most of the device alone
 
 
 class Plan(NamedTuple):
@@ -38,6 +38,11 @@ class Plan(NamedTuple):
     phases: dict[IntEnum, PhaseCost]  # of one layer
     loop_seconds: float
     limit_seconds: float  # the longest of arithmetic and traffic with all SMs busy, and of the waits alone
+
+    @property
+    def pair(self) -> int:
+        """Blocks that execute an instruction together."""
+        return blocks_of(self.tiles)
 
     @property
     def shared_bytes(self) -> int:
@@ -58,6 +63,18 @@ class BackwardPlan(NamedTuple):
         return self.stages * self.stage_bytes + self.kept_bytes + FIXED_BYTES
 
 
+class _Rows(NamedTuple):
+    """Rows of a tile, and whether rows are normalised by phases of their own."""
+
+    number: int
+    norms: bool
+
+    @property
+    def halves(self) -> int:
+        """With 64 rows the two groups of warps share the columns, and the heads."""
+        return max(1, max(ROW_TILES) // self.number)
+
+
 class _Widths(NamedTuple):
     """Columns that tiles may have: of q, k and v; of a product with D results; of MLP_IN."""
 
@@ -72,7 +89,7 @@ def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 
     Raises:
         ValueError: the tiles divide a width in no way.
     """
-    fitting = {rows: widths for rows in ROW_TILES if all(widths := _widths(shape, rows))}
+    fitting = {tiles: widths for tiles in _rows_of(shape, device) if all(widths := _widths(shape, tiles))}
     if not fitting or shape.mlp % STEP:
         raise ValueError(
             f"no tiles of {ROW_TILES} rows by {COLUMN_TILES} columns divide the widths of {shape}; "
@@ -92,17 +109,28 @@ def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 
     return plan
 
 
-def _widths(shape: BlockShape, rows: int) -> _Widths:
-    halves = max(ROW_TILES) // rows  # with 64 rows the two groups of warps share the columns, and the heads
+def _rows_of(shape: BlockShape, device: Device) -> list[_Rows]:
+    """Heads of 128 take the registers that wide tiles, and loading for two, would need."""
+    found = [_Rows(rows, norms=False) for rows in ROW_TILES]
+    if device.has_norms and shape.head_dim <= 64:
+        found.append(_Rows(max(ROW_TILES), norms=True))
+        if device.cluster > 1:
+            found.append(_Rows(PAIR_ROWS, norms=True))
+    return found
+
+
+def _widths(shape: BlockShape, tiles: _Rows) -> _Widths:
+    halves = tiles.halves
     if shape.heads % halves:
         return _Widths([], [], [])
 
     def fitting(width: int, multiple: int = 32) -> list[int]:
-        return [n for n in COLUMN_TILES if width % n == 0 and n % (halves * multiple) == 0]
+        known = WIDE_TILES if tiles.norms else COLUMN_TILES
+        return [n for n in known if width % n == 0 and n % (halves * multiple) == 0]
 
-    return _Widths(
-        fitting(3 * shape.hidden, max(32, shape.head_dim)), fitting(shape.hidden), fitting(shape.mlp)
-    )
+    # What a group computes of q, k and v is all to be rotated, or nothing of it.
+    whole = [n for n in fitting(3 * shape.hidden, max(32, shape.head_dim)) if 2 * shape.hidden % n == 0]
+    return _Widths(whole, fitting(shape.hidden), fitting(shape.mlp))
 
 
 def _seconds(shape: BlockShape, device: Device, tiles: Tiles, *names: Forward) -> float:
@@ -111,23 +139,18 @@ def _seconds(shape: BlockShape, device: Device, tiles: Tiles, *names: Forward) -
     return sum(cost.seconds + device.wait_seconds for cost in costs(phases, shape, tiles, device).values())
 
 
-def _parts(shape: BlockShape, device: Device, fitting: Mapping[int, _Widths]) -> int:
+def _parts(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths]) -> int:
     """Into how many parts MLP_OUT is cut.
 
     A sum has other bits for each number of them. It is a function of the sequence alone, so that what a row
-    gives does not depend on its batch.
+    gives does not depend on its batch: what a split saves one sequence shall be more than it costs sixteen.
     """
-    alone = shape._replace(batch=1)
 
-    def fastest(parts: int) -> float:
-        return min(
-            _seconds(alone, device, Tiles(rows, n, n, n, n, 1, parts), Forward.MLP_OUT, Forward.MLP_SUM)
-            for rows, widths in fitting.items()
-            for n in widths.out
-        )
+    def seconds(parts: int) -> float:
+        sizes = (shape._replace(batch=batch) for batch in (1, 16))
+        return math.prod(_fastest_of_all(size, device, fitting, parts).loop_seconds for size in sizes)
 
-    best = min((parts for parts in PARTS if shape.mlp % (parts * STEP) == 0), key=fastest)
-    return best if fastest(best) < WORTH * fastest(1) else 1
+    return min((parts for parts in PARTS if shape.mlp % (parts * STEP) == 0), key=seconds)
 
 
 def _fits_cluster(shape: BlockShape, device: Device, parts: int) -> bool:
@@ -140,18 +163,21 @@ def _fits_cluster(shape: BlockShape, device: Device, parts: int) -> bool:
     return 1 < device.cluster < device.sms and shape.head_dim <= 64 and 4 * counters <= COUNTER_BYTES
 
 
-def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[int, _Widths], parts: int) -> Plan:
+def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths], parts: int) -> Plan:
     plans = [_fastest(shape, device, rows, widths, parts) for rows, widths in fitting.items()]
     return min(plans, key=lambda plan: (plan.stages < ENOUGH_STAGES, plan.stages < 2, plan.loop_seconds))
 
 
-def _fastest(shape: BlockShape, device: Device, rows: int, widths: _Widths, parts: int) -> Plan:
+def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, parts: int) -> Plan:
     """The fastest columns of each product, which do not depend on each other."""
-    tiles = Tiles(rows, 1, 1, 1, 1, max(ROW_TILES) // rows, parts)
+    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, parts)
 
     def fastest(field: str, choices: Sequence[int], *names: Forward) -> int:
         return min(choices, key=lambda n: _seconds(shape, device, tiles._replace(**{field: n}), *names))
 
+    if rows.norms:  # of those that take the same time the one with the fewest instructions
+        tiles = tiles._replace(part=1)
+        tiles = tiles._replace(part=fastest("part", NORM_PARTS[::-1], Forward.NORM1))
     return _plan(
         shape,
         device,
@@ -169,7 +195,7 @@ def _plan(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
     stage = stage_bytes(shape, tiles)
     room = device.shared_bytes - FIXED_BYTES
     resident = _largest_share(shape.layers, taken, device) if device.keeps_weights else room
-    if resident <= room - RESIDENT_STAGES * stage:
+    if resident <= room - RESIDENT_STAGES * stage and blocks_of(tiles) == 1:
         taken = {phase: cost.with_resident_weights() for phase, cost in taken.items()}
     else:
         resident = 0
@@ -201,12 +227,13 @@ def _largest_share(layers: int, taken: Mapping[IntEnum, PhaseCost], device: Devi
 
 def stage_bytes(shape: BlockShape, tiles: Tiles) -> int:
     """A stage of the ring holds a step of both operands of a product, or a block of keys or of values."""
-    stream, rounded = 4 * STEP * tiles.rows, 2 * STEP * tiles.rows
-    weights = 2 * STEP
+    rows = tiles.rows // blocks_of(tiles)
+    of_norm = (2 if tiles.part else 4) * STEP * rows
+    rounded, weights = 2 * STEP * rows, 2 * STEP
     return max(
-        stream + weights * max(tiles.qkv, tiles.mlp_in),
+        of_norm + weights * max(tiles.qkv, tiles.mlp_in),
         rounded + weights * max(tiles.attn_out, tiles.mlp_out),
-        2 * tiles.heads * shape.head_dim * max(key_block(shape, tiles), tiles.rows),
+        2 * tiles.heads * shape.head_dim * max(key_block(shape, tiles), rows),
     )
 
 
@@ -218,11 +245,11 @@ def choose_backward(shape: BlockShape, device: Device = Device()) -> BackwardPla
     """
     fitting = [
         columns
-        for columns in COLUMN_TILES
+        for columns in BACKWARD_TILES
         if not (shape.hidden % columns or shape.mlp % columns or columns % shape.head_dim)
     ]
     if not fitting:
-        raise ValueError(f"no tiles of {COLUMN_TILES} columns divide the widths of {shape} into whole heads")
+        raise ValueError(f"no tiles of {BACKWARD_TILES} columns divide the widths of {shape} into whole heads")
     plans = (_backward_plan(shape, device, columns) for columns in fitting)
     return min(plans, key=lambda plan: plan.loop_seconds)
 

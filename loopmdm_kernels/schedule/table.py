@@ -4,7 +4,7 @@ An instruction computes one tile of one phase. The table has three parts: `enter
 every loop, `leave` runs once for each sequence after its last loop. Numbering the instructions enter, loop 0,
 loop 1, ..., leave gives one sequence of positions; of G thread blocks, block g executes numbers g, g + G,
 g + 2G, ... of each of these parts, in this order: the same ones in every loop, so that it can keep their
-weights. The table does not depend on G or on S.
+weights. The table does not depend on G or on S. Two blocks that share tiles count as one here.
 
 A counter only ever grows. It belongs to one (phase, layer, sequence, row tile), and every loop adds the same
 amount to it. An instruction of loop k may start when each of the counters it waits for has reached
@@ -103,6 +103,7 @@ class Work(NamedTuple):
     bytes: int  # moved
     weights: int = 0  # bytes of them that are weights
     attention: bool = False  # its flops are at attention's rate
+    shared: int = 0  # bytes that both blocks of a pair get; the others are divided among them
 
 
 Sizes = Callable[[BlockShape, Any], tuple[int, int]]
@@ -139,8 +140,12 @@ class Phase(NamedTuple):
 
     def number(self, table: Table) -> int:
         """Of its tiles in a layer."""
-        parts, columns = self.across(table)
-        return len(self.places(table)) * parts * columns
+        (parts, columns), places = self.across(table), table.shape.batch
+        if self.rows is not None:
+            places = math.ceil(self.rows(table.shape) / table.tiles.rows)
+        elif not self.once:
+            places *= table.row_tiles
+        return parts * columns * places
 
 
 class Table(NamedTuple):

@@ -145,7 +145,7 @@ def run_buffers(
     parameters = op.pack_parameters(target, table, buffers, packed, words, exit_threshold)
     maps = op.map_layouts(shape, plan, buffers, packed) if fields(target.parameters, MAP) else {}
     with placed(parameters, maps) as address:
-        finished = library.run_kernel(ctypes.c_void_p(address), num_blocks, target.threads, seed)
+        finished = library.run_kernel(ctypes.c_void_p(address), num_blocks * plan.pair, target.threads, seed)
     assert finished, fault(library)
     assert all(fenced.intact() for fenced in written.values()), "written outside of a buffer"
     return buffers

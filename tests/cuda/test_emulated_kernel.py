@@ -30,6 +30,7 @@ class Variant(NamedTuple):
 # than the ring has, of more (6 of 4), and of an odd number (3); rings of two stages (sm_86) and of more; the
 # last product whole and in parts. With 64 rows on Hopper, the weights of eight blocks stay in shared memory
 # where a sequence is one row tile; with heads of 16 their counters too: emulated, the grid is one cluster.
+# Rows normalised once, and two blocks that share tiles of 256 rows.
 BLOCKS = 8
 HOPPER = ASSUMED[9, 0]._replace(sms=BLOCKS)
 VARIANTS = {
@@ -37,6 +38,8 @@ VARIANTS = {
     "128 rows": Variant(SM90, HOPPER, Tiles(128, 64, 64, 128, 64, 1, 2), (192, 3, 4)),
     "heads of 16": Variant(SM90, HOPPER, Tiles(64, 64, 64, 64, 64, 2, 4), (64, 4, 4), BLOCKS, 64),
     "heads of 128": Variant(SM90, HOPPER, Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
+    "norms": Variant(SM90, HOPPER, Tiles(128, 192, 64, 256, 192, 1, 1, 16), (192, 3, 4)),
+    "pairs": Variant(SM90, HOPPER, Tiles(256, 128, 64, 256, 128, 1, 2, 32), (128, 2, 2)),
     "sm80, 64 rows": Variant(SM80, ASSUMED[8, 0], Tiles(64, 64, 64, 128, 64, 2, 2), (64, 2, 2), length=64),
     "sm80, 128 rows": Variant(SM80, ASSUMED[8, 0], Tiles(128, 64, 64, 128, 64, 1), (128, 2, 2)),
     "sm80, heads of 128": Variant(SM80, ASSUMED[8, 6], Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
@@ -130,18 +133,23 @@ def test_any_number_of_blocks_and_any_order_give_the_same_bits(variant):
         assert torch.equal(out, expected)
 
 
-def test_tiles_and_clusters_do_not_change_the_bits(tmp_path):
+def test_tiles_clusters_norms_and_pairs_do_not_change_the_bits(tmp_path):
     """Tiles follow the batch; what a row gives must not."""
-    first = Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2, 2), (128, 4, 4), BLOCKS, 64)
-    second = Variant(SM90, HOPPER, Tiles(128, 64, 128, 64, 128, 1, 2), (128, 4, 4))
-    inputs = make(first.sizes, 1, 50)
+    sizes = (128, 4, 4)
+    variants = [
+        Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2, 2), sizes, BLOCKS, 64),
+        Variant(SM90, HOPPER, Tiles(128, 64, 128, 64, 128, 1, 2), sizes),
+        Variant(SM90, HOPPER, Tiles(128, 128, 64, 256, 128, 1, 2, 16), sizes),
+        Variant(SM90, HOPPER, Tiles(256, 128, 64, 256, 64, 1, 2, 64), sizes),
+    ]
+    inputs = make(sizes, 1, 50)
     results = []
-    for number, variant in enumerate((first, second)):
+    for number, variant in enumerate(variants):
         folder = tmp_path / str(number)
         folder.mkdir()
         out, _ = build(variant, folder, optimize=False).run(inputs, 2, num_blocks=4)
         results.append(out)
-    assert torch.equal(*results)
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_loops_of_each_sequence_and_early_exit(variant):

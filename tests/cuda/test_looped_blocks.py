@@ -15,7 +15,8 @@ from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda.parameters import MAP, defines, fields
 from loopmdm_kernels.cuda.targets import SM80, SM90, target_of
 from loopmdm_kernels.reference.looped_blocks import norm_modulate
-from loopmdm_kernels.schedule import BlockShape, Tiles, build, choose, device_of
+from loopmdm_kernels.schedule import BlockShape, Device, Tiles, build, choose, device_of
+from loopmdm_kernels.schedule.plan import _plan as plan_of
 from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.testing import looped_inputs
 from tests.cuda.emulated import on_cuda
@@ -115,9 +116,10 @@ def test_parameters(inputs):
     _, table, words, packed, buffers = prepared(inputs, 2, adaptive=True)
     parameters = op.pack_parameters(SM90, table, buffers, packed, words, 0.25)
     for name in fields(SM90.parameters, ctypes.c_void_p):
-        if name not in ("table", "max_loops", "partial_values"):
+        if name not in ("table", "max_loops", "partial_values", "rows_values"):
             assert getattr(parameters, name) == getattr(buffers, name).data_ptr(), name
-    assert parameters.partial_values is None and table.tiles.mlp_out_parts == 1
+    assert parameters.partial_values is parameters.rows_values is None
+    assert table.tiles.mlp_out_parts == 1 and table.tiles.part == 0
     assert parameters.table == words.data_ptr()
     assert parameters.max_loops == buffers.stop.data_ptr() + 4 * 3
     sizes = (parameters.size.enter, parameters.size.loop, parameters.size.leave)
@@ -146,11 +148,27 @@ def test_sums_of_parts_have_a_place(inputs):
 def test_maps_cover_what_the_loader_loads(inputs):
     plan, table, _, packed, buffers = prepared(inputs, 2)
     layouts = op.map_layouts(table.shape, plan, buffers, packed)
-    assert list(layouts) == fields(SM90.parameters, MAP)
+    maps = fields(SM90.parameters, MAP)
+    assert list(layouts) == [name for name in maps if name != "rows"], "no norms of their own"
     assert layouts["stream"].sizes == (128, 20, 6) and layouts["stream"].box == (32, plan.tiles.rows)
     assert layouts["qkv"].sizes == (384, 20, 6) and layouts["qkv"].box == (64, plan.tiles.rows)
     assert layouts["mlp_out_weight"].sizes == (512, 128, 2)
     assert layouts["mlp_out_weight"].box == (64, plan.tiles.mlp_out)
+
+
+def test_blocks_of_a_pair_load_half_of_what_is_for_both(inputs):
+    shape = op.shape_of(inputs.x, inputs.blocks, 2)
+    plan = plan_of(shape, Device(), Tiles(256, 128, 64, 256, 128, part=32))
+    table, _, counters = op._table(shape, plan.tiles, False, torch.device("cpu"))
+    packed = weights.packed(inputs.blocks)
+    buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None, counters)
+    layouts = op.map_layouts(shape, plan, buffers, packed)
+    assert set(layouts) == set(fields(SM90.parameters, MAP))
+    rows = {name: layouts[name].box[1] for name in layouts}
+    assert rows == {
+        "stream": 128, "mixed": 128, "gelu": 128, "rows": 128, "qkv": 64,
+        "qkv_weight": 64, "attn_out_weight": 32, "mlp_in_weight": 128, "mlp_out_weight": 64,
+    }  # fmt: skip
 
 
 def test_what_it_does_not_do(inputs, monkeypatch):
@@ -285,16 +303,17 @@ def test_the_kernel_for_ampere_gets_no_plan_of_hopper(loaded):
 
 
 @pytest.mark.parametrize(
-    ("capability", "sms", "shared_bytes", "architecture", "threads", "mapped"),
+    ("capability", "sms", "shared_bytes", "architecture", "threads", "mapped", "tiles"),
     [
-        ((8, 0), 108, 166_912, "sm_80", 256, 0),
-        ((8, 6), 82, 101_376, "sm_86", 256, 0),
-        ((9, 0), 132, 232_448, "sm_90a", 384, 8),
-        ((12, 0), 170, 101_376, "sm_120", 256, 0),
+        ((8, 0), 108, 166_912, "sm_80", 256, 0, None),
+        ((8, 6), 82, 101_376, "sm_86", 256, 0, None),
+        ((9, 0), 132, 232_448, "sm_90a", 384, 8, None),
+        ((9, 0), 132, 232_448, "sm_90a", 384, 9, Tiles(256, 128, 64, 256, 128, part=32)),
+        ((12, 0), 170, 101_376, "sm_120", 256, 0, None),
     ],
 )
 def test_a_call_compiles_and_launches_what_its_gpu_runs(
-    inputs, capability, sms, shared_bytes, architecture, threads, mapped, monkeypatch
+    inputs, capability, sms, shared_bytes, architecture, threads, mapped, tiles, monkeypatch
 ):
     compiled, launched, encoded = [], [], []
 
@@ -311,7 +330,7 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
         def allow_large_clusters(self): ...
 
         def active_clusters(self, size, threads):
-            return 1
+            return {2: 60}.get(size, 1)
 
         def launch(self, blocks, threads, stream, parameters, kept, cluster):
             launched.append((self.loaded, blocks, threads, stream, type(parameters), kept, cluster))
@@ -323,6 +342,8 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
     monkeypatch.setattr(driver, "facts", lambda device: facts)
     monkeypatch.setattr(driver, "set_aside_l2", lambda device: None)
     monkeypatch.setattr(driver, "Kernel", Kernel)
+    chosen = choose if tiles is None else lambda shape, device: plan_of(shape, device, tiles)
+    monkeypatch.setattr(op, "choose", chosen)
     monkeypatch.setattr(launch, "compile_kernel", lambda *given: compiled.append(given) or b"cubin")
     monkeypatch.setattr(tensor_maps, "encode", lambda described: encoded.append(described) or bytes(128))
     op._kernel.cache_clear()
@@ -334,10 +355,10 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
     target = target_of(capability)
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
     device = target.used_of(device_of(capability, sms, shared_bytes))
-    plan = choose(shape, device)
+    plan = chosen(shape, device)
     assert compiled == [(target.source, defines(shape, plan), architecture)]
     loaded = (b"cubin", target.entry, plan.shared_bytes)
-    blocks = plan.cluster if plan.cluster > 1 else sms
-    assert launched == [(loaded, blocks, threads, 7, target.parameters, None, plan.cluster)]
+    blocks = 2 * 60 if tiles else plan.cluster if plan.cluster > 1 else sms
+    assert launched == [(loaded, blocks, threads, 7, target.parameters, None, 2 if tiles else plan.cluster)]
     assert plan.cluster == 1 or capability == (9, 0)
     assert plan.shared_bytes <= shared_bytes and len(encoded) == mapped and out.shape == inputs.x.shape

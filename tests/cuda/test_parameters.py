@@ -12,7 +12,7 @@ from loopmdm_kernels.cuda.targets import SM80, SM90
 def test_a_struct_is_read_with_its_base_and_what_it_holds():
     ampere, hopper = SM80.parameters, SM90.parameters
     assert ampere.input.offset == hopper.input.offset == 0
-    assert fields(ampere, MAP) == [] and len(fields(hopper, MAP)) == 8
+    assert fields(ampere, MAP) == [] and len(fields(hopper, MAP)) == 9
     assert hopper.size.size == 12 and hopper.stream.offset % 64 == 0 and ctypes.sizeof(hopper) % 64 == 0
     assert ampere.qkv_weight.offset % 8 == 0
     inside = structure("head/head_logits_sm90.cu", "HeadLogitsParameters")

@@ -56,15 +56,14 @@ FORWARD = {
         "progress.cuh", "wait_for(p.counter(item.wait + i), target);\n  [[__syncwarp();]]", "", ""
     ),
     "a load by way of L1": Fault(
-        "rows.cuh", "load_pair(&statistics[token * Config::kParts + part].mean)",
-        "load_constant_pair(&statistics[token * Config::kParts + part].mean)",
+        "rows.cuh", "load_pair(&statistics[part].mean)", "load_constant_pair(&statistics[part].mean)",
         "a load by way of L1 of what the kernel stores",
     ),
     "no fence of initialised barriers": Fault(
         "stage_ring_sm90.cuh", "barrier_init_fence();", "", "no fence behind the initialisation of a barrier"
     ),
     "no meeting behind the initialisation": Fault(
-        "looped_blocks_sm90.cu", "return __syncthreads();", "return;",
+        "looped_blocks_sm90.cu", "return Ring::meet_all();", "return;",
         "a barrier is used before its initialisation is known",
     ),
     "half of the threads meet": Fault(
@@ -171,7 +170,36 @@ CLUSTER = {
         "a barrier is used before its initialisation is known",
     ),
     "blocks that do not meet behind the last signal": Fault(
-        "looped_blocks_sm90.cu", "if (kCounterBytes > 0) [[meet_in_cluster();]]", "",
+        "looped_blocks_sm90.cu", "if (kCounterBytes > 0) {\n    [[meet_in_cluster();]]", "",
+        "shared memory of a block that has ended|a block may end while others reach into it",
+    ),
+}  # fmt: skip
+PAIRS = {
+    "no wait for the inputs": WAITS["no wait for the inputs"],
+    "a signal of one block for both": Fault(
+        "progress.cuh", "generation([[Config::kPair * item.wait_count]], loop)", "item.wait_count", UNORDERED
+    ),
+    "no proxy fence at all": FORWARD["no proxy fence at all"],
+    "a stage filled while the other block reads it": Fault(
+        "stage_ring_sm90.cuh",
+        "barrier_arrive_at(empty(place), threadIdx.x % 32)",
+        "(barrier_arrive(empty(place)), barrier_arrive(empty(place)))",
+        f"{EARLY_COPY}|all threads wait",
+        Fault("stage_ring_sm90.cuh", "if (threadIdx.x % 32 < [[2]])", "1"),
+    ),
+    "half of a weight in the place of the other": Fault(
+        "loader_sm90.cuh", "target + [[rank_in_pair()]] * (right / 2)", "0", f"{EARLY_COPY}|values"
+    ),
+    "a norm of the other block's rows": Fault(
+        "products.cuh", "item.column * Config::kNormRows + [[rank_in_pair() * kRows]]", "0",
+        f"{UNORDERED}|two threads store to one place, in no order",
+    ),
+    "blocks of a pair that do not meet before the first copy": Fault(
+        "looped_blocks_sm90.cu", "return Ring::meet_all();", "return;",
+        "a barrier is used before its initialisation is known",
+    ),
+    "blocks of a pair that do not meet behind the last copy": Fault(
+        "looped_blocks_sm90.cu", "else if (Config::kPair > 1) {\n    [[Ring::meet_all();]]", "",
         "shared memory of a block that has ended|a block may end while others reach into it",
     ),
 }  # fmt: skip
@@ -254,6 +282,7 @@ KERNELS = {
     "forward": Kernel("128 rows", 1, FORWARD, 140),  # two row tiles
     "early exit": Kernel("128 rows", 4, ADAPTIVE, 20, 2, 0.2),
     "cluster": Kernel("heads of 16", 2, CLUSTER, batch=3),
+    "pairs": Kernel("pairs", 1, PAIRS, 140),  # rows of both blocks
     "sm80": Kernel("sm80, 64 rows", 1, SM80, 80),
 }
 
@@ -330,5 +359,7 @@ def test_backward(builds, fault):
 def test_the_page_has_all_faults():
     page = (Path(__file__).parents[2] / "docs/kernels/machinery.md").read_text()
     listed = set(re.findall(r"^\| (.+?) \| [^|]+ \|$", page, re.MULTILINE))
-    planted = {fault for faults in (FORWARD, ADAPTIVE, CLUSTER, SM80, BACKWARD, HEAD) for fault in faults}
+    planted = {
+        fault for faults in (FORWARD, ADAPTIVE, CLUSTER, PAIRS, SM80, BACKWARD, HEAD) for fault in faults
+    }
     assert planted <= listed, planted - listed

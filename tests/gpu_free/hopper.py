@@ -20,12 +20,14 @@ from loopmdm_kernels.schedule import BlockShape, Device, choose
 SOURCE = "looped_blocks/looped_blocks_sm90.cu"
 NVCC = shutil.which("nvcc")
 
-# Each is a plan that the cost model makes: few and many tokens of the small model, both sizes of heads.
+# Each is a plan that the cost model makes: few and many tokens of the small model, in short and long
+# sequences, and all sizes of heads.
 SHAPES = {
     "small, 32 tokens": BlockShape(1, 32, 768, 12, 3072, 2),
     "small, 128 tokens": BlockShape(1, 128, 768, 12, 3072, 2),
-    "small, 512 tokens": BlockShape(1, 512, 768, 12, 3072, 2),
     "small, 1024 tokens": BlockShape(1, 1024, 768, 12, 3072, 2),
+    "small, 16 x 1024 tokens": BlockShape(16, 1024, 768, 12, 3072, 2),
+    "small, 16 x 128 tokens": BlockShape(16, 128, 768, 12, 3072, 2),
     "heads of 128": BlockShape(1, 1024, 1024, 8, 4096, 2),
     "sudoku, heads of 32": BlockShape(1, 81, 128, 4, 512, 2),
     "sudoku6, heads of 16": BlockShape(1, 36, 64, 4, 256, 1),

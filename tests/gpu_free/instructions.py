@@ -190,6 +190,13 @@ PEERS = {
         f"{_BOX}, (uint16_t)3);",
         ("cp_async_bulk_tensor",),
     ),
+    "load_box_for_pair(target, map, barrier, column, row, matrix, policy)": Peer(
+        f"load_box_for_pair({TARGET}, map, {BARRIER}, a, b, c, p);",
+        [
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            f".multicast::cluster.L2::cache_hint [memory], [map, {{a, b, c}}], [{_SECOND}], 3, p"
+        ],
+    ),
     # mbarrier.cuh
     "barrier_init(barrier, arrivals)": Peer(
         f"barrier_init({BARRIER}, a);",
@@ -292,6 +299,7 @@ PEERS = {
     "give_registers()": Peer("give_registers<40>();", ["setmaxnreg.dec.sync.aligned.u32 40"]),
     "take_registers()": Peer("take_registers<232>();", ["setmaxnreg.inc.sync.aligned.u32 232"]),
     "meet(threads)": Peer("meet<1>(a);", ["barrier.sync.aligned 1, a"]),
+    "elected()": Peer("*counter = elected();", "*counter = cuda::ptx::elect_sync(~0u);", ("elect_sync",)),
     "meet_in_cluster()": Peer(
         "meet_in_cluster();",
         "cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_release); "

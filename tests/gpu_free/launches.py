@@ -78,7 +78,7 @@ def _forward(shape: BlockShape, plan: Plan, table: Table, counters: torch.Tensor
     parameters = looped_blocks.pack_parameters(SM90, table, buffers, packed, words, None)
     layouts = looped_blocks.map_layouts(shape, plan, buffers, packed)
     boxes = {getattr(SM90.parameters, field).offset: _box(each) for field, each in layouts.items()}
-    return Launch(bytes(parameters), boxes, 1, 1, _words((words, buffers.stop)))
+    return Launch(bytes(parameters), boxes, plan.pair, plan.pair, _words((words, buffers.stop)))
 
 
 def backward(name: str) -> list[Launch]:

@@ -80,9 +80,9 @@ def _following(instructions: list[Instruction], labels: dict[str, int]) -> list[
     following: list[list[int]] = []
     for i, (each, targets) in enumerate(zip(instructions, named, strict=True)):
         name = each.opcode.partition(".")[0]
-        ends = name in ("EXIT", "RET", "BRX") or (each.opcode == "BRA" and each.text.startswith("`"))
+        ends = name in ("EXIT", "RET", "BRX", "BRXU") or (each.opcode == "BRA" and each.text.startswith("`"))
         onward = [] if ends and not each.guarded else [i + 1]
-        if name in ("BRA", "BRX", "CALL", "WARPSYNC"):
+        if name in ("BRA", "BRX", "BRXU", "CALL", "WARPSYNC"):
             onward += targets
         following.append([number for number in onward if number < len(instructions)])
     meetings: list[dict[str, frozenset[int]] | None] = [None] * len(instructions)  # the same one is shared

@@ -10,6 +10,7 @@ from bench import gpu_hopper, gpu_small, gpu_times
 from bench.phases import LeftOut
 from bench.probes import hopper_facts
 from loopmdm_kernels.schedule import Device, choose, measured
+from loopmdm_kernels.schedule.device import FIRST_BOX_SECONDS
 
 TIMES = {32: (4.0, 2.0), 128: (4.0, 2.1), 512: (4.0, 2.0), 1024: (4.0, 2.0)}  # torch.compile, cuda
 
@@ -34,8 +35,11 @@ def test_verdicts():
     figures = {}
     for tokens, (peer, ours) in TIMES.items():
         figures[f"T{tokens}"] = {"torch.compile": {"ms": peer}, **times(cuda=ours, triton=2.05)}
-    device = Device(product_flops=100e6, attention_flops=50e6, l2_bytes=1e6, sm_bytes=1e4, wait_seconds=1e-7)
-    device = device._replace(cluster_wait_seconds=2e-8)
+    device = Device(
+        product_flops=100e6, attention_flops=50e6, l2_bytes=1e6, sm_bytes=1e4, multicast_cost=1.25
+    )
+    waits = {"wait_seconds": 0.1e-6 + FIRST_BOX_SECONDS, "cluster_wait_seconds": 0.02e-6 + FIRST_BOX_SECONDS}
+    device = device._replace(**waits)
     for tokens, share in ((128, 0.61), (1024, 0.69)):
         limit = 12e3 * choose(gpu_hopper.SMALL._replace(length=tokens), device).limit_seconds
         figures[f"T{tokens}"] = {
@@ -49,6 +53,7 @@ def test_verdicts():
         "attention_peers": {"flash": 4 * 8 * 12 * 1024 * 1024 * 64 / 50e6, "FA3": "not installed"},
         "l2_reads": {"plain": 0.5e6, "kept": 1e6, "one SM": 1e4},
         "barriers": {"row counters": 0.1, "cluster of 16": 0.02},
+        "multicast": {"alone": 1e6, "pairs": 1.6e6, "fours": "no room"},
         "sudoku": times(cuda=0.149, **{"reference, eager": 5.0}),
         "dram_bytes": {"S1": 100.0, "S24": 109.0},
     }  # fmt: skip

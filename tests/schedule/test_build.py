@@ -63,6 +63,28 @@ def test_parts_of_a_product_and_their_sums():
     assert table.num_counters == 2 * 6 * 4 and build(SHAPE, TILES).num_counters == 2 * 5 * 4
 
 
+def test_rows_are_normalised_once_for_all_of_their_tiles():
+    """A norm's parts raise the counter that the products of these rows wait for."""
+    table = build(SHAPE, TILES._replace(part=4))
+    for norm, product, before in (
+        (Forward.NORM1, Forward.QKV, Forward.MLP_OUT),
+        (Forward.NORM2, Forward.MLP_IN, Forward.ATTN_OUT),
+    ):
+        norms = [item for item in table.loop if item.phase == norm and item.layer == 1]
+        places = [(s, r, c) for s in range(2) for r in range(2) for c in range(4)]
+        assert [(i.sequence, i.row, i.column) for i in norms] == places
+        layer = 0 if norm is Forward.NORM1 else 1
+        assert all(i.wait == table.counter(before, layer, i.sequence, i.row) for i in norms)
+        products = [item for item in table.loop if item.phase == product and item.layer == 1]
+        assert all(
+            i.wait == table.counter(norm, 1, i.sequence, i.row) and i.wait_count == 4 for i in products
+        )
+    without = build(SHAPE, TILES)
+    assert {item.phase for item in table.loop} - {item.phase for item in without.loop} == {
+        Forward.NORM1, Forward.NORM2
+    }  # fmt: skip
+
+
 def test_halves_alternate():
     assert [stream_slot(0, loop) for loop in range(4)] == [0, 1, 0, 1]
     # Three layers: the half of layer 0 changes from loop to loop; two: it does not.
@@ -78,6 +100,7 @@ def test_halves_alternate():
         ({}, {"qkv": 24}, r"tiles.qkv: got 24, expected a multiple of the head size 16"),
         ({"layers": 0}, {}, r"layers: got 0, expected at least 1"),
         ({}, {"rows": 0}, r"tiles.rows: got 0"),
+        ({}, {"part": 3}, r"tiles.part: got 3, expected 0 or a divisor of tiles.rows 16"),
         ({}, {"mlp_out_parts": 3}, r"tiles.mlp_out_parts: got 3, expected a divisor of 64"),
     ],
 )

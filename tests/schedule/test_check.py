@@ -19,6 +19,7 @@ from loopmdm_kernels.testing.schedule import ScheduleError, check, interpret
 SMALL = BlockShape(batch=2, length=40, hidden=32, heads=2, mlp=128, layers=2)
 TILES = Tiles(rows=16, qkv=16, attn_out=16, mlp_in=32, mlp_out=16)
 PARTS = TILES._replace(mlp_out_parts=4)
+NORMS = TILES._replace(part=4)
 FEW = BlockShape(batch=2, length=20, hidden=32, heads=2, mlp=32, layers=2)  # failing proofs take long
 BACKWARD_TILES = BackwardTiles(rows=16, columns=16, part=8)
 
@@ -32,8 +33,9 @@ def test_built_tables_pass(length, layers, adaptive):
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_tables_with_parts_pass(layers, adaptive):
-    check(build(SMALL._replace(layers=layers), PARTS, adaptive=adaptive))
+@pytest.mark.parametrize("tiles", [PARTS, NORMS, NORMS._replace(mlp_out_parts=2)], ids=str)
+def test_tables_with_parts_or_norms_pass(tiles, layers, adaptive):
+    check(build(SMALL._replace(layers=layers), tiles, adaptive=adaptive))
 
 
 @pytest.mark.parametrize("length", [1, 81, 128, 1000])
@@ -41,6 +43,8 @@ def test_tables_of_the_small_model_pass(length):
     rows = 64 if length < 512 else 128
     tiles = Tiles(rows, 128, 64, 128, 64, heads=128 // rows, mlp_out_parts=4 if length <= 81 else 1)
     check(build(BlockShape(1, length, 768, 12, 3072, 2), tiles, adaptive=length == 81))
+    norms = Tiles(256, 256, 128, 192, 128, part=32)
+    check(build(BlockShape(1, length, 768, 12, 3072, 2), norms, adaptive=length == 81))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -77,12 +81,14 @@ def last_but_one(table, phase, layer):
 
 PRODUCTS = (Forward.QKV, Forward.ATTENTION, Forward.ATTN_OUT, Forward.MLP_IN, Forward.MLP_OUT)
 SPLIT = (Forward.QKV, Forward.MLP_OUT, Forward.MLP_SUM)  # what parts of a product change
+OF_NORMS = (Forward.NORM1, Forward.QKV, Forward.NORM2, Forward.MLP_IN)  # and what norms of their own do
 
 
 # In which phase, of which layer, faults are planted.
 PLACES = (
     [("forward", phase, layer) for phase in PRODUCTS for layer in (0, 1)]
     + [("parts", phase, 1) for phase in SPLIT]
+    + [("norms", phase, layer) for phase in OF_NORMS for layer in (0, 1)]
     + [("backward", phase, int(phase in (Backward.TOP, Backward.NORM1))) for phase in Backward]
 )
 
@@ -95,9 +101,10 @@ def place(request):
         table, loops = build_backward(FEW, BACKWARD_TILES), 2
         number = last_but_one(table, phase, layer)
     else:
-        parts = kind == "parts"
-        table, loops = build(SMALL._replace(batch=1), PARTS) if parts else build(SMALL, TILES), None
-        number = first(table, phase, layer=layer, row=1, part=2 if parts and phase is Forward.MLP_OUT else 0)
+        tiles = {"forward": TILES, "parts": PARTS, "norms": NORMS}[kind]
+        table, loops = build(SMALL if kind == "forward" else SMALL._replace(batch=1), tiles), None
+        part = 2 if kind == "parts" and phase is Forward.MLP_OUT else 0
+        number = first(table, phase, layer=layer, row=1, part=part)
     return table.loop[number], lambda **words: check(change(table, number, **words), loops)
 
 

@@ -15,20 +15,23 @@ SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=
 
 def test_plan_of_a_known_shape():
     plan = choose(SMALL)
-    assert plan.tiles == Tiles(rows=128, qkv=128, attn_out=128, mlp_in=128, mlp_out=128, heads=1)
+    assert plan.tiles == Tiles(256, qkv=192, attn_out=64, mlp_in=192, mlp_out=64, part=32)
     up = plan.phases[Forward.MLP_IN]
-    assert (up.tiles, up.waves) == (192, 2)
-    # 8 row tiles by 24 column tiles; each reads 128 rows of fp32 and 128 of bf16, 768 long.
-    assert up.bytes == 192 * 768 * (4 * 128 + 2 * 128)
-    assert up.arithmetic == pytest.approx(2 * 2 * 128 * 128 * 768 * 132 / 700e12)
-    assert up.traffic == pytest.approx(2 * 768 * (4 * 128 + 2 * 128) * 132 / 5.5e12)
+    assert (plan.pair, up.tiles, up.waves) == (2, 64, 1)
+    # 4 row tiles by 16 column tiles, on 66 pairs; each reads 256 rows, and 192 columns for both blocks.
+    read = 768 * 2 * (256 + Device().multicast_cost * 192)
+    assert up.bytes == pytest.approx(64 * read)
+    assert up.arithmetic == pytest.approx(2 * 256 * 192 * 768 * 66 / 700e12)
+    assert up.traffic == pytest.approx(read * 64 / 5.5e12)
+    rows = plan.phases[Forward.NORM2]
+    assert rows.bytes == 32 * 32 * (768 * (4 + 2) + 24 * 8), "fp32 in, bf16 out, and the statistics"
     waits = 2 * len(plan.phases) * Device().wait_seconds
     assert plan.loop_seconds == pytest.approx(waits + 2 * sum(c.seconds for c in plan.phases.values()))
 
 
 def test_few_tokens_take_small_tiles():
     assert choose(SMALL._replace(length=32)).tiles.rows == 64
-    assert choose(SMALL._replace(batch=16)).tiles.rows == 128
+    assert choose(SMALL._replace(batch=16)).tiles.rows == 256
 
 
 def test_few_tokens_cut_the_inner_dimension():

@@ -11,12 +11,12 @@ from loopmdm_kernels.testing.schedule import interpret
 ROWS = 64
 
 
-def table_for(inputs, rows=ROWS, *, heads=1, parts=1, adaptive=False):
+def table_for(inputs, rows=ROWS, *, heads=1, parts=1, norms=0, adaptive=False):
     batch, length, hidden = inputs.x.shape
     mlp = inputs.blocks[0].mlp_in.shape[0]
     shape = BlockShape(batch, length, hidden, inputs.num_heads, mlp, len(inputs.blocks))
     head_dim = hidden // inputs.num_heads
-    return build(shape, Tiles(rows, 3 * head_dim, 16, 32, 16, heads, parts), adaptive=adaptive)
+    return build(shape, Tiles(rows, 3 * head_dim, 16, 32, 16, heads, parts, norms), adaptive=adaptive)
 
 
 def run(inputs, loops, *, table=None, **options):
@@ -42,12 +42,12 @@ def assert_equal_to_oracle(out, expected):
 @pytest.mark.parametrize("num_blocks", [1, 5, 132])
 @pytest.mark.parametrize("loops", [1, 2, 12])
 @pytest.mark.parametrize("length", [1, 81, 128, 1000])
-def test_equals_the_oracle(length, loops, num_blocks):
+@pytest.mark.parametrize("norms", [0, 32])
+def test_equals_the_oracle(length, loops, num_blocks, norms):
     inputs = looped_inputs(1, length, 32, num_heads=2, seed=length)
     # The longest case takes seconds; a larger tile shortens it without leaving out a case.
-    out, used = run(
-        inputs, loops, table=table_for(inputs, 128 if length == 1000 else ROWS), num_blocks=num_blocks
-    )
+    rows = 256 if norms else 128 if length == 1000 else ROWS
+    out, used = run(inputs, loops, table=table_for(inputs, rows, norms=norms), num_blocks=num_blocks)
     assert_equal_to_oracle(out, oracle(inputs, loops))
     assert used.tolist() == [loops]
 
@@ -55,7 +55,7 @@ def test_equals_the_oracle(length, loops, num_blocks):
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 31, 64, 100, 131, 132])
 def test_any_number_of_blocks_and_any_order_give_the_same_bits(num_blocks):
     inputs = looped_inputs(2, 40, 32, num_heads=2, key_mask=True)
-    table = table_for(inputs, rows=16)
+    table = table_for(inputs, rows=16, norms=8)
     expected, _ = run(inputs, 3, table=table)
     for seed in range(2):
         out, _ = run(inputs, 3, table=table, num_blocks=num_blocks, seed=seed)
@@ -106,7 +106,7 @@ def test_early_exit(num_blocks):
     inputs = inputs._replace(x=inputs.x * scale)
     expected, expected_used = oracle(inputs, 8, exit_threshold=0.2)
     assert len(set(expected_used.tolist())) > 1, "the test needs sequences that end at different loops"
-    table = table_for(inputs, 16, parts=2, adaptive=True)
+    table = table_for(inputs, 16, parts=2, norms=4, adaptive=True)
     out, used = run(inputs, 8, table=table, exit_threshold=0.2, num_blocks=num_blocks, seed=num_blocks)
     assert torch.equal(used, expected_used)
     assert_equal_to_oracle(out, expected)
@@ -117,6 +117,6 @@ def test_rounding_points_keep_to_the_tolerance_of_bf16(loops):
     exact = looped_inputs(2, 70, 64, num_heads=2, seed=5)
     rounded = exact.to(torch.bfloat16)
     exact = rounded.to(torch.float64)
-    out, _ = run(rounded, loops, table=table_for(rounded, 32), num_blocks=8)
+    out, _ = run(rounded, loops, table=table_for(rounded, 32, norms=16), num_blocks=8)
     assert out.dtype == torch.float32
     assert_matches_oracle(out, oracle(rounded, loops), oracle(exact, loops))

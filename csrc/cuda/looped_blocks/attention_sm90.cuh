@@ -20,8 +20,8 @@ __device__ inline void load_queries(uint32_t (&queries)[kHeadDim / 16][4], uint3
 #pragma unroll
     for (int reg = 0; reg < 4; ++reg) {
       const uint32_t offset =
-          panel_offset(seat.row + 8 * (reg & 1), 16 * k + operand_column(seat.thread, reg), Config::kRows, 2,
-                       kHeadPanelBytes);
+          panel_offset(seat.row % Config::kRows + 8 * (reg & 1), 16 * k + operand_column(seat.thread, reg),
+                       Config::kRows, 2, kHeadPanelBytes);
       queries[k][reg] = load_shared(panels + offset);
     }
   }
@@ -45,7 +45,7 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
   Running running;
 #pragma unroll 1
   for (int key = 0; key < p.length; key += kKeys) {
-    float scores[kKeys / 2];
+    float scores[kKeys / 2] = {};  // for the reason that product_sm90.cuh gives
     ring.wait_full(place);
     const uint32_t keys = ring.stage(place) + panel * kKeys * kHeadPanelBytes;
     products_begin(scores, queries);

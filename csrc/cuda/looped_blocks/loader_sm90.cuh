@@ -11,24 +11,25 @@ namespace loopmdm {
 class Loader {
  public:
   __device__ Loader(const KernelParameters& parameters, const Ring& ring)
-      : p_(parameters), ring_(ring), leader_(threadIdx.x % 32 == 0), keep_(keep_policy()) {}
+      : p_(parameters), ring_(ring), keep_(keep_policy()) {}
 
   __device__ void run() {
     const int32_t loops = *p_.max_loops;
-    const TableSize sizes = padded(p_.size, gridDim.x);
+    const int32_t workers = static_cast<int32_t>(gridDim.x) / Config::kPair;
+    const TableSize sizes = padded(p_.size, workers);
     int32_t kept = 0;  // bytes of the loop's weights so far that stay
-    for (int64_t position = blockIdx.x;;) {
+    for (int64_t position = blockIdx.x / Config::kPair;;) {
       const Place place = place_of(position, sizes, loops);
       if (place.index < 0) break;
-      position += gridDim.x;
+      position += workers;
       const int32_t index = index_of(place, sizes, p_.size, loops);
       if (index < 0) continue;
       const Instruction item = p_.table[index];
       int32_t loop = place.loop;
-      if (index < p_.size.enter + static_cast<int32_t>(gridDim.x)) kept = 0;  // the first one of a loop
+      if (index < p_.size.enter + workers) kept = 0;  // the first one of a loop
       const int32_t resident = keep(item, kept);
       if (!takes_part(p_, item, loop)) {
-        if (all_stopped(p_, loop)) position = first_leaving(position, sizes, loops, gridDim.x);
+        if (all_stopped(p_, loop)) position = first_leaving(position, sizes, loops, workers);
         continue;
       }
       load(item, loop, resident);
@@ -44,119 +45,150 @@ class Loader {
   // same.
   __device__ static int32_t keep(const Instruction& item, int32_t& kept) {
     if (Config::kResidentBytes == 0) return -1;
-    const int32_t bytes =
-        2 * (item.phase == kQkv       ? Config::kQkvColumns * Config::kHidden
-             : item.phase == kAttnOut ? Config::kAttnOutColumns * Config::kHidden
-             : item.phase == kMlpIn   ? Config::kMlpInColumns * Config::kHidden
-             : item.phase == kMlpOut  ? Config::kMlpOutColumns * (Config::kMlp / Config::kMlpOutParts)
-                                      : 0);
+    const int32_t bytes = 2 * columns_of(item.phase) * steps_of(item.phase) * Config::kStep;
     if (bytes == 0 || kept + bytes > Config::kResidentBytes) return -1;
     kept += bytes;
     return kept - bytes;
   }
 
-  __device__ void load(const Instruction& item, int32_t loop, int32_t resident) {
-    const int slot = stream_slot(item.read_slot, loop, p_.keep) * p_.batch + item.sequence;
-    switch (item.phase) {
-      case kQkv:
-        return product<4, Config::kHidden, Config::kQkvColumns>(item, loop, resident, p_.stream, slot,
-                                                                p_.qkv_weight);
-      case kAttention:
-        return attention(item, loop);
-      case kAttnOut:
-        return product<2, Config::kHidden, Config::kAttnOutColumns>(item, loop, resident, p_.mixed,
-                                                                    item.sequence, p_.attn_out_weight);
-      case kMlpIn:
-        return product<4, Config::kHidden, Config::kMlpInColumns>(item, loop, resident, p_.stream, slot,
-                                                                  p_.mlp_in_weight);
-      case kMlpOut:
-        return product<2, Config::kMlp / Config::kMlpOutParts, Config::kMlpOutColumns>(
-            item, loop, resident, p_.gelu, item.sequence, p_.mlp_out_weight);
-      default:
-        wait_and_issue(item, loop);
-    }
+  // Of a product's tile; of all else 0.
+  __device__ static int columns_of(int32_t phase) {
+    return phase == kQkv       ? Config::kQkvColumns
+           : phase == kAttnOut ? Config::kAttnOutColumns
+           : phase == kMlpIn   ? Config::kMlpInColumns
+           : phase == kMlpOut  ? Config::kMlpOutColumns
+                               : 0;
+  }
+  __device__ static int steps_of(int32_t phase) {
+    return (phase == kMlpOut ? Config::kMlp / Config::kMlpOutParts : Config::kHidden) / Config::kStep;
   }
 
-  __device__ void wait_and_issue(const Instruction& item, int32_t loop, int32_t resident = -1) {
+  __device__ void load(const Instruction& item, int32_t loop, int32_t resident) {
+    if (columns_of(item.phase) > 0) return product(item, loop, resident);
+    if (item.phase == kAttention) return attention(item, loop);
+    wait(item, loop);
+    ring_.issue(issue_, item, loop);
+  }
+
+  __device__ void wait(const Instruction& item, int32_t loop) const {
     wait_for_inputs(p_, item, loop);
     proxy_fence();
-    ring_.issue(issue_, item, loop, resident);
   }
 
-  // A stage of a product: 64 of the inner dimension, `kLeftBytes` each of kRows rows and two of kColumns. The
-  // weights of the first stages do not wait for the counters. Weights that stay are loaded in the first loop.
-  template <int kLeftBytes, int kInner, int kColumns>
-  __device__ void product(const Instruction& item, int32_t loop, int32_t resident, const TensorMap& left,
-                          int matrix, const TensorMap& weight) {
-    constexpr int kSteps = kInner / Config::kStep;
-    constexpr int kAhead = kSteps < Config::kStages ? kSteps : Config::kStages;
-    const int first = item.part * kSteps;
-    const auto fill = [&](RingPlace place, int step) {
-      weights<kLeftBytes, kColumns>(place, resident, loop > 0, weight, item, first, step);
-    };
-    RingPlace ahead = place_;
-    for (int step = 0; step < kAhead; ++step) {
-      fill(ahead, step);
-      Ring::next(ahead);
-    }
-    wait_and_issue(item, loop, resident);
-    for (int step = 0; step < kSteps; ++step) {
-      if (step >= kAhead) fill(place_, step);
-      rows<kLeftBytes>(left, item, matrix, first + step);
-      Ring::next(place_);
-    }
+  // The two operands of a product's stages.
+  struct Operands {
+    const TensorMap *left, *weight;
+    int matrix, first, columns;  // of the left operand; of the inner dimension, in steps; of the tile
+    bool of_stream;              // the left operand is fp32, to be normalised by who reads it
+
+    __device__ uint32_t left_bytes() const { return (of_stream ? 4 : 2) * Config::kRows * Config::kStep; }
+    __device__ uint32_t right_bytes() const { return 2 * columns * Config::kStep; }
+  };
+
+  __device__ Operands operands_of(const Instruction& item, int32_t loop, int steps) const {
+    const bool of_norm = item.phase == kQkv || item.phase == kMlpIn,
+               of_stream = of_norm && !Config::kNormRows;
+    const int slot = stream_slot(item.read_slot, loop, p_.keep);
+    return {of_stream                ? &p_.stream
+            : of_norm                ? &p_.rows
+            : item.phase == kAttnOut ? &p_.mixed
+                                     : &p_.gelu,
+            item.phase == kQkv       ? &p_.qkv_weight
+            : item.phase == kAttnOut ? &p_.attn_out_weight
+            : item.phase == kMlpIn   ? &p_.mlp_in_weight
+                                     : &p_.mlp_out_weight,
+            (of_stream ? slot * p_.batch : 0) + item.sequence,
+            item.part * steps,
+            columns_of(item.phase),
+            of_stream};
   }
 
-  template <int kLeftBytes, int kColumns>
-  __device__ void weights(RingPlace place, int32_t resident, bool loaded, const TensorMap& weight,
-                          const Instruction& item, int first, int step) const {
-    constexpr uint32_t kLeft = kLeftBytes * Config::kRows * Config::kStep,
-                       kRight = 2 * kColumns * Config::kStep;
-    static_assert(kLeft + kRight <= Config::kStageBytes, "a stage holds both operands");
+  // Stages of 64 of the inner dimension. The weights of the first ones do not wait for the counters, and the
+  // rows of these not for the instruction's turn. Weights that stay are loaded in the first loop.
+  __device__ void product(const Instruction& item, int32_t loop, int32_t resident) {
+    const int steps = steps_of(item.phase), ahead = min(steps, Config::kStages);
+    const Operands operands = operands_of(item, loop, steps);
+    const bool loaded = Config::kResidentBytes > 0 && resident >= 0 && loop > 0;
+    RingPlace place = place_;
+#pragma unroll 1
+    for (int step = 0; step < ahead; ++step, Ring::next(place)) {
+      weights(operands, place, item, resident, loaded, step);
+    }
+    wait(item, loop);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, Ring::next(place_)) {
+      if (step == ahead) ring_.issue(issue_, item, loop, resident);
+      if (step >= ahead) weights(operands, place_, item, resident, loaded, step);
+      rows(operands, item, step);
+    }
+    if (steps == ahead) ring_.issue(issue_, item, loop, resident);
+  }
+
+  __device__ void weights(const Operands& operands, RingPlace place, const Instruction& item,
+                          int32_t resident, bool loaded, int step) const {
     ring_.wait_empty(place);
-    if (!leader_) return;
-    const uint32_t full = ring_.full(place);
-    if (Config::kResidentBytes > 0 && resident >= 0 && loaded) return barrier_arrive_expect(full, kLeft);
-    barrier_arrive_expect(full, kLeft + kRight);
-    load_box(ring_.right(place, kLeft, resident, step, kRight), &weight, full, (first + step) * Config::kStep,
-             item.column * kColumns, item.layer, keep_);
+    if (!elected()) return;
+    const uint32_t full = ring_.full(place), left = operands.left_bytes(), right = operands.right_bytes();
+    barrier_arrive_expect(full, loaded ? left : left + right);
+    if (loaded) return;
+    const uint32_t target = ring_.right(place, left, resident, step, right);
+    const int inner = (operands.first + step) * Config::kStep, column = item.column * operands.columns;
+    if constexpr (Config::kPair > 1) {
+      load_box_for_pair(target + rank_in_pair() * (right / 2), operands.weight, full, inner,
+                        column + rank_in_pair() * (operands.columns / 2), item.layer, keep_);
+    } else {
+      load_box(target, operands.weight, full, inner, column, item.layer, keep_);
+    }
   }
 
-  template <int kLeftBytes>
-  __device__ void rows(const TensorMap& left, const Instruction& item, int matrix, int step) const {
-    if (!leader_) return;
-    constexpr int kPanel = 128 / kLeftBytes;  // columns of a box
-#pragma unroll
-    for (int panel = 0; panel < Config::kStep / kPanel; ++panel) {
-      load_box(ring_.stage(place_) + panel * 128 * Config::kRows, &left, ring_.full(place_),
-               step * Config::kStep + panel * kPanel, item.row * Config::kRows, matrix);
+  // In panels of 128 bytes.
+  __device__ void rows(const Operands& operands, const Instruction& item, int step) const {
+    if (!elected()) return;
+    const uint32_t stage = ring_.stage(place_), full = ring_.full(place_);
+    const int column = (operands.first + step) * Config::kStep, row = first_row(item);
+    load_box(stage, operands.left, full, column, row, operands.matrix);
+    if (Config::kNormRows == 0 && operands.of_stream) {
+      load_box(stage + 128 * Config::kRows, operands.left, full, column + Config::kStep / 2, row,
+               operands.matrix);
     }
   }
 
   // Stages of attention: the queries, then keys and values of one block after another.
   __device__ void attention(const Instruction& item, int32_t loop) {
-    wait_and_issue(item, loop);
+    wait(item, loop);
+    ring_.issue(issue_, item, loop);
     const int matrix = qkv_slot(item.read_slot, loop, Config::kLayers) * p_.batch + item.sequence;
     const int column = item.column * Config::kHeadsPerTile * Config::kHeadDim;
-    heads<Config::kRows>(matrix, column, item.row * Config::kRows);
+    heads<Config::kRows>(matrix, column, first_row(item));
+#pragma unroll 1
     for (int key = 0; key < p_.length; key += Config::kKeyBlock) {
-      heads<Config::kKeyBlock>(matrix, Config::kHidden + column, key);
-      heads<Config::kKeyBlock>(matrix, 2 * Config::kHidden + column, key);
+      heads<Config::kKeyBlock, (Config::kPair > 1)>(matrix, Config::kHidden + column, key);
+      heads<Config::kKeyBlock, (Config::kPair > 1)>(matrix, 2 * Config::kHidden + column, key);
     }
   }
 
-  template <int kNumber>
+  // kNumber rows; of those that are for both blocks of a pair each loads every second box.
+  template <int kNumber, bool kForPair = false>
   __device__ void heads(int matrix, int column, int row) {
+    constexpr int kBoxRows = Config::kPair > 1 ? 64 : Config::kRows;
     constexpr int kPanels = Config::kHeadsPerTile * kHeadPanels, kBytes = kHeadPanelBytes;
     static_assert(kPanels * kNumber * kBytes <= Config::kStageBytes, "a stage holds a block of keys");
+    static_assert(!kForPair || kNumber == 2 * kBoxRows, "a box each");
     ring_.wait_empty(place_);
-    if (leader_) {
+    if (elected()) {
       const uint32_t full = ring_.full(place_);
       barrier_arrive_expect(full, kPanels * kNumber * kBytes);
       for (int panel = 0; panel < kPanels; ++panel) {
-        for (int box = 0; box < kNumber; box += Config::kRows) {
-          load_box(ring_.stage(place_) + (panel * kNumber + box) * kBytes, &p_.qkv, full,
-                   column + kBytes / 2 * panel, row + box, matrix);
+        const auto box = [&](int below, auto load) {
+          load(ring_.stage(place_) + (panel * kNumber + below) * kBytes, &p_.qkv, full,
+               column + kBytes / 2 * panel, row + below, matrix);
+        };
+        if constexpr (kForPair) {
+          box(rank_in_pair() * kBoxRows, [](auto... where) { load_box_for_pair(where...); });
+        } else {
+          for (int below = 0; below < kNumber; below += kBoxRows) {
+            box(below, [](auto... where) { load_box(where...); });
+          }
         }
       }
     }
@@ -165,7 +197,6 @@ class Loader {
 
   const KernelParameters& p_;
   const Ring& ring_;
-  const bool leader_;
   const uint64_t keep_;
   RingPlace place_{0, 0}, issue_{0, 0};
 };

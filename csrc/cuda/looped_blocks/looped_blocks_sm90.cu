@@ -15,20 +15,25 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
     const Issued issued = ring.take(read);
     const Seat seat;
     const Instruction& item = issued.item;
-    const auto with_norm = [&](auto& sums, const RowScales& rows, const float4* affine) {
-      stream_product(sums, ring, place, seat, issued.resident, rows, affine);
-    };
     const auto over = [&](int inner) {
-      return [&, inner](auto& sums) {
-        shared_product(sums, ring, place, seat, inner / Config::kStep, issued.resident);
+      return [&, inner](auto& sums, const auto&... norm) {
+        if constexpr (sizeof...(norm) == 0) {
+          shared_product(sums, ring, place, seat, inner / Config::kStep, issued.resident);
+        } else {
+          stream_product(sums, ring, place, seat, issued.resident, norm...);
+        }
       };
     };
     switch (item.phase) {
       case kEnter:
         enter(p, item, issued.loop);
         break;
+      case kNorm1:
+      case kNorm2:
+        if constexpr (Config::kNormRows > 0) normalise(p, item, issued.loop);
+        break;
       case kQkv:
-        project_qkv(p, item, issued.loop, seat, with_norm);
+        project_qkv(p, item, issued.loop, seat, over(Config::kHidden));
         break;
       case kAttention:
         attention(p, item, ring, place, seat);
@@ -37,7 +42,7 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
         project_attn_out(p, item, issued.loop, seat, over(Config::kHidden));
         break;
       case kMlpIn:
-        project_mlp_in(p, item, seat, with_norm);
+        project_mlp_in(p, item, seat, over(Config::kHidden));
         break;
       case kMlpOut:
       case kMlpSum:
@@ -59,15 +64,20 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
 // Before the first instruction of any block, and behind the last one.
 __device__ void begin(const Parameters& p, const Ring& ring) {
   if (threadIdx.x == 0) ring.initialise();
-  if (kCounterBytes == 0) return __syncthreads();
+  if (kCounterBytes == 0) return Ring::meet_all();
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x; i < p.number_of_counters(); i += kThreads) *p.counter(i) = p.counters[i];
   }
   meet_in_cluster();
 }
 
+// Others reach into a block: the first one has the counters of all, one of a pair gets what the other loads.
 __device__ inline void end() {
-  if (kCounterBytes > 0) meet_in_cluster();  // the first block has the counters of all
+  if (kCounterBytes > 0) {
+    meet_in_cluster();
+  } else if (Config::kPair > 1) {
+    Ring::meet_all();
+  }
 }
 
 }  // namespace loopmdm

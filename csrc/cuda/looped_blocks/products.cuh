@@ -8,6 +8,34 @@
 
 namespace loopmdm {
 
+// norm(x) * gain + shift of the block's rows among kNormRows, rounded; a warp a row. The bits are those of a
+// norm on the way into a product.
+__device__ inline void normalise(const Parameters& p, const Instruction& item, int32_t loop) {
+  constexpr int kPairs = Config::kHidden / 64, kRows = Config::kNormRows / Config::kPair;
+  const int branch = item.phase == kNorm2;
+  const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
+  const float* const stream = p.stream_values + stream_slot(item.read_slot, loop, p.keep) * matrix;
+  const PartStatistics* const statistics = branch ? p.statistics2 : p.statistics1;
+  const Seat seat;
+  const int first = item.row * Config::kTileRows + item.column * Config::kNormRows + rank_in_pair() * kRows;
+  const int last = min(first + kRows, p.length), lane = seat.thread % 32;
+  const int warp = seat.thread / 32 + 4 * (seat.row_group + Config::kRowGroups * seat.column_group);
+  const float4* const affine = affine_of(p, item, branch) + lane;
+#pragma unroll 1
+  for (int row = first + warp; row < last; row += Config::kComputeThreads / 32) {
+    const int64_t token = p.token(item.sequence, row), line = token * Config::kHidden + 2 * lane;
+    float2 values[kPairs];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) values[i] = load_pair(stream + line + 64 * i);
+    const float2 norm = row_norm(statistics + token * Config::kParts, lane);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      store(reinterpret_cast<uint32_t*>(p.rows_values + line + 64 * i),
+            modulated(values[i], norm.x, norm.y, __ldg(affine + 32 * i)));
+    }
+  }
+}
+
 // Columns of the tile that a group of warps computes, and the number of its part in the row.
 template <int kTileColumns>
 constexpr int kShare = kTileColumns / Config::kColumnGroups;
@@ -16,14 +44,25 @@ __device__ inline int share_of(const Instruction& item, const Seat& seat) {
   return item.column * Config::kColumnGroups + seat.column_group;
 }
 
+// Of rows that NORM1 or NORM2 has normalised, or of the stream's as they go into the product.
+template <int kSums, class Product>
+__device__ void of_norm(float (&sums)[kSums], const Parameters& p, const Instruction& item, int branch,
+                        const Seat& seat, const Product& product) {
+  if constexpr (Config::kNormRows > 0) {
+    product(sums);
+  } else {
+    product(sums, RowScales::load(p, item, branch ? p.statistics2 : p.statistics1, seat),
+            affine_of(p, item, branch));
+  }
+}
+
 template <class Product>
 __device__ void project_qkv(const Parameters& p, const Instruction& item, int32_t loop, const Seat& seat,
                             const Product& product) {
   constexpr int kColumns = kShare<Config::kQkvColumns>;
   const int column = share_of(item, seat) * kColumns;
-  const auto rows = RowScales::load(p, item, p.statistics1, seat);
   float sums[kColumns / 2];
-  product(sums, rows, affine_of(p, item, 0));
+  of_norm(sums, p, item, 0, seat, product);
   const int slot = qkv_slot(item.write_slot, loop, Config::kLayers);
   if (p.cosines && column < 2 * Config::kHidden) rotate<kColumns>(sums, p, item, seat);
   store_bf16<kColumns>(sums, p.qkv_values, 3 * Config::kHidden, column, p, item,
@@ -45,9 +84,8 @@ __device__ void project_mlp_in(const Parameters& p, const Instruction& item, con
                                const Product& product) {
   constexpr int kColumns = kShare<Config::kMlpInColumns>;
   const int column = share_of(item, seat) * kColumns;
-  const auto rows = RowScales::load(p, item, p.statistics2, seat);
   float sums[kColumns / 2];
-  product(sums, rows, affine_of(p, item, 1));
+  of_norm(sums, p, item, 1, seat, product);
   add_bias<kColumns>(sums, p.mlp_in_bias + item.layer * Config::kMlp + column, seat);
   apply_gelu(sums);
   store_bf16<kColumns>(sums, p.gelu_values, Config::kMlp, column, p, item, p.token(item.sequence, 0), seat);

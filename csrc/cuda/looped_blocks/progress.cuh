@@ -13,6 +13,11 @@ __device__ inline int32_t load_together(const int32_t* address) {
 // Waits until it is known whether the sequence takes part in this loop; LEAVE learns which was the last.
 __device__ inline bool takes_part(const Parameters& p, const Instruction& item, int32_t& loop) {
   if (item.phase == kEnter) return true;
+  if (!p.adaptive) {  // nobody stops a sequence before its last loop, which is known from the start
+    const int32_t last = __ldg(p.stop + item.sequence);
+    if (item.phase == kLeave) loop = last;
+    return item.phase == kLeave || loop < last;
+  }
   const int32_t* progress = p.progress(item.sequence);
   wait_for(progress, item.phase == kLeave ? kFinal : item.phase == kExit ? loop : loop + 1);
   const int32_t stop = load_together(p.stop + item.sequence);
@@ -26,7 +31,7 @@ __device__ inline bool all_stopped(const Parameters& p, int32_t loop) {
 }
 
 __device__ inline void wait_for_inputs(const Parameters& p, const Instruction& item, int32_t loop) {
-  const int32_t target = generation(item.wait_count, loop);
+  const int32_t target = generation(Config::kPair * item.wait_count, loop);
   for (int i = threadIdx.x % 32; i < item.wait_number; i += 32) wait_for(p.counter(item.wait + i), target);
   __syncwarp();
 }

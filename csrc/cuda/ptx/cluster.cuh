@@ -37,4 +37,13 @@ __device__ inline void load_box_for_pair(uint32_t target, const TensorMap* map, 
       : "memory");
 }
 
+__device__ inline void load_box_for_pair(uint32_t target, const TensorMap* map, uint32_t barrier, int column,
+                                         int row, int matrix, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6, %7;" ::"r"(target),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "h"(static_cast<uint16_t>(3)), "l"(policy)
+      : "memory");
+}
+
 }  // namespace loopmdm

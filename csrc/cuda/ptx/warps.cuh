@@ -21,6 +21,21 @@ __device__ inline void meet(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
 }
 
+// Of a whole warp one lane, always the same. The compiler knows that it is one: a load by TMA needs no loop
+// over lanes then.
+__device__ inline bool elected() {
+  uint32_t one;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, %1;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(one)
+      : "r"(~0u));
+  return one != 0;
+}
+
 // Meeting of all threads of a cluster; warps need not be together.
 __device__ inline void meet_in_cluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");

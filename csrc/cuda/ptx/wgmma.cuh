@@ -45,6 +45,10 @@ struct WarpGroupProduct;
   LOOPMDM_NUMBERS_32                                                                   \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LOOPMDM_NUMBERS_96                                                                                 \
+  LOOPMDM_NUMBERS_64                                                                                       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
+  "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define LOOPMDM_NUMBERS_128                                                                      \
   LOOPMDM_NUMBERS_64                                                                             \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
@@ -59,6 +63,7 @@ struct WarpGroupProduct;
 #define LOOPMDM_ALL_SUMS_16 LOOPMDM_SUMS_16(0)
 #define LOOPMDM_ALL_SUMS_32 LOOPMDM_SUMS_16(0), LOOPMDM_SUMS_16(16)
 #define LOOPMDM_ALL_SUMS_64 LOOPMDM_ALL_SUMS_32, LOOPMDM_SUMS_16(32), LOOPMDM_SUMS_16(48)
+#define LOOPMDM_ALL_SUMS_96 LOOPMDM_ALL_SUMS_64, LOOPMDM_SUMS_16(64), LOOPMDM_SUMS_16(80)
 #define LOOPMDM_ALL_SUMS_128 \
   LOOPMDM_ALL_SUMS_64, LOOPMDM_SUMS_16(64), LOOPMDM_SUMS_16(80), LOOPMDM_SUMS_16(96), LOOPMDM_SUMS_16(112)
 
@@ -96,6 +101,7 @@ LOOPMDM_PRODUCT(16, 8, 8, 9, 10, 11, 12, 13, 14);
 LOOPMDM_PRODUCT(32, 16, 16, 17, 18, 19, 20, 21, 22);
 LOOPMDM_PRODUCT(64, 32, 32, 33, 34, 35, 36, 37, 38);
 LOOPMDM_PRODUCT(128, 64, 64, 65, 66, 67, 68, 69, 70);
+LOOPMDM_PRODUCT(192, 96, 96, 97, 98, 99, 100, 101, 102);
 LOOPMDM_PRODUCT(256, 128, 128, 129, 130, 131, 132, 133, 134);
 
 #undef LOOPMDM_PRODUCT

@@ -13,7 +13,12 @@ namespace loopmdm {
 struct Config {
   static constexpr int kHidden = LOOPMDM_HIDDEN, kHeads = LOOPMDM_HEADS, kMlp = LOOPMDM_MLP;
   static constexpr int kLayers = LOOPMDM_LAYERS, kHeadDim = kHidden / kHeads;
-  static constexpr int kRows = LOOPMDM_ROWS;
+  static constexpr int kTileRows = LOOPMDM_ROWS;  // of an instruction
+  // Blocks that execute it together. Each has half of the rows; right operands and keys they load for both.
+  static constexpr int kPair = kTileRows > 128 ? 2 : 1, kRows = kTileRows / kPair;
+  // Rows of a tile that go through a norm together; 0: there are no such tiles, products normalise what they
+  // read.
+  static constexpr int kNormRows = LOOPMDM_NORM_ROWS;
   static constexpr int kQkvColumns = LOOPMDM_QKV_COLUMNS, kAttnOutColumns = LOOPMDM_ATTN_OUT_COLUMNS;
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
   static constexpr int kMlpOutParts = LOOPMDM_MLP_OUT_PARTS;  // of the inner dimension
@@ -24,6 +29,7 @@ struct Config {
   static constexpr int kGroups = 2, kRowGroups = kRows / 64, kColumnGroups = kGroups / kRowGroups;
   static constexpr int kHeadsPerTile = kColumnGroups;
   static constexpr int kComputeThreads = 128 * kGroups;
+  static constexpr int kRowWarps = kTileRows / 16;  // that share the rows of an instruction
 
   static constexpr int kStep = 64;                     // of the inner dimension, a stage
   static constexpr int kKeyBlock = LOOPMDM_KEY_BLOCK;  // keys of a stage
@@ -33,7 +39,9 @@ struct Config {
   static constexpr int kChanges = kHidden / (kMlpOutColumns / kColumnGroups);  // squared norms of a row tile
 
   static_assert(kHeads % kHeadsPerTile == 0, "a group computes one head");
-  static_assert(kRows == 64 || kRows == 128, "rows of a tile");
+  static_assert(kRows == 64 || kRows == 128, "rows of a block");
+  static_assert(kNormRows % kPair == 0 && (kNormRows == 0 || kTileRows % kNormRows == 0), "rows of a norm");
+  static_assert(kPair == 1 || (kNormRows > 0 && kResidentBytes == 0), "what pairs load");
   static_assert(kHidden % kStep == 0 && kMlp % (kMlpOutParts * kStep) == 0, "widths in whole stages");
   static_assert(kQkvColumns / kColumnGroups % kHeadDim == 0, "a group rotates whole heads");
   static_assert(2 * kHidden % (kQkvColumns / kColumnGroups) == 0, "and either all of them or none");
@@ -47,10 +55,11 @@ struct Parameters {
   uint16_t* qkv_values;         // [2, B, L, 3 D]
   uint16_t* mixed_values;       // [B, L, D]
   uint16_t* gelu_values;        // [B, L, F]
+  uint16_t* rows_values;        // [B, L, D], normalised and modulated; null without norms of their own
   float4* partial_values;       // see parts.cuh
   PartStatistics* statistics1;  // [B, L, kParts]
   PartStatistics* statistics2;
-  float2* change;             // squared norms, [B, row tiles, kChanges, 4 kRowGroups]
+  float2* change;             // squared norms, [B, row tiles, kChanges, kRowWarps]
   const float4* affine;       // [n, modulated sequences, 2, D / 2]: gain, gain, shift, shift of two columns
   const float* gate;          // [n, modulated sequences, 2, D]
   const float* mlp_in_bias;   // [n, F]
@@ -96,6 +105,13 @@ __device__ const float4* affine_of(const Launch& p, const Instruction& item, int
 template <class Launch>
 __device__ const float* gate_of(const Launch& p, int layer, int sequence, int branch) {
   return p.gate + modulation(p, layer, sequence, branch) * Config::kHidden;
+}
+
+// Which half of an instruction's rows the block has.
+__device__ inline int rank_in_pair() { return static_cast<int>(blockIdx.x) % Config::kPair; }
+// Its first row in the sequence.
+__device__ inline int first_row(const Instruction& item) {
+  return item.row * Config::kTileRows + rank_in_pair() * Config::kRows;
 }
 
 }  // namespace loopmdm

@@ -13,8 +13,8 @@ constexpr int kCounterBytes = LOOPMDM_COUNTER_BYTES;
 #else
 constexpr int kCounterBytes = 0;
 #endif
-// Of a thread that loads. Waiting for counters of a cluster takes more.
-constexpr int kLoadRegisters = kCounterBytes > 0 ? 72 : 56;
+// Of a thread that loads. Waiting for counters of a cluster takes more, and so does loading for two.
+constexpr int kLoadRegisters = kCounterBytes > 0 ? 88 : Config::kPair > 1 ? 72 : 56;
 constexpr int kInstructions = 4;  // how many the loader may be ahead
 
 // A head in shared memory: panels of 128 bytes, or one as narrow as the head.
@@ -26,8 +26,10 @@ static_assert(Config::kHeadDim == 16 || Config::kHeadDim == 32 || Config::kHeadD
               "head size");
 
 struct KernelParameters : Parameters {
-  // Boxes: 32 columns of fp32 or 64 of bf16, kRows rows; of weights 64 by the tile's columns.
-  TensorMap stream, qkv, mixed, gelu;  // [2 B, L, D] fp32; [2 B, L, 3 D], [B, L, D], [B, L, F] bf16
+  // Boxes: 32 columns of fp32 or 64 of bf16, kRows rows; of weights 64 by the tile's columns. Of a pair q, k
+  // and v by 64 rows and weights by half of the columns. [2 B, L, D] fp32; [2 B, L, 3 D], [B, L, D], [B, L,
+  // F], [B, L, D] bf16. `rows` with norms of their own, else `stream`.
+  TensorMap stream, qkv, mixed, gelu, rows;
   TensorMap qkv_weight, attn_out_weight, mlp_in_weight, mlp_out_weight;  // [n, out, in] bf16
 };
 

@@ -12,7 +12,7 @@ __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, 
   static_assert(kColumns == 16 || kColumns % 32 == 0, "a quad stores 32 columns together");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = item.row * Config::kRows + seat.row + 8 * half;
+    const int row = item.row * Config::kTileRows + seat.row + 8 * half;
     if constexpr (kColumns == 16) {  // of a small head
       uint16_t* const line = target + (first_token + row) * width + column;
 #pragma unroll
@@ -47,7 +47,7 @@ __device__ void rotate(float (&sums)[kColumns / 2], const Launch& p, const Instr
   constexpr int kHalf = Config::kHeadDim / 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = min(item.row * Config::kRows + seat.row + 8 * half, p.length - 1);
+    const int row = min(item.row * Config::kTileRows + seat.row + 8 * half, p.length - 1);
 #pragma unroll
     for (int group = 0; group < kHalf / 8; ++group) {
       const int64_t angle = static_cast<int64_t>(row) * kHalf + seat.column(4 * group);
@@ -97,7 +97,7 @@ __device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, 
   constexpr int kBatch = Config::kPart / 8;
   static_assert(kColumns % Config::kPart == 0, "whole parts");
   const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
-  const int row = item.row * Config::kRows + seat.row;
+  const int row = item.row * Config::kTileRows + seat.row;
   const bool inside[2] = {row < p.length, row + 8 < p.length};
   const int first = part * kColumns + seat.column(0);
   // Rows beyond the sequence read its first one and store nothing.
@@ -163,9 +163,8 @@ __device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, 
     size = warp_sum(size);
     const int64_t tile =
         (static_cast<int64_t>(item.sequence) * p.row_tiles + item.row) * Config::kChanges + part;
-    const int warp = 4 * seat.row_group + seat.thread / 32;
     if (threadIdx.x % 32 == 0)
-      store(change + tile * 4 * Config::kRowGroups + warp, make_float2(changed, size));
+      store(change + tile * Config::kRowWarps + seat.row / 16, make_float2(changed, size));
   }
 }
 

@@ -12,13 +12,15 @@ __device__ float4* part_of(const Parameters& p, const Instruction& item, int par
   constexpr int kTiles = Config::kHidden / Config::kMlpOutColumns;
   const int64_t row = static_cast<int64_t>(item.sequence) * p.row_tiles + item.row;
   const int64_t tile = (row * kTiles + item.column) * Config::kMlpOutParts + part;
-  const int group = seat.row_group + Config::kRowGroups * seat.column_group;
-  return p.partial_values + (tile * Config::kGroups + group) * (kColumns / 8) * 128 + seat.thread;
+  const int group =
+      seat.row_group + Config::kRowGroups * (seat.column_group + Config::kColumnGroups * rank_in_pair());
+  return p.partial_values + (tile * Config::kGroups * Config::kPair + group) * (kColumns / 8) * 128 +
+         seat.thread;
 }
 
 // Whether the warp has a row of the sequence; if not it leaves its part alone.
 __device__ inline bool has_rows(const Parameters& p, const Instruction& item, const Seat& seat) {
-  return item.row * Config::kRows + 64 * seat.row_group + fragment_row(seat.thread & ~31, 0) < p.length;
+  return item.row * Config::kTileRows + seat.row / 16 * 16 < p.length;
 }
 
 template <int kColumns>

@@ -8,6 +8,10 @@
 
 namespace loopmdm {
 
+// Sums are cleared although the first product would not read them. Without a value they are alive, for the
+// assembler, from the beginning of the kernel, those of all phases at once; the registers then do not
+// suffice, and it serialises the products.
+
 // norm(x) * gain + shift, times weights. The left operand is made in registers while the products of the
 // stage before run; two sets of registers alternate.
 template <int kSums>
@@ -19,6 +23,7 @@ __device__ void stream_product(float (&sums)[kSums], const Ring& ring, RingPlace
   constexpr int kSteps = Config::kHidden / Config::kStep;
   const StreamReader reader(seat, affine);
   uint32_t operands[2][4][4];
+  clear(sums);
   RingPlace before = place;
 
   const auto stage = [&](uint32_t (&operand)[4][4], int step) {
@@ -72,6 +77,7 @@ __device__ void shared_product(float (&sums)[kSums], const Ring& ring, RingPlace
       WarpGroupProduct<kColumns>::template shared<kLeftOuter, kRightOuter>(sums, rows, columns, step + k > 0);
     }
   };
+  clear(sums);
   multiply_stages(sums, ring, place, steps, multiply, [](RingPlace) {});
 }
 

@@ -17,8 +17,8 @@ struct alignas(16) Issued {
 };
 static_assert(sizeof(Issued) == 64, "four words of 16 bytes");
 
-struct Ring : StageRing<Config::kStages, Config::kStageBytes, Config::kComputeThreads / 32, false,
-                        Config::kResidentBytes> {
+struct Ring : StageRing<Config::kStages, Config::kStageBytes, Config::kComputeThreads / 32,
+                        (Config::kPair > 1), Config::kResidentBytes> {
   struct Queue {
     uint64_t issued[kInstructions], read[kInstructions];
     Issued instructions[kInstructions];

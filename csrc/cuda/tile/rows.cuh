@@ -12,7 +12,7 @@ namespace loopmdm {
 struct Seat {
   int thread;  // of the group
   int row_group, column_group;
-  int row;  // the upper one in the tile; the lower is 8 further down
+  int row;  // the upper one of the instruction's; the lower is 8 further down
 
   __device__ Seat() {
     // Hidden from the compiler, which would keep what follows from it for all phases in registers, for good.
@@ -21,46 +21,58 @@ struct Seat {
     thread = number % 128;
     row_group = number / 128 % Config::kRowGroups;
     column_group = number / 128 / Config::kRowGroups;
-    row = 64 * row_group + fragment_row(thread, 0);
+    row = rank_in_pair() * Config::kRows + 64 * row_group + fragment_row(thread, 0);
   }
 
   __device__ int column(int index) const { return fragment_column(thread, index); }
 };
 
-// The norm of the thread's two rows as x * scale + offset; of rows beyond the sequence both are 0.
+// The norm of a row as x * scale + offset, from the statistics of its parts. A quad's lanes read a quarter of
+// them each: few tokens wait for this.
+__device__ inline float2 row_norm(const PartStatistics* statistics, int lane) {
+  constexpr int kOwn = (Config::kParts + 3) / 4;
+  PartSums sums;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int part = kOwn * (lane % 4) + i;
+    if (Config::kParts % 4 && part >= Config::kParts) continue;
+    const float2 values = load_pair(&statistics[part].mean);
+    add_part(sums, {values.x, values.y}, Config::kPart);
+  }
+#pragma unroll
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    PartSums other;
+    other.parts = __shfl_xor_sync(~0u, sums.parts, distance);
+    other.mean = __shfl_xor_sync(~0u, sums.mean, distance);
+    other.deviations = __shfl_xor_sync(~0u, sums.deviations, distance);
+    const bool later = (lane & distance) != 0;
+    sums = merge_sums(later ? other : sums, later ? sums : other, Config::kPart);
+  }
+  const float scale = inverse_deviation(variance(sums, Config::kPart));
+  return {scale, -sums.mean * scale};
+}
+
+// Two columns of a row as words of a left operand.
+__device__ inline uint32_t modulated(float2 x, float scale, float offset, float4 vectors) {
+  return pack_bf16(fmaf(fmaf(x.x, scale, offset), vectors.x, vectors.z),
+                   fmaf(fmaf(x.y, scale, offset), vectors.y, vectors.w));
+}
+
+// The norms of the thread's two rows; of rows beyond the sequence all is 0.
 struct RowScales {
   float scale[2] = {0, 0}, offset[2] = {0, 0};
 
-  // A quad's lanes read a quarter of their rows' parts each: few tokens wait for this.
   __device__ static RowScales load(const Parameters& p, const Instruction& item,
                                    const PartStatistics* statistics, const Seat& seat) {
-    constexpr int kOwn = (Config::kParts + 3) / 4;
-    const int lane = seat.thread % 4;
     RowScales result;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = item.row * Config::kRows + seat.row + 8 * half;
+      const int row = item.row * Config::kTileRows + seat.row + 8 * half;
       const int64_t token = p.token(item.sequence, row < p.length ? row : 0);
-      PartSums sums;
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const int part = kOwn * lane + i;
-        if (Config::kParts % 4 && part >= Config::kParts) continue;
-        const float2 values = load_pair(&statistics[token * Config::kParts + part].mean);
-        add_part(sums, {values.x, values.y}, Config::kPart);
-      }
-#pragma unroll
-      for (int distance = 1; distance <= 2; distance *= 2) {
-        PartSums other;
-        other.parts = __shfl_xor_sync(~0u, sums.parts, distance);
-        other.mean = __shfl_xor_sync(~0u, sums.mean, distance);
-        other.deviations = __shfl_xor_sync(~0u, sums.deviations, distance);
-        const bool later = (lane & distance) != 0;
-        sums = merge_sums(later ? other : sums, later ? sums : other, Config::kPart);
-      }
+      const float2 norm = row_norm(statistics + token * Config::kParts, seat.thread);
       if (row >= p.length) continue;
-      result.scale[half] = inverse_deviation(variance(sums, Config::kPart));
-      result.offset[half] = -sums.mean * result.scale[half];
+      result.scale[half] = norm.x;
+      result.offset[half] = norm.y;
     }
     return result;
   }
@@ -98,9 +110,7 @@ struct StreamReader {
       for (int lower_row = 0; lower_row < 2; ++lower_row) {
         const float2 x = load_shared_pair(stage + pair[half][upper] + panel * 128 * Config::kRows +
                                           lower_row * kSwizzleAtomBytes);
-        const float scale = rows.scale[lower_row], offset = rows.offset[lower_row];
-        operand[2 * upper + lower_row] = pack_bf16(fmaf(fmaf(x.x, scale, offset), vectors.x, vectors.z),
-                                                   fmaf(fmaf(x.y, scale, offset), vectors.y, vectors.w));
+        operand[2 * upper + lower_row] = modulated(x, rows.scale[lower_row], rows.offset[lower_row], vectors);
       }
     }
   }

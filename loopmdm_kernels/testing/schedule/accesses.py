@@ -102,7 +102,7 @@ def _width(table: Table, buffer: str) -> int:
 
 def _rows(table: Table, region: Region, item: Instruction) -> Iterator[tuple[int, int]]:
     """(sequence, row)."""
-    parts = table.tiles.rows // table.tiles.part if table.meets else 1
+    parts = table.tiles.rows // (table.tiles.part or table.tiles.rows)
     rows = range(item.row * parts, (item.row + 1) * parts)
     if region.rows in ("every", "all"):
         rows = range(table.row_tiles * parts)

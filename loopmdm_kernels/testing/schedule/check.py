@@ -16,6 +16,11 @@ complete, and all it waits for is complete. So some block always proceeds, for a
 blocks, 1 included; a cooperative launch makes all blocks of the grid co-resident. That the loads of a block
 run ahead of its arithmetic changes nothing, for they too are issued in order of position.
 
+**Pairs.** Two blocks that share a tile execute the same instructions, and a counter has reached its target
+when both have signalled. What one of them loads for both goes to a stage that both have released. Of the
+instruction with the lowest position not complete both have released all that came before, and the halves of
+its weights wait for nothing but its own counters: the two proceed as one block would.
+
 **No race, no reuse of a buffer still being read.** Every two accesses to the same place, one of them a write,
 are in the guaranteed order (checked for neighbours in the sequence of positions, the rest follows by
 transitivity). No use is made of one block executing several instructions, so this holds for any G too. Every

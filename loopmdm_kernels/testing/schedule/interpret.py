@@ -82,6 +82,7 @@ class _Machine(Machine):
         self.qkv = self.unwritten(2, batch, length, 3 * hidden, dtype=self.dtype)
         self.mixed = self.unwritten(batch, length, hidden, dtype=self.dtype)
         self.gelu = self.unwritten(batch, length, shape.mlp, dtype=self.dtype)
+        self.rows = self.unwritten(batch, length, hidden, dtype=self.dtype)
         self.partial = self.unwritten(tiles.mlp_out_parts, batch, length, hidden)
         self.statistics1 = self.unwritten(batch, length, hidden // tiles.mlp_out, 2)
         self.statistics2 = self.unwritten(batch, length, hidden // tiles.attn_out, 2)
@@ -138,10 +139,28 @@ class _Machine(Machine):
         tiles = x.view(len(x), -1, self.table.tiles.mlp_out)
         self.statistics1[item.sequence, rows] = column_statistics(tiles)
 
+    def _norm1(self, loop: int, item: Instruction, rows: slice) -> None:
+        self._norm(loop, item, rows, 0)
+
+    def _norm2(self, loop: int, item: Instruction, rows: slice) -> None:
+        self._norm(loop, item, rows, 1)
+
+    def _norm(self, loop: int, item: Instruction, rows: slice, branch: int) -> None:
+        part = self.table.tiles.part
+        first = rows.start + item.column * part
+        own = slice(first, min(first + part, self.table.shape.length))
+        self.rows[item.sequence, own] = self._normalized(loop, item, own, branch).to(self.dtype)
+
+    def _left(self, loop: int, item: Instruction, rows: slice, branch: int) -> Tensor:
+        """Operand of a product that has a norm before it."""
+        if self.table.tiles.part:
+            return self.rows[item.sequence, rows]
+        return self._normalized(loop, item, rows, branch)
+
     def _qkv(self, loop: int, item: Instruction, rows: slice) -> None:
         columns = self._columns(item, self.table.tiles.qkv)
         weight = self.blocks[item.layer].qkv[columns]
-        product = self.rotate(self.product(self._normalized(loop, item, rows, 0), weight.T), rows, columns)
+        product = self.rotate(self.product(self._left(loop, item, rows, 0), weight.T), rows, columns)
         slot = qkv_slot(item.write_slot, loop, self.table.shape.layers)
         self.qkv[slot, item.sequence, rows, columns] = product.to(self.dtype)
 
@@ -164,7 +183,7 @@ class _Machine(Machine):
 
     def _mlp_in(self, loop: int, item: Instruction, rows: slice) -> None:
         weights, columns = self.blocks[item.layer], self._columns(item, self.table.tiles.mlp_in)
-        value = self.product(self._normalized(loop, item, rows, 1), weights.mlp_in[columns].T)
+        value = self.product(self._left(loop, item, rows, 1), weights.mlp_in[columns].T)
         value = F.gelu(value + weights.mlp_in_bias[columns].to(value.dtype), approximate="tanh")
         self.gelu[item.sequence, rows, columns] = value.to(self.dtype)
 

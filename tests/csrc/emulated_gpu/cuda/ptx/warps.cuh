@@ -20,6 +20,11 @@ void meet(int threads) {
   emulator::meet_at(kBarrier, threads);
 }
 
+inline bool elected() {
+  emulator::executed_together("elect");
+  return threadIdx.x % 32 == 0;
+}
+
 // The grid is one cluster.
 inline void meet_in_cluster() {
   const int all = static_cast<int>(emulator::state->blocks.size()) * emulator::state->threads;
