@@ -11,7 +11,7 @@ from tests.cuda import emulated, emulated_backward
 
 # Columns of the products, hidden size, heads. Of 192 rows of a weight a tile has the last 64; products have
 # fewer steps than the ring has stages, and more. A head of 128 has two panels.
-VARIANTS = {"heads of 64": (64, 192, 3), "heads of 128": (128, 128, 1)}
+VARIANTS = {"heads of 64": (64, 192, 3), "192 columns": (192, 192, 3), "heads of 128": (128, 128, 1)}
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

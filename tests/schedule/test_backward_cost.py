@@ -18,13 +18,13 @@ SMALL = BlockShape(batch=8, length=1024, hidden=768, heads=12, mlp=3072, layers=
 
 def test_plan_of_a_known_shape():
     plan = choose_backward(SMALL)
-    assert plan.tiles == BackwardTiles(rows=128, columns=128, part=16)
-    assert (plan.stages, plan.stage_bytes, plan.kept_bytes) == (6, 32768, 32768)
+    assert plan.tiles == BackwardTiles(rows=128, columns=192, part=16)
+    assert (plan.stages, plan.stage_bytes, plan.kept_bytes) == (4, 40960, 32768)
     weights = plan.phases[Backward.WEIGHT_MLP_IN]
-    # 24 by 6 tiles, each of 128 rows and columns, over 8192 tokens.
-    assert (weights.tiles, weights.waves) == (144, 2)
-    assert weights.bytes == 144 * 8192 * 2 * (128 + 128)
-    assert weights.arithmetic == pytest.approx(2 * 2 * 128 * 128 * 8192 * 132 / 700e12)
+    # 24 by 4 tiles, each of 128 rows and 192 columns, over 8192 tokens.
+    assert (weights.tiles, weights.waves) == (96, 1)
+    assert weights.bytes == 96 * 8192 * 2 * (128 + 192)
+    assert weights.arithmetic == pytest.approx(2 * 128 * 192 * 8192 * 132 / 700e12)
     assert set(plan.phases) == set(Backward)
     assert all(
         plan.phases[phase].tiles == sum(item.phase == phase and item.layer == 1 for item in table.loop)

@@ -144,7 +144,8 @@ __device__ __forceinline__ void attention_gradient(const Parameters& p, const In
     const uint32_t stage = ring.stage(place);
 #pragma unroll 1
     for (int span = 0; span < 64; span += kSpan) {
-      float scores[kSpan / 2], products[kSpan / 2];
+      // Cleared for the reason that product_sm90.cuh gives.
+      float scores[kSpan / 2] = {}, products[kSpan / 2] = {};
       products_begin(scores, products);
       multiply_heads<kSpan>(scores, kept, 0, stage + span * 128, seat);
       multiply_heads<kSpan>(products, kept, 1, stage + kHeadPanels * kPanelBytes + span * 128, seat);
