@@ -21,8 +21,10 @@ RESIDENT_STAGES = 4  # of the ring, beside weights that stay in shared memory
 ROW_TILES = (64, 128)
 PAIR_ROWS = 256  # of two blocks
 COLUMN_TILES = (64, 128)  # where rows are normalised on their way into a product, in registers
-WIDE_TILES = (64, 128, 192, 256)  # where both operands come from shared memory
+WIDE_TILES = (64, 128, 192, 256)  # where both operands come from shared memory; the last one for pairs
 BACKWARD_TILES = (64, 128, 192)
+# Batches that tiles are chosen for: a warm-up with these compiles all kernels of a length.
+BATCHES = (1, 2, 4, 8, 512)
 NORM_PARTS = (16, 32, 64, 128)  # rows that go through a norm together
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
 WORTH = 0.9  # share of the time that a cluster may take, which leaves most of the device alone
@@ -84,11 +86,19 @@ class _Widths(NamedTuple):
 
 
 def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 - immutable
-    """The fastest plan by the model.
+    """The fastest plan by the model, for the next of `BATCHES`.
 
     Raises:
         ValueError: the tiles divide a width in no way.
     """
+    batch = next((number for number in BATCHES if number >= shape.batch), BATCHES[-1])
+    plan = _choose(shape._replace(batch=batch), device)
+    if plan.cluster > 1:
+        device = device.as_cluster()
+    return _plan(shape, device, plan.tiles)._replace(cluster=plan.cluster)
+
+
+def _choose(shape: BlockShape, device: Device) -> Plan:
     fitting = {tiles: widths for tiles in _rows_of(shape, device) if all(widths := _widths(shape, tiles))}
     if not fitting or shape.mlp % STEP:
         raise ValueError(
@@ -125,7 +135,7 @@ def _widths(shape: BlockShape, tiles: _Rows) -> _Widths:
         return _Widths([], [], [])
 
     def fitting(width: int, multiple: int = 32) -> list[int]:
-        known = WIDE_TILES if tiles.norms else COLUMN_TILES
+        known = WIDE_TILES[: None if tiles.number == PAIR_ROWS else -1] if tiles.norms else COLUMN_TILES
         return [n for n in known if width % n == 0 and n % (halves * multiple) == 0]
 
     # What a group computes of q, k and v is all to be rotated, or nothing of it.
@@ -175,9 +185,9 @@ def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, pa
     def fastest(field: str, choices: Sequence[int], *names: Forward) -> int:
         return min(choices, key=lambda n: _seconds(shape, device, tiles._replace(**{field: n}), *names))
 
-    if rows.norms:  # of those that take the same time the one with the fewest instructions
-        tiles = tiles._replace(part=1)
-        tiles = tiles._replace(part=fastest("part", NORM_PARTS[::-1], Forward.NORM1))
+    if rows.norms:  # of those that take about the same time the one with the fewest instructions
+        taken = {n: _seconds(shape, device, tiles._replace(part=n), Forward.NORM1) for n in NORM_PARTS}
+        tiles = tiles._replace(part=max(n for n in taken if taken[n] <= 1.05 * min(taken.values())))
     return _plan(
         shape,
         device,
@@ -249,7 +259,9 @@ def choose_backward(shape: BlockShape, device: Device = Device()) -> BackwardPla
         if not (shape.hidden % columns or shape.mlp % columns or columns % shape.head_dim)
     ]
     if not fitting:
-        raise ValueError(f"no tiles of {BACKWARD_TILES} columns divide the widths of {shape} into whole heads")
+        raise ValueError(
+            f"no tiles of {BACKWARD_TILES} columns divide the widths of {shape} into whole heads"
+        )
     plans = (_backward_plan(shape, device, columns) for columns in fitting)
     return min(plans, key=lambda plan: plan.loop_seconds)
 
