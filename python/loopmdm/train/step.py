@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +18,8 @@ from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.optimizers import Optimizer
 from loopmdm.train.parallel import Layout, Ranks, full
+
+_CLIP_EPS = 1e-6  # what torch adds to the norm that it divides by
 
 
 class MicroBatch(NamedTuple):
@@ -104,8 +105,8 @@ class Stepper:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         self.ranks.add_up(figures)
-        norm = nn.utils.clip_grad_norm_(self.ema.parameters, config.clip or math.inf)
-        figures = torch.cat([figures, full(norm.detach()).double()[None]])
+        norm = self._clip(wait=check is not None)
+        figures = torch.cat([figures, full(norm).double()[None]])
         if check is not None:
             loss_sum, grad_norm = figures[[0, -1]].tolist()
             check(step + 1, loss_sum, grad_norm, used)
@@ -118,6 +119,18 @@ class Stepper:
             arrived.record(torch.cuda.current_stream(device))
         record = {"num_loops": num_loops, "lr": learning_rate, "work": work}
         return Step(step + 1, record, used, figures, arrived)
+
+    def _clip(self, wait: bool) -> Tensor:
+        """Scale the gradients down to the largest norm, if they are beyond it; returns the norm before.
+
+        wait: where the norm can be waited for, gradients within it are not touched.
+        """
+        gradients = [p.grad for p in self.ema.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        limit = self.config.clip
+        if limit is not None and not (wait and float(full(norm)) + _CLIP_EPS <= limit):
+            nn.utils.clip_grads_with_norm_(self.ema.parameters, limit, norm)
+        return norm
 
     def _work(self, length: int, num_loops: int) -> float:
         """Training FLOPs of a sequence; a backward pass is twice a forward pass."""
