@@ -146,6 +146,7 @@ def campaign(
         print(json.dumps(lives[-1]), flush=True)
     return {
         **words,
+        "form": form if ranks > 1 else None,
         "kills": len(lives),
         "log_equal_after": sum(life["equal"] for life in lives),
         "slowest_end_s": max(life["ended_after_s"] for life in lives),
@@ -173,7 +174,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     result = {
-        "command": f"python -m tests.fuzz.kills {' '.join(sys.argv[1:])}",
+        "command": f"python -m tests.fuzz.kills {' '.join(sys.argv[1:])}".partition(" --write")[0],
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "machine": f"{os.cpu_count()} processors",
