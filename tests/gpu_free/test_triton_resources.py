@@ -20,10 +20,12 @@ ROOT = Path(__file__).parents[2]
 TABLE = json.loads((ROOT / "tests/gpu_free/triton_resources.json").read_text())
 SHARED_LIMIT = 101_376  # bytes a block may have on every GPU from Ampere on, GeForce too
 SPILLS_ALLOWED = 0
-# Budgets: rotated keys (tiles of 16 queries would need none), e4m3 weights that are widened by shifts.
+# Budgets: rotated keys (tiles of 16 queries would need none), e4m3 weights that are widened by shifts,
+# and fp32 with dropout, which holds the offsets of rows that need be no multiple of 16.
 MORE_SPILLS_ALLOWED = {
     "attention_gradient_kernel sm_80 OF_KEYS=True": 23,
     "masked_cross_entropy_kernel sm_80": 3,
+    "residual_linear_kernel sm_90 BRANCH=1,DROPOUT=True,BLOCK_M=64,BLOCK_N=64,BLOCK_K=16": 2,
 }
 NO_PRODUCTS = {
     "branch_backward_kernel",
