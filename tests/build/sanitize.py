@@ -27,8 +27,8 @@ FOLDERS = ("tests/cpu", "tests/ops", *(f"tests/{op}" for op in _OPS), "tests/csr
 
 # A process under a sanitizer starts none, and ThreadSanitizer can follow neither forks nor torch's threads.
 # Other backends run in Python, or as code that is compiled without a sanitizer.
-_PROCESSES = "triton or cuda or fork or data_loader or process or no_threads_beside or fewer_threads or denormal"
-_PROCESSES += " or compiled"
+_PROCESSES = "triton or cuda or fork or data_loader or process or no_threads_beside or fewer_threads"
+_PROCESSES += " or denormal or compiled"
 LEFT_OUT = {"address": _PROCESSES, "thread": f"{_PROCESSES} or (test_threads and torch)"}
 QUICK = {
     "address": "test_lengths or test_many_short or TestLayout or (test_a_sequence and bf16) or test_batch",
