@@ -70,16 +70,15 @@ def copied(corpus: Corpus, folder: Path) -> Corpus:
     shards = []
     folder.mkdir()
     for path in corpus.folder.glob("*token*"):
-        (folder / path.name).write_bytes(path.read_bytes())
+        write_file(folder / path.name, path.read_bytes())
     for copy in range(COPIES):
         for shard in index["shards"]:
             name = f"{shard['name']}-{copy}"
             for suffix in ("bin", "crc"):
-                (folder / f"{name}.{suffix}").write_bytes(
-                    (corpus.folder / f"{shard['name']}.{suffix}").read_bytes()
-                )
+                data = (corpus.folder / f"{shard['name']}.{suffix}").read_bytes()
+                write_file(folder / f"{name}.{suffix}", data)
             shards.append({**shard, "name": name})
-    (folder / "corpus.json").write_text(json.dumps({**index, "shards": shards}))
+    write_file(folder / "corpus.json", json.dumps({**index, "shards": shards}))
     return Corpus(folder)
 
 
@@ -123,7 +122,7 @@ def measure() -> dict[str, Any]:
         folder = Path(name)
         for part in range(4):  # files of which two processes take their share
             lines = (json.dumps({"text": text}) + "\n" for text in texts[part::4])
-            (folder / f"{part}.jsonl").write_text("".join(lines))
+            write_file(folder / f"{part}.jsonl", "".join(lines))
         found = found_files(str(folder / "*.jsonl"))
         library, ours = [], []
         for repeat in range(TIMES):
