@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +16,26 @@ from torch.utils.flop_counter import register_flop_formula
 from loopmdm_kernels import backends
 from loopmdm_kernels.calls import Call, apart, together
 from loopmdm_kernels.tracing import once_differentiable, traced
+from loopmdm_kernels.version import __version__
 
 NAMESPACE = "loopmdm"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 DEVICES = ("CPU", "CUDA")
+PACKAGE = Path(__file__).parents[1]
+
+
+def installed(folder: Path = PACKAGE) -> str:
+    """Names this state of the package: its version, and the sizes and times of its files."""
+    digest = blake2b(digest_size=8)
+    for path in sorted((*folder.rglob("*.py"), *folder.glob("_C*"))):
+        stat = path.stat()
+        digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return f"{NAMESPACE} {__version__} {digest.hexdigest()}"
+
+
+# Graphs that torch.compile keeps on disk are found by the names of operators, not by what these return and
+# keep for their gradients: those of another state of this package would be taken, and compute nonsense.
+torch.compiler.config.cache_key_tag += f";{installed()}"
 
 
 def register(
