@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 # Device code and the headers it shares with the host: compiled on the user's machine, so they travel along.
 DEVICE_SOURCES = ("csrc/common", "csrc/cuda")
 # What --help names, and what that links to.
-DOCUMENTS = ("docs/glossary.md", "docs/inputs.md", "docs/notation.md")
+DOCUMENTS = ("docs/glossary.md", "docs/inputs.md", "docs/notation.md", "docs/training.md")
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0")
 # Hidden size, heads, and blocks before, in and after the loop of sudoku, tiny, small and medium.
 CUBIN_SIZES = ((128, 4, (1, 2)), (512, 8, (1, 2, 5)), (768, 12, (1, 2, 9)), (1024, 16, (1, 2, 21)))

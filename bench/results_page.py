@@ -16,10 +16,9 @@ from loopmdm_kernels.files import write_file
 
 RESULTS = Path(__file__).parent / "results"
 SPEED = {
-    "Zen 5": "2026-11-24-cpu-zen5.json",
-    "Zen 5, blocks, model and training again": "2026-11-29-cpu-zen5-blocks.json",
+    "Zen 5": "2026-11-30-cpu-zen5.json",
+    "Zen 5, before, and attention": "2026-11-24-cpu-zen5.json",
     "Zen 5, the head's ops again": "2026-11-29-cpu-zen5-head.json",
-    "Zen 5, the training step again": "2026-11-29-cpu-zen5-training-step-peers.json",
     "Zen 5, MDLM's own loop": "2026-11-29-cpu-zen5-drop-in.json",
     "Zen 5, the same where the C library keeps freed memory": "2026-11-29-cpu-zen5-drop-in-kept-memory.json",
     "Zen 4": "2026-11-24-cpu-zen4.json",

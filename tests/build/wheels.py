@@ -39,7 +39,7 @@ DATA = {
     "loopmdm_kernels": ("loopmdm_kernels", ["**/*.pyi", "py.typed", "schedule/measured.json"]),
     "loopmdm_kernels/csrc": ("csrc", SOURCES),
     "loopmdm": ("python/loopmdm", ["**/*.pyi", "py.typed", CHECKPOINTS, "view/page.*", "speed/page.css"]),
-    "loopmdm/docs": ("docs", ["glossary.md", "inputs.md", "notation.md"]),
+    "loopmdm/docs": ("docs", ["glossary.md", "inputs.md", "notation.md", "training.md"]),
 }
 MODULES = {"loopmdm_kernels": "loopmdm_kernels", "loopmdm": "python/loopmdm"}
 COMPILED = r"(loopmdm_kernels/_C|loopmdm/_sudoku)\.[\w.-]+\.so"

@@ -201,6 +201,11 @@ def duos_perplexity(model: CausalLM, rows: list[list[int]], end: int) -> float:
 def test_samples_are_written_and_read_back(call: Call, text_run: Path, scorer: Path, tmp_path: Path) -> None:
     file, judge = tmp_path / "samples.json", CausalLM.from_pretrained(scorer)
     words = ["eval", text_run, "--samples", 4, "--steps", 8, "--plan", 2, "--scorer", scorer, "--json"]
+    file.write_text("mine")
+    refused = call(*words, "--save-samples", file)
+    assert refused.status == 2 and "is a file that holds no samples" in refused.err
+    assert file.read_text() == "mine"
+    file.write_text("")
     drawn = call(*words, "--save-samples", file)
     assert drawn.status == 0 and f"wrote {file}" in drawn.err
     document, row = json.loads(file.read_text()), drawn.json["rows"][0]

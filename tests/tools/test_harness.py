@@ -220,10 +220,24 @@ def test_the_command_runs_a_task(folder: Path, tmp_path: Path, monkeypatch: pyte
         f"--model loopmdm --model_args pretrained={folder},samples=2 --tasks choice --include_path {folder}"
     )
     before = sys.argv
-    assert main(["lm-eval", "run", *words.split(), "--device", "cpu", "--output_path", str(tmp_path)]) == 0
+    # lm_eval asks for cuda:0 where no device is named.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["lm-eval", "run", *words.split(), "--output_path", str(tmp_path)]) == 0
     assert sys.argv is before
     (written,) = tmp_path.rglob("results*.json")
     assert 0 <= json.loads(written.read_text())["results"]["choice"]["acc,none"] <= 1
+
+
+@needs_harness
+def test_unknown_arguments_are_named(folder: Path) -> None:
+    from loopmdm.harness import DuoHarness, LoopMDMHarness
+
+    with pytest.raises(
+        ValueError, match=r"--model_args: num_loop is not known.*num_loops.*accepted: pretrained"
+    ):
+        LoopMDMHarness(str(folder), num_loop=2)
+    with pytest.raises(ValueError, match=r"--model_args: foo is not known; accepted: checkpoint_path"):
+        DuoHarness(str(folder), foo=2)
 
 
 def test_without_the_package_the_command_says_so(

@@ -52,7 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("cpu", "triton"), help="whose kernels (default: cpu, or triton on a GPU)"
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of figures and charts too")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write a page of figures and charts too (compiled PyTorch, more sizes: takes minutes)",
+    )
     parser.add_argument(
         "--compare", type=Path, metavar="OLD.json", help="say what moved since a run whose --json this is"
     )
@@ -94,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if old is not None:
         print()
         print_table(
-            ("", "ms then", "ms now", "speed-up then", "speed-up now", "it moved", "PyTorch moved"),
+            ("", "ms then", "ms now", "speed-up then", "speed-up now", "speed-up moved", "PyTorch moved"),
             [_change(one) for one in changes],
         )
     return 0

@@ -19,7 +19,13 @@ from loopmdm.model.flops import DEFAULT_CONVENTION
 from loopmdm.plan import ComputePlan
 from loopmdm.quality import load_scorer, quality
 from loopmdm.quality.cost import Cost
-from loopmdm.quality.duo_samples import SamplesFile, duo_perplexity, read_samples, write_samples
+from loopmdm.quality.duo_samples import (
+    SamplesFile,
+    duo_perplexity,
+    is_samples,
+    read_samples,
+    write_samples,
+)
 from loopmdm.quality.mauve import mauve, needed
 from loopmdm.quality.scorer import CausalScorer, TransformersScorer
 from loopmdm.runs import text_data
@@ -111,6 +117,10 @@ def check(args: argparse.Namespace, *, text: bool) -> None:
         if _asks_for_loops(args) and len(args.loops or ()) != 1:
             raise UsageError("--save-samples: it keeps those of one plan; give --plan, or one of --loops")
         writable("--save-samples", args.save_samples)
+        if args.save_samples.is_file() and not is_samples(args.save_samples):
+            raise UsageError(
+                f"--save-samples: {args.save_samples} is a file that holds no samples; choose another name"
+            )
 
 
 def measure(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[str, Any]:

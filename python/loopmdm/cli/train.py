@@ -303,7 +303,7 @@ def _report(args: argparse.Namespace, job: Job) -> None:
             f" loss {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at the end\n"
         )
     if not evaluation:
-        note("nothing was held out (--validation 0), so nothing is measured")
+        note("nothing was held out, so nothing is measured: --validation 0, or too little text for its share")
     if "held_out" in evaluation:
         print("held-out text, averaged weights:")
         print_table(likelihood.COLUMNS, likelihood.rows(evaluation["held_out"]))

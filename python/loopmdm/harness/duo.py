@@ -11,6 +11,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
+from loopmdm.harness.arguments import device_of, refuse_unknown
 from loopmdm.harness.tally import Tally
 from loopmdm.model import LoopMDM
 from loopmdm.plan import as_plan
@@ -43,6 +44,7 @@ class DuoHarness(LM):  # type: ignore[misc]
         tokenizer: str = "gpt2",
         num_loops: int = 1,
         ema: bool = False,
+        **unknown: Any,
     ) -> None:
         """Takes what `--model_args` names.
 
@@ -58,8 +60,9 @@ class DuoHarness(LM):  # type: ignore[misc]
             num_loops: S; 1 is the network that Duo runs.
             ema: the averaged weights of a Lightning file. Duo's harness takes those of training.
         """
+        refuse_unknown(unknown, DuoHarness.__init__)
         super().__init__()
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = device_of(device)
         if Path(checkpoint_path).is_dir():
             self.model = load_model(checkpoint_path, self._device)
         else:

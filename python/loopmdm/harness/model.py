@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loopmdm.data.batches import Batch
+from loopmdm.harness.arguments import device_of, refuse_unknown
 from loopmdm.harness.tally import Tally
 from loopmdm.model import vocabulary
 from loopmdm.model.modes import evaluating
@@ -56,6 +57,7 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **unknown: Any,
     ) -> None:
         """Takes what `--model_args` names.
 
@@ -72,8 +74,9 @@ class LoopMDMHarness(TemplateLM):  # type: ignore[misc]
             batch_size: copies in a network call; None or "auto": as many as have 16384 tokens.
             max_batch_size: taken for "auto".
         """
+        refuse_unknown(unknown, LoopMDMHarness.__init__)
         super().__init__()
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = device_of(device)
         self.model = load_model(pretrained, self._device)
         found = load_tokenizer(self.model, pretrained, tokenizer)
         if found is None:

@@ -68,6 +68,16 @@ def read_samples(path: str | os.PathLike[str], tokenizer: Tokenizer) -> SamplesF
     return SamplesFile(tokens, perplexity, entropy, facts)
 
 
+def is_samples(path: Path) -> bool:
+    """Whether a file is empty, or of samples."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = parse_json(text) if text else {"generated_seqs": []}
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and "generated_seqs" in document
+
+
 def write_samples(
     path: str | os.PathLike[str],
     tokens: Tensor,
