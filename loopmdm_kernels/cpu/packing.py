@@ -110,7 +110,13 @@ def _kept(weight: Tensor, options: tuple[Any, ...], make: Callable[[Tensor | Non
     return packed
 
 
-_OWN_REFERENCES = 2  # a name, and the argument of getrefcount
+def _own_references() -> int:
+    """What getrefcount says of a value with one name; interpreters differ in what they count."""
+    alone = object()
+    return sys.getrefcount(alone)
+
+
+_OWN_REFERENCES = _own_references()
 
 
 def _stale(known: _Packs | None) -> _ByOptions:

@@ -10,6 +10,7 @@ from loopmdm.data.pairs import Pair, PairData, read_pairs, split_pairs
 from loopmdm.data.tokenizer import ByteTokenizer
 from loopmdm.model import LoopMDM
 from loopmdm.model.config import LoopMDMConfig
+from loopmdm.runs.text_data import fingerprint
 from loopmdm.train import TrainConfig, Trainer
 
 TOKENIZER = ByteTokenizer()
@@ -79,6 +80,19 @@ def test_responses_are_cut_and_a_prompt_leaves_room_for_a_token():
     assert batch.input_ids.tolist() == [[BOS, *ids("abcdef"), EOS], [BOS, *ids("abcdex"), EOS]]
     with pytest.raises(ValueError, match="none of 1 pair"):
         PairData([Pair("abcdef", "x")], TOKENIZER, 8)
+
+
+def test_what_has_no_place_for_prompts_is_refused():
+    data = PairData(PAIRS, TOKENIZER, 30)
+    for call in (lambda: data.batch(0), lambda: data.examples(0, 1)):
+        with pytest.raises(TypeError, match="prompt_mask"):
+            call()
+
+
+def test_another_border_between_prompt_and_response_is_other_data():
+    one, other = (PairData([pair], TOKENIZER, 30) for pair in (Pair("ab", "c"), Pair("a", "bc")))
+    assert one.tokens.tolist() == other.tokens.tolist()
+    assert fingerprint(one) == fingerprint(PairData([Pair("ab", "c")], TOKENIZER, 30)) != fingerprint(other)
 
 
 def test_batches_do_not_depend_on_the_number_of_ranks():

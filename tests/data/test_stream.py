@@ -214,6 +214,18 @@ def test_what_the_build_raises_reaches_who_waits(documents, finished, tmp_path, 
         build_corpus([["text"]], TOKENIZER, tmp_path / "list")
 
 
+def test_nobody_waits_where_nobody_builds(documents, finished, tmp_path, small_batches):
+    with pytest.raises(FileNotFoundError, match="no beginning of one"):
+        GrowingCorpus(tmp_path / "nothing")
+    with pytest.raises(ConnectionError):
+        build_corpus(Records(documents, 200), TOKENIZER, tmp_path / "begun", SETTINGS)
+    corpus = GrowingCorpus(tmp_path / "begun")
+    assert not corpus.finished
+    assert corpus.index.shards == finished.index.shards[: len(corpus.index.shards)] != ()
+    with pytest.raises(ValueError, match="nobody goes on building"):
+        corpus.wait_for(lambda: False)
+
+
 def test_a_worker_that_was_killed_is_an_error(documents, tmp_path):
     found = write_lines(tmp_path / "a.jsonl", documents * 200)
     with CorpusStream(found, TOKENIZER, tmp_path / "files", SETTINGS) as stream:

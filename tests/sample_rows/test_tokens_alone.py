@@ -76,6 +76,24 @@ def test_values_that_are_not_finite(backend, where, value, temperature):
 
 
 @pytest.mark.backends("cpu")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("vocab_size", [95, 700, 6145])
+def test_memory_behind_the_head_is_no_token(backend, vocab_size, temperature):
+    """Of finite rows whose squares overflow, so that nothing is bounded; what lies behind would win."""
+    hidden, head, rows, rng = case(backend, FLOAT, (40, vocab_size + 40), excluded=False)
+    head.weight[:vocab_size] *= 1e-3
+    head.bias[vocab_size:] = 1e30
+    for excluded in (-1, 3, vocab_size - 1):
+        short = head._replace(
+            weight=head.weight[:vocab_size], bias=head.bias[:vocab_size], excluded_token=excluded
+        )
+        inputs = (torch.full_like(hidden, 5e37), short._replace(norm=None), rows, rng)
+        check(inputs, temperature=temperature)
+        token = lk.sample_rows(*inputs, temperature=temperature, statistics=False).token
+        assert (token < vocab_size).all() and (token != excluded).all()
+
+
+@pytest.mark.backends("cpu")
 @pytest.mark.parametrize("excluded", [-1, 0, 699])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_few_tokens_are_possible(backend, excluded, temperature):

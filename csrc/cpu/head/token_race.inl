@@ -140,7 +140,7 @@ int64_t add_contenders(const float* upper, const float* lower, int64_t count, co
                        float temperature, int32_t row, int32_t first_token, float& floor, Contender* out) {
   int64_t found = 0;
   const auto add = [&](int64_t i, float most, float least) {
-    if (most < floor) return;
+    if (most < floor || most == -__builtin_inff()) return;
     out[found++] = {row, first_token + static_cast<int32_t>(i), most};
     if (least > floor) floor = least;
   };
@@ -195,6 +195,8 @@ int64_t find_contenders(const TokenRaceProblem& p, int64_t begin, int64_t end, c
     const int64_t excluded = rows.excluded_token - token;
     for (int64_t r = 0; r < num_rows; ++r) {
       bound_logits(p, bounds[r], width, token, visited, sums + r * kTileTokens, bias, upper, lower);
+      // Behind the last token a row without bounds has NaN, which would be a contender.
+      for (int64_t t = count; t < visited; ++t) upper[t] = lower[t] = -__builtin_inff();
       if (excluded >= 0 && excluded < count) upper[excluded] = lower[excluded] = -__builtin_inff();
       found += add_contenders(upper, lower, visited, row_counter(rows, begin + r), rows.temperature,
                               static_cast<int32_t>(begin + r), static_cast<int32_t>(token), floors[r],

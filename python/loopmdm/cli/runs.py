@@ -308,7 +308,7 @@ def _streamed(run: RunFile, args: argparse.Namespace, rank: int, stack: ExitStac
     assert run.data is not None
     folder = args.out / text_data.STREAM_FOLDER
     if rank:
-        return stream_job(run, GrowingCorpus(folder))
+        return stream_job(run, GrowingCorpus(folder, lambda: None))  # torchrun ends it if rank 0 fails
     settings = Settings(
         run.text_field, "replace" if run.errors == "replace" else "strict", run.validation, SHARD_TOKENS
     )

@@ -160,6 +160,12 @@ class PairData(TextData):
 
         return batch
 
+    def _gather(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+        raise TypeError(
+            "batch and examples give no prompt_mask, without which prompts would be learned too: use"
+            " source(accumulation) or rows(rows)"
+        )
+
     def rows(self, rows: NDArray[np.int64]) -> Batch:
         """Rows [R] in the form of a batch."""
         return self._padded(rows, int(self.lengths[rows].max()))

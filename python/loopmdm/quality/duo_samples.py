@@ -21,7 +21,7 @@ from torch import Tensor
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.quality.samples import check_samples, lengths
 from loopmdm.quality.scorer import BATCH, CausalScorer, TransformersScorer
-from loopmdm_kernels.files import write_files
+from loopmdm_kernels.files import write_file
 from loopmdm_kernels.values import parse_json, real
 
 
@@ -96,7 +96,7 @@ def write_samples(
         "tokenizer": tokenizer.fingerprint,
         **facts,
     }
-    write_files({Path(path): json.dumps(document, indent=4) + "\n"})
+    write_file(path, json.dumps(document, indent=4) + "\n")
 
 
 def texts_of(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:

@@ -228,6 +228,8 @@ def fingerprint(*parts: TextData) -> str:
     for part in parts:
         digest.update(repr((part.tokens.dtype.str, part.tokens.shape)).encode())
         digest.update(np.ascontiguousarray(part.tokens).data)
+        if isinstance(part, PairData):
+            digest.update(part.prompts.data)
     return digest.hexdigest()
 
 

@@ -39,15 +39,21 @@ class GrowingCorpus(Corpus):
         finished: whether the build is done.
     """
 
-    def __init__(self, folder: str | Path, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, folder: str | Path, check: Callable[[], None] | None = None) -> None:
         """Open the folder of a build, and wait for its beginning.
 
         Args:
             folder: that `build_corpus` writes to, in another thread or process.
-            check: called while there is something to wait for; raises if the build has failed.
+            check: called while there is something to wait for; raises if the build has failed. None: nobody
+                builds, so there is nothing to wait for.
+
+        Raises:
+            FileNotFoundError: nobody builds, and the folder holds no beginning of a corpus.
         """
         self.folder, self._check, self.finished = Path(folder), check, False
         while not (is_corpus(self.folder) or (self.folder / PLAN_FILE).exists()):
+            if check is None:
+                raise FileNotFoundError(f"{folder} holds no corpus, and no beginning of one")
             check()
             time.sleep(_LOOK)
         tokenizer = load_tokenizer(self.folder)
@@ -68,9 +74,15 @@ class GrowingCorpus(Corpus):
             self._take(Index(self.index.tokenizer, self.index.vocab_size, tuple(shards)))
 
     def wait_for(self, enough: Callable[[], bool]) -> None:
-        """Return when there is enough, or nothing more to come."""
+        """Return when there is enough, or nothing more to come.
+
+        Raises:
+            ValueError: there is more to come, and nobody builds.
+        """
         self.grow()
         while not (enough() or self.finished):
+            if self._check is None:
+                raise ValueError(f"{self.folder} is an unfinished corpus that nobody goes on building")
             self._check()
             time.sleep(_LOOK)
             self.grow()
@@ -132,6 +144,7 @@ class StreamData(TextData):
         """
         check_at_least("window", window, 1)
         self.corpus, self._window, self._lock = corpus, window, threading.Lock()
+        self._index: Index | None = None  # that `tokens` were made of
         corpus.beginning("train", length)
         rows = CorpusRows([corpus], "train", length)
         if not len(rows):
@@ -176,8 +189,6 @@ class StreamData(TextData):
         self.corpus.wait_for(enough)
         enough()
         return len(self.tokens)
-
-    _index: Index | None = None
 
 
 class CorpusStream:
