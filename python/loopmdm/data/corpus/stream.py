@@ -83,7 +83,13 @@ class GrowingCorpus(Corpus):
         while not (enough() or self.finished):
             if self._check is None:
                 raise ValueError(f"{self.folder} is an unfinished corpus that nobody goes on building")
-            self._check()
+            try:
+                self._check()
+            except Exception:
+                self.grow()  # what it has finished before it failed
+                if enough():
+                    return
+                raise
             time.sleep(_LOOK)
             self.grow()
 
@@ -265,7 +271,6 @@ class _Builder:
     ) -> None:
         self._folder = folder
         self._error: Exception | None = None
-        self._begun = False
         context = multiprocessing.get_context("spawn")
         self._reports, reports = context.Pipe(duplex=False)
         self._stop = context.Event()
@@ -282,19 +287,27 @@ class _Builder:
             self._worker = threading.Thread(target=_build, args=(None, reports, self._stop, *arguments))
             self._worker.daemon = True
             self._worker.start()
-        while not self._begun:
-            self.check(wait=_LOOK)
+        begun = False
+        while not begun:  # what is raised later concerns those who wait for more
+            begun = self._report(_LOOK)
 
-    def check(self, wait: float = 0.0) -> None:
+    def check(self) -> None:
         """Raise what the build has raised."""
+        self._report(0.0)
+
+    def _report(self, wait: float) -> bool:
+        """Whether the build has said that it has begun, since the last call."""
         alive = self._worker.is_alive()  # before its last report is read
         with suppress(EOFError):
-            while self._error is None and self._reports.poll(wait):
-                self._error, self._begun, wait = self._reports.recv(), True, 0.0
+            if self._error is None and self._reports.poll(wait):
+                self._error = self._reports.recv()
+                if self._error is None:
+                    return True
         if self._error is not None:
             raise self._error
         if not alive and not is_corpus(self._folder) and not self._stop.is_set():
             raise RuntimeError(f"the process that tokenises into {self._folder} was ended from outside")
+        return False
 
     def close(self) -> None:
         self._stop.set()
