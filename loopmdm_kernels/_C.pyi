@@ -62,19 +62,18 @@ def looped_blocks_backward(
     nanoseconds: Tensor | None = ...,
 ) -> None: ...
 def quantized_size(vocab_size: int, width: int) -> int: ...
-def quantize_head(weight: Tensor, bf16: bool, num_threads: int, quantized: Tensor) -> None: ...
+def quantize_head(weight: Tensor, bf16: bool, num_threads: int, quantized: Tensor, fresh: bool) -> None: ...
 def sample_tokens(
     hidden: Tensor,
     rows: Tensor,
     norm: Tensor,
     shift: Tensor,
     gain: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     bias: Tensor,
     normalized: bool,
     bf16: bool,
     quantized: Tensor,
-    plain_weight: Tensor,
     excluded_token: int,
     seed: int,
     sequence: Tensor,
@@ -165,6 +164,7 @@ def attention_backward(
 ) -> None: ...
 
 CROSS_ENTROPY_GROUP_ROWS: int
+MOST_QUANTIZED_WIDTH: int
 
 def cross_entropy_tiles(vocab_size: int) -> int: ...
 def masked_cross_entropy(
@@ -246,10 +246,9 @@ class PreparedNetwork:
         heads: int,
         cos: Tensor | None,
         sin: Tensor | None,
-        head: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, bool, bool],
+        head: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool],
         excluded_token: int,
         quantized: Tensor | None,
-        weight: Tensor | None,
     ) -> None: ...
 
 class DecodingRun:

@@ -189,5 +189,7 @@ class SampledRows(NamedTuple):
     @classmethod
     def of_tokens(cls, token: Tensor, dtype: torch.dtype = torch.float32) -> SampledRows:
         """Without statistics."""
-        nothing = torch.full(token.shape, torch.nan, dtype=dtype, device=token.device)
-        return cls(token, nothing, torch.full_like(token, -1), nothing, nothing, nothing)
+        out = cls.empty(len(token), token.device, dtype)  # each of its own memory, as an operator's must be
+        for value in out[1:]:
+            value.fill_(-1 if value.dtype == token.dtype else torch.nan)
+        return out._replace(token=token)

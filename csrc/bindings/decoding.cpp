@@ -18,15 +18,13 @@ namespace {
 class PreparedNetwork {
  public:
   // blocks: for each the tensors of BlockWeights, packed; modulation: [blocks, 1, 6, D].
-  // head: what `sample_rows` takes before the excluded token, of any hidden state [1, 1, D]. quantized,
-  // weight: what `sample_tokens` takes besides, or None where draws come with their statistics.
+  // head: what `sample_rows` takes before the excluded token, of any hidden state [1, 1, D]; or what
+  // `sample_tokens` does, with `quantized`, which is None where draws come with their statistics.
   PreparedNetwork(py::handle embedding_arg, py::handle positions_arg, const py::sequence& blocks,
                   py::handle modulation, int64_t num_before, int64_t num_after, int64_t heads, py::handle cos,
-                  py::handle sin, const py::sequence& head, int64_t excluded_token, py::handle quantized,
-                  py::handle weight)
+                  py::handle sin, const py::sequence& head, int64_t excluded_token, py::handle quantized)
       : isa_(cpu::current_isa()),
-        kept_(py::make_tuple(embedding_arg, positions_arg, blocks, modulation, cos, sin, head, quantized,
-                             weight)) {
+        kept_(py::make_tuple(embedding_arg, positions_arg, blocks, modulation, cos, sin, head, quantized)) {
     const TensorView embedding(embedding_arg, "embedding", {DType::float32, DType::bfloat16}, {kAny, kAny});
     const int64_t vocab_size = embedding.size(0), hidden = embedding.size(1);
     if (heads < 1 || hidden % (2 * heads) != 0)
@@ -37,11 +35,11 @@ class PreparedNetwork {
                             std::to_string(excluded_token));
     const bool bf16 = head[8].cast<bool>();
     network_.head = head_problem(head[0], head[1], head[2], head[3], head[4], head[5], head[6],
-                                 head[7].cast<bool>(), bf16, isa_);
+                                 head[7].cast<bool>(), bf16, isa_, /*packed=*/quantized.is_none());
     if (network_.head.width != hidden || network_.head.vocab_size != vocab_size)
       throw py::value_error("head: expected [" + std::to_string(vocab_size) + ", " + std::to_string(hidden) +
                             "] like the embedding");
-    if (!quantized.is_none()) network_.race = token_race_problem(network_.head, quantized, weight);
+    if (!quantized.is_none()) network_.race = token_race_problem(network_.head, quantized, head[5]);
     network_.embedding = embedding.data();
     network_.embedding_is_bf16 = embedding.dtype() == DType::bfloat16;
     network_.positions = nullptr;
@@ -211,11 +209,10 @@ class DecodingRun {
 void bind_decoding(py::module_& m) {
   py::class_<PreparedNetwork>(m, "PreparedNetwork")
       .def(py::init<py::handle, py::handle, const py::sequence&, py::handle, int64_t, int64_t, int64_t,
-                    py::handle, py::handle, const py::sequence&, int64_t, py::handle, py::handle>(),
+                    py::handle, py::handle, const py::sequence&, int64_t, py::handle>(),
            py::arg("embedding"), py::arg("positions"), py::arg("blocks"), py::arg("modulation"),
            py::arg("num_before"), py::arg("num_after"), py::arg("heads"), py::arg("cos"), py::arg("sin"),
-           py::arg("head"), py::arg("excluded_token"), py::arg("quantized").none(true),
-           py::arg("weight").none(true));
+           py::arg("head"), py::arg("excluded_token"), py::arg("quantized").none(true));
   py::class_<DecodingRun>(m, "DecodingRun")
       .def(py::init<const PreparedNetwork&, const py::sequence&, const py::object&, const py::object&,
                     const py::tuple&, const py::sequence&, int64_t, uint64_t, double, const py::sequence&>(),

@@ -8,7 +8,7 @@ namespace loopmdm {
 
 cpu::HeadProblem head_problem(py::handle hidden_arg, py::handle rows_arg, py::handle norm_arg,
                               py::handle shift_arg, py::handle gain_arg, py::handle weight_arg,
-                              py::handle bias_arg, bool normalized, bool bf16, cpu::Isa isa) {
+                              py::handle bias_arg, bool normalized, bool bf16, cpu::Isa isa, bool packed) {
   const TensorView hidden(hidden_arg, "hidden", {DType::float32}, {kAny, kAny, kAny});
   const int64_t groups = hidden.size(0), length = hidden.size(1), width = hidden.size(2);
   const TensorView bias(bias_arg, "head.bias", {DType::float32}, {kAny});
@@ -21,7 +21,7 @@ cpu::HeadProblem head_problem(py::handle hidden_arg, py::handle rows_arg, py::ha
   const cpu::LinearLayout layout =
       cpu::linear_layout(cpu::linear_kernel(isa), vocab_size, width, /*head_dim=*/0, bf16);
   const uint32_t* weight = nullptr;
-  if (!weight_arg.is_none())
+  if (packed)
     weight = TensorView(weight_arg, "packed head.weight", {DType::int32}, {layout.size()}).as<uint32_t>();
   const TensorView norm(norm_arg, "head.norm", {DType::float32}, {width});
   const TensorView shift(shift_arg, "shift", {DType::float32}, {kAny, width});

@@ -71,13 +71,13 @@ void sample_rows(py::handle hidden_arg, py::handle rows_arg, py::handle norm_arg
 }
 
 void sample_tokens(py::handle hidden_arg, py::handle rows_arg, py::handle norm_arg, py::handle shift_arg,
-                   py::handle gain_arg, py::handle packed_arg, py::handle bias_arg, bool normalized,
-                   bool bf16, py::handle quantized_arg, py::handle weight_arg, int64_t excluded_token,
-                   uint64_t seed, py::handle sequence_arg, py::handle step_arg, py::handle position_arg,
-                   double temperature, int num_threads, py::handle token_arg, py::handle finite_arg) {
+                   py::handle gain_arg, py::handle weight_arg, py::handle bias_arg, bool normalized,
+                   bool bf16, py::handle quantized_arg, int64_t excluded_token, uint64_t seed,
+                   py::handle sequence_arg, py::handle step_arg, py::handle position_arg, double temperature,
+                   int num_threads, py::handle token_arg, py::handle finite_arg) {
   const cpu::Isa isa = cpu::current_isa();
-  const cpu::HeadProblem head = head_problem(hidden_arg, rows_arg, norm_arg, shift_arg, gain_arg, packed_arg,
-                                             bias_arg, normalized, bf16, isa);
+  const cpu::HeadProblem head = head_problem(hidden_arg, rows_arg, norm_arg, shift_arg, gain_arg, weight_arg,
+                                             bias_arg, normalized, bf16, isa, /*packed=*/false);
   const RowNames names(sequence_arg, step_arg, position_arg, head.num_rows);
   const TensorView token(token_arg, "token", {DType::int64}, {head.num_rows});
   const TensorView finite(finite_arg, "finite", {DType::boolean}, {head.num_rows});
@@ -94,7 +94,7 @@ int64_t quantized_size(int64_t vocab_size, int64_t width) {
   return cpu::QuantizedSize(vocab_size, width).total();
 }
 
-void quantize_head(py::handle weight_arg, bool bf16, int num_threads, py::handle quantized_arg) {
+void quantize_head(py::handle weight_arg, bool bf16, int num_threads, py::handle quantized_arg, bool fresh) {
   const cpu::Isa isa = cpu::current_isa();
   const TensorView weight(weight_arg, "weight", {DType::float32, DType::bfloat16}, {kAny, kAny});
   const cpu::QuantizedSize size(weight.size(0), weight.size(1));
@@ -103,7 +103,7 @@ void quantize_head(py::handle weight_arg, bool bf16, int num_threads, py::handle
   const py::gil_scoped_release release;
   cpu::quantize_head(
       {weight.data(), weight.size(0), weight.size(1), weight.dtype() == DType::bfloat16, false}, bf16,
-      size.in(quantized.as<uint32_t>()), isa, num_threads);
+      size.in(quantized.as<uint32_t>()), fresh, isa, num_threads);
 }
 
 void draw_restricted(py::handle log_probs_arg, py::handle tempered_arg, py::handle probs_arg, int64_t most,
@@ -169,12 +169,13 @@ void bind_sample_rows(py::module_& m) {
         py::arg("top1_token"), py::arg("top1_prob"), py::arg("top2_prob"), py::arg("entropy"));
   m.def("quantized_size", &quantized_size, py::arg("vocab_size"), py::arg("width"));
   m.def("quantize_head", &quantize_head, py::arg("weight"), py::arg("bf16"), py::arg("num_threads"),
-        py::arg("quantized"));
+        py::arg("quantized"), py::arg("fresh"));
+  m.attr("MOST_QUANTIZED_WIDTH") = cpu::kMostQuantizedWidth;
   m.def("sample_tokens", &sample_tokens, py::arg("hidden"), py::arg("rows"), py::arg("norm"),
-        py::arg("shift"), py::arg("gain"), py::arg("weight").none(true), py::arg("bias"),
-        py::arg("normalized"), py::arg("bf16"), py::arg("quantized"), py::arg("plain_weight"),
-        py::arg("excluded_token"), py::arg("seed"), py::arg("sequence"), py::arg("step"), py::arg("position"),
-        py::arg("temperature"), py::arg("num_threads"), py::arg("token"), py::arg("finite"));
+        py::arg("shift"), py::arg("gain"), py::arg("weight"), py::arg("bias"), py::arg("normalized"),
+        py::arg("bf16"), py::arg("quantized"), py::arg("excluded_token"), py::arg("seed"),
+        py::arg("sequence"), py::arg("step"), py::arg("position"), py::arg("temperature"),
+        py::arg("num_threads"), py::arg("token"), py::arg("finite"));
 }
 
 }  // namespace loopmdm

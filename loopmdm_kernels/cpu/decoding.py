@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loopmdm_kernels import backends
 from loopmdm_kernels.calls import LoopedCall, SampleCall
-from loopmdm_kernels.cpu.head import packed_operands, unpacked_operands
+from loopmdm_kernels.cpu.head import head_operands
 from loopmdm_kernels.cpu.looped_blocks import packed_blocks
 from loopmdm_kernels.cpu.operands import DTYPES, vector
-from loopmdm_kernels.cpu.packing import quantized_head
-from loopmdm_kernels.cpu.sample_rows import reads_bytes
+from loopmdm_kernels.cpu.sample_rows import reads_bytes, token_operands
 from loopmdm_kernels.types import RevealRule
 
 _ANY_WINDOW = 2**62
@@ -116,7 +115,10 @@ class Steps:
         from loopmdm_kernels import _C
 
         draw = network.draw.draw
-        operands, quantized, weight = _head_operands(network.draw)
+        alone = not draw.statistics and reads_bytes(network.draw)
+        operands, quantized = (
+            token_operands(network.draw) if alone else (head_operands(network.draw, network.draw.rows), None)
+        )
         before, loop, after = network.stacks
         assert loop is not None
         calls = [call for call in network.stacks if call is not None]
@@ -134,7 +136,6 @@ class Steps:
             operands,
             network.draw.head.excluded_token,
             quantized,
-            weight,
         )
         size = len(slots.sequence)
         slot, step, loops = torch.empty(3, size, dtype=torch.int64)
@@ -170,13 +171,3 @@ class Steps:
         return Taken(
             steps, calls, sequences, loops, rows, not_finite, self._reveals.part(before, self._count)
         )
-
-
-def _head_operands(call: SampleCall) -> tuple[Any, Tensor | None, Tensor | None]:
-    """Those of `_C.sample_rows`; or those of `_C.sample_tokens`, the weight in bytes and as it is."""
-    weight = call.head.weight
-    assert isinstance(weight, Tensor)  # fp8 weights are refused before
-    if call.draw.statistics or not reads_bytes(call):
-        return packed_operands(call, call.rows), None, None
-    operands = unpacked_operands(call, call.rows)
-    return operands, quantized_head(weight, bf16=operands[-1]), weight.detach()

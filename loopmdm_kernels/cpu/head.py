@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from loopmdm_kernels.calls import HeadCall
 from loopmdm_kernels.cpu.operands import DTYPES, vector
 from loopmdm_kernels.cpu.packing import packed_linear
+
+HeadOperands: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool]
 
 _MAX_VOCABULARY = 2**31 - 1025  # numbers of tokens are int32, and those of a task reach up to 1024 further
 
@@ -27,31 +29,22 @@ def why_not(call: HeadCall) -> str | None:
     return None
 
 
-def packed_operands(
-    call: HeadCall, rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, bool]:
-    """The first arguments of `_C.sample_rows` and `_C.head_logits`, the weight packed for this processor."""
-    weight = call.head.weight
+def head_operands(call: HeadCall, rows: Tensor, *, packed: bool = True) -> HeadOperands:
+    """The first arguments of `_C.sample_rows` and `_C.head_logits`, the weight packed for this processor.
+
+    packed: False for `_C.sample_tokens`, which takes it as it is.
+    """
+    weight, bf16 = call.head.weight, call.dtype == torch.bfloat16
     assert isinstance(weight, Tensor)  # fp8 weights are refused before
-    before, after = _operands(call, rows)
-    return *before, packed_linear(weight, bf16=after[-1]), *after
-
-
-def unpacked_operands(
-    call: HeadCall, rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None, Tensor, bool, bool]:
-    """The same for `_C.sample_tokens`, which does not read the packed weight."""
-    before, after = _operands(call, rows)
-    return *before, None, *after
-
-
-def _operands(
-    call: HeadCall, rows: Tensor
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, bool, bool]]:
-    """Those before the weight, and those behind it."""
     return (
-        (call.hidden.contiguous(), rows.contiguous(), _norm_or_ones(call), *_shift_and_gain(call)),
-        (vector(call.head.bias), call.head.norm is not None, call.dtype == torch.bfloat16),
+        call.hidden.contiguous(),
+        rows.contiguous(),
+        _norm_or_ones(call),
+        *_shift_and_gain(call),
+        packed_linear(weight, bf16=bf16) if packed else weight.detach(),
+        vector(call.head.bias),
+        call.head.norm is not None,
+        bf16,
     )
 
 

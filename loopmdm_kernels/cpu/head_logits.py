@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.calls import HeadCall, LogitsBackwardCall
-from loopmdm_kernels.cpu.head import HeadGradients, packed_operands, plain_operands, why_not
+from loopmdm_kernels.cpu.head import HeadGradients, head_operands, plain_operands, why_not
 from loopmdm_kernels.gradients import Kept, differentiable
 
 __all__ = ["run", "run_backward", "why_not"]
@@ -26,7 +26,7 @@ def _forward(call: HeadCall) -> Tensor:
 
     batch, length, _ = call.hidden.shape
     logits = torch.empty(batch, length, call.vocab_size, dtype=call.dtype)  # no view: callers write into it
-    operands = packed_operands(call, torch.arange(batch * length))
+    operands = head_operands(call, torch.arange(batch * length))
     _C.head_logits(*operands, torch.get_num_threads(), logits.flatten(0, 1))
     return logits
 

@@ -79,7 +79,7 @@ def quantized_head(weight: Tensor, *, bf16: bool) -> Tensor:
 
     bf16: of the products whose results it bounds.
     """
-    return _kept(weight, ("bytes", bf16), lambda _: _quantize(weight, bf16))
+    return _kept(weight, ("bytes", bf16), lambda memory: _quantize(weight, bf16, memory))
 
 
 def _kept(weight: Tensor, options: tuple[Any, ...], make: Callable[[Tensor | None], Tensor]) -> Tensor:
@@ -131,19 +131,24 @@ def _pack(
     from loopmdm_kernels import _C
 
     columns, depth = reversed(weight.shape) if transposed else weight.shape
-    words = _C.packed_size(columns, depth, heads, parts, bf16)
-    fresh = memory is None or memory.numel() != words
-    packed = _on_large_pages(words) if memory is None or fresh else memory
+    packed, fresh = _memory_of(_C.packed_size(columns, depth, heads, parts, bf16), memory)
     _C.pack_linear(weight, heads, parts, bf16, transposed, torch.get_num_threads(), packed, fresh)
     return packed
 
 
-def _quantize(weight: Tensor, bf16: bool) -> Tensor:
+def _quantize(weight: Tensor, bf16: bool, memory: Tensor | None) -> Tensor:
     from loopmdm_kernels import _C
 
-    quantized = _on_large_pages(_C.quantized_size(*weight.shape))
-    _C.quantize_head(weight, bf16, torch.get_num_threads(), quantized)
+    quantized, fresh = _memory_of(_C.quantized_size(*weight.shape), memory)
+    _C.quantize_head(weight, bf16, torch.get_num_threads(), quantized, fresh)
     return quantized
+
+
+def _memory_of(words: int, memory: Tensor | None) -> tuple[Tensor, bool]:
+    """int32 [words], and whether it is new: `memory`, if that has the size."""
+    if memory is not None and memory.numel() == words:
+        return memory, False
+    return _on_large_pages(words), True
 
 
 def _on_large_pages(words: int) -> Tensor:

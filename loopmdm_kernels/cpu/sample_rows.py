@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.calls import Draw, SampleCall
-from loopmdm_kernels.cpu.head import packed_operands, unpacked_operands, why_not
+from loopmdm_kernels.cpu.head import HeadOperands, head_operands, why_not
 from loopmdm_kernels.cpu.packing import quantized_head
 from loopmdm_kernels.reference.sample_rows import sample_in_parts
 from loopmdm_kernels.types import RowRng, SampledRows
 
-__all__ = ["reads_bytes", "run", "why_not"]
+__all__ = ["reads_bytes", "run", "token_operands", "why_not"]
 
 _ROWS_WITH_LOGITS = 64  # top_p and top_k need a row's logits together
 _LEAST_QUANTIZED = 2**22  # weights; fewer are read from a cache
-_MOST_QUANTIZED_WIDTH = 2**15  # sums of products of two bytes fit into int32
 
 
 def run(call: SampleCall) -> SampledRows:
@@ -27,7 +26,7 @@ def run(call: SampleCall) -> SampledRows:
         def logits(part: slice) -> Tensor:
             rows = call.rows[part]
             out = torch.empty(rows.shape[0], call.vocab_size, dtype=torch.float32)
-            _C.head_logits(*packed_operands(call, rows), threads, out)
+            _C.head_logits(*head_operands(call, rows), threads, out)
             return out
 
         return sample_in_parts(call, _ROWS_WITH_LOGITS, logits, draw_restricted)
@@ -35,7 +34,7 @@ def run(call: SampleCall) -> SampledRows:
     if not call.draw.statistics and reads_bytes(call):
         _draw_tokens(call, out.token)
         return out
-    operands = packed_operands(call, call.rows)
+    operands = head_operands(call, call.rows)
     names, temperature = _names(call.draw.rng), call.draw.temperature
     _C.sample_rows(*operands, call.head.excluded_token, *names, temperature, threads, *out)
     return out
@@ -43,21 +42,29 @@ def run(call: SampleCall) -> SampledRows:
 
 def reads_bytes(call: SampleCall) -> bool:
     """Whether a token alone is drawn from a copy of the weight in bytes."""
+    from loopmdm_kernels import _C
+
     weight, draw = call.head.weight, call.draw
     assert isinstance(weight, Tensor)  # fp8 weights are refused before
-    large = weight.numel() >= _LEAST_QUANTIZED and weight.shape[1] <= _MOST_QUANTIZED_WIDTH
+    large = weight.numel() >= _LEAST_QUANTIZED and weight.shape[1] <= _C.MOST_QUANTIZED_WIDTH
     return large and weight.is_contiguous() and not draw.restricted
 
 
 def _draw_tokens(call: SampleCall, token: Tensor) -> None:
     from loopmdm_kernels import _C
 
-    weight, finite = call.head.weight, torch.empty(token.shape, dtype=torch.bool)
-    assert isinstance(weight, Tensor)
-    operands = unpacked_operands(call, call.rows)
-    quantized = quantized_head(weight, bf16=operands[-1])
+    operands, quantized = token_operands(call)
     how = (*_names(call.draw.rng), call.draw.temperature, torch.get_num_threads())
-    _C.sample_tokens(*operands, quantized, weight.detach(), call.head.excluded_token, *how, token, finite)
+    finite = torch.empty(token.shape, dtype=torch.bool)
+    _C.sample_tokens(*operands, quantized, call.head.excluded_token, *how, token, finite)
+
+
+def token_operands(call: SampleCall) -> tuple[HeadOperands, Tensor]:
+    """The first arguments of `_C.sample_tokens`: those of the head, and its weight in bytes."""
+    operands = head_operands(call, call.rows, packed=False)
+    weight = call.head.weight
+    assert isinstance(weight, Tensor)
+    return operands, quantized_head(weight, bf16=operands[-1])
 
 
 def draw_restricted(log_probs: Tensor, draw: Draw) -> Tensor:

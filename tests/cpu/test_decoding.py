@@ -13,7 +13,7 @@ from tests.sampling.conftest import random_model
 
 NETWORK = (
     *("embedding", "positions", "blocks", "modulation", "num_before", "num_after", "heads", "cos", "sin"),
-    *("head", "excluded_token", "quantized", "weight"),
+    *("head", "excluded_token", "quantized"),
 )
 RUN = (
     *("network", "slots", "schedule", "place", "pace", "computes", "max_batch", "seed", "temperature"),
@@ -75,6 +75,7 @@ def test_what_was_given_is_taken_again(given):
         ("num_after", lambda _: -1, ValueError),
         ("heads", lambda _: 3, ValueError),
         ("head", lambda old: old[:-1], ValueError),
+        ("head", lambda old: replaced(old, 5, None), TypeError),
         ("excluded_token", lambda _: 12, ValueError),
         ("excluded_token", lambda _: -1, ValueError),
         ("quantized", lambda _: ints(0), TypeError),
@@ -122,8 +123,9 @@ def test_rated_predictions_have_probabilities(given):
     arguments = given["PreparedNetwork"]
     weight = torch.randn(arguments["embedding"].shape)
     quantized = torch.empty(_C.quantized_size(*weight.shape), dtype=torch.int32)
-    _C.quantize_head(weight, False, 1, quantized)
-    network = _C.PreparedNetwork(**{**arguments, "quantized": quantized, "weight": weight})
+    _C.quantize_head(weight, False, 1, quantized, True)
+    head = replaced(arguments["head"], 5, weight)
+    network = _C.PreparedNetwork(**{**arguments, "head": head, "quantized": quantized})
     run = {**given["DecodingRun"], "network": network}
     _C.DecodingRun(**run)
     with pytest.raises(ValueError, match="drawn alone"):

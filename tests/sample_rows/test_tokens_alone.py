@@ -164,7 +164,7 @@ def test_a_weight_that_changes(backend):
 def test_a_weight_that_is_not_contiguous_and_one_that_is_wide(backend, monkeypatch):
     hidden, head, rows, rng = case(backend)
     check((hidden, head._replace(weight=head.weight.T.contiguous().T), rows, rng))
-    monkeypatch.setattr(on_cpu, "_MOST_QUANTIZED_WIDTH", 20)
+    monkeypatch.setattr(_C, "MOST_QUANTIZED_WIDTH", 20)
     check((hidden, head, rows, rng))
 
 
@@ -177,13 +177,12 @@ def test_most_logits_are_never_computed(backend):
     head = head._replace(bias=bias)
     before = lk.sample_rows(hidden, head, rows, rng, statistics=False).token
     assert len(before.unique()) == 3
-    operands = on_cpu.unpacked_operands(SampleCall(hidden, head, None, rows, Draw(rng)), rows)
-    quantized = on_cpu.quantized_head(head.weight, bf16=False)
+    operands, quantized = on_cpu.token_operands(SampleCall(hidden, head, None, rows, Draw(rng)))
     damaged = torch.full_like(head.weight, math.nan)
     damaged[[5, 1000, 2999]] = head.weight[[5, 1000, 2999]]
     token, finite = torch.empty_like(rows), torch.empty(len(rows), dtype=torch.bool)
     names = (rng.seed, rng.sequence, rng.step, rng.position)
-    _C.sample_tokens(*operands, quantized, damaged, -1, *names, 1.0, 1, token, finite)
+    _C.sample_tokens(*operands[:5], damaged, *operands[6:], quantized, -1, *names, 1.0, 1, token, finite)
     assert torch.equal(token, before) and finite.all()
 
 

@@ -126,7 +126,7 @@ def bytes_made(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         return quantized_head(weight, **options)
 
     monkeypatch.setattr(cpu_sample_rows, "_LEAST_QUANTIZED", 1)
-    monkeypatch.setattr("loopmdm_kernels.cpu.decoding.quantized_head", counted)
+    monkeypatch.setattr("loopmdm_kernels.cpu.sample_rows.quantized_head", counted)
     return weights
 
 

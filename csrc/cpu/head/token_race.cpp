@@ -39,10 +39,11 @@ void race_all(const TokenRaceProblem& p, const SampleRowsKernel& kernel, int64_t
 
 }  // namespace
 
-void quantize_head(const LinearSource& head, bool bf16, const QuantizedHead& out, Isa isa, int num_threads) {
+void quantize_head(const LinearSource& head, bool bf16, const QuantizedHead& out, bool fresh, Isa isa,
+                   int num_threads) {
   const QuantizedSize size(head.columns, head.depth);
   const SampleRowsKernel& kernel = sample_rows_kernel(isa);
-  prefer_large_pages(out.bytes, size.total() * 4, true);
+  if (fresh) prefer_large_pages(out.bytes, size.total() * 4, true);
   for_each_task(size.tokens / linear_kernel(isa).panel, num_threads,
                 [&](int64_t panel, int) { kernel.quantize_panel(head, bf16, panel, out); });
 }

@@ -73,7 +73,9 @@ struct RaceState {
 };
 
 // head [V, D], packed for `isa` as products of bf16 or fp32 would read it.
-void quantize_head(const LinearSource& head, bool bf16, const QuantizedHead& out, Isa isa, int num_threads);
+// `fresh`: `out` is new memory, which holds nothing.
+void quantize_head(const LinearSource& head, bool bf16, const QuantizedHead& out, bool fresh, Isa isa,
+                   int num_threads);
 
 // finite [R]: whether all logits of a row were, so far as they were computed; else its log-probability is
 // NaN.
