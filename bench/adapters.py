@@ -7,8 +7,6 @@ adapters on every product of blocks and head. `result` is a JSON file to write.
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +22,7 @@ from loopmdm.mdlm import DIT
 from loopmdm.model import diffusion
 from loopmdm.runs.provenance import provenance
 from loopmdm_kernels.files import write_file
+from loopmdm_kernels.testing import interleaved_medians
 from tests.mdlm.reference_dit import ReferenceDIT, randomise, reference_config
 
 SIZES = {"hidden_size": 384, "n_heads": 6, "n_blocks": 12, "cond_dim": 128, "length": 256, "dropout": 0.0}
@@ -47,17 +46,6 @@ def reference_loss(network: Any, tokens: Tensor, noisy: Tensor, t: Tensor) -> Te
     nll = nn.functional.cross_entropy(logits, tokens[masked], reduction="none")
     weight = diffusion.loss_weight(t)[:, None].expand_as(tokens)[masked]
     return (nll * weight).sum() / tokens.numel()
-
-
-def medians(variants: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(ROUNDS + 1):
-        for name, call in variants.items():
-            start = time.perf_counter()
-            call()
-            if turn:  # the first is a warm-up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def cases(dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Any]]]:
@@ -127,7 +115,7 @@ def main(result: str | None = None) -> None:
     dtype = native_dtype()
     figures = {}
     for name, variants in cases(dtype).items():
-        found = medians(variants)
+        found = interleaved_medians(variants, repeats=ROUNDS, warmup=1)
         ratios = {other: found[other] / found[ADAPTED] for other in (PLAIN, PEFT)}
         print(f"{name}, {NAMES[dtype]}: LoRA in the kernels {1000 * found[ADAPTED]:.0f} ms", end="")
         print("".join(f"; {other}: {ratio:.2f} times that" for other, ratio in ratios.items()))

@@ -97,7 +97,7 @@ def prose(name):
     return re.sub(r"\]\([^)\s]+\)", "]", text)
 
 
-FOLDERS = "docs|bench|tests|csrc|python|loopmdm_kernels|examples|hub"
+FOLDERS = "docs|bench|tests|csrc|python|loopmdm_kernels|examples"
 SOURCES = r"py|pyi|cpp|h|inl|cu|cuh|js|css|html|md"
 TRACKED = [
     f"/{path.relative_to(ROOT).as_posix()}"

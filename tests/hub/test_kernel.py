@@ -23,7 +23,7 @@ IN_CHILD = Path(__file__).with_name("in_child.py")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("hub") / "kernel"
     subprocess.run(
-        [sys.executable, "-m", "hub", made, "--repo-id", "some/loopmdm-triton"], cwd=ROOT, check=True
+        [sys.executable, "-m", "examples.hub", made, "--repo-id", "some/loopmdm-triton"], cwd=ROOT, check=True
     )
     return made
 
@@ -80,6 +80,8 @@ def test_metadata_names_every_file(folder):
 
 def test_a_folder_with_files_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("kept")
-    done = subprocess.run([sys.executable, "-m", "hub", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.hub", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode != 0 and "is not empty" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -321,21 +321,6 @@ void project_gradient_rows(const BlockShape& s, const TransposedPointers& weight
   });
 }
 
-// sums = or += a b for a panel of both. If `ahead` is given, first tiles ask for the `words` of that panel.
-template <class Operand, bool Add>
-void multiply_asking(Left a, int64_t rows, const uint32_t* b, int width, int64_t words, const uint32_t* ahead,
-                     float* sums, int64_t sums_row) {
-  constexpr int kRows = tile_rows<kTileVecs>();
-  constexpr int64_t kShare = kPanel < kLineWords ? kPanel : kLineWords;
-  for (int64_t asked = 0; ahead && width == kPanel && rows >= kRows && asked < kPanel; asked += kShare) {
-    tile<Operand, kRows, kTileVecs, Add, true>(a, b, words, sums, sums_row, ahead + asked * words, kShare);
-    a.at += kRows * a.row;
-    sums += kRows * sums_row;
-    rows -= kRows;
-  }
-  multiply<Operand>(a, rows, b, width, words, sums, sums_row, Add);
-}
-
 // A slice of the left panels stays in the second-level cache while the slices of the right ones pass by; each
 // is asked for one product ahead, since a tile's words of a left panel are too far apart to be foreseen. The
 // sums come from afar, and each slice more fetches them once more. Sums of floats are cut shorter: the
@@ -369,8 +354,9 @@ void weight_gradient(const RowPanels& left, int64_t out, const PanelRange& left_
         } else if (i + 1 < right_range.last && whole(right, i + 1)) {
           ahead = slice_of(right, i + 1);
         }
-        const auto product = add || k > 0 ? multiply_asking<Operand, true> : multiply_asking<Operand, false>;
-        product(a, rows, slice_of(right, i), width, words, ahead, sums, right.columns);
+        const Next next = {ahead, ahead == nullptr ? 0 : words * kPanel};
+        const auto product = add || k > 0 ? multiply_width<Operand, true> : multiply_width<Operand, false>;
+        product(a, rows, slice_of(right, i), width, words, sums, right.columns, next);
       }
     }
   }

@@ -1,6 +1,6 @@
 """Writes the Triton ops as a kernel of the Hugging Face Hub.
 
-python -m hub FOLDER [--repo-id ORGANISATION/loopmdm-triton]
+python -m examples.hub FOLDER [--repo-id ORGANISATION/loopmdm-triton]
 
 FOLDER gets what `kernel-builder` takes (build.toml, flake.nix, CARD.md, benchmarks/, torch-ext/), and the
 variant that it would build (build/torch-cuda/), which `kernels.get_local_kernel` loads. The modules are those
@@ -19,14 +19,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from loopmdm_kernels.files import write_files
 from loopmdm_kernels.version import __version__
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = HERE.parents[1]
 PACKAGE = "loopmdm_kernels"
 NAME, PYTHON_NAME, VERSION = "loopmdm-triton", "loopmdm_triton", 1
 OPS = ("attention", "head_logits", "looped_blocks", "masked_cross_entropy", "sample_rows")
-OWN = {"__init__", "backends", "layers"}  # modules of the kernel that stand in hub/kernel
+OWN = {"__init__", "backends", "layers"}  # modules of the kernel that stand in the folder kernel
 BACKEND = "cuda"
 BUILD_TOML = """[general]
 name = "{name}"
@@ -79,7 +80,7 @@ def imported(module: str) -> Iterator[str]:
 
 
 def needed() -> set[str]:
-    """The modules that the ops and their Triton kernels need, beside those of hub/kernel."""
+    """The modules that the ops and their Triton kernels need, beside those of the folder kernel."""
     own = {PACKAGE, *(f"{PACKAGE}.{name}" for name in OWN)}
     found: set[str] = set()
     todo = [f"{PACKAGE}.{room}.{op}" for room in ("ops", "triton") for op in OPS]
@@ -119,12 +120,6 @@ def sources() -> dict[str, str]:
     return dict(sorted(files.items()))
 
 
-def write(folder: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-
-
 def metadata(identity: str, files: dict[str, str]) -> str:
     def digest(text: str) -> str:
         return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -146,24 +141,28 @@ def generate(folder: Path, repo_id: str | None = None) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty")
     files = sources()
-    write(folder / "torch-ext" / PYTHON_NAME, files)
+    package = folder / "torch-ext" / PYTHON_NAME
+    write_files({package / name: text for name, text in files.items()})
     hub = f'\n[general.hub]\nrepo-id = "{repo_id}"\n' if repo_id else ""
     toml = BUILD_TOML.format(name=NAME, version=VERSION, backend=BACKEND, hub=hub)
     card = (HERE / "CARD.md").read_text(encoding="utf-8")
-    write(folder, {"build.toml": toml, "flake.nix": FLAKE, "CARD.md": card})
+    write_files({folder / "build.toml": toml, folder / "flake.nix": FLAKE, folder / "CARD.md": card})
     shutil.copytree(HERE / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     # The identity is that of the sources: equal sources, equal operators.
     content = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:10]
     identity = f"_{PYTHON_NAME}_{BACKEND}_{content}"
     files["_ops.py"] = OPS_MODULE.format(id=identity)
     variant = folder / "build" / f"torch-{BACKEND}"
-    write(variant, files | {"metadata.json": metadata(identity, files)})
+    built = files | {"metadata.json": metadata(identity, files)}
+    write_files({variant / name: text for name, text in built.items()})
     return variant
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m examples.hub",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repo-id", metavar="ORGANISATION/NAME", help="where kernel-builder uploads it")

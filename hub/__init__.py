@@ -1,1 +1,0 @@
-"""The Triton ops as a kernel of the Hugging Face Hub: `python -m hub FOLDER` (docs/hub.md)."""
