@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,11 @@ def test_reference_checkpoints_begin_a_run(call: Call, plain: Path, text: Path, 
     torch.save({f"backbone.{name}": value for name, value in weights(plain).items()}, reference)
     out = tmp_path / "run"
     done = call("train", "--data", str(text), *LIGHT, "--init-from", str(reference), "--length", "16",
-                "--loop", "1:3", "--out", str(out))  # fmt: skip
+                "--loop", "1:3", "--out", str(out), "--ema", "0", "--lr", "1e-12")  # fmt: skip
     assert done.status == 0, done.err
     assert LoopMDM.from_pretrained(out).config.hidden_size == config.hidden_size
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(out)[name], value, rtol=0, atol=1e-9)
 
 
 def test_lora_trains_adapters_and_is_merged(call: Call, plain: Path, text: Path, tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_lora_trains_adapters_and_is_merged(call: Call, plain: Path, text: Path,
         for target in ("attn_qkv", "mlp.0")
         for half in "AB"
     }
-    done = call("train", "--resume", "--out", str(out), "--steps", "6")
+    done = call("train", "--resume", "--data", str(text), *LIGHT, *options, "--steps", "6")
     assert done.status == 0, done.err
     assert call("sample", str(out), "--num", "1", "--steps", "2").status == 0
 
@@ -105,6 +108,29 @@ def test_lora_in_shards_is_merged_on_demand(call: Call, plain: Path, text: Path,
     assert done.status == 0, done.err
     expected, got = weights(out), weights(exported)
     assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_a_run_goes_on_with_what_it_began_with(
+    call: Call, plain: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same options again are taken, and others are refused, as those of the model are."""
+    start, out = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(plain, start)
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--resume", "--data", str(text), *LIGHT, "--init-from", "start", "--out", str(out)]
+    assert call(*command).status == 0
+    assert call(*command, "--steps", "6").status == 0
+    shutil.rmtree(start)
+    assert call(*command, "--steps", "6").status == 0
+    before = (out / "training_state.safetensors").read_bytes()
+    for options, message in (
+        (["--init-from", str(plain)], f"init_from is '{start}', got '{plain}'"),
+        (["--lora", "16", "--lora-targets", "mlp.0"], r"lora is {}, got {'rank': 16, 'targets': ['mlp.0']}"),
+        (["--lora-targets", "mlp.0"], "those of --lora RANK"),
+    ):
+        done = call("train", "--resume", "--out", str(out), *options)
+        assert done.status == 2 and message in done.err, done.err
+    assert (out / "training_state.safetensors").read_bytes() == before
 
 
 def test_what_does_not_fit_is_refused_in_a_line(call: Call, plain: Path, text: Path, tmp_path: Path) -> None:

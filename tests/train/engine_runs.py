@@ -13,6 +13,7 @@ import socket
 import sys
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopmdm import LoopMDM, LoopMDMConfig
@@ -99,14 +101,18 @@ def weights(built: Trainer) -> dict[str, Tensor]:
 
 class Counting(TorchDispatchMode):
     count = 0  # gradients added up and split over the ranks
+    norms = 0  # added up
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # what it does inside is seen
         self.count += function is torch.ops.c10d._reduce_scatter_base_.default
+        self.norms += function is torch.ops._c10d_functional.all_reduce.default
         return function(*args, **(kwargs or {}))
 
 
-def traffic(folder: Path, options: dict[str, Any]) -> int:
-    """How often gradients travel in a step of two micro-batches."""
+def traffic(folder: Path, options: dict[str, Any]) -> str:
+    """How often gradients travel in a step of two micro-batches, and their norm if it is split."""
     built = trainer(folder, new_model(), options, steps=1, accumulation=2)
     if options["parallel"] == "ddp":
         count = 0
@@ -118,22 +124,23 @@ def traffic(folder: Path, options: dict[str, Any]) -> int:
 
         built.ranks._loss.register_comm_hook(dist.group.WORLD, counting)
         built.train()
-        return count
+        return str(count)
     with Counting() as counting:
         built.train()
-    return counting.count
+    return f"{counting.count} {counting.norms}"
 
 
 def work(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
     """What one rank does."""
     dist.init_process_group("gloo")
+    torch.compile = partial(torch.compile, backend="aot_eager")
     for name, job in jobs.items():
         if name.startswith("traffic"):
             print(name, traffic(folder / name, job), flush=True)
             continue
-        options = dict(job)
-        source, accumulation = options.pop("resumes", None), options.pop("accumulation", None)
-        changes = {} if accumulation is None else {"accumulation": accumulation}
+        changes = {key: value for key, value in job.items() if key in TrainConfig.__dataclass_fields__}
+        options = {key: value for key, value in job.items() if key not in changes}
+        source = options.pop("resumes", None)
         if source is None:
             built = run(folder / name, options, **changes)
         else:

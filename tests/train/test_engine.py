@@ -8,7 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import engine_runs
 import pytest
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from loopmdm import LoopMDM
 from loopmdm.cli import main
+from loopmdm.data.batches import Batch
 from loopmdm.formats import safetensors_files
 from loopmdm.train import CheckpointError, read_metrics
 from loopmdm_kernels.testing import assert_matches_oracle
@@ -35,7 +40,10 @@ TWO = {
     "ddp2-of-fsdp4": {"parallel": "ddp", "resumes": "fsdp4", "accumulation": 1},
     "fsdp2-of-ddp4": {"parallel": "fsdp2", "resumes": "ddp4", "accumulation": 1},
     "fsdp2-of-one": {"parallel": "fsdp2", "resumes": "one", "accumulation": MICRO_BATCHES},
+    "ddp2-compiled": {"parallel": "ddp", "compile": True},
+    "ddp2-truncated": {"parallel": "ddp", "backprop_loops": 1},
 }
+CLOCK = {"clock": {"parallel": "ddp", "keep": 99, "checkpoint_every": 0, "checkpoint_minutes": 1e-9}}
 TRAFFIC = {f"traffic-{form}": {"parallel": form} for form in ("ddp", "fsdp2")}
 
 
@@ -50,10 +58,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built.resume()
     built.train()
     torch.save(weights(built), folder / "one.pt")
-    double = trainer(folder / "double", new_model().double(), {})
-    double.train()
-    torch.save(weights(double), folder / "double.pt")
-    jobs = json.dumps({4: FOUR, 2: TWO | TRAFFIC})
+    torch.save(weights(run(folder / "truncated", {}, backprop_loops=1)), folder / "truncated.pt")
+    for name, changes in {"double": {}, "double-truncated": {"backprop_loops": 1}}.items():
+        double = trainer(folder / name, new_model().double(), {}, **changes)
+        double.train()
+        torch.save(weights(double), folder / f"{name}.pt")
+    jobs = json.dumps({4: FOUR, 2: TWO | CLOCK | TRAFFIC})
     done = subprocess.run(
         [sys.executable, engine_runs.__file__, str(folder), jobs],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -71,14 +81,16 @@ def vector(folder: Path, name: str) -> Tensor:
 
 @pytest.mark.parametrize("name", [*FOUR, *TWO])
 def test_ranks_learn_what_one_process_learns(runs: Path, name: str) -> None:
-    oracle, one = vector(runs, "double"), vector(runs, "one")
+    alone, exact = ("truncated", "double-truncated") if name == "ddp2-truncated" else ("one", "double")
+    oracle, one = vector(runs, exact), vector(runs, alone)
     assert (one - vector_of(new_model())).abs().max() > 1e-2  # a step is 1e-3
     assert_matches_oracle(vector(runs, name), one, oracle)
-    records, expected = (read_metrics(runs / which / "metrics.jsonl") for which in (name, "one"))
+    records, expected = (read_metrics(runs / which / "metrics.jsonl") for which in (name, alone))
     same = ("step", "num_loops", "lr", "tokens", "flops")
     first = len(expected) - len(records)
     assert [[r[key] for key in same] for r in records] == [[r[key] for key in same] for r in expected[first:]]
-    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in expected[first:]], rel=1e-5)
+    for figure, rel in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        assert [r[figure] for r in records] == pytest.approx([r[figure] for r in expected[first:]], rel=rel)
 
 
 def vector_of(model: LoopMDM) -> Tensor:
@@ -86,15 +98,27 @@ def vector_of(model: LoopMDM) -> Tensor:
 
 
 def test_gradients_travel_once_a_step(runs: Path) -> None:
-    """Of two micro-batches; in one bucket of ddp, and of fsdp2 once for each block and for the rest."""
+    """Of two micro-batches; in one bucket of ddp, and of fsdp2 once for each block and for the rest.
+
+    So does their norm, which the ranks of fsdp2 add up.
+    """
     printed = set(runs.joinpath("printed").read_text().splitlines())
-    assert printed == {"traffic-ddp 1", "traffic-fsdp2 4"}
+    assert printed == {"traffic-ddp 1", "traffic-fsdp2 4 1"}
 
 
 def test_the_same_ranks_resume_bitwise(runs: Path) -> None:
     assert torch.equal(vector(runs, "fsdp2"), vector(runs, "fsdp2-again"))
     exported = [load_file(runs / name / "model.safetensors") for name in ("fsdp2", "fsdp2-again")]
     assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
+
+
+def test_checkpoints_by_the_clock_are_written_once(runs: Path) -> None:
+    """The clock asks at every step, and its word takes one: every second is saved, not two in a row."""
+    assert saved_steps(runs / "clock") == list(range(0, STEPS + 1, 2))
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
 
 
 def test_one_process_continues_what_four_began(runs: Path, tmp_path: Path) -> None:
@@ -106,9 +130,7 @@ def test_one_process_continues_what_four_began(runs: Path, tmp_path: Path) -> No
     assert last.is_dir() and not (tmp_path / "alone" / "training_state.safetensors").exists()
 
 
-def test_ranks_that_cannot_share_a_step_are_refused(
-    tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_that_cannot_share_a_step_are_refused(tmp_path: Path, runs: Path) -> None:
     shutil.copytree(runs / "fsdp4", tmp_path / "fsdp4")
     built = trainer(half(tmp_path / "fsdp4", "three"), new_model(), {}, accumulation=1)
     built.world_size = 3
@@ -170,15 +192,101 @@ def no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def measuring(*nlls: float) -> Callable[[LoopMDM], dict[str, object]]:
+    """An evaluation that finds these."""
+    values = iter(nlls)
+    return lambda _: {"held_out": [{"num_loops": 1, "nll": next(values)}]}
+
+
 def test_newest_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
-    nlls = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
-
-    def evaluate(_: LoopMDM) -> dict[str, object]:
-        return {"held_out": [{"num_loops": 1, "nll": next(nlls)}]}
-
-    options = {"keep": 2, "evaluate": evaluate}
+    options = {"keep": 2, "evaluate": measuring(3.0, 1.0, 2.0, 2.5, 2.6, 2.7)}
     run(tmp_path / "run", options, steps=12, eval_every=2, checkpoint_every=2)
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000010", "step-00000012"]
     assert not list((tmp_path / "run").glob("*.tmp"))
     assert LoopMDM.from_pretrained(tmp_path / "run").config.hidden_size == 16
+
+
+def test_a_checkpoint_of_its_own_is_written_for_the_best_alone(tmp_path: Path) -> None:
+    """Also beside those that are due anyway, and after the run was resumed."""
+    steps = {"steps": 16, "schedule": "constant", "eval_every": 2, "checkpoint_every": 4}
+    first = measuring(3.0, 1.0, 2.0, 2.5)
+    run(tmp_path / "run", {"keep": 99, "evaluate": first}, **steps | {"steps": 8})
+    assert saved_steps(tmp_path / "run") == [0, 2, 4, 8]
+    second = {"keep": 99, "evaluate": measuring(1.5, 1.2, 0.5, 0.6)}
+    built = trainer(tmp_path / "run", new_model(), second, **steps)
+    assert built.resume() == 8
+    built.train()
+    assert saved_steps(tmp_path / "run") == [0, 2, 4, 8, 12, 14, 16]
+
+
+def test_resuming_leaves_a_checkpoint_as_it_is(tmp_path: Path) -> None:
+    """That of a finished run keeps its NLL, and so its place; that of step 0 is not written again either."""
+
+    def contents(name: str) -> dict[str, bytes]:
+        folder = tmp_path / name / "checkpoints"
+        return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
+
+    options = {"keep": 1, "evaluate": measuring(2.0, 1.0)}
+    steps = {"steps": 4, "schedule": "constant", "eval_every": 2, "checkpoint_every": 0}
+    run(tmp_path / "run", options, **steps)
+    before = contents("run")
+    (header,) = (json.loads(content) for name, content in before.items() if name.endswith("checkpoint.json"))
+    assert header["nll"] == 1.0
+    built = trainer(tmp_path / "run", new_model(), options, **steps)
+    assert built.resume() == 4
+    built.train()
+    assert contents("run") == before
+
+    built = trainer(tmp_path / "new", new_model(), {"keep": 9})
+    built.request_stop()
+    assert built.train().step == 1
+    shutil.rmtree(tmp_path / "new" / "checkpoints" / "step-00000001")
+    before = contents("new")
+    built = trainer(tmp_path / "new", new_model(), {"keep": 9})
+    assert built.resume() == 0
+    built.request_stop()
+    built.train()
+    after = contents("new")
+    assert {name: after[name] for name in before} == before and len(after) == 2 * len(before)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_error_waits_for_the_checkpoint_that_is_written(
+    tmp_path: Path, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is free, whole and without leftovers then; a checkpoint that failed too is told."""
+    write = safetensors_files.write
+
+    def slowly(path: Path, *arguments: Any) -> None:
+        if built.counters.step:
+            time.sleep(0.5)
+            no_space() if full else None
+        write(path, *arguments)
+
+    def source(step: int, *rest: int) -> Batch:
+        if step == 2:
+            raise FileNotFoundError("shard 3")
+        return engine_runs.batches(step, *rest)
+
+    monkeypatch.setattr(safetensors_files, "write", slowly)
+    built = trainer(tmp_path, new_model(), {"keep": 9}, checkpoint_every=2)
+    built._source = source
+    told = pytest.warns(UserWarning, match="No space left on device") if full else nullcontext()
+    with told, pytest.raises(FileNotFoundError, match="shard 3"):
+        built.train()
+    assert saved_steps(tmp_path) == ([0] if full else [0, 2]) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_failure_on_several_ranks_is_a_checkpoint_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.distributed.checkpoint raises what is no Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    def write(*_: object) -> None:
+        raise CheckpointException("write", {1: (OSError("No space left on device"), [])})  # type: ignore[dict-item]
+
+    monkeypatch.setattr(safetensors_files, "write", write)
+    with pytest.raises(CheckpointError, match=r"previous ones are intact: No space left on device$"):
+        trainer(tmp_path, new_model(), {"keep": 2}).train()

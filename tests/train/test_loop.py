@@ -233,15 +233,28 @@ def test_bf16_autocast_reaches_the_loss(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_request_stop_ends_after_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read_late", [False, True])
+@pytest.mark.parametrize("moment, expected", [("pass", 4), ("record", 5)])
+def test_request_stop_ends_after_a_checkpoint(
+    tmp_path: Path, moment: str, expected: int, read_late: bool
+) -> None:
+    """After the step that is computed; where the record of one is written, that is the next."""
+
+    class Stopping(ToyModel):
+        def loss(self, *arguments: Any, **options: Any) -> Any:
+            if moment == "pass" and len(self.calls) == 3:
+                trainer.request_stop()
+            return super().loss(*arguments, **options)
+
     def stop(record: dict[str, Any]) -> None:
-        if record["step"] == 4:
+        if moment == "record" and record["step"] == 4:
             trainer.request_stop()
 
-    trainer = Trainer(ToyModel(), batches, config(), tmp_path, stop, show_progress=False)
-    stopped_at = trainer.train().step
-    assert 4 < stopped_at < 12
-    assert Trainer(ToyModel(), batches, config(), tmp_path, show_progress=False).resume() == stopped_at
+    trainer = Trainer(Stopping(), batches, config(), tmp_path, stop, show_progress=False)
+    trainer._read_late = read_late
+    assert trainer.train().step == expected
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")][-1] == expected
+    assert Trainer(ToyModel(), batches, config(), tmp_path, show_progress=False).resume() == expected
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

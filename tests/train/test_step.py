@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from toy_training import ToyModel, batches
 from loopmdm import LoopMDM, LoopMDMConfig
 from loopmdm.data.batches import Batch
 from loopmdm.model import flops
-from loopmdm.train import NonFiniteError, TrainConfig, Trainer, read_metrics
+from loopmdm.train import NonFiniteError, TrainConfig, Trainer, loop, read_metrics
 from loopmdm.train.loggers import logger, scalars
 
 CONFIG: dict[str, Any] = {"steps": 12, "batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 2}
@@ -130,10 +132,10 @@ def test_truncated_backpropagation_is_that_of_the_last_loops() -> None:
             torch.testing.assert_close(truncated[name], value, rtol=1e-12, atol=1e-14, msg=name)
 
 
-def test_truncated_steps_count_their_work_and_move_every_weight(tmp_path: Path) -> None:
+def test_truncated_steps_count_their_work_and_every_weight_of_the_optimizer(tmp_path: Path) -> None:
     model = new_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trained(tmp_path, model, backprop_loops=2, loop_law="fixed:4", steps=2, batch_size=3)
+    trainer = trained(tmp_path, model, backprop_loops=2, loop_law="fixed:4", steps=2, batch_size=3)
     dims = model.config
     forward, last = (flops.training_flops(dims, 8, loops) for loops in (4, 2))
     records = read_metrics(tmp_path / "metrics.jsonl")
@@ -141,6 +143,8 @@ def test_truncated_steps_count_their_work_and_move_every_weight(tmp_path: Path) 
     after = model.state_dict()
     assert torch.equal(after["blocks.0.mlp.0.weight"], before["blocks.0.mlp.0.weight"])
     assert not torch.equal(after["blocks.1.mlp.0.weight"], before["blocks.1.mlp.0.weight"])
+    moments = trainer.optimizer.moments()
+    assert moments.keys() == {f"{m}.{n}" for m in ("exp_avg", "exp_avg_sq") for n in trainer.ema.names}
 
 
 def test_a_spike_is_told_and_its_batch_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +164,25 @@ def test_a_spike_is_told_and_its_batch_saved(tmp_path: Path, capsys: pytest.Capt
     assert header["step"] == 25 and len(header["micro_batches"]) == 2
 
 
+def test_after_many_spikes_a_loss_that_is_no_number_still_leaves_its_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Jumping(ToyModel):
+        def loss(self, *arguments: Any, **options: Any) -> Any:
+            out = super().loss(*arguments, **options)
+            number = len(self.calls)
+            factor = {33: float("nan")}.get(number, 1e3 if 22 < number < 32 else 1.0)
+            return out._replace(loss=out.loss * factor)
+
+    config = TrainConfig(**(CONFIG | {"steps": 40, "spike": 50.0}))
+    with pytest.raises(NonFiniteError, match=r"step 33: loss nan.* its batch is in "):
+        Trainer(Jumping(), batches, config, tmp_path).train()
+    steps = [int(path.name.split("-")[1]) for path in sorted((tmp_path / "spikes").iterdir())]
+    assert steps == [*range(23, 31), 33]
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning: step " in line]
+    assert len(told) == 9 and "its batch is not saved, there are 8 in " in told[-1]
+
+
 def test_a_loss_that_is_no_number_leaves_its_batch(tmp_path: Path) -> None:
     model = ToyModel()
     model.poison_after = 3
@@ -168,12 +191,19 @@ def test_a_loss_that_is_no_number_leaves_its_batch(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "spikes").iterdir()] == ["step-00000004-rank-0.safetensors"]
 
 
-def test_records_tell_work_and_memory(tmp_path: Path) -> None:
-    config = TrainConfig(**CONFIG, log_every=4)
-    Trainer(ToyModel(), batches, config, tmp_path, show_progress=False, peak_flops=1e9).train()
-    for record in read_metrics(tmp_path / "metrics.jsonl"):
-        assert record["mfu"] == pytest.approx(record["flops_per_second"] / 1e9) and record["mfu"] > 0
+def test_records_tell_work_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a micro-batch takes a second."""
+    model, config = ToyModel(), TrainConfig(**CONFIG, log_every=4)
+    clock = types.SimpleNamespace(perf_counter=lambda: len(model.calls), process_time=time.process_time)
+    monkeypatch.setattr(loop, "time", clock)
+    Trainer(model, batches, config, tmp_path, show_progress=False, peak_flops=1e9).train()
+    records = [{"flops": 0.0, "seconds": 0}, *read_metrics(tmp_path / "metrics.jsonl")]
+    for before, record in itertools.pairwise(records):
+        assert record["seconds"] - before["seconds"] == 4
+        assert record["flops_per_second"] == pytest.approx((record["flops"] - before["flops"]) / 4)
+        assert record["mfu"] == record["flops_per_second"] / 1e9 > 0
         assert 2**20 < record["peak_memory"] < 2**40
+    assert len(records) == 4
 
 
 RECORDS = [

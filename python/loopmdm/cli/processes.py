@@ -13,10 +13,14 @@ import torch
 import torch.distributed as dist
 
 from loopmdm.cli.parser import FAILED
+from loopmdm.train.state import CheckpointError
 
 _FIRST = "loopmdm/first-error"
-# In the errors of the backends when a process at the other end is gone.
-_GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# In the errors of the backends when a process at the other end is gone; gloo names a line of its source.
+_GONE = re.compile(
+    r"\[\S*\bgloo/\S+\.(cc|h):\d+\] |NCCL (error in|communicator was aborted)"
+    r"|Connection (closed|reset) by peer|Broken pipe"
+)
 # What gloo says around an error: the line of its source, advice.
 _NOISE = re.compile(r"^\[\S*\] |\. This is typically .*")
 
@@ -70,4 +74,6 @@ def _is_first() -> bool:
 
 
 def _is_of_a_lost_process(error: Exception) -> bool:
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in _GONE)
+    if not isinstance(error, (RuntimeError, CheckpointError)):
+        return False
+    return isinstance(error, dist.DistError) or _GONE.search(str(error)) is not None

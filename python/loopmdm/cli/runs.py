@@ -169,11 +169,15 @@ def described_run(args: argparse.Namespace) -> RunFile:
         raise NotADirectoryError(f"--out: {args.out} is a file, expected a folder")
     if args.cache is not None and args.cache.exists() and not args.cache.is_dir():
         raise NotADirectoryError(f"--cache: {args.cache} is a file, expected a folder")
+    if args.lora_targets is not None and args.lora is None:
+        raise UsageError("--lora-targets: they are those of --lora RANK")
+    beginning = _beginning(args)
     stored = RunFile.read(args.out) if args.resume else None
     if stored is not None:
-        for name, value in (given_data | given_model).items():
-            kept = getattr(stored, name) if name in _DATA_FIELDS else stored.model.get(name, "the preset's")
-            if kept != value:
+        for name, value in (given_data | given_model | beginning).items():
+            kept = stored.model.get(name, "the preset's") if name in given_model else getattr(stored, name)
+            gone = name == "init_from" and kept == os.path.abspath(value)  # by now
+            if kept != value and not gone:
                 raise UsageError(
                     f"--resume: in {args.out} {name} is {kept!r}, got {value!r}; leave the option out"
                 )
@@ -211,15 +215,11 @@ def described_run(args: argparse.Namespace) -> RunFile:
         raise UsageError("--cache: --stream keeps its tokens in the folder of the run; leave out --cache")
     elif "weights" in given_data:
         raise UsageError("--weights: they are those of corpora made by `loopmdm data build`")
-    if args.lora_targets is not None and args.lora is None:
-        raise UsageError("--lora-targets: they are those of --lora RANK")
-    if args.init_from is not None or args.lora is not None:
+    if beginning:
         refuse(args, {"autoregressive": "--autoregressive"}, "--init-from and --lora are of diffusion models")
     if args.init_from is not None:
         given_model = _begun_from(args.init_from, given_model, given_data)
-    if args.lora is not None:
-        check_targets(args.lora_targets or [])
-        given_data["lora"] = {"rank": args.lora, "targets": args.lora_targets or list(LORA_TARGETS)}
+    given_data |= beginning
     if preset in TEXT_RECIPES:
         refuse(args, {"clues": "--clues"}, f"--preset {preset} is about text")
     if args.autoregressive:
@@ -229,10 +229,21 @@ def described_run(args: argparse.Namespace) -> RunFile:
     return RunFile(model=given_model, training=given_training, evaluation=evaluation, **given_data)
 
 
+def _beginning(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of run.json that say with which weights and adapters the run begins, where the options do."""
+    fields: dict[str, Any] = {}
+    if args.init_from is not None:
+        there = os.path.exists(args.init_from)
+        fields["init_from"] = os.path.abspath(args.init_from) if there else args.init_from
+    if args.lora is not None:
+        check_targets(args.lora_targets or [])
+        fields["lora"] = {"rank": args.lora, "targets": args.lora_targets or list(LORA_TARGETS)}
+    return fields
+
+
 def _begun_from(source: str, given: dict[str, Any], given_data: dict[str, Any]) -> dict[str, Any]:
     """Fields of the model of a run that begins with a checkpoint, whose tokenizer and length it takes too."""
     model = read_initial(source)
-    given_data["init_from"] = os.path.abspath(source) if os.path.exists(source) else source
     if given_data["preset"] in TEXT_RECIPES:
         given_data.setdefault("length", model.config.max_length)
         corpora = text_data.are_corpora(given_data["data"])
@@ -336,7 +347,10 @@ def _seen(job: Job) -> str:
 
 @contextmanager
 def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
-    """Inside, Ctrl-C and SIGTERM end the training after the present step; yields the signals received."""
+    """Inside, Ctrl-C and SIGTERM end the training after the present step, or within two of several processes.
+
+    Yields the signals received.
+    """
     received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:

@@ -2,8 +2,8 @@
 
 The folder of a run holds config.json and model.safetensors (the averaged weights), the tokenizer, the state
 to resume from, metrics.jsonl and loss.png. Ctrl-C stops after the present step and writes a checkpoint;
---resume continues with the very same losses. Under `torchrun` several processes share each step, and
---resume takes any number of them that divides its micro-batches.
+--resume continues with the very same losses. Under `torchrun` several processes share each step and stop
+within two, and --resume takes any number of them that divides its micro-batches.
 """
 
 from __future__ import annotations

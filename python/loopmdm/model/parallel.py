@@ -22,7 +22,9 @@ _averages: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParal
 def _remember(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     if isinstance(parent, DistributedDataParallel) and child is not None:
         for module in child.modules():
-            _averages[module] = weakref.ref(parent)
+            # A graph that reads this dictionary cannot have the compiled module that it is of among the keys.
+            if type(module).__name__ != "OptimizedModule":
+                _averages[module] = weakref.ref(parent)
 
 
 register_module_module_registration_hook(_remember)

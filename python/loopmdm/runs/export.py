@@ -14,7 +14,7 @@ from loopmdm.quality.causal import CausalLM
 from loopmdm.runs.initial import add_lora
 from loopmdm.runs.run_file import RunFile
 from loopmdm.runs.text_data import TOKENIZER_FILE, load_tokenizer
-from loopmdm.train.checkpoints import Found, newest, read_tensors
+from loopmdm.train.checkpoints import Found, newest, read_averaged
 
 _MODELS: dict[str, type[Trainable]] = {kind.model_type: kind for kind in (LoopMDM, CausalLM)}
 
@@ -42,8 +42,7 @@ def export_run(
     run = RunFile.read(Path(source))
     if run is not None and run.lora and isinstance(model, LoopMDM):
         add_lora(model, run.lora["rank"], run.lora["targets"], 0)
-    tensors = read_tensors(found, "model.") | read_tensors(found, "ema.")
-    fill(model, tensors, str(found.path))
+    fill(model, read_averaged(found), str(found.path))
     model.save_pretrained(target)
     if Path(source, TOKENIZER_FILE).is_file():
         load_tokenizer(source).save(target)

@@ -130,17 +130,14 @@ class Checkpoints:
         )
         target = self._folder / CHECKPOINTS / f"step-{header.metadata['counters']['step']:08d}"
         target.parent.mkdir(exist_ok=True)
-        if target.exists():  # of a step that was done again
-            _remove(self._folder, target)
         os.replace(staging, target)
         sync(target.parent)
         self._prune()
 
     def _prune(self) -> None:
-        paths = _steps(self._folder)
-        nlls = {path: read_json(path / FILE).get("nll") for path in paths}
-        best = min((nll for nll in nlls.values() if nll is not None), default=None)
-        for path in paths[: -self._keep]:
+        nlls = _nlls(self._folder)
+        best = best_nll(self._folder)
+        for path in list(nlls)[: -self._keep]:
             if nlls[path] is None or nlls[path] != best:
                 _remove(self._folder, path)
 
@@ -160,8 +157,16 @@ class Checkpoints:
             self.wait()
 
     def close(self) -> None:
-        """End the thread."""
-        self._executor.shutdown(wait=False)
+        """End the thread, when nothing is written any more: the folder of the run is free then.
+
+        Warns:
+            UserWarning: what was begun could not be written, and another error has come before `wait`.
+        """
+        self._executor.shutdown()
+        try:
+            self.wait()
+        except CheckpointError as error:
+            warnings.warn(str(error), stacklevel=2)
 
 
 def load(found: Found, tensors: dict[str, Tensor], ranks: Ranks) -> None:
@@ -181,8 +186,8 @@ def load(found: Found, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     _read_into(tensors, reader)
 
 
-def read_tensors(found: Found, prefix: str) -> dict[str, Tensor]:
-    """The whole tensors of a sharded checkpoint whose names begin so, without that; in a single process.
+def read_averaged(found: Found) -> dict[str, Tensor]:
+    """The whole tensors of the model of a sharded checkpoint, averaged where they are; in a single process.
 
     Raises:
         ValueError: a file is damaged.
@@ -195,13 +200,18 @@ def read_tensors(found: Found, prefix: str) -> dict[str, Tensor]:
         raise ValueError(complaint)
     reader = HuggingFaceStorageReader(str(found.path))
     stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    # By the names in the model: the average, where there is one, comes after the weight.
+    kept = {
+        name.partition(".")[2]: name
+        for kind in ("model.", "ema.")
+        for name in stored
+        if name.startswith(kind)
+    }
     tensors = {
-        name: torch.empty(one.size, dtype=one.properties.dtype)
-        for name, one in stored.items()
-        if name.startswith(prefix)
+        name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in kept.values()
     }
     _read_into(tensors, reader)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {name: tensors[source] for name, source in kept.items()}
 
 
 def _read_into(tensors: dict[str, Tensor], reader: Any) -> None:
@@ -229,6 +239,16 @@ def newest(folder: Path) -> Found | None:
 def has_checkpoint(folder: Path) -> bool:
     """Whether there is one to continue from."""
     return (folder / STATE_FILE).exists() or bool(_steps(folder))
+
+
+def best_nll(folder: Path) -> float | None:
+    """The lowest held-out NLL of the sharded checkpoints of a run."""
+    return min((nll for nll in _nlls(folder).values() if nll is not None), default=None)
+
+
+def _nlls(folder: Path) -> dict[Path, float | None]:
+    """The sharded checkpoints of a run, by their steps, with what was measured at them."""
+    return {path: read_json(path / FILE).get("nll") for path in _steps(folder)}
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -274,9 +294,9 @@ def _remove(folder: Path, path: Path) -> None:
 
 
 def _result(folder: Path, pending: Future[None]) -> None:
-    try:
-        pending.result()
-    except Exception as error:
+    # Not raised by `result`: a failure on several ranks is no Exception, like an interruption of the wait.
+    error = pending.exception()
+    if error is not None:
         raise _failure(folder, error) from error
 
 

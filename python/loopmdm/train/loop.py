@@ -26,6 +26,7 @@ from loopmdm.train.checkpoints import (
     Checkpoints,
     Found,
     Header,
+    best_nll,
     has_checkpoint,
     load,
     newest,
@@ -152,7 +153,8 @@ class Trainer:
         self._read_late = self.device.type == "cuda"
         self._stop_requested = False
         self._resumed = False
-        self._best_nll: float | None = None
+        self._has_shards = False  # of the step that it was resumed at
+        self._best_nll: float | None = None  # of checkpoints in shards
 
     def resume(self) -> int:
         """Continue the run in `out_dir` from its checkpoint; returns the number of steps already done.
@@ -170,8 +172,8 @@ class Trainer:
 
     def _resume(self) -> int:
         # The other ranks look when rank 0 has the folder.
-        found = newest(self.out_dir) if self.rank == 0 else None
-        found = self.ranks.agreed(found)
+        there = (newest(self.out_dir), best_nll(self.out_dir)) if self.rank == 0 else None
+        found, self._best_nll = self.ranks.agreed(there)
         if found is None and not _is_config(self.out_dir / CONFIG_FILE) and self.rank == 0:
             refuse_files(self.out_dir, FILES, "a new run")
         if found is not None:
@@ -182,6 +184,7 @@ class Trainer:
             )
             self._load(found)
             self.counters = Counters(**found.metadata["counters"])
+            self._has_shards = found.sharded
         if self.rank == 0:
             keep_until(self.out_dir / METRICS_FILE, self.counters.step)
         self._resumed = True
@@ -216,7 +219,10 @@ class Trainer:
                 self._claimed = None
 
     def request_stop(self) -> None:
-        """Let `train` finish the present step, write a checkpoint and return; safe in a signal handler."""
+        """Let `train` finish the present step, write a checkpoint and return; safe in a signal handler.
+
+        Of several ranks one that is asked is enough, and all end after the same step, within the next two.
+        """
         self._stop_requested = True
 
     def train(self) -> Counters:
@@ -269,9 +275,9 @@ class Trainer:
         self._cpu_start, self._before = time.process_time(), (counters.seconds, counters.cpu_seconds)
         self._begin_rates(self._start, counters.flops)
         self._stop_after, self._save_after = config.steps, 0
-        if counters.step == 0:
+        if counters.step == 0 and not self._has_shards:
             self._checkpoint()  # tells now, not after hours, whether the disk takes one
-        if counters.step >= config.steps:
+        if counters.step >= config.steps and self._checkpoints is None:
             self._checkpoint()  # a kill may have come between the state and the exported weights
         self.model.train()
         pending: Step | None = None
@@ -280,6 +286,8 @@ class Trainer:
             if previous is not None:
                 self._finish(previous)
             counters.step += 1
+            if self._stop_requested and not self.ranks.distributed:
+                self._stop_after = counters.step
             evaluation_due = self._evaluate is not None and (
                 counters.step == config.steps or _every(config.eval_every, counters.step)
             )
@@ -382,12 +390,15 @@ class Trainer:
             tensors = tensors_of(self.model, self.ema, self.optimizer)
             model = {"model_type": self.model.model_type, **self.model.config.to_dict()}
             self._checkpoints.save(tensors, Header(counted(metadata, self.ema, self.optimizer), model, nll))
+            if self._is_best(nll):
+                self._best_nll = nll
         else:
             with staged(self.out_dir) as folder:
                 write_state(folder / STATE_FILE, self.model, self.ema, self.optimizer, metadata)
                 with self.ema.applied():
                     self.model.save_pretrained(folder)
         self._last_checkpoint = time.perf_counter()
+        self._save_after = 0  # what was asked for meanwhile is done
 
     def _export(self) -> None:
         """Write the averaged weights in the one-file form, which checkpoints in shards are not."""
@@ -412,10 +423,9 @@ class Trainer:
 
     def _is_best(self, nll: float | None) -> bool:
         """Whether a checkpoint of now would be kept for its NLL."""
-        if self._checkpoints is None or nll is None or (self._best_nll is not None and nll >= self._best_nll):
+        if self._checkpoints is None or nll is None:
             return False
-        self._best_nll = nll
-        return True
+        return self._best_nll is None or nll < self._best_nll
 
     def _run_evaluation(self) -> float | None:
         """The held-out NLL of the averaged weights, the best over loop counts, if it is measured."""
@@ -440,7 +450,8 @@ class Trainer:
         )
         self._begin_rates(time.perf_counter(), counters.flops)
         held_out = results.get("held_out")
-        return min((one["nll"] for one in held_out), default=None) if isinstance(held_out, list) else None
+        nlls = [one["nll"] for one in held_out] if isinstance(held_out, list) else []
+        return min(filter(math.isfinite, nlls), default=None)
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._log is not None and self._progress is not None

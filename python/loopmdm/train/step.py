@@ -106,7 +106,7 @@ class Stepper:
                     parameter.grad = torch.zeros_like(parameter)
         self.ranks.add_up(figures)
         norm = self._clip(wait=check is not None)
-        figures = torch.cat([figures, full(norm).double()[None]])
+        figures = torch.cat([figures, norm.double()[None]])
         if check is not None:
             loss_sum, grad_norm = figures[[0, -1]].tolist()
             check(step + 1, loss_sum, grad_norm, used)
@@ -126,9 +126,9 @@ class Stepper:
         wait: where the norm can be waited for, gradients within it are not touched.
         """
         gradients = [p.grad for p in self.ema.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = full(nn.utils.get_total_norm(gradients))
         limit = self.config.clip
-        if limit is not None and not (wait and float(full(norm)) + _CLIP_EPS <= limit):
+        if limit is not None and not (wait and float(norm) + _CLIP_EPS <= limit):
             nn.utils.clip_grads_with_norm_(self.ema.parameters, limit, norm)
         return norm
 

@@ -16,7 +16,7 @@ from loopmdm_kernels.files import write_files
 FOLDER = "spikes"  # in that of the run
 _WINDOW = 100  # steps whose median is what is usual
 _FEWEST = 20  # steps before anything is called unusual
-_MOST_FILES = 8  # of one process; a run that jumps all the time is not saved all the time
+_MOST_FILES = 8  # of spikes, of one process; a run that jumps all the time is not saved all the time
 
 
 class Watch:
@@ -39,16 +39,17 @@ class Watch:
         usual = statistics.median(before)
         if loss <= self._factor * usual:
             return None
+        saved = f"its batch is not saved, there are {_MOST_FILES} in {self._folder}"
+        if self._saved < _MOST_FILES:
+            self._saved += 1
+            saved = self.save(step, loss, micro_batches)
         return (
             f"step {step}: the loss is {loss:.4g}, {loss / usual:.1f} times the median of the last"
-            f" {len(before)} steps; {self.save(step, loss, micro_batches)}"
+            f" {len(before)} steps; {saved}"
         )
 
     def save(self, step: int, loss: float, micro_batches: Sequence[MicroBatch]) -> str:
         """Write what this rank computed a loss from; returns where it is."""
-        if self._saved == _MOST_FILES:
-            return f"its batch is not saved, there are {_MOST_FILES} in {self._folder}"
-        self._saved += 1
         tensors = {
             f"{name}.{number}": value.cpu()
             for number, one in enumerate(micro_batches)
