@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,15 @@ def test_what_does_not_go_with_corpora(call: Call, tmp_path: Path, texts: Path) 
     )
     assert bpe.status == 0 and bpe.json["vocab_size"] <= 300
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_is_trained_beside_empty_files(call: Call, tmp_path: Path, texts: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "empty.txt").touch()
+    build = ["data", "build", "--data", folder, "--tokenizer", "bpe:300", "--out"]
+    nothing = call(*build, tmp_path / "a")
+    assert nothing.status == 1 and f"no text in {folder}: every document is empty" in nothing.err
+    shutil.copytree(texts / "a", folder / "some")
+    built = call(*build, tmp_path / "a", "--json")
+    assert built.status == 0 and built.json["train"]["documents"] > 0

@@ -18,6 +18,7 @@ from loopmdm.data.files import Found, listed
 from loopmdm.data.packing import TextData
 from loopmdm.data.pairs import Pair, PairData, read_pairs, split_pairs
 from loopmdm.data.raw import Errors
+from loopmdm.data.records import NotText, documents_of
 from loopmdm.data.text import STDLIB, documents_in, found_files, split_documents
 from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
 from loopmdm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
@@ -184,8 +185,12 @@ def corpus_tokenizer(
     """That of a corpus begun or finished in a folder, else a new one, trained on a sample of the files."""
     if (folder / PLAN_FILE).exists() or corpora.is_corpus(folder):
         return load_tokenizer(folder)
-    sampled = choice.startswith(f"{BPETokenizer.kind}:")
-    return make_tokenizer(choice, list(_sample(found, text_field, errors)) if sampled else [])
+    if not choice.startswith(f"{BPETokenizer.kind}:"):
+        return make_tokenizer(choice, [])
+    sample = list(_sample(found, text_field, errors))
+    if not any(sample):
+        raise ValueError(f"no text in {listed(found.sources)}: every document is empty")
+    return make_tokenizer(choice, sample)
 
 
 def _sample(found: Found, text_field: str, errors: Errors) -> Iterator[str]:
@@ -193,15 +198,14 @@ def _sample(found: Found, text_field: str, errors: Errors) -> Iterator[str]:
     chosen = found.files[::step]
     for file in chosen:
         left = _SAMPLE_CHARS // len(chosen)
-        one = Found(found.sources, [file._replace(named=False)])
         try:
-            for document in documents_in(one, text_field, errors):
+            for document in documents_of(file, text_field, errors):
                 yield document[:left]
                 left -= len(document)
                 if left <= 0:
                     break
-        except ValueError:
-            if one.files:  # damaged; one without text is left out by the build as well
+        except NotText:  # the build leaves it out as well
+            if file.named:
                 raise
 
 
