@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from loopmdm.cli import main
+from loopmdm.data.corpus import Corpus, CorpusData
 from loopmdm.model import LoopMDM, flops
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.loop_law import LoopLaw
+from loopmdm.quality.likelihood import evaluate_nll
+from loopmdm.runs import text_data
 from loopmdm.runs.recipes import SUDOKU_RECIPES
 from loopmdm.runs.run_file import RunFile
 from loopmdm.study.training.arms import Arm, Budget, iso_flop_arms, position_arms, steps_within, train_arm
@@ -96,6 +100,36 @@ def test_an_arm_goes_on_where_it_stopped_and_refuses_another_run(tmp_path: Path)
         train_arm(base, arm, Budget(3e8), 3, tmp_path / "whole")
 
 
+def test_an_arm_may_come_from_the_training_command(tmp_path: Path) -> None:
+    """With other times of records and checkpoints, which no weight depends on."""
+    base = RunFile("sudoku6", {"hidden_size": 16, "num_heads": 2}, {"batch_size": 4}, clues="12:20")
+    budget, arm = Budget(1.5e8), Arm("loop")
+    expected = train_arm(base, arm, budget, 3, tmp_path / "expected")
+    words = [
+        "--hidden",
+        16,
+        "--heads",
+        2,
+        "--batch-size",
+        4,
+        "--clues",
+        "12:20",
+        "--seed",
+        3,
+        "--log-every",
+        2,
+    ]
+    words += ["--steps", expected.steps, "--eval-every", 0, "--eval-size", 2, "--threads", 1]
+    folder = tmp_path / "command"
+    assert main(["train", "--preset", "sudoku6", "--out", *map(str, [folder, *words])]) == 0
+    written = (folder / "training_state.safetensors").stat().st_mtime_ns
+    found = train_arm(base, arm, budget, 3, folder)
+    assert (folder / "training_state.safetensors").stat().st_mtime_ns == written
+    assert found.run == expected.run and found.flops == expected.flops
+    weights = expected.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in found.model.state_dict().items())
+
+
 def test_a_study_of_arms_resumes_and_compares(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["study", "isoflop", "--flops", "2e8", "--out", str(tmp_path / "iso"), "--loops", "1,2", *TINY]
     assert main(command) == 0, capfd.readouterr().err
@@ -118,6 +152,48 @@ def test_a_study_of_arms_resumes_and_compares(tmp_path: Path, capfd: pytest.Capt
     assert json.loads((tmp_path / "iso" / "table.json").read_text()) == table
     assert main([*command, "--seeds", "1"]) == 2
     assert "seeds was [0], is [1]" in capfd.readouterr().err
+
+
+def test_arms_by_name_on_boards_of_given_clues(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["study", "isoflop", "--flops", "2e8", "--clues", "20:24", "--arms", "loop", "base", *TINY]
+    assert main([*words, "--loops", "2", "--out", str(tmp_path / "iso")]) == 0, capfd.readouterr().err
+    table = json.loads((tmp_path / "iso" / "table.json").read_text())
+    assert [row["arm"] for row in table["rows"]] == ["base", "base", "loop", "loop"]
+    assert {finding["id"] for finding in table["findings"]} == {"L3"}
+    for row in table["rows"]:  # a blank a call
+        assert 12 * row["boards"] <= row["network_calls"] <= 16 * row["boards"]
+    run = RunFile.read(tmp_path / "iso" / "arms" / "base-seed0")
+    assert run is not None and run.clues == "20:24"
+
+
+def test_arms_on_a_corpus_are_those_on_its_text(
+    corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(corpus).read_text()
+    lines = [json.dumps({"text": text[start : start + 100]}) for start in range(0, len(text), 100)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    built = [
+        "data",
+        "build",
+        "--data",
+        str(tmp_path / "text.jsonl"),
+        "--validation",
+        "0.4",
+        "--out",
+        str(tmp_path / "corpus"),
+    ]
+    assert main(built) == 0, capfd.readouterr().err
+    words = ["study", "isoflop", "--preset", "text", "--length", "16", "--flops", "2e7", "--num-t", "2"]
+    words += ["--max-loops", "2", "--loops", "2", *TINY, "--batch-size", "2", "--arms", "loop"]
+    assert main([*words, "--data", str(tmp_path / "corpus"), "--out", str(tmp_path / "iso")]) == 0
+    (row,) = json.loads((tmp_path / "iso" / "table.json").read_text())["rows"]
+    folder = tmp_path / "iso" / "arms" / "loop-seed0"
+    data = CorpusData([Corpus(tmp_path / "corpus")], 16, part="validation")
+    windows = text_data.windows(data, Corpus(tmp_path / "corpus").tokenizer, row["windows"])
+    (expected,) = evaluate_nll(
+        LoopMDM.from_pretrained(folder), windows.batches, num_loops=[2], num_t=2, bytes_per_token=1.0
+    )
+    assert row["value"] == pytest.approx(expected.nll, rel=1e-6) and row["bits_per_byte"] > 0
 
 
 def test_positions_on_text(corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +222,9 @@ def test_bad_usage_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
             (["position", "--loop", "0:3", *TINY], "the model loops 3 of its 3 layers"),
             (["isoflop", "--flops", "1", *TINY], "does not pay for one step"),
             (["isoflop", "--loop-law", "often", *TINY], "loop law is 'often'"),
+            (["isoflop", "--arms", "base", "wide", *TINY], "--arms: wide not among base, deep, loop"),
+            (["isoflop", "--clues", "40:50", *TINY], "--clues: got '40:50', expected"),
+            (["isoflop", "--preset", "text", "--data", "stdlib", "--clues", "9:9"], "leave out --clues"),
         ]
     ):
         assert main(["study", *words, "--out", str(tmp_path / str(number))]) == 2

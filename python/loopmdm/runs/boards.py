@@ -118,9 +118,13 @@ def share_row(solved: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def held_out_puzzles(spec: SudokuSpec, num: int, threads: int = 1) -> Puzzles:
-    """Puzzles of the test split: 9x9 with 30 to 40 clues, 6x6 with as few as they can have (about 10)."""
-    clues: Clues = (30, 40) if spec == NINE else "minimal"
+def held_out_puzzles(spec: SudokuSpec, num: int, threads: int = 1, clues: Clues | None = None) -> Puzzles:
+    """Puzzles of the test split.
+
+    clues: default 30 to 40 at 9x9, and as few as they can have (about 10) at 6x6.
+    """
+    if clues is None:
+        clues = (30, 40) if spec == NINE else "minimal"
     return generate(spec, num, seed=HELD_OUT_SEED, clues=clues, split="test", threads=threads)
 
 

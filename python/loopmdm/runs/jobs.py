@@ -150,12 +150,13 @@ def corpus_job(run: RunFile) -> tuple[Job, Tokenizer]:
     plan = _text_plan(run, tokenizer, held_out)
     with usage_errors():
         train = CorpusData(corpora, plan.length, weights=run.weights, **plan.batches())
-    validation = _held_out(corpora, plan.length) if held_out else None
+    validation = held_out_of(corpora, plan.length) if held_out else None
     fingerprint = "-".join(corpus.digest for corpus in corpora)
     return plan.job(run, tokenizer, train, validation, fingerprint), tokenizer
 
 
-def _held_out(corpora: list[Corpus], length: int) -> CorpusData:
+def held_out_of(corpora: list[Corpus], length: int) -> CorpusData:
+    """What corpora hold out, in windows of a length."""
     have = [corpus for corpus in corpora if corpus.shards("validation")]
     return CorpusData(have, length, part="validation")
 
@@ -168,7 +169,7 @@ def stream_job(run: RunFile, corpus: GrowingCorpus) -> Job:
     plan = _text_plan(run, corpus.tokenizer, held_out)
     with usage_errors():
         train = StreamData(corpus, plan.length, **plan.batches())
-    validation = _held_out([begun], plan.length) if held_out else None
+    validation = held_out_of([begun], plan.length) if held_out else None
     fingerprint = corpus.beginning("train", length).digest
     return plan.job(run, corpus.tokenizer, train, validation, fingerprint)
 

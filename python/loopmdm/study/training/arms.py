@@ -18,11 +18,15 @@ from loopmdm.model import LoopMDM, flops
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.flops import DEFAULT_CONVENTION, Convention, Dimensions
 from loopmdm.model.loop_law import LoopLaw
-from loopmdm.runs.jobs import Job, sudoku_job, text_job, text_tokenizer
+from loopmdm.runs.jobs import Job, corpus_job, sudoku_job, text_job, text_tokenizer
 from loopmdm.runs.recipes import SUDOKU_RECIPES
 from loopmdm.runs.run_file import FILES, RunFile, replaced_by
+from loopmdm.runs.text_data import are_corpora
 from loopmdm.train import RunFolder, Trainer
 from loopmdm_kernels.files import refuse_files
+
+# Fields of `TrainConfig` that no weight depends on: an arm that `loopmdm train` has begun may have others.
+_CADENCE = ("checkpoint_every", "checkpoint_minutes", "eval_every", "log_every", "spike")
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,8 @@ def _train_held(
     steps = steps_within(budget, job.model.config, length, batch, law, seed)
     config = dataclasses.replace(config, steps=steps, checkpoint_minutes=1.0)
     run = dataclasses.replace(job.run, training=config.to_dict())
-    if stored is not None and stored != run:
-        before, after = dataclasses.asdict(stored), dataclasses.asdict(run)
+    before, after = (None if one is None else _weights_depend_on(one) for one in (stored, run))
+    if before is not None and after is not None and before != after:
         differing = ", ".join(name for name in after if before[name] != after[name])
         raise ValueError(f"{folder} holds another run ({differing} differ): choose another folder")
     run.write(folder)
@@ -211,10 +215,20 @@ def _train_held(
     )
 
 
+def _weights_depend_on(run: RunFile) -> dict[str, Any]:
+    """The fields of a run without those that change no weight."""
+    training = {name: value for name, value in run.training.items() if name not in _CADENCE}
+    return dataclasses.asdict(run) | {"training": training, "evaluation": {}}
+
+
 def make_job(run: RunFile, folder: Path, threads: int, *, begun: bool) -> Job:
     """Model, data and configuration of a run; the tokenizer of a text is kept in the folder."""
     if run.preset in SUDOKU_RECIPES:
         return sudoku_job(run, threads)
+    if are_corpora(run.data):
+        job, tokenizer = corpus_job(run)
+        tokenizer.save(folder)
+        return job
     corpus, tokenizer = text_tokenizer(run, folder, begun=begun)
     tokenizer.save(folder)
     return text_job(run, corpus, tokenizer, folder.parent / "tokens")

@@ -10,13 +10,15 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from loopmdm.data.corpus import CorpusData
+from loopmdm.data.sudoku.clues import parse_clues
 from loopmdm.model import flops
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.quality.likelihood import evaluate_nll
 from loopmdm.runs import text_data
 from loopmdm.runs.boards import ORDERS, held_out_puzzles
-from loopmdm.runs.jobs import PRESETS, read_corpus
+from loopmdm.runs.jobs import PRESETS, held_out_of, read_corpus
 from loopmdm.runs.options import (
     Sources,
     UsageError,
@@ -63,7 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, default_flops: float) -> N
         nargs="+",
         action=Sources,
         metavar="PATH",
-        help="text, as in `loopmdm train`; goes with a text preset",
+        help="text or corpora, as in `loopmdm train`; goes with a text preset",
+    )
+    what.add_argument(
+        "--clues", metavar="C", help="given cells of boards, as in `loopmdm train`; also of those to solve"
+    )
+    what.add_argument(
+        "--arms", nargs="+", metavar="NAME", help="these alone (default: all that the study names)"
     )
     what.add_argument(
         "--tokenizer", default="byte", metavar="T", help="byte (default), bpe:VOCAB or a folder"
@@ -127,7 +135,8 @@ def run(args: argparse.Namespace, folder: StudyFolder, make_arms: MakeArms) -> l
     base = _base_run(args)
     threads = args.threads or 1
     with usage_errors():
-        arms, budget = make_arms(*_model_and_law(base)), Budget(args.flops, args.convention)
+        arms = _chosen(make_arms(*_model_and_law(base)), args.arms)
+        budget = Budget(args.flops, args.convention)
         trained = [
             train_arm(
                 base,
@@ -166,6 +175,13 @@ def run(args: argparse.Namespace, folder: StudyFolder, make_arms: MakeArms) -> l
     ]
 
 
+def _chosen(arms: list[Arm], names: list[str] | None) -> list[Arm]:
+    known = [arm.name for arm in arms]
+    if unknown := [name for name in names or [] if name not in known]:
+        raise UsageError(f"--arms: {', '.join(unknown)} not among {', '.join(known)}")
+    return [arm for arm in arms if names is None or arm.name in names]
+
+
 def _base_run(args: argparse.Namespace) -> RunFile:
     """The run every arm departs from."""
     is_text = args.preset in TEXT_RECIPES
@@ -180,7 +196,9 @@ def _base_run(args: argparse.Namespace) -> RunFile:
     names = ("batch_size", "learning_rate", "precision", "loop_law")
     training = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if not is_text:
-        return RunFile(args.preset, model, training)
+        return RunFile(args.preset, model, training, clues=args.clues)
+    if args.clues is not None:
+        raise UsageError(f"--preset {args.preset} is about text; leave out --clues")
     return RunFile(
         args.preset,
         model,
@@ -218,7 +236,8 @@ def _sudoku_judge(
     args: argparse.Namespace, base: RunFile, threads: int
 ) -> Callable[[TrainedArm, int, str], Row]:
     spec = SUDOKU_RECIPES[base.preset].spec
-    clues = held_out_puzzles(spec, args.num, threads).clues
+    given = None if base.clues is None else parse_clues(base.clues, spec)
+    clues = held_out_puzzles(spec, args.num, threads, given).clues
 
     def judge(arm: TrainedArm, loops: int, order: str) -> Row:
         result = solve_puzzles(arm.model, clues, spec, num_loops=loops, order=order)
@@ -246,10 +265,12 @@ def _text_judge(
         nonlocal windows
         if windows is None:  # an arm has the tokenizer
             tokenizer = text_data.load_tokenizer(folder.path / "arms" / f"{arm.name}-seed{arm.seed}")
-            documents = read_corpus(base).validation
-            held_out = text_data.pack(
-                "validation", documents, tokenizer, arm.length, folder.path / "arms/tokens"
-            )
+            held_out: text_data.TextData | CorpusData
+            if text_data.are_corpora(base.data):
+                held_out = held_out_of(text_data.open_corpora(base.data), arm.length)
+            else:
+                documents, cache = read_corpus(base).validation, folder.path / "arms/tokens"
+                held_out = text_data.pack("validation", documents, tokenizer, arm.length, cache)
             windows = text_data.windows(held_out, tokenizer, args.num)
         (result,) = evaluate_nll(
             arm.model,

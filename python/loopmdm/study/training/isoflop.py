@@ -3,7 +3,8 @@
 base: the model without its loop. deep: a plain model whose training step costs what the looped one's costs
 on average (5 layers for 3 with one looped and S to 6), so both total and per-step FLOPs are equal. loop: the
 looped model. A looped step costs more, so the looped and the deep model take fewer steps. What a step costs
-relative to the model without its loop is in the table under three conventions.
+relative to the model without its loop is in the table under three conventions. --arms chooses among them; an
+arm that `loopmdm train` has made may be put into `arms/` of the folder, under its name and seed (loop-seed0).
 """
 
 from __future__ import annotations
@@ -53,11 +54,14 @@ def _arms(config: LoopMDMConfig, law: LoopLaw) -> list[Arm]:
 
 def _find(folder: StudyFolder, rows: list[Row], where: str) -> None:
     """L3 and L4 for Sudoku in left-to-right order; elsewhere the same figures, without a verdict."""
-    (base,), (deep,) = select(rows, arm="base"), select(rows, arm="deep")
     looped = select(rows, arm="loop")
+    if not looped:
+        return
     trained = [row for row in looped if row["num_loops"] <= row["max_loops"]] or looped
     full = max(trained, key=lambda row: int(row["num_loops"]))
-    for name, other, points in (("L3", base, 0.2), ("L4", deep, 0.1)):
+    others = [("L3", one, 0.2) for one in select(rows, arm="base")]
+    others += [("L4", one, 0.1) for one in select(rows, arm="deep")]
+    for name, other, points in others:
         at, compared = f"loop {full['value']:.3f} at S = {full['num_loops']}", other["arm"]
         outcome = f"{where}: {at}, {compared} {other['value']:.3f}"
         if full["order"] == "left_to_right":
