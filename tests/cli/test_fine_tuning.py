@@ -157,3 +157,35 @@ def test_what_does_not_fit_is_refused_in_a_line(call: Call, plain: Path, text: P
         assert done.status == status and len(lines) == 1, (name, done.err)
         assert re.search(message, lines[0]), (name, lines)
         assert not (out / "model.safetensors").exists()
+
+
+def test_a_plain_model_is_looped_without_training(
+    call: Call, plain: Path, text: Path, tmp_path: Path
+) -> None:
+    """Measured and sampled from as it is; converted, the configuration says so; then trained on."""
+    looped = ["--loop", "1:3", "--damped"]
+    measure = ["--num-t", "2", "--windows", "2", "--data", str(text)]
+    done = call("eval", str(plain), "--loops", "1,4", *looped, *measure, "--json")
+    assert done.status == 0, done.err
+    assert done.json["damped"] is True and (done.json["loop_start"], done.json["loop_end"]) == (1, 3)
+    naive = call("eval", str(plain), "--loops", "1,4", *looped[:2], *measure, "--json").json
+    assert "damped" not in naive and naive["held_out"][0]["nll"] == done.json["held_out"][0]["nll"]
+    assert naive["held_out"][1]["nll"] != done.json["held_out"][1]["nll"]
+    written = call("eval", str(plain), "--loops", "4", *looped, *measure)
+    assert "blocks 1 to 2 looped, damped loops" in written.out
+    drawn = call("sample", str(plain), "--num", "1", "--steps", "2", "--plan", "4", *looped, "--json")
+    assert drawn.status == 0 and drawn.json["damped"] is True
+    converted = tmp_path / "converted"
+    done = call("convert", str(plain), str(converted), *looped, "--max-loops", "4")
+    assert done.status == 0 and "looped, 4 times (damped)" in done.out, done.err
+    model = LoopMDM.from_pretrained(converted)
+    assert model.config.damped and model.config.max_loops == 4
+    out = tmp_path / "out"
+    done = call("train", "--data", str(text), *LIGHT, "--init-from", str(plain), *looped, "--max-loops", "3",
+                "--out", str(out))  # fmt: skip
+    assert done.status == 0, done.err
+    assert LoopMDM.from_pretrained(out).config.damped
+    refused = call("train", "--data", str(text), *LIGHT, *looped, "--compile", "--out", str(tmp_path / "no"))
+    assert refused.status == 1 and "compile: a damped model" in refused.err
+    refused = call("eval", str(plain), "--loop", "2:9", "--damped", *measure)
+    assert refused.status == 1 and "loop_start, loop_end: got (2, 9)" in refused.err

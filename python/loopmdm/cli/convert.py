@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from loopmdm.cli.output import print_json, show
 from loopmdm.cli.parser import add_json
@@ -27,6 +26,7 @@ from loopmdm_kernels.files import refuse_files
 EPILOG = """examples:
   loopmdm convert mdlm.ckpt mdlm-looped --loop 1:3 --max-loops 12
   loopmdm convert kuleshov-group/mdlm-owt mdlm-owt --max-loops 1
+  loopmdm convert kuleshov-group/mdlm-owt mdlm-damped --loop 4:8 --max-loops 4 --damped
   loopmdm convert run out               the newest checkpoint of a run that several processes train
 """
 
@@ -37,6 +37,7 @@ _REFERENCE = {
     "max_length": "--max-length",
     "mask_token_id": "--mask-token-id",
     "num_heads": "--num-heads",
+    "damped": "--damped",
 }
 
 
@@ -62,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mask-token-id", type=count, metavar="ID", help="(default: that of the vocabulary)")
     parser.add_argument("--num-heads", type=positive_int, metavar="H", help="(default: as stored)")
+    parser.add_argument(
+        "--damped",
+        action="store_true",
+        default=None,
+        help="each of S loops goes 1/S of its way: looping without training",
+    )
     add_json(parser, "the configuration")
 
 
@@ -78,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     if args.max_loops is not None:
         with usage_errors():
             loop_count("--max-loops", args.max_loops)
-    options: dict[str, Any] = {} if args.max_length is None else {"max_length": args.max_length}
+    given = {"max_length": args.max_length, "damped": args.damped}
+    options = {name: value for name, value in given.items() if value is not None}
     refuse_files(args.target, (*FILES, RUN_FILE), "the converted checkpoint")
     if (Path(args.source) / CHECKPOINTS).is_dir():
         refuse(args, _REFERENCE, "the configuration of a run is known")
@@ -101,6 +109,6 @@ def run(args: argparse.Namespace) -> int:
     show(
         f"{args.target}: {config.num_layers} blocks of width {config.hidden_size}, V = {config.vocab_size},"
         f" mask {config.mask_token_id}; blocks {config.loop_start} to {config.loop_end - 1} are looped,"
-        f" {config.max_loops} times if not told otherwise"
+        f" {config.max_loops} times{' (damped)' if config.damped else ''} if not told otherwise"
     )
     return 0

@@ -18,7 +18,7 @@ from typing import Any
 from loopmdm.cli import eval_samples, samples_table
 from loopmdm.cli.output import print_json, print_table, show
 from loopmdm.cli.parser import add_json, add_runtime, set_up
-from loopmdm.cli.plans import adaptive, adapts, exit_rule, note_beyond_training
+from loopmdm.cli.plans import adaptive, adapts, exit_rule, looping, note_beyond_training
 from loopmdm.data.sudoku import SudokuSpec, count_solutions, solve
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = set_up(args)
-    model = load_model(args.model, device)
+    model = load_model(args.model, device, **looping(args))
     spec = sudoku_spec(model)
     adaptive_loops = not eval_samples.wanted(args) and adapts(args)
     loops = args.loops or ([model.config.max_loops] if adaptive_loops else default_loops(model))
@@ -135,9 +135,9 @@ def run(args: argparse.Namespace) -> int:
         note_beyond_training(model, map(ComputePlan.constant, loops))
     document = _text(args, model, loops) if spec is None else _sudoku(args, model, spec, loops)
     if args.json:
-        print_json({"model": args.model, **document})
+        print_json({"model": args.model, **looping(args), **document})
         return 0
-    show(f"model {args.model}, {document['source']}\n")
+    show(f"model {args.model}{_looped(args)}, {document['source']}\n")
     if "solved" in document:
         print_table(SHARE_COLUMNS, [share_row(one) for one in document["solved"]])
         show("\n" + "\n".join(f"{one['order']}, {cost_line(one['cost'])}" for one in document["solved"]))
@@ -152,12 +152,18 @@ def run(args: argparse.Namespace) -> int:
 def _samples(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> int:
     document = eval_samples.measure(args, model, loops)
     if args.json:
-        print_json({"model": args.model, **document})
+        print_json({"model": args.model, **looping(args), **document})
         return 0
-    show(f"model {args.model}\n")
+    show(f"model {args.model}{_looped(args)}\n")
     print_table(samples_table.columns(document), samples_table.table(document))
     show("\n" + samples_table.describe(document))
     return 0
+
+
+def _looped(args: argparse.Namespace) -> str:
+    """How the loops are others than the model's own."""
+    blocks = "" if args.loop is None else f", blocks {args.loop[0]} to {args.loop[1] - 1} looped"
+    return blocks if args.damped is None else f"{blocks}, damped loops"
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

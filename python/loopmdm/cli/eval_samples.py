@@ -43,7 +43,7 @@ _BATCH = 64
 _EXACT = "exact: fp32 with 64 random bits where they matter"
 _REFERENCE = "the reference's: fp32, with tokens rarer than 2^-24 lost"
 _NONE = "none: the most probable token"
-_PLAN = ("plan", "light", "heavy", "adaptive", "min_loops", "criterion")
+_PLAN = ("plan", "light", "heavy", "adaptive", "min_loops", "criterion", "loop", "damped")
 _ONLY_WITH_SAMPLES = ("scorer", "mauve", "save_samples", "dtype", "plan", "light", "heavy")
 
 

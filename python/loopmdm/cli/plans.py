@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from loopmdm.exits import ExitRule, make_rule
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.runs.models import load_model
-from loopmdm.runs.options import UsageError, positive_int, usage_errors
+from loopmdm.runs.options import UsageError, loop_range, positive_int, usage_errors
 from loopmdm.terminal import note
 
 CRITERIA = ("hidden", "output", "argmax")
@@ -29,6 +30,7 @@ def add_plan(parser: argparse.ArgumentParser, *names: str, default: str) -> None
         help=f"loops: a count such as 12, a schedule over the steps such as L125,H750,L125 or S2:50,S8:50,"
         f" fully masked end first, or a file with a saved plan (default: {default})",
     )
+    add_looping(group)
     group.add_argument(
         "--light", metavar="L", help="what L in the plan stands for: a loop count or a model's folder"
     )
@@ -55,6 +57,28 @@ def add_plan(parser: argparse.ArgumentParser, *names: str, default: str) -> None
         " predictions, in nats; argmax, that no prediction's most probable token changed, which takes no"
         " EPS. The last two run the blocks behind the loop, and the vocabulary head, after every loop",
     )
+
+
+def add_looping(group: argparse._ArgumentGroup) -> None:
+    """Options that loop a model otherwise than its configuration says."""
+    group.add_argument(
+        "--loop",
+        type=loop_range,
+        metavar="START:END",
+        help="loop these blocks of MODEL, such as 1:3, in place of those it was trained with",
+    )
+    group.add_argument(
+        "--damped",
+        action="store_true",
+        default=None,
+        help="each of S loops of MODEL goes 1/S of its way: for a model that was trained without a loop",
+    )
+
+
+def looping(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the model's configuration that the options of `add_looping` replace."""
+    fields = {} if args.loop is None else {"loop_start": args.loop[0], "loop_end": args.loop[1]}
+    return fields if args.damped is None else {**fields, "damped": True}
 
 
 def adapts(args: argparse.Namespace) -> bool:

@@ -70,6 +70,7 @@ _LOOPED_ONLY = {
     "max_loops": "--max-loops",
     "loop_law": "--loop-law",
     "backprop_loops": "--backprop-loops",
+    "damped": "--damped",
     "dropout": "--dropout",
 }
 

@@ -21,7 +21,7 @@ import torch
 from loopmdm.cli.decoding import DTYPES, add_decoding, chosen_decoding
 from loopmdm.cli.output import has_color, print_json
 from loopmdm.cli.parser import add_json, add_runtime, set_up
-from loopmdm.cli.plans import add_plan, note_beyond_training, plan_option
+from loopmdm.cli.plans import add_plan, looping, note_beyond_training, plan_option
 from loopmdm.cli.views import PainterOf, Views, add_views
 from loopmdm.data.sudoku import SudokuSpec, encode_boards, format_board, is_valid_solution
 from loopmdm.data.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     views = Views(args)
     device = set_up(args)
-    model = load_model(args.model, device)
+    model = load_model(args.model, device, **looping(args))
     tokenizer = load_tokenizer(model, args.model, args.tokenizer)
     spec = sudoku_spec(model) if tokenizer is None else None
     if tokenizer is None and spec is None:
@@ -118,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(
             {
                 "model": args.model,
+                **looping(args),
                 "length": result.tokens.shape[1],
                 "steps": result.num_steps,
                 "order": args.order,

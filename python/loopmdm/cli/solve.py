@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from loopmdm.cli.decoding import add_pace, decoding_of
 from loopmdm.cli.output import has_color, print_json, print_table, show
 from loopmdm.cli.parser import add_json, add_runtime, set_up
-from loopmdm.cli.plans import adaptive, adapts, add_plan, note_beyond_training, plan_option
+from loopmdm.cli.plans import adaptive, adapts, add_plan, looping, note_beyond_training, plan_option
 from loopmdm.cli.views import Views, add_views
 from loopmdm.data.sudoku import (
     PuzzleFile,
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     clues = puzzles.clues[: args.limit]
     device = set_up(args)
     name = args.model or _default_model(puzzles)
-    model = load_model(name, device)
+    model = load_model(name, device, **looping(args))
     orders = ORDERS if args.order == "both" else (args.order,)
     with usage_errors():
         plans = _plans(args, model, device)

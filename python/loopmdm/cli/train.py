@@ -138,6 +138,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--max-loops", type=positive_int, metavar="S", help="largest loop count in training")
     model.add_argument("--dropout", type=number, metavar="P")
+    model.add_argument(
+        "--damped",
+        action="store_true",
+        default=None,
+        help="each of S loops goes 1/S of its way, which changes a plain model less",
+    )
     tuning = parser.add_argument_group("fine-tuning")
     tuning.add_argument(
         "--init-from",

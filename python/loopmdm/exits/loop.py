@@ -21,9 +21,11 @@ def loop_to_threshold(
     """`ExitRule.run` of a rule that is a threshold of the op; max_loops is as in `Stages.loop`."""
     hidden, free = stages.before(), min_loops - 1
     if free:
-        hidden = stages.loop(hidden, free)
+        hidden = stages.loop(hidden, free, total=num_loops)
     most = None if max_loops is None else max_loops - free
-    hidden, used = stages.loop(hidden, num_loops - free, exit_threshold=threshold, max_loops=most)
+    hidden, used = stages.loop(
+        hidden, num_loops - free, exit_threshold=threshold, max_loops=most, done=free, total=num_loops
+    )
     return stages.after(hidden), used + free
 
 
@@ -38,7 +40,7 @@ def loop_by_loop(
     loop = max(0, min_loops - lookback)
     hidden = stages.before()
     if loop:
-        hidden = stages.loop(hidden, loop)
+        hidden = stages.loop(hidden, loop, total=num_loops)
     batch = hidden.shape[0]
     active = torch.arange(batch, device=hidden.device)
     most = num_loops if isinstance(num_loops, Tensor) else torch.full_like(active, num_loops)
@@ -58,7 +60,7 @@ def loop_by_loop(
 
     everyone = stages
     while active.numel():
-        new = stages.loop(hidden)
+        new = stages.loop(hidden, done=loop, total=most[active])
         loop += 1
         over = most[active] == loop
         if bool(over.any()):  # no need to judge them

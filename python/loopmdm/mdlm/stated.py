@@ -29,8 +29,9 @@ _FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "max_loops": (("model", "num_loops"), ("num_loops",), ("max_loops",)),
     "positions": (("positions",),),
     "key_padding_mask": (("key_padding_mask",),),
+    "damped": (("damped",),),
 }
-_INTEGERS = frozenset(_FIELDS) - {"dropout", "time_conditioning", "positions", "key_padding_mask"}
+_INTEGERS = frozenset(_FIELDS) - {"dropout", "time_conditioning", "positions", "key_padding_mask", "damped"}
 # Where a kind of model is stated, the values that this package computes (in lower case); what others mean:
 # such models may have MDLM's tensors and still compute something else, or have another law.
 _ONLY: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (

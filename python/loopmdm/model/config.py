@@ -40,6 +40,8 @@ class LoopMDMConfig:
             padding is attended.
         gate_init: initial value of the residual gates. 0 is adaLN-zero, the reference; 1 starts from a
             plain pre-norm transformer, which learns faster in short runs.
+        damped: each of S loops goes 1/S of its way, which loops a model that was trained without a loop
+            (see `loopmdm.model.between`); off as in LoopMDM.
     """
 
     vocab_size: int
@@ -58,6 +60,7 @@ class LoopMDMConfig:
     positions: str = "rotary"
     key_padding_mask: bool = False
     gate_init: float = 0.0
+    damped: bool = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Fields are set once; a trainer's notes on a model's configuration mean nothing here."""
@@ -114,6 +117,11 @@ class LoopMDMConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def acts_between_loops(self) -> bool:
+        """Whether a loop is more than H(k) = mid(H(k - 1)), so that the op is called once for each."""
+        return self.damped
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LoopMDMConfig:

@@ -112,8 +112,8 @@ class LoopMDM(Network):
             out: Tensor = stages.loop(stages.before(), loops)
             return out
         with torch.no_grad():
-            hidden = stages.loop(stages.before(), loops - kept)
-        out = stages.loop(hidden, kept)
+            hidden = stages.loop(stages.before(), loops - kept, total=loops)
+        out = stages.loop(hidden, kept, done=loops - kept, total=loops)
         return out
 
     @overload

@@ -14,18 +14,21 @@ from torch import Tensor
 
 import loopmdm_kernels as lk
 from loopmdm.model import draws
+from loopmdm.model.between import damped_step
 from loopmdm.model.cut import why_global
 from loopmdm.model.masks import boolean
 from loopmdm.model.modules import DDiTBlock, by_row
 from loopmdm.model.network import Network
 from loopmdm.model.parallel import refuse_split, with_whole_weights
 from loopmdm_kernels.calls import LoopedCall
+from loopmdm_kernels.ops import checks
 from loopmdm_kernels.reference.looped_blocks import Dropout, run_loops
 from loopmdm_kernels.tracing import not_compiled
 from loopmdm_kernels.types import Rotary
 from loopmdm_kernels.values import positive
 
 _SEED_BITS = 0x7FFF_FFFF_FFFF_FFFF
+_MOST_LOOPS = 2**30  # as of the op
 
 
 class Exit(ABC):
@@ -44,8 +47,8 @@ class Exit(ABC):
 class Stages:
     """The residual stream of `tokens` [B, L] in stages: before, loop, after. Made by `LoopMDM.stages`.
 
-    `after(loop(before(), S))` is `LoopMDM.hidden` with S loops, bit for bit, and loop(loop(h, j), k) is
-    loop(h, j + k) but for dropout, whose masks begin anew with every call of `loop`.
+    `after(loop(before(), S))` is `LoopMDM.hidden` with S loops, bit for bit, and with `done` and `total` the
+    loops may be cut anywhere, but for dropout, whose masks begin anew with every call of `loop`.
     """
 
     def __init__(
@@ -98,9 +101,7 @@ class Stages:
 
     def block(self, hidden: Tensor, index: int, application: int = 0) -> Tensor:
         """Block `index` applied once to hidden [B, L, D]; `application` names its dropout masks."""
-        part = copy.copy(self)
-        part._dropout_seed = self._dropout_seed + application
-        out: Tensor = part._run(hidden, index, index + 1, 1)
+        out: Tensor = self._application(application)._run(hidden, index, index + 1, 1)
         return out
 
     def loop(
@@ -110,6 +111,8 @@ class Stages:
         *,
         exit_threshold: float | None = None,
         max_loops: int | None = None,
+        done: int = 0,
+        total: int | Tensor | None = None,
     ) -> Any:
         """H(k + num_loops) from H(k) [B, L, D]; with `exit_threshold`, (it, loops used int64 [B]).
 
@@ -119,8 +122,13 @@ class Stages:
             exit_threshold: a sequence stops after a loop that changes its hidden state by less, relative to
                 the new state (Frobenius norms over all positions).
             max_loops: with one number for each, none is larger; spares reading them from the device.
+            done: k. It makes a difference where something happens between loops.
+            total: S of the whole pass, of all or of each sequence; None: done + num_loops. A damped model
+                needs it to go on with a loop.
         """
         config = self.model.config
+        if config.acts_between_loops:
+            return self._loop_by_loop(hidden, num_loops, exit_threshold, done, total)
         return self._run(hidden, config.loop_start, config.loop_end, num_loops, exit_threshold, max_loops)
 
     def after(self, hidden: Tensor) -> Tensor:
@@ -146,10 +154,14 @@ class Stages:
         order = [(0, i) for i in range(config.loop_start)]
         order += [(number, i) for number in range(most) for i in loop]
         order += [(0, i) for i in range(config.loop_end, config.num_layers)]
-        x = self.embedded()
+        x = entered = self.embedded()
         states = [x] * (config.num_layers + 1)
         for application, (number, i) in enumerate(order):
+            if i == config.loop_start:
+                entered = x
             after = self.block(x, i, application)
+            if i == config.loop_end - 1:
+                after = self._left(entered, after, num_loops)
             if number == 0 or each is None:
                 x = states[i + 1] = after
             else:
@@ -243,6 +255,45 @@ class Stages:
         modulation = partial(self._modulation, start, end)
         return self._op(x, start, end, loops, modulation, self._key_mask, exit_threshold, max_loops)
 
+    @not_compiled
+    def _loop_by_loop(
+        self,
+        x: Tensor,
+        num_loops: int | Tensor,
+        exit_threshold: float | None,
+        done: int,
+        total: int | Tensor | None,
+    ) -> Any:
+        """`loop` with what happens between loops, of which each is a call of its own."""
+        loops = _counted_loops("num_loops", num_loops, x)
+        config, whole = self.model.config, loops if total is None else _counted_loops("total", total, x)
+        if config.damped and done and total is None:
+            raise ValueError(
+                "total: got None, but a loop of a damped model goes 1/S of its way; expected S of the pass"
+            )
+
+        def one_loop(state: Tensor, active: Tensor | None, loop: int) -> Tensor:
+            part = (self if active is None else self.subset(active))._application(done + loop)
+            new = part._run(state, config.loop_start, config.loop_end, 1)
+            each = whole[active] if isinstance(whole, Tensor) and active is not None else whole
+            return part._left(state, new, each)
+
+        # With `recompute` the op keeps no more of a loop than its input.
+        out, used = run_loops(one_loop, x, loops, checks.exit_threshold(exit_threshold), recompute=False)
+        return out if exit_threshold is None else (out, used)
+
+    def _left(self, entered: Tensor, new: Tensor, num_loops: int | Tensor) -> Tensor:
+        """The state after a loop of S, whose blocks made `new` of the state that `entered`."""
+        return damped_step(entered, new, num_loops) if self.model.config.damped else new
+
+    def _application(self, number: int) -> Stages:
+        """The same pass, with dropout masks of that number."""
+        if not number or not self._dropout:
+            return self
+        part = copy.copy(self)
+        part._dropout_seed = self._dropout_seed + number
+        return part
+
     def _op(
         self,
         x: Tensor,
@@ -313,9 +364,25 @@ class Stages:
                 state = block(state, self._rotary, condition, **options)
             return state
 
-        if isinstance(loops, Tensor) and loops.shape == (1,) and loops.device.type == "cpu":
-            loops = int(loops)  # drawn in a compiled graph: one for all
         out, used = run_loops(
-            one_loop, x, loops, exit_threshold, recompute=model.recompute, preserve_rng_state=True
+            one_loop,
+            x,
+            _counted_loops("num_loops", loops, x),
+            exit_threshold,
+            recompute=model.recompute,
+            preserve_rng_state=True,
         )
         return out if exit_threshold is None else (out, used)
+
+
+def _counted_loops(name: str, value: Any, x: Tensor) -> int | Tensor:
+    """Loops of all sequences of x [B, L, D], or int64 [B] of each, checked as the op checks them."""
+    if isinstance(value, Tensor) and value.shape == (1,) and value.device.type == "cpu":
+        value = int(value)  # drawn in a compiled graph: one for all
+    if not isinstance(value, Tensor):
+        accepted = "at least 1 and below 2^30, an int or an int64 tensor [B]"
+        count: int = checks.integer(name, value, 1, _MOST_LOOPS, accepted)
+        return count
+    checks.tensor(name, value, dtypes=(torch.int64,), shape=x.shape[:1], device=x.device)
+    checks.in_range(name, value, 1, _MOST_LOOPS)
+    return value

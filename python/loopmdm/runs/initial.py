@@ -16,7 +16,16 @@ from loopmdm.train.checkpoints import CHECKPOINTS
 LORA_TARGETS = ("attn_qkv", "attn_out", "mlp.0", "mlp.2")
 _VOCABULARY = ("vocab_size", "mask_token_id")  # the tokenizer's
 # What a checkpoint's weights do not depend on, and a run may choose.
-_FREE = ("loop_start", "loop_end", "max_loops", "dropout", "max_length", "gate_init", "key_padding_mask")
+_FREE = (
+    "loop_start",
+    "loop_end",
+    "max_loops",
+    "dropout",
+    "max_length",
+    "gate_init",
+    "key_padding_mask",
+    "damped",
+)
 
 
 def read_initial(source: str) -> LoopMDM:

@@ -166,7 +166,7 @@ def _is_plain(model: object) -> bool:
         return False
     if any(getattr(type(model), name) is not getattr(LoopMDM, name) for name in _ASKED):
         return False
-    if not model.__dict__.keys().isdisjoint(_ASKED) or model.cuts():
+    if not model.__dict__.keys().isdisjoint(_ASKED) or model.cuts() or model.config.acts_between_loops:
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False

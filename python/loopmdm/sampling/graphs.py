@@ -37,6 +37,10 @@ def check_graphs(models: Iterable[Any], plan: ComputePlan) -> None:
             raise ValueError(f"cuda_graphs: it takes a LoopMDM, got {type(model).__name__}")
         if cuts := model.cuts():
             raise ValueError(f"cuda_graphs: a graph would not call modules at a replay ({cuts[0]})")
+        if model.config.acts_between_loops:
+            raise ValueError(
+                "cuda_graphs: what happens between loops (damped) is decided on the host, loop by loop"
+            )
     for compute in plan.computes:
         if compute.exit is not None and compute.exit.threshold is None:
             raise ValueError(f"cuda_graphs: the exit rule {compute.exit} decides on the host after each loop")

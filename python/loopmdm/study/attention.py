@@ -117,7 +117,7 @@ def mask_to_mask(model: LoopMDM, noisy: Noisy, loops: Sequence[int]) -> Tensor:
                 layers.append((to_masked * masked).sum(-1))
                 x = stages.block(x, index)
             results.append(torch.stack(layers))
-        state = stages.loop(state, 1)
+        state = stages.loop(state, done=loop - 1)
     return torch.stack(results).cpu()
 
 

@@ -124,6 +124,10 @@ class Trainer:
             raise ValueError(f"keep: got {keep}, expected at least 1")
         self.counters = Counters()
         self.device = next(model.parameters()).device
+        if config.compile and getattr(model.config, "acts_between_loops", False):
+            raise ValueError(
+                "compile: a damped model loops on the host, outside of a graph; leave out one of them"
+            )
         model.recompute, model.backprop_loops = config.recompute, config.backprop_loops
         self.ranks = Ranks(
             model,

@@ -98,8 +98,8 @@ def loop_states(stages: Stages, max_loops: int) -> Iterator[LoopStates]:
 
     hidden = stages.before()
     before = _log_probs(stages, hidden)
-    for _ in range(max_loops):
-        new = stages.loop(hidden)
+    for loop in range(max_loops):
+        new = stages.loop(hidden, done=loop)
         after = _log_probs(stages, new)
         divergence = (after.exp() * (after - before)).sum(1)
         flips = after.argmax(1) != before.argmax(1)

@@ -98,7 +98,7 @@ def over_loops(model: LoopMDM, noisy: Noisy, loops: Iterable[int]) -> tuple[Tens
     state = stages.before()
     sums, changes = [], []
     for loop in range(1, wanted[-1] + 1):
-        previous, state = state, stages.loop(state, 1)
+        previous, state = state, stages.loop(state, done=loop - 1)
         norms = [(x.flatten(1).double()).norm(dim=1) for x in (state - previous, state)]
         changes.append(norms[0] / norms[1])
         if loop in wanted:

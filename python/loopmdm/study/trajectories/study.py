@@ -86,8 +86,8 @@ def trajectories(model: LoopMDM, noisy: Noisy, most: int) -> list[tuple[Tensor, 
     stages = noisy.stages(model)
     state = stages.before()
     steps = []
-    for _ in range(most):
-        state = stages.loop(state, 1)
+    for loop in range(most):
+        state = stages.loop(state, done=loop)
         steps.append(_decoded(model, stages.after(state), noisy))
     return [
         (torch.stack([tokens for tokens, _ in one]), torch.stack([nll for _, nll in one]))

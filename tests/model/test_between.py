@@ -1,0 +1,288 @@
+"""What happens between loops, against the formula in plain PyTorch; whatever loops a model can do it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loopmdm import LoopMDM, LoopMDMConfig, likelihood, sample
+from loopmdm.exits import ArgmaxStable, HiddenChange
+from loopmdm.plan import ComputePlan
+from loopmdm.sampling.graphs import check_graphs
+from loopmdm_kernels import graphs
+from loopmdm_kernels.testing import assert_matches_oracle
+
+MASK = 22
+DAMPED: dict[str, Any] = {"damped": True}
+VARIANTS = pytest.mark.parametrize("changes", [DAMPED], ids=["damped"])
+
+
+def make(**changes: Any) -> LoopMDM:
+    values: dict[str, Any] = {
+        "vocab_size": 23,
+        "mask_token_id": MASK,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "num_layers": 5,
+        "cond_dim": 8,
+        "max_length": 24,
+        "max_loops": 5,
+        "gate_init": 1.0,
+        "dropout": 0.0,
+    }
+    torch.manual_seed(0)
+    model = LoopMDM(LoopMDMConfig(**{**values, **changes})).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "adaLN" in name or "output_layer" in name:
+                value.add_(torch.randn(value.shape, generator=generator) * 0.2)
+    return model
+
+
+def tokens(batch: int = 3, length: int = 12) -> Tensor:
+    ids = torch.randint(0, MASK, (batch, length), generator=torch.Generator().manual_seed(1))
+    ids[:, ::2] = MASK
+    return ids
+
+
+class Plain:
+    """The model with S loops, written out; `weights` are leaves that it is differentiated by."""
+
+    def __init__(self, model: LoopMDM, dtype: torch.dtype) -> None:
+        self.config = model.config
+        self.weights = {
+            name: value.detach().to(dtype).requires_grad_() for name, value in model.named_parameters()
+        }
+        self.inv_freq = model.rotary_emb.inv_freq.to(dtype)
+
+    def hidden(self, ids: Tensor, num_loops: int) -> Tensor:
+        return self.tail(self.states(ids, num_loops)[-1])
+
+    def states(self, ids: Tensor, num_loops: int) -> list[Tensor]:
+        """H(0) to H(S)."""
+        config = self.config
+        x = self.blocks(self.weights["vocab_embed.embedding"][ids], range(config.loop_start))
+        states = [x]
+        for _ in range(num_loops):
+            new = self.blocks(x, range(config.loop_start, config.loop_end))
+            x = x + (new - x) / num_loops if config.damped else new
+            states.append(x)
+        return states
+
+    def tail(self, x: Tensor) -> Tensor:
+        return self.blocks(x, range(self.config.loop_end, self.config.num_layers))
+
+    def blocks(self, x: Tensor, indices: range) -> Tensor:
+        for index in indices:
+            x = self.block(x, f"blocks.{index}.")
+        return x
+
+    def condition(self) -> Tensor:
+        w, half = self.weights, 128
+        features = torch.cat([self.inv_freq.new_ones(1, half), self.inv_freq.new_zeros(1, half)], dim=1)
+        c = F.silu(F.linear(features, w["sigma_map.mlp.0.weight"], w["sigma_map.mlp.0.bias"]))
+        return F.silu(F.linear(c, w["sigma_map.mlp.2.weight"], w["sigma_map.mlp.2.bias"]))
+
+    def block(self, x: Tensor, name: str) -> Tensor:
+        w = {key.removeprefix(name): value for key, value in self.weights.items() if key.startswith(name)}
+        made = F.linear(self.condition(), w["adaLN_modulation.weight"], w["adaLN_modulation.bias"])
+        shift1, scale1, gate1, shift2, scale2, gate2 = made[:, None].chunk(6, dim=2)
+        batch, length, hidden = x.shape
+        h = F.layer_norm(x, (hidden,)) * w["norm1.weight"] * (1 + scale1) + shift1
+        heads = F.linear(h, w["attn_qkv.weight"]).view(batch, length, 3, self.config.num_heads, -1)
+        angle = torch.outer(torch.arange(length, dtype=x.dtype), self.inv_freq)[None, :, None]
+        q, k, v = heads.unbind(2)
+        q, k = (
+            torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+            for a, b in (part.chunk(2, dim=-1) for part in (q, k))
+        )
+        scores = torch.einsum("blhd,bmhd->bhlm", q, k) / q.shape[-1] ** 0.5
+        mixed = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v).reshape(batch, length, hidden)
+        x = x + gate1 * F.linear(mixed, w["attn_out.weight"])
+        h = F.layer_norm(x, (hidden,)) * w["norm2.weight"] * (1 + scale2) + shift2
+        h = F.gelu(F.linear(h, w["mlp.0.weight"], w["mlp.0.bias"]), approximate="tanh")
+        return x + gate2 * F.linear(h, w["mlp.2.weight"], w["mlp.2.bias"])
+
+
+@VARIANTS
+@pytest.mark.parametrize("num_loops", [1, 2, 12])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_values_and_gradients_are_the_formulas(
+    changes: dict[str, Any], num_loops: int, recompute: bool
+) -> None:
+    model, ids = make(**changes), tokens()
+    wide = make(**changes).double()
+    wide.recompute = model.recompute = recompute
+    direction = torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(2)).double()
+    oracle, baseline = Plain(model, torch.float64), Plain(model, torch.float32)
+    ours, exact = (one.hidden(ids, num_loops=num_loops) for one in (model, wide))
+    plain, formula = (one.hidden(ids, num_loops) for one in (baseline, oracle))
+    torch.testing.assert_close(exact, formula, rtol=1e-7, atol=1e-7)
+    assert_matches_oracle(ours.detach(), plain.detach(), formula.detach())
+    for out in (ours, exact, plain, formula):
+        (out * direction.to(out.dtype)).sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), wide.parameters(), strict=True):
+        expected = oracle.weights[name].grad
+        if expected is None or parameter.grad is None:
+            assert expected is parameter.grad is other.grad is None, name
+            continue
+        torch.testing.assert_close(other.grad, expected, rtol=1e-7, atol=1e-7 * float(expected.abs().max()))
+        # The largest of few errors is luck: plain PyTorch in another order is off by 3 times as much.
+        error, allowed = (
+            float((one.double() - expected).norm()) for one in (parameter.grad, baseline.weights[name].grad)
+        )
+        assert error <= 2 * allowed + 1e-7 * float(expected.norm()), name
+
+
+@VARIANTS
+@torch.no_grad()
+def test_one_loop_is_the_plain_model_bit_for_bit(changes: dict[str, Any]) -> None:
+    plain, model, ids = make(), make(**changes), tokens()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(model(ids, num_loops=1), plain(ids, num_loops=1))
+    each = torch.tensor([1, 3, 1])
+    mixed = model(ids, num_loops=each)
+    assert torch.equal(mixed[each == 1], plain(ids, num_loops=1)[each == 1])
+
+
+@VARIANTS
+@torch.no_grad()
+def test_a_sequence_does_not_depend_on_its_batch(changes: dict[str, Any]) -> None:
+    """One S for all, one each, and sequences alone: the same bits; also the states by block."""
+    model, ids = make(**changes), tokens(4)
+    each = torch.tensor([3, 1, 5, 2])
+    together = model.hidden(ids, num_loops=each)
+    for index, loops in enumerate(each.tolist()):
+        assert torch.equal(together[index], model.hidden(ids, num_loops=loops)[index])
+        assert torch.equal(together[index], model.hidden(ids[index : index + 1], num_loops=loops)[0])
+    for loops in (1, 4, each):
+        states = model.stages(ids).states(loops)
+        torch.testing.assert_close(states[-1], model.hidden(ids, num_loops=loops))
+
+
+@VARIANTS
+@torch.no_grad()
+def test_loops_can_be_cut_anywhere(changes: dict[str, Any]) -> None:
+    model, ids = make(**changes), tokens()
+    stages = model.stages(ids)
+    whole = stages.loop(stages.before(), 5)
+    for cut in (1, 4):
+        state = stages.loop(stages.before(), cut, total=5)
+        assert torch.equal(stages.loop(state, 5 - cut, done=cut, total=5), whole)
+
+
+@VARIANTS
+@torch.no_grad()
+def test_exits_stop_the_same_loops(changes: dict[str, Any]) -> None:
+    """An exit rule that never stops is the whole pass; one that does, stops at the state it was shown."""
+    model, ids = make(**changes), tokens()
+    whole = model.hidden(ids, num_loops=4)
+    for rule in (HiddenChange(0.0), ArgmaxStable(9)):
+        out, used = model.hidden(ids, num_loops=4, exit=rule, min_loops=2)
+        assert torch.equal(out, whole) and used.tolist() == [4, 4, 4]
+    stages = model.stages(ids)
+    states = [stages.before()]
+    for loop in range(4):
+        states.append(stages.loop(states[-1], done=loop, total=4))
+    ratio = [(b - a).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1) for a, b in pairwise(states)]
+    eps = float(torch.stack(ratio)[2].max()) * 1.001
+    out, used = model.hidden(ids, num_loops=4, exit=HiddenChange(eps), min_loops=3)
+    assert used.tolist() == [3, 3, 3] and torch.equal(out, stages.after(states[3]))
+
+
+@VARIANTS
+def test_the_last_loops_are_differentiated_alone(changes: dict[str, Any]) -> None:
+    model, ids = make(**changes), tokens()
+    with torch.no_grad():
+        whole = model.hidden(ids, num_loops=5)
+    model.backprop_loops = 2
+    out = model.hidden(ids, num_loops=5)
+    assert torch.equal(out, whole)
+    out.sum().backward()
+    assert model.vocab_embed.embedding.grad is None
+    assert bool(model.blocks[1].attn_qkv.weight.grad.any())
+
+
+@VARIANTS
+def test_dropout_draws_new_masks_in_each_loop(changes: dict[str, Any]) -> None:
+    """Masks are a function of the seed and of the loop."""
+    model, ids = make(**changes, dropout=0.3).train(), tokens()
+    first, again = (model.hidden(ids, num_loops=3, dropout_seed=5) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, model.hidden(ids, num_loops=3, dropout_seed=6))
+    stages = model.stages(ids, dropout_seed=5)
+    assert not torch.equal(
+        stages.loop(stages.before(), done=1, total=3), stages.loop(stages.before(), total=3)
+    )
+
+
+@VARIANTS
+@torch.no_grad()
+def test_modules_that_are_watched_compute_the_same(changes: dict[str, Any]) -> None:
+    model, ids = make(**changes), tokens()
+    fused = model.hidden(ids, num_loops=4)
+    calls = []
+    model.blocks[1].attn_qkv.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match="called one by one"):
+        torch.testing.assert_close(model.hidden(ids, num_loops=4), fused, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 4
+
+
+@VARIANTS
+@torch.no_grad()
+def test_it_is_saved_and_loaded(changes: dict[str, Any], tmp_path: Any) -> None:
+    model, ids = make(**changes), tokens()
+    model.save_pretrained(tmp_path)
+    again = LoopMDM.from_pretrained(tmp_path)
+    assert again.config == model.config and again.config.acts_between_loops
+    assert torch.equal(again(ids, num_loops=3), model(ids, num_loops=3))
+
+
+@VARIANTS
+def test_sampling_and_likelihoods_take_it(changes: dict[str, Any]) -> None:
+    """Any plan, the same tokens in any batch; the ledger counts the loops."""
+    model = make(**changes)
+    for plan in (4, ComputePlan.parse("S1:3,S5:3"), ComputePlan.adaptive(0.05, 5)):
+        steps = {"steps": 6} if isinstance(plan, int) else {}
+        options: dict[str, Any] = {"length": 10, "seed": 3, "plan": plan, **steps}
+        whole = sample(model, num_samples=3, **options)
+        parts = sample(model, num_samples=3, max_batch=1, **options)
+        assert torch.equal(whole.tokens, parts.tokens) and torch.equal(whole.loops, parts.loops)
+    found = likelihood(model, tokens().masked_fill(tokens() == MASK, 3), num_loops=4, samples=4)
+    assert bool(found.log_prob.isfinite().all())
+
+
+@VARIANTS
+def test_what_it_cannot_do_is_said(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make(**changes), tokens()
+    stages = model.stages(ids)
+    for loops in (0, torch.tensor([1, 0, 2])):
+        with pytest.raises(ValueError, match="num_loops"):
+            stages.loop(stages.before(), loops)
+    for loops in (2.0, True, torch.tensor([1.0, 2.0, 3.0])):
+        with pytest.raises(TypeError, match="num_loops"):
+            stages.loop(stages.before(), loops)
+    with pytest.raises(ValueError, match="exit_threshold"):
+        stages.loop(stages.before(), 2, exit_threshold=-1.0)
+    monkeypatch.setattr(graphs, "why_not", lambda device: None)
+    with pytest.raises(ValueError, match="cuda_graphs: what happens between loops"):
+        check_graphs([model], ComputePlan.constant(2))
+
+
+def test_a_damped_loop_has_to_know_how_many_there_are() -> None:
+    stages = make(**DAMPED).stages(tokens())
+    with pytest.raises(ValueError, match="total: got None"):
+        stages.loop(stages.loop(stages.before(), total=2), done=1)
+
+
+def test_configurations_say_whether_it_is_on() -> None:
+    assert not LoopMDMConfig(9, 8).acts_between_loops
+    assert LoopMDMConfig.from_dict(make().config.to_dict()) == make().config
+    with pytest.raises(TypeError, match="damped"):
+        LoopMDMConfig(9, 8, damped=1)  # type: ignore[arg-type]
