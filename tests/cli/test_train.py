@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loopmdm import LoopMDM
+from loopmdm import LoopMDM, sample
 from loopmdm.data.text import read_documents
 from loopmdm.data.tokenizer import load_tokenizer
 from loopmdm.runs.jobs import sudoku_job
@@ -50,6 +50,42 @@ def test_a_text_run_leaves_a_model_with_its_tokenizer(text_run: Path, corpus: Pa
         assert result["perplexity"] == pytest.approx(torch.tensor(result["nll"]).double().exp().item())
     assert [r["num_loops"] for r in evaluations[4]] == [1, 2]
     assert (text_run / "loss.png").stat().st_size > 1000
+
+
+def test_samples_are_drawn_at_each_evaluation(
+    call: Call, tmp_path: Path, text_run: Path, corpus: Path
+) -> None:
+    """Those of the averaged weights, for each S; a run does not depend on whether they are drawn."""
+    drawn = [r["evaluation"]["samples"] for r in history(text_run) if "evaluation" in r]
+    assert len(drawn) == 2
+    assert [(one["num_loops"], one["seed"], one["prompt"]) for one in drawn[1]] == 2 * [(1, 0, "")] + 2 * [
+        (2, 0, "")
+    ]
+    model, tokenizer = LoopMDM.from_pretrained(text_run), load_tokenizer(text_run)
+    tokens = sample(model, 2, 32, 32, plan=2, seed=0, progress=False).tokens
+    assert [one["text"] for one in drawn[1][2:]] == [tokenizer.decode(row) for row in tokens]
+
+    out, words = tmp_path / "without", ["--data", corpus, *TINY, *STEPS, "--samples", 0]
+    assert call("train", *words, "--out", out).status == 0
+    losses, weights = (
+        [[r for r in history(at) if "loss" in r] for at in (out, text_run)],
+        [load_file(at / "model.safetensors") for at in (out, text_run)],
+    )
+    assert losses[0] == losses[1] and all(torch.equal(weights[0][k], weights[1][k]) for k in weights[1])
+    assert not any("samples" in r.get("evaluation", {}) for r in history(out))
+    resumed = call(
+        "train", "--resume", "--out", out, "--steps", 5, "--samples", 1, "--sample-prompts", "Text", "12"
+    )
+    assert resumed.status == 0, resumed.err
+    last = history(out)[-1]["evaluation"]["samples"]
+    assert [(one["num_loops"], one["prompt"]) for one in last] == [
+        (1, "Text"),
+        (1, "12"),
+        (2, "Text"),
+        (2, "12"),
+    ]
+    long = call("train", *words[:-2], "--out", tmp_path / "long", "--sample-prompts", 31 * "x")
+    assert long.status == 2 and "has 32 tokens with BOS, but a sequence has 32" in long.err
 
 
 def test_several_sources_and_what_is_said_of_their_files(call: Call, tmp_path: Path, corpus: Path) -> None:
@@ -140,6 +176,12 @@ def test_a_sudoku_run_is_evaluated_by_solving(sudoku_run: Path) -> None:
     cases = [(s["order"], s["num_loops"]) for s in solved]
     assert cases == [(order, loops) for order in ("left_to_right", "confidence") for loops in (1, 3, 6)]
     assert all(s["puzzles"] == 2 and s["loops"] == s["num_loops"] * s["network_calls"] for s in solved)
+    samples = history(sudoku_run)[-1]["evaluation"]["samples"]
+    assert [one["num_loops"] for one in samples] == [1, 1, 3, 3, 6, 6]
+    for one in samples:
+        assert len(one["prompt"]) == 36 and "." in one["prompt"] and set(one["text"]) <= set("123456")
+    share = sum(one["solved"] for one in samples[:2]) / 2
+    assert share == solved[0]["share_solved"]
 
 
 def test_resumed_run_is_the_uninterrupted_one(call: Call, tmp_path: Path, corpus: Path) -> None:
@@ -227,6 +269,8 @@ def test_options_reach_the_configuration(call: Call, tmp_path: Path, corpus: Pat
         (["--preset", "sudoku6", "--clues", "7:4"], 2, "--clues: got '7:4', expected minimal, full or LO:HI"),
         (["--preset", "sudoku6", "--clues", "all"], 2, "with 8 <= LO <= HI <= 36"),
         (["--data", "CORPUS", "--clues", "none"], 2, "--preset text is about text; leave out --clues"),
+        (["--preset", "sudoku6", "--sample-prompts", "x"], 2, "samples boards; leave out --sample-prompts"),
+        (["--data", "CORPUS", "--autoregressive", "--samples", "1"], 2, "leave out --samples"),
         (["--data", "nothere"], 1, "nothere' does not exist; accepted: a file, a folder or 'stdlib'"),
         (["--data", "CORPUS", "--steps", "0"], 2, "--steps: got '0', expected an integer of at least 1"),
         (["--data", "CORPUS", "--steps", "many"], 2, "--steps: got 'many'"),

@@ -15,6 +15,7 @@ import traceback
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopmdm import LoopMDM, LoopMDMConfig
 from loopmdm.data.batches import Batch
+from loopmdm.runs.evaluation import Prompt, Sampler, TextEvaluation
+from loopmdm.runs.text_data import Windows
 from loopmdm.train import TrainConfig, Trainer
 from loopmdm.train.parallel import full
 
@@ -60,10 +63,21 @@ def batches(step: int, micro_step: int, rank: int, world_size: int, batch_size: 
     return Batch(torch.randint(19, (batch_size, 8), generator=torch.Generator().manual_seed(number)))
 
 
+def evaluation() -> TextEvaluation:
+    """Of five sequences, in batches of two, and samples with 1, 2 and 4 loops."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(19, (5, 8), generator=generator)
+    tokenizer: Any = SimpleNamespace(decode=lambda row: " ".join(map(str, row)), eos_token_id=0)
+    sampler = Sampler(tokenizer, [Prompt("3", [3])], 2, 8, ends=False)
+    return TextEvaluation(Windows([Batch(part) for part in ids.split(2)], 1.0), sampler)
+
+
 def trainer(folder: Path, model: LoopMDM, options: dict[str, Any], **changes: Any) -> Trainer:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     values = {"steps": STEPS, "batch_size": 2, "accumulation": MICRO_BATCHES // world_size, "seed": 3}
     values |= {"learning_rate": 1e-3, "warmup_steps": 5, "checkpoint_every": HALF, "log_every": 1}
+    if options.get("evaluate") is True:
+        options, values = options | {"evaluate": evaluation()}, values | {"eval_every": HALF}
     return Trainer(model, batches, TrainConfig(**values | changes), folder, show_progress=False, **options)
 
 

@@ -30,12 +30,12 @@ from loopmdm.train import CheckpointError, read_metrics
 from loopmdm_kernels.testing import assert_matches_oracle
 
 FOUR = {
-    "ddp4": {"parallel": "ddp"},
+    "ddp4": {"parallel": "ddp", "evaluate": True},
     "fsdp4": {"parallel": "fsdp2"},
-    "hsdp4": {"parallel": "hsdp", "shard_size": 2},
+    "hsdp4": {"parallel": "hsdp", "shard_size": 2, "evaluate": True},
 }
 TWO = {
-    "fsdp2": {"parallel": "fsdp2"},
+    "fsdp2": {"parallel": "fsdp2", "evaluate": True},
     "fsdp2-again": {"parallel": "fsdp2", "resumes": "fsdp2"},
     "ddp2-of-fsdp4": {"parallel": "ddp", "resumes": "fsdp4", "accumulation": 1},
     "fsdp2-of-ddp4": {"parallel": "fsdp2", "resumes": "ddp4", "accumulation": 1},
@@ -85,12 +85,27 @@ def test_ranks_learn_what_one_process_learns(runs: Path, name: str) -> None:
     oracle, one = vector(runs, exact), vector(runs, alone)
     assert (one - vector_of(new_model())).abs().max() > 1e-2  # a step is 1e-3
     assert_matches_oracle(vector(runs, name), one, oracle)
-    records, expected = (read_metrics(runs / which / "metrics.jsonl") for which in (name, alone))
+    records, expected = (losses(runs / which) for which in (name, alone))
     same = ("step", "num_loops", "lr", "tokens", "flops")
     first = len(expected) - len(records)
     assert [[r[key] for key in same] for r in records] == [[r[key] for key in same] for r in expected[first:]]
     for figure, rel in (("loss", 1e-5), ("grad_norm", 1e-4)):
         assert [r[figure] for r in records] == pytest.approx([r[figure] for r in expected[first:]], rel=rel)
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
+
+
+@pytest.mark.parametrize("name", [name for name, job in (FOUR | TWO).items() if "evaluate" in job])
+def test_ranks_measure_together_what_one_process_measures(runs: Path, name: str) -> None:
+    """To the bit, on the averaged weights that the run leaves; best checkpoints go by it."""
+    *_, last = (r for r in read_metrics(runs / name / "metrics.jsonl") if "evaluation" in r)
+    alone = engine_runs.evaluation()(LoopMDM.from_pretrained(runs / name))
+    assert last["step"] == STEPS and last["evaluation"] == json.loads(json.dumps(alone))
+    assert [one["num_loops"] for one in alone["samples"]] == [1, 1, 2, 2, 4, 4]
+    header = json.loads((runs / name / "checkpoints" / f"step-{STEPS:08d}" / "checkpoint.json").read_text())
+    assert header["nll"] == min(one["nll"] for one in alone["held_out"])
 
 
 def vector_of(model: LoopMDM) -> Tensor:

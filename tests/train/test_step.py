@@ -222,6 +222,18 @@ def test_scalars_of_records() -> None:
     ]
 
 
+SAMPLED: dict[str, Any] = {
+    "step": 5,
+    "evaluation": {
+        "samples": [
+            {"num_loops": 1, "prompt": "a", "text": "b"},
+            {"num_loops": 1, "prompt": "c", "text": "d"},
+            {"num_loops": 2, "prompt": "1.", "text": "12", "solved": True},
+        ]
+    },
+}
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_loggers_speak_to_their_packages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By stand-ins with the calls of the packages, which need not be installed."""
@@ -239,6 +251,9 @@ def test_loggers_speak_to_their_packages(name: str, tmp_path: Path, monkeypatch:
         def add_scalar(self, *arguments: Any) -> None:
             told.append(arguments)
 
+        def add_text(self, *arguments: Any) -> None:
+            told.append(arguments)
+
         def close(self) -> None:
             told.append("closed")
 
@@ -254,15 +269,23 @@ def test_loggers_speak_to_their_packages(name: str, tmp_path: Path, monkeypatch:
         told.append(options["dir"])
         return Run()
 
-    stand_in.SummaryWriter, stand_in.init = Writer, init  # type: ignore[attr-defined]
+    def table(columns: list[str], data: list[list[str]]) -> list[list[str]]:
+        return [columns, *data]
+
+    stand_in.SummaryWriter, stand_in.init, stand_in.Table = Writer, init, table  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module, stand_in)
     made = logger(name, tmp_path, {"seed": 1})
-    for record in RECORDS[:2]:
+    for record in (*RECORDS[:2], SAMPLED):
         made.write(record)
     made.close()
     expected = [("train/loss", 2.0, 3), ("train/num_loops", 4, 3), ("train/flops", 8.0, 4)]
     folder = tmp_path / "tensorboard" if name == "tensorboard" else tmp_path
-    assert told == [str(folder), *expected, ("held_out/nll_S2", 1.5, 4), "closed"]
+    expected.append(("held_out/nll_S2", 1.5, 4))
+    drawn = [["samples/S1_1", "ab"], ["samples/S1_2", "cd"], ["samples/S2_1", "1.\n12"]]
+    samples = [("samples", [["sample", "text"], *drawn], 5)]
+    if name == "tensorboard":
+        samples = [(name, text, 5) for name, text in drawn]
+    assert told == [str(folder), *expected, *samples, "closed"]
 
 
 def test_batches_are_found_again(tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ _LOOPED_ONLY = {
     "backprop_loops": "--backprop-loops",
     "damped": "--damped",
     "dropout": "--dropout",
+    "samples": "--samples",
+    "sample_prompts": "--sample-prompts",
 }
 
 
@@ -165,7 +167,8 @@ def described_run(args: argparse.Namespace) -> RunFile:
     given_data = {name: getattr(args, name) for name in _DATA_FIELDS if getattr(args, name) is not None}
     if "data" in given_data:
         given_data["data"] = located(given_data["data"])
-    evaluation = {} if args.eval_size is None else {"size": args.eval_size}
+    asked = {"size": args.eval_size, "samples": args.samples, "prompts": args.sample_prompts}
+    evaluation = {name: value for name, value in asked.items() if value is not None}
     if args.out.exists() and not args.out.is_dir():
         raise NotADirectoryError(f"--out: {args.out} is a file, expected a folder")
     if args.cache is not None and args.cache.exists() and not args.cache.is_dir():
@@ -200,6 +203,8 @@ def described_run(args: argparse.Namespace) -> RunFile:
             f"--resume: {args.out} holds no run; give --preset or --data to start one there"
         )
     preset = given_data.setdefault("preset", "text")
+    if preset in SUDOKU_RECIPES:
+        refuse(args, {"sample_prompts": "--sample-prompts"}, f"--preset {preset} samples boards")
     others = ", ".join(
         "--" + name.replace("_", "-") for name in given_data if name not in ("preset", "clues")
     )
@@ -224,7 +229,7 @@ def described_run(args: argparse.Namespace) -> RunFile:
     if preset in TEXT_RECIPES:
         refuse(args, {"clues": "--clues"}, f"--preset {preset} is about text")
     if args.autoregressive:
-        refuse(args, _LOOPED_ONLY, "--autoregressive trains a model without loops and dropout")
+        refuse(args, _LOOPED_ONLY, "--autoregressive trains a model without loops, dropout and samples")
     if not 0 <= given_data.get("validation", 0) < 1:
         raise UsageError(f"--validation: got {args.validation}, expected a share of at least 0 and below 1")
     return RunFile(model=given_model, training=given_training, evaluation=evaluation, **given_data)

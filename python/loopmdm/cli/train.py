@@ -233,6 +233,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="windows (text, 32) or puzzles (Sudoku, 100) held out",
     )
     log.add_argument(
+        "--samples",
+        type=count,
+        metavar="N",
+        help="at each evaluation write N samples for each of several S into metrics.jsonl (default: 2; 0 for"
+        " none); of Sudoku, solutions of puzzles",
+    )
+    log.add_argument(
+        "--sample-prompts",
+        nargs="+",
+        metavar="TEXT",
+        help="what samples begin with, N for each (default: nothing; with --pairs, N held-out prompts)",
+    )
+    log.add_argument(
         "--log",
         nargs="+",
         choices=LOGGERS,

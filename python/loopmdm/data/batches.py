@@ -24,6 +24,10 @@ class Batch(NamedTuple):
         """The batch in pinned memory."""
         return self._map(Tensor.pin_memory)
 
+    def rows(self, start: int, end: int) -> Batch:
+        """Some of the sequences."""
+        return self._map(lambda tensor: tensor[start:end])
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         attention_mask, prompt_mask = self.attention_mask, self.prompt_mask
         return Batch(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,20 @@ class TimeBin:
         return _json_values(asdict(self))
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a process has measured of its share of the sequences; `nll_results` puts the shares together."""
+
+    sums: dict[int, list[Sums | None]]  # of each batch by loop count, on the CPU; None: no sequence of it
+    ledgers: dict[int, SamplingLedger]
+    num_t: int
+    precision: torch.dtype | None  # None of a model whose FLOPs are not known
+    seeds: dict[str, int]
+    method: str
+    exit: ExitRule | None
+    min_loops: int
+
+
 def evaluate_nll(
     model: nn.Module,
     batches: Iterable[Batch | Tensor],
@@ -98,30 +112,59 @@ def evaluate_nll(
     """
     _check_bytes(bytes_per_token)
     checked_samples(method, order, None)
-    seeded = drawn(method, order)
-    num_t = positive("num_t", num_t) if seeded else 1
+    num_t = positive("num_t", num_t) if drawn(method, order) else 1
     if exit is not None and not isinstance(model, LoopMDM):
         raise TypeError(f"exit: given with a {type(model).__name__}, expected a LoopMDM")
     measured = _measure(model, batches, num_loops, num_t, seed, exit, min_loops, method, order)
-    seeds = {"orders" if method == "chain_rule" else "masks": checks.seed("seed", seed)} if seeded else {}
+    return nll_results([measured], bytes_per_token=bytes_per_token)
+
+
+def measure_nll(
+    model: nn.Module,
+    batches: Iterable[Batch | Tensor],
+    *,
+    num_loops: Sequence[int],
+    num_t: int = 16,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Measured:
+    """What one of several processes measures for `nll_results`: its share of the sequences of every batch.
+
+    Other arguments as in `evaluate_nll`; each process gives all batches.
+    """
+    return _measure(
+        model, batches, num_loops, positive("num_t", num_t), seed, rank=rank, world_size=world_size
+    )
+
+
+def nll_results(parts: Sequence[Measured], *, bytes_per_token: float | None = None) -> list[NLLResult]:
+    """The results of `evaluate_nll` from what each process has measured, in the order of their ranks.
+
+    Sums are added by sequence, in the order of the sequences, so that the figures do not depend on the number
+    of processes where what is measured of a sequence does not depend on its batch.
+    """
+    _check_bytes(bytes_per_token)
+    first = parts[0]
     results = []
-    for loops, (sums, ledger) in measured.items():
-        result = _nll_result(sums.weighted.mean(1), sums.counted, loops, num_t, bytes_per_token)
-        plan = ComputePlan.constant(loops)
-        if exit is not None:
-            plan = ComputePlan.adaptive(None, loops, min_loops, exit)
+    for loops in first.sums:
+        sums, ledger = _merged(parts, loops)
+        result = _nll_result(sums.weighted.mean(1), sums.counted, loops, first.num_t, bytes_per_token)
+        plan, mean_loops = ComputePlan.constant(loops), None
+        if first.exit is not None:
+            plan = ComputePlan.adaptive(None, loops, first.min_loops, first.exit)
+            mean_loops = float(sums.loops.mean())
         cost = None
-        if isinstance(model, LoopMDM):
+        if first.precision is not None:
             cost = Cost.of(
                 ledger,
                 result.num_tokens,
-                precision=model.compute_dtype,
+                precision=first.precision,
                 plan=plan,
                 steps=ledger.sequence_calls / result.num_sequences,
-                seeds=seeds,
+                seeds=first.seeds,
             )
-        mean_loops = None if exit is None else float(sums.loops.mean())
-        results.append(replace(result, mean_loops=mean_loops, method=method, cost=cost))
+        results.append(replace(result, mean_loops=mean_loops, method=first.method, cost=cost))
     return results
 
 
@@ -179,7 +222,8 @@ def nll_by_sequence(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """NELBO in nats and counted tokens of each sequence, both [N] float64; arguments as in `evaluate_nll`."""
-    sums = _measure(model, batches, [num_loops], positive("num_t", num_t), seed)[num_loops].sums
+    measured = _measure(model, batches, [num_loops], positive("num_t", num_t), seed)
+    sums, _ = _merged([measured], num_loops)
     return sums.weighted.mean(1), sums.counted
 
 
@@ -199,7 +243,8 @@ def nll_by_time_bin(
     measured = _measure(model, batches, num_loops, num_bins, seed)
     edges = [diffusion.MIN_TIME + (1 - diffusion.MIN_TIME) * j / num_bins for j in range(num_bins + 1)]
     results = []
-    for loops, (sums, _) in measured.items():
+    for loops in measured.sums:
+        sums, _ = _merged([measured], loops)
         bins = []
         for j in range(num_bins):
             nll, stderr = ratio_of_sums(sums.weighted[:, j], sums.counted)
@@ -245,33 +290,48 @@ def _measure(
     min_loops: int = 1,
     method: str = "stratified",
     order: str | None = None,
-) -> dict[int, _Measurement]:
-    """Of all sequences, on the CPU, at each loop count."""
+    rank: int = 0,
+    world_size: int = 1,
+) -> Measured:
     seed = checks.seed("seed", seed)
-    parts: dict[int, list[Sums]] = {loops: [] for loops in _loop_counts(num_loops)}
-    ledgers = {loops: SamplingLedger(1) for loops in parts}
+    sums: dict[int, list[Sums | None]] = {loops: [] for loops in _loop_counts(num_loops)}
+    ledgers = {loops: SamplingLedger(1) for loops in sums}
     done = 0
     with evaluating([model]):
         for item in _items(batches):
             batch = _batch(item)
             size = len(batch.input_ids)
-            for loops, sums in parts.items():
-                reader = Reader(model, loops, size, exit, min_loops, ledgers[loops])
-                copies = copies_of(reader, batch, method, order, samples, seed, done)
-                found, _ = estimate(reader, batch, copies, samples)
-                sums.append(Sums(*(values.cpu() for values in found)))
+            start, end = size * rank // world_size, size * (rank + 1) // world_size
+            own = batch.rows(start, end)
+            for loops, found in sums.items():
+                if start == end:
+                    found.append(None)
+                    continue
+                reader = Reader(model, loops, end - start, exit, min_loops, ledgers[loops])
+                copies = copies_of(reader, own, method, order, samples, seed, done + start)
+                estimates, _ = estimate(reader, own, copies, samples)
+                found.append(Sums(*(values.cpu() for values in estimates)))
             done += size
     if not done:
         raise ValueError("batches is empty: there is nothing to evaluate")
-    merged = {loops: Sums(*map(torch.cat, zip(*sums, strict=True))) for loops, sums in parts.items()}
-    if not next(iter(merged.values())).counted.sum():
+    seeds = {}
+    if drawn(method, order):
+        seeds = {"orders" if method == "chain_rule" else "masks": seed}
+    precision = model.compute_dtype if isinstance(model, LoopMDM) else None
+    return Measured(sums, ledgers, samples, precision, seeds, method, exit, min_loops)
+
+
+def _merged(parts: Sequence[Measured], loops: int) -> tuple[Sums, SamplingLedger]:
+    """Of all sequences, in their order; each part has its share of every batch."""
+    of_batches = zip(*(part.sums[loops] for part in parts), strict=True)
+    found = [sums for batch in of_batches for sums in batch if sums is not None]
+    merged = Sums(*map(torch.cat, zip(*found, strict=True)))
+    if not merged.counted.sum():
         raise ValueError("batches: every token is prompt or padding, there is none to count")
-    return {loops: _Measurement(sums, ledgers[loops]) for loops, sums in merged.items()}
-
-
-class _Measurement(NamedTuple):
-    sums: Sums
-    ledger: SamplingLedger
+    ledger = SamplingLedger(1)
+    for part in parts:
+        ledger.add(part.ledgers[loops])
+    return merged, ledger
 
 
 def ratio_of_sums(values: Tensor, tokens: Tensor) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +12,17 @@ from loopmdm.data.sudoku.clues import parse_clues
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
 from loopmdm.model.loop_law import LoopLaw
-from loopmdm.quality.causal import CausalLM
-from loopmdm.quality.likelihood import evaluate_autoregressive, evaluate_nll
-from loopmdm.runs import likelihood, text_data
-from loopmdm.runs.boards import ORDERS, greedy, held_out_puzzles, solve_all
+from loopmdm.runs import text_data
+from loopmdm.runs.boards import held_out_puzzles
+from loopmdm.runs.evaluation import (
+    SAMPLES,
+    BoardEvaluation,
+    CausalEvaluation,
+    Sampler,
+    TextEvaluation,
+    prompts_of,
+)
 from loopmdm.runs.initial import add_lora, begin_with, read_initial
-from loopmdm.runs.models import default_loops
 from loopmdm.runs.options import usage_errors
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.runs.run_file import RunFile
@@ -30,7 +34,6 @@ PRESETS = (*SUDOKU_RECIPES, *TEXT_RECIPES)
 # Sequences to evaluate on during training, where nothing else is asked for.
 EVALUATED_WINDOWS = 32
 EVALUATED_PUZZLES = 100
-_TIMES_PER_WINDOW = 4
 
 
 class Job(NamedTuple):
@@ -67,11 +70,11 @@ def sudoku_job(run: RunFile, threads: int) -> Job:
         model, data, config = recipe.build(run.preset, threads=threads, model=run.model, **run.training)
         LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=recipe.spec.cells)
     num = run.evaluation.get("size") or EVALUATED_PUZZLES
+    samples = run.evaluation.get("samples", SAMPLES)
 
     def evaluate(model: LoopMDM) -> dict[str, Any]:
         puzzles = held_out_puzzles(recipe.spec, num, threads).clues
-        solved = solve_all(model, recipe.spec, puzzles, greedy(ORDERS, default_loops(model)))
-        return {"solved": [one.to_dict() for one in solved]}
+        return BoardEvaluation(recipe.spec, puzzles, samples)(model)
 
     return Job(model, data, config, evaluate, dataclasses.replace(run, training=config.to_dict()))
 
@@ -193,12 +196,14 @@ class _TextPlan(NamedTuple):
         validation: text_data.TextData | None,
         fingerprint: str,
     ) -> Job:
-        evaluate = None
+        evaluate: Evaluate | None = None
         if validation is not None:
             windows = text_data.windows(
                 validation, tokenizer, run.evaluation.get("size") or EVALUATED_WINDOWS
             )
-            evaluate = partial(_autoregressive if run.autoregressive else _likelihood, windows)
+            evaluate = (
+                CausalEvaluation(windows) if run.autoregressive else self._evaluation(run, windows, tokenizer)
+            )
         assert run.data is not None
         if run.fingerprint not in (None, fingerprint):
             raise ValueError(
@@ -208,6 +213,16 @@ class _TextPlan(NamedTuple):
         training = self.config.to_dict()
         run = dataclasses.replace(run, training=training, length=self.length, fingerprint=fingerprint)
         return Job(self.model, train, self.config, evaluate, run)
+
+    def _evaluation(self, run: RunFile, windows: text_data.Windows, tokenizer: Tokenizer) -> TextEvaluation:
+        number = run.evaluation.get("samples", SAMPLES)
+        sampler = None
+        if number:
+            texts = run.evaluation.get("prompts", [])
+            prompts = prompts_of(texts, windows, tokenizer, self.length, number)
+            each = number if texts or run.pairs is None else 1
+            sampler = Sampler(tokenizer, prompts, each, self.length, ends=run.pairs is not None)
+        return TextEvaluation(windows, sampler)
 
 
 def _text_plan(run: RunFile, tokenizer: Tokenizer, held_out: bool) -> _TextPlan:
@@ -221,19 +236,3 @@ def _text_plan(run: RunFile, tokenizer: Tokenizer, held_out: bool) -> _TextPlan:
         model, config = build(tokenizer, length, model=run.model, **training)
         LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=length)
     return _TextPlan(model, config, length)
-
-
-def _likelihood(windows: text_data.Windows, model: LoopMDM) -> dict[str, Any]:
-    results = evaluate_nll(
-        model,
-        windows.batches,
-        num_loops=default_loops(model),
-        num_t=_TIMES_PER_WINDOW,
-        bytes_per_token=windows.bytes_per_token,
-    )
-    return {"held_out": [likelihood.to_dict(result) for result in results]}
-
-
-def _autoregressive(windows: text_data.Windows, model: CausalLM) -> dict[str, Any]:
-    result = evaluate_autoregressive(model, windows.batches, bytes_per_token=windows.bytes_per_token)
-    return {"held_out": [likelihood.to_dict(result)]}

@@ -5,6 +5,7 @@ from loopmdm.model.checkpoint import Trainable
 from loopmdm.train.batches import batch_source
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
+from loopmdm.train.evaluation import SharedEvaluation
 from loopmdm.train.folder import RunFolder
 from loopmdm.train.loop import Counters, NonFiniteError, Trainer
 from loopmdm.train.metrics import read_metrics
@@ -19,6 +20,7 @@ __all__ = [
     "Counters",
     "NonFiniteError",
     "RunFolder",
+    "SharedEvaluation",
     "TrainConfig",
     "Trainable",
     "Trainer",

@@ -29,6 +29,8 @@ class TensorBoardLogger:
     def write(self, record: dict[str, Any]) -> None:
         for name, value in scalars(record):
             self._writer.add_scalar(name, value, record["step"])
+        for name, text in texts(record):
+            self._writer.add_text(name, text, record["step"])
 
     def close(self) -> None:
         self._writer.close()
@@ -42,12 +44,17 @@ class WandbLogger:
             import wandb
         except ImportError as error:
             raise ImportError("--log wandb needs a package: pip install wandb") from error
+        self._table: Any = wandb.Table
         self._run: Any = wandb.init(
             mode="offline", dir=str(folder), project="loopmdm", name=folder.name, config=config
         )
 
     def write(self, record: dict[str, Any]) -> None:
-        self._run.log(dict(scalars(record)), step=record["step"])
+        values: dict[str, Any] = dict(scalars(record))
+        samples = [list(row) for row in texts(record)]
+        if samples:
+            values["samples"] = self._table(columns=["sample", "text"], data=samples)
+        self._run.log(values, step=record["step"])
 
     def close(self) -> None:
         self._run.finish()
@@ -63,6 +70,15 @@ def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield f"held_out/nll_S{one['num_loops']}", one["nll"]
     for one in evaluation.get("solved", []):
         yield f"solved/{one['order']}_S{one['num_loops']}", one["share_solved"]
+
+
+def texts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The samples of a record, by names such as samples/S4_1, with what they begin with."""
+    seen: dict[int, int] = {}
+    for one in record.get("evaluation", {}).get("samples", []):
+        number = seen[one["num_loops"]] = seen.get(one["num_loops"], 0) + 1
+        gap = "\n" if "solved" in one else ""  # a puzzle and its solution, not a text and how it goes on
+        yield f"samples/S{one['num_loops']}_{number}", one["prompt"] + gap + one["text"]
 
 
 def logger(name: str, folder: Path, config: dict[str, Any]) -> Logger:

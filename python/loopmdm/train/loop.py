@@ -33,6 +33,7 @@ from loopmdm.train.checkpoints import (
 )
 from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
+from loopmdm.train.evaluation import SharedEvaluation
 from loopmdm.train.folder import RunFolder
 from loopmdm.train.metrics import METRICS_FILE, MetricsLog, keep_until
 from loopmdm.train.optimizers import Optimizer
@@ -104,7 +105,8 @@ class Trainer:
             on_log: called on rank 0 with every record that goes into metrics.jsonl.
             evaluate: called on rank 0 every `eval_every` steps and at the end with the model in eval mode and
                 the averaged weights in it; what it returns (JSON values) is logged under "evaluation".
-                `plot_loss` draws the `NLLResult.to_dict()`s it finds there in a list under "held_out".
+                `plot_loss` draws the `NLLResult.to_dict()`s it finds there in a list under "held_out". Of a
+                `SharedEvaluation` every rank does its part.
             show_progress: report on stderr.
             parallel: how the ranks of an initialised `torch.distributed` share the model, see
                 `loopmdm.train.parallel.Ranks`; None: ddp. The sharded forms split it in place.
@@ -415,11 +417,12 @@ class Trainer:
                     model.save_pretrained(folder)
 
     @contextlib.contextmanager
-    def _averaged(self) -> Iterator[Trainable | None]:
-        """On rank 0 a whole model with the averaged weights; every rank has to enter."""
+    def _averaged(self, everywhere: bool = False) -> Iterator[Trainable | None]:
+        """A whole model with the averaged weights on rank 0, or everywhere; every rank has to enter."""
         if self.ranks.sharded:
-            yield self.ranks.whole_model(dict(zip(self.ema.names, self.ema.shadow, strict=True)))
-        elif self.rank:
+            averages = dict(zip(self.ema.names, self.ema.shadow, strict=True))
+            yield self.ranks.whole_model(averages, everywhere)
+        elif self.rank and not everywhere:
             yield None
         else:
             with self.ema.applied():
@@ -433,14 +436,26 @@ class Trainer:
 
     def _run_evaluation(self) -> float | None:
         """The held-out NLL of the averaged weights, the best over loop counts, if it is measured."""
-        with self._averaged() as model:
-            nll = None if model is None else self._evaluated(model)
-        return None if self._checkpoints is None else self.ranks.agreed(nll)
+        evaluate = self._evaluate
+        assert evaluate is not None
+        results = None
+        if self.ranks.distributed and isinstance(evaluate, SharedEvaluation):
+            with self._averaged(everywhere=True) as model:
+                assert model is not None
+                with evaluating([model]), torch.no_grad():
+                    part = evaluate.part(model, self.rank, self.world_size)
+            parts = self.ranks.gathered(part)
+            if parts is not None:
+                results = evaluate.whole(parts)
+        else:
+            with self._averaged() as model:
+                if model is not None:
+                    with evaluating([model]), torch.no_grad():
+                        results = evaluate(model)
+        nll = None if results is None else self._log_evaluation(results)
+        return self.ranks.agreed(nll, patiently=True) if self.ranks.distributed else nll
 
-    def _evaluated(self, model: Trainable) -> float | None:
-        assert self._evaluate is not None
-        with evaluating([model]), torch.no_grad():
-            results = self._evaluate(model)
+    def _log_evaluation(self, results: dict[str, Any]) -> float | None:
         self._update_clocks()
         counters = self.counters
         self._write(

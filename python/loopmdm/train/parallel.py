@@ -114,6 +114,9 @@ class Ranks:
         self.form: Form | None = form or ("ddp" if self.distributed else None)
         self.sharded = self.form in ("fsdp2", "hsdp")
         self._device = next(model.parameters()).device
+        # While a rank has long work of its own, such as an evaluation, the others wait in this group, as long
+        # as torch.distributed waits by default and longer than for a step.
+        self._patient = dist.new_group(backend="gloo") if self.distributed else None
         self._bf16, self._whole = bf16, cast(Trainable, None)
         self._loss: Any = _Loss(model)
         self._compiled = compiled
@@ -184,13 +187,24 @@ class Ranks:
         if self.distributed:
             dist.all_reduce(figures)
 
-    def agreed(self, value: Any) -> Any:
-        """What rank 0 has for `value`, on every rank."""
+    def agreed(self, value: Any, patiently: bool = False) -> Any:
+        """What rank 0 has for `value`, on every rank.
+
+        patiently: a rank may have long work of its own before.
+        """
         if not self.distributed:
             return value
         box = [value]
-        dist.broadcast_object_list(box, 0)
+        dist.broadcast_object_list(box, 0, group=self._patient if patiently else None)
         return box[0]
+
+    def gathered(self, value: Any) -> list[Any] | None:
+        """What the ranks have for `value`, on rank 0; they may have long work of their own before."""
+        if not self.distributed:
+            return [value]
+        values: list[Any] | None = None if self.rank else [None] * self.world_size
+        dist.gather_object(value, values, dst=0, group=self._patient)
+        return values
 
     def refuse_together(self, complaint: str | None) -> None:
         """Raise a ValueError on every rank if one has a complaint: the first of them."""
@@ -202,17 +216,17 @@ class Ranks:
             if one is not None:
                 raise ValueError(one)
 
-    def whole_model(self, averages: Mapping[str, Tensor]) -> Trainable | None:
-        """Of sharded forms: an unsharded model with these parameters, on rank 0; None on others.
+    def whole_model(self, averages: Mapping[str, Tensor], everywhere: bool) -> Trainable | None:
+        """Of sharded forms: an unsharded model with these parameters, on rank 0 or on all; None on others.
 
         Every rank has to call it.
         """
         tensors = {}
         for name, value in {**self._model.state_dict(), **averages}.items():
             gathered = full(value)  # a collective, so on every rank
-            if self.rank == 0:
+            if everywhere or self.rank == 0:
                 tensors[name] = gathered
-        if self.rank:
+        if self.rank and not everywhere:
             return None
         whole = copy.deepcopy(self._whole)
         whole.load_state_dict(tensors, assign=True)

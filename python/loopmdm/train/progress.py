@@ -19,14 +19,17 @@ def describe(record: dict[str, Any], steps: int, seconds_left: float) -> str:
 
 
 def describe_evaluation(step: int, results: dict[str, Any]) -> str:
-    """One line about an evaluation: likelihoods and shares solved in words, anything else as JSON."""
+    """One line about an evaluation: likelihoods and shares solved in words, anything else as JSON.
+
+    But not samples, which take more than a line.
+    """
     parts = []
     for name, value in results.items():
         if name == "held_out" and isinstance(value, list):
             parts += [f"S {r['num_loops']} NLL {r['nll']:.4f}" for r in value]
         elif name == "solved" and isinstance(value, list):
             parts += [f"S {r['num_loops']} {r['order']} {r['share_solved']:.1%} solved" for r in value]
-        else:
+        elif name != "samples":  # `loopmdm watch` shows them
             parts.append(json.dumps({name: value}))
     return f"step {step}  evaluation: " + ", ".join(parts)
 
