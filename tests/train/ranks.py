@@ -11,11 +11,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(*command: str | Path, **variables: str) -> list[str]:
-    """What each of two ranks of `python command` prints; both must end well."""
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+    return port
+
+
+def run_ranks(*command: str | Path, **variables: str) -> list[str]:
+    """What each of two ranks of `python command` prints; both must end well."""
+    port = free_port()
     processes = []
     for rank in range(2):
         environment = os.environ | {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,26 +17,30 @@ import torch.distributed as dist
 from loopmdm.cli.parser import FAILED
 from loopmdm.train.state import CheckpointError
 
+TIMEOUT_MINUTES = 5.0  # that a process waits for another one in the middle of a step
 _FIRST = "loopmdm/first-error"
+_PREPARED = "loopmdm/prepared-{}"
+_preparations = itertools.count()  # each has a key of its own
 # In the errors of the backends when a process at the other end is gone; gloo names a line of its source.
 _GONE = re.compile(
     r"\[\S*\bgloo/\S+\.(cc|h):\d+\] |NCCL (error in|communicator was aborted)"
     r"|Connection (closed|reset) by peer|Broken pipe"
 )
+_SILENT = re.compile(r"[Tt]imed ?out|[Tt]imeout")
 # What gloo says around an error: the line of its source, advice.
 _NOISE = re.compile(r"^\[\S*\] |\. This is typically .*")
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the run has ended in the middle of it."""
+    """Another process of the run has ended in the middle of it, or does not answer."""
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[tuple[int, torch.device]]:
+def process_group(device: torch.device, minutes: float) -> Iterator[tuple[int, torch.device]]:
     """Joins the processes `torchrun` started; yields the rank and the device of this one.
 
-    Of errors inside the first one is raised; processes that fail after it, as a rule because of it, end
-    without a word.
+    A process that waits longer than `minutes` for another one, within a step, ends the run. Of errors inside
+    the first one is raised; processes that fail after it, as a rule because of it, end without a word.
 
     Raises:
         LostProcessError: another process was killed, say.
@@ -46,7 +52,8 @@ def process_group(device: torch.device) -> Iterator[tuple[int, torch.device]]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     # gloo too: checkpoints are agreed on and gathered by it.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     try:
         yield dist.get_rank(), device
     except Exception as error:
@@ -56,12 +63,24 @@ def process_group(device: torch.device) -> Iterator[tuple[int, torch.device]]:
             raise SystemExit(FAILED) from error
         if _is_of_a_lost_process(error):
             what = _NOISE.sub("", str(error).strip().splitlines()[0])
+            became = "does not answer" if _SILENT.search(what) else "has ended"
             raise LostProcessError(
-                f"another process of this run has ended (rank {dist.get_rank()} sees: {what}); checkpoints"
+                f"another process of this run {became} (rank {dist.get_rank()} sees: {what}); checkpoints"
                 " are intact, and --resume continues from the last one"
             ) from error
         raise
     dist.destroy_process_group()
+
+
+def wait_for_rank_zero(rank: int) -> None:
+    """Until rank 0 comes here too, which may have hours of work of its own before."""
+    if not dist.is_initialized():
+        return
+    store, key = dist.distributed_c10d._get_default_store(), _PREPARED.format(next(_preparations))
+    if rank == 0:
+        store.set(key, "yes")
+    else:
+        store.wait([key], timedelta(days=7))
 
 
 def _is_first() -> bool:

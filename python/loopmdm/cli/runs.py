@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from loopmdm.cli.parser import INTERRUPTED, TERMINATED
+from loopmdm.cli.processes import wait_for_rank_zero
 from loopmdm.data.corpus import CorpusStream, GrowingCorpus, Settings
 from loopmdm.data.corpus.stream import SHARD_TOKENS
 from loopmdm.data.pairs import FIELDS
@@ -308,7 +309,7 @@ def _prepare(run: RunFile, args: argparse.Namespace, rank: int, stack: ExitStack
     if dist.is_initialized():
         if rank == 0:
             tokenizer.save(args.out)
-        dist.barrier()
+        wait_for_rank_zero(rank)
     if rank:
         tokenizer = load_tokenizer(args.out)
         if pairs is None:

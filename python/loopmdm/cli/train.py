@@ -16,7 +16,7 @@ from typing import Any
 from loopmdm.cli import family
 from loopmdm.cli.output import print_json, print_table, show
 from loopmdm.cli.parser import add_json, add_runtime, set_up
-from loopmdm.cli.processes import process_group
+from loopmdm.cli.processes import TIMEOUT_MINUTES, process_group
 from loopmdm.cli.runs import train_run
 from loopmdm.runs import likelihood
 from loopmdm.runs.boards import SHARE_COLUMNS, share_row
@@ -215,6 +215,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that hsdp splits the model over (default: those of a node)",
     )
+    ranks.add_argument(
+        "--timeout-minutes",
+        type=positive_float,
+        default=TIMEOUT_MINUTES,
+        metavar="MIN",
+        help="end the run when a process waits so long for another one within a step, which hangs or whose"
+        " node is lost (default: %(default)g)",
+    )
     log = parser.add_argument_group("checkpoints and evaluation")
     log.add_argument(
         "--keep",
@@ -275,7 +283,7 @@ def run(args: argparse.Namespace) -> int:
     if args.family is not None:
         return family.train(args)
     device = set_up(args)
-    with process_group(device) as (rank, device):
+    with process_group(device, args.timeout_minutes) as (rank, device):
         trained = train_run(args, rank, device)
         if rank:
             return 0
