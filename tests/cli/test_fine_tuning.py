@@ -189,3 +189,26 @@ def test_a_plain_model_is_looped_without_training(
     assert refused.status == 1 and "compile: a damped model" in refused.err
     refused = call("eval", str(plain), "--loop", "2:9", "--damped", *measure)
     assert refused.status == 1 and "loop_start, loop_end: got (2, 9)" in refused.err
+
+
+def test_every_loop_can_have_a_loss(call: Call, plain: Path, text: Path, tmp_path: Path) -> None:
+    """The ledger counts what reading them out costs; what does not go with it is refused in a line."""
+    options = ["--data", str(text), *LIGHT, "--init-from", str(plain), "--loop", "1:2", "--max-loops", "3"]
+    options += ["--loop-law", "fixed:3", "--json"]
+    flops = {}
+    for kind in ("last", "mean", "linear"):
+        done = call("train", *options, "--loop-loss", kind, "--out", str(tmp_path / kind))
+        assert done.status == 0, done.err
+        flops[kind] = done.json["flops"]
+        assert done.json["last_loss"] > 0
+    assert flops["last"] < flops["mean"] == flops["linear"]
+    other = call("train", "--resume", "--out", str(tmp_path / "mean"), "--loop-loss", "linear")
+    assert other.status != 0 and "loop_loss" in other.err
+    for wrong, message in (
+        (["--damped"], "a damped loop is a part of one step"),
+        (["--backprop-loops", "1"], "got backprop_loops 1"),
+        (["--compile"], "compile and loop_loss mean"),
+    ):
+        done = call("train", *options, "--loop-loss", "mean", *wrong, "--out", str(tmp_path / "no"))
+        lines = [line for line in done.err.splitlines() if "error: " in line]
+        assert done.status != 0 and len(lines) == 1 and message in lines[0], done.err

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from loopmdm import LoopMDM, LoopMDMConfig, likelihood, sample
 from loopmdm.exits import ArgmaxStable, HiddenChange
+from loopmdm.model import draws, flops
 from loopmdm.plan import ComputePlan
 from loopmdm.sampling.graphs import check_graphs
+from loopmdm.train import TrainConfig
 from loopmdm_kernels import graphs
 from loopmdm_kernels.testing import assert_matches_oracle
 
@@ -74,6 +76,23 @@ class Plain:
             x = x + (new - x) / num_loops if config.damped else new
             states.append(x)
         return states
+
+    def nelbo(self, x: Tensor, clean: Tensor, masked: Tensor, t: Tensor) -> Tensor:
+        """Of H(k) [B, L, D], summed."""
+        w = {
+            key.removeprefix("output_layer."): value
+            for key, value in self.weights.items()
+            if key.startswith("output_layer.")
+        }
+        made = F.linear(self.condition(), w["adaLN_modulation.weight"], w["adaLN_modulation.bias"])
+        shift, scale = made[:, None].chunk(2, dim=2)
+        x = self.tail(x)
+        h = F.layer_norm(x, x.shape[-1:]) * w["norm_final.weight"] * (1 + scale) + shift
+        logits = F.linear(h, w["linear.weight"], w["linear.bias"])
+        others = torch.arange(logits.shape[-1]) == self.config.mask_token_id
+        log_p = logits.masked_fill(others, -torch.inf).log_softmax(-1)
+        nll = -log_p.gather(2, clean[..., None])[..., 0]
+        return (nll * masked / t[:, None]).sum()
 
     def tail(self, x: Tensor) -> Tensor:
         return self.blocks(x, range(self.config.loop_end, self.config.num_layers))
@@ -286,3 +305,56 @@ def test_configurations_say_whether_it_is_on() -> None:
     assert LoopMDMConfig.from_dict(make().config.to_dict()) == make().config
     with pytest.raises(TypeError, match="damped"):
         LoopMDMConfig(9, 8, damped=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_loops", [1, 2, 12])
+@pytest.mark.parametrize("kind", ["mean", "linear"])
+def test_a_loss_of_every_loop_is_the_formula(kind: str, num_loops: int) -> None:
+    """Its value and the gradient of every parameter; the NLL that is told is that of the last loop."""
+    model = make().double().train()
+    clean = torch.randint(0, MASK, (3, 12), generator=torch.Generator().manual_seed(3))
+    t, masked, _ = draws.corruption(torch.zeros_like(clean, dtype=torch.bool), None, False, 5)
+    formula = Plain(model, torch.float64)
+    states = formula.states(torch.where(masked, MASK, clean), num_loops)[1:]
+    each = torch.stack([formula.nelbo(state, clean, masked, t.double()) for state in states])
+    k = torch.arange(1, num_loops + 1, dtype=torch.float64)
+    weights = torch.ones_like(k) if kind == "mean" else k
+    expected = (each * weights / weights.sum()).sum() / clean.numel()
+    expected.backward()
+    model.loop_loss = kind
+    out = model.loss(clean, num_loops=num_loops, seed=5)
+    torch.testing.assert_close(out.loss, expected.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.nll_sum, each[-1].detach(), rtol=1e-6, atol=0)
+    out.loss.backward()
+    for name, parameter in model.named_parameters():
+        want = formula.weights[name].grad
+        torch.testing.assert_close(parameter.grad, want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
+    with torch.no_grad():
+        plain = model.loss(clean, num_loops=num_loops, seed=5)
+    torch.testing.assert_close(plain.loss, out.nll_sum / clean.numel(), rtol=1e-12, atol=0)
+
+
+def test_losses_that_make_no_sense_are_refused() -> None:
+    ids = tokens().masked_fill(tokens() == MASK, 1)
+    for changes, attributes, message in (
+        ({}, {"loop_loss": "first"}, "loop_loss: got 'first', expected one of last, mean, linear"),
+        (DAMPED, {"loop_loss": "mean"}, "a damped loop is a part of one step"),
+        ({}, {"loop_loss": "linear", "backprop_loops": 2}, "got backprop_loops 2"),
+    ):
+        model = make(**changes).train()
+        for name, value in attributes.items():
+            setattr(model, name, value)
+        with pytest.raises(ValueError, match=message):
+            model.loss(ids, num_loops=3)
+    with pytest.raises(ValueError, match="compile and loop_loss mean"):
+        TrainConfig(3, compile=True, loop_loss="mean")
+    with pytest.raises(ValueError, match="backprop_loops 1"):
+        TrainConfig(3, backprop_loops=1, loop_loss="mean")
+
+
+def test_reading_out_a_loop_is_counted() -> None:
+    config = make().config
+    for convention, heads in (("blocks", 0), ("blocks+head", 1), ("blocks+head+embedding", 1)):
+        layers = (config.num_layers - config.loop_end) * flops.layer_flops(config, 12)
+        expected = 12 * (layers + heads * flops.head_flops(config))
+        assert flops.readout_flops(config, 12, convention) == expected

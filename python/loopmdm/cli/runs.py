@@ -72,6 +72,7 @@ _LOOPED_ONLY = {
     "loop_law": "--loop-law",
     "backprop_loops": "--backprop-loops",
     "damped": "--damped",
+    "loop_loss": "--loop-loss",
     "dropout": "--dropout",
     "samples": "--samples",
     "sample_prompts": "--sample-prompts",

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from loopmdm.cli import family
 from loopmdm.cli.output import print_json, print_table, show
 from loopmdm.cli.parser import add_json, add_runtime, set_up
 from loopmdm.cli.processes import TIMEOUT_MINUTES, process_group
 from loopmdm.cli.runs import train_run
+from loopmdm.model.between import LoopLoss
 from loopmdm.runs import likelihood
 from loopmdm.runs.boards import SHARE_COLUMNS, share_row
 from loopmdm.runs.initial import LORA_TARGETS
@@ -197,6 +198,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         metavar="K",
         help="differentiate through the last K loops only (default: all)",
+    )
+    training.add_argument(
+        "--loop-loss",
+        choices=get_args(LoopLoss),
+        help="loops that are read out and get a loss: the last (default), all alike (mean), or loop k in"
+        " proportion to k (linear)",
     )
     training.add_argument(
         "--compile", action="store_true", default=None, help="the passes by torch.compile; not with fsdp2"

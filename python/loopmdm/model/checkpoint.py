@@ -61,6 +61,7 @@ class Trainable(nn.Module):
     config: Any
     recompute: bool
     backprop_loops: int
+    loop_loss: str
     loss: Callable[..., Any]
 
     def __init__(self, config: Any) -> None:
@@ -68,6 +69,7 @@ class Trainable(nn.Module):
         self.config = config
         self.recompute = False  # keep for backward what a loop or a block begins with, and no more
         self.backprop_loops = 0  # differentiate through so many last loops only; 0: through all
+        self.loop_loss = "last"  # which loops `loss` reads out where gradients are taken: see `model.between`
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into the folder `path`, each one whole or not at all.

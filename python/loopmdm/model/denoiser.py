@@ -6,12 +6,14 @@ the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from loopmdm.model import diffusion, draws, inputs, vocabulary
+from loopmdm.model.between import check_loop_loss, loop_weights
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.masks import counted_tokens
 from loopmdm.model.modes import say_if_trained
@@ -24,8 +26,10 @@ from loopmdm_kernels.tracing import traced, transformed
 
 
 class LossOutput(NamedTuple):
-    loss: Tensor  # scalar, nats per counted token: nll_sum / num_tokens
-    nll_sum: Tensor  # scalar, NELBO summed over the counted tokens
+    loss: (
+        Tensor  # scalar, nats per counted token: nll_sum / num_tokens, or the mean over loops by `loop_loss`
+    )
+    nll_sum: Tensor  # scalar, NELBO of the last loop summed over the counted tokens
     num_tokens: Tensor  # scalar int64: real tokens that are not prompt, masked or not
     t: Tensor  # [B]
     num_loops: int | Tensor  # a tensor [1] in a compiled graph that drew it
@@ -256,18 +260,34 @@ class LoopMDM(Network):
         t = t.to(input_ids.device)
         sigma = diffusion.sigma(t) if self.config.time_conditioning else None
         keys = attention_mask if self.config.key_padding_mask else None
-        hidden = self.hidden(noisy, sigma, num_loops=loops, attention_mask=keys, dropout_seed=dropout_seed)
-        nll_sum, _ = vocabulary.masked_cross_entropy(
-            hidden,
-            self.head(sigma),
-            input_ids,
-            masked,
-            diffusion.loss_weight(t)[:, None].expand(masked.shape),
-            compute_dtype=self.compute_dtype,
-        )
+        weight = diffusion.loss_weight(t)[:, None].expand(masked.shape)
+
+        def nelbo(hidden: Tensor) -> Tensor:
+            total, _ = vocabulary.masked_cross_entropy(
+                hidden, self.head(sigma), input_ids, masked, weight, compute_dtype=self.compute_dtype
+            )
+            return total
+
+        options: dict[str, Any] = {"attention_mask": keys, "dropout_seed": dropout_seed}
+        if self.loop_loss == "last" or not torch.is_grad_enabled():
+            loss_sum = nll_sum = nelbo(self.hidden(noisy, sigma, num_loops=loops, **options))
+        else:
+            outputs = self._each_loop(self.stages(noisy, sigma, **options), int(loops))
+            sums = [nelbo(hidden) for hidden in outputs]
+            weights = loop_weights(self.loop_loss, len(sums))
+            loss_sum = torch.stack([w * one for w, one in zip(weights, sums, strict=True)]).sum()
+            nll_sum = sums[-1]
         if num_loops is None:
             self._say_if_trained(nll_sum)
-        return LossOutput(nll_sum / num_tokens, nll_sum.detach(), num_tokens, t, loops)
+        return LossOutput(loss_sum / num_tokens, nll_sum.detach(), num_tokens, t, loops)
+
+    def _each_loop(self, stages: Stages, num_loops: int) -> Iterator[Tensor]:
+        """What the head reads after loop 1..S, each [B, L, D]."""
+        check_loop_loss(self.loop_loss, damped=self.config.damped, backprop_loops=self.backprop_loops)
+        state = stages.before()
+        for loop in range(num_loops):
+            state = stages.loop(state, done=loop, total=num_loops)
+            yield stages.after(state)
 
     @classmethod
     def from_mdlm(cls, path_or_module: Any, **options: Any) -> LoopMDM:

@@ -98,6 +98,12 @@ def forward_flops(
     return length * (executed_layers(dims, num_loops) * layer_flops(dims, length) + outside)
 
 
+def readout_flops(dims: Dimensions, length: int, convention: Convention = DEFAULT_CONVENTION) -> float:
+    """FLOPs of reading out a loop of one sequence, forward: the blocks behind it, and the head if counted."""
+    head = min(1, _projections(convention)) * head_flops(dims)
+    return length * ((dims.num_layers - dims.loop_end) * layer_flops(dims, length) + head)
+
+
 def training_flops(
     dims: Dimensions, length: int, num_loops: float, convention: Convention = DEFAULT_CONVENTION
 ) -> float:

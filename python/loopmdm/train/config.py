@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from loopmdm.model.between import LoopLoss, check_loop_loss
 from loopmdm.printable import printable
 from loopmdm_kernels.values import meant, real, whole
 
@@ -44,6 +45,8 @@ class TrainConfig:
     updates scaled to the size of AdamW's), and the rest by AdamW.
     backprop_loops: differentiate through the last k loops only; 0 for all. In a step with more loops what
     stands before them (embedding and blocks before the loop) gets no gradient.
+    loop_loss: which loops are read out and get a loss: the `last`, as in LoopMDM; all alike, `mean`; or
+    `linear`, loop k with a weight in proportion to k. The weights sum to 1.
     compile: compile the passes by torch.compile, in at most two graphs for all S.
     spike: warn of a loss so many times the median of the last 100, and save its batch; 0 for never.
     """
@@ -70,6 +73,7 @@ class TrainConfig:
     recompute: bool = False
     optimizer: OptimizerName = "adamw"
     backprop_loops: int = 0
+    loop_loss: LoopLoss = "last"
     compile: bool = False
     spike: float = 10.0
 
@@ -107,6 +111,9 @@ class TrainConfig:
 
         if self.compile and self.backprop_loops:
             raise ValueError("compile and backprop_loops: got both, expected one of them")
+        check_loop_loss(self.loop_loss, backprop_loops=self.backprop_loops)
+        if self.compile and self.loop_loss != "last":
+            raise ValueError(f"compile and loop_loss {self.loop_loss}: got both, expected one of them")
 
     def _require(self, name: str, kind: type, low: float, high: float) -> None:
         value = getattr(self, name)

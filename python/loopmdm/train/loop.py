@@ -15,6 +15,7 @@ import torch
 
 from loopmdm.formats.folders import CONFIG_FILE as MODEL_CONFIG_FILE
 from loopmdm.formats.folders import WEIGHTS_FILE, read_json
+from loopmdm.model.between import check_loop_loss
 from loopmdm.model.checkpoint import Trainable
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.model.modes import evaluating
@@ -130,7 +131,9 @@ class Trainer:
             raise ValueError(
                 "compile: a damped model loops on the host, outside of a graph; leave out one of them"
             )
+        check_loop_loss(config.loop_loss, damped=getattr(model.config, "damped", False))
         model.recompute, model.backprop_loops = config.recompute, config.backprop_loops
+        model.loop_loss = config.loop_loss
         self.ranks = Ranks(
             model,
             parallel,

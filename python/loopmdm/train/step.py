@@ -135,6 +135,8 @@ class Stepper:
     def _work(self, length: int, num_loops: int) -> float:
         """Training FLOPs of a sequence; a backward pass is twice a forward pass."""
         whole = flops.training_flops(self.dims, length, num_loops)
+        if self.config.loop_loss != "last":
+            return whole + (num_loops - 1) * flops.TRAINING_FACTOR * flops.readout_flops(self.dims, length)
         kept = self.config.backprop_loops
         if not kept or num_loops <= kept:
             return whole
