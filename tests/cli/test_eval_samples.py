@@ -247,6 +247,15 @@ def test_samples_of_duo_are_read(call: Call, text_run: Path, scorer: Path, tmp_p
     wanted = duos_perplexity(CausalLM.from_pretrained(scorer), rows, 256)
     assert row["duo"]["generative_ppl"] == pytest.approx(wanted, rel=1e-5)
     assert row["stated"] == {"generative_ppl": 31.5, "entropy": 2.5} and "cost" not in row
+    # Duo scores as many tokens of a text as it drew, and a text may have more when it is encoded again.
+    long = [[256, *b"and so on " * 9], [256, *b"two " * 20]]
+    file.write_text(json.dumps({"generated_seqs": [end + bytes(ids[1:]).decode() for ids in long]}))
+    for words, length in (([], 32), (["--length", 16], 16)):
+        done = call("eval", text_run, "--from-samples", file, "--scorer", scorer, *words, "--json")
+        assert done.status == 0, done.err
+        wanted = duos_perplexity(CausalLM.from_pretrained(scorer), [ids[:length] for ids in long], 256)
+        assert done.json["rows"][0]["duo"]["generative_ppl"] == pytest.approx(wanted, rel=1e-5)
+    assert "the entropy is that of the texts' tokens" in call("eval", text_run, "--from-samples", file).out
     for content, message in (
         ("{", "duo.json: not JSON: Expecting"),
         ('["text"]', "no file of samples"),

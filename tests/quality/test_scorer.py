@@ -228,7 +228,7 @@ def test_duo_scores_the_texts_of_its_samples(gpt2: Path) -> None:
         total += float(nll[counted].sum())
         count += int(counted.sum())
     # Of the padding behind a text one token is counted, in its last piece only.
-    assert duo_perplexity(scorer, tokens, BYTES) == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert duo_perplexity(scorer, tokens, BYTES, width) == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
 def test_features_are_those_of_mauve_text(gpt2: Path) -> None:

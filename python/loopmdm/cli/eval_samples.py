@@ -149,7 +149,8 @@ def measure(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[
         raise UsageError(f"--mauve: {args.model} does not say what it was trained on; give --data PATH")
     measures = _Measures(model, tokenizer, scorer, featurizer, human)
     if file is not None:
-        about: dict[str, Any] = {"num": number, "length": file.tokens.shape[1], "file": args.from_samples}
+        about: dict[str, Any] = {"num": number, "length": file.tokens.shape[1]}
+        about |= {"file": args.from_samples, "encoded": file.encoded}
         rows = [_of_file(args, file, measures)]
     else:
         length = args.length or (run.length if run is not None and run.length else model.config.max_length)
@@ -213,7 +214,7 @@ def _sampled(
         steps=result.num_steps,
         seeds={"samples": decoding.seed},
     )
-    measured = _measured(result.tokens, measures)
+    measured = _measured(result.tokens, measures, length)
     row = {
         "text": f"plan {decoding.plan}",
         "plan": str(decoding.plan),
@@ -246,17 +247,24 @@ def _of_file(args: argparse.Namespace, file: SamplesFile, measures: _Measures) -
     stated = {"generative_ppl": file.generative_ppl, "entropy": file.entropy}
     cost = file.facts.get("cost")
     known = {field.name for field in fields(Cost)}
-    row = {"text": Path(args.from_samples).name, "stated": stated, **_measured(file.tokens, measures)}
+    own = measures.model.config.max_length if file.encoded else file.tokens.shape[1]
+    row = {
+        "text": Path(args.from_samples).name,
+        "stated": stated,
+        **_measured(file.tokens, measures, args.length or own),
+    }
     return row | ({"cost": cost} if isinstance(cost, dict) and set(cost) == known else {})
 
 
-def _measured(tokens: Tensor, measures: _Measures) -> dict[str, Any]:
-    """All figures of samples [N, L]; under `duo` those of Duo's file, which weigh tokens and not samples."""
+def _measured(tokens: Tensor, measures: _Measures, length: int) -> dict[str, Any]:
+    """All figures of samples [N, L] that were drawn at this length; under `duo` those of Duo's file, which
+    weigh tokens and not samples.
+    """
     tokens = tokens.cpu()
     found = quality(tokens, measures.scorer, mask_token_id=measures.model.config.mask_token_id)
     perplexity = None
     if measures.scorer is not None and measures.tokenizer is not None:
-        perplexity = duo_perplexity(measures.scorer, tokens, measures.tokenizer)
+        perplexity = duo_perplexity(measures.scorer, tokens, measures.tokenizer, length)
     found["duo"] = {"generative_ppl": perplexity, "entropy": found["unigram_entropy"]["value"]}
     if measures.featurizer is not None:
         assert measures.human is not None and measures.tokenizer is not None

@@ -49,7 +49,10 @@ def describe(document: dict[str, Any]) -> str:
     """What the figures of `table` depend on, in words."""
     about, rows = document["samples"], document["rows"]
     bootstrap = rows[0]["bootstrap"]
-    lines = [f"{about['num']} samples of {about['length']} tokens, read from {about.get('file')}."]
+    again = (
+        " They were texts, so that the entropy is that of the texts' tokens." if about.get("encoded") else ""
+    )
+    lines = [f"{about['num']} samples of {about['length']} tokens, read from {about.get('file')}.{again}"]
     if "file" not in about:
         steps = sorted({row["steps"] for row in rows if "steps" in row})
         shared = ("order", "temperature", "steps")

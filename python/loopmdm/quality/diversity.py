@@ -39,7 +39,8 @@ def distinct_n(tokens: Tensor, n: int, *, mask_token_id: int | None = None) -> T
     total = lengths(tokens) - n + 1
     if int(total.min()) < 1:
         raise ValueError(
-            f"n: got {n}, but sample {int(total.argmin())} has {int(total.min()) + n - 1} tokens"
+            f"n: got {n}, but sample {int(total.argmin())} has {int(total.min()) + n - 1} tokens:"
+            f" distinct-{n} is of samples with {n} or more"
         )
     distinct = torch.bincount(_ngrams(tokens, n).samples, minlength=len(tokens))
     return distinct.double() / total

@@ -32,6 +32,7 @@ class SamplesFile(NamedTuple):
     generative_ppl: float | None  # as the file states it; None where it was not computed
     entropy: float | None
     facts: dict[str, Any]  # everything else in it
+    encoded: bool  # whether the tokens are those of texts, which may be others than were drawn
 
 
 def read_samples(path: str | os.PathLike[str], tokenizer: Tokenizer) -> SamplesFile:
@@ -51,6 +52,7 @@ def read_samples(path: str | os.PathLike[str], tokenizer: Tokenizer) -> SamplesF
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{path}: no file of samples: expected texts in `generated_seqs`")
     rows = document.get("token_ids") if document.get("tokenizer") == tokenizer.fingerprint else None
+    encoded = rows is None
     if rows is None:
         rows = [_encoded(text, tokenizer) for text in texts]
     if not _are_ids(rows, tokenizer.vocab_size) or len(rows) != len(texts):
@@ -65,7 +67,7 @@ def read_samples(path: str | os.PathLike[str], tokenizer: Tokenizer) -> SamplesF
     perplexity, entropy = (real(document.get(name)) for name in ("generative_ppl", "entropy"))
     own = ("generative_ppl", "entropy", "generated_seqs", "token_ids")
     facts = {name: value for name, value in document.items() if name not in own}
-    return SamplesFile(tokens, perplexity, entropy, facts)
+    return SamplesFile(tokens, perplexity, entropy, facts, encoded)
 
 
 def is_samples(path: Path) -> bool:
@@ -113,17 +115,20 @@ def texts_of(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
     return [text(row) for row in _rows(tokens)]
 
 
-def duo_perplexity(scorer: CausalScorer | TransformersScorer, tokens: Tensor, tokenizer: Tokenizer) -> float:
+def duo_perplexity(
+    scorer: CausalScorer | TransformersScorer, tokens: Tensor, tokenizer: Tokenizer, length: int
+) -> float:
     """`generative_ppl` of samples [N, L] as Duo's `record_generative_perplexity` has it.
 
     exp of the mean over all counted tokens, so that long samples weigh more. Texts are encoded by the
-    scorer's tokenizer, to L tokens at most, and read in pieces of its context that know nothing of each
-    other. Counted are the tokens behind the first of a piece; of those that end a text only the first, which
-    may be the padding behind a text shorter than the longest. A scorer with the tokenizer of the samples
-    reads them as they are. (Duo leaves out samples that do not fill a batch of `perplexity_batch_size`.)
+    scorer's tokenizer, to `length` tokens at most (Duo's `model.length`), and read in pieces of its context
+    that know nothing of each other. Counted are the tokens behind the first of a piece; of those that end a
+    text only the first, which may be the padding behind a text shorter than the longest. A scorer with the
+    tokenizer of the samples reads them as they are. (Duo leaves out samples that do not fill a batch of
+    `perplexity_batch_size`.)
     """
     tokens = check_samples(tokens, tokenizer.mask_token_id)
-    rows = scorer.rows_of(tokens, texts_of(tokens, tokenizer))
+    rows = scorer.rows_of(tokens, texts_of(tokens, tokenizer), length)
     pieces = [piece for row in rows for piece in torch.split(row, scorer.context)]
     total, count = 0.0, 0
     with torch.no_grad():

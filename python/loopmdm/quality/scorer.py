@@ -58,7 +58,7 @@ class CausalScorer:
                 f"tokens: got the id {int(tokens.max())}, but the scorer {self.name} has {config.vocab_size}"
                 " tokens: samples and scorer need the same tokenizer"
             )
-        rows = self.rows_of(tokens, [])
+        rows = self.rows_of(tokens, [], tokens.shape[1])
         filler = int(config.mask_token_id == 0)
         return score_rows(self.token_nll, rows, context=config.max_length, unscored=0, filler=filler)
 
@@ -75,9 +75,11 @@ class CausalScorer:
         """An id that may not be read."""
         return self.model.config.mask_token_id
 
-    def rows_of(self, tokens: Tensor, texts: list[str]) -> list[Tensor]:
-        """What Duo scores of samples [N, L] and their texts: the samples, which are of the same tokenizer."""
-        return [row[:size] for row, size in zip(tokens, lengths(tokens).tolist(), strict=True)]
+    def rows_of(self, tokens: Tensor, texts: list[str], most: int) -> list[Tensor]:
+        """What Duo scores of samples [N, L] and their texts, `most` tokens of each: the samples, which are of
+        the same tokenizer.
+        """
+        return [row[: min(size, most)] for row, size in zip(tokens, lengths(tokens).tolist(), strict=True)]
 
     def token_nll(self, ids: Tensor, counted: Tensor) -> Tensor:
         """-log p of the counted ids given those before them, [B, W], 0 elsewhere."""
@@ -87,7 +89,7 @@ class CausalScorer:
     @torch.no_grad()
     def features(self, tokens: Tensor, texts: list[str], max_length: int) -> Tensor:
         """Last hidden state of the last token of each sample [N, L], float32 [N, D] on the CPU."""
-        rows = [row[: min(max_length, self.context)] for row in self.rows_of(check_samples(tokens), texts)]
+        rows = self.rows_of(check_samples(tokens), texts, min(max_length, self.context))
         with evaluating([self.model]):
             states = [
                 self.model.norm_final(self.model.hidden(row[None].to(self.model.device)))[0, -1]
@@ -161,9 +163,9 @@ class TransformersScorer:
         """An id that may not be read: there is none."""
         return None
 
-    def rows_of(self, tokens: Tensor, texts: list[str]) -> list[Tensor]:
-        """What Duo scores of samples [N, L] and their texts: these, L tokens at most, and one of padding."""
-        encoded = self._encoded(texts, tokens.shape[1])
+    def rows_of(self, tokens: Tensor, texts: list[str], most: int) -> list[Tensor]:
+        """What Duo scores of samples and their texts: these, `most` tokens of each, and one of padding."""
+        encoded = self._encoded(texts, most)
         longest = max(map(len, encoded))
         padding = [] if self.eos_token_id is None else [self.eos_token_id]
         rows = [ids if len(ids) == longest else [*ids, *padding] for ids in encoded]
