@@ -42,7 +42,10 @@ def test_pairs_are_read_out_of_every_kind_of_records(kind, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": "a"}\n', r"line 1: no field 'response'; its fields: 'prompt'"),
+        (
+            '{"prompt": "a"}\n',
+            r"line 1: no field 'response'; its fields: 'prompt'; choose two .* --pairs FIELD FIELD$",
+        ),
         ('{"prompt": "a", "response": 1}\n', r"line 1: field 'response' is a int"),
         ('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": ""}\n', r"record 1: .* is empty"),
         ("", "hold no pair"),
@@ -53,6 +56,14 @@ def test_what_is_no_pair(text, message, tmp_path):
     (tmp_path / "a.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         list(read_pairs(str(tmp_path / "a.jsonl")))
+
+
+def test_a_table_without_the_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("q,a\none,two\n")
+    with pytest.raises(
+        ValueError, match=r"no column 'prompt'; its columns: 'q', 'a'; .* --pairs FIELD FIELD$"
+    ):
+        list(read_pairs(str(tmp_path / "a.csv")))
 
 
 def test_plain_text_holds_no_pairs(tmp_path):

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loopmdm.data.batches import Batch, BatchSource
-from loopmdm.data.files import TEXT, Found, Source
+from loopmdm.data.files import TEXT, DataFile, Found, Source
 from loopmdm.data.packing import TextData, check_length, token_dtype
-from loopmdm.data.raw import Errors
+from loopmdm.data.raw import CHOOSE, Errors
 from loopmdm.data.records import documents_of
 from loopmdm.data.text import content_hash, found_files
 from loopmdm.data.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ def read_pairs(
                 f" and {fields[1]!r}"
             )
         # Each field is read by itself: every kind of file can give one.
-        columns = [documents_of(file, name, errors) for name in fields]
+        columns = [_field_of(file, name, errors) for name in fields]
         for number, pair in enumerate(zip_longest(*columns)):
             if None in pair:
                 raise ValueError(f"{file.path}: fields {fields[0]!r} and {fields[1]!r} differ in number")
@@ -66,6 +66,16 @@ def read_pairs(
             yield Pair(*pair)
     if not count:
         raise ValueError("; ".join(["the sources hold no pair", *found.remarks()]))
+
+
+def _field_of(file: DataFile, name: str, errors: Errors) -> Iterator[str]:
+    try:
+        yield from documents_of(file, name, errors)
+    except ValueError as error:
+        if not str(error).endswith(CHOOSE):
+            raise
+        why = str(error).removesuffix(CHOOSE)
+        raise ValueError(f"{why}choose two with fields, or --pairs FIELD FIELD") from error
 
 
 def split_pairs(pairs: Iterable[Pair], validation: float) -> tuple[list[Pair], list[Pair]]:

@@ -153,9 +153,12 @@ _DECODERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
 }
 
 
+CHOOSE = "choose one with text_field"
+
+
 def no_field(text_field: str, names: Any, what: str) -> str:
     """What a message says about a record without the field of the text."""
-    return f"no {what} {text_field!r}; {known(names, what)}; choose one with text_field"
+    return f"no {what} {text_field!r}; {known(names, what)}; {CHOOSE}"
 
 
 def known(names: Any, what: str) -> str:
