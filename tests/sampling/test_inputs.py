@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from loopmdm import ComputePlan, sample
+from loopmdm import ComputePlan, sample, terminal
 from loopmdm.sampling import Remasking
 
 ORDERS = ["ancestral", "confidence", "left_to_right"]
@@ -154,6 +157,16 @@ def test_no_progress_bar_without_a_terminal(model, capsys):
     sample(model, 1, length=4, progress=True)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_a_progress_bar_counts_the_steps(model, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "console", lambda: Console(file=screen, force_terminal=True, width=80))
+    sample(model, 1, length=4, progress=True)
+    assert "sampling" in screen.getvalue() and "4/4 steps" in screen.getvalue()
+    before = screen.tell()
+    sample(model, 1, length=4, progress=False)
+    assert screen.tell() == before
 
 
 BAD = [
