@@ -14,6 +14,7 @@ import torch
 
 from bench import draw_loop, results_page
 from loopmdm import LoopMDM, LoopMDMConfig, sample
+from tests import tutorials
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {
@@ -53,12 +54,25 @@ def names():
     return {"__name__": "example", "model": model, "canvas": canvas, "sample": sample}
 
 
-@pytest.mark.parametrize(("name", "code"), blocks("python"), ids=[name for name, _ in blocks("python")])
-def test_code_runs(name, code, names, capsys, tmp_path, monkeypatch):
+EXAMPLES = [
+    (name, step)
+    for name, text in DOCUMENTS.items()
+    if not name.startswith("docs/tutorials/")
+    for step in tutorials.steps(text)
+    if step.language == "python"
+]
+
+
+@pytest.mark.parametrize(("name", "step"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_code_runs(name, step, names, capsys, tmp_path, monkeypatch):
+    """And prints what the block of `text` behind it shows."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, name, "exec"), names)
+    exec(compile(step.code, name, "exec"), names)
+    printed = capsys.readouterr().out
     if name == "README.md":
-        assert capsys.readouterr().out.startswith("torch.Size([4, 81]) tensor([72, 72, 72, 72])")
+        assert f"# {printed}" in step.code
+    if step.shown:
+        assert tutorials.agree(step.shown, printed)
 
 
 def test_there_is_what_is_looked_for():
