@@ -186,7 +186,7 @@ def test_a_plain_model_is_looped_without_training(
     assert done.status == 0, done.err
     assert LoopMDM.from_pretrained(out).config.damped
     refused = call("train", "--data", str(text), *LIGHT, *looped, "--compile", "--out", str(tmp_path / "no"))
-    assert refused.status == 1 and "compile: a damped model" in refused.err
+    assert refused.status == 1 and "compile: what happens between loops" in refused.err
     refused = call("eval", str(plain), "--loop", "2:9", "--damped", *measure)
     assert refused.status == 1 and "loop_start, loop_end: got (2, 9)" in refused.err
 
@@ -212,3 +212,38 @@ def test_every_loop_can_have_a_loss(call: Call, plain: Path, text: Path, tmp_pat
         done = call("train", *options, "--loop-loss", "mean", *wrong, "--out", str(tmp_path / "no"))
         lines = [line for line in done.err.splitlines() if "error: " in line]
         assert done.status != 0 and len(lines) == 1 and message in lines[0], done.err
+
+
+def test_a_plain_model_gets_weights_between_loops(
+    call: Call, plain: Path, text: Path, tmp_path: Path
+) -> None:
+    """They begin new, are trained, by LoRA too, and stay with the model; what they cannot be is said."""
+    out, lora = tmp_path / "out", tmp_path / "lora"
+    begin = ["train", "--data", str(text), *LIGHT, "--ema", "0", "--loop-law", "fixed:2"]
+    loop = ["--loop", "1:2", "--max-loops", "3"]
+    given = ["--inject", "parcae", "--loop-embedding", "2", "--carry-norm"]
+    done = call(*begin, "--init-from", str(plain), *loop, *given, "--out", str(out))
+    assert done.status == 0, done.err
+    names = {"gain", "step", "log_decay", "embedding", "norm.weight"}
+    trained = {name: value for name, value in weights(out).items() if name not in weights(plain)}
+    assert trained.keys() == {f"between.{name}" for name in names}
+    assert bool(trained["between.gain"].any()) and bool(trained["between.embedding"][0].any())
+    assert not bool(trained["between.embedding"][1].any())
+    assert call("sample", str(out), "--num", "1", "--steps", "2", "--plan", "3").status == 0
+    again = call(*begin, "--init-from", str(out), "--out", str(tmp_path / "again"))
+    assert again.status == 0, again.err
+    for options, message in (
+        (["--inject", "add"], "the model has inject 'parcae', got 'add'"),
+        (["--loop-embedding", "3"], "the model has loop_embedding 2, got 3"),
+        (["--compile"], "what happens between loops"),
+        (["--autoregressive", *given], "leave out"),
+    ):
+        done = call(*begin, "--init-from", str(out), *options, "--out", str(tmp_path / "no"))
+        lines = [line for line in done.err.splitlines() if "error: " in line]
+        assert done.status != 0 and len(lines) == 1 and message in lines[0], done.err
+    pytest.importorskip("peft")
+    adapters = ["--lora", "2", "--lora-targets", "mlp.0", "--inject", "add"]
+    done = call(*begin, "--init-from", str(plain), *loop, *adapters, "--out", str(lora))
+    assert done.status == 0, done.err
+    assert bool(weights(lora)["between.gain"].any())
+    assert torch.equal(weights(lora)["blocks.0.mlp.2.weight"], weights(plain)["blocks.0.mlp.2.weight"])

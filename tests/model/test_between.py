@@ -13,6 +13,7 @@ from torch import Tensor
 from loopmdm import LoopMDM, LoopMDMConfig, likelihood, sample
 from loopmdm.exits import ArgmaxStable, HiddenChange
 from loopmdm.model import draws, flops
+from loopmdm.model.between import Between
 from loopmdm.plan import ComputePlan
 from loopmdm.sampling.graphs import check_graphs
 from loopmdm.train import TrainConfig
@@ -21,7 +22,17 @@ from loopmdm_kernels.testing import assert_matches_oracle
 
 MASK = 22
 DAMPED: dict[str, Any] = {"damped": True}
-VARIANTS = pytest.mark.parametrize("changes", [DAMPED], ids=["damped"])
+ALL: dict[str, Any] = {"damped": True, "inject": "parcae", "loop_embedding": 2, "carry_norm": True}
+KINDS = {
+    "damped": DAMPED,
+    "add": {"inject": "add"},
+    "parcae": {"inject": "parcae"},
+    "embedding": {"loop_embedding": 3},
+    "norm": {"carry_norm": True},
+    "all": ALL,
+}
+VARIANTS = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+SOME = pytest.mark.parametrize("changes", [DAMPED, {"inject": "add"}, ALL], ids=["damped", "add", "all"])
 
 
 def make(**changes: Any) -> LoopMDM:
@@ -42,7 +53,7 @@ def make(**changes: Any) -> LoopMDM:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "adaLN" in name or "output_layer" in name:
+            if "adaLN" in name or "output_layer" in name or name.startswith("between."):
                 value.add_(torch.randn(value.shape, generator=generator) * 0.2)
     return model
 
@@ -71,11 +82,30 @@ class Plain:
         config = self.config
         x = self.blocks(self.weights["vocab_embed.embedding"][ids], range(config.loop_start))
         states = [x]
-        for _ in range(num_loops):
+        for loop in range(num_loops):
+            if loop:
+                x = self.carried(x, states[0], loop)
             new = self.blocks(x, range(config.loop_start, config.loop_end))
             x = x + (new - x) / num_loops if config.damped else new
             states.append(x)
         return states
+
+    def carried(self, x: Tensor, first: Tensor, loop: int) -> Tensor:
+        """What loop + 1 begins with, of H(loop) and H(0)."""
+        config, w = self.config, self.weights
+        if config.inject == "add":
+            x = x + w["between.gain"] * first
+        if config.inject == "parcae":
+            step = torch.log1p(w["between.step"].exp())
+            e = (first - first.mean(-1, keepdim=True)) / (
+                first.var(-1, correction=0, keepdim=True) + 1e-5
+            ).sqrt()
+            x = torch.exp(-step * w["between.log_decay"].exp()) * x + step * w["between.gain"] * e
+        if config.loop_embedding:
+            x = x + w["between.embedding"][min(loop, config.loop_embedding) - 1]
+        if config.carry_norm:
+            x = F.layer_norm(x, x.shape[-1:]) * w["between.norm.weight"]
+        return x
 
     def nelbo(self, x: Tensor, clean: Tensor, masked: Tensor, t: Tensor) -> Tensor:
         """Of H(k) [B, L, D], summed."""
@@ -163,7 +193,8 @@ def test_values_and_gradients_are_the_formulas(
 @torch.no_grad()
 def test_one_loop_is_the_plain_model_bit_for_bit(changes: dict[str, Any]) -> None:
     plain, model, ids = make(), make(**changes), tokens()
-    model.load_state_dict(plain.state_dict(), strict=False)
+    found = model.load_state_dict(plain.state_dict(), strict=False)
+    assert all(name.startswith("between.") for name in found.missing_keys) and not found.unexpected_keys
     assert torch.equal(model(ids, num_loops=1), plain(ids, num_loops=1))
     each = torch.tensor([1, 3, 1])
     mixed = model(ids, num_loops=each)
@@ -228,10 +259,9 @@ def test_the_last_loops_are_differentiated_alone(changes: dict[str, Any]) -> Non
     assert bool(model.blocks[1].attn_qkv.weight.grad.any())
 
 
-@VARIANTS
-def test_dropout_draws_new_masks_in_each_loop(changes: dict[str, Any]) -> None:
+def test_dropout_draws_new_masks_in_each_loop() -> None:
     """Masks are a function of the seed and of the loop."""
-    model, ids = make(**changes, dropout=0.3).train(), tokens()
+    model, ids = make(**DAMPED, dropout=0.3).train(), tokens()
     first, again = (model.hidden(ids, num_loops=3, dropout_seed=5) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first, model.hidden(ids, num_loops=3, dropout_seed=6))
@@ -241,7 +271,7 @@ def test_dropout_draws_new_masks_in_each_loop(changes: dict[str, Any]) -> None:
     )
 
 
-@VARIANTS
+@SOME
 @torch.no_grad()
 def test_modules_that_are_watched_compute_the_same(changes: dict[str, Any]) -> None:
     model, ids = make(**changes), tokens()
@@ -263,7 +293,7 @@ def test_it_is_saved_and_loaded(changes: dict[str, Any], tmp_path: Any) -> None:
     assert torch.equal(again(ids, num_loops=3), model(ids, num_loops=3))
 
 
-@VARIANTS
+@SOME
 def test_sampling_and_likelihoods_take_it(changes: dict[str, Any]) -> None:
     """Any plan, the same tokens in any batch; the ledger counts the loops."""
     model = make(**changes)
@@ -277,7 +307,7 @@ def test_sampling_and_likelihoods_take_it(changes: dict[str, Any]) -> None:
     assert bool(found.log_prob.isfinite().all())
 
 
-@VARIANTS
+@SOME
 def test_what_it_cannot_do_is_said(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = make(**changes), tokens()
     stages = model.stages(ids)
@@ -305,6 +335,62 @@ def test_configurations_say_whether_it_is_on() -> None:
     assert LoopMDMConfig.from_dict(make().config.to_dict()) == make().config
     with pytest.raises(TypeError, match="damped"):
         LoopMDMConfig(9, 8, damped=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"inject: got 'ad', expected one of .*; did you mean 'add'"):
+        LoopMDMConfig(9, 8, inject="ad")
+    with pytest.raises(ValueError, match="loop_embedding: got -1"):
+        LoopMDMConfig(9, 8, loop_embedding=-1)
+    with pytest.raises(TypeError, match="carry_norm"):
+        LoopMDMConfig(9, 8, carry_norm="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{"inject": "add"}, {"loop_embedding": 2}], ids=["add", "embedding"])
+@torch.no_grad()
+def test_new_weights_change_nothing_at_first(changes: dict[str, Any]) -> None:
+    plain, ids = make(), tokens()
+    model = LoopMDM(LoopMDMConfig.from_dict(plain.config.to_dict() | changes)).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(model(ids, num_loops=4), plain(ids, num_loops=4))
+
+
+@torch.no_grad()
+def test_parcae_begins_near_the_plain_loop_and_stays_stable() -> None:
+    model = LoopMDM(LoopMDMConfig(23, MASK, hidden_size=32, num_heads=4, num_layers=3, inject="parcae"))
+    state = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.between(state, state, 1), 0.99 * state, rtol=1e-4, atol=1e-6)
+    for name, value in model.between.named_parameters():
+        value.normal_(std=3.0, generator=torch.Generator().manual_seed(len(name)))
+    kept = model.between(state, torch.zeros_like(state), 1) / state
+    assert bool(((kept >= 0) & (kept <= 1)).all())
+
+
+def test_weights_between_loops_have_no_gradient_of_one_loop() -> None:
+    model, ids = make(**ALL), tokens()
+    model.hidden(ids, num_loops=1).sum().backward()
+    assert all(parameter.grad is None for parameter in model.between.parameters())
+
+
+def test_later_loops_need_what_they_read() -> None:
+    with pytest.raises(ValueError, match="a model with inject reads H\\(0\\)"):
+        stages = make(inject="add").stages(tokens())
+        stages.loop(stages.before(), done=1)
+
+
+@pytest.mark.parametrize("changes", [{"inject": "parcae"}, {"loop_embedding": 2, "carry_norm": True}])
+def test_a_reference_checkpoint_gets_them(changes: dict[str, Any]) -> None:
+    """It says nothing of them, so they are new; of our own model they are read."""
+    plain, ids = make(), tokens()
+    state = {f"backbone.{name}": value for name, value in plain.state_dict().items()}
+    options: dict[str, Any] = {"loop": (1, 3), "mask_token_id": MASK, "max_loops": 4, "dropout": 0.0}
+    model = LoopMDM.from_mdlm(state, **options, **changes)
+    with torch.no_grad():
+        assert torch.equal(model(ids, num_loops=1), plain(ids, num_loops=1))
+    fresh = Between(model.config).state_dict()
+    assert fresh and all(torch.equal(model.between.state_dict()[name], fresh[name]) for name in fresh)
+    ours = make(**changes)
+    again = LoopMDM.from_mdlm(ours)
+    assert again.config.to_dict() | {"gate_init": 1.0} == ours.config.to_dict()
+    with torch.no_grad():
+        assert torch.equal(again(ids, num_loops=3), ours(ids, num_loops=3))
 
 
 @pytest.mark.parametrize("num_loops", [1, 2, 12])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loopmdm import LoopMDM, sample
+from loopmdm import LoopMDM, LoopMDMConfig, sample
 from tests.tools.watched import new_model
 
 transformers = pytest.importorskip("transformers")
@@ -333,3 +333,24 @@ def test_generate_with_padding_ends_and_a_canvas(tmp_path: Path) -> None:
             theirs.generate(prompts, **wrong)
     with pytest.raises(ValueError, match="input_ids: got"):
         theirs.generate(prompts[0])
+
+
+def test_what_happens_between_loops_is_kept(tmp_path: Path) -> None:
+    """Its weights are of the model, its switches of the configuration, which the call may set."""
+    own = new_model().config.to_dict()
+    changes = {"inject": "parcae", "loop_embedding": 2, "carry_norm": True}
+    torch.manual_seed(0)
+    model, ids = LoopMDM(LoopMDMConfig.from_dict(own | changes)).eval(), noisy()
+    with torch.no_grad():
+        for value in (*model.between.parameters(), *model.output_layer.parameters()):
+            value.add_(torch.randn_like(value) * 0.1)
+        wrapped = loaded(tmp_path / "ours", model)
+        wrapped.save_pretrained(tmp_path / "theirs")
+        again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "theirs")
+        expected = model.hidden(ids, num_loops=3)
+        assert torch.equal(again.model.hidden(ids, num_loops=3), expected)
+        states = again(ids, num_loops=3, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(states[-1], expected)
+        damped = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "theirs", damped=True)
+        assert damped.model.config.damped and damped.config.damped
+        assert not torch.equal(damped.model.hidden(ids, num_loops=3), expected)

@@ -35,7 +35,7 @@ from loopmdm.train.parallel import full
 MICRO_BATCHES, STEPS, HALF = 4, 20, 10
 
 
-def new_model() -> LoopMDM:
+def new_model(**changes: Any) -> LoopMDM:
     config = LoopMDMConfig(
         vocab_size=20,
         mask_token_id=19,
@@ -49,6 +49,7 @@ def new_model() -> LoopMDM:
         max_loops=4,
         mlp_ratio=2,
         dropout=0.1,
+        **changes,
     )
     torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # rank 0 has the weights of all
     model = LoopMDM(config)
@@ -83,7 +84,9 @@ def trainer(folder: Path, model: LoopMDM, options: dict[str, Any], **changes: An
 
 def run(folder: Path, options: dict[str, Any], **changes: Any) -> Trainer:
     """A run from its start."""
-    built = trainer(folder, new_model(), options, **changes)
+    made = {name: value for name, value in options.items() if name in LoopMDMConfig.__dataclass_fields__}
+    others = {name: value for name, value in options.items() if name not in made}
+    built = trainer(folder, new_model(**made), others, **changes)
     built.train()
     return built
 

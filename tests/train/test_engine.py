@@ -34,6 +34,8 @@ FOUR = {
     "fsdp4": {"parallel": "fsdp2"},
     "hsdp4": {"parallel": "hsdp", "shard_size": 2, "evaluate": True},
 }
+# Weights that have no gradient in a step of one loop, and a loss of every loop.
+BETWEEN = {"inject": "add", "loop_embedding": 2, "carry_norm": True}
 TWO = {
     "fsdp2": {"parallel": "fsdp2", "evaluate": True},
     "fsdp2-again": {"parallel": "fsdp2", "resumes": "fsdp2"},
@@ -42,6 +44,8 @@ TWO = {
     "fsdp2-of-one": {"parallel": "fsdp2", "resumes": "one", "accumulation": MICRO_BATCHES},
     "ddp2-compiled": {"parallel": "ddp", "compile": True},
     "ddp2-truncated": {"parallel": "ddp", "backprop_loops": 1},
+    "ddp2-between": {"parallel": "ddp", **BETWEEN, "loop_loss": "linear"},
+    "fsdp2-between": {"parallel": "fsdp2", **BETWEEN, "loop_loss": "linear"},
 }
 CLOCK = {"clock": {"parallel": "ddp", "keep": 99, "checkpoint_every": 0, "checkpoint_minutes": 1e-9}}
 TRAFFIC = {f"traffic-{form}": {"parallel": form} for form in ("ddp", "fsdp2")}
@@ -59,8 +63,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built.train()
     torch.save(weights(built), folder / "one.pt")
     torch.save(weights(run(folder / "truncated", {}, backprop_loops=1)), folder / "truncated.pt")
-    for name, changes in {"double": {}, "double-truncated": {"backprop_loops": 1}}.items():
-        double = trainer(folder / name, new_model().double(), {}, **changes)
+    torch.save(weights(run(folder / "between", BETWEEN, loop_loss="linear")), folder / "between.pt")
+    for name, (made, changes) in {
+        "double": ({}, {}),
+        "double-truncated": ({}, {"backprop_loops": 1}),
+        "double-between": (BETWEEN, {"loop_loss": "linear"}),
+    }.items():
+        double = trainer(folder / name, new_model(**made).double(), {}, **changes)
         double.train()
         torch.save(weights(double), folder / f"{name}.pt")
     jobs = json.dumps({4: FOUR, 2: TWO | CLOCK | TRAFFIC})
@@ -81,9 +90,11 @@ def vector(folder: Path, name: str) -> Tensor:
 
 @pytest.mark.parametrize("name", [*FOUR, *TWO])
 def test_ranks_learn_what_one_process_learns(runs: Path, name: str) -> None:
-    alone, exact = ("truncated", "double-truncated") if name == "ddp2-truncated" else ("one", "double")
+    kind = name.partition("-")[2]
+    alone, exact = (kind, f"double-{kind}") if kind in ("truncated", "between") else ("one", "double")
     oracle, one = vector(runs, exact), vector(runs, alone)
-    assert (one - vector_of(new_model())).abs().max() > 1e-2  # a step is 1e-3
+    begun = new_model(**(BETWEEN if kind == "between" else {}))
+    assert (one - vector_of(begun)).abs().max() > 1e-2  # a step is 1e-3
     assert_matches_oracle(vector(runs, name), one, oracle)
     records, expected = (losses(runs / which) for which in (name, alone))
     same = ("step", "num_loops", "lr", "tokens", "flops")

@@ -19,6 +19,7 @@ from loopmdm.cli.parser import add_json, add_runtime, set_up
 from loopmdm.cli.processes import TIMEOUT_MINUTES, process_group
 from loopmdm.cli.runs import train_run
 from loopmdm.model.between import LoopLoss
+from loopmdm.model.config import INJECTIONS
 from loopmdm.runs import likelihood
 from loopmdm.runs.boards import SHARE_COLUMNS, share_row
 from loopmdm.runs.initial import LORA_TARGETS
@@ -144,6 +145,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=None,
         help="each of S loops goes 1/S of its way, which changes a plain model less",
+    )
+    model.add_argument(
+        "--inject",
+        choices=INJECTIONS[1:],
+        help="give each loop but the first H(0) again: add it, or by a stable recurrence (parcae)",
+    )
+    model.add_argument(
+        "--loop-embedding",
+        type=positive_int,
+        metavar="N",
+        help="add a vector to what each loop but the first begins with, of N; the last serves later loops",
+    )
+    model.add_argument(
+        "--carry-norm",
+        action="store_true",
+        default=None,
+        help="a layer norm of what each loop but the first begins with",
     )
     tuning = parser.add_argument_group("fine-tuning")
     tuning.add_argument(

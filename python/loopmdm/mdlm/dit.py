@@ -19,6 +19,7 @@ from loopmdm.mdlm import weights as mdlm_weights
 from loopmdm.mdlm.patching import patch, unpatch
 from loopmdm.mdlm.weights import MDLMWeights
 from loopmdm.model import LoopMDM, checkpoint, cut, draws, vocabulary
+from loopmdm.model.between import Between, between_of
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.modules import check_frequencies
 from loopmdm.printable import printable
@@ -164,7 +165,8 @@ def from_mdlm(
         num_heads: None: from the length of `rotary_emb.inv_freq`.
         overrides: other fields of `LoopMDMConfig`, such as `max_length`, `dropout`, `time_conditioning`.
             Where not given they come from what the source states (config.json, the hyper-parameters of a
-            Lightning file, the module's `config` and attributes), else the defaults.
+            Lightning file, the module's `config` and attributes), else the defaults. What acts between loops
+            (`inject`, `loop_embedding`, `carry_norm`) begins with the weights of a new model.
 
     Raises:
         FileNotFoundError: no such file, folder or hub id.
@@ -184,7 +186,10 @@ def from_mdlm(
     config = _config_of_weights(weights, num_heads, mask_token_id, explicit | overrides)
     with torch.device("meta"):
         model = cls(config)
-    checkpoint.fill(model, weights.tensors, weights.source)
+    tensors = weights.tensors
+    if config.learns_between_loops and not between_of(tensors):
+        tensors = {**tensors, **{f"between.{name}": t for name, t in Between(config).state_dict().items()}}
+    checkpoint.fill(model, tensors, weights.source)
     check_frequencies(model.rotary_emb.inv_freq, weights.tensors["rotary_emb.inv_freq"].dtype, weights.source)
     if isinstance(path_or_module, torch.nn.Module):
         _compare(path_or_module, config)

@@ -30,8 +30,19 @@ _FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "positions": (("positions",),),
     "key_padding_mask": (("key_padding_mask",),),
     "damped": (("damped",),),
+    "inject": (("inject",),),
+    "loop_embedding": (("loop_embedding",),),
+    "carry_norm": (("carry_norm",),),
 }
-_INTEGERS = frozenset(_FIELDS) - {"dropout", "time_conditioning", "positions", "key_padding_mask", "damped"}
+_INTEGERS = frozenset(_FIELDS) - {
+    "dropout",
+    "time_conditioning",
+    "positions",
+    "key_padding_mask",
+    "damped",
+    "inject",
+    "carry_norm",
+}
 # Where a kind of model is stated, the values that this package computes (in lower case); what others mean:
 # such models may have MDLM's tensors and still compute something else, or have another law.
 _ONLY: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (

@@ -159,8 +159,8 @@ def _check_sizes(config: Any, tensors: Mapping[str, Tensor], source: str) -> Non
             f"{source}: num_layers is {config.num_layers}, but the weights are {len(tensors)} tensors"
         )
     elements = sum(tensor.numel() for tensor in tensors.values())
-    for name in ("hidden_size", "vocab_size", "cond_dim", "mlp_ratio", "num_layers"):
-        size = getattr(config, name)
+    for name in ("hidden_size", "vocab_size", "cond_dim", "mlp_ratio", "num_layers", "loop_embedding"):
+        size = getattr(config, name, 0)
         if size > elements:
             raise ValueError(f"{source}: {name} is {size}, but the weights have {elements} elements together")
     if config.vocab_size * config.hidden_size > 2**16 * elements:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 NOTES = ("use_cache",)  # transformers.Trainer
 POSITIONS = ("rotary", "learned")
+INJECTIONS = ("none", "add", "parcae")
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
@@ -41,7 +42,11 @@ class LoopMDMConfig:
         gate_init: initial value of the residual gates. 0 is adaLN-zero, the reference; 1 starts from a
             plain pre-norm transformer, which learns faster in short runs.
         damped: each of S loops goes 1/S of its way, which loops a model that was trained without a loop
-            (see `loopmdm.model.between`); off as in LoopMDM.
+            (see `loopmdm.model.between`, also for the following); off as in LoopMDM.
+        inject: what each loop but the first gets of H(0) again: "none" as in LoopMDM, "add" or "parcae".
+        loop_embedding: vectors, one for each loop but the first, that are added to what it begins with; the
+            last one serves all later loops. 0 as in LoopMDM.
+        carry_norm: a layer norm of what each loop but the first begins with; off as in LoopMDM.
     """
 
     vocab_size: int
@@ -61,6 +66,9 @@ class LoopMDMConfig:
     key_padding_mask: bool = False
     gate_init: float = 0.0
     damped: bool = False
+    inject: str = "none"
+    loop_embedding: int = 0
+    carry_norm: bool = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Fields are set once; a trainer's notes on a model's configuration mean nothing here."""
@@ -113,6 +121,11 @@ class LoopMDMConfig:
         if self.positions not in POSITIONS:
             known = meant(self.positions, POSITIONS)
             raise ValueError(f"positions: got {self.positions!r}, expected one of {POSITIONS}{known}")
+        if self.inject not in INJECTIONS:
+            known = meant(self.inject, INJECTIONS)
+            raise ValueError(f"inject: got {self.inject!r}, expected one of {INJECTIONS}{known}")
+        if self.loop_embedding < 0:
+            raise ValueError(f"loop_embedding: got {self.loop_embedding}, expected at least 0")
 
     @property
     def head_dim(self) -> int:
@@ -121,7 +134,12 @@ class LoopMDMConfig:
     @property
     def acts_between_loops(self) -> bool:
         """Whether a loop is more than H(k) = mid(H(k - 1)), so that the op is called once for each."""
-        return self.damped
+        return self.damped or self.learns_between_loops
+
+    @property
+    def learns_between_loops(self) -> bool:
+        """Whether there are weights that act between loops alone, and so get no gradient where S is 1."""
+        return self.inject != "none" or self.loop_embedding > 0 or self.carry_norm
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LoopMDMConfig:

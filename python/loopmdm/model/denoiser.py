@@ -39,7 +39,8 @@ class LoopMDM(Network):
     """A looped masked diffusion language model.
 
     `state_dict()` has the names and shapes of the reference model (MDLM's DIT); the loop is configuration
-    only, so the parameters do not depend on the number of loops.
+    only, so the parameters do not depend on the number of loops. Only what a configuration turns on between
+    loops has weights of its own, in `between` (see `loopmdm.model.between`).
 
     The CPU kernels read copies of the weights in a layout of their own. In-place operations on a parameter
     and optimizer steps are always seen, writes through `.data` or numpy in matrices of up to 1 MB too. In

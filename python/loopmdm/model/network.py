@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loopmdm.model.adapters import base_of, weight_of
+from loopmdm.model.between import Between
 from loopmdm.model.checkpoint import Trainable
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.cut import named, say, why_global
@@ -48,6 +49,8 @@ class Network(Trainable):
         self.rotary_emb = RotaryEmbedding(config.head_dim)
         self.blocks = nn.ModuleList(DDiTBlock(config) for _ in range(config.num_layers))
         self.output_layer = OutputLayer(config)
+        if config.learns_between_loops:
+            self.between = Between(config)
 
     @property
     def device(self) -> torch.device:

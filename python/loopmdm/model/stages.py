@@ -77,6 +77,7 @@ class Stages:
             length = tokens.shape[1]
             self._rotary = model.once(("rotary", length), lambda: model.rotary_emb(length))
         self._modulations: dict[tuple[int, int], Tensor] = {}
+        self._first: Tensor | None = None  # H(0), where later loops read it
 
     @property
     def masked(self) -> Tensor:
@@ -157,16 +158,15 @@ class Stages:
         x = entered = self.embedded()
         states = [x] * (config.num_layers + 1)
         for application, (number, i) in enumerate(order):
+            going = None if number == 0 or each is None else (number < each)[:, None, None]
             if i == config.loop_start:
-                entered = x
+                if not number:
+                    self._begin(x)
+                x = entered = _where(going, self._entered(x, number), x)
             after = self.block(x, i, application)
             if i == config.loop_end - 1:
                 after = self._left(entered, after, num_loops)
-            if number == 0 or each is None:
-                x = states[i + 1] = after
-            else:
-                going = (number < each)[:, None, None]
-                x, states[i + 1] = torch.where(going, after, x), torch.where(going, after, states[i + 1])
+            x, states[i + 1] = _where(going, after, x), _where(going, after, states[i + 1])
         return states
 
     def subset(self, active: Tensor) -> Stages:
@@ -175,6 +175,7 @@ class Stages:
         part.__dict__.update(self.__dict__)
         part.tokens = self.tokens[active]
         part._embeds = None if self._embeds is None else self._embeds[active]
+        part._first = None if self._first is None else self._first[active]
         part.sigma = None if self.sigma is None else self.sigma[active]
         part._key_mask = None if self._key_mask is None else self._key_mask[active]
         if self._condition.shape[0] > 1:
@@ -274,13 +275,29 @@ class Stages:
 
         def one_loop(state: Tensor, active: Tensor | None, loop: int) -> Tensor:
             part = (self if active is None else self.subset(active))._application(done + loop)
-            new = part._run(state, config.loop_start, config.loop_end, 1)
+            entered = part._entered(state, done + loop)
+            new = part._run(entered, config.loop_start, config.loop_end, 1)
             each = whole[active] if isinstance(whole, Tensor) and active is not None else whole
-            return part._left(state, new, each)
+            return part._left(entered, new, each)
 
+        if not done:
+            self._begin(x)
+        elif config.inject != "none" and self._first is None:
+            raise ValueError(f"done: got {done} before any loop, but a model with inject reads H(0) in each")
         # With `recompute` the op keeps no more of a loop than its input.
         out, used = run_loops(one_loop, x, loops, checks.exit_threshold(exit_threshold), recompute=False)
         return out if exit_threshold is None else (out, used)
+
+    def _begin(self, state: Tensor) -> None:
+        """Keep H(0) for the loops that read it."""
+        self._first = state if self.model.config.inject != "none" else None
+
+    def _entered(self, state: Tensor, done: int) -> Tensor:
+        """What the blocks of loop done + 1 get of the state after the loop before it."""
+        if not done or not self.model.config.learns_between_loops:
+            return state
+        entered: Tensor = self.model.between(state, self._first, done)
+        return entered
 
     def _left(self, entered: Tensor, new: Tensor, num_loops: int | Tensor) -> Tensor:
         """The state after a loop of S, whose blocks made `new` of the state that `entered`."""
@@ -373,6 +390,11 @@ class Stages:
             preserve_rng_state=True,
         )
         return out if exit_threshold is None else (out, used)
+
+
+def _where(going: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """`new` of the sequences that are still going, bool [B, 1, 1]; None: all are."""
+    return new if going is None else torch.where(going, new, old)
 
 
 def _counted_loops(name: str, value: Any, x: Tensor) -> int | Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from loopmdm.formats.folders import CONFIG_FILE, read_json
 from loopmdm.model import LoopMDM
+from loopmdm.model.between import between_of
 from loopmdm.model.checkpoint import check_same
 from loopmdm.runs.options import UsageError
 from loopmdm.train.checkpoints import CHECKPOINTS
@@ -26,6 +27,8 @@ _FREE = (
     "key_padding_mask",
     "damped",
 )
+# What a run may add to weights that have none of it, with the values that say so.
+_ADDED: dict[str, Any] = {"inject": "none", "loop_embedding": 0, "carry_norm": False}
 
 
 def read_initial(source: str) -> LoopMDM:
@@ -62,7 +65,8 @@ def model_fields(source: LoopMDM, given: dict[str, Any]) -> dict[str, Any]:
     for name in _VOCABULARY:
         del fields[name]
     for name, value in given.items():
-        if name not in _FREE and fields[name] != value:
+        added = name in _ADDED and fields[name] == _ADDED[name]
+        if name not in _FREE and not added and fields[name] != value:
             raise UsageError(
                 f"--init-from: the model has {name} {fields[name]!r}, got {value!r}; leave the option out"
             )
@@ -71,6 +75,8 @@ def model_fields(source: LoopMDM, given: dict[str, Any]) -> dict[str, Any]:
 
 def begin_with(model: LoopMDM, source: LoopMDM, name: str) -> None:
     """Copy the weights of `source`, which was read from `name`, into a new model.
+
+    Those between loops that `source` has none of stay new.
 
     Raises:
         ValueError: they do not fit, as with the data of another tokenizer.
@@ -81,7 +87,7 @@ def begin_with(model: LoopMDM, source: LoopMDM, name: str) -> None:
             f"--init-from: {name} has {have.vocab_size} tokens and mask id {have.mask_token_id}, but the"
             f" tokenizer of the data {wanted.vocab_size} and {wanted.mask_token_id}: not a pair"
         )
-    tensors = source.state_dict()
+    tensors = between_of(model.state_dict()) | source.state_dict()
     expected, got = (
         {key: tuple(value.shape) for key, value in of.items()} for of in (model.state_dict(), tensors)
     )
@@ -97,7 +103,9 @@ def check_targets(targets: list[str]) -> None:
 
 
 def add_lora(model: LoopMDM, rank: int, targets: list[str], seed: int) -> None:
-    """Put adapters of peft on matrices of the blocks, and freeze all else; a function of the seed.
+    """Put adapters of peft on matrices of the blocks, and freeze all else but what acts between loops.
+
+    A function of the seed.
 
     Raises:
         ImportError: peft is not installed.
@@ -109,3 +117,5 @@ def add_lora(model: LoopMDM, rank: int, targets: list[str], seed: int) -> None:
     names = [f"blocks.{block}.{target}" for block in range(model.config.num_layers) for target in targets]
     torch.manual_seed(seed)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
+    if model.config.learns_between_loops:
+        model.between.requires_grad_(True)

@@ -39,7 +39,8 @@ def check_graphs(models: Iterable[Any], plan: ComputePlan) -> None:
             raise ValueError(f"cuda_graphs: a graph would not call modules at a replay ({cuts[0]})")
         if model.config.acts_between_loops:
             raise ValueError(
-                "cuda_graphs: what happens between loops (damped) is decided on the host, loop by loop"
+                "cuda_graphs: what happens between loops (damped, inject, loop_embedding, carry_norm) is run"
+                " loop by loop from the host"
             )
     for compute in plan.computes:
         if compute.exit is not None and compute.exit.threshold is None:

@@ -41,7 +41,7 @@ from loopmdm.train.optimizers import Optimizer
 from loopmdm.train.parallel import Form, Layout, Ranks
 from loopmdm.train.progress import Progress, describe_evaluation
 from loopmdm.train.state import STATE_FILE, counted, read_state, staged, tensors_of, write_state
-from loopmdm.train.step import MicroBatch, Step, Stepper
+from loopmdm.train.step import MicroBatch, Step, Stepper, leaves_out
 from loopmdm.train.usage import peak_memory
 from loopmdm.train.watch import Watch
 from loopmdm_kernels.files import refuse_files, write_files
@@ -129,7 +129,8 @@ class Trainer:
         self.device = next(model.parameters()).device
         if config.compile and getattr(model.config, "acts_between_loops", False):
             raise ValueError(
-                "compile: a damped model loops on the host, outside of a graph; leave out one of them"
+                "compile: what happens between loops (damped, inject, loop_embedding, carry_norm) is run loop"
+                " by loop from the host; leave out one of them"
             )
         check_loop_loss(config.loop_loss, damped=getattr(model.config, "damped", False))
         model.recompute, model.backprop_loops = config.recompute, config.backprop_loops
@@ -139,7 +140,7 @@ class Trainer:
             parallel,
             bf16=config.precision == "bf16",
             shard_size=shard_size,
-            unused_parameters=config.backprop_loops > 0,
+            unused_parameters=leaves_out(config, model.config),
             compiled=config.compile,
         )
         if self.ranks.sharded and config.optimizer == "muon":

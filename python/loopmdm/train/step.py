@@ -22,6 +22,11 @@ from loopmdm.train.parallel import Layout, Ranks, full
 _CLIP_EPS = 1e-6  # what torch adds to the norm that it divides by
 
 
+def leaves_out(config: TrainConfig, model: Any) -> bool:
+    """Whether parameters of a model of this configuration get no gradient at some S."""
+    return config.backprop_loops > 0 or getattr(model, "learns_between_loops", False)
+
+
 class MicroBatch(NamedTuple):
     """What a loss was computed from."""
 
@@ -99,7 +104,7 @@ class Stepper:
             batch_size, length = batch.input_ids.shape
             work += layout.world_size * batch_size * self._work(length, num_loops)
         figures[3:] = torch.tensor([float(one) for one in requests], dtype=torch.float64)
-        if config.backprop_loops:
+        if leaves_out(config, self.dims):
             # Otherwise Adam would count other steps for these than for the rest.
             for parameter in self.ema.parameters:
                 if parameter.grad is None:
