@@ -1,8 +1,7 @@
 // Normalised rows and their logits, in terms of tile.inl.
 #pragma once
 
-#include "cpu/vector/math.inl"
-#include "cpu/vector/tile.inl"
+#include "cpu/head/modulated_row.inl"
 
 // Words of an operand row.
 inline int64_t head_words(const HeadProblem& p) { return p.bf16 ? operand_words<Bf16>(p.width) : p.width; }
@@ -10,24 +9,10 @@ inline int64_t head_words(const HeadProblem& p) { return p.bf16 ? operand_words<
 // Rows [begin, end) of the problem, normalised and modulated, as operands [end - begin, head_words].
 // `row`: scratch of D floats and two vectors more.
 void prepare_rows(const HeadProblem& p, int64_t begin, int64_t end, float* row, uint32_t* operands) {
-  const int64_t words = head_words(p), width = p.width;
-  const int64_t padded = round_up(width, 2 * kLanes);
+  const int64_t words = head_words(p);
   for (int64_t r = begin; r < end; ++r, operands += words) {
-    const float* x = p.hidden + p.rows[r] * width;
-    const int64_t group = p.rows[r] / p.rows_per_group;
-    const float* shift = p.shift + group * width;
-    const float* gain = p.gain + group * width;
-    __builtin_memcpy(row, x, static_cast<size_t>(width) * sizeof *x);
-    for (int64_t i = width; i < padded; ++i) row[i] = 0.0f;
-    const RowMoments m = p.normalized ? row_moments(row, width, padded) : RowMoments{0.0f, 1.0f};
-    for (int64_t i = 0; i < width; ++i) row[i] = (row[i] - m.mean) * m.scale * p.norm[i] * gain[i] + shift[i];
-    if (!p.bf16) {
-      store_row<Fp32>(row, width, operands);
-    } else {
-      if constexpr (Bf16::kPerWord == 1)  // stored as floats, but with the values of bf16
-        for (int64_t i = 0; i < padded; i += kLanes) store(row + i, round_to_bf16(load(row + i)));
-      store_row<Bf16>(row, width, operands);
-    }
+    modulate_row(p, p.rows[r], row);
+    p.bf16 ? store_row<Bf16>(row, p.width, operands) : store_row<Fp32>(row, p.width, operands);
   }
 }
 

@@ -7,12 +7,26 @@
 // exp(d) for d <= 0; 0 where the result would be denormal; NaN stays NaN.
 inline Floats exp_nonpositive(Floats d) {
   const Floats x = d * kLog2E, lowest = broadcast(-126.0f);
+#if defined(__AVX512F__)  // the same steps in half the instructions
+  const Floats f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(normal, exp2_fraction(f, false), x - f);
+#endif
   const Floats y = exp2_in_range(x < lowest ? lowest : x, false);
   return x < lowest ? Floats{} : (x == x ? y : x);
 }
 
 inline void store_kept(float* p, Floats v) { store(p, v); }
-inline void store_kept(uint16_t* p, Floats v) { store_bf16(p, v); }
+
+// Of bf16 and none of them denormal: an instruction takes those for zeros.
+inline void store_kept(uint16_t* p, Floats v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh(v);
+  __builtin_memcpy(p, &h, sizeof h);
+#else
+  store_bf16(p, v);
+#endif
+}
 
 // Where those of a tile and a panel of rows are kept, [count][width], or null. The tokens of the tile have
 // token_bytes each, which the panels fill from the first row on.

@@ -74,13 +74,14 @@ void put_weight_gradient(const MaskedCrossEntropyProblem& p, const MaskedCrossEn
         add ? add_some(to, value, left) : store_some(to, value, left);
         continue;
       }
+      uint16_t* to = static_cast<uint16_t*>(out.weight) + at;
+      if (left >= kLanes) {
+        store_bf16(to, value);
+        continue;
+      }
       uint16_t rounded[kLanes];
       store_bf16(rounded, value);
-      uint16_t* to = static_cast<uint16_t*>(out.weight) + at;
-      if (left >= kLanes)
-        __builtin_memcpy(to, rounded, sizeof rounded);
-      else
-        for (int64_t i = 0; i < left; ++i) to[i] = rounded[i];
+      for (int64_t i = 0; i < left; ++i) to[i] = rounded[i];
     }
 }
 

@@ -2,17 +2,12 @@
 #pragma once
 
 #include "cpu/head/masked_cross_entropy_tiles.inl"
+#include "cpu/head/modulated_row.inl"
 
 inline int64_t block_rows(const RowGroup& g, int64_t block) {
   const int64_t left = g.count - block * kPanel;
   return left < kPanel ? left : kPanel;
 }
-
-// Whether rows are stored as floats, but with the values of bf16.
-template <class Operand>
-constexpr bool kFloatsOfBf16 = false;
-template <>
-constexpr bool kFloatsOfBf16<Bf16> = Bf16::kPerWord == 1;
 
 template <class Operand>
 void prepare_block(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_t block, float* h) {
@@ -25,21 +20,9 @@ void prepare_block(const MaskedCrossEntropyProblem& p, const RowGroup& g, int64_
       __builtin_memset(out, 0, static_cast<size_t>(l.padded_width) * sizeof *out);
       continue;
     }
-    const int64_t row = p.rows[g.first + first + r];
-    const float* shift = p.shift + row / p.rows_per_group * p.width;
-    const float* gain = p.gain + row / p.rows_per_group * p.width;
-    for (int64_t i = 0; i < l.padded_width; i += kLanes)
-      store(out + i, load_some(p.hidden + row * p.width + i, p.width - i));
-    const RowMoments m = p.normalized ? row_moments(out, p.width, l.padded_width) : RowMoments{0.0f, 1.0f};
+    const RowMoments m = modulate_row(p, p.rows[g.first + first + r], out);
     g.mean[first + r] = m.mean;
     g.scale[first + r] = m.scale;
-    for (int64_t i = 0; i < l.padded_width; i += kLanes) {
-      const int64_t left = p.width - i;
-      const Floats scaled = (load(out + i) - m.mean) * m.scale * load_some(p.norm + i, left);
-      // Rounded as prepare_rows of head.inl rounds: rows, and with them logits, have the bits of sampling.
-      const Floats modulated = scaled * load_some(gain + i, left) + load_some(shift + i, left);
-      store(out + i, kFloatsOfBf16<Operand> ? round_to_bf16(modulated) : modulated);
-    }
   }
   for (int j = 0; j < width; j += kLanes)
     pack_columns<Operand>(h + j * l.padded_width, l.padded_width, kLanes, l.padded_width, l.words, width,

@@ -112,24 +112,40 @@ Left weight_rows(const MaskedCrossEntropyProblem& p, const HeadLayout<Operand>& 
                           : weight_rows<Operand, float>(p, l, token, count, out);
 }
 
+// Words of kLanes columns of two rows, or of one where a word is one value.
+template <class Operand, class Source>
+inline Words zip_weights(const Source* even, const Source* odd) {
+  if constexpr (Operand::kPerWord == 2 && sizeof(Source) == sizeof(uint16_t))  // rounded already
+    return reinterpret_cast<Words>(load(even)) >> 16 | reinterpret_cast<Words>(load(odd));
+  return Operand::zip(load(even), Operand::kPerWord == 2 ? load(odd) : Floats{});
+}
+
 // The same weights as the right operand of a sum over tokens; zero for the excluded token.
 template <class Operand, class Source>
 void pack_weight_pairs(const MaskedCrossEntropyProblem& p, const HeadLayout<Operand>& l, int64_t token,
                        int64_t count, uint32_t* out) {
-  const Source* w = static_cast<const Source*>(p.weight) + token * p.width;
   const int64_t token_words = (count + l.kPer - 1) / l.kPer;
-  const auto values = [&](int64_t t, int64_t column) {
-    if (t >= count || token + t == p.excluded_token) return Floats{};
-    return load_some(w + t * p.width + column, p.width - column);
-  };
+  const auto is_weight = [&](int64_t t) { return t < count && token + t != p.excluded_token; };
   for (int64_t k = 0; k < token_words; ++k) {
     const int64_t t = k * l.kPer;
+    const Source* even = static_cast<const Source*>(p.weight) + (token + t) * p.width;
+    const Source* odd = even + p.width;
+    const bool has_even = is_weight(t), has_odd = l.kPer == 2 && is_weight(t + 1);
+    const bool whole = has_even && (l.kPer == 1 || has_odd);
     for (int64_t column = 0; column < l.padded_width; column += kPanel) {
       const int across = panel_width(l.padded_width, column);
       uint32_t* words = out + column * token_words + k * across;
-      for (int j = 0; j < across; j += kLanes)
-        store_words(words + j,
-                    Operand::zip(values(t, column + j), l.kPer == 2 ? values(t + 1, column + j) : Floats{}));
+      if (whole && column + across <= p.width) {
+        for (int j = 0; j < across; j += kLanes)
+          store_words(words + j, zip_weights<Operand>(even + column + j, odd + column + j));
+        continue;
+      }
+      for (int j = 0; j < across; j += kLanes) {
+        const int64_t left = p.width - column - j;
+        const Floats first = has_even ? load_some(even + column + j, left) : Floats{};
+        const Floats second = has_odd ? load_some(odd + column + j, left) : Floats{};
+        store_words(words + j, Operand::zip(first, second));
+      }
     }
   }
 }
