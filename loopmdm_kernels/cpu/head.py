@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.calls import HeadCall
+from loopmdm_kernels.cpu.gradient_memory import gradient_memory
 from loopmdm_kernels.cpu.operands import DTYPES, vector
 from loopmdm_kernels.cpu.packing import packed_linear
 
@@ -82,7 +83,7 @@ def weight_gradient_memory(weight: Tensor, num_rows: int) -> Tensor:
     from loopmdm_kernels import _C
 
     sums_in_weight_dtype = num_rows <= _C.CROSS_ENTROPY_GROUP_ROWS
-    return torch.empty(weight.shape, dtype=weight.dtype if sums_in_weight_dtype else torch.float32)
+    return gradient_memory(weight, weight.dtype if sums_in_weight_dtype else torch.float32)
 
 
 class HeadGradients:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.calls import LoopedCall
+from loopmdm_kernels.cpu import gradient_memory
 from loopmdm_kernels.cpu.operands import DTYPES, vector
 from loopmdm_kernels.cpu.packing import packed_linear, release_stale_memory
 from loopmdm_kernels.gradients import Kept, differentiable
@@ -259,5 +260,6 @@ class _RecordMemory:
 def release_spare_memory() -> None:
     """Return to the system the memory that training steps keep for the next one."""
     release_stale_memory()
+    gradient_memory.release()
     with _RecordMemory._lock:
         _RecordMemory._spare.clear()

@@ -104,7 +104,7 @@ def _kept(weight: Tensor, options: tuple[Any, ...], make: Callable[[Tensor | Non
     packed = known.packed.get(options)
     if packed is None:
         old = known.stale.pop(options, None)
-        if old is not None and sys.getrefcount(old) > _OWN_REFERENCES:  # somebody computes with it
+        if old is not None and sys.getrefcount(old) > OWN_REFERENCES:  # somebody computes with it
             old = None
         packed = known.packed[options] = make(old)
     return packed
@@ -116,7 +116,7 @@ def _own_references() -> int:
     return sys.getrefcount(alone)
 
 
-_OWN_REFERENCES = _own_references()
+OWN_REFERENCES = _own_references()
 
 
 def _stale(known: _Packs | None) -> _ByOptions:

@@ -14,14 +14,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 import loopmdm_kernels as lk
 from loopmdm.model.adapters import base_of, weight_of
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.cut import named, why_block, why_head
 from loopmdm.model.flops import SIGMA_FEATURES
+from loopmdm_kernels.cpu.gradient_memory import gradient_memory
 from loopmdm_kernels.reference.looped_blocks import BlockParts, Dropout, apply_block, layer_norm, modulate
-from loopmdm_kernels.tracing import transformed
+from loopmdm_kernels.tracing import traced, transformed
 from loopmdm_kernels.types import BlockWeights, Rotary
 
 ROTARY_BASE = 10_000.0
@@ -46,7 +48,28 @@ class TokenEmbedding(nn.Module):
         nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
 
     def forward(self, indices: Tensor) -> Tensor:
-        return self.embedding[indices]
+        weight = self.embedding
+        trains = torch.is_grad_enabled() and weight.requires_grad and weight.device.type == "cpu"
+        if not trains or type(weight) is not nn.Parameter or traced(weight) or transformed():
+            return weight[indices]
+        return cast(Tensor, _Rows.apply(weight, indices))  # type: ignore[no-untyped-call]
+
+
+class _Rows(Function):
+    """weight[indices], where the weight's gradient may lie in the memory of its last one."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, indices)
+        return weight[indices]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weight, indices = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for gradients of gradients
+            return torch.zeros_like(weight).index_put((indices,), grad, accumulate=True), None
+        out = gradient_memory(weight, weight.dtype).zero_()
+        return out.index_put_((indices,), grad, accumulate=True), None
 
 
 class SigmaEmbedding(nn.Module):
