@@ -175,6 +175,8 @@ def test_a_plain_model_is_looped_without_training(
     assert "blocks 1 to 2 looped, damped loops" in written.out
     drawn = call("sample", str(plain), "--num", "1", "--steps", "2", "--plan", "4", *looped, "--json")
     assert drawn.status == 0 and drawn.json["damped"] is True
+    drawn = call("sample", str(plain), "--num", "1", "--steps", "2", "--plan", "4", *looped)
+    assert "plan S4, blocks 1 to 2 looped, damped loops" in drawn.err
     converted = tmp_path / "converted"
     done = call("convert", str(plain), str(converted), *looped, "--max-loops", "4")
     assert done.status == 0 and "looped, 4 times (damped)" in done.out, done.err
@@ -187,6 +189,9 @@ def test_a_plain_model_is_looped_without_training(
     assert LoopMDM.from_pretrained(out).config.damped
     refused = call("train", "--data", str(text), *LIGHT, *looped, "--compile", "--out", str(tmp_path / "no"))
     assert refused.status == 1 and "compile: what happens between loops" in refused.err
+    refused = call("study", "trajectories", str(converted), "--tokenizer", str(plain), "--data", str(text),
+                   "--windows", "1", "--out", str(tmp_path / "study"))  # fmt: skip
+    assert refused.status == 1 and "a loop of a damped model goes 1/S of its way" in refused.err
     refused = call("eval", str(plain), "--loop", "2:9", "--damped", *measure)
     assert refused.status == 1 and "loop_start, loop_end: got (2, 9)" in refused.err
 

@@ -18,7 +18,7 @@ from typing import Any
 from loopmdm.cli import eval_samples, samples_table
 from loopmdm.cli.output import print_json, print_table, show
 from loopmdm.cli.parser import add_json, add_runtime, set_up
-from loopmdm.cli.plans import adaptive, adapts, exit_rule, looping, note_beyond_training
+from loopmdm.cli.plans import adaptive, adapts, exit_rule, looped_otherwise, looping, note_beyond_training
 from loopmdm.data.sudoku import SudokuSpec, count_solutions, solve
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"model": args.model, **looping(args), **document})
         return 0
-    show(f"model {args.model}{_looped(args)}, {document['source']}\n")
+    show(f"model {args.model}{looped_otherwise(args)}, {document['source']}\n")
     if "solved" in document:
         print_table(SHARE_COLUMNS, [share_row(one) for one in document["solved"]])
         show("\n" + "\n".join(f"{one['order']}, {cost_line(one['cost'])}" for one in document["solved"]))
@@ -154,16 +154,10 @@ def _samples(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> int:
     if args.json:
         print_json({"model": args.model, **looping(args), **document})
         return 0
-    show(f"model {args.model}{_looped(args)}\n")
+    show(f"model {args.model}{looped_otherwise(args)}\n")
     print_table(samples_table.columns(document), samples_table.table(document))
     show("\n" + samples_table.describe(document))
     return 0
-
-
-def _looped(args: argparse.Namespace) -> str:
-    """How the loops are others than the model's own."""
-    blocks = "" if args.loop is None else f", blocks {args.loop[0]} to {args.loop[1] - 1} looped"
-    return blocks if args.damped is None else f"{blocks}, damped loops"
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

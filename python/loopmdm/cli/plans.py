@@ -81,6 +81,12 @@ def looping(args: argparse.Namespace) -> dict[str, Any]:
     return fields if args.damped is None else {**fields, "damped": True}
 
 
+def looped_otherwise(args: argparse.Namespace) -> str:
+    """What a line about the model says of them."""
+    blocks = "" if args.loop is None else f", blocks {args.loop[0]} to {args.loop[1] - 1} looped"
+    return blocks if args.damped is None else f"{blocks}, damped loops"
+
+
 def adapts(args: argparse.Namespace) -> bool:
     """Whether loops are asked to stop by themselves."""
     if args.adaptive is None and args.criterion is not None and args.criterion != "argmax":

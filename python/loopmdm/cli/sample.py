@@ -21,7 +21,7 @@ import torch
 from loopmdm.cli.decoding import DTYPES, add_decoding, chosen_decoding
 from loopmdm.cli.output import has_color, print_json
 from loopmdm.cli.parser import add_json, add_runtime, set_up
-from loopmdm.cli.plans import add_plan, looping, note_beyond_training, plan_option
+from loopmdm.cli.plans import add_plan, looped_otherwise, looping, note_beyond_training, plan_option
 from loopmdm.cli.views import PainterOf, Views, add_views
 from loopmdm.data.sudoku import SudokuSpec, encode_boards, format_board, is_valid_solution
 from loopmdm.data.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         print(" ".join(map(str, row)) if text is None else printable(text))
     note(
         f"{result.seconds:.1f} s, {result.total_network_calls} network calls,"
-        f" {int(result.loops.sum())} loops, plan {plan}"
+        f" {int(result.loops.sum())} loops, plan {plan}{looped_otherwise(args)}"
     )
     return views.status
 

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from loopmdm.cli.decoding import add_pace, decoding_of
 from loopmdm.cli.output import has_color, print_json, print_table, show
 from loopmdm.cli.parser import add_json, add_runtime, set_up
-from loopmdm.cli.plans import adaptive, adapts, add_plan, looping, note_beyond_training, plan_option
+from loopmdm.cli.plans import (
+    adaptive,
+    adapts,
+    add_plan,
+    looped_otherwise,
+    looping,
+    note_beyond_training,
+    plan_option,
+)
 from loopmdm.cli.views import Views, add_views
 from loopmdm.data.sudoku import (
     PuzzleFile,
@@ -145,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(
             {
                 "model": name,
+                **looping(args),
                 "size": str(puzzles.spec),
                 "puzzles": len(clues),
                 "no_solution": int((solutions == 0).sum()),
@@ -154,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         )
         return views.status
     _print_boards(puzzles, solved[-1], args.boards, solutions)
-    show(f"{len(clues)} puzzles of {puzzles.spec}, model {name}")
+    show(f"{len(clues)} puzzles of {puzzles.spec}, model {name}{looped_otherwise(args)}")
     for line in not_counted(puzzles, solutions):
         print(line)
     print()
