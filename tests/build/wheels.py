@@ -38,7 +38,7 @@ SOURCES = [f"{folder}/**/*.{kind}" for folder in ("common", "cuda") for kind in 
 DATA = {
     "loopmdm_kernels": ("loopmdm_kernels", ["**/*.pyi", "py.typed", "schedule/measured.json"]),
     "loopmdm_kernels/csrc": ("csrc", SOURCES),
-    "loopmdm": ("python/loopmdm", ["**/*.pyi", "py.typed", CHECKPOINTS, "view/page.*", "speed/page.css"]),
+    "loopmdm": ("python/loopmdm", ["**/*.pyi", "py.typed", CHECKPOINTS, "view/page.*", "view/charts.css"]),
     "loopmdm/docs": ("docs", ["glossary.md", "inputs.md", "notation.md", "training.md"]),
 }
 MODULES = {"loopmdm_kernels": "loopmdm_kernels", "loopmdm": "python/loopmdm"}

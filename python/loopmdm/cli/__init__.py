@@ -25,6 +25,7 @@ from loopmdm.runs.options import UsageError
 COMMANDS = {
     "demo": "solve Sudoku with the shipped models, train a little, compare speed with plain PyTorch",
     "train": "train a model on your own text, or on Sudoku",
+    "watch": "look at a training run while it goes on, on the terminal or as a page",
     "data": "tokenise a corpus once, into shards that training reads from disk",
     "sample": "write text with a trained model",
     "eval": "measure held-out likelihood, or the share of puzzles solved, at several loop counts",

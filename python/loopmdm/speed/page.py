@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from loopmdm.speed.charts import Point, Series, bars, chart, number
+from loopmdm.view.charts import Point, Series, bars, chart, number
 
 _HEAD = '<!doctype html>\n<html lang="en">\n<meta name="generator" content="loopmdm bench">\n'
 _NAMES = {
@@ -37,7 +37,7 @@ def page(document: Mapping[str, Any]) -> str:
         _errors(document),
         _how(document),
     ]
-    style = files("loopmdm.speed").joinpath("page.css").read_text(encoding="utf-8")
+    style = files("loopmdm.view").joinpath("charts.css").read_text(encoding="utf-8")
     body = "\n".join(part for part in parts if part)
     return (
         f'{_HEAD}<meta charset="utf-8">\n'

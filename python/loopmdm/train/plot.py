@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from loopmdm.train.metrics import METRICS_FILE, read_metrics
+from loopmdm.train.metrics import METRICS_FILE, averages, held_out, read_metrics
 from loopmdm_kernels.files import write_files
 
 PLOT_FILE = "loss.png"
-SMOOTHING_POINTS = 100  # about how many averages the curve is drawn through
 
 
 def plot_loss(out_dir: str | Path) -> Path:
@@ -26,27 +24,13 @@ def plot_loss(out_dir: str | Path) -> Path:
         raise ValueError(f"{folder / METRICS_FILE} has no training record yet")
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(*zip(*training, strict=True), color="0.8", linewidth=0.8, label="training loss, one step")
-    axes.plot(*zip(*_averages(training), strict=True), color="C0", label="training loss, averaged")
-    for color, (num_loops, points) in enumerate(_held_out(records).items(), start=1):
+    axes.plot(*zip(*averages(training), strict=True), color="C0", label="training loss, averaged")
+    for color, (num_loops, points) in enumerate(held_out(records).items(), start=1):
         label = f"held out, S = {num_loops}"
         axes.plot(*zip(*points, strict=True), color=f"C{color}", marker=".", label=label)
     axes.set(xlabel="optimizer step", ylabel="nats per token")
-    axes.set_ylim(bottom=0, top=1.15 * max(loss for _, loss in _averages(training)))
+    axes.set_ylim(bottom=0, top=1.15 * max(loss for _, loss in averages(training)))
     axes.legend()
     write_files({folder / PLOT_FILE: lambda path: figure.savefig(path, format="png", dpi=120)})
     plt.close(figure)
     return folder / PLOT_FILE
-
-
-def _averages(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
-    width = max(1, len(points) // SMOOTHING_POINTS)
-    groups = [points[i : i + width] for i in range(0, len(points), width)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
-
-
-def _held_out(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for record in records:
-        for result in record.get("evaluation", {}).get("held_out", []):
-            curves.setdefault(str(result["num_loops"]), []).append((record["step"], result["nll"]))
-    return curves

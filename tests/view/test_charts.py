@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loopmdm.speed.charts import Axis, Point, Series, bars, chart, number
+from loopmdm.view.charts import Axis, Point, Series, bars, chart, number
 
 
 def drawn(text):

@@ -1,0 +1,126 @@
+"""`loopmdm watch`: what a run leaves while it goes on, on a terminal and as a page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from loopmdm.cli import main
+from loopmdm.runs.watching import WatchedRun
+from loopmdm.train import read_metrics
+from loopmdm.train.metrics import Follower
+from loopmdm_kernels.locks import LOCK_FILE
+
+from .conftest import Call
+
+
+@pytest.fixture
+def run(text_run: Path, tmp_path: Path) -> Path:
+    """A run of one's own."""
+    return Path(shutil.copytree(text_run, tmp_path / "run"))
+
+
+def test_a_log_is_followed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = Follower(path)
+    assert not log.read() and log.records == []
+    with path.open("ab", buffering=0) as file:
+        file.write(b'{"step": 1}\n{"step"')
+        assert log.read() and log.records == [{"step": 1}]
+        assert not log.read()
+        file.write(b": 2}\n\0\0\xff\n[1]\n{}\n" + json.dumps({"step": 3}).encode() + b"\n{")
+        assert log.read() and [record["step"] for record in log.records] == [1, 2, 3]
+        assert log.damaged == 3
+    new = tmp_path / "new"  # as a resumed run writes it, without what came after its checkpoint
+    new.write_text('{"step": 1}\n{"step": 2}\n')
+    new.replace(path)
+    assert log.read() and log.records == [{"step": 1}, {"step": 2}] and log.damaged == 0
+
+
+def test_a_run_as_it_stands(call: Call, run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "run.html"
+    done = call("watch", run, "--html", page)
+    assert done.status == 0, done.err
+    first, *lines = done.out.splitlines()
+    assert "step 4 of 4" in first and first.endswith("  done")
+    rows = {line[:28].rstrip(): line[28:].split() for line in lines if line[:28].strip()}
+    losses = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+    for name, key in (("loss", "loss"), ("learning rate", "lr"), ("gradient norm", "grad_norm")):
+        assert [float(word) for word in rows[name][:2]] == pytest.approx(
+            [losses[0][key], losses[-1][key]], rel=1e-4
+        )
+        assert len(rows[name][2]) == 4
+    evaluation = read_metrics(run / "metrics.jsonl")[-1]["evaluation"]
+    for one in evaluation["held_out"]:
+        assert float(rows[f"held-out NLL, S {one['num_loops']}"][1]) == pytest.approx(one["nll"], rel=1e-4)
+    at = lines.index("samples at step 4")
+    assert [line[:5] for line in lines[at + 1 :]] == ["S 1  ", "S 1  ", "S 2  ", "S 2  "]
+    document = call("watch", run, "--json").json
+    assert (document["step"], document["steps"], document["finished"]) == (4, 4, True)
+    assert document["curves"]["loss"] == [[r["step"], r["loss"]] for r in losses]
+    assert document["samples"] == evaluation["samples"] and document["samples_at"] == 4
+    text = page.read_text(encoding="utf-8")
+    assert "http-equiv" not in text and "<script" not in text and text.count("<svg") == 4
+    for drawing in text.split("<figure>")[1:]:
+        ElementTree.fromstring(drawing.partition("</figure>")[0])
+    assert call("watch", run, "--html", page).status == 0  # over its own
+    mine = tmp_path / "mine.html"
+    mine.write_text("mine")
+    refused = call("watch", run, "--html", mine)
+    assert refused.status == 2 and "a file that this option did not write" in refused.err
+    nothing = call("watch", tmp_path)
+    assert nothing.status == 1 and "holds no run: there is no train_config.json" in nothing.err
+
+
+def test_a_page_is_written_while_the_run_goes_on(run: Path, tmp_path: Path) -> None:
+    """Through a damaged line, a resumption and new records; it ends with the run."""
+    config = run / "train_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"steps": 6}))
+    log, page = run / "metrics.jsonl", tmp_path / "run.html"
+    whole = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(whole[:2]) + whole[2][:9])
+    (run / LOCK_FILE).touch()
+    status: list[int] = []
+    words = ["watch", str(run), "--html", str(page), "--every", "0.02"]
+    thread = threading.Thread(target=lambda: status.append(main(words)))
+    thread.start()
+
+    def waits_for(text: str) -> None:
+        while not page.exists() or text not in page.read_text(encoding="utf-8"):
+            assert thread.is_alive()
+
+    waits_for("step 2 of 6")
+    assert '<meta http-equiv="refresh"' in page.read_text(encoding="utf-8")
+    resumed = tmp_path / "resumed"
+    last = json.loads(next(line for line in reversed(whole) if '"loss"' in line))
+    resumed.write_text("".join(whole) + json.dumps(last | {"step": 5}) + "\n")
+    resumed.replace(log)
+    waits_for("step 5 of 6")
+    with log.open("a") as file:
+        file.write("damaged\n" + json.dumps(last | {"step": 6}) + "\n")
+    waits_for("1 damaged lines left out")
+    (run / LOCK_FILE).unlink()
+    thread.join()
+    assert status == [0]
+    text = page.read_text(encoding="utf-8")
+    assert "step 6 of 6" in text and "  done" in text and "http-equiv" not in text
+
+
+def test_samples_do_not_act_on_a_page_or_a_terminal(run: Path) -> None:
+    log = run / "metrics.jsonl"
+    sample = {"num_loops": 1, "seed": 0, "prompt": "", "text": "<script>\x1b[2J\nx"}
+    solved = {"num_loops": 2, "order": "left_to_right", "prompt": "1.", "text": "12", "solved": True}
+    record = {"step": 4, "evaluation": {"samples": [sample, solved]}}
+    log.write_text(log.read_text() + json.dumps(record) + "\n")
+    watched = WatchedRun(run)
+    assert watched.read()
+    page = watched.page(None)
+    assert "<script" not in page and "&lt;script&gt;\\x1b[2J\nx" in page and "1. → 12" in page
+    lines = watched.lines(40, 50, plain=True)
+    assert lines[-2:] == ["S 1  <script>\\x1b[2J↵x", "S 2  1. → 12"]
+    assert all(len(line) <= 40 for line in lines) and len(watched.lines(40, 3)) == 3
