@@ -19,11 +19,13 @@ SPEED = {
     "Zen 5": "2026-11-30-cpu-zen5.json",
     "Zen 5, before, and attention": "2026-11-24-cpu-zen5.json",
     "Zen 5, the head's ops again": "2026-11-29-cpu-zen5-head.json",
-    "Zen 5, MDLM's own loop": "2026-11-29-cpu-zen5-drop-in.json",
-    "Zen 5, the same where the C library keeps freed memory": "2026-11-29-cpu-zen5-drop-in-kept-memory.json",
+    "Zen 5, the loss again": "2026-11-30-cpu-zen5-masked-cross-entropy.json",
+    "Zen 5, MDLM's own loop": "2026-11-30-cpu-zen5-drop-in.json",
+    "Zen 5, the same where the C library keeps freed memory": "2026-11-30-cpu-zen5-drop-in-kept-memory.json",
     "Zen 4": "2026-11-24-cpu-zen4.json",
     "Zen 5, tokens of few rows": "2026-11-29-cpu-zen5-sample-rows.json",
     "AVX2, played by a Zen 5": "2026-11-29-cpu-zen5-as-avx2.json",
+    "AVX2, the loss again": "2026-11-30-cpu-zen5-as-avx2-masked-cross-entropy.json",
     "AVX2, tokens of few rows": "2026-11-29-cpu-avx2-sample-rows.json",
 }
 SAMPLING = {
@@ -82,11 +84,11 @@ CASES = {
     "test_sample_tokens[R16]": "the same, 16 rows",
     "test_sample_tokens[R256]": "the same, 256 rows",
 }
-# The front page: by column the file of the kernels and that of sampling; a case, and what it is called there
+# The front page: by column the files of the kernels, the loss and sampling; a case, and what it is called
 # where fp32 is the fast dtype.
 COLUMNS = {
-    "bf16": (SPEED["Zen 5"], SAMPLING["Zen 5"]),
-    "AVX2, fp32": (SPEED["AVX2, played by a Zen 5"], None),
+    "bf16": (SPEED["Zen 5"], SPEED["Zen 5, the loss again"], SAMPLING["Zen 5"]),
+    "AVX2, fp32": (SPEED["AVX2, played by a Zen 5"], SPEED["AVX2, the loss again"], None),
 }
 LOSS = "`masked_cross_entropy` with gradients, 512 rows, V 50258"
 FRONT = {
@@ -165,8 +167,8 @@ def front_table() -> str:
     rows = []
     for title, case in FRONT.items():
         row = [title]
-        for column, (kernels, run) in COLUMNS.items():
-            dtype, name = column[-4:], run if "sampling" in case else kernels
+        for column, (kernels, loss, run) in COLUMNS.items():
+            dtype, name = column[-4:], run if "sampling" in case else loss if title == LOSS else kernels
             if name is None:
                 row += ["", "", ""]
                 continue
