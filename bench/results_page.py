@@ -115,8 +115,13 @@ bench --dtype bfloat16 --threads 2 --repeats 9 --html report.html --json`: x [1,
 
 `loopmdm bench --compare OLD.json`, with what `--json` printed then, says which kernels moved: those whose
 intervals of the speed-up over plain PyTorch have nothing in common. A machine that is slower today slows
-PyTorch too, and moves none.
+PyTorch too, and moves none. The day after, beside the run of that page (`{compared}`):
+
+```
+{table}
+```
 """
+COMPARED = "2026-11-30-cpu-zen5-compare.txt"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -309,7 +314,8 @@ def page() -> str:
     lines += [line for machine, name in SAMPLING.items() for line in sampling(machine, name)]
     lines += [ABOUT_PLANS]
     lines += [line for machine, name in PLANS.items() for line in plans(machine, name)]
-    lines += [ABOUT_REPORT]
+    table_of_moves = (RESULTS / COMPARED).read_text(encoding="utf-8").rpartition("\n\n")[2].rstrip()
+    lines += [ABOUT_REPORT.format(compared=COMPARED, table=table_of_moves)]
     return "\n".join(lines).rstrip() + "\n"
 
 
