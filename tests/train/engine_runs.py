@@ -155,6 +155,12 @@ def work(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
         if name.startswith("traffic"):
             print(name, traffic(folder / name, job), flush=True)
             continue
+        if name == "refused":
+            try:
+                trainer(folder / name, new_model(), {"parallel": job["parallel"]}, compile=job["compile"])
+            except ValueError as error:
+                print(name, error, flush=True)
+            continue
         changes = {key: value for key, value in job.items() if key in TrainConfig.__dataclass_fields__}
         options = {key: value for key, value in job.items() if key not in changes}
         source = options.pop("resumes", None)

@@ -143,8 +143,6 @@ class Trainer:
             unused_parameters=leaves_out(config, model.config),
             compiled=config.compile,
         )
-        if self.ranks.sharded and config.optimizer == "muon":
-            raise ValueError(f"optimizer: muon reads whole matrices, which {parallel} splits; use ddp")
         self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
         self.layout = Layout(config.accumulation, self.world_size, self.rank, self.world_size)
         self._source = batch_source(data, config.accumulation)

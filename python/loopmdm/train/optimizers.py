@@ -8,10 +8,36 @@ import torch
 from torch import Tensor
 
 from loopmdm.train.config import TrainConfig
+from loopmdm.train.parallel import full, is_split, put
+
+
+class _GatheredMuon(torch.optim.Muon):
+    """Muon for matrices of which ranks hold parts: each is whole for its own update, on every rank.
+
+    The orthogonal matrix that Muon moves along is a function of the whole gradient.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            options = {name: value for name, value in group.items() if name != "params"}
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                whole = full(parameter).clone()
+                whole.grad = full(parameter.grad)
+                one = torch.optim.Muon([whole], **options)
+                one.state[whole]["momentum_buffer"] = full(state["momentum_buffer"]).clone()
+                one.step()  # type: ignore[no-untyped-call]
+                put(parameter, whole)
+                put(state["momentum_buffer"], one.state[whole]["momentum_buffer"])
+
 
 _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
+    _GatheredMuon: ("momentum_buffer",),
 }
 
 
@@ -34,7 +60,8 @@ class Optimizer:
         )
         self.parts: list[torch.optim.Optimizer] = [adamw]
         if matrices:
-            muon = torch.optim.Muon(
+            split = any(is_split(p) for p in matrices)
+            muon = (_GatheredMuon if split else torch.optim.Muon)(
                 matrices,
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay,
