@@ -5,6 +5,7 @@ python -m bench.draw_schedule docs/schedule.svg    the picture; the tables of ph
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 from bench.script import arguments
 from loopmdm_kernels.files import write_file
 from loopmdm_kernels.schedule import (
+    BackwardPlan,
     BlockShape,
     Device,
     Forward,
@@ -53,17 +55,27 @@ class Tile(NamedTuple):
     end: float
 
 
-def simulate(table: Table, plan: Plan, blocks: int, device: Device = Device()) -> list[Tile]:  # noqa: B008
-    """The tiles of loop 0 at modelled times: one starts when its block is free and its inputs are there."""
+def simulate(
+    table: Table,
+    plan: Plan | BackwardPlan,
+    blocks: int,
+    device: Device = Device(),  # noqa: B008 - immutable
+    *,
+    loops: int = 1,
+) -> list[Tile]:
+    """Tiles at modelled times: one starts when its block is free and its inputs are there.
+
+    Two blocks that share tiles count as one.
+    """
+    seconds = {int(phase): cost.seconds / cost.waves for phase, cost in plan.phases.items()}
     free = [0.0] * blocks
     ready: dict[int, float] = defaultdict(float)  # counter -> when its last tile was complete
     tiles = []
-    for number, item in enumerate(table.loop):
-        cost = plan.phases[Forward(item.phase)]
+    for number, item in enumerate(itertools.chain.from_iterable(itertools.repeat(table.loop, loops))):
         block = number % blocks
         inputs = max(ready[counter] for counter in range(item.wait, item.wait + item.wait_number))
         start = max(free[block], inputs + device.wait_seconds if inputs else 0.0)
-        free[block] = end = start + cost.seconds / cost.waves
+        free[block] = end = start + seconds[item.phase]
         ready[item.signal] = max(ready[item.signal], end)
         tiles.append(Tile(item, block, start, end))
     return tiles

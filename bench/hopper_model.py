@@ -14,12 +14,33 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.draw_schedule import simulate
 from bench.script import arguments
 from loopmdm_kernels.cuda import looped_blocks, weights
-from loopmdm_kernels.schedule import BlockShape, Device, Plan, choose, choose_backward, plan
-from loopmdm_kernels.schedule.device import RANGES
+from loopmdm_kernels.schedule import (
+    BlockShape,
+    Device,
+    Plan,
+    build,
+    build_backward,
+    choose,
+    choose_backward,
+    plan,
+)
 from loopmdm_kernels.testing import looped_inputs
 
+# Between what and what the assumptions of the H200 may lie. A wait is fence, meeting and signal (0.5 us),
+# a poll that sees it (0.3) and the way of the first box from L2 (0.6 to 0.8).
+RANGES = {
+    "wait_seconds": (1.0e-6, 2.0e-6),
+    "cluster_wait_seconds": (0.7e-6, 1.4e-6),
+    "l2_bytes": (4.0e12, 7.0e12),
+    "sm_bytes": (0.08e12, 0.13e12),
+    "product_flops": (600e12, 800e12),
+    "attention_flops": (350e12, 550e12),
+    "multicast_cost": (1.0, 2.0),
+    "node_seconds": (1.0e-6, 2.0e-6),
+}
 Microseconds = Callable[[Device], float]
 SMALL = BlockShape(1, 1024, 768, 12, 3072, 2)
 SUDOKU = BlockShape(1, 81, 128, 4, 512, 2)
@@ -44,8 +65,22 @@ def under(shape: BlockShape, chosen: Plan, device: Device) -> Plan:
 
 
 def backward(shape: BlockShape) -> Microseconds:
-    columns = choose_backward(shape).tiles.columns
-    return lambda device: 1e6 * plan._backward_plan(shape, device, columns).loop_seconds
+    tiles = choose_backward(shape).tiles
+    return lambda device: 1e6 * plan._backward_plan(shape, device, tiles).loop_seconds
+
+
+def backward_by_tiles(shape: BlockShape) -> Microseconds:
+    """The step behind the first, tile by tile in the order of the table: phases that do not wait overlap."""
+    tiles = choose_backward(shape).tiles
+    table = build_backward(shape, tiles)
+
+    def seconds(device: Device) -> float:
+        chosen = plan._backward_plan(shape, device, tiles)
+        done = simulate(table, chosen, device.sms // chosen.pair, device, loops=2)
+        first, both = (max(tile.end for tile in done[: n * len(table.loop)]) for n in (1, 2))
+        return both - first
+
+    return lambda device: 1e6 * seconds(device)
 
 
 def sudoku_call() -> Microseconds:
@@ -72,9 +107,10 @@ def nodes_of_a_call() -> int:
     inputs = looped_inputs(1, 81, 128, 4, num_blocks=1, rotary=False).to(torch.bfloat16)
     shape = looped_blocks.shape_of(inputs.x, inputs.blocks, 4)
     tiles = choose(shape).tiles
-    table, _, counters = looped_blocks._table(shape, tiles, False, torch.device("cpu"), SUDOKU_LOOPS)
+    table = build(shape, tiles)
+    start = looped_blocks.start_of(table, SUDOKU_LOOPS)
     packed = weights.packed(inputs.blocks)
-    given = (inputs.x.float(), packed, inputs.modulation, SUDOKU_LOOPS, inputs.rotary, None, counters)
+    given = (inputs.x.float(), packed, inputs.modulation, SUDOKU_LOOPS, inputs.rotary, None, start)
     with _Counted() as counted:
         looped_blocks.Buffers.allocate(table, *given)
     return counted.nodes + 1
@@ -88,6 +124,7 @@ def cases() -> list[Case]:
         ),
         Case("16 x 1024 tokens", forward(SMALL._replace(batch=16))),
         Case("backward, 8 x 1024", backward(SMALL._replace(batch=8)), 2000),
+        Case("backward, tile by tile", backward_by_tiles(SMALL._replace(batch=8)), 2000),
         Case("Sudoku call, 12 loops", sudoku_call(), 120),
     ]
 
@@ -133,11 +170,50 @@ def rows() -> Iterator[list[str]]:
         ]  # fmt: skip
 
 
-def table() -> str:
-    head, *lines = rows()
+def _chosen(shape: BlockShape, **without: Any) -> Microseconds:
+    """One loop by the plan that is chosen for each device, of which some things are not made use of."""
+    return lambda device: 1e6 * choose(shape, device._replace(**without)).loop_seconds
+
+
+def _whole(shape: BlockShape) -> Microseconds:
+    """One loop, MLP_OUT not in parts."""
+
+    def seconds(device: Device) -> float:
+        tiles = choose(shape, device).tiles._replace(mlp_out_parts=1)
+        return plan._plan(shape, device, tiles).loop_seconds
+
+    return lambda device: 1e6 * seconds(device)
+
+
+def mechanism_rows() -> Iterator[list[str]]:
+    """What each mechanism of the kernels is there for: the same loop without it."""
+    yield ["us a loop", "with", "without", "saves, over all ranges"]
+    assumed = Device()
+    devices = [assumed._replace(**{field: end}) for field, span in RANGES.items() for end in span]
+    few, many, batch = (SMALL._replace(length=32), SMALL, SMALL._replace(batch=16))
+    for name, shape, without in (
+        ("parts of MLP_OUT, 32 tokens", few, _whole(few)),
+        ("rows normalised by phases of their own, 1024 tokens", many, _chosen(many, has_norms=False)),
+        ("pairs, 1024 tokens", many, _chosen(many, cluster=1)),
+        ("pairs, 16 x 1024 tokens", batch, _chosen(batch, cluster=1)),
+        ("one cluster, Sudoku", SUDOKU, _chosen(SUDOKU, cluster=1)),
+        ("weights that stay, Sudoku", SUDOKU, _chosen(SUDOKU, keeps_weights=False)),
+    ):
+        times = [(_chosen(shape)(device), without(device)) for device in (assumed, *devices)]
+        saved = [1 - there / not_there for there, not_there in times]
+        yield [
+            name,
+            *(f"{time:.1f}" if time < 100 else f"{time:.0f}" for time in times[0]),
+            f"{100 * min(saved):.0f} to {100 * max(saved):.0f} %",
+        ]
+
+
+def table(rows: Iterator[list[str]]) -> str:
+    head, *lines = rows
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)) + "\n"
 
 
 if __name__ == "__main__":
     arguments(__doc__)
-    print(table())
+    print(table(rows()))
+    print(table(mechanism_rows()))

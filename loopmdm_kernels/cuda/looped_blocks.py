@@ -102,13 +102,14 @@ def run_forward(call: LoopedCall, *, keep: bool = False) -> tuple[Buffers, Packe
     target, device = target_of(torch.cuda.get_device_capability(x.device)), x.device.index
     with torch.cuda.device(x.device):
         kernel, plan, limits = _kernel(shape, target, device)
+        key = shape, plan.tiles, call.exit_threshold is not None, x.device
+        table, shared = _shared_table(*key)
         loops = None if isinstance(call.num_loops, Tensor) else int(call.num_loops)
-        table, shared = _shared_table(shape, plan.tiles, call.exit_threshold is not None, x.device, loops)
-        words, counters = shared.read()
-        keep_for_graphs(words, counters)
+        (words,), (start,) = shared.read(), _shared_start(*key, loops).read()
+        keep_for_graphs(words, start)
         weights = packed(call.plain_blocks)
         given = (call.num_loops, call.rotary, call.key_mask)
-        buffers = Buffers.allocate(table, x, weights, call.modulation, *given, counters, keep=keep)
+        buffers = Buffers.allocate(table, x, weights, call.modulation, *given, start, keep=keep)
         parameters = pack_parameters(target, table, buffers, weights, words, call.exit_threshold)
         if fields(target.parameters, MAP):
             for name, described in map_layouts(shape, plan, buffers, weights).items():
@@ -151,26 +152,37 @@ def _loaded(target: Target, shape: BlockShape, plan: Plan, device: int) -> drive
 
 @lru_cache(maxsize=_REMEMBERED)
 def _shared_table(
-    shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device, loops: int | None = None
+    shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device
 ) -> tuple[Table, Shared]:
-    table, words, counters = _table(shape, tiles, adaptive, device, loops)
-    return table, Shared(words, counters)
-
-
-def _table(
-    shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device, loops: int | None = None
-) -> tuple[Table, Tensor, Tensor]:
-    """The table, its words and the first state of its counters on the device.
-
-    Behind the counters, if it is one number, that of the loops as `Buffers.stop` has it: one copy for both.
-    """
+    """The table, and its words on the device."""
     table = build(shape, tiles, adaptive=adaptive)
-    number = table.num_counters + shape.batch + 2
-    counters = torch.zeros(number + (0 if loops is None else shape.batch + 1), dtype=torch.int32)
-    if not adaptive:
-        counters[table.num_counters : number - 2] = FINAL
-    counters[number:] = loops or 0
-    return table, table.encode().to(device), counters.to(device)
+    return table, Shared(table.encode().to(device))
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _shared_start(
+    shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device, loops: int | None
+) -> Shared:
+    """What a launch begins with, on the device."""
+    table, _ = _shared_table(shape, tiles, adaptive, device)
+    return Shared(start_of(table, loops).to(device))
+
+
+def start_of(table: Table, loops: int | None = None) -> Tensor:
+    """The first state of the counters: those of the table, of each sequence's progress, and two more.
+
+    Behind them `Buffers.stop`, if all sequences have one number of loops: one copy sets both.
+    """
+    batch = table.shape.batch
+    counters = [0] * table.num_counters + [0 if table.adaptive else FINAL] * batch + [0, 0]
+    stop = [] if loops is None else [loops] * (batch + 1)
+    return torch.tensor(counters + stop, dtype=torch.int32)
+
+
+def split_start(table: Table, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Counters, and what is there of `Buffers.stop`."""
+    counters = table.num_counters + table.shape.batch + 2
+    return start[:counters], start[counters:]
 
 
 class Buffers(NamedTuple):
@@ -207,7 +219,7 @@ class Buffers(NamedTuple):
         num_loops: int | Tensor,
         rotary: Rotary | None,
         key_mask: Tensor | None,
-        counters: Tensor,
+        start: Tensor,
         *,
         keep: bool = False,
     ) -> Buffers:
@@ -221,9 +233,7 @@ class Buffers(NamedTuple):
         parts, changes = hidden // STATISTICS_COLUMNS, groups * hidden // tiles.mlp_out
         partial = (batch, table.row_tiles, hidden, tiles.mlp_out_parts, tiles.rows)
         affine, gate = fold_modulation(modulation, weights.norms)
-        number = table.num_counters + batch + 2
-        counters = counters.clone()
-        counters, stop = counters[:number], counters[number:]
+        counters, stop = split_start(table, start.clone())
         if isinstance(num_loops, Tensor):
             stop = torch.cat((num_loops, num_loops.max()[None])).int()
         elif not stop.numel():

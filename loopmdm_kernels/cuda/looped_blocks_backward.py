@@ -27,13 +27,13 @@ from loopmdm_kernels.schedule import (
     choose_backward,
     finish,
 )
+from loopmdm_kernels.schedule.cost import blocks_of
 from loopmdm_kernels.types import BlockWeights
 
 SOURCE = "looped_blocks/looped_blocks_backward_sm90.cu"
 CAPABILITY = (9, 0)  # of the GPUs that have it
 HEAD_DIMS = (64, 128)
 _BOX = 64  # rows of every map
-_BIAS_PARTS = 8  # of a row tile: the warps that compute
 
 
 class Kept(NamedTuple):
@@ -74,18 +74,28 @@ def gradients(
         driver.set_aside_l2(device)
         window = driver.l2_window(kept.weights.buffer.data_ptr(), 2 * kept.weights.buffer.numel(), limits)
         stream = torch.cuda.current_stream(grad.device).cuda_stream
-        kernel.launch(
-            limits.sms * kernel.blocks_per_sm(SM90.threads), SM90.threads, stream, parameters, window
-        )
+        if plan.pair > 1:
+            grid = plan.pair * kernel.active_clusters(plan.pair, SM90.threads)
+        else:
+            grid = limits.sms * kernel.blocks_per_sm(SM90.threads)
+        kernel.launch(grid, SM90.threads, stream, parameters, window, cluster=plan.pair)
     return buffers["grad"], *finish(*sums_of(buffers), blocks, modulation)
 
 
 @lru_cache(maxsize=64)
 def kernel_on(shape: BlockShape, device: int) -> tuple[driver.Kernel, BackwardPlan]:
-    limits = driver.facts(device)
-    plan = choose_backward(shape, known_device(limits))
+    known = known_device(driver.facts(device))
+    plan = choose_backward(shape, known)
+    kernel = _loaded(shape, plan, device)
+    if plan.pair > 1 and not kernel.active_clusters(plan.pair, SM90.threads):
+        plan = choose_backward(shape, known._replace(cluster=1))  # no part of this GPU has two SMs
+        kernel = _loaded(shape, plan, device)
+    return kernel, plan
+
+
+def _loaded(shape: BlockShape, plan: BackwardPlan, device: int) -> driver.Kernel:
     macros = tuple(backward_defines(shape, plan).items())
-    return loaded(SOURCE, macros, SM90.architecture, plan.shared_bytes, SM90.threads, device), plan
+    return loaded(SOURCE, macros, SM90.architecture, plan.shared_bytes, SM90.threads, device)
 
 
 @lru_cache(maxsize=64)
@@ -97,7 +107,7 @@ def _shared_table(shape: BlockShape, tiles: BackwardTiles, device: torch.device)
 def _table(shape: BlockShape, tiles: BackwardTiles, device: torch.device) -> tuple[Table, Tensor, Tensor]:
     """The table, its words and the first state of its counters on the device."""
     table = build_backward(shape, tiles)
-    counters = torch.tensor(table.initial_counters(), dtype=torch.int32)
+    counters = blocks_of(tiles) * torch.tensor(table.initial_counters(), dtype=torch.int32)
     return table, table.encode().to(device), counters.to(device)
 
 
@@ -106,7 +116,7 @@ def allocate(table: Table, kept: Kept, grad: Tensor, counters: Tensor) -> dict[s
     layers, batch, length = table.shape.layers, table.shape.batch, table.shape.length
     hidden, mlp = table.shape.hidden, table.shape.mlp
     rows = table.row_tiles * table.tiles.rows
-    parts = rows // table.tiles.part
+    parts = blocks_of(table.tiles) * rows // table.tiles.part
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=grad.device)
@@ -133,7 +143,7 @@ def allocate(table: Table, kept: Kept, grad: Tensor, counters: Tensor) -> dict[s
         "norms": zeros(layers, 2, 2, batch, parts, hidden),
         "gates": zeros(layers, 2, batch, parts, hidden),
         "grad_branch": zeros(layers, batch, parts, hidden),
-        "grad_mlp_in_bias": zeros(layers, batch, table.row_tiles * _BIAS_PARTS, mlp),
+        "grad_mlp_in_bias": zeros(layers, batch, parts, mlp),
         **{f"grad_{name}_weight": zeros(*getattr(kept.weights, name).shape) for name in MATRICES},
         **{name: getattr(kept, name) for name in ("affine", "gate", "cosines", "sines", "key_mask", "stop")},
         "mlp_in_bias": kept.weights.mlp_in_bias,

@@ -124,5 +124,5 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
 
 def backward_defines(shape: BlockShape, plan: BackwardPlan) -> dict[str, int]:
     """Those of the backward kernel: the same, with tiles of one width."""
-    tiles = Tiles(plan.tiles.rows, *4 * (plan.tiles.columns,))
+    tiles = Tiles(plan.tiles.rows, *4 * (plan.tiles.columns,), part=plan.tiles.part)
     return defines(shape, Plan(tiles, plan.stages, plan.stage_bytes, KEY_BLOCK, 0, 1, {}, 0.0, 0.0))

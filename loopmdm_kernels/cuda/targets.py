@@ -29,11 +29,7 @@ class Target(NamedTuple):
 
     def used_of(self, device: Device) -> Device:
         """What is known of a GPU, less what the kernel makes no use of."""
-        return (
-            device
-            if self.entry == SM90.entry
-            else device._replace(keeps_weights=False, has_norms=False, cluster=1)
-        )
+        return device if self.entry == SM90.entry else device.without_hopper()
 
 
 SM90 = Target("looped_blocks_sm90", "sm_90a", 384, (16, 32, 64, 128))

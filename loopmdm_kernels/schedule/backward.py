@@ -25,7 +25,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
-from loopmdm_kernels.schedule.cost import STEP
+from loopmdm_kernels.schedule.cost import STEP, shared_bytes
 from loopmdm_kernels.schedule.table import (
     BlockShape,
     Cost,
@@ -39,7 +39,7 @@ from loopmdm_kernels.schedule.table import (
     check_sizes,
 )
 
-ROWS, PART = 128, 16  # of a plan's tiles: two warp groups of 64 rows; two rows a warp
+PART = 16  # rows of a block that go through norms together: two a warp
 KEY_BLOCK = 128  # keys of a stage
 SHARED = ("grad", "grad_rows")
 
@@ -70,6 +70,8 @@ class Backward(IntEnum):
 
 
 class BackwardTiles(NamedTuple):
+    """A tile of more than 128 rows is done by two blocks, half of the rows each."""
+
     rows: int  # tokens of a tile; of a weight gradient its rows
     columns: int  # of every product
     part: int  # rows of a tile that go through norms together
@@ -97,8 +99,9 @@ def _rows(row_bytes: int) -> tuple[Sizes, Cost]:
 
 def _product(width: Size, inner: Size) -> tuple[Sizes, Cost]:
     def cost(shape: BlockShape, tiles: BackwardTiles) -> Work:
-        rows, columns = tiles.rows, tiles.columns
-        return Work(2 * rows * columns * inner(shape), 2 * inner(shape) * (rows + columns))
+        rows, columns, depth = tiles.rows, tiles.columns, inner(shape)
+        right = 2 * columns * depth
+        return Work(2 * rows * columns * depth, 2 * rows * depth + right, shared=shared_bytes(rows, right))
 
     return lambda s, t: (width(s), t.columns), cost
 
@@ -109,7 +112,9 @@ def _heads(products: int, own: int) -> tuple[Sizes, Cost]:
     def cost(shape: BlockShape, tiles: BackwardTiles) -> Work:
         keys = KEY_BLOCK * math.ceil(shape.length / KEY_BLOCK)
         flops = 2 * products * tiles.rows * keys * shape.head_dim
-        return Work(flops, 2 * shape.head_dim * (own * tiles.rows + 2 * shape.length), attention=True)
+        others = 4 * shape.head_dim * shape.length
+        moved = 2 * shape.head_dim * own * tiles.rows + others
+        return Work(flops, moved, attention=True, shared=shared_bytes(tiles.rows, others))
 
     return lambda s, t: (s.hidden, s.head_dim), cost
 
@@ -227,11 +232,11 @@ PHASES = (
     _weight(B.WEIGHT_ATTN_OUT, B.MIDDLE, "grad_branch1", "mixed", _hidden, _hidden),
     _weight(B.WEIGHT_QKV, B.GRAD_QUERIES, "grad_qkv", "rows1", _qkv, _hidden),
 )  # fmt: skip
-# A weight gradient comes behind the phase that follows its operands: it fills the blocks that this leaves
-# idle, and does not hold it up.
+# Tiles of weights' gradients are few and long, and each belongs to one block: all of a layer in a row leave
+# fewer blocks without work than those of one weight would. Nobody waits for them but the next step.
 _DOWN = (
-    B.GRAD_MLP_IN, B.WEIGHT_MLP_OUT, B.GRAD_NORM2, B.WEIGHT_MLP_IN, B.MIDDLE, B.GRAD_MIXED,
-    B.WEIGHT_ATTN_OUT, B.GRAD_QUERIES, B.GRAD_KEYS, B.GRAD_NORM1, B.WEIGHT_QKV, B.BOTTOM,
+    B.GRAD_MLP_IN, B.GRAD_NORM2, B.MIDDLE, B.GRAD_MIXED, B.GRAD_QUERIES, B.GRAD_KEYS,
+    B.WEIGHT_MLP_OUT, B.WEIGHT_MLP_IN, B.WEIGHT_ATTN_OUT, B.WEIGHT_QKV, B.GRAD_NORM1, B.BOTTOM,
 )  # fmt: skip
 
 

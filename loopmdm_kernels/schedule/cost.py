@@ -52,7 +52,9 @@ def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     waves = math.ceil(tiles / workers)  # of tiles whose arithmetic is the whole device's
     sent = work.bytes + (device.multicast_cost - 1) * work.shared
     received = (work.bytes - work.shared) / blocks + work.shared
-    traffic = max(received / device.sm_bytes, sent * min(tiles, workers) / device.l2_bytes)
+    # Tiles of a weight's gradient are in a row with those of others, which keep L2 as busy.
+    at_work = workers if phase.rows is not None else min(tiles, workers)
+    traffic = max(received / device.sm_bytes, sent * at_work / device.l2_bytes)
     return PhaseCost(tiles, waves, waves * seconds * workers, waves * traffic, tiles * sent, work.weights)
 
 
@@ -67,10 +69,11 @@ def product_work(
     """Of a tile of rows times weights. Rows beyond the sequence cost arithmetic and are not moved."""
     weights = 2 * columns * inner
     moved = inner * left_bytes * min(rows, shape.length) + weights + written
-    return Work(2 * rows * columns * inner, moved, weights, shared=_shared(rows, weights))
+    return Work(2 * rows * columns * inner, moved, weights, shared=shared_bytes(rows, weights))
 
 
-def _shared(rows: int, number: int) -> int:
+def shared_bytes(rows: int, number: int) -> int:
+    """Of so many bytes of right operands those that both blocks of a pair get."""
     return number if rows > ROWS_OF_A_BLOCK else 0
 
 
@@ -79,7 +82,7 @@ def attention_work(shape: BlockShape, tiles: Any) -> Work:
     keys = block * math.ceil(shape.length / block)
     width = tiles.heads * shape.head_dim
     read = 4 * width * shape.length
-    flops, shared = 4 * tiles.rows * keys * width, _shared(tiles.rows, read)
+    flops, shared = 4 * tiles.rows * keys * width, shared_bytes(tiles.rows, read)
     return Work(flops, 2 * width * tiles.rows + read, attention=True, shared=shared)
 
 

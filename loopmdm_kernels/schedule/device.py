@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from loopmdm_kernels.schedule.measured import Table as Measured
 
-FIRST_BOX_SECONDS = 0.7e-6  # of a wait, once its counter is seen: the way of the first box from L2
 COUNTER_BYTES = 1_024  # room for the counters of a cluster in the shared memory of one block
 
 
@@ -29,6 +28,10 @@ class Device(NamedTuple):
     cluster_wait_seconds: float = 1.1e-6  # instead of wait_seconds: without two ways to L2 and back
     node_seconds: float = 1.5e-6  # a small kernel or copy of a CUDA graph, with the way from the one before
 
+    def without_hopper(self) -> Device:
+        """As the kernel for Ampere sees it."""
+        return self._replace(keeps_weights=False, has_norms=False, cluster=1)
+
     def as_cluster(self) -> Device:
         """The part of the device that one cluster is."""
         share = self.cluster / self.sms
@@ -42,55 +45,12 @@ class Device(NamedTuple):
         )
 
 
-# Between what and what the assumptions of the H200 may lie. A wait is fence, meeting and signal (0.5 us),
-# a poll that sees it (0.3) and the way of the first box from L2 (0.6 to 0.8).
-RANGES = {
-    "wait_seconds": (1.0e-6, 2.0e-6),
-    "cluster_wait_seconds": (0.7e-6, 1.4e-6),
-    "l2_bytes": (4.0e12, 7.0e12),
-    "sm_bytes": (0.08e12, 0.13e12),
-    "product_flops": (600e12, 800e12),
-    "attention_flops": (350e12, 550e12),
-    "multicast_cost": (1.0, 2.0),
-    "node_seconds": (1.0e-6, 2.0e-6),
-}
-
 # By compute capability: A100, RTX 3090, RTX 4090, H200. Peak rates times what their like reach elsewhere;
 # nothing here is measured.
 ASSUMED = {
-    (8, 0): Device(
-        108,
-        200e12,
-        150e12,
-        4.0e12,
-        0.09e12,
-        shared_bytes=166_912,
-        keeps_weights=False,
-        has_norms=False,
-        cluster=1,
-    ),
-    (8, 6): Device(
-        82,
-        50e12,
-        40e12,
-        2.0e12,
-        0.10e12,
-        shared_bytes=101_376,
-        keeps_weights=False,
-        has_norms=False,
-        cluster=1,
-    ),
-    (8, 9): Device(
-        128,
-        120e12,
-        90e12,
-        4.5e12,
-        0.15e12,
-        shared_bytes=101_376,
-        keeps_weights=False,
-        has_norms=False,
-        cluster=1,
-    ),
+    (8, 0): Device(108, 200e12, 150e12, 4.0e12, 0.09e12, shared_bytes=166_912).without_hopper(),
+    (8, 6): Device(82, 50e12, 40e12, 2.0e12, 0.10e12, shared_bytes=101_376).without_hopper(),
+    (8, 9): Device(128, 120e12, 90e12, 4.5e12, 0.15e12, shared_bytes=101_376).without_hopper(),
     (9, 0): Device(),
 }
 

@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from loopmdm_kernels.schedule import backward
-from loopmdm_kernels.schedule.backward import KEY_BLOCK, PART, ROWS, BackwardTiles
+from loopmdm_kernels.schedule.backward import KEY_BLOCK, PART, BackwardTiles
 from loopmdm_kernels.schedule.cost import STEP, PhaseCost, blocks_of, costs, key_block
 from loopmdm_kernels.schedule.device import COUNTER_BYTES, Device
 from loopmdm_kernels.schedule.forward import Forward, Tiles, phases_of
@@ -21,8 +21,8 @@ RESIDENT_STAGES = 4  # of the ring, beside weights that stay in shared memory
 ROW_TILES = (64, 128)
 PAIR_ROWS = 256  # of two blocks
 COLUMN_TILES = (64, 128)  # where rows are normalised on their way into a product, in registers
-WIDE_TILES = (64, 128, 192, 256)  # where both operands come from shared memory; the last one for pairs
-BACKWARD_TILES = (64, 128, 192)
+WIDE_TILES = (64, 96, 128, 192, 256)  # where both operands come from shared memory; the last one for pairs
+BACKWARD_TILES = (64, 128, 192, 256)  # columns; the last ones for pairs
 # Batches that tiles are chosen for: a warm-up with these compiles all kernels of a length.
 BATCHES = (1, 2, 4, 8, 512)
 NORM_PARTS = (16, 32, 64, 128)  # rows that go through a norm together
@@ -59,6 +59,11 @@ class BackwardPlan(NamedTuple):
     kept_bytes: int  # operands of attention beside the ring
     phases: dict[IntEnum, PhaseCost]  # of one layer
     loop_seconds: float
+
+    @property
+    def pair(self) -> int:
+        """Blocks that execute an instruction together."""
+        return blocks_of(self.tiles)
 
     @property
     def shared_bytes(self) -> int:
@@ -254,30 +259,35 @@ def choose_backward(shape: BlockShape, device: Device = Device()) -> BackwardPla
         ValueError: the tiles divide a width in no way.
     """
     fitting = [
-        columns
-        for columns in BACKWARD_TILES
+        BackwardTiles(rows, columns, PART * rows // max(ROW_TILES))
+        for rows in (max(ROW_TILES), PAIR_ROWS)[: None if device.cluster > 1 else 1]
+        for columns in BACKWARD_TILES[: None if rows == PAIR_ROWS else -1]
         if not (shape.hidden % columns or shape.mlp % columns or columns % shape.head_dim)
     ]
     if not fitting:
         raise ValueError(
             f"no tiles of {BACKWARD_TILES} columns divide the widths of {shape} into whole heads"
         )
-    plans = (_backward_plan(shape, device, columns) for columns in fitting)
-    return min(plans, key=lambda plan: plan.loop_seconds)
+    plans = (_backward_plan(shape, device, tiles) for tiles in fitting)
+    return min(plans, key=lambda plan: (plan.stages < ENOUGH_STAGES, plan.loop_seconds))
 
 
-def _backward_plan(shape: BlockShape, device: Device, columns: int) -> BackwardPlan:
-    tiles = BackwardTiles(ROWS, columns, PART)
+def _backward_plan(shape: BlockShape, device: Device, tiles: BackwardTiles) -> BackwardPlan:
     taken = costs(backward.PHASES, shape, tiles, device)
-    stage = max(2 * STEP * (ROWS + columns), 2 * KEY_BLOCK * shape.head_dim)
-    kept = 2 * 2 * ROWS * shape.head_dim
-    # Weight gradients wait for nobody who does not wait for more.
-    waits = sum(phase.rows is None for phase in backward.PHASES)
+    rows = tiles.rows // blocks_of(tiles)
+    stage = max(2 * STEP * (rows + tiles.columns), 2 * KEY_BLOCK * shape.head_dim)
+    kept = 2 * 2 * rows * shape.head_dim
+    of_weights = [taken[phase.name] for phase in backward.PHASES if phase.rows is not None]
+    others = [taken[phase.name] for phase in backward.PHASES if phase.rows is None]
+    # Gradients of weights follow each other, in equal tiles, and wait for nobody who does not wait for more.
+    waves = math.ceil(sum(cost.tiles for cost in of_weights) / (device.sms // blocks_of(tiles)))
+    longest = max(cost.seconds / cost.waves for cost in of_weights)
+    seconds = sum(cost.seconds + device.wait_seconds for cost in others) + waves * longest
     return BackwardPlan(
         tiles,
         min(MAX_STAGES, (device.shared_bytes - FIXED_BYTES - kept) // stage),
         stage,
         kept,
         taken,
-        shape.layers * (sum(cost.seconds for cost in taken.values()) + waits * device.wait_seconds),
+        shape.layers * seconds,
     )

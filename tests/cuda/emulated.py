@@ -122,7 +122,8 @@ def run_buffers(
     library, inputs, plan, loops, *, target=SM90, exit_threshold=None, num_blocks=2, seed=0, keep=False
 ):
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
-    table, words, counters = op._table(shape, plan.tiles, exit_threshold is not None, torch.device("cpu"))
+    table = op.build(shape, plan.tiles, adaptive=exit_threshold is not None)
+    words = table.encode()
     packed = weights.packed(inputs.blocks)
     buffers = op.Buffers.allocate(
         table,
@@ -132,7 +133,7 @@ def run_buffers(
         loops,
         inputs.rotary,
         inputs.key_mask,
-        counters,
+        op.start_of(table),
         keep=keep,
     )
     written = {

@@ -9,13 +9,13 @@ from loopmdm_kernels.cuda import looped_blocks_backward as backward
 from loopmdm_kernels.cuda import weights
 from loopmdm_kernels.cuda.parameters import backward_defines
 from loopmdm_kernels.cuda.targets import SM90
-from loopmdm_kernels.schedule import Device, finish, plan
+from loopmdm_kernels.schedule import BackwardTiles, Device, finish, plan
 from tests.cuda import emulated
 
 
-def plan_of(inputs, columns):
+def plan_of(inputs, columns, rows=128):
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
-    return shape, plan._backward_plan(shape, Device(), columns)
+    return shape, plan._backward_plan(shape, Device(), BackwardTiles(rows, columns, rows // 8))
 
 
 def build(shape, plan, folder, *, optimize=True):
@@ -62,7 +62,7 @@ def run(library, plan, kept, grad, inputs, *, num_blocks=2, seed=0):
     parameters = backward.pack_parameters(table, buffers, words)
     layouts = backward.map_layouts(buffers, kept.weights)
     with emulated.placed(parameters, layouts) as address:
-        finished = library.run_kernel(ctypes.c_void_p(address), num_blocks, SM90.threads, seed)
+        finished = library.run_kernel(ctypes.c_void_p(address), num_blocks * plan.pair, SM90.threads, seed)
     assert finished, emulated.fault(library)
     assert all(fence.intact() for fence in fenced.values()), "written outside of a buffer"
     return buffers["grad"], *finish(*backward.sums_of(buffers), inputs.blocks, inputs.modulation)

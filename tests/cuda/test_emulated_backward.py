@@ -9,15 +9,22 @@ from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
 from loopmdm_kernels.testing.reference import looped_blocks
 from tests.cuda import emulated, emulated_backward
 
-# Columns of the products, hidden size, heads. Of 192 rows of a weight a tile has the last 64; products have
-# fewer steps than the ring has stages, and more. A head of 128 has two panels.
-VARIANTS = {"heads of 64": (64, 192, 3), "192 columns": (192, 192, 3), "heads of 128": (128, 128, 1)}
+# Rows and columns of the products, hidden size, heads. Of 192 rows of a weight a tile has the last 64;
+# products have fewer steps than the ring has stages, and more. A head of 128 has two panels. Of 256 rows
+# each block of a pair has a half; of 128 rows of a weight one of them has none.
+VARIANTS = {
+    "heads of 64": (128, 64, 192, 3),
+    "192 columns": (128, 192, 192, 3),
+    "heads of 128": (128, 128, 128, 1),
+    "pairs": (256, 192, 192, 3),
+    "pairs, heads of 128": (256, 128, 128, 1),
+}
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tmp_path_factory):
-    columns, *sizes = VARIANTS[request.param]
-    shape, plan = emulated_backward.plan_of(make(sizes, 1, 8), columns)
+    rows, columns, *sizes = VARIANTS[request.param]
+    shape, plan = emulated_backward.plan_of(make(sizes, 1, 8), columns, rows)
     return emulated_backward.build(shape, plan, tmp_path_factory.mktemp("kernel")), plan, sizes
 
 

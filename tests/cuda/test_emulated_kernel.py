@@ -39,7 +39,7 @@ VARIANTS = {
     "heads of 16": Variant(SM90, HOPPER, Tiles(64, 64, 64, 64, 64, 2, 4), (64, 4, 4), BLOCKS, 64),
     "heads of 128": Variant(SM90, HOPPER, Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
     "norms": Variant(SM90, HOPPER, Tiles(128, 192, 64, 256, 192, 1, 1, 16), (192, 3, 4)),
-    "pairs": Variant(SM90, HOPPER, Tiles(256, 128, 64, 256, 128, 1, 2, 32), (128, 2, 2)),
+    "pairs": Variant(SM90, HOPPER, Tiles(256, 192, 96, 128, 96, 1, 2, 32), (192, 3, 2)),
     "sm80, 64 rows": Variant(SM80, ASSUMED[8, 0], Tiles(64, 64, 64, 128, 64, 2, 2), (64, 2, 2), length=64),
     "sm80, 128 rows": Variant(SM80, ASSUMED[8, 0], Tiles(128, 64, 64, 128, 64, 1), (128, 2, 2)),
     "sm80, heads of 128": Variant(SM80, ASSUMED[8, 6], Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),

@@ -100,21 +100,24 @@ def test_weights_packed_on_one_stream_are_waited_for_on_others(gpu, monkeypatch)
 
 def test_tables_made_on_one_stream_are_waited_for_on_others(gpu):
     shape = BlockShape(1, 40, 128, 2, 512, 2)
+    cpu = torch.device("cpu")
     makers = (
-        lambda: op._shared_table(shape, choose(shape).tiles, False, torch.device("cpu")),
-        lambda: backward._shared_table(shape, choose_backward(shape).tiles, torch.device("cpu")),
+        lambda: op._shared_table(shape, choose(shape).tiles, False, cpu)[1],
+        lambda: op._shared_start(shape, choose(shape).tiles, False, cpu, 3),
+        lambda: backward._shared_table(shape, choose_backward(shape).tiles, cpu)[1],
     )
     for make in makers:
         gpu.current, gpu.uses = Stream(), set()
         made = gpu.current.do()
-        _, shared = make()
-        words, counters = shared.read()
+        shared = make()
+        kept = shared.read()
         assert gpu.current.waits == 0 and not gpu.uses
         gpu.current = Stream()
-        assert make()[1] is shared and all(map(torch.equal, shared.read(), (words, counters)))
+        assert make() is shared and all(map(torch.equal, shared.read(), kept))
         assert gpu.current.sees(made)
-        assert gpu.uses == {(t.data_ptr(), gpu.current) for t in (words, counters)}
+        assert gpu.uses == {(t.data_ptr(), gpu.current) for t in kept}
     op._shared_table.cache_clear()
+    op._shared_start.cache_clear()
     backward._shared_table.cache_clear()
 
 

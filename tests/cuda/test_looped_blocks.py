@@ -35,10 +35,11 @@ def inputs():
 def prepared(inputs, loops, *, adaptive=False):
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
     plan = choose(shape)
-    table, words, counters = op._table(shape, plan.tiles, adaptive, torch.device("cpu"))
+    table = build(shape, plan.tiles, adaptive=adaptive)
+    words, start = table.encode(), op.start_of(table)
     packed = weights.packed(inputs.blocks)
     buffers = op.Buffers.allocate(
-        table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask, counters
+        table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask, start
     )
     return plan, table, words, packed, buffers
 
@@ -159,9 +160,9 @@ def test_maps_cover_what_the_loader_loads(inputs):
 def test_blocks_of_a_pair_load_half_of_what_is_for_both(inputs):
     shape = op.shape_of(inputs.x, inputs.blocks, 2)
     plan = plan_of(shape, Device(), Tiles(256, 128, 64, 256, 128, part=32))
-    table, _, counters = op._table(shape, plan.tiles, False, torch.device("cpu"))
-    packed = weights.packed(inputs.blocks)
-    buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None, counters)
+    table = build(shape, plan.tiles)
+    packed, start = weights.packed(inputs.blocks), op.start_of(table)
+    buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None, start)
     layouts = op.map_layouts(shape, plan, buffers, packed)
     assert set(layouts) == set(fields(SM90.parameters, MAP))
     rows = {name: layouts[name].box[1] for name in layouts}

@@ -267,6 +267,29 @@ BACKWARD = {
         "attention_backward_sm90.cuh", "products_begin(scores, products);", "", NO_FENCE
     ),
 }  # fmt: skip
+BACKWARD_PAIRS = {
+    "no wait for the inputs": BACKWARD["no wait for the inputs"],
+    "a signal of one block for both": Fault(
+        "backward_loader_sm90.cuh", "generation([[Config::kPair * item.wait_count]], step)",
+        "item.wait_count", UNORDERED,
+    ),
+    "a stage filled while the other block reads it": PAIRS["a stage filled while the other block reads it"],
+    "a box that both blocks of a pair load": Fault(
+        "backward_loader_sm90.cuh", "number % 2 != [[rank_in_pair()]]", "0", f"{EARLY_COPY}|all threads wait"
+    ),
+    "a norm of the other block's rows": Fault(
+        "backward_rows_sm90.cuh", "item.column * Config::kPair + [[rank_in_pair()]]", "0",
+        f"{UNORDERED}|two threads store to one place, in no order",
+    ),
+    "blocks of a pair that do not meet before the first copy": Fault(
+        "looped_blocks_backward_sm90.cu", "ring.initialise();\n  }\n  [[Ring::meet_all();]]", "",
+        "a barrier is used before its initialisation is known",
+    ),
+    "blocks of a pair that do not meet behind the last copy": Fault(
+        "looped_blocks_backward_sm90.cu", "if (Config::kPair > 1) [[Ring::meet_all();]]", "",
+        "shared memory of a block that has ended|a block may end while others reach into it",
+    ),
+}  # fmt: skip
 
 
 class Kernel(NamedTuple):
@@ -303,9 +326,10 @@ def builds(tmp_path_factory):
 
 
 def build_with_faults(name, folder, patch):
-    if name == "backward":
-        plant(BACKWARD, folder, patch)
-        return build_backward(folder)
+    if name in BACKWARD_KERNELS:
+        kernel = BACKWARD_KERNELS[name]
+        plant(kernel.faults, folder, patch)
+        return build_backward(kernel, folder)
     plant(KERNELS[name].faults, folder, patch)
     variant = test_emulated_kernel.VARIANTS[KERNELS[name].variant]
     return test_emulated_kernel.build(variant, folder, optimize=False)
@@ -337,29 +361,48 @@ def test_forward(builds, name, fault):
 SIZES = (128, 2)
 
 
-def backward_inputs():
-    return looped_inputs(1, 40, *SIZES, mlp_ratio=1, num_blocks=1).to(torch.bfloat16)
+class BackwardKernel(NamedTuple):
+    rows: int
+    columns: int
+    faults: dict[str, Fault]
+    length: int = 40
 
 
-def build_backward(folder):
-    shape, plan = emulated_backward.plan_of(backward_inputs(), 64)
+BACKWARD_KERNELS = {
+    "backward": BackwardKernel(128, 64, BACKWARD),
+    "backward, pairs": BackwardKernel(256, 128, BACKWARD_PAIRS, 140),  # rows of both blocks
+}
+
+
+def backward_inputs(length):
+    return looped_inputs(1, length, *SIZES, mlp_ratio=1, num_blocks=1).to(torch.bfloat16)
+
+
+def build_backward(kernel, folder):
+    shape, plan = emulated_backward.plan_of(backward_inputs(kernel.length), kernel.columns, kernel.rows)
     return emulated_backward.build(shape, plan, folder, optimize=False), plan, SIZES
 
 
-@pytest.mark.parametrize("fault", [None, *BACKWARD])
-def test_backward(builds, fault):
-    variant = builds("backward")
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [(name, fault) for name, kernel in BACKWARD_KERNELS.items() for fault in [None, *kernel.faults]],
+)
+def test_backward(builds, name, fault):
+    variant, kernel = builds(name), BACKWARD_KERNELS[name]
 
     def check(seed):
-        test_emulated_backward.check(variant, backward_inputs(), 1, num_blocks=2, seed=seed)
+        inputs = backward_inputs(kernel.length)
+        test_emulated_backward.check(variant, inputs, 1, num_blocks=2, seed=seed)
 
-    choose_and_expect(variant[0], BACKWARD, fault, check)
+    choose_and_expect(variant[0], kernel.faults, fault, check)
 
 
 def test_the_page_has_all_faults():
     page = (Path(__file__).parents[2] / "docs/kernels/machinery.md").read_text()
     listed = set(re.findall(r"^\| (.+?) \| [^|]+ \|$", page, re.MULTILINE))
     planted = {
-        fault for faults in (FORWARD, ADAPTIVE, CLUSTER, PAIRS, SM80, BACKWARD, HEAD) for fault in faults
+        fault
+        for faults in (FORWARD, ADAPTIVE, CLUSTER, PAIRS, SM80, BACKWARD, BACKWARD_PAIRS, HEAD)
+        for fault in faults
     }
     assert planted <= listed, planted - listed

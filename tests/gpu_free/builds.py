@@ -18,7 +18,8 @@ from loopmdm_kernels.schedule import BlockShape, choose_backward
 
 HERE = Path(__file__).parent
 BACKWARD_SHAPES = {
-    "small": hopper.SHAPES["small, 1024 tokens"],
+    "small, 8 x 1024 tokens": BlockShape(8, 1024, 768, 12, 3072, 2),
+    "small, 16 x 128 tokens": hopper.SHAPES["small, 16 x 128 tokens"],
     "1024 wide": BlockShape(1, 1024, 1024, 16, 4096, 2),
 }
 # A compilation takes seconds: these by NVRTC, the others by nvcc.

@@ -18,7 +18,7 @@ from loopmdm_kernels.cuda import launch, looped_blocks, looped_blocks_backward, 
 from loopmdm_kernels.cuda.parameters import MAP
 from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.cuda.weights import PackedWeights
-from loopmdm_kernels.schedule import BlockShape, Plan, Table, choose, choose_backward
+from loopmdm_kernels.schedule import BlockShape, Plan, Table, build, choose, choose_backward
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
 from tests.cuda import emulated, emulated_head
@@ -63,18 +63,19 @@ def forward(name: str) -> list[Launch]:
     """
     shape = hopper.SHAPES[name]
     plan = choose(shape, hopper.HOPPER)
-    table, _, counters = looped_blocks._table(shape, plan.tiles, False, _CPU)
+    table = build(shape, plan.tiles)
+    start = looped_blocks.start_of(table)
     loop = _one_of_each(table.loop, 2)
     orders = [loop, loop[::-1]] if plan.resident_bytes else [loop]
-    return [_forward(shape, plan, table._replace(loop=order), counters) for order in orders]
+    return [_forward(shape, plan, table._replace(loop=order), start) for order in orders]
 
 
-def _forward(shape: BlockShape, plan: Plan, table: Table, counters: torch.Tensor) -> Launch:
+def _forward(shape: BlockShape, plan: Plan, table: Table, start: torch.Tensor) -> Launch:
     table = table._replace(enter=_one_of_each(table.enter), leave=_one_of_each(table.leave))
     words, packed = table.encode(), _weights(shape)
     x = torch.empty(shape.batch, shape.length, shape.hidden)
     modulation = torch.zeros(shape.layers, 1, 6, shape.hidden)
-    buffers = looped_blocks.Buffers.allocate(table, x, packed, modulation, LOOPS, None, None, counters)
+    buffers = looped_blocks.Buffers.allocate(table, x, packed, modulation, LOOPS, None, None, start)
     parameters = looped_blocks.pack_parameters(SM90, table, buffers, packed, words, None)
     layouts = looped_blocks.map_layouts(shape, plan, buffers, packed)
     boxes = {getattr(SM90.parameters, field).offset: _box(each) for field, each in layouts.items()}
@@ -95,7 +96,7 @@ def backward(name: str) -> list[Launch]:
     parameters = looped_blocks_backward.pack_parameters(table, buffers, words)
     layouts = looped_blocks_backward.map_layouts(buffers, packed)
     boxes = {getattr(type(parameters), field).offset: _box(each) for field, each in layouts.items()}
-    return [Launch(bytes(parameters), boxes, 1, 1, _words((words, buffers["stop"])))]
+    return [Launch(bytes(parameters), boxes, plan.pair, plan.pair, _words((words, buffers["stop"])))]
 
 
 def of_head(folder: Path) -> dict[str, Launch]:

@@ -10,7 +10,6 @@ from bench import gpu_hopper, gpu_small, gpu_times
 from bench.phases import LeftOut
 from bench.probes import hopper_facts
 from loopmdm_kernels.schedule import Device, choose, measured
-from loopmdm_kernels.schedule.device import FIRST_BOX_SECONDS
 
 TIMES = {32: (4.0, 2.0), 128: (4.0, 2.1), 512: (4.0, 2.0), 1024: (4.0, 2.0)}  # torch.compile, cuda
 
@@ -38,7 +37,8 @@ def test_verdicts():
     device = Device(
         product_flops=100e6, attention_flops=50e6, l2_bytes=1e6, sm_bytes=1e4, multicast_cost=1.25
     )
-    waits = {"wait_seconds": 0.1e-6 + FIRST_BOX_SECONDS, "cluster_wait_seconds": 0.02e-6 + FIRST_BOX_SECONDS}
+    box = gpu_hopper.FIRST_BOX_SECONDS
+    waits = {"wait_seconds": 0.1e-6 + box, "cluster_wait_seconds": 0.02e-6 + box}
     device = device._replace(**waits)
     for tokens, share in ((128, 0.61), (1024, 0.69)):
         limit = 12e3 * choose(gpu_hopper.SMALL._replace(length=tokens), device).limit_seconds

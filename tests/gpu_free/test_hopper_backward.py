@@ -23,6 +23,7 @@ def test_contract(name, built):
     hopper.assert_nothing_serialised(messages)
     assert choose_backward(shape).shared_bytes == expected["shared_bytes"]
     counts = hopper.assert_as_declared(cubin, expected)
+    assert (counts["UTMALDG.3D.MULTICAST"] > 0) == (choose_backward(shape).pair > 1)
     assert counts["UTMALDG.3D"] > 0 and counts["USETMAXREG.TRY_ALLOC.CTAPOOL"] == 1
     assert counts["REDG.E.ADD.S32.STRONG.GPU"] >= 1
     assert counts["LDG.E.STRONG.GPU"] > 0 and counts["FENCE.VIEW.ASYNC.G"] > 0
@@ -34,7 +35,7 @@ def test_parameters_lie_as_the_kernel_reads_them(tmp_path):
     checks = hopper.layout(parameters_of_kernel(), "loopmdm::backward::Parameters")
     source = tmp_path / "offsets.cu"
     source.write_text("\n".join(['#include "cuda/looped_blocks/backward_config_sm90.cuh"', *checks]))
-    hopper.nvcc_source(str(source), builds.options_of("backward", "small"), tmp_path / "out")
+    hopper.nvcc_source(str(source), builds.options_of("backward", "1024 wide"), tmp_path / "out")
 
 
 @hopper.needs_triton

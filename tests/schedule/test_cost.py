@@ -15,7 +15,7 @@ SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=
 
 def test_plan_of_a_known_shape():
     plan = choose(SMALL)
-    assert plan.tiles == Tiles(256, qkv=192, attn_out=64, mlp_in=192, mlp_out=64, part=32)
+    assert plan.tiles == Tiles(256, qkv=192, attn_out=96, mlp_in=192, mlp_out=96, part=32)
     up = plan.phases[Forward.MLP_IN]
     assert (plan.pair, up.tiles, up.waves) == (2, 64, 1)
     # 4 row tiles by 16 column tiles, on 66 pairs; each reads 256 rows, and 192 columns for both blocks.

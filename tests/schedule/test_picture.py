@@ -7,7 +7,6 @@ import pytest
 
 from bench import draw_schedule, hopper_model
 from loopmdm_kernels.schedule import Device, Forward, backward, build, choose, forward
-from loopmdm_kernels.schedule.device import RANGES
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -42,15 +41,17 @@ def test_the_simulation_keeps_to_blocks_and_waits():
 
 def test_the_page_has_what_the_model_says():
     page = DOCS / "kernels" / "looped_blocks.md"
-    assert hopper_model.table() in page.read_text(), "python -m bench.hopper_model prints the table"
+    for rows in (hopper_model.rows(), hopper_model.mechanism_rows()):
+        assert hopper_model.table(rows) in page.read_text(), "python -m bench.hopper_model prints the tables"
 
 
 def test_a_range_holds_what_is_assumed_and_moves_the_figures_both_ways():
-    assert set(RANGES) <= set(Device._fields)
-    assert all(low < getattr(Device(), field) < high for field, (low, high) in RANGES.items())
+    ranges = hopper_model.RANGES
+    assert set(ranges) <= set(Device._fields)
+    assert all(low < getattr(Device(), field) < high for field, (low, high) in ranges.items())
     for case in hopper_model.cases():
         assumed = case.microseconds(Device())
-        for field, (low, high) in RANGES.items():
+        for field, (low, high) in ranges.items():
             ends = [case.microseconds(Device()._replace(**{field: value})) for value in (low, high)]
             slow, fast = ends if field.endswith(("bytes", "flops")) else reversed(ends)
             assert fast <= assumed <= slow

@@ -26,7 +26,7 @@ __device__ __forceinline__ void attention(const Parameters& p, const Instruction
     float* const log_sum_exp = p.log_sum_exp + p.head_rows(item, item.column);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = item.row * Config::kRows + seat.row + 8 * half;
+      const int row = item.row * Config::kTileRows + seat.row + 8 * half;
       const float value =
           running.largest[half] * score_scale() * kLog2E + fast_log2(quad_sum(running.sum[half]));
       // Of a row beyond the sequence every probability is 0.
@@ -57,7 +57,7 @@ struct ScoreGradient {
     inner = p.inner + p.head_rows(item, item.column);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = item.row * Config::kRows + seat.row + 8 * half;
+      const int row = item.row * Config::kTileRows + seat.row + 8 * half;
       if (kOfKeys) {
         own_seen[half] = seen(row);
       } else {

@@ -8,11 +8,13 @@ namespace loopmdm {
 namespace backward {
 
 constexpr int kColumns = Config::kQkvColumns;  // of every product's tile
-constexpr int kPart = 16;                      // rows that go through a norm together
+constexpr int kPart = 16;                      // rows of a block that go through a norm together
 constexpr uint32_t kPanelBytes = 64 * 128;     // of 64 rows by 64 columns in bf16: the box of every map
 constexpr int kWarps = Config::kComputeThreads / 32;
+constexpr int kLoadRegisters = 56;  // of a thread that loads: sums of 256 columns take what there is
 
 static_assert(Config::kRows == 128 && Config::kColumnGroups == 1, "a warp group has half of the rows");
+static_assert(Config::kNormRows == Config::kPair * kPart, "of an instruction");
 static_assert(Config::kHeadDim == 64 || Config::kHeadDim == 128, "head size");
 static_assert(Config::kKeyBlock == 128 && Config::kResidentBytes == 0 && Config::kMlpOutParts == 1,
               "as loaded");
@@ -53,7 +55,7 @@ struct Parameters {
   uint16_t* grad_branch1_values;
   uint16_t* grad_mixed_values;
   uint16_t* grad_qkv_values;
-  // Sums over all loops. Parts are of kPart rows; the bias has kWarps of them in a row tile.
+  // Sums over all loops. Parts are of kPart rows; of the bias those of a warp.
   float* norms;             // [n, 2, 2, B, parts, D]
   float* gates;             // [n, 2, B, parts, D]
   float* grad_branch;       // [n, B, parts, D]
@@ -86,11 +88,12 @@ struct Parameters {
   // Of a head's numbers for each row.
   __device__ int64_t head_rows(const Instruction& item, int head) const {
     const int64_t heads = static_cast<int64_t>(place(item.layer, item.sequence)) * Config::kHeads + head;
-    return heads * row_tiles * Config::kRows;
+    return heads * row_tiles * Config::kTileRows;
   }
-  __device__ int64_t part(int vectors, int sequence, int row, int column) const {
-    return (static_cast<int64_t>(vectors) * batch + sequence) * row_tiles * (Config::kRows / kPart) +
-           row * (Config::kRows / kPart) + column;
+  // `number`: of the part in its row tile.
+  __device__ int64_t part(int vectors, int sequence, int row, int number) const {
+    constexpr int kParts = Config::kTileRows / kPart;
+    return (static_cast<int64_t>(vectors) * batch + sequence) * row_tiles * kParts + row * kParts + number;
   }
   // The stream before a layer, of one sequence.
   __device__ const float* before_layer(const Instruction& item, int32_t loop) const {

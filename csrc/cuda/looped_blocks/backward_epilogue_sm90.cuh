@@ -21,7 +21,7 @@ struct Lines {
   __device__ Lines(const Parameters& p, const Instruction& item, const Seat& seat, int width) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row[half] = item.row * Config::kRows + seat.row + 8 * half;
+      row[half] = item.row * Config::kTileRows + seat.row + 8 * half;
       inside[half] = row[half] < p.length;
       offset[half] = static_cast<int64_t>(inside[half] ? row[half] : 0) * width + item.column * kColumns +
                      seat.column(0);
@@ -32,6 +32,30 @@ struct Lines {
 __device__ inline void store_record(const float (&sums)[kSums], uint16_t* values, int width,
                                     const Parameters& p, const Instruction& item, const Seat& seat) {
   store_bf16<kColumns>(sums, values, width, item.column * kColumns, p, item, p.first_token(item), seat);
+}
+
+// Adds the bias, and stores what GELU is applied to and what it gives. Some columns at a time: the bias of
+// the next is not read by way of the constant cache, so that its loads do not overtake the stores before
+// them, or the compiler would take all of it into registers, and sums of 256 columns leave none.
+__device__ inline void store_gelu(float (&sums)[kSums], const Parameters& p, const Instruction& item,
+                                  const Seat& seat) {
+  constexpr int kMlp = Config::kMlp, kBatch = 8 * kTogether;
+  const int first = item.column * kColumns;
+  const float* const bias = p.mlp_in_bias + item.layer * kMlp + first + seat.column(0);
+#pragma unroll
+  for (int batch = 0; batch < kColumns / kBatch; ++batch) {
+    float part[kBatch / 2];
+#pragma unroll
+    for (int i = 0; i < kBatch / 2; ++i) {
+      part[i] = sums[batch * kBatch / 2 + i] + bias[batch * kBatch + 8 * (i / 4) + i % 2];
+    }
+    const auto store_part = [&](uint16_t* values) {
+      store_bf16<kBatch>(part, values, kMlp, first + batch * kBatch, p, item, p.first_token(item), seat);
+    };
+    store_part(p.mlp_in_values);
+    apply_gelu(part);
+    store_part(p.gelu_values);
+  }
 }
 
 // The stream of the sequence after the branch that the sums are.
@@ -74,10 +98,9 @@ __device__ inline void through_gelu(float (&sums)[kSums], const Parameters& p, c
                                     const Seat& seat) {
   const Lines lines(p, item, seat, Config::kMlp);
   const uint16_t* const mlp_in = p.mlp_in_values + p.first_token(item) * Config::kMlp;
-  float* const bias =
-      p.grad_mlp_in_bias +
-      p.part(item.layer, item.sequence, item.row, 4 * seat.row_group + seat.thread / 32) * Config::kMlp +
-      item.column * kColumns + seat.column(0);
+  float* const bias = p.grad_mlp_in_bias +
+                      p.part(item.layer, item.sequence, item.row, seat.row / 16) * Config::kMlp +
+                      item.column * kColumns + seat.column(0);
 #pragma unroll
   for (int batch = 0; batch < kColumns / 8; batch += kTogether) {
     uint32_t words[kTogether][2];
@@ -153,7 +176,7 @@ __device__ inline void store_grad_rows(const float (&sums)[kSums], const Paramet
 // A weight's gradient belongs to one tile of the table: nobody else adds to it.
 __device__ inline void add_to_weight(const float (&sums)[kSums], float* gradient, int height, int width,
                                      const Instruction& item, const Seat& seat) {
-  const int first = item.row * Config::kRows + seat.row;
+  const int first = item.row * Config::kTileRows + seat.row;
   float* const matrix =
       gradient + static_cast<int64_t>(item.layer) * height * width + item.column * kColumns + seat.column(0);
 #pragma unroll

@@ -12,12 +12,13 @@ namespace backward {
 class Loader {
  public:
   __device__ Loader(const Parameters& parameters, const Ring& ring, const Kept& kept)
-      : p_(parameters), ring_(ring), kept_(kept), leader_(threadIdx.x % 32 == 0), keep_(keep_policy()) {}
+      : p_(parameters), ring_(ring), kept_(kept), keep_(keep_policy()) {}
 
   __device__ __forceinline__ void run() {
     const int32_t loops = *p_.max_loops;
     const TableSize size{0, p_.instructions, 0};
-    for (int64_t position = blockIdx.x;; position += gridDim.x) {
+    const int32_t workers = static_cast<int32_t>(gridDim.x) / Config::kPair;
+    for (int64_t position = blockIdx.x / Config::kPair;; position += workers) {
       const Place place = place_of(position, size, loops);
       if (place.index < 0) break;
       Instruction item = p_.table[place.index];
@@ -70,7 +71,7 @@ class Loader {
   }
 
   __device__ void wait_and_issue(const Instruction& item, int32_t step, int32_t loop) {
-    const int32_t target = generation(item.wait_count, step);
+    const int32_t target = generation(Config::kPair * item.wait_count, step);
     for (int i = threadIdx.x % 32; i < item.wait_number; i += 32)
       wait_for(p_.counters + item.wait + i, target);
     __syncwarp();
@@ -81,13 +82,25 @@ class Loader {
   // Makes the stage at `place` ready for this many boxes and returns where they go.
   __device__ uint32_t open(RingPlace place, int boxes) const {
     ring_.wait_empty(place);
-    if (leader_) barrier_arrive_expect(ring_.full(place), boxes * kPanelBytes);
+    if (elected()) barrier_arrive_expect(ring_.full(place), boxes * kPanelBytes);
     return ring_.stage(place);
   }
 
   __device__ void box(uint32_t target, RingPlace place, const TensorMap& map, int column, int row,
                       int matrix) const {
-    if (leader_) load_box(target, &map, ring_.full(place), column, row, matrix);
+    if (elected()) load_box(target, &map, ring_.full(place), column, row, matrix);
+  }
+
+  // For both blocks of a pair: of a stage's boxes each loads every second one, by their numbers.
+  template <class... Policy>
+  __device__ void box_for_both(int number, uint32_t target, RingPlace place, const TensorMap& map, int column,
+                               int row, int matrix, Policy... policy) const {
+    if constexpr (Config::kPair > 1) {
+      if (number % 2 != rank_in_pair()) return;
+      if (elected()) load_box_for_pair(target, &map, ring_.full(place), column, row, matrix, policy...);
+    } else {
+      if (elected()) load_box(target, &map, ring_.full(place), column, row, matrix, policy...);
+    }
   }
 
   // Rows times a weight, or its transpose: then rows of the weight are the inner dimension. The weights of
@@ -106,8 +119,8 @@ class Loader {
     for (int i = 0; i < steps; ++i) {
       if (i >= first_steps) weights(place_, weight, item, i, transposed);
       for (int half = 0; half < 2; ++half) {
-        box(ring_.stage(place_) + half * kPanelBytes, place_, left, 64 * i,
-            item.row * Config::kRows + 64 * half, matrix);
+        box(ring_.stage(place_) + half * kPanelBytes, place_, left, 64 * i, first_row(item) + 64 * half,
+            matrix);
       }
       Ring::next(place_);
     }
@@ -116,11 +129,10 @@ class Loader {
   __device__ void weights(RingPlace place, const TensorMap& weight, const Instruction& item, int step,
                           bool transposed) const {
     const uint32_t target = open(place, 2 + kColumns / 64) + 2 * kPanelBytes;
-    if (!leader_) return;
     for (int panel = 0; panel < kColumns / 64; ++panel) {
       const int outer = item.column * kColumns + 64 * panel, inner = 64 * step;
-      load_box(target + panel * kPanelBytes, &weight, ring_.full(place), transposed ? outer : inner,
-               transposed ? inner : outer, item.layer, keep_);
+      box_for_both(panel, target + panel * kPanelBytes, place, weight, transposed ? outer : inner,
+                   transposed ? inner : outer, item.layer, keep_);
     }
   }
 
@@ -134,62 +146,63 @@ class Loader {
       for (int row = 0; row < p_.length; row += 64) {
         const uint32_t target = open(place_, 2 + kColumns / 64);
         for (int half = 0; half < 2; ++half) {
-          box(target + half * kPanelBytes, place_, left, item.row * Config::kRows + 64 * half, row, matrix);
+          box(target + half * kPanelBytes, place_, left, first_row(item) + 64 * half, row, matrix);
         }
         for (int panel = 0; panel < kColumns / 64; ++panel) {
-          box(target + (2 + panel) * kPanelBytes, place_, right, item.column * kColumns + 64 * panel, row,
-              matrix);
+          box_for_both(panel, target + (2 + panel) * kPanelBytes, place_, right,
+                       item.column * kColumns + 64 * panel, row, matrix);
         }
         Ring::next(place_);
       }
     }
   }
 
-  // As in the forward kernel: the queries, then keys and values of one block after another.
+  // As in the forward kernel: the queries, then keys and values of one block after another. Panel by panel,
+  // each of two boxes.
   __device__ void attention(const Instruction& item, int32_t step, int32_t loop) {
     wait_and_issue(item, step, loop);
-    heads(item, 0, item.row * Config::kRows);
-    for (int key = 0; key < p_.length; key += Config::kKeyBlock) {
-      heads(item, 1, key);
-      heads(item, 2, key);
-    }
-  }
-
-  // 128 rows of q (0), k (1) or v (2) of the instruction's head.
-  __device__ void heads(const Instruction& item, int part, int row) {
-    const uint32_t target = open(place_, 2 * kHeadPanels);
-    for (int panel = 0; panel < kHeadPanels; ++panel) {
-      for (int half = 0; half < 2; ++half) {
-        box(target + (2 * panel + half) * kPanelBytes, place_, p_.qkv, head_column(item, part) + 64 * panel,
-            row + 64 * half, p_.place(item.layer, item.sequence));
-      }
+    const int matrix = p_.place(item.layer, item.sequence);
+    const auto column = [&](int number, int part) { return head_column(item, part) + number / 2 * 64; };
+    const uint32_t queries = open(place_, 2 * kHeadPanels);
+    for (int i = 0; i < 2 * kHeadPanels; ++i) {
+      box(queries + i * kPanelBytes, place_, p_.qkv, column(i, 0), first_row(item) + i % 2 * 64, matrix);
     }
     Ring::next(place_);
+    for (int key = 0; key < p_.length; key += Config::kKeyBlock) {
+      for (int part = 1; part <= 2; ++part) {
+        const uint32_t target = open(place_, 2 * kHeadPanels);
+        for (int i = 0; i < 2 * kHeadPanels; ++i) {
+          box_for_both(i, target + i * kPanelBytes, place_, p_.qkv, column(i, part), key + i % 2 * 64,
+                       matrix);
+        }
+        Ring::next(place_);
+      }
+    }
   }
 
   __device__ static int head_column(const Instruction& item, int part) {
     return part * Config::kHidden + item.column * Config::kHeadDim;
   }
 
-  // q and the gradient of the output, and k and v: of the tile's own rows (`kept`: which pair) 128, kept; of
-  // the others 64 in each stage.
+  // q and the gradient of the output, or k and v (1): `own` says which lie in the tile's own rows, 128 a
+  // block, and are kept. Of the others come 64 rows in each stage.
   __device__ void attention_gradient(const Instruction& item, int32_t step, int32_t loop, int own) {
     wait_and_issue(item, step, loop);
     const int matrix = p_.place(item.layer, item.sequence);
-    const auto source = [&](int pair, int operand) -> const TensorMap& {
-      return pair == 0 && operand == 1 ? p_.grad_mixed : p_.qkv;
+    const auto source = [&](int of_keys, int operand) -> const TensorMap& {
+      return !of_keys && operand == 1 ? p_.grad_mixed : p_.qkv;
     };
-    const auto column = [&](int pair, int operand) {
-      return pair == 0 ? head_column(item, 0) : head_column(item, 1 + operand);
+    const auto column = [&](int of_keys, int operand) {
+      return of_keys ? head_column(item, 1 + operand) : head_column(item, 0);
     };
     Ring::wait_together(kept_.empty(), kept_place_.round ^ 1);
-    if (leader_) {
+    if (elected()) {
       barrier_arrive_expect(kept_.full(), 2 * Kept::kOperandBytes);
       for (int operand = 0; operand < 2; ++operand) {
         for (int panel = 0; panel < kHeadPanels; ++panel) {
           for (int half = 0; half < 2; ++half) {
             load_box(kept_.panel(operand, panel, half), &source(own, operand), kept_.full(),
-                     column(own, operand) + 64 * panel, item.row * Config::kRows + 64 * half, matrix);
+                     column(own, operand) + 64 * panel, first_row(item) + 64 * half, matrix);
           }
         }
       }
@@ -199,8 +212,9 @@ class Loader {
       const uint32_t target = open(place_, 2 * kHeadPanels);
       for (int operand = 0; operand < 2; ++operand) {
         for (int panel = 0; panel < kHeadPanels; ++panel) {
-          box(target + (operand * kHeadPanels + panel) * kPanelBytes, place_, source(1 - own, operand),
-              column(1 - own, operand) + 64 * panel, row, matrix);
+          const int number = operand * kHeadPanels + panel;
+          box_for_both(number, target + number * kPanelBytes, place_, source(1 - own, operand),
+                       column(1 - own, operand) + 64 * panel, row, matrix);
         }
       }
       Ring::next(place_);
@@ -210,7 +224,6 @@ class Loader {
   const Parameters& p_;
   const Ring& ring_;
   const Kept& kept_;
-  const bool leader_;
   const uint64_t keep_;
   RingPlace place_{0, 0}, issue_{0, 0}, kept_place_{0, 0};
 };

@@ -1,5 +1,5 @@
-// Work on whole rows, kPart of them an instruction: norms there and back, gates, and sums over rows. First a
-// warp goes through each row, then each thread goes down two columns.
+// Work on whole rows, kPart of them an instruction and block: norms there and back, gates, and sums over
+// rows. First a warp goes through each row, then each thread goes down two columns.
 #pragma once
 
 #include "cuda/looped_blocks/kept_sm90.cuh"
@@ -57,11 +57,16 @@ struct WarpRow {
   }
 };
 
+// The part of an instruction's rows that the block has, and its number in the row tile.
+__device__ inline int part_of(const Instruction& item) {
+  return item.column * Config::kPair + rank_in_pair();
+}
+
 struct PartRows {
   int first, last;  // of the sequence
 
   __device__ PartRows(const Parameters& p, const Instruction& item)
-      : first(item.row * Config::kRows + item.column * kPart), last(min(first + kPart, p.length)) {}
+      : first(item.row * Config::kTileRows + part_of(item) * kPart), last(min(first + kPart, p.length)) {}
 };
 
 // The stream of the sequence that a layer's first or second norm reads.
@@ -146,8 +151,9 @@ struct Branch {
     values = (branch ? p.branch2_values : p.branch1_values) + first;
     gradient = (branch ? p.grad_branch2_values : p.grad_branch1_values) + first;
     gate = gate_of(p, layer, item.sequence, branch);
-    grad_gate = p.gates + p.part(2 * layer + branch, item.sequence, item.row, item.column) * Config::kHidden;
-    plain = branch ? p.grad_branch + p.part(layer, item.sequence, item.row, item.column) * Config::kHidden
+    grad_gate =
+        p.gates + p.part(2 * layer + branch, item.sequence, item.row, part_of(item)) * Config::kHidden;
+    plain = branch ? p.grad_branch + p.part(layer, item.sequence, item.row, part_of(item)) * Config::kHidden
                    : nullptr;
   }
 };
@@ -161,9 +167,9 @@ __device__ inline void down_columns(const Parameters& p, const Instruction& item
   const int64_t first = p.token(item.sequence, rows.first) * kHidden;
   const int64_t inside = static_cast<int64_t>(rows.first) * kHidden;
   float* const product_sum =
-      p.norms + p.part((2 * item.layer + norm) * 2, item.sequence, item.row, item.column) * kHidden;
+      p.norms + p.part((2 * item.layer + norm) * 2, item.sequence, item.row, part_of(item)) * kHidden;
   float* const plain_sum =
-      p.norms + p.part((2 * item.layer + norm) * 2 + 1, item.sequence, item.row, item.column) * kHidden;
+      p.norms + p.part((2 * item.layer + norm) * 2 + 1, item.sequence, item.row, part_of(item)) * kHidden;
 #pragma unroll 1
   for (int column = 2 * hidden_thread(); column < kHidden; column += 2 * Config::kComputeThreads) {
     const float4 vectors = through_norm ? __ldg(affine_of(p, item, norm) + column / 2) : float4{};

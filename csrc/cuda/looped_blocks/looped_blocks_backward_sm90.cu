@@ -76,10 +76,7 @@ class Worker {
       if (p_.cosines && item.column * kColumns < 2 * kHidden) rotate<kColumns>(sums, p_, item, seat);
       store_record(sums, p_.qkv_values, 3 * kHidden, p_, item, seat);
     } else if (item.phase == kMlpIn) {
-      add_bias<kColumns>(sums, p_.mlp_in_bias + item.layer * kMlp + item.column * kColumns, seat);
-      store_record(sums, p_.mlp_in_values, kMlp, p_, item, seat);
-      apply_gelu(sums);
-      store_record(sums, p_.gelu_values, kMlp, p_, item, seat);
+      store_gelu(sums, p_, item, seat);
     } else {
       const bool of_attention = item.phase == kAttnOut;
       const float* const bias = p_.mlp_out_bias + item.layer * kHidden + item.column * kColumns;
@@ -145,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(loopmdm::kThreads, 1)
     kept.initialise();
     ring.initialise();
   }
-  __syncthreads();
-  load_and_compute<kLoadRegisters>([&] { backward::Loader(parameters, ring, kept).run(); },
-                                   [&] { backward::Worker(parameters, ring, kept).run(); });
+  Ring::meet_all();
+  load_and_compute<backward::kLoadRegisters>([&] { backward::Loader(parameters, ring, kept).run(); },
+                                             [&] { backward::Worker(parameters, ring, kept).run(); });
+  if (Config::kPair > 1) Ring::meet_all();  // a block of a pair gets what the other one loads
 }

@@ -48,10 +48,11 @@ __device__ void rotate(float (&sums)[kColumns / 2], const Launch& p, const Instr
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = min(item.row * Config::kTileRows + seat.row + 8 * half, p.length - 1);
+    const int64_t first_angle = static_cast<int64_t>(row) * kHalf + seat.column(0);
+    const float *const cosines = p.cosines + first_angle, *const sines = p.sines + first_angle;
 #pragma unroll
     for (int group = 0; group < kHalf / 8; ++group) {
-      const int64_t angle = static_cast<int64_t>(row) * kHalf + seat.column(4 * group);
-      const float2 c = load_constant_pair(p.cosines + angle), s = load_constant_pair(p.sines + angle);
+      const float2 c = load_constant_pair(cosines + 8 * group), s = load_constant_pair(sines + 8 * group);
 #pragma unroll
       for (int head = 0; head < kColumns / Config::kHeadDim; ++head) {
 #pragma unroll
@@ -70,9 +71,10 @@ __device__ void rotate(float (&sums)[kColumns / 2], const Launch& p, const Instr
 
 template <int kColumns>
 __device__ void add_bias(float (&sums)[kColumns / 2], const float* bias, const Seat& seat) {
+  const float* const own = bias + seat.column(0);  // one address for all: registers are few
 #pragma unroll
   for (int group = 0; group < kColumns / 8; ++group) {
-    const float2 b = load_constant_pair(bias + seat.column(4 * group));
+    const float2 b = load_constant_pair(own + 8 * group);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       sums[4 * group + 2 * half] += b.x;

@@ -94,7 +94,9 @@ __device__ void stream_product(float (&sums)[Operands::kColumns / 2], const Oper
   const uint32_t place = column_operand_offset(seat.thread % 32);
   operands.each_stage(stages, [&](int step, uint32_t stage) {
     uint32_t left[4][4];
-    reader.read_stage(left, stage, step * Config::kStep, rows);
+    StreamReader::Vectors vectors;
+    reader.load_vectors(vectors, step * Config::kStep);
+    reader.read_stage(left, stage, vectors, rows);
     const uint32_t right = stage + Operands::kLeft + seat.column_group * Operands::kColumns * 128;
 #pragma unroll
     for (int k = 0; k < 4; ++k) multiply_columns<Operands::kColumns>(sums, left[k], right, place ^ 32 * k);

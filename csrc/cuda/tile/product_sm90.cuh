@@ -27,9 +27,11 @@ __device__ void stream_product(float (&sums)[kSums], const Ring& ring, RingPlace
   RingPlace before = place;
 
   const auto stage = [&](uint32_t (&operand)[4][4], int step) {
+    StreamReader::Vectors vectors;
+    reader.load_vectors(vectors, step * Config::kStep);
     ring.wait_full(place);
     const uint32_t left = ring.stage(place);
-    reader.read_stage(operand, left, step * Config::kStep, rows);
+    reader.read_stage(operand, left, vectors, rows);
     const uint32_t right =
         ring.right(place, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
     products_begin(sums, operand);

@@ -99,13 +99,24 @@ struct StreamReader {
     }
   }
 
+  // Gains and shifts of a stage, by panel, half and upper columns. They are constants: who loads them before
+  // a stage is waited for does not wait for them behind it.
+  using Vectors = float4[2][2][2];
+
+  __device__ void load_vectors(Vectors& vectors, int column) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      vectors[i / 4][i / 2 % 2][i % 2] = __ldg(affine[i / 2 % 2] + (column + 32 * (i / 4) + 8 * (i % 2)) / 2);
+    }
+  }
+
   // 16 columns of panel `panel` as left operand: normalised, modulated, rounded. Eight rows further down a
-  // row has the same swizzle. `column` is that of the panel in the row.
-  __device__ void read(uint32_t (&operand)[4], uint32_t stage, int panel, int half, int column,
+  // row has the same swizzle.
+  __device__ void read(uint32_t (&operand)[4], uint32_t stage, int panel, int half, const Vectors& all,
                        const RowScales& rows) const {
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
-      const float4 vectors = __ldg(affine[half] + (column + 8 * upper) / 2);
+      const float4 vectors = all[panel][half][upper];
 #pragma unroll
       for (int lower_row = 0; lower_row < 2; ++lower_row) {
         const float2 x = load_shared_pair(stage + pair[half][upper] + panel * 128 * Config::kRows +
@@ -115,14 +126,14 @@ struct StreamReader {
     }
   }
 
-  // The four left operands of a stage; `column` is that of the stage in the row.
-  __device__ void read_stage(uint32_t (&operands)[4][4], uint32_t stage, int column,
+  // The four left operands of a stage.
+  __device__ void read_stage(uint32_t (&operands)[4][4], uint32_t stage, const Vectors& vectors,
                              const RowScales& rows) const {
 #pragma unroll
     for (int panel = 0; panel < 2; ++panel) {
       uint32_t first[4], second[4];
-      read(first, stage, panel, 0, column + 32 * panel, rows);
-      read(second, stage, panel, 1, column + 32 * panel, rows);
+      read(first, stage, panel, 0, vectors, rows);
+      read(second, stage, panel, 1, vectors, rows);
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
         operands[2 * panel][reg] = odd_row ? second[reg] : first[reg];
