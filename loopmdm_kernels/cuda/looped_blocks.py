@@ -268,13 +268,13 @@ class Buffers(NamedTuple):
 def fold_modulation(modulation: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     """(affine, gate) in fp32: for two columns each gain, gain, shift, shift; the norm is in the gain."""
     layers, sequences, _, hidden = modulation.shape
-    pairs = modulation.float().view(layers, sequences, 2, 3, hidden // 2, 2)
+    pairs = modulation.view(layers, sequences, 2, 3, hidden // 2, 2)
     shift, scale, gate = pairs.unbind(3)
-    affine = shift.new_empty(layers, sequences, 2, hidden // 2, 4)
+    affine = norms.new_empty(layers, sequences, 2, hidden // 2, 4)
     norm = norms.view(layers, 1, 2, hidden // 2, 2)
-    torch.addcmul(norm, norm, scale, out=affine[..., :2])
+    torch.addcmul(norm, norm, scale, out=affine[..., :2])  # each casts what it reads: no node of its own
     affine[..., 2:].copy_(shift)
-    return affine, gate.contiguous().view(layers, sequences, 2, hidden)
+    return affine, gate.float().contiguous().view(layers, sequences, 2, hidden)
 
 
 def map_layouts(

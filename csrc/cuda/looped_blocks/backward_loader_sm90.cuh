@@ -32,42 +32,61 @@ class Loader {
   }
 
  private:
-  __device__ void load(const Instruction& item, int32_t step, int32_t loop) {
+  // The operands of a product. Of a weight's gradient the inner dimension are the tokens.
+  struct Operands {
+    int left, right;  // maps, by their bytes in the parameters: addresses would all be kept in registers
+    int inner;
+    bool transposed;  // rows of the weight are the inner dimension
+  };
+
+  __device__ int offset_of(const TensorMap& map) const {
+    return static_cast<int>(reinterpret_cast<const uint8_t*>(&map) - reinterpret_cast<const uint8_t*>(&p_));
+  }
+  __device__ const TensorMap& map_at(int offset) const {
+    return *reinterpret_cast<const TensorMap*>(reinterpret_cast<const uint8_t*>(&p_) + offset);
+  }
+
+  __device__ Operands operands_of(int32_t phase) const {
     constexpr int kHidden = Config::kHidden, kMlp = Config::kMlp;
-    switch (item.phase) {
+    switch (phase) {
       case kQkv:
-        return product(item, step, loop, p_.rows1, p_.qkv_weight, kHidden, false);
+        return {offset_of(p_.rows1), offset_of(p_.qkv_weight), kHidden, false};
       case kAttnOut:
-        return product(item, step, loop, p_.mixed, p_.attn_out_weight, kHidden, false);
+        return {offset_of(p_.mixed), offset_of(p_.attn_out_weight), kHidden, false};
       case kMlpIn:
-        return product(item, step, loop, p_.rows2, p_.mlp_in_weight, kHidden, false);
+        return {offset_of(p_.rows2), offset_of(p_.mlp_in_weight), kHidden, false};
       case kMlpOut:
-        return product(item, step, loop, p_.gelu, p_.mlp_out_weight, kMlp, false);
+        return {offset_of(p_.gelu), offset_of(p_.mlp_out_weight), kMlp, false};
       case kGradMlpIn:
-        return product(item, step, loop, p_.grad_branch2, p_.mlp_out_weight, kHidden, true);
+        return {offset_of(p_.grad_branch2), offset_of(p_.mlp_out_weight), kHidden, true};
       case kGradNorm2:
-        return product(item, step, loop, p_.grad_mlp_in, p_.mlp_in_weight, kMlp, true);
+        return {offset_of(p_.grad_mlp_in), offset_of(p_.mlp_in_weight), kMlp, true};
       case kGradMixed:
-        return product(item, step, loop, p_.grad_branch1, p_.attn_out_weight, kHidden, true);
+        return {offset_of(p_.grad_branch1), offset_of(p_.attn_out_weight), kHidden, true};
       case kGradNorm1:
-        return product(item, step, loop, p_.grad_qkv, p_.qkv_weight, 3 * kHidden, true);
+        return {offset_of(p_.grad_qkv), offset_of(p_.qkv_weight), 3 * kHidden, true};
       case kWeightMlpOut:
-        return weight_gradient(item, step, loop, p_.grad_branch2, p_.gelu);
+        return {offset_of(p_.grad_branch2), offset_of(p_.gelu), 0, false};
       case kWeightMlpIn:
-        return weight_gradient(item, step, loop, p_.grad_mlp_in, p_.rows2);
+        return {offset_of(p_.grad_mlp_in), offset_of(p_.rows2), 0, false};
       case kWeightAttnOut:
-        return weight_gradient(item, step, loop, p_.grad_branch1, p_.mixed);
+        return {offset_of(p_.grad_branch1), offset_of(p_.mixed), 0, false};
       case kWeightQkv:
-        return weight_gradient(item, step, loop, p_.grad_qkv, p_.rows1);
-      case kAttention:
-        return attention(item, step, loop);
-      case kGradQueries:
-        return attention_gradient(item, step, loop, 0);
-      case kGradKeys:
-        return attention_gradient(item, step, loop, 1);
+        return {offset_of(p_.grad_qkv), offset_of(p_.rows1), 0, false};
       default:
-        wait_and_issue(item, step, loop);
+        return {-1, -1, 0, false};
     }
+  }
+
+  // One function for all products, its loops not unrolled: code that is read once a layer is larger than an
+  // instruction cache anyway.
+  __device__ void load(const Instruction& item, int32_t step, int32_t loop) {
+    const Operands operands = operands_of(item.phase);
+    if (operands.inner > 0) return product(item, step, loop, operands);
+    if (operands.left >= 0) return weight_gradient(item, step, loop, operands);
+    if (item.phase == kAttention) return attention(item, step, loop);
+    if (item.phase == kGradQueries || item.phase == kGradKeys) return attention_gradient(item, step, loop);
+    wait_and_issue(item, step, loop);
   }
 
   __device__ void wait_and_issue(const Instruction& item, int32_t step, int32_t loop) {
@@ -103,53 +122,61 @@ class Loader {
     }
   }
 
-  // Rows times a weight, or its transpose: then rows of the weight are the inner dimension. The weights of
-  // the first stages do not wait for the counters.
-  __device__ void product(const Instruction& item, int32_t step, int32_t loop, const TensorMap& left,
-                          const TensorMap& weight, int inner, bool transposed) {
-    const int steps = inner / Config::kStep, first_steps = steps < Config::kStages ? steps : Config::kStages;
+  // Rows times a weight, or its transpose. The weights of the first stages do not wait for the counters.
+  __device__ void product(const Instruction& item, int32_t step, int32_t loop, const Operands& operands) {
+    const int steps = operands.inner / Config::kStep,
+              first_steps = steps < Config::kStages ? steps : Config::kStages;
     RingPlace ahead = place_;
+#pragma unroll 1
     for (int i = 0; i < first_steps; ++i) {
-      weights(ahead, weight, item, i, transposed);
+      weights(ahead, operands, item, i);
       Ring::next(ahead);
     }
     wait_and_issue(item, step, loop);
     const int matrix = p_.place(item.layer, item.sequence);
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
-      if (i >= first_steps) weights(place_, weight, item, i, transposed);
+      if (i >= first_steps) weights(place_, operands, item, i);
+#pragma unroll
       for (int half = 0; half < 2; ++half) {
-        box(ring_.stage(place_) + half * kPanelBytes, place_, left, 64 * i, first_row(item) + 64 * half,
-            matrix);
+        box(ring_.stage(place_) + half * kPanelBytes, place_, map_at(operands.left), 64 * i,
+            first_row(item) + 64 * half, matrix);
       }
       Ring::next(place_);
     }
   }
 
-  __device__ void weights(RingPlace place, const TensorMap& weight, const Instruction& item, int step,
-                          bool transposed) const {
+  __device__ void weights(RingPlace place, const Operands& operands, const Instruction& item,
+                          int step) const {
     const uint32_t target = open(place, 2 + kColumns / 64) + 2 * kPanelBytes;
+#pragma unroll
     for (int panel = 0; panel < kColumns / 64; ++panel) {
       const int outer = item.column * kColumns + 64 * panel, inner = 64 * step;
-      box_for_both(panel, target + panel * kPanelBytes, place, weight, transposed ? outer : inner,
-                   transposed ? inner : outer, item.layer, keep_);
+      box_for_both(panel, target + panel * kPanelBytes, place, map_at(operands.right),
+                   operands.transposed ? outer : inner, operands.transposed ? inner : outer, item.layer,
+                   keep_);
     }
   }
 
   // Both operands lie with the tokens, which are the inner dimension, in rows.
-  __device__ void weight_gradient(const Instruction& item, int32_t step, int32_t loop, const TensorMap& left,
-                                  const TensorMap& right) {
+  __device__ void weight_gradient(const Instruction& item, int32_t step, int32_t loop,
+                                  const Operands& operands) {
     wait_and_issue(item, step, loop);
+#pragma unroll 1
     for (int sequence = 0; sequence < p_.batch; ++sequence) {
       if (p_.stop[sequence] <= loop) continue;
       const int matrix = p_.place(item.layer, sequence);
+#pragma unroll 1
       for (int row = 0; row < p_.length; row += 64) {
         const uint32_t target = open(place_, 2 + kColumns / 64);
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
-          box(target + half * kPanelBytes, place_, left, first_row(item) + 64 * half, row, matrix);
+          box(target + half * kPanelBytes, place_, map_at(operands.left), first_row(item) + 64 * half, row,
+              matrix);
         }
+#pragma unroll
         for (int panel = 0; panel < kColumns / 64; ++panel) {
-          box_for_both(panel, target + (2 + panel) * kPanelBytes, place_, right,
+          box_for_both(panel, target + (2 + panel) * kPanelBytes, place_, map_at(operands.right),
                        item.column * kColumns + 64 * panel, row, matrix);
         }
         Ring::next(place_);
@@ -164,13 +191,17 @@ class Loader {
     const int matrix = p_.place(item.layer, item.sequence);
     const auto column = [&](int number, int part) { return head_column(item, part) + number / 2 * 64; };
     const uint32_t queries = open(place_, 2 * kHeadPanels);
+#pragma unroll
     for (int i = 0; i < 2 * kHeadPanels; ++i) {
       box(queries + i * kPanelBytes, place_, p_.qkv, column(i, 0), first_row(item) + i % 2 * 64, matrix);
     }
     Ring::next(place_);
+#pragma unroll 1
     for (int key = 0; key < p_.length; key += Config::kKeyBlock) {
+#pragma unroll 1
       for (int part = 1; part <= 2; ++part) {
         const uint32_t target = open(place_, 2 * kHeadPanels);
+#pragma unroll
         for (int i = 0; i < 2 * kHeadPanels; ++i) {
           box_for_both(i, target + i * kPanelBytes, place_, p_.qkv, column(i, part), key + i % 2 * 64,
                        matrix);
@@ -186,7 +217,8 @@ class Loader {
 
   // q and the gradient of the output, or k and v (1): `own` says which lie in the tile's own rows, 128 a
   // block, and are kept. Of the others come 64 rows in each stage.
-  __device__ void attention_gradient(const Instruction& item, int32_t step, int32_t loop, int own) {
+  __device__ void attention_gradient(const Instruction& item, int32_t step, int32_t loop) {
+    const int own = item.phase == kGradKeys;
     wait_and_issue(item, step, loop);
     const int matrix = p_.place(item.layer, item.sequence);
     const auto source = [&](int of_keys, int operand) -> const TensorMap& {
@@ -198,8 +230,11 @@ class Loader {
     Ring::wait_together(kept_.empty(), kept_place_.round ^ 1);
     if (elected()) {
       barrier_arrive_expect(kept_.full(), 2 * Kept::kOperandBytes);
+#pragma unroll
       for (int operand = 0; operand < 2; ++operand) {
+#pragma unroll
         for (int panel = 0; panel < kHeadPanels; ++panel) {
+#pragma unroll
           for (int half = 0; half < 2; ++half) {
             load_box(kept_.panel(operand, panel, half), &source(own, operand), kept_.full(),
                      column(own, operand) + 64 * panel, first_row(item) + 64 * half, matrix);
@@ -208,9 +243,12 @@ class Loader {
       }
     }
     advance(kept_place_, 1);
+#pragma unroll 1
     for (int row = 0; row < p_.length; row += 64) {
       const uint32_t target = open(place_, 2 * kHeadPanels);
+#pragma unroll
       for (int operand = 0; operand < 2; ++operand) {
+#pragma unroll
         for (int panel = 0; panel < kHeadPanels; ++panel) {
           const int number = operand * kHeadPanels + panel;
           box_for_both(number, target + number * kPanelBytes, place_, source(1 - own, operand),
