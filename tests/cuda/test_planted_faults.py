@@ -275,7 +275,7 @@ BACKWARD_PAIRS = {
     ),
     "a stage filled while the other block reads it": PAIRS["a stage filled while the other block reads it"],
     "a box that both blocks of a pair load": Fault(
-        "backward_loader_sm90.cuh", "number % 2 != [[rank_in_pair()]]", "0", f"{EARLY_COPY}|all threads wait"
+        "backward_loader_sm90.cuh", "panel % 2 != [[rank_in_pair()]]", "0", f"{EARLY_COPY}|all threads wait"
     ),
     "a norm of the other block's rows": Fault(
         "backward_rows_sm90.cuh", "item.column * Config::kPair + [[rank_in_pair()]]", "0",

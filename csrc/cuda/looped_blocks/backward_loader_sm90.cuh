@@ -98,27 +98,30 @@ class Loader {
     ring_.issue(issue_, item, loop);
   }
 
-  // Makes the stage at `place` ready for this many boxes and returns where they go.
-  __device__ uint32_t open(RingPlace place, int boxes) const {
+  // Makes the stage at `place` ready for this many boxes; true for the lane that is to load them.
+  __device__ bool open(RingPlace place, int boxes) const {
     ring_.wait_empty(place);
-    if (elected()) barrier_arrive_expect(ring_.full(place), boxes * kPanelBytes);
-    return ring_.stage(place);
+    if (!elected()) return false;
+    barrier_arrive_expect(ring_.full(place), boxes * kPanelBytes);
+    return true;
   }
 
-  __device__ void box(uint32_t target, RingPlace place, const TensorMap& map, int column, int row,
+  // To a place in a stage, in panels.
+  __device__ void box(RingPlace place, int panel, const TensorMap& map, int column, int row,
                       int matrix) const {
-    if (elected()) load_box(target, &map, ring_.full(place), column, row, matrix);
+    load_box(ring_.stage(place) + panel * kPanelBytes, &map, ring_.full(place), column, row, matrix);
   }
 
-  // For both blocks of a pair: of a stage's boxes each loads every second one, by their numbers.
+  // For both blocks of a pair: each loads every second one.
   template <class... Policy>
-  __device__ void box_for_both(int number, uint32_t target, RingPlace place, const TensorMap& map, int column,
-                               int row, int matrix, Policy... policy) const {
+  __device__ void box_for_both(RingPlace place, int panel, const TensorMap& map, int column, int row,
+                               int matrix, Policy... policy) const {
+    const uint32_t target = ring_.stage(place) + panel * kPanelBytes;
     if constexpr (Config::kPair > 1) {
-      if (number % 2 != rank_in_pair()) return;
-      if (elected()) load_box_for_pair(target, &map, ring_.full(place), column, row, matrix, policy...);
+      if (panel % 2 != rank_in_pair()) return;
+      load_box_for_pair(target, &map, ring_.full(place), column, row, matrix, policy...);
     } else {
-      if (elected()) load_box(target, &map, ring_.full(place), column, row, matrix, policy...);
+      load_box(target, &map, ring_.full(place), column, row, matrix, policy...);
     }
   }
 
@@ -128,33 +131,28 @@ class Loader {
               first_steps = steps < Config::kStages ? steps : Config::kStages;
     RingPlace ahead = place_;
 #pragma unroll 1
-    for (int i = 0; i < first_steps; ++i) {
-      weights(ahead, operands, item, i);
-      Ring::next(ahead);
-    }
+    for (int i = 0; i < first_steps; ++i, Ring::next(ahead)) weights(ahead, operands, item, i);
     wait_and_issue(item, step, loop);
     const int matrix = p_.place(item.layer, item.sequence);
 #pragma unroll 1
-    for (int i = 0; i < steps; ++i) {
+    for (int i = 0; i < steps; ++i, Ring::next(place_)) {
       if (i >= first_steps) weights(place_, operands, item, i);
+      if (!elected()) continue;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        box(ring_.stage(place_) + half * kPanelBytes, place_, map_at(operands.left), 64 * i,
-            first_row(item) + 64 * half, matrix);
+        box(place_, half, map_at(operands.left), 64 * i, first_row(item) + 64 * half, matrix);
       }
-      Ring::next(place_);
     }
   }
 
   __device__ void weights(RingPlace place, const Operands& operands, const Instruction& item,
                           int step) const {
-    const uint32_t target = open(place, 2 + kColumns / 64) + 2 * kPanelBytes;
+    if (!open(place, 2 + kColumns / 64)) return;
 #pragma unroll
     for (int panel = 0; panel < kColumns / 64; ++panel) {
       const int outer = item.column * kColumns + 64 * panel, inner = 64 * step;
-      box_for_both(panel, target + panel * kPanelBytes, place, map_at(operands.right),
-                   operands.transposed ? outer : inner, operands.transposed ? inner : outer, item.layer,
-                   keep_);
+      box_for_both(place, 2 + panel, map_at(operands.right), operands.transposed ? outer : inner,
+                   operands.transposed ? inner : outer, item.layer, keep_);
     }
   }
 
@@ -167,19 +165,17 @@ class Loader {
       if (p_.stop[sequence] <= loop) continue;
       const int matrix = p_.place(item.layer, sequence);
 #pragma unroll 1
-      for (int row = 0; row < p_.length; row += 64) {
-        const uint32_t target = open(place_, 2 + kColumns / 64);
+      for (int row = 0; row < p_.length; row += 64, Ring::next(place_)) {
+        if (!open(place_, 2 + kColumns / 64)) continue;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          box(target + half * kPanelBytes, place_, map_at(operands.left), first_row(item) + 64 * half, row,
-              matrix);
+          box(place_, half, map_at(operands.left), first_row(item) + 64 * half, row, matrix);
         }
 #pragma unroll
         for (int panel = 0; panel < kColumns / 64; ++panel) {
-          box_for_both(panel, target + (2 + panel) * kPanelBytes, place_, map_at(operands.right),
-                       item.column * kColumns + 64 * panel, row, matrix);
+          box_for_both(place_, 2 + panel, map_at(operands.right), item.column * kColumns + 64 * panel, row,
+                       matrix);
         }
-        Ring::next(place_);
       }
     }
   }
@@ -187,26 +183,25 @@ class Loader {
   // As in the forward kernel: the queries, then keys and values of one block after another. Panel by panel,
   // each of two boxes.
   __device__ void attention(const Instruction& item, int32_t step, int32_t loop) {
+    constexpr int kBoxes = 2 * kHeadPanels;
     wait_and_issue(item, step, loop);
     const int matrix = p_.place(item.layer, item.sequence);
-    const auto column = [&](int number, int part) { return head_column(item, part) + number / 2 * 64; };
-    const uint32_t queries = open(place_, 2 * kHeadPanels);
+    if (open(place_, kBoxes)) {
 #pragma unroll
-    for (int i = 0; i < 2 * kHeadPanels; ++i) {
-      box(queries + i * kPanelBytes, place_, p_.qkv, column(i, 0), first_row(item) + i % 2 * 64, matrix);
+      for (int i = 0; i < kBoxes; ++i) {
+        box(place_, i, p_.qkv, head_column(item, 0) + i / 2 * 64, first_row(item) + i % 2 * 64, matrix);
+      }
     }
     Ring::next(place_);
 #pragma unroll 1
     for (int key = 0; key < p_.length; key += Config::kKeyBlock) {
 #pragma unroll 1
-      for (int part = 1; part <= 2; ++part) {
-        const uint32_t target = open(place_, 2 * kHeadPanels);
+      for (int part = 1; part <= 2; ++part, Ring::next(place_)) {
+        if (!open(place_, kBoxes)) continue;
 #pragma unroll
-        for (int i = 0; i < 2 * kHeadPanels; ++i) {
-          box_for_both(i, target + i * kPanelBytes, place_, p_.qkv, column(i, part), key + i % 2 * 64,
-                       matrix);
+        for (int i = 0; i < kBoxes; ++i) {
+          box_for_both(place_, i, p_.qkv, head_column(item, part) + i / 2 * 64, key + i % 2 * 64, matrix);
         }
-        Ring::next(place_);
       }
     }
   }
@@ -244,18 +239,14 @@ class Loader {
     }
     advance(kept_place_, 1);
 #pragma unroll 1
-    for (int row = 0; row < p_.length; row += 64) {
-      const uint32_t target = open(place_, 2 * kHeadPanels);
+    for (int row = 0; row < p_.length; row += 64, Ring::next(place_)) {
+      if (!open(place_, 2 * kHeadPanels)) continue;
 #pragma unroll
-      for (int operand = 0; operand < 2; ++operand) {
-#pragma unroll
-        for (int panel = 0; panel < kHeadPanels; ++panel) {
-          const int number = operand * kHeadPanels + panel;
-          box_for_both(number, target + number * kPanelBytes, place_, source(1 - own, operand),
-                       column(1 - own, operand) + 64 * panel, row, matrix);
-        }
+      for (int i = 0; i < 2 * kHeadPanels; ++i) {
+        const int operand = i / kHeadPanels;
+        box_for_both(place_, i, source(1 - own, operand), column(1 - own, operand) + i % kHeadPanels * 64,
+                     row, matrix);
       }
-      Ring::next(place_);
     }
   }
 
