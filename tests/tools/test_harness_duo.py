@@ -148,6 +148,25 @@ def test_weights_and_options(tmp_path: Path) -> None:
             ask([])
 
 
+def test_a_folder_has_its_own_tokenizer(tmp_path: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from loopmdm.harness import DuoHarness
+
+    checkpoint, _ = written(tmp_path, False)
+    given = {**options(tmp_path, checkpoint), "device": "cpu"}
+    LoopMDM.from_mdlm(checkpoint, ema=False).save_pretrained(tmp_path / "run")
+    inside = {**given, "checkpoint_path": str(tmp_path / "run")}
+    del inside["tokenizer"]
+    ByteTokenizer().save(tmp_path / "run")
+    figures = []
+    for arguments in (given, inside):
+        torch.manual_seed(3)
+        asked = [Instance("loglikelihood", {}, REQUESTS[0], 0)]
+        figures.append(DuoHarness(**arguments).loglikelihood(asked, disable_tqdm=True))
+    assert figures[0] == figures[1]
+
+
 def test_the_command_has_the_seed_of_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its words are Duo's, and --seed decides: two runs agree, and another seed gives another figure."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

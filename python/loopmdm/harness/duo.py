@@ -41,7 +41,7 @@ class DuoHarness(LM):  # type: ignore[misc]
         device: str | None = None,
         num_proc: int | None = None,
         max_batch_size: int | None = None,
-        tokenizer: str = "gpt2",
+        tokenizer: str | None = None,
         num_loops: int = 1,
         ema: bool = False,
         **unknown: Any,
@@ -56,7 +56,8 @@ class DuoHarness(LM):  # type: ignore[misc]
             max_length: None: the model's.
             device, num_proc, max_batch_size: as the harness gives them; nothing is done in other processes,
                 and the batch is `batch_size`.
-            tokenizer: as in `loopmdm sample`; Duo takes the one that the checkpoint names.
+            tokenizer: as in `loopmdm sample`; None: the one beside the model, or gpt2. Duo takes the one that
+                the checkpoint names.
             num_loops: S; 1 is the network that Duo runs.
             ema: the averaged weights of a Lightning file. Duo's harness takes those of training.
         """
@@ -68,7 +69,9 @@ class DuoHarness(LM):  # type: ignore[misc]
         else:
             self.model = LoopMDM.from_mdlm(checkpoint_path, ema=ema).to(self._device)
         found = load_tokenizer(self.model, checkpoint_path, tokenizer)
-        assert found is not None
+        if found is None:
+            found = load_tokenizer(self.model, checkpoint_path, "gpt2")
+            assert found is not None
         self._tokens = found
         longest = self.model.config.max_length
         self.max_length = longest if max_length is None else min(positive("max_length", max_length), longest)
