@@ -25,6 +25,7 @@ def inputs():
 def prepared(inputs, loops=2):
     kept = emulated_backward.keep(inputs, loops, torch.zeros(loops, *inputs.x.shape))
     plan = choose_backward(kept.shape)
+    assert plan.pair == 2 and plan.tiles.rows == 256  # blocks that signal, and their rows
     table, words, counters = backward._table(kept.shape, plan.tiles, torch.device("cpu"))
     grad = torch.ones(inputs.x.shape, dtype=torch.float64)
     return kept, table, words, grad, backward.allocate(table, kept, grad, counters)
@@ -34,7 +35,7 @@ def test_what_is_kept_has_the_shape_of_the_call(inputs):
     kept, table, words, _, buffers = prepared(inputs)
     assert kept.shape == table.shape == BlockShape(3, 150, 128, 2, 512, 2)
     assert torch.equal(words, build_backward(kept.shape, table.tiles).encode())
-    assert buffers["counters"].tolist() == table.initial_counters()
+    assert buffers["counters"].tolist() == [2 * number for number in table.initial_counters()]
     buffers["counters"].fill_(7)  # a call raises its own copy
     assert prepared(inputs)[4]["counters"][0] == 0
 
@@ -51,7 +52,7 @@ def test_sums_begin_at_zero(inputs):
     rows, weights = backward.sums_of(buffers)
     for sums in (*rows, *weights):
         assert sums.dtype == torch.float32 and not sums.any()
-    parts = table.row_tiles * 128 // 16
+    parts = table.row_tiles * 256 // 16
     assert rows.norms.shape == (2, 2, 2, 3, parts, 128) and parts == 16
     assert weights.mlp_out.shape == (2, 128, 512)
 
@@ -65,7 +66,7 @@ def test_parameters(inputs):
     assert parameters.table == words.data_ptr() and parameters.loop_inputs == kept.loop_inputs.data_ptr()
     assert parameters.max_loops == kept.stop.data_ptr() + 4 * 3
     numbers = (parameters.instructions, parameters.batch, parameters.length, parameters.row_tiles)
-    assert numbers == (len(table.loop), 3, 150, 2) and parameters.modulated_sequences == 3
+    assert numbers == (len(table.loop), 3, 150, 1) and parameters.modulated_sequences == 3
     plain = inputs._replace(rotary=None, key_mask=None, modulation=inputs.modulation[:, :1])
     _, table, words, _, buffers = prepared(plain)
     parameters = backward.pack_parameters(table, buffers, words)
