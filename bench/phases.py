@@ -97,6 +97,7 @@ def _child(call: Callable[[], Findings | Iterator[Findings]], sender: Connection
     except LeftOut as reason:
         sender.send(("left out", str(reason)))
     except Exception as error:
+        sys.stdout.flush()  # what was printed comes before its error in the log
         traceback.print_exc()
         said = (str(error).strip().splitlines() or [""])[0]
         sender.send(("failed", f"{type(error).__name__}: {said}"[:COLUMNS]))

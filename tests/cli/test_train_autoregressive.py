@@ -51,7 +51,7 @@ def test_resumed_run_is_the_uninterrupted_one(call: Call, tmp_path: Path, corpus
 def test_what_does_not_go_together(call: Call, tmp_path: Path, corpus: Path, scorer: Path) -> None:
     base = ["train", "--autoregressive", "--out", tmp_path / "run"]
     for words, message in (
-        (["--data", corpus, "--max-loops", 2], "a model without loops and dropout; leave out --max-loops"),
+        (["--data", corpus, "--max-loops", 2], "without loops, dropout and samples; leave out --max-loops"),
         (["--data", corpus, "--loop", "0:1", "--dropout", 0.1], "leave out --loop, --dropout"),
         (["--preset", "sudoku6"], "--preset sudoku6 makes its own data and does not take --autoregressive"),
         ([], "nothing to train on"),

@@ -161,7 +161,9 @@ def test_no_progress_bar_without_a_terminal(model, capsys):
 
 def test_a_progress_bar_counts_the_steps(model, monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(terminal, "console", lambda: Console(file=screen, force_terminal=True, width=80))
+    monkeypatch.setattr(
+        terminal, "console", lambda: Console(file=screen, force_terminal=True, color_system=None, width=80)
+    )
     sample(model, 1, length=4, progress=True)
     assert "sampling" in screen.getvalue() and "4/4 steps" in screen.getvalue()
     before = screen.tell()
