@@ -271,6 +271,7 @@ def test_options_reach_the_configuration(call: Call, tmp_path: Path, corpus: Pat
         (["--data", "CORPUS", "--clues", "none"], 2, "--preset text is about text; leave out --clues"),
         (["--preset", "sudoku6", "--sample-prompts", "x"], 2, "samples boards; leave out --sample-prompts"),
         (["--data", "CORPUS", "--autoregressive", "--samples", "1"], 2, "leave out --samples"),
+        (["--data", "CORPUS", "--samples", "0", "--sample-prompts", "x"], 2, "--samples 0 draws none"),
         (["--data", "nothere"], 1, "nothere' does not exist; accepted: a file, a folder or 'stdlib'"),
         (["--data", "CORPUS", "--steps", "0"], 2, "--steps: got '0', expected an integer of at least 1"),
         (["--data", "CORPUS", "--steps", "many"], 2, "--steps: got 'many'"),

@@ -103,7 +103,7 @@ def test_a_page_is_written_while_the_run_goes_on(run: Path, tmp_path: Path) -> N
     waits_for("step 5 of 6")
     with log.open("a") as file:
         file.write("damaged\n" + json.dumps(last | {"step": 6}) + "\n")
-    waits_for("1 damaged lines left out")
+    waits_for("1 damaged line left out")
     (run / LOCK_FILE).unlink()
     thread.join()
     assert status == [0]
@@ -124,3 +124,43 @@ def test_samples_do_not_act_on_a_page_or_a_terminal(run: Path) -> None:
     lines = watched.lines(40, 50, plain=True)
     assert lines[-2:] == ["S 1  <script>\\x1b[2J↵x", "S 2  1. → 12"]
     assert all(len(line) <= 40 for line in lines) and len(watched.lines(40, 3)) == 3
+
+
+def test_records_of_others_and_damaged_ones(call: Call, run: Path, tmp_path: Path) -> None:
+    """Valid JSON that is no record is left out; an evaluation of one's own and an older run are shown."""
+    log = run / "metrics.jsonl"
+    whole = log.read_text()
+    last = json.loads(next(line for line in whole.splitlines() if '"loss"' in line))
+    damaged: list[dict[str, object]] = [
+        {"step": True},
+        {"step": 4, "loss": 1.0},
+        last | {"step": 0},
+        last | {"tokens_per_second": None},
+        last | {"grad_norm": float("nan")},
+    ]
+    strange = [None, 5, {"held_out": 5, "solved": 0.5, "samples": [3]}, {"held_out": [{"nll": None}]}]
+    others: list[dict[str, object]] = [{"step": 4, "evaluation": one} for one in strange]
+    before = call("watch", run, "--json").json
+    log.write_text(whole + "".join(json.dumps(one) + "\n" for one in damaged + others))
+    assert call("watch", run, "--json").json == before | {"damaged_lines": len(damaged)}
+    done = call("watch", run, "--html", tmp_path / "run.html")
+    assert done.status == 0 and "5 damaged lines left out" in " ".join(done.out.split())
+
+    kept = [json.loads(line) for line in whole.splitlines()]
+    later = ("peak_memory", "tokens_per_second")  # figures that older runs do not have
+    log.write_text("".join(json.dumps({k: r[k] for k in r if k not in later}) + "\n" for r in kept))
+    first = call("watch", run).out.splitlines()[0]
+    assert "step 4 of 4" in first and "memory" not in first and "tokens/s" not in first
+
+    (run / "train_config.json").write_text("{}")
+    refused = call("watch", run)
+    assert refused.status == 1 and "train_config.json: steps: got None, expected an integer" in refused.err
+
+
+def test_characters_of_two_cells_stay_within_the_panel(run: Path) -> None:
+    sample = {"num_loops": 1, "seed": 0, "prompt": "", "text": "循环" * 40}
+    log = run / "metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 4, "evaluation": {"samples": [sample]}}) + "\n")
+    watched = WatchedRun(run)
+    watched.read()
+    assert watched.lines(40, 50)[-1] == "S 1  " + "循环" * 8 + "循"

@@ -126,7 +126,10 @@ def test_positional_order_is_that_of_parameters() -> None:
 def test_lightning_without_averaged_weights(tmp_path: Path) -> None:
     module = diffusion()
     path = write_lightning(tmp_path / "last.ckpt", module, None)
-    with pytest.raises(ValueError, match=r"last\.ckpt holds no averaged weights \(EMA\); pass ema=False"):
+    with pytest.raises(
+        ValueError,
+        match=r"last\.ckpt holds no averaged weights \(EMA\); ema=False, or `loopmdm convert --no-ema`",
+    ):
         LoopMDM.from_mdlm(path)
     check(LoopMDM.from_mdlm(path, ema=False), raw(module))
 

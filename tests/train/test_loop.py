@@ -18,6 +18,8 @@ from loopmdm.model import flops
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.model.seeds import derive_seed
 from loopmdm.train import NonFiniteError, TrainConfig, Trainer, batch_source, plot_loss, read_metrics
+from loopmdm.train.loggers import scalars
+from loopmdm.train.metrics import held_out
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -129,22 +131,24 @@ def test_both_data_sets_have_batches() -> None:
     assert batch.prompt_mask is not None and 12 <= int(batch.prompt_mask[0].sum()) <= 16
 
 
-def test_evaluation_sees_the_averaged_weights(tmp_path: Path) -> None:
+def test_evaluation_sees_the_averaged_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ToyModel()
     seen: list[list[torch.Tensor]] = []
 
     def evaluate(given: Any) -> dict[str, Any]:
         assert given is model and not model.training
         seen.append([p.detach().clone() for p in model.parameters()])
-        return {"held_out": [{"num_loops": 2, "nll": 1.0 / len(seen)}]}
+        return {"held_out": [{"num_loops": 1, "nll": None}, {"num_loops": 2, "nll": 1.0 / len(seen)}]}
 
-    trainer = Trainer(model, batches, config(eval_every=5), tmp_path, evaluate=evaluate, show_progress=False)
+    trainer = Trainer(model, batches, config(eval_every=5), tmp_path, evaluate=evaluate)
     trainer.train()
+    assert "S 1 NLL not finite, S 2 NLL 0.5000" in capsys.readouterr().err
     assert all(map(torch.equal, seen[-1], trainer.ema.shadow))
     assert not any(map(torch.equal, seen[-1], model.parameters()))
     records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "evaluation" in r]
     assert [r["step"] for r in records] == [5, 10, 12]
-    assert records[1]["evaluation"] == {"held_out": [{"num_loops": 2, "nll": 0.5}]}
+    assert records[1]["evaluation"]["held_out"][1] == {"num_loops": 2, "nll": 0.5}
+    assert dict(scalars(records[1]))["held_out/nll_S2"] == 0.5 and held_out(records).keys() == {"2"}
     plot_loss(tmp_path)
     without = train(ToyModel(), tmp_path / "without")
     assert all(map(torch.equal, without.model.parameters(), model.parameters()))

@@ -174,6 +174,8 @@ def described_run(args: argparse.Namespace) -> RunFile:
         given_data["data"] = located(given_data["data"])
     asked = {"size": args.eval_size, "samples": args.samples, "prompts": args.sample_prompts}
     evaluation = {name: value for name, value in asked.items() if value is not None}
+    if args.sample_prompts is not None and args.samples == 0:
+        raise UsageError("--sample-prompts: they belong to samples, and --samples 0 draws none")
     if args.out.exists() and not args.out.is_dir():
         raise NotADirectoryError(f"--out: {args.out} is a file, expected a folder")
     if args.cache is not None and args.cache.exists() and not args.cache.is_dir():

@@ -134,7 +134,10 @@ def _from_tree(root: Any, read: Callable[[Any], Tensor], ema: bool, source: str)
     if ema:
         state = root.get("ema")
         if not isinstance(state, Mapping) or not isinstance(state.get("shadow_params"), (list, tuple)):
-            raise ValueError(f"{source} holds no averaged weights (EMA); pass ema=False to load the raw ones")
+            raise ValueError(
+                f"{source} holds no averaged weights (EMA); ema=False, or `loopmdm convert --no-ema`, takes"
+                " the raw ones"
+            )
         leaves = _averaged(leaves, state["shadow_params"], source)
     return MDLMWeights({name: read(leaf) for name, leaf in leaves.items()}, fields, source)
 
@@ -215,7 +218,7 @@ def _averaged(leaves: dict[str, Any], shadow: Sequence[Any], source: str) -> dic
     if len(shadow) != len(names):
         raise ValueError(
             f"{source}: the list of averaged weights (EMA) has {len(shadow)} tensors, the model has "
-            f"{len(names)} parameters; pass ema=False to load the raw weights"
+            f"{len(names)} parameters; ema=False, or `loopmdm convert --no-ema`, takes the raw ones"
         )
     averaged = dict(zip(names, shadow, strict=True))
     shapes = {name: tuple(leaves[name].shape) for name in names if name in leaves}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import html
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
+
 from loopmdm.formats.folders import read_json
 from loopmdm.printable import printable, printable_lines
 from loopmdm.train.loop import CONFIG_FILE
-from loopmdm.train.metrics import METRICS_FILE, Follower, averages, held_out
+from loopmdm.train.metrics import METRICS_FILE, Follower, averages, held_out, results
 from loopmdm.train.progress import clock
 from loopmdm.view.charts import Point, Series, chart, number
 from loopmdm_kernels.locks import LOCK_FILE
@@ -40,7 +43,10 @@ class WatchedRun:
 
     def read(self) -> bool:
         """Whether anything has come since."""
-        self.steps = int(read_json(self.folder / CONFIG_FILE)["steps"])
+        steps = read_json(self.folder / CONFIG_FILE).get("steps")
+        if type(steps) is not int:
+            raise ValueError(f"{self.folder / CONFIG_FILE}: steps: got {steps!r}, expected an integer")
+        self.steps = steps
         return self._log.read()
 
     @property
@@ -62,17 +68,16 @@ class WatchedRun:
                 curves[name] = averages(points)
         curves |= {f"held-out NLL, S {loops}": [*c] for loops, c in held_out(self.records).items()}
         for record in self.records:
-            for one in record.get("evaluation", {}).get("solved", []):
-                if one["share_solved"] is not None:
-                    name = f"solved {one['order'].replace('_', ' ')}, S {one['num_loops']}"
-                    curves.setdefault(name, []).append((record["step"], one["share_solved"]))
+            for one in results(record, "solved"):
+                name = f"solved {one['order'].replace('_', ' ')}, S {one['num_loops']}"
+                curves.setdefault(name, []).append((record["step"], one["share_solved"]))
         return curves
 
     def samples(self) -> tuple[int, list[dict[str, Any]]]:
         """The step of the newest samples, and they."""
         for record in reversed(self.records):
-            if record.get("evaluation", {}).get("samples"):
-                return record["step"], record["evaluation"]["samples"]
+            if samples := results(record, "samples"):
+                return record["step"], samples
         return 0, []
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,10 +100,12 @@ class WatchedRun:
         if last is None:
             return f"{self.name}  no record of a step yet"
         words = [f"{self.name}  step {last['step']:,} of {self.steps:,}", f"S {last['num_loops']}"]
-        words.append(f"{last['tokens_per_second']:,.0f} tokens/s")
+        if "tokens_per_second" in last:
+            words.append(f"{last['tokens_per_second']:,.0f} tokens/s")
         if "mfu" in last:
             words.append(f"MFU {last['mfu']:.1%}")
-        words.append(f"memory {last['peak_memory'] / 2**30:.2f} GiB")
+        if "peak_memory" in last:
+            words.append(f"memory {last['peak_memory'] / 2**30:.2f} GiB")
         if self.finished:
             words.append("done")
         else:
@@ -106,12 +113,12 @@ class WatchedRun:
             age = max(0.0, time.time() - self._log.path.stat().st_mtime)
             words += [f"{clock(left)} left", f"last record {clock(age)} ago"]
         if self._log.damaged:
-            words.append(f"{self._log.damaged} damaged lines left out")
+            words.append(f"{self._log.damaged} damaged line{'s'[: self._log.damaged > 1]} left out")
         return "  ".join(words)
 
     def lines(self, width: int, height: int, *, plain: bool = False) -> list[str]:
         """The panel in at most `height` lines of at most `width` cells. plain: in ASCII."""
-        lines = [self.headline()]
+        lines = textwrap.wrap(printable(self.headline()), width)
         room = max(8, width - _NAME - 2 * _FIGURE - 4)
         curves = self.curves()
         if curves:
@@ -123,7 +130,7 @@ class WatchedRun:
         if samples:
             lines += ["", f"samples at step {step:,}"]
             lines += [f"S {one['num_loops']}  {_in_line(one)}" for one in samples]
-        return [printable(line, longest=4 * width)[:width] for line in lines][:height]
+        return [_cut(printable(line, longest=4 * width), width) for line in lines][:height]
 
     def page(self, seconds: float | None) -> str:
         """The page, one file without a script. seconds: after which a browser reads it again; None: never."""
@@ -179,6 +186,11 @@ def _bars(curve: Sequence[tuple[float, float]], room: int, plain: bool) -> str:
     low, high = min(means), max(means)
     bars = _PLAIN_BARS if plain else _BARS
     return "".join(bars[round((value - low) / (high - low or 1) * (len(bars) - 1))] for value in means)
+
+
+def _cut(line: str, width: int) -> str:
+    """What of a line fits into `width` cells; some characters take two."""
+    return line if cell_len(line) <= width else set_cell_size(line, width).rstrip()
 
 
 def _whole(sample: dict[str, Any]) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from loopmdm.train.metrics import results
+
 NAMES = ("tensorboard", "wandb")
 
 
@@ -65,17 +67,16 @@ def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if name != "step" and isinstance(value, (int, float)):
             yield f"train/{name}", value
-    evaluation = record.get("evaluation", {})
-    for one in evaluation.get("held_out", []):
+    for one in results(record, "held_out"):
         yield f"held_out/nll_S{one['num_loops']}", one["nll"]
-    for one in evaluation.get("solved", []):
+    for one in results(record, "solved"):
         yield f"solved/{one['order']}_S{one['num_loops']}", one["share_solved"]
 
 
 def texts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The samples of a record, by names such as samples/S4_1, with what they begin with."""
     seen: dict[int, int] = {}
-    for one in record.get("evaluation", {}).get("samples", []):
+    for one in results(record, "samples"):
         number = seen[one["num_loops"]] = seen.get(one["num_loops"], 0) + 1
         gap = "\n" if "solved" in one else ""  # a puzzle and its solution, not a text and how it goes on
         yield f"samples/S{one['num_loops']}_{number}", one["prompt"] + gap + one["text"]

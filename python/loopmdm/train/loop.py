@@ -36,7 +36,7 @@ from loopmdm.train.config import TrainConfig
 from loopmdm.train.ema import EMA
 from loopmdm.train.evaluation import SharedEvaluation
 from loopmdm.train.folder import RunFolder
-from loopmdm.train.metrics import METRICS_FILE, MetricsLog, keep_until
+from loopmdm.train.metrics import METRICS_FILE, MetricsLog, keep_until, results
 from loopmdm.train.optimizers import Optimizer
 from loopmdm.train.parallel import Form, Layout, Ranks
 from loopmdm.train.progress import Progress, describe_evaluation
@@ -457,22 +457,20 @@ class Trainer:
         nll = None if results is None else self._log_evaluation(results)
         return self.ranks.agreed(nll, patiently=True) if self.ranks.distributed else nll
 
-    def _log_evaluation(self, results: dict[str, Any]) -> float | None:
+    def _log_evaluation(self, evaluation: dict[str, Any]) -> float | None:
         self._update_clocks()
         counters = self.counters
         self._write(
             {
                 "step": counters.step,
-                "evaluation": results,
+                "evaluation": evaluation,
                 "flops": counters.flops,
                 "seconds": counters.seconds,
                 "cpu_seconds": counters.cpu_seconds,
             }
         )
         self._begin_rates(time.perf_counter(), counters.flops)
-        held_out = results.get("held_out")
-        nlls = [one["nll"] for one in held_out] if isinstance(held_out, list) else []
-        return min(filter(math.isfinite, nlls), default=None)
+        return min((one["nll"] for one in results({"evaluation": evaluation}, "held_out")), default=None)
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._log is not None and self._progress is not None

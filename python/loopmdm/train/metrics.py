@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,13 @@ from loopmdm_kernels.values import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 SMOOTHING_POINTS = 100  # about how many averages a curve is drawn through
+_FIGURES = ("loss", "lr", "grad_norm", "num_loops", "tokens_per_second", "peak_memory", "mfu", "seconds")
+_NUMBER = (int, float)
+_RESULTS: dict[str, dict[str, tuple[type, ...]]] = {
+    "held_out": {"num_loops": (int,), "nll": _NUMBER},
+    "solved": {"num_loops": (int,), "order": (str,), "share_solved": _NUMBER},
+    "samples": {"num_loops": (int,), "prompt": (str,), "text": (str,)},
+}
 
 
 class MetricsLog:
@@ -89,7 +97,34 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = parse_json(line.decode())
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if _is_record(record) else None
+
+
+def _is_record(value: Any) -> bool:
+    """Whether it has a step, and those figures that it has are numbers."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return False
+    if "loss" in value and not (value["step"] > 0 and {"num_loops", "seconds"} <= value.keys()):
+        return False
+    return all(_fits(value[name], _NUMBER) for name in _FIGURES if name in value)
+
+
+def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def results(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """What the evaluation of a record has under held_out, solved or samples.
+
+    But not figures that are not finite, nor what an evaluation of one's own may have written there.
+    """
+    evaluation = record.get("evaluation")
+    found = evaluation.get(name) if isinstance(evaluation, dict) else None
+    return [
+        one
+        for one in (found if isinstance(found, list) else [])
+        if isinstance(one, dict) and all(_fits(one.get(key), kinds) for key, kinds in _RESULTS[name].items())
+    ]
 
 
 def averages(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
@@ -103,9 +138,8 @@ def held_out(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]
     """Held-out NLL by step, for each S."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for record in records:
-        for result in record.get("evaluation", {}).get("held_out", []):
-            if result["nll"] is not None:  # not finite
-                curves.setdefault(str(result["num_loops"]), []).append((record["step"], result["nll"]))
+        for result in results(record, "held_out"):
+            curves.setdefault(str(result["num_loops"]), []).append((record["step"], result["nll"]))
     return curves
 
 

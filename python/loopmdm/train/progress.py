@@ -26,12 +26,16 @@ def describe_evaluation(step: int, results: dict[str, Any]) -> str:
     parts = []
     for name, value in results.items():
         if name == "held_out" and isinstance(value, list):
-            parts += [f"S {r['num_loops']} NLL {r['nll']:.4f}" for r in value]
+            parts += [f"S {r['num_loops']} NLL {_figure(r['nll'])}" for r in value]
         elif name == "solved" and isinstance(value, list):
             parts += [f"S {r['num_loops']} {r['order']} {r['share_solved']:.1%} solved" for r in value]
         elif name != "samples":  # `loopmdm watch` shows them
             parts.append(json.dumps({name: value}))
     return f"step {step}  evaluation: " + ", ".join(parts)
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def clock(seconds: float) -> str:
