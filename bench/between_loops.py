@@ -6,14 +6,12 @@ that take turns.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from loopmdm import LoopMDM, LoopMDMConfig
+from loopmdm_kernels.testing import interleaved_medians
 
 ROUNDS = 5
 SIZES: dict[str, Any] = {
@@ -37,16 +35,6 @@ def new_model(changes: dict[str, Any]) -> LoopMDM:
     return LoopMDM(LoopMDMConfig(VOCAB, VOCAB - 1, **SIZES, **changes))
 
 
-def medians(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
 def main() -> None:
     tokens = torch.randint(VOCAB - 1, (BATCH, LENGTH))
     models = {name: new_model(changes) for name, changes in VARIANTS.items()}
@@ -60,7 +48,8 @@ def main() -> None:
 
     print(f"D 384, 12 blocks of which 2 loop, S {LOOPS}, B {BATCH} x L {LENGTH}, fp32, V {VOCAB}")
     for kind, call in {"forward": forward, "loss and backward": step}.items():
-        took = medians({name: lambda call=call, m=m: call(m) for name, m in models.items()})
+        timed = {name: lambda call=call, m=m: call(m) for name, m in models.items()}
+        took = interleaved_medians(timed, repeats=ROUNDS, warmup=1)
         for name, seconds in took.items():
             print(f"{kind}, {name}: {seconds:.4f} s, {seconds / took['nothing']:.3f} times")
 

@@ -33,6 +33,33 @@ def test_gradients_are_those_of_indexing(embedding):
     assert len(addresses) == 1
 
 
+def test_threads_do_not_change_the_bits():
+    """Of sums of many rows, which `index_put_` adds in any order."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = TokenEmbedding(5000, 64)
+    ids = torch.randint(50, (8, 1024), generator=generator)
+    weights = torch.randn(8, 1024, 64, generator=generator)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 2, 2, 2):
+            torch.set_num_threads(number)
+            found.append(torch.autograd.grad((embedding(ids) * weights).sum(), embedding.embedding)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_the_weight_may_change_before_the_backward_pass(embedding):
+    weight = embedding.embedding
+    first, second = embedding(IDS).sum(), embedding(IDS).sum()
+    first.backward()
+    with torch.no_grad():
+        weight.sub_(weight.grad)
+    second.backward()
+    assert torch.equal(weight.grad, 2 * torch.bincount(IDS.flatten(), minlength=5)[:, None].expand(5, 16))
+
+
 def test_gradients_of_gradients_are_those_of_indexing(embedding):
     weight = embedding.embedding
     found, expected = (

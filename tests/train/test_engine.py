@@ -27,6 +27,8 @@ from loopmdm.cli import main
 from loopmdm.data.batches import Batch
 from loopmdm.formats import safetensors_files
 from loopmdm.train import CheckpointError, read_metrics
+from loopmdm.train.loggers import scalars
+from loopmdm.train.progress import describe_evaluation
 from loopmdm_kernels.testing import assert_matches_oracle
 
 FOUR = {
@@ -247,6 +249,29 @@ def test_newest_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
     assert kept == ["step-00000004", "step-00000010", "step-00000012"]
     assert not list((tmp_path / "run").glob("*.tmp"))
     assert LoopMDM.from_pretrained(tmp_path / "run").config.hidden_size == 16
+
+
+def test_a_likelihood_that_is_not_finite_is_not_the_best(tmp_path: Path) -> None:
+    """`None` in records, since JSON has no NaN."""
+
+    def evaluate(_: LoopMDM) -> dict[str, object]:
+        return {"held_out": [{"num_loops": 1, "nll": None}, {"num_loops": 2, "nll": next(nlls)}]}
+
+    nlls = iter([2.0, None])
+    options = {"keep": 9, "evaluate": evaluate}
+    run(tmp_path / "run", options, steps=4, schedule="constant", eval_every=2, checkpoint_every=0)
+    assert saved_steps(tmp_path / "run") == [0, 2, 4]
+    headers = [
+        json.loads(path.read_text())
+        for path in sorted((tmp_path / "run").glob("checkpoints/*/checkpoint.json"))
+    ]
+    assert [header.get("nll") for header in headers] == [None, 2.0, None]
+    evaluations = [r["evaluation"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if "evaluation" in r]
+    assert (
+        describe_evaluation(4, evaluations[-1])
+        == "step 4  evaluation: S 1 NLL not finite, S 2 NLL not finite"
+    )
+    assert [dict(scalars({"evaluation": one})) for one in evaluations] == [{"held_out/nll_S2": 2.0}, {}]
 
 
 def test_a_checkpoint_of_its_own_is_written_for_the_best_alone(tmp_path: Path) -> None:

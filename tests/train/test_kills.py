@@ -40,7 +40,7 @@ sys.exit(main(sys.argv[1:]))
 def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
     """As one whose node is lost: its connections stay open, and it does not answer."""
     (tmp_path / "text.txt").write_text("A line of text.\n" * 500)
-    words = f"train --out {tmp_path / 'run'} --data {tmp_path / 'text.txt'} --steps 9 --timeout-minutes 0.05"
+    words = f"train --out {tmp_path / 'run'} --data {tmp_path / 'text.txt'} --steps 9 --timeout-minutes 0.25"
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(

@@ -60,16 +60,18 @@ class _Rows(Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, indices: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, indices)
+        ctx.weight = weight  # for its shape alone: it may change before the backward pass
+        ctx.save_for_backward(indices)
         return weight[indices]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight, indices = ctx.saved_tensors
+        weight, (indices,) = ctx.weight, ctx.saved_tensors
+        rows, values = indices.flatten(), grad.flatten(0, -2)
         if torch.is_grad_enabled():  # for gradients of gradients
-            return torch.zeros_like(weight).index_put((indices,), grad, accumulate=True), None
-        out = gradient_memory(weight, weight.dtype).zero_()
-        return out.index_put_((indices,), grad, accumulate=True), None
+            return torch.zeros_like(weight).index_add(0, rows, values), None
+        # Not index_put_, which adds in any order on several threads: other bits every time.
+        return gradient_memory(weight, weight.dtype).zero_().index_add_(0, rows, values), None
 
 
 class SigmaEmbedding(nn.Module):

@@ -22,6 +22,8 @@ class _GatheredMuon(torch.optim.Muon):
         for group in self.param_groups:
             options = {name: value for name, value in group.items() if name != "params"}
             for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
