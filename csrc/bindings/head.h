@@ -11,7 +11,8 @@ namespace loopmdm {
 // Throws like TensorView.
 cpu::HeadProblem head_problem(pybind11::handle hidden, pybind11::handle rows, pybind11::handle norm,
                               pybind11::handle shift, pybind11::handle gain, pybind11::handle weight,
-                              pybind11::handle bias, bool normalized, bool bf16, cpu::Isa isa, bool packed = true);
+                              pybind11::handle bias, bool normalized, bool bf16, cpu::Isa isa,
+                              bool packed = true);
 
 // `weight` [vocab_size, D] and what quantize_head made of it, for sample_tokens; but for the rows.
 cpu::TokenRaceProblem token_race_problem(const cpu::HeadProblem& head, pybind11::handle quantized,
