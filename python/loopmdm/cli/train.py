@@ -245,8 +245,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         default=TIMEOUT_MINUTES,
         metavar="MIN",
-        help="end the run when a process waits so long for another one within a step, which hangs or whose"
-        " node is lost (default: %(default)g)",
+        help="end the run when a process waits so long for another one at the start or within a step, which"
+        " hangs or whose node is lost (default: %(default)g)",
     )
     log = parser.add_argument_group("checkpoints and evaluation")
     log.add_argument(
