@@ -8,10 +8,8 @@ own for each case. `result` is a JSON file to write.
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,7 @@ from bench.script import arguments
 from loopmdm.model import LoopMDM
 from loopmdm.train.usage import peak_memory
 from loopmdm_kernels.files import write_file
-from loopmdm_kernels.testing import looped_inputs
+from loopmdm_kernels.testing import interleaved_medians, looped_inputs
 
 BATCH, LENGTH, MOST = 4, 512, 12
 LOOPS = (1, 2, 4, 6, 8, 10, 12)
@@ -76,14 +74,8 @@ def times() -> dict[str, Any]:
     step = step_of(model)
     calls: dict[Any, Callable[[], Any]] = {loops: partial(step, loops) for loops in LOOPS}
     calls["blocks once"], calls["blocks 12 times"] = blocks_alone(model, 1), blocks_alone(model, MOST)
-    seconds: dict[Any, list[float]] = {name: [] for name in calls}
-    for turn in range(ROUNDS + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    seconds = interleaved_medians(calls, repeats=ROUNDS, warmup=1)
+    medians = {name: 1e3 * value for name, value in seconds.items()}
     steps = np.array([medians[loops] for loops in LOOPS])
     slope, start = np.polyfit(LOOPS, steps, 1)
     rest = steps - (start + slope * np.array(LOOPS))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from loopmdm.cli.parser import FAILED
 from loopmdm.train.state import CheckpointError
 
-TIMEOUT_MINUTES = 5.0  # that a process waits for another one in the middle of a step
+TIMEOUT_MINUTES = 5.0  # that a process waits for another one, at the start or in a step
 _FIRST = "loopmdm/first-error"
 _PREPARED = "loopmdm/prepared-{}"
 _preparations = itertools.count()  # each has a key of its own
@@ -39,8 +39,9 @@ class LostProcessError(RuntimeError):
 def process_group(device: torch.device, minutes: float) -> Iterator[tuple[int, torch.device]]:
     """Joins the processes `torchrun` started; yields the rank and the device of this one.
 
-    A process that waits longer than `minutes` for another one, within a step, ends the run. Of errors inside
-    the first one is raised; processes that fail after it, as a rule because of it, end without a word.
+    A process that waits longer than `minutes` for another one, here or within a step, ends the run. Of
+    errors inside the first one is raised; processes that fail after it, as a rule because of it, end without
+    a word.
 
     Raises:
         LostProcessError: another process was killed, say.

@@ -26,9 +26,7 @@ from loopmdm_kernels.tracing import traced, transformed
 
 
 class LossOutput(NamedTuple):
-    loss: (
-        Tensor  # scalar, nats per counted token: nll_sum / num_tokens, or the mean over loops by `loop_loss`
-    )
+    loss: Tensor  # scalar, nats per counted token: nll_sum / num_tokens, or `loop_loss`'s mean over loops
     nll_sum: Tensor  # scalar, NELBO of the last loop summed over the counted tokens
     num_tokens: Tensor  # scalar int64: real tokens that are not prompt, masked or not
     t: Tensor  # [B]

@@ -54,10 +54,14 @@ class WatchedRun:
         return self._log.records
 
     @property
+    def step(self) -> int:
+        """The last step that anything is known of."""
+        return max((record["step"] for record in self.records), default=0)
+
+    @property
     def finished(self) -> bool:
         """Whether all steps are done and nobody trains there any more."""
-        done = max((record["step"] for record in self.records), default=0)
-        return done >= self.steps and not (self.folder / LOCK_FILE).exists()
+        return self.step >= self.steps and not (self.folder / LOCK_FILE).exists()
 
     def curves(self) -> dict[str, Curve]:
         """By name: figures of steps, then held-out NLL and shares of puzzles solved by S."""
@@ -82,15 +86,15 @@ class WatchedRun:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values of what is shown."""
-        step, samples = self.samples()
+        samples_at, samples = self.samples()
         return {
             "run": str(self.folder),
-            "step": max((record["step"] for record in self.records), default=0),
+            "step": self.step,
             "steps": self.steps,
             "finished": self.finished,
             "damaged_lines": self._log.damaged,
             "curves": {name: [[*point] for point in curve] for name, curve in self.curves().items()},
-            "samples_at": step,
+            "samples_at": samples_at,
             "samples": samples,
         }
 

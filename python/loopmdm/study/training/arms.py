@@ -185,10 +185,11 @@ def _train_held(
     steps = steps_within(budget, job.model.config, length, batch, law, seed)
     config = dataclasses.replace(config, steps=steps, checkpoint_minutes=1.0)
     run = dataclasses.replace(job.run, training=config.to_dict())
-    before, after = (None if one is None else _weights_depend_on(one) for one in (stored, run))
-    if before is not None and after is not None and before != after:
-        differing = ", ".join(name for name in after if before[name] != after[name])
-        raise ValueError(f"{folder} holds another run ({differing} differ): choose another folder")
+    if stored is not None:
+        before, after = _weights_depend_on(stored), _weights_depend_on(run)
+        if before != after:
+            differing = ", ".join(name for name in after if before[name] != after[name])
+            raise ValueError(f"{folder} holds another run ({differing} differ): choose another folder")
     run.write(folder)
     with torch.inference_mode(False), torch.enable_grad():
         trainer = Trainer(job.model.to(device), job.data, config, held)
