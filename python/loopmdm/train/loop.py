@@ -440,7 +440,7 @@ class Trainer:
         """The held-out NLL of the averaged weights, the best over loop counts, if it is measured."""
         evaluate = self._evaluate
         assert evaluate is not None
-        results = None
+        found = None
         if self.ranks.distributed and isinstance(evaluate, SharedEvaluation):
             with self._averaged(everywhere=True) as model:
                 assert model is not None
@@ -448,13 +448,13 @@ class Trainer:
                     part = evaluate.part(model, self.rank, self.world_size)
             parts = self.ranks.gathered(part)
             if parts is not None:
-                results = evaluate.whole(parts)
+                found = evaluate.whole(parts)
         else:
             with self._averaged() as model:
                 if model is not None:
                     with evaluating([model]), torch.no_grad():
-                        results = evaluate(model)
-        nll = None if results is None else self._log_evaluation(results)
+                        found = evaluate(model)
+        nll = None if found is None else self._log_evaluation(found)
         return self.ranks.agreed(nll, patiently=True) if self.ranks.distributed else nll
 
     def _log_evaluation(self, evaluation: dict[str, Any]) -> float | None:
