@@ -42,7 +42,7 @@ def make(**changes: Any) -> LoopMDM:
         "hidden_size": 32,
         "num_heads": 4,
         "num_layers": 5,
-        "cond_dim": 8,
+        "cond_dim": 32,
         "max_length": 24,
         "max_loops": 5,
         "gate_init": 1.0,
