@@ -147,19 +147,24 @@ def traffic(folder: Path, options: dict[str, Any]) -> str:
     return f"{counting.count} {counting.norms}"
 
 
+def say(*words: object) -> None:
+    """A line of its own in what all ranks print: `print` writes word by word where nothing is buffered."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
 def work(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
     """What one rank does."""
     dist.init_process_group("gloo")
     torch.compile = partial(torch.compile, backend="aot_eager")
     for name, job in jobs.items():
         if name.startswith("traffic"):
-            print(name, traffic(folder / name, job), flush=True)
+            say(name, traffic(folder / name, job))
             continue
         if name == "refused":
             try:
                 trainer(folder / name, new_model(), {"parallel": job["parallel"]}, compile=job["compile"])
             except ValueError as error:
-                print(name, error, flush=True)
+                say(name, error)
             continue
         changes = {key: value for key, value in job.items() if key in TrainConfig.__dataclass_fields__}
         options = {key: value for key, value in job.items() if key not in changes}
