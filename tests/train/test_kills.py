@@ -1,14 +1,18 @@
-"""A rank that is killed under torchrun: the run ends with one error, and goes on to the same bits."""
+"""A rank that is lost at any moment: the run ends with one error, and goes on to the same bits."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import lost_processes
+import pytest
 from ranks import free_port
 
-from tests.fuzz.kills import OPTIONS, campaign, environment
+from tests.fuzz.kills import OPTIONS, campaign, environment, records
 
 
 def test_a_killed_rank_ends_the_run_which_then_resumes_bitwise(tmp_path: Path) -> None:
@@ -19,17 +23,53 @@ def test_a_killed_rank_ends_the_run_which_then_resumes_bitwise(tmp_path: Path) -
     assert result["runs_bitwise"] == len(result["runs"]) == 1
 
 
-# A command line whose second process never gets the batch of step 5.
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    folder = tmp_path_factory.mktemp("lost")
+    paths = [str(Path(__file__).parent), environment()["PYTHONPATH"]]
+    done = subprocess.run(
+        [sys.executable, lost_processes.__file__, str(folder)],
+        env=environment() | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", lost_processes.CASES)
+def test_a_process_that_is_lost_anywhere_ends_the_run(lost: tuple[Path, dict[str, int]], name: str) -> None:
+    """Also one that vanishes with its node and closes nothing, and while the other has work of its own."""
+    folder, statuses = lost
+    victim = lost_processes.CASES[name][1]
+    said = [(folder / name.replace(" ", "-") / str(rank)).read_text() for rank in range(2)]
+    errors = [[line for line in text.splitlines() if "error" in line] for text in said]
+    assert statuses[name] == 1
+    if name == "failure":
+        assert errors == [[], ["loopmdm train: error: planted"]]
+        return
+    of = "the next process" if victim else "the store of the run"
+    (error,) = errors[1 - victim]
+    assert error.startswith("loopmdm train: error: another process of this run does not answer ")
+    assert f"(rank {1 - victim} sees: no sign of life of {of} for 5 s); checkpoints are intact" in error
+    assert not errors[victim]
+    last = {"checkpoint": ["step-00000000"], "start": [], "export": ["step-00000010"]}
+    kept = sorted(path.name for path in (folder / name.replace(" ", "-")).glob("run/checkpoints/*"))
+    assert kept[-1:] == last.get(name, ["step-00000005"])
+
+
+# A command line whose second process gets its first batch late, and that of step 5 never.
 HANGS = """
-import os, sys, threading
+import os, sys, threading, time
 from loopmdm.cli import main
 from loopmdm.train.batches import Prefetcher
 
 get = Prefetcher.get
 
 def hanging(self, step, index):
-    if step == 5 and os.environ["RANK"] == "1":
-        threading.Event().wait()
+    if os.environ["RANK"] == "1":
+        time.sleep(4 if step == 0 else 0)
+        threading.Event().wait(None if step == 5 else 0)
     return get(self, step, index)
 
 Prefetcher.get = hanging
@@ -38,9 +78,9 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
-    """As one whose node is lost: its connections stay open, and it does not answer."""
+    """It is alive and does not answer. The first step may take longer than a process waits in later ones."""
     (tmp_path / "text.txt").write_text("A line of text.\n" * 500)
-    words = f"train --out {tmp_path / 'run'} --data {tmp_path / 'text.txt'} --steps 9 --timeout-minutes 0.25"
+    words = f"train --out {tmp_path / 'run'} --data {tmp_path / 'text.txt'} --steps 9 --timeout-minutes 0.05"
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
@@ -59,4 +99,5 @@ def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
     assert processes[0].returncode == 1
     last = errors.splitlines()[-1]
     assert last.startswith("loopmdm train: error: another process of this run does not answer (rank 0 sees: ")
+    assert "Timed out waiting 3000ms" in last and max(r["step"] for r in records(tmp_path / "run")) == 5
     assert last.endswith("checkpoints are intact, and --resume continues from the last one")

@@ -95,7 +95,7 @@ def train(args: argparse.Namespace) -> int:
     )
     device = set_up(args)
     _refuse_foreign(args.out / FAMILY_FILE)
-    with process_group(device, args.timeout_minutes) as (rank, device):
+    with process_group(device) as (rank, device):
         for member in members:
             options = member_options(args, member)
             if _finished(options):

@@ -10,15 +10,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
+from loopmdm import terminal
+from loopmdm.cli.heartbeat import Heartbeat
 from loopmdm.cli.parser import FAILED
+from loopmdm.printable import printable_lines
 from loopmdm.train.state import CheckpointError
 
-TIMEOUT_MINUTES = 5.0  # that a process waits for another one, at the start or in a step
-_FIRST = "loopmdm/first-error"
+TIMEOUT_MINUTES = 5.0  # that a process waits for another one in a step
 _PREPARED = "loopmdm/prepared-{}"
 _preparations = itertools.count()  # each has a key of its own
 # In the errors of the backends when a process at the other end is gone; gloo names a line of its source.
@@ -36,12 +39,11 @@ class LostProcessError(RuntimeError):
 
 
 @contextmanager
-def process_group(device: torch.device, minutes: float) -> Iterator[tuple[int, torch.device]]:
+def process_group(device: torch.device) -> Iterator[tuple[int, torch.device]]:
     """Joins the processes `torchrun` started; yields the rank and the device of this one.
 
-    A process that waits longer than `minutes` for another one, here or within a step, ends the run. Of
-    errors inside the first one is raised; processes that fail after it, as a rule because of it, end without
-    a word.
+    Of errors inside the first one is raised; processes that fail after it, as a rule because of it, end
+    without a word. Inside, a process that is gone ends all others, whatever they do (`Heartbeat`).
 
     Raises:
         LostProcessError: another process was killed, say.
@@ -54,23 +56,35 @@ def process_group(device: torch.device, minutes: float) -> Iterator[tuple[int, t
         torch.cuda.set_device(device)
     # gloo too: checkpoints are agreed on and gathered by it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    dist.init_process_group(backend)
+    heartbeat = Heartbeat(_end)
     try:
-        yield dist.get_rank(), device
+        with heartbeat:
+            yield dist.get_rank(), device
     except Exception as error:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others; this one is ending
-        if not _is_first():
+        if not heartbeat.is_first_failure():
             raise SystemExit(FAILED) from error
         if _is_of_a_lost_process(error):
             what = _NOISE.sub("", str(error).strip().splitlines()[0])
-            became = "does not answer" if _SILENT.search(what) else "has ended"
-            raise LostProcessError(
-                f"another process of this run {became} (rank {dist.get_rank()} sees: {what}); checkpoints"
-                " are intact, and --resume continues from the last one"
-            ) from error
+            raise _lost("does not answer" if _SILENT.search(what) else "has ended", what) from error
         raise
     dist.destroy_process_group()
+
+
+def _lost(became: str, what: str) -> LostProcessError:
+    return LostProcessError(
+        f"another process of this run {became} (rank {dist.get_rank()} sees: {what}); checkpoints are intact,"
+        " and --resume continues from the last one"
+    )
+
+
+def _end(missing: str | None) -> NoReturn:
+    """End this process from another thread than the one that waits for what will not come."""
+    if missing is not None:
+        terminal.say(f"loopmdm train: error: {printable_lines(str(_lost('does not answer', missing)))}")
+    os._exit(FAILED)
 
 
 def wait_for_rank_zero(rank: int) -> None:
@@ -82,15 +96,6 @@ def wait_for_rank_zero(rank: int) -> None:
         store.set(key, "yes")
     else:
         store.wait([key], timedelta(days=7))
-
-
-def _is_first() -> bool:
-    """Whether no process of the run has failed before; also where that cannot be known any more."""
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        return bool(store.add(_FIRST, 1) == 1)
-    except RuntimeError:
-        return True
 
 
 def _is_of_a_lost_process(error: Exception) -> bool:

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -130,6 +131,7 @@ def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> Trai
             shard_size=args.shard_size,
             keep=args.keep,
             peak_flops=None if args.peak_tflops is None else 1e12 * args.peak_tflops,
+            timeout=timedelta(minutes=args.timeout_minutes),
         )
         if args.resume:
             done = trainer.resume()

@@ -245,8 +245,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         default=TIMEOUT_MINUTES,
         metavar="MIN",
-        help="end the run when a process waits so long for another one at the start or within a step, which"
-        " hangs or whose node is lost (default: %(default)g)",
+        help="end the run when a process waits so long for another one within a step, but the first, as for"
+        " one that hangs (default: %(default)g)",
     )
     log = parser.add_argument_group("checkpoints and evaluation")
     log.add_argument(
@@ -308,7 +308,7 @@ def run(args: argparse.Namespace) -> int:
     if args.family is not None:
         return family.train(args)
     device = set_up(args)
-    with process_group(device, args.timeout_minutes) as (rank, device):
+    with process_group(device) as (rank, device):
         trained = train_run(args, rank, device)
         if rank:
             return 0

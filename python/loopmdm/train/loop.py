@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class Trainer:
         shard_size: int | None = None,
         keep: int | None = None,
         peak_flops: float | None = None,
+        timeout: timedelta | None = None,
     ) -> None:
         """Prepare a run; nothing is written before `train`.
 
@@ -116,6 +118,8 @@ class Trainer:
                 and of a single process one file of the newest, unless the run has shards already.
             peak_flops: of the device of one rank, FLOP/s, for the share of it that is used (mfu); None: that
                 of the GPU's data sheet, if it is known.
+            timeout: of the collectives of a step, from the second step of this process on, since the first
+                one may compile for long; None: that which `torch.distributed` was begun with.
         """
         if config.eval_every and evaluate is None:
             raise ValueError("eval_every is set, but there is nothing to run: pass evaluate")
@@ -148,6 +152,7 @@ class Trainer:
         self._source = batch_source(data, config.accumulation)
         length = self._source(0, *self.layout.place(0), 1).input_ids.shape[1]
         self._law = LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=length)
+        self._timeout = timeout
         self._on_log, self._evaluate, self._show_progress = on_log, evaluate, show_progress
         self.ema = EMA(model, config.ema)
         self.optimizer = Optimizer(self.ema.names, self.ema.parameters, config, self.device)
@@ -313,6 +318,9 @@ class Trainer:
         """One optimizer step; its figures are not waited for."""
         requests = self._stop_requested, self._log is not None and self._checkpoint_is_old()
         taken = self._stepper.take(step, requests, None if self._read_late else self._check_finite)
+        if self._timeout is not None:
+            self.ranks.wait_at_most(self._timeout)
+            self._timeout = None
         self.counters.flops += taken.record.pop("work")
         taken.record["flops"] = self.counters.flops
         return taken

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -114,6 +115,7 @@ class Ranks:
         self.form: Form | None = form or ("ddp" if self.distributed else None)
         self.sharded = self.form in ("fsdp2", "hsdp")
         self._device = next(model.parameters()).device
+        self._mesh: DeviceMesh | None = None
         # While a rank has long work of its own, such as an evaluation, the others wait in this group, as long
         # as torch.distributed waits by default and longer than for a step.
         self._patient = dist.new_group(backend="gloo") if self.distributed else None
@@ -142,13 +144,14 @@ class Ranks:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-        options: dict[str, Any] = {"mesh": self._mesh(shard_size), "mp_policy": policy}
+        self._mesh = self._new_mesh(shard_size)
+        options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": policy}
         for block in getattr(model, "blocks", ()):
             fully_shard(block, **options)
         fully_shard(model, **options)
         register_fsdp_forward_method(model, "loss")
 
-    def _mesh(self, shard_size: int | None) -> DeviceMesh:
+    def _new_mesh(self, shard_size: int | None) -> DeviceMesh:
         kind = self._device.type
         if self.form == "fsdp2":
             return init_device_mesh(kind, (self.world_size,), mesh_dim_names=("shard",))
@@ -159,6 +162,14 @@ class Ranks:
             )
         shape = (self.world_size // size, size)
         return init_device_mesh(kind, shape, mesh_dim_names=("copies", "shard"))
+
+    def wait_at_most(self, timeout: timedelta) -> None:
+        """From now on, for a rank in a collective of a step."""
+        if not self.distributed:
+            return
+        groups = [dist.group.WORLD, *([] if self._mesh is None else self._mesh.get_all_groups())]
+        for group in groups:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def loss(self, batch: Batch, num_loops: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, NLL sum, tokens) of a micro-batch, each a scalar."""
