@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,23 @@ class SolveResult:
     seconds: float
     ledger: SamplingLedger  # of all network calls
     num_steps: int  # denoising steps
+
+    @classmethod
+    def of_all(cls, parts: Sequence[SolveResult]) -> SolveResult:
+        """The answers to the puzzles of several results, in their order, and what they cost in all."""
+        ledger = SamplingLedger(parts[0].ledger.length)
+        for part in parts:
+            ledger.add(part.ledger)
+        return cls(
+            boards=np.concatenate([part.boards for part in parts]),
+            valid=np.concatenate([part.valid for part in parts]),
+            fits_clues=np.concatenate([part.fits_clues for part in parts]),
+            loops=np.concatenate([part.loops for part in parts]),
+            network_calls=np.concatenate([part.network_calls for part in parts]),
+            seconds=sum(part.seconds for part in parts),
+            ledger=ledger,
+            num_steps=max(part.num_steps for part in parts),
+        )
 
     @property
     def solved(self) -> NDArray[np.bool_]:
@@ -98,8 +116,12 @@ def solve_with(
     batch_size: int = 64,
     progress: bool = False,
     first: SampleResult | None = None,
+    first_id: int = 0,
 ) -> SolveResult:
-    """`solve_puzzles` with the options of decoding in one value."""
+    """`solve_puzzles` with the options of decoding in one value.
+
+    first_id: number of the first puzzle, which draws follow from, among those that others solve too.
+    """
     cells = check_cells(spec, puzzles, "puzzles")
     if cells.ndim != 2 or not len(cells):
         raise ValueError(f"puzzles must be [N, {spec.cells}] with N >= 1, got shape {list(cells.shape)}")
@@ -114,7 +136,7 @@ def solve_with(
     results = [] if first is None else [first]
     for start in range(0 if first is None else len(first.tokens), len(cells), size):
         part = tokens[start : start + size]
-        ids = list(range(start, start + len(part)))
+        ids = list(range(first_id + start, first_id + start + len(part)))
         results.append(sample_with(model, decoding, infill=part, sequence_ids=ids, progress=progress))
     ledger = SamplingLedger(spec.cells)
     for result in results:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -168,7 +169,6 @@ def nll_results(parts: Sequence[Measured], *, bytes_per_token: float | None = No
     return results
 
 
-@torch.no_grad()
 def evaluate_autoregressive(
     model: CausalLM, batches: Iterable[Batch | Tensor], *, bytes_per_token: float | None = None
 ) -> NLLResult:
@@ -177,18 +177,43 @@ def evaluate_autoregressive(
     Arguments as there. The result says one loop and one time: the model reads a sequence once.
     """
     _check_bytes(bytes_per_token)
+    return autoregressive_result([measure_autoregressive(model, batches)], bytes_per_token=bytes_per_token)
+
+
+@torch.no_grad()
+def measure_autoregressive(
+    model: CausalLM, batches: Iterable[Batch | Tensor], *, rank: int = 0, world_size: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    """What one of several processes measures for `autoregressive_result`: every `world_size`-th batch.
+
+    Whole batches, since the last bits of this model depend on what else is in a batch.
+
+    Returns:
+        Nats and counted tokens of the sequences of each batch, [B] float64 on the CPU.
+    """
     device = next(model.parameters()).device
-    sums, tokens = [], []
+    found = []
     with evaluating([model]):
-        for item in _items(batches):
+        for index, item in enumerate(_items(batches)):
             batch = _batch(item)
+            if index % world_size != rank:
+                continue
             counted = counted_tokens(batch)
             nll = model.token_nll(batch.input_ids.to(device), counted.to(device))
-            sums.append(nll.double().sum(1).cpu())
-            tokens.append(counted.sum(1).double())
-    if not sums or not sum(float(part.sum()) for part in tokens):
+            found.append((nll.double().sum(1).cpu(), counted.sum(1).double()))
+    return found
+
+
+def autoregressive_result(
+    parts: Sequence[Sequence[tuple[Tensor, Tensor]]], *, bytes_per_token: float | None = None
+) -> NLLResult:
+    """The result of `evaluate_autoregressive` from what each process has measured, by their ranks."""
+    rounds = zip_longest(*parts)
+    in_order = [measured for batches in rounds for measured in batches if measured is not None]
+    if not sum(float(tokens.sum()) for _, tokens in in_order):
         raise ValueError("batches: there is no token to evaluate")
-    return _nll_result(torch.cat(sums), torch.cat(tokens), 1, 1, bytes_per_token)
+    sums, tokens = map(torch.cat, zip(*in_order, strict=True))
+    return _nll_result(sums, tokens, 1, 1, bytes_per_token)
 
 
 def _nll_result(

@@ -188,17 +188,27 @@ def solve_all(
     counted: NDArray[np.bool_] | None = None,
     last_first: SampleResult | None = None,
     seeds: Mapping[str, int] = MappingProxyType({}),
+    first_id: int = 0,
 ) -> list[Solved]:
     """Solve the puzzles [N, cells] once in every way.
 
     counted: [N] puzzles that the shares are of, None for all; last_first: `first` of `solve_puzzles` for the
-    last way; seeds: of what was drawn before, such as the puzzles.
+    last way; seeds: of what was drawn before, such as the puzzles; first_id: as in `solve_with`.
     """
     firsts = [None] * (len(decodings) - 1) + [last_first]
     return [
         Solved(
             decoding,
-            solve_with(model, puzzles, spec, decoding, batch_size=batch_size, progress=progress, first=first),
+            solve_with(
+                model,
+                puzzles,
+                spec,
+                decoding,
+                batch_size=batch_size,
+                progress=progress,
+                first=first,
+                first_id=first_id,
+            ),
             int((puzzles == 0).sum()),
             decoding.dtype or model.compute_dtype,
             counted,

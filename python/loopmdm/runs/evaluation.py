@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from loopmdm.data.sudoku import SudokuSpec, encode_boards
 from loopmdm.data.sudoku.boards import Cells
@@ -12,13 +15,20 @@ from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
 from loopmdm.plan import as_plan
 from loopmdm.quality.causal import CausalLM
-from loopmdm.quality.likelihood import Measured, evaluate_autoregressive, measure_nll, nll_results
+from loopmdm.quality.likelihood import (
+    Measured,
+    autoregressive_result,
+    measure_autoregressive,
+    measure_nll,
+    nll_results,
+)
 from loopmdm.runs import likelihood, text_data
 from loopmdm.runs.boards import ORDERS, Solved, greedy, solve_all
 from loopmdm.runs.models import default_loops
 from loopmdm.runs.options import UsageError
 from loopmdm.sampling import Decoding
 from loopmdm.sampling.sampler import sample_with
+from loopmdm.solve import SolveResult
 from loopmdm.train import SharedEvaluation
 
 # Samples of each prompt and loop count, where nothing else is asked for.
@@ -116,28 +126,48 @@ class TextEvaluation(SharedEvaluation):
 
 
 @dataclass(frozen=True)
-class CausalEvaluation:
-    """Held-out likelihood of an autoregressive model, which makes no samples."""
+class CausalEvaluation(SharedEvaluation):
+    """Held-out likelihood of an autoregressive model, which makes no samples; ranks share the batches."""
 
     windows: text_data.Windows
 
-    def __call__(self, model: CausalLM) -> dict[str, Any]:
-        result = evaluate_autoregressive(
-            model, self.windows.batches, bytes_per_token=self.windows.bytes_per_token
-        )
+    def part(self, model: CausalLM, rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
+        return measure_autoregressive(model, self.windows.batches, rank=rank, world_size=world_size)
+
+    def whole(self, parts: Sequence[list[tuple[Tensor, Tensor]]]) -> dict[str, Any]:
+        result = autoregressive_result(parts, bytes_per_token=self.windows.bytes_per_token)
         return {"held_out": [likelihood.to_dict(result)]}
 
 
 @dataclass(frozen=True)
-class BoardEvaluation:
-    """The share of puzzles solved; of the first so many, the boards."""
+class BoardEvaluation(SharedEvaluation):
+    """The share of puzzles solved; of the first so many, the boards. Ranks share the puzzles."""
 
     spec: SudokuSpec
-    puzzles: Cells
+    find: Callable[[], Cells]  # the puzzles, which are made when they are needed
     samples: int
 
-    def __call__(self, model: LoopMDM) -> dict[str, Any]:
-        solved = solve_all(model, self.spec, self.puzzles, greedy(ORDERS, default_loops(model)))
+    @cached_property
+    def puzzles(self) -> Cells:
+        return self.find()
+
+    def part(self, model: LoopMDM, rank: int, world_size: int) -> list[Solved]:
+        """In each way; nothing of a rank that has no puzzle."""
+        start, end = (len(self.puzzles) * number // world_size for number in (rank, rank + 1))
+        if start == end:
+            return []
+        ways = greedy(ORDERS, default_loops(model))
+        return solve_all(model, self.spec, self.puzzles[start:end], ways, first_id=start)
+
+    def whole(self, parts: Sequence[list[Solved]]) -> dict[str, Any]:
+        ways = zip(*filter(None, parts), strict=True)
+        solved = [
+            one[0]._replace(
+                result=SolveResult.of_all([part.result for part in one]),
+                blanks=sum(part.blanks for part in one),
+            )
+            for one in ways
+        ]
         in_order = [one for one in solved if one.decoding.order == ORDERS[0]]  # where S matters most
         shown = [self._board(one, i) for one in in_order for i in range(min(self.samples, len(self.puzzles)))]
         document: dict[str, Any] = {"solved": [one.to_dict() for one in solved]}

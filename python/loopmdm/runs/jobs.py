@@ -72,10 +72,9 @@ def sudoku_job(run: RunFile, threads: int) -> Job:
     num = run.evaluation.get("size") or EVALUATED_PUZZLES
     samples = run.evaluation.get("samples", SAMPLES)
 
-    def evaluate(model: LoopMDM) -> dict[str, Any]:
-        puzzles = held_out_puzzles(recipe.spec, num, threads).clues
-        return BoardEvaluation(recipe.spec, puzzles, samples)(model)
-
+    evaluate = BoardEvaluation(
+        recipe.spec, lambda: held_out_puzzles(recipe.spec, num, threads).clues, samples
+    )
     return Job(model, data, config, evaluate, dataclasses.replace(run, training=config.to_dict()))
 
 
