@@ -33,10 +33,12 @@ def test_gradients_are_those_of_indexing(embedding):
     assert len(addresses) == 1
 
 
-def test_threads_do_not_change_the_bits():
-    """Of sums of many rows, which `index_put_` adds in any order."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_threads_do_not_change_the_bits(compiled):
+    """Of sums of many rows, which `index_put_` adds in any order, as a compiler's own code does."""
     generator = torch.Generator().manual_seed(0)
     embedding = TokenEmbedding(5000, 64)
+    forward = torch.compile(embedding, fullgraph=True) if compiled else embedding
     ids = torch.randint(50, (8, 1024), generator=generator)
     weights = torch.randn(8, 1024, 64, generator=generator)
     threads = torch.get_num_threads()
@@ -44,9 +46,10 @@ def test_threads_do_not_change_the_bits():
     try:
         for number in (1, 2, 2, 2, 2):
             torch.set_num_threads(number)
-            found.append(torch.autograd.grad((embedding(ids) * weights).sum(), embedding.embedding)[0])
+            found.append(torch.autograd.grad((forward(ids) * weights).sum(), embedding.embedding)[0])
     finally:
         torch.set_num_threads(threads)
+    found.append(torch.autograd.grad((embedding(ids) * weights).sum(), embedding.embedding)[0])
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
