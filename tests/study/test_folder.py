@@ -85,7 +85,7 @@ def test_table_csv_and_json_hold_the_same(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
-    open_folder(tmp_path)
+    open_folder(tmp_path).items(["1"], value)
     with pytest.raises(ValueError, match=r"windows was 4, is 5.*--out"):
         open_folder(tmp_path, windows=5)
     with pytest.raises(ValueError, match="seed was None, is 1"):
@@ -94,6 +94,20 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         StudyFolder(tmp_path, "other", SETTINGS)
     (tmp_path / "items.jsonl").write_text("not json\n")
     with pytest.raises(ValueError, match="damaged"):
+        open_folder(tmp_path)
+
+
+def test_a_folder_without_a_finished_item_takes_other_settings(tmp_path: Path) -> None:
+    """A command that was refused after its folder was begun, put right."""
+    open_folder(tmp_path).pin("weights of a", "1f")
+    folder = open_folder(tmp_path, windows=5)
+    folder.pin("weights of a", "2e")
+    (tmp_path / "arms").mkdir()
+    with pytest.raises(ValueError, match="windows was 5, is 4"):
+        open_folder(tmp_path)
+    (tmp_path / "arms").rmdir()
+    folder.items(["1"], value)
+    with pytest.raises(ValueError, match="windows was 5, is 4"):
         open_folder(tmp_path)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loopmdm.plan import ComputePlan
 
 ITEMS_FILE = "items.jsonl"
+_PIN = "pin: "  # before the name of a fact that items depend on
 PLAN_FILES = ("plan.json", "best-plan.json", "table-plan.json", "gate.json")
 TABLE_JSON, TABLE_CSV, FIGURE_FILE = "table.json", "table.csv", "figure.png"
 SECONDS_BETWEEN_LINES = 15.0
@@ -35,6 +36,7 @@ class StudyFolder:
 
     The first line holds the study's name, its settings and the provenance of its start; a run with other
     settings is refused, one with the same settings computes only what is missing and writes the same table.
+    A folder in which nothing is finished or in training takes any settings: it has nothing to lose.
 
     Attributes:
         facts: what the study adds to the provenance (executed network calls, precision, ...).
@@ -104,6 +106,9 @@ class StudyFolder:
             self._items = {item["key"]: item["value"] for item in items}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self._file} is damaged ({error!r}); remove it to start again") from error
+        if (differing or not same_study) and not self._has_results():
+            self._items = {}  # of a command that was refused for its options, and is put right
+            return False
         if not same_study:
             raise ValueError(f"{self.path} holds the study {stored['study']!r}, not {self.study!r}")
         if differing:
@@ -112,6 +117,11 @@ class StudyFolder:
                 " give the same ones, or another --out"
             )
         return True
+
+    def _has_results(self) -> bool:
+        """Whether an item is computed, or a folder begun, as by models in training."""
+        computed = any(not key.startswith(_PIN) for key in self._items)
+        return computed or any(entry.is_dir() for entry in self.path.iterdir())
 
     def items(
         self,
@@ -152,7 +162,7 @@ class StudyFolder:
         Raises:
             ValueError: the folder was begun with another value.
         """
-        (kept,) = self.items([f"pin: {name}"], lambda _: value, progress=False)
+        (kept,) = self.items([f"{_PIN}{name}"], lambda _: value, progress=False)
         if kept != value:
             raise ValueError(
                 f"{self.path} was begun with other {name} ({kept}, now {value}); give another --out"
