@@ -10,26 +10,29 @@ void pack_panel_of(const Source* w, const LinearSource& source, const LinearLayo
   if (first >= group_width) return;
   const int width = panel_width(group_width, first);
   uint32_t* out = packed + layout.group_offset(group) + first * layout.words;
+  if (source.transposed) {  // a plain matrix, one unit
+    for (int64_t k = 0; k < layout.words; ++k, out += width) {
+      const int64_t row = k * Operand::kPerWord;
+      const bool has_odd = Operand::kPerWord == 2 && row + 1 < source.depth;
+      const Source* at = w + row * source.columns + first;
+      for (int j = 0; j < width; j += kLanes) {
+        const int64_t filled = source.columns - first - j;
+        const Floats even = load_some(at + j, filled);
+        const Floats odd = has_odd ? load_some(at + source.columns + j, filled) : Floats{};
+        store_words(out + j, Operand::zip(even, odd));
+      }
+    }
+    return;
+  }
   for (int j = 0; j < width; j += kLanes) {
     // A vector of columns lies in one unit: unit_width is a multiple of kLanes.
     const int64_t unit = group * layout.units_per_group + (first + j) / layout.unit_width;
     const int64_t in_unit = (first + j) % layout.unit_width;
     const int64_t column = unit * layout.unit + in_unit;
     const int64_t filled = layout.unit - in_unit;  // columns left in the unit
-    if (source.transposed) {
-      for (int64_t k = 0; k < layout.words; ++k) {
-        const int64_t row = k * Operand::kPerWord;
-        const Source* at = w + row * source.columns + column;
-        const Floats even = filled > 0 ? load_some(at, filled) : Floats{};
-        const bool has_odd = Operand::kPerWord == 2 && row + 1 < source.depth && filled > 0;
-        const Floats odd = has_odd ? load_some(at + source.columns, filled) : Floats{};
-        store_words(out + k * width + j, Operand::zip(even, odd));
-      }
-    } else {
-      const int here = static_cast<int>(filled < kLanes ? filled : kLanes);
-      pack_columns<Operand>(w + column * source.depth, source.depth, here, source.depth, layout.words, width,
-                            out + j);
-    }
+    const int here = static_cast<int>(filled < kLanes ? filled : kLanes);
+    pack_columns<Operand>(w + column * source.depth, source.depth, here, source.depth, layout.words, width,
+                          out + j);
   }
 }
 

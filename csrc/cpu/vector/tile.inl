@@ -443,6 +443,7 @@ inline void pack_columns_of(int filled, int64_t words, int64_t stride, uint32_t*
       store_words(column, load(0, k));
       for (int i = 0; i < kLanes; ++i) rows[i] = Words{column[i]};
     } else if (filled >= kLanes) {
+#pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) rows[j] = load(j, k);
       transpose(rows);
     } else {
