@@ -22,9 +22,9 @@ from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.cut import named, why_block, why_head
 from loopmdm.model.flops import SIGMA_FEATURES
 from loopmdm_kernels.cpu.gradient_memory import gradient_memory
-from loopmdm_kernels.ops.library import register
+from loopmdm_kernels.ops.library import LIBRARY, register
 from loopmdm_kernels.reference.looped_blocks import BlockParts, Dropout, apply_block, layer_norm, modulate
-from loopmdm_kernels.tracing import traced, transformed
+from loopmdm_kernels.tracing import once_differentiable, traced, transformed
 from loopmdm_kernels.types import BlockWeights, Rotary
 
 ROTARY_BASE = 10_000.0
@@ -52,7 +52,7 @@ class TokenEmbedding(nn.Module):
         weight = self.embedding
         trains = torch.is_grad_enabled() and weight.requires_grad and weight.device.type == "cpu"
         if trains and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-            return cast(Tensor, _CompiledRows.apply(weight, indices))  # type: ignore[no-untyped-call]
+            return cast(Tensor, torch.ops.loopmdm.rows_of(weight, indices))
         if not trains or type(weight) is not nn.Parameter or traced(weight) or transformed():
             return weight[indices]
         return cast(Tensor, _Rows.apply(weight, indices))  # type: ignore[no-untyped-call]
@@ -77,29 +77,34 @@ class _Rows(Function):
         return gradient_memory(weight, weight.dtype).zero_().index_add_(0, rows, values), None
 
 
-class _CompiledRows(Function):
-    """weight[indices], whose gradient a compiler does not make into an addition in any order."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, indices: Tensor) -> Tensor:
-        ctx.num = weight.shape[0]
-        ctx.save_for_backward(indices)
-        return weight[indices]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (indices,) = ctx.saved_tensors
-        return torch.ops.loopmdm.add_rows(grad.flatten(0, -2), indices.flatten(), ctx.num), None
-
-
 def _add_rows(values: Tensor, rows: Tensor, num: int) -> Tensor:
     return values.new_zeros(num, values.shape[1]).index_add_(0, rows, values)
 
 
+def _keep_rows(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    weight, indices = inputs
+    ctx.num = weight.shape[0]
+    ctx.save_for_backward(indices)
+
+
+def _rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (indices,) = ctx.saved_tensors
+    return torch.ops.loopmdm.add_rows(grad.flatten(0, -2), indices.flatten(), ctx.num), None
+
+
+# weight[indices], whose gradient a compiler does not make into an addition in any order.
+register(
+    "rows_of(Tensor weight, Tensor indices) -> Tensor",
+    lambda weight, indices: weight[indices],
+    lambda weight, indices: weight.new_empty(*indices.shape, weight.shape[1]),
+)
 register(
     "add_rows(Tensor values, Tensor rows, int num) -> Tensor",
     _add_rows,
     lambda values, rows, num: values.new_empty(num, values.shape[1]),
+)
+torch.library.register_autograd(
+    "loopmdm::rows_of", once_differentiable(_rows_backward), setup_context=_keep_rows, lib=LIBRARY
 )
 
 
