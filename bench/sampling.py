@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +15,7 @@ import loopmdm_kernels as lk
 from bench import reference_sampler
 from bench.compare import OURS, best_peer, figures, measure
 from bench.peers import EAGER, compiled, compiled_pieces, plain_ops
-from bench.roofline import native_dtype
+from bench.roofline import NAMES, native_dtype
 from bench.run import BF16, REAL, Call, Calls, Run
 from loopmdm import LoopMDM, LoopMDMConfig, sample
 from loopmdm.model.flops import forward_flops
@@ -87,31 +86,26 @@ def test_sampling(benchmark, num_loops):
         "small", vocab_size=VOCAB, mask_token_id=VOCAB - 1, dropout=0.0, gate_init=1.0
     )
     torch.manual_seed(0)
-    exact = LoopMDM(config).eval()
-    rounded = copy.deepcopy(exact).bfloat16()
-    narrow = native_dtype() == torch.bfloat16
-    best_of_ours = rounded if narrow else exact
+    dtype = native_dtype()  # in which all are fastest
+    model = LoopMDM(config).eval().to(dtype)
 
     def on_the_reference_backend() -> None:
         with plain_ops(EAGER), torch.no_grad(), lk.use_backend("reference"):
-            ours(best_of_ours, num_loops)()
+            ours(model, num_loops)()
 
     variants = {
-        OURS: ours(best_of_ours, num_loops),
+        OURS: ours(model, num_loops),
         "ours on plain PyTorch": on_the_reference_backend,
-        "eager fp32": theirs(exact, num_loops, EAGER, compile_tail=False),
-        "compiled fp32": theirs(exact, num_loops, compiled_pieces(), compile_tail=True),
+        f"eager {NAMES[dtype]}": theirs(model, num_loops, EAGER, compile_tail=False),
+        f"compiled {NAMES[dtype]}": theirs(model, num_loops, compiled_pieces(), compile_tail=True),
     }
-    if narrow:  # without the instructions torch's product is slower in bf16 than in fp32 (the limits say so)
-        variants["eager bf16"] = theirs(rounded, num_loops, EAGER, compile_tail=False)
-        variants["compiled bf16"] = theirs(rounded, num_loops, compiled_pieces(), compile_tail=True)
     medians = measure(variants, few=1, repeats=REPEATS)
     peer = best_peer(medians)
-    eager = min(seconds for name, seconds in medians.items() if name.startswith("eager"))
+    eager = medians[f"eager {NAMES[dtype]}"]
     calls = STEPS * (1 - (1 - 1 / STEPS) ** LENGTH)
     flops = len(TIMED_CALLS) * forward_flops(config, LENGTH, num_loops, "blocks")
     benchmark.extra_info.update(
-        figures(medians, flops=flops, dtype=native_dtype()),
+        figures(medians, flops=flops, dtype=dtype),
         speedup_of_the_sampler_alone=round(eager / medians["ours on plain PyTorch"], 3),
         hours_to_1024_steps={
             name: round(medians[name] / len(TIMED_CALLS) * calls / 3600, 3) for name in (OURS, peer)
