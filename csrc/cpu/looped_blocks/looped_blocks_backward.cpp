@@ -14,7 +14,7 @@ namespace {
 // Fixed numbers: sums over rows are grouped by them, so they may not depend on the machine.
 constexpr int64_t kTaskRows = 64;                     // of one sequence
 constexpr int64_t kWorkingRows = 1024;                // of whole sequences, at least one
-constexpr int64_t kLeftPanels = 4, kRightPanels = 4;  // of a weight gradient in one task
+constexpr int64_t kTaskColumns = 256;                 // of either side of a weight gradient in one task
 constexpr int kVectors = 6;
 
 // What is summed over the rows of one task.
@@ -53,6 +53,7 @@ class Backward {
         f_(p.forward),
         kernel_(looped_blocks_backward_kernel(isa)),
         panel_(linear_kernel(isa).panel),
+        task_panels_(std::max<int64_t>(kTaskColumns / panel_, 1)),
         shape_(block_shape(f_, isa)),
         vectors_(f_, shape_),
         sums_{shape_.hidden_padded, shape_.width_padded},
@@ -177,10 +178,9 @@ class Backward {
       for (const Product& product : products) {
         if (task < tasks_of(product)) {
           const int64_t out_panels = ceil_divide(product.out, panel_);
-          const int64_t groups = ceil_divide(out_panels, kLeftPanels);
-          kernel_.weight(f_.bf16, product.left, product.out, range(task % groups, kLeftPanels, out_panels),
-                         product.right, range(task / groups, kRightPanels, panel_count(product.right)),
-                         product.gradient, add);
+          const int64_t groups = ceil_divide(out_panels, task_panels_);
+          kernel_.weight(f_.bf16, product.left, product.out, range(task % groups, out_panels), product.right,
+                         range(task / groups, panel_count(product.right)), product.gradient, add);
           return;
         }
         task -= tasks_of(product);
@@ -192,11 +192,11 @@ class Backward {
   static int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
   int64_t panel_count(const RowPanels& panels) const { return ceil_divide(panels.columns, panel_); }
   int64_t tasks_of(const Product& product) const {
-    return ceil_divide(panel_count(product.right), kRightPanels) *
-           ceil_divide(ceil_divide(product.out, panel_), kLeftPanels);
+    return ceil_divide(panel_count(product.right), task_panels_) *
+           ceil_divide(ceil_divide(product.out, panel_), task_panels_);
   }
-  static PanelRange range(int64_t group, int64_t size, int64_t end) {
-    return {group * size, std::min(end, (group + 1) * size)};
+  PanelRange range(int64_t group, int64_t end) const {
+    return {group * task_panels_, std::min(end, (group + 1) * task_panels_)};
   }
 
   // Operands of the weight gradients over `count` sequences.
@@ -279,7 +279,7 @@ class Backward {
   const LoopedBlocksBackwardProblem& p_;
   const LoopedBlocksProblem& f_;
   const LoopedBlocksBackwardKernel& kernel_;
-  const int64_t panel_;
+  const int64_t panel_, task_panels_;
   const BlockShape shape_;
   const FoldedVectors vectors_;
   const Sums sums_;
