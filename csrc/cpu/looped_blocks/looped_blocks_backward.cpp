@@ -12,9 +12,9 @@ namespace loopmdm::cpu {
 namespace {
 
 // Fixed numbers: sums over rows are grouped by them, so they may not depend on the machine.
-constexpr int64_t kTaskRows = 64;                     // of one sequence
-constexpr int64_t kWorkingRows = 1024;                // of whole sequences, at least one
-constexpr int64_t kTaskColumns = 256;                 // of either side of a weight gradient in one task
+constexpr int64_t kTaskRows = 64;       // of one sequence
+constexpr int64_t kWorkingRows = 1024;  // of whole sequences, at least one
+constexpr int64_t kTaskColumns = 256;   // of either side of a weight gradient in one task
 constexpr int kVectors = 6;
 
 // What is summed over the rows of one task.
