@@ -146,3 +146,35 @@ def test_puzzles_from_a_pipe(
     finally:
         writer.join()
     assert done.status == 0 and f"{pipe} is a pipe: waiting" in done.err and "1 puzzles of 9x9" in done.out
+
+
+@pytest.mark.parametrize(
+    "command", [["sample"], ["eval"], ["solve", BOARD, "--model"]], ids=lambda words: words[0]
+)
+@pytest.mark.parametrize("value", ["0:9", "5:2", "-1:2", "1:2:3", "1:nan"])
+def test_blocks_that_are_not_there(
+    call: Call, text_run: Path, sudoku_run: Path, command: list[str], value: str
+) -> None:
+    done = call(*command, sudoku_run if "solve" in command else text_run, f"--loop={value}")
+    assert done.status == USAGE and "--loop: got " in done.err and value in done.err
+    assert "loop_start" not in done.err and "expected START:END" in done.err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "5:2", "99999999999999999999", ",", "/nope/x"])
+def test_a_plan_that_is_none(call: Call, text_run: Path, value: str) -> None:
+    done = call("sample", text_run, *SAMPLE, f"--plan={value}")
+    assert done.status == USAGE and "error: --plan: " in done.err
+
+
+def test_files_of_samples_that_cannot_be_measured(call: Call, text_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "samples.json"
+    for content, message in (
+        (
+            '{"generated_seqs": ["ab", "a\\ud800"]}',
+            "text 1: text holds the lone surrogate '\\ud800' at index 1",
+        ),
+        ('{"generated_seqs": ["ab"]}', "holds one sample, expected at least 2"),
+    ):
+        file.write_text(content)
+        done = call("eval", text_run, "--from-samples", file)
+        assert done.status == FAILED and f"{file}" in done.err and message in done.err

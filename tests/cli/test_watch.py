@@ -36,6 +36,8 @@ def test_a_log_is_followed(tmp_path: Path) -> None:
         file.write(b": 2}\n\0\0\xff\n[1]\n{}\n" + json.dumps({"step": 3}).encode() + b"\n{")
         assert log.read() and [record["step"] for record in log.records] == [1, 2, 3]
         assert log.damaged == 3
+    path.write_text('{"step": 7}\n{"step": 8}\n' + " " * 200 + "\n")  # longer, and the same file
+    assert log.read() and [record["step"] for record in log.records] == [7, 8] and log.damaged == 1
     new = tmp_path / "new"  # as a resumed run writes it, without what came after its checkpoint
     new.write_text('{"step": 1}\n{"step": 2}\n')
     new.replace(path)

@@ -18,7 +18,15 @@ from typing import Any
 from loopmdm.cli import eval_samples, samples_table
 from loopmdm.cli.output import print_json, print_table, show
 from loopmdm.cli.parser import add_json, add_runtime, set_up
-from loopmdm.cli.plans import adaptive, adapts, exit_rule, looped_otherwise, looping, note_beyond_training
+from loopmdm.cli.plans import (
+    adaptive,
+    adapts,
+    exit_rule,
+    load_looped,
+    looped_otherwise,
+    looping,
+    note_beyond_training,
+)
 from loopmdm.data.sudoku import SudokuSpec, count_solutions, solve
 from loopmdm.model import LoopMDM
 from loopmdm.plan import ComputePlan
@@ -40,7 +48,7 @@ from loopmdm.runs.boards import (
     solve_all,
 )
 from loopmdm.runs.held_out import add_text_options, held_out_text
-from loopmdm.runs.models import default_loops, load_model, sudoku_spec
+from loopmdm.runs.models import default_loops, sudoku_spec
 from loopmdm.runs.options import UsageError, count, loop_counts, positive_int, usage_errors
 from loopmdm.sampling import ORDERS as SAMPLING_ORDERS
 from loopmdm.terminal import note
@@ -111,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = set_up(args)
-    model = load_model(args.model, device, **looping(args))
+    model = load_looped(args, args.model, device)
     spec = sudoku_spec(model)
     adaptive_loops = not eval_samples.wanted(args) and adapts(args)
     loops = args.loops or ([model.config.max_loops] if adaptive_loops else default_loops(model))

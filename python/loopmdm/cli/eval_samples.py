@@ -139,6 +139,11 @@ def measure(args: argparse.Namespace, model: LoopMDM, loops: list[int]) -> dict[
     if args.from_samples is not None:
         assert tokenizer is not None
         file = read_samples(args.from_samples, tokenizer)
+        if len(file.tokens) < 2:
+            raise ValueError(
+                f"--from-samples: {args.from_samples} holds one sample, expected at least 2:"
+                " the metrics compare samples with each other"
+            )
     number = args.samples if file is None else len(file.tokens)
     human, source = None, None
     if args.data is not None or (run is not None and run.data is not None):

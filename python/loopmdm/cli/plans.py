@@ -81,6 +81,24 @@ def looping(args: argparse.Namespace) -> dict[str, Any]:
     return fields if args.damped is None else {**fields, "damped": True}
 
 
+def load_looped(args: argparse.Namespace, source: str, device: torch.device) -> LoopMDM:
+    """The model of a command that has the options of `add_looping`.
+
+    Raises:
+        UsageError: it has no such blocks.
+    """
+    try:
+        return load_model(source, device, **looping(args))
+    except ValueError:
+        if args.loop is None:
+            raise
+        blocks = load_model(source, device).config.num_layers  # raises where the fault is the model's
+        got = f"{args.loop[0]}:{args.loop[1]}"
+        raise UsageError(
+            f"--loop: got {got}, expected START:END with 0 <= START < END <= {blocks}, the blocks of {source}"
+        ) from None
+
+
 def looped_otherwise(args: argparse.Namespace) -> str:
     """What a line about the model says of them."""
     blocks = "" if args.loop is None else f", blocks {args.loop[0]} to {args.loop[1] - 1} looped"
@@ -102,7 +120,7 @@ def adapts(args: argparse.Namespace) -> bool:
 def plan_option(args: argparse.Namespace, device: torch.device) -> ComputePlan:
     """The plan that the options of `add_plan` ask for."""
     text = args.plan
-    with usage_errors():
+    with usage_errors("--plan" if args.adaptive is None and args.criterion is None else None):
         if adapts(args):
             if text is not None and not text.isdecimal():
                 raise UsageError(f"--plan: with --adaptive it is the most loops, a count, got {text!r}")

@@ -21,12 +21,19 @@ import torch
 from loopmdm.cli.decoding import DTYPES, add_decoding, chosen_decoding
 from loopmdm.cli.output import has_color, print_json
 from loopmdm.cli.parser import add_json, add_runtime, set_up
-from loopmdm.cli.plans import add_plan, looped_otherwise, looping, note_beyond_training, plan_option
+from loopmdm.cli.plans import (
+    add_plan,
+    load_looped,
+    looped_otherwise,
+    looping,
+    note_beyond_training,
+    plan_option,
+)
 from loopmdm.cli.views import PainterOf, Views, add_views
 from loopmdm.data.sudoku import SudokuSpec, encode_boards, format_board, is_valid_solution
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
-from loopmdm.runs.models import load_model, load_tokenizer, sudoku_spec
+from loopmdm.runs.models import load_tokenizer, sudoku_spec
 from loopmdm.runs.options import UsageError, positive_int, usage_errors
 from loopmdm.runs.run_file import RunFile
 from loopmdm.sampling import Decoding, SampleResult
@@ -86,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     views = Views(args)
     device = set_up(args)
-    model = load_model(args.model, device, **looping(args))
+    model = load_looped(args, args.model, device)
     tokenizer = load_tokenizer(model, args.model, args.tokenizer)
     spec = sudoku_spec(model) if tokenizer is None else None
     if tokenizer is None and spec is None:

@@ -22,6 +22,7 @@ from loopmdm.cli.plans import (
     adaptive,
     adapts,
     add_plan,
+    load_looped,
     looped_otherwise,
     looping,
     note_beyond_training,
@@ -46,7 +47,7 @@ from loopmdm.runs.boards import (
     share_row,
     solve_all,
 )
-from loopmdm.runs.models import SHIPPED, default_loops, load_model
+from loopmdm.runs.models import SHIPPED, default_loops
 from loopmdm.runs.options import UsageError, loop_counts, positive_int, usage_errors
 from loopmdm.sampling import ORDERS as SAMPLING_ORDERS
 from loopmdm.sampling import Decoding, SampleResult
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     clues = puzzles.clues[: args.limit]
     device = set_up(args)
     name = args.model or _default_model(puzzles)
-    model = load_model(name, device, **looping(args))
+    model = load_looped(args, name, device)
     orders = ORDERS if args.order == "both" else (args.order,)
     with usage_errors():
         plans = _plans(args, model, device)

@@ -54,7 +54,12 @@ def read_samples(path: str | os.PathLike[str], tokenizer: Tokenizer) -> SamplesF
     rows = document.get("token_ids") if document.get("tokenizer") == tokenizer.fingerprint else None
     encoded = rows is None
     if rows is None:
-        rows = [_encoded(text, tokenizer) for text in texts]
+        rows = []
+        for index, text in enumerate(texts):
+            try:
+                rows.append(_encoded(text, tokenizer))
+            except ValueError as error:
+                raise ValueError(f"{path}: generated_seqs: text {index}: {error}") from error
     if not _are_ids(rows, tokenizer.vocab_size) or len(rows) != len(texts):
         raise ValueError(
             f"{path}: token_ids: expected ids below {tokenizer.vocab_size} of each of {len(texts)} texts"

@@ -18,14 +18,14 @@ class UsageError(Exception):
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turns what the library says about a value into an error of usage."""
+def usage_errors(option: str | None = None) -> Iterator[None]:
+    """Turns what the library says about a value, that of `option`, into an error of usage."""
     try:
         yield
     except (ValueError, TypeError) as error:
         if getattr(error, "of_the_model", False):  # what it predicts is no fault of the options
             raise
-        raise UsageError(str(error)) from error
+        raise UsageError(str(error) if option is None else f"{option}: {error}") from error
 
 
 class Sources(argparse.Action):
@@ -86,13 +86,16 @@ def loop_counts(text: str) -> list[int]:
 
 def loop_range(text: str) -> tuple[int, int]:
     """A half-open range of layers such as "1:3"."""
-    start, _, end = text.partition(":")
+    parts = text.split(":")
     try:
-        return int(start), int(end)
+        start, end = map(int, parts)
     except ValueError:
+        start, end = 0, -1
+    if not 0 <= start <= end:
         raise argparse.ArgumentTypeError(
             f"got {text!r}, expected START:END, the layers START..END-1 counted from 0, such as 1:3"
-        ) from None
+        )
+    return start, end
 
 
 def _int(text: str, least: int, expected: str | None = None, most: int = _MOST) -> int:

@@ -61,7 +61,7 @@ class Follower:
     """The records of a log that another process is writing.
 
     What is no record is left out and counted, but for the beginning of a last line, whose end may come. A log
-    that a resumed run has written anew is read anew.
+    that was written anew is read anew: the file, or the line that was read last, is another.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,6 +69,7 @@ class Follower:
         self.records: list[dict[str, Any]] = []
         self.damaged = 0  # lines that are no records
         self._inode = self._offset = 0
+        self._last = b""  # line that was read, which ends at the offset
 
     def read(self) -> bool:
         """Take what has come; whether anything has."""
@@ -78,11 +79,14 @@ class Follower:
             return False
         with file:
             status = os.fstat(file.fileno())
-            if status.st_ino != self._inode or status.st_size < self._offset:
+            file.seek(self._offset - len(self._last))
+            if status.st_ino != self._inode or file.read(len(self._last)) != self._last:
                 self.records, self.damaged, self._inode, self._offset = [], 0, status.st_ino, 0
             file.seek(self._offset)
             whole, end, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(end)
+        if end:
+            self._offset += len(whole) + len(end)
+            self._last = whole.rpartition(b"\n")[2] + end
         for line in whole.split(b"\n") if end else ():
             record = _record(line)
             if record is None:

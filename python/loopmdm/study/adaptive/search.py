@@ -96,6 +96,8 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
         raise UsageError(f"--loops: got {args.loops:g}, expected 1 to {cap}, the most loops (--cap)")
     if data.num_sequences < 4:
         raise UsageError(f"--windows: got {data.num_sequences}, expected at least 4: half of them choose")
+    with usage_errors():
+        scoring, num = scoring_of(args, model, data)
     trace = record_trace(folder, model, data, cap, num_t=args.num_t, seed=args.seed)
     searched, verified = trace[0::2], trace[1::2]
     losses, states = bin_losses(searched, args.bins)
@@ -105,8 +107,6 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
     plans |= {f"S = {loops}": ComputePlan.constant(loops) for loops in fixed}
     rows = [_proxy_row(searched, verified, table, args.seed) for table in tables]
     rows += [_proxy_row(searched, verified, loops, args.seed) for loops in fixed]
-    with usage_errors():
-        scoring, num = scoring_of(args, model, data)
     if scoring is not None:
         _sampled(folder, scoring, num, plans, rows, args.seed)
     measure = rows[0]["measure"] if scoring is None else scoring.measure

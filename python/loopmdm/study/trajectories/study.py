@@ -130,9 +130,12 @@ def run(args: argparse.Namespace, folder: StudyFolder) -> list[Row]:
             "kinds": [_kinds(c) for c in correct],
         }
 
-    parts = folder.items([f"batch {i}" for i in range(len(data.batches))], measure, "batches")
     number = next(i for i, start in enumerate(starts[1:]) if args.sequence < start)
     noisy, row = corrupted(number), args.sequence - starts[number]
+    masked = noisy.masked[row].nonzero().flatten().tolist()
+    if missing := sorted(set(args.positions or ()) - set(masked)):
+        raise UsageError(f"--positions: {missing} are not masked; masked are {masked}")
+    parts = folder.items([f"batch {i}" for i in range(len(data.batches))], measure, "batches")
     (one,) = folder.items(
         [f"sequence {args.sequence}"], lambda _: _followed(model, noisy, row, most), "sequences"
     )
@@ -213,9 +216,6 @@ def _tokens(
     clean, masked = noisy.clean[row].tolist(), noisy.masked[row].tolist()
     nll = np.array(one["nll"])
     if args.positions is not None:
-        missing = sorted(set(args.positions) - set(one["positions"]))
-        if missing:
-            raise UsageError(f"--positions: {missing} are not masked; masked are {one['positions']}")
         shown = [one["positions"].index(p) for p in args.positions]
     else:
         change = nll.max(0) - nll.min(0)
