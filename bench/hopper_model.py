@@ -120,7 +120,15 @@ def cases() -> list[Case]:
     return [
         *(
             Case(f"{length} tokens", forward(SMALL._replace(length=length)), at_most)
-            for length, at_most in ((32, None), (128, 30), (256, None), (512, 70), (1024, 110), (4096, 480))
+            for length, at_most in (
+                (32, None),
+                (128, 30),
+                (256, None),
+                (384, None),
+                (512, 70),
+                (1024, 110),
+                (4096, 480),
+            )
         ),
         Case("16 x 1024 tokens", forward(SMALL._replace(batch=16))),
         Case("backward, 8 x 1024", backward(SMALL._replace(batch=8)), 2000),
@@ -190,10 +198,13 @@ def mechanism_rows() -> Iterator[list[str]]:
     yield ["us a loop", "with", "without", "saves, over all ranges"]
     assumed = Device()
     devices = [assumed._replace(**{field: end}) for field, span in RANGES.items() for end in span]
-    few, many, batch = (SMALL._replace(length=32), SMALL, SMALL._replace(batch=16))
+    few, some, more = (SMALL._replace(length=length) for length in (32, 256, 384))
+    many, batch = SMALL, SMALL._replace(batch=16)
     for name, shape, without in (
         ("parts of MLP_OUT, 32 tokens", few, _whole(few)),
-        ("rows normalised by phases of their own, 1024 tokens", many, _chosen(many, has_norms=False)),
+        ("wide tiles of rows normalised once, 1024 tokens", many, _chosen(many, has_wide_tiles=False)),
+        ("pairs, 256 tokens", some, _chosen(some, cluster=1)),
+        ("pairs, 384 tokens", more, _chosen(more, cluster=1)),
         ("pairs, 1024 tokens", many, _chosen(many, cluster=1)),
         ("pairs, 16 x 1024 tokens", batch, _chosen(batch, cluster=1)),
         ("one cluster, Sudoku", SUDOKU, _chosen(SUDOKU, cluster=1)),

@@ -225,7 +225,7 @@ class Buffers(NamedTuple):
     ) -> Buffers:
         shape, tiles = table.shape, table.tiles
         batch, length, hidden = shape.batch, shape.length, shape.hidden
-        groups = max(1, 128 // tiles.rows)  # warp groups that share the columns of a tile
+        groups = 128 * tiles.blocks // tiles.rows  # warp groups that share the columns of a tile
 
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=x.device)
@@ -282,10 +282,10 @@ def map_layouts(
 ) -> dict[str, tensor_maps.Layout]:
     """Tensors and boxes of the kernel's maps."""
     tiles, pair = plan.tiles, plan.pair
-    rows = tiles.rows // pair  # of a block; of a pair each loads half of what is for both
+    rows = tiles.rows // pair  # of a block; of a pair each loads every other box of what is for both
     boxes = {
         "stream": (buffers.stream_values.flatten(0, 1), rows),
-        "qkv": (buffers.qkv_values.flatten(0, 1), rows // pair),
+        "qkv": (buffers.qkv_values.flatten(0, 1), 64 if pair > 1 else rows),
         "mixed": (buffers.mixed_values, rows),
         "gelu": (buffers.gelu_values, rows),
         "qkv_weight": (weights.qkv, tiles.qkv // pair),

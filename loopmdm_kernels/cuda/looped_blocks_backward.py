@@ -27,7 +27,6 @@ from loopmdm_kernels.schedule import (
     choose_backward,
     finish,
 )
-from loopmdm_kernels.schedule.cost import blocks_of
 from loopmdm_kernels.types import BlockWeights
 
 SOURCE = "looped_blocks/looped_blocks_backward_sm90.cu"
@@ -107,7 +106,7 @@ def _shared_table(shape: BlockShape, tiles: BackwardTiles, device: torch.device)
 def _table(shape: BlockShape, tiles: BackwardTiles, device: torch.device) -> tuple[Table, Tensor, Tensor]:
     """The table, its words and the first state of its counters on the device."""
     table = build_backward(shape, tiles)
-    counters = blocks_of(tiles) * torch.tensor(table.initial_counters(), dtype=torch.int32)
+    counters = tiles.blocks * torch.tensor(table.initial_counters(), dtype=torch.int32)
     return table, table.encode().to(device), counters.to(device)
 
 
@@ -116,7 +115,7 @@ def allocate(table: Table, kept: Kept, grad: Tensor, counters: Tensor) -> dict[s
     layers, batch, length = table.shape.layers, table.shape.batch, table.shape.length
     hidden, mlp = table.shape.hidden, table.shape.mlp
     rows = table.row_tiles * table.tiles.rows
-    parts = blocks_of(table.tiles) * rows // table.tiles.part
+    parts = table.tiles.blocks * rows // table.tiles.part
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=grad.device)

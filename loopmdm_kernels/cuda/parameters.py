@@ -106,6 +106,7 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
         "MLP": shape.mlp,
         "LAYERS": shape.layers,
         "ROWS": tiles.rows,
+        "PAIR": tiles.blocks,
         "NORM_ROWS": tiles.part,
         "QKV_COLUMNS": tiles.qkv,
         "ATTN_OUT_COLUMNS": tiles.attn_out,
@@ -124,5 +125,5 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
 
 def backward_defines(shape: BlockShape, plan: BackwardPlan) -> dict[str, int]:
     """Those of the backward kernel: the same, with tiles of one width."""
-    tiles = Tiles(plan.tiles.rows, *4 * (plan.tiles.columns,), part=plan.tiles.part)
+    tiles = Tiles(plan.tiles.rows, *4 * (plan.tiles.columns,), part=plan.tiles.part, blocks=plan.tiles.blocks)
     return defines(shape, Plan(tiles, plan.stages, plan.stage_bytes, KEY_BLOCK, 0, 1, {}, 0.0, 0.0))

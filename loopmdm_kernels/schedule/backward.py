@@ -76,6 +76,10 @@ class BackwardTiles(NamedTuple):
     columns: int  # of every product
     part: int  # rows of a tile that go through norms together
 
+    @property
+    def blocks(self) -> int:
+        return 2 if self.rows > 128 else 1
+
 
 Size = Callable[[BlockShape], int]
 
@@ -101,7 +105,7 @@ def _product(width: Size, inner: Size) -> tuple[Sizes, Cost]:
     def cost(shape: BlockShape, tiles: BackwardTiles) -> Work:
         rows, columns, depth = tiles.rows, tiles.columns, inner(shape)
         right = 2 * columns * depth
-        return Work(2 * rows * columns * depth, 2 * rows * depth + right, shared=shared_bytes(rows, right))
+        return Work(2 * rows * columns * depth, 2 * rows * depth + right, shared=shared_bytes(tiles, right))
 
     return lambda s, t: (width(s), t.columns), cost
 
@@ -114,7 +118,7 @@ def _heads(products: int, own: int) -> tuple[Sizes, Cost]:
         flops = 2 * products * tiles.rows * keys * shape.head_dim
         others = 4 * shape.head_dim * shape.length
         moved = 2 * shape.head_dim * own * tiles.rows + others
-        return Work(flops, moved, attention=True, shared=shared_bytes(tiles.rows, others))
+        return Work(flops, moved, attention=True, shared=shared_bytes(tiles, others))
 
     return lambda s, t: (s.hidden, s.head_dim), cost
 

@@ -17,7 +17,6 @@ from loopmdm_kernels.schedule.device import Device
 from loopmdm_kernels.schedule.table import BlockShape, Phase, Table, Work
 
 STEP = 64  # of the inner dimension, per stage of the ring: 128 bytes of bf16, one swizzle row
-ROWS_OF_A_BLOCK = 128  # at most: two warp groups of 64
 KEY_BLOCKS = (64, 128)  # keys that one step of the attention meets
 
 
@@ -46,7 +45,7 @@ def costs(phases: Iterable[Phase], shape: BlockShape, tiles: Any, device: Device
 
 def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     assert phase.cost is not None
-    work, tiles, blocks = phase.cost(table.shape, table.tiles), phase.number(table), blocks_of(table.tiles)
+    work, tiles, blocks = phase.cost(table.shape, table.tiles), phase.number(table), table.tiles.blocks
     seconds = work.flops / (device.attention_flops if work.attention else device.product_flops)
     workers = device.sms // blocks
     waves = math.ceil(tiles / workers)  # of tiles whose arithmetic is the whole device's
@@ -58,23 +57,22 @@ def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     return PhaseCost(tiles, waves, waves * seconds * workers, waves * traffic, tiles * sent, work.weights)
 
 
-def blocks_of(tiles: Any) -> int:
-    """How many execute an instruction together."""
-    return 2 if tiles.rows > ROWS_OF_A_BLOCK else 1
-
-
 def product_work(
-    shape: BlockShape, rows: int, columns: int, inner: int, *, left_bytes: int = 2, written: int = 0
+    shape: BlockShape, tiles: Any, columns: int, inner: int, *, left_bytes: int = 2, written: int = 0
 ) -> Work:
-    """Of a tile of rows times weights. Rows beyond the sequence cost arithmetic and are not moved."""
+    """Of a tile of rows times weights. Rows beyond the sequence cost arithmetic and are not moved.
+
+    Each block of a pair is taken for the one with more of them.
+    """
     weights = 2 * columns * inner
-    moved = inner * left_bytes * min(rows, shape.length) + weights + written
-    return Work(2 * rows * columns * inner, moved, weights, shared=shared_bytes(rows, weights))
+    rows = tiles.blocks * min(tiles.rows // tiles.blocks, shape.length)
+    moved = inner * left_bytes * rows + weights + written
+    return Work(2 * tiles.rows * columns * inner, moved, weights, shared=shared_bytes(tiles, weights))
 
 
-def shared_bytes(rows: int, number: int) -> int:
+def shared_bytes(tiles: Any, number: int) -> int:
     """Of so many bytes of right operands those that both blocks of a pair get."""
-    return number if rows > ROWS_OF_A_BLOCK else 0
+    return number if tiles.blocks > 1 else 0
 
 
 def attention_work(shape: BlockShape, tiles: Any) -> Work:
@@ -82,7 +80,7 @@ def attention_work(shape: BlockShape, tiles: Any) -> Work:
     keys = block * math.ceil(shape.length / block)
     width = tiles.heads * shape.head_dim
     read = 4 * width * shape.length
-    flops, shared = 4 * tiles.rows * keys * width, shared_bytes(tiles.rows, read)
+    flops, shared = 4 * tiles.rows * keys * width, shared_bytes(tiles, read)
     return Work(flops, 2 * width * tiles.rows + read, attention=True, shared=shared)
 
 

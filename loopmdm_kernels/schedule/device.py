@@ -22,7 +22,9 @@ class Device(NamedTuple):
     multicast_cost: float = 1.2
     shared_bytes: int = 232_448  # what a block may use
     keeps_weights: bool = True  # its kernel can leave weights in shared memory for all loops
-    has_norms: bool = True  # its kernel can normalise rows once, for all of their tiles
+    has_wide_tiles: bool = (
+        True  # its kernel has tiles up to 256 columns, and can normalise rows once for them
+    )
     # Blocks that can signal by the shared memory of one of them; 1: its kernel cannot, nor has it pairs.
     cluster: int = 16
     cluster_wait_seconds: float = 1.1e-6  # instead of wait_seconds: without two ways to L2 and back
@@ -30,7 +32,7 @@ class Device(NamedTuple):
 
     def without_hopper(self) -> Device:
         """As the kernel for Ampere sees it."""
-        return self._replace(keeps_weights=False, has_norms=False, cluster=1)
+        return self._replace(keeps_weights=False, has_wide_tiles=False, cluster=1)
 
     def as_cluster(self) -> Device:
         """The part of the device that one cluster is."""

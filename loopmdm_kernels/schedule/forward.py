@@ -38,7 +38,7 @@ class Tiles(NamedTuple):
 
     The inner dimension of MLP_OUT may be cut into parts, so that few tokens give more tiles. Rows are
     normalised by NORM1 and NORM2, `part` of them at a time, or where that is 0 on their way into each
-    product. A tile of more than 128 rows is done by two blocks, half of the rows each.
+    product. Two blocks may share a tile, half of its rows each.
     """
 
     rows: int
@@ -49,6 +49,7 @@ class Tiles(NamedTuple):
     heads: int = 1
     mlp_out_parts: int = 1
     part: int = 0
+    blocks: int = 1
 
 
 _LAST = (Forward.MLP_SUM, Forward.MLP_OUT)  # of a layer
@@ -64,14 +65,14 @@ _MLP_OUT = Phase(
         Region("statistics1", "number"),
         Region("change", "number", exits=True),
     ),
-    cost=lambda s, t: product_work(s, t.rows, t.mlp_out, s.mlp),
+    cost=lambda s, t: product_work(s, t, t.mlp_out, s.mlp),
 )
 # Where the inner dimension is cut: the parts, and what adds them up and does what else MLP_OUT does.
 _MLP_PART = _MLP_OUT._replace(
     parts=lambda t: t.mlp_out_parts,
     reads=(Region("gelu", "inner"),),
     writes=(Region("partial", "tile"),),
-    cost=lambda s, t: product_work(s, t.rows, t.mlp_out, s.mlp // t.mlp_out_parts, written=_part_bytes(s, t)),
+    cost=lambda s, t: product_work(s, t, t.mlp_out, s.mlp // t.mlp_out_parts, written=_part_bytes(s, t)),
 )
 _MLP_SUM = _MLP_OUT._replace(
     name=Forward.MLP_SUM,
@@ -100,7 +101,7 @@ def _of_norm(
         name, does, Counters((norm,)),
         columns=lambda s, t: (width(s), getattr(t, tile)), slots=lambda layer: (0, layer & 1),
         reads=(Region("rows"),), writes=(Region(writes, "tile"),),
-        cost=lambda s, t: product_work(s, t.rows, getattr(t, tile), s.hidden),
+        cost=lambda s, t: product_work(s, t, getattr(t, tile), s.hidden),
     )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def _of_stream(phase: Phase, norm: Phase) -> Phase:
         waits_for=norm.waits_for,
         slots=lambda layer: (norm.slots(layer)[0], phase.slots(layer)[1]),
         reads=tuple(region._replace(rows="own") for region in norm.reads),
-        cost=lambda s, t: product_work(s, t.rows, phase.columns(s, t)[1], s.hidden, left_bytes=4),
+        cost=lambda s, t: product_work(s, t, phase.columns(s, t)[1], s.hidden, left_bytes=4),
     )
 
 
@@ -145,7 +146,7 @@ PHASES = (
         slots=lambda layer: (int(layer > 0), 1),
         reads=(Region("mixed"), Region("stream", "tile")),
         writes=(Region("stream", "tile"), Region("statistics2", "number")),
-        cost=lambda s, t: product_work(s, t.rows, t.attn_out, s.hidden),
+        cost=lambda s, t: product_work(s, t, t.attn_out, s.hidden),
     ),
     _NORM2,
     _MLP_IN,
@@ -212,4 +213,8 @@ def _check(shape: BlockShape, tiles: Tiles) -> None:
         raise ValueError(f"tiles.qkv: got {tiles.qkv}, expected a multiple of the head size {shape.head_dim}")
     if tiles.part < 0 or (tiles.part and tiles.rows % tiles.part):
         raise ValueError(f"tiles.part: got {tiles.part}, expected 0 or a divisor of tiles.rows {tiles.rows}")
+    if tiles.blocks not in (1, 2) or tiles.rows % tiles.blocks:
+        raise ValueError(
+            f"tiles.blocks: got {tiles.blocks}, expected 1 or 2 and a divisor of tiles.rows {tiles.rows}"
+        )
     check_sizes(**shape._asdict(), **{"tiles.rows": tiles.rows, "tiles.heads": tiles.heads})

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from loopmdm_kernels.schedule import backward
 from loopmdm_kernels.schedule.backward import KEY_BLOCK, PART, BackwardTiles
-from loopmdm_kernels.schedule.cost import STEP, PhaseCost, blocks_of, costs, key_block
+from loopmdm_kernels.schedule.cost import STEP, PhaseCost, costs, key_block
 from loopmdm_kernels.schedule.device import COUNTER_BYTES, Device
 from loopmdm_kernels.schedule.forward import Forward, Tiles, phases_of
 from loopmdm_kernels.schedule.table import BlockShape, Table
@@ -19,8 +19,9 @@ MAX_STAGES = 8
 ENOUGH_STAGES = 3  # with two a load has only one step of arithmetic to hide behind
 RESIDENT_STAGES = 4  # of the ring, beside weights that stay in shared memory
 ROW_TILES = (64, 128)
-PAIR_ROWS = 256  # of two blocks
-COLUMN_TILES = (64, 128)  # where rows are normalised on their way into a product, in registers
+PAIR_ROWS = tuple(2 * rows for rows in ROW_TILES)  # of two blocks
+# Where rows are normalised on their way into a product, in registers: two halves of 128 columns at most.
+COLUMN_TILES = (64, 128, 192, 256)
 WIDE_TILES = (64, 96, 128, 192, 256)  # where both operands come from shared memory; the last one for pairs
 BACKWARD_TILES = (64, 128, 192, 256)  # columns; the last ones for pairs
 # Batches that tiles are chosen for: a warm-up with these compiles all kernels of a length.
@@ -44,7 +45,7 @@ class Plan(NamedTuple):
     @property
     def pair(self) -> int:
         """Blocks that execute an instruction together."""
-        return blocks_of(self.tiles)
+        return self.tiles.blocks
 
     @property
     def shared_bytes(self) -> int:
@@ -63,7 +64,7 @@ class BackwardPlan(NamedTuple):
     @property
     def pair(self) -> int:
         """Blocks that execute an instruction together."""
-        return blocks_of(self.tiles)
+        return self.tiles.blocks
 
     @property
     def shared_bytes(self) -> int:
@@ -71,15 +72,16 @@ class BackwardPlan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows of a tile, and whether rows are normalised by phases of their own."""
+    """Rows of a tile, whether they are normalised by phases of their own, and how many blocks share them."""
 
     number: int
     norms: bool
+    blocks: int = 1
 
     @property
     def halves(self) -> int:
-        """With 64 rows the two groups of warps share the columns, and the heads."""
-        return max(1, max(ROW_TILES) // self.number)
+        """With 64 rows a block the two groups of warps share the columns, and the heads."""
+        return max(ROW_TILES) * self.blocks // self.number
 
 
 class _Widths(NamedTuple):
@@ -104,7 +106,9 @@ def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 
 
 
 def _choose(shape: BlockShape, device: Device) -> Plan:
-    fitting = {tiles: widths for tiles in _rows_of(shape, device) if all(widths := _widths(shape, tiles))}
+    fitting = {
+        rows: widths for rows in _rows_of(shape, device) if all(widths := _widths(shape, device, rows))
+    }
     if not fitting or shape.mlp % STEP:
         raise ValueError(
             f"no tiles of {ROW_TILES} rows by {COLUMN_TILES} columns divide the widths of {shape}; "
@@ -113,7 +117,8 @@ def _choose(shape: BlockShape, device: Device) -> Plan:
     parts = _parts(shape, device, fitting)
     plan = _fastest_of_all(shape, device, fitting, parts)
     if _fits_cluster(shape, device, parts):
-        alone = _fastest_of_all(shape, device.as_cluster(), fitting, parts)
+        single = {rows: widths for rows, widths in fitting.items() if rows.blocks == 1}
+        alone = _fastest_of_all(shape, device.as_cluster(), single, parts)
         if alone.stages >= ENOUGH_STAGES and alone.loop_seconds < WORTH * plan.loop_seconds:
             return alone._replace(cluster=device.cluster)
     if plan.stages < 2:
@@ -125,22 +130,30 @@ def _choose(shape: BlockShape, device: Device) -> Plan:
 
 
 def _rows_of(shape: BlockShape, device: Device) -> list[_Rows]:
-    """Heads of 128 take the registers that wide tiles, and loading for two, would need."""
     found = [_Rows(rows, norms=False) for rows in ROW_TILES]
-    if device.has_norms and shape.head_dim <= 64:
+    if _has_wide_tiles(shape, device):
         found.append(_Rows(max(ROW_TILES), norms=True))
         if device.cluster > 1:
-            found.append(_Rows(PAIR_ROWS, norms=True))
+            few, many = PAIR_ROWS
+            found += [_Rows(few, norms=False, blocks=2), _Rows(many, norms=True, blocks=2)]
     return found
 
 
-def _widths(shape: BlockShape, tiles: _Rows) -> _Widths:
+def _has_wide_tiles(shape: BlockShape, device: Device) -> bool:
+    """Heads of 128 take the registers that wide tiles, and loading for two, would need."""
+    return device.has_wide_tiles and shape.head_dim <= 64
+
+
+def _widths(shape: BlockShape, device: Device, tiles: _Rows) -> _Widths:
     halves = tiles.halves
     if shape.heads % halves:
         return _Widths([], [], [])
+    if tiles.norms:
+        known = WIDE_TILES[: None if tiles.blocks > 1 else -1]
+    else:
+        known = COLUMN_TILES[: 2 * halves if _has_wide_tiles(shape, device) else 2]
 
     def fitting(width: int, multiple: int = 32) -> list[int]:
-        known = WIDE_TILES[: None if tiles.number == PAIR_ROWS else -1] if tiles.norms else COLUMN_TILES
         return [n for n in known if width % n == 0 and n % (halves * multiple) == 0]
 
     # What a group computes of q, k and v is all to be rotated, or nothing of it.
@@ -185,7 +198,7 @@ def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _
 
 def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, parts: int) -> Plan:
     """The fastest columns of each product, which do not depend on each other."""
-    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, parts)
+    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, parts, blocks=rows.blocks)
 
     def fastest(field: str, choices: Sequence[int], *names: Forward) -> int:
         return min(choices, key=lambda n: _seconds(shape, device, tiles._replace(**{field: n}), *names))
@@ -210,7 +223,7 @@ def _plan(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
     stage = stage_bytes(shape, tiles)
     room = device.shared_bytes - FIXED_BYTES
     resident = _largest_share(shape.layers, taken, device) if device.keeps_weights else room
-    if resident <= room - RESIDENT_STAGES * stage and blocks_of(tiles) == 1:
+    if resident <= room - RESIDENT_STAGES * stage and tiles.blocks == 1:
         taken = {phase: cost.with_resident_weights() for phase, cost in taken.items()}
     else:
         resident = 0
@@ -242,7 +255,7 @@ def _largest_share(layers: int, taken: Mapping[IntEnum, PhaseCost], device: Devi
 
 def stage_bytes(shape: BlockShape, tiles: Tiles) -> int:
     """A stage of the ring holds a step of both operands of a product, or a block of keys or of values."""
-    rows = tiles.rows // blocks_of(tiles)
+    rows = tiles.rows // tiles.blocks
     of_norm = (2 if tiles.part else 4) * STEP * rows
     rounded, weights = 2 * STEP * rows, 2 * STEP
     return max(
@@ -260,8 +273,8 @@ def choose_backward(shape: BlockShape, device: Device = Device()) -> BackwardPla
     """
     fitting = [
         BackwardTiles(rows, columns, PART * rows // max(ROW_TILES))
-        for rows in (max(ROW_TILES), PAIR_ROWS)[: None if device.cluster > 1 else 1]
-        for columns in BACKWARD_TILES[: None if rows == PAIR_ROWS else -1]
+        for rows in (max(ROW_TILES), max(PAIR_ROWS))[: None if device.cluster > 1 else 1]
+        for columns in BACKWARD_TILES[: None if rows == max(PAIR_ROWS) else -1]
         if not (shape.hidden % columns or shape.mlp % columns or columns % shape.head_dim)
     ]
     if not fitting:
@@ -274,13 +287,13 @@ def choose_backward(shape: BlockShape, device: Device = Device()) -> BackwardPla
 
 def _backward_plan(shape: BlockShape, device: Device, tiles: BackwardTiles) -> BackwardPlan:
     taken = costs(backward.PHASES, shape, tiles, device)
-    rows = tiles.rows // blocks_of(tiles)
+    rows = tiles.rows // tiles.blocks
     stage = max(2 * STEP * (rows + tiles.columns), 2 * KEY_BLOCK * shape.head_dim)
     kept = 2 * 2 * rows * shape.head_dim
     of_weights = [taken[phase.name] for phase in backward.PHASES if phase.rows is not None]
     others = [taken[phase.name] for phase in backward.PHASES if phase.rows is None]
     # Gradients of weights follow each other, in equal tiles, and wait for nobody who does not wait for more.
-    waves = math.ceil(sum(cost.tiles for cost in of_weights) / (device.sms // blocks_of(tiles)))
+    waves = math.ceil(sum(cost.tiles for cost in of_weights) / (device.sms // tiles.blocks))
     longest = max(cost.seconds / cost.waves for cost in of_weights)
     seconds = sum(cost.seconds + device.wait_seconds for cost in others) + waves * longest
     return BackwardPlan(

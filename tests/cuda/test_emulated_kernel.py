@@ -30,7 +30,7 @@ class Variant(NamedTuple):
 # than the ring has, of more (6 of 4), and of an odd number (3); rings of two stages (sm_86) and of more; the
 # last product whole and in parts. With 64 rows on Hopper, the weights of eight blocks stay in shared memory
 # where a sequence is one row tile; with heads of 16 their counters too: emulated, the grid is one cluster.
-# Rows normalised once, and two blocks that share tiles of 256 rows.
+# Rows normalised once, and two blocks that share tiles of 256 rows, and of 128.
 BLOCKS = 8
 HOPPER = ASSUMED[9, 0]._replace(sms=BLOCKS)
 VARIANTS = {
@@ -39,7 +39,8 @@ VARIANTS = {
     "heads of 16": Variant(SM90, HOPPER, Tiles(64, 64, 64, 64, 64, 2, 4), (64, 4, 4), BLOCKS, 64),
     "heads of 128": Variant(SM90, HOPPER, Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
     "norms": Variant(SM90, HOPPER, Tiles(128, 192, 64, 256, 192, 1, 1, 16), (192, 3, 4)),
-    "pairs": Variant(SM90, HOPPER, Tiles(256, 192, 96, 128, 96, 1, 2, 32), (192, 3, 2)),
+    "pairs": Variant(SM90, HOPPER, Tiles(256, 192, 96, 128, 96, 1, 2, 32, 2), (192, 3, 2)),
+    "pairs of 64 rows": Variant(SM90, HOPPER, Tiles(128, 192, 64, 256, 64, 2, 2, 0, 2), (192, 6, 4)),
     "sm80, 64 rows": Variant(SM80, ASSUMED[8, 0], Tiles(64, 64, 64, 128, 64, 2, 2), (64, 2, 2), length=64),
     "sm80, 128 rows": Variant(SM80, ASSUMED[8, 0], Tiles(128, 64, 64, 128, 64, 1), (128, 2, 2)),
     "sm80, heads of 128": Variant(SM80, ASSUMED[8, 6], Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
@@ -140,7 +141,8 @@ def test_tiles_clusters_norms_and_pairs_do_not_change_the_bits(tmp_path):
         Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2, 2), sizes, BLOCKS, 64),
         Variant(SM90, HOPPER, Tiles(128, 64, 128, 64, 128, 1, 2), sizes),
         Variant(SM90, HOPPER, Tiles(128, 128, 64, 256, 128, 1, 2, 16), sizes),
-        Variant(SM90, HOPPER, Tiles(256, 128, 64, 256, 64, 1, 2, 64), sizes),
+        Variant(SM90, HOPPER, Tiles(256, 128, 64, 256, 64, 1, 2, 64, 2), sizes),
+        Variant(SM90, HOPPER, Tiles(128, 128, 64, 256, 128, 2, 2, 0, 2), sizes),
     ]
     inputs = make(sizes, 1, 50)
     results = []

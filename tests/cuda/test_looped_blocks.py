@@ -159,7 +159,7 @@ def test_maps_cover_what_the_loader_loads(inputs):
 
 def test_blocks_of_a_pair_load_half_of_what_is_for_both(inputs):
     shape = op.shape_of(inputs.x, inputs.blocks, 2)
-    plan = plan_of(shape, Device(), Tiles(256, 128, 64, 256, 128, part=32))
+    plan = plan_of(shape, Device(), Tiles(256, 128, 64, 256, 128, part=32, blocks=2))
     table = build(shape, plan.tiles)
     packed, start = weights.packed(inputs.blocks), op.start_of(table)
     buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None, start)
@@ -309,7 +309,7 @@ def test_the_kernel_for_ampere_gets_no_plan_of_hopper(loaded):
         ((8, 0), 108, 166_912, "sm_80", 256, 0, None),
         ((8, 6), 82, 101_376, "sm_86", 256, 0, None),
         ((9, 0), 132, 232_448, "sm_90a", 384, 8, None),
-        ((9, 0), 132, 232_448, "sm_90a", 384, 9, Tiles(256, 128, 64, 256, 128, part=32)),
+        ((9, 0), 132, 232_448, "sm_90a", 384, 9, Tiles(256, 128, 64, 256, 128, part=32, blocks=2)),
         ((12, 0), 170, 101_376, "sm_120", 256, 0, None),
     ],
 )

@@ -203,6 +203,17 @@ PAIRS = {
         "shared memory of a block that has ended|a block may end while others reach into it",
     ),
 }  # fmt: skip
+PAIRS_OF_64 = {
+    "no wait for the inputs": WAITS["no wait for the inputs"],
+    "half of a weight in the place of the other": PAIRS["half of a weight in the place of the other"],
+    "rows of the stream in the other block's place": Fault(
+        "rows.cuh", "panel_offset([[seat.row % Config::kRows]], column", "seat.row", f"{EARLY_READ}|values"
+    ),
+    "a box of the keys in the place of the other": Fault(
+        "loader_sm90.cuh", "box([[rank_in_pair() * kBoxRows]], [](auto... where) { load_box_for", "0",
+        f"{EARLY_COPY}|values",
+    ),
+}  # fmt: skip
 SM80 = {
     **WAITS,
     "a signal before all warps are done": Fault(
@@ -306,6 +317,7 @@ KERNELS = {
     "early exit": Kernel("128 rows", 4, ADAPTIVE, 20, 2, 0.2),
     "cluster": Kernel("heads of 16", 2, CLUSTER, batch=3),
     "pairs": Kernel("pairs", 1, PAIRS, 140),  # rows of both blocks
+    "pairs of 64 rows": Kernel("pairs of 64 rows", 1, PAIRS_OF_64, 81),
     "sm80": Kernel("sm80, 64 rows", 1, SM80, 80),
 }
 
@@ -402,7 +414,7 @@ def test_the_page_has_all_faults():
     listed = set(re.findall(r"^\| (.+?) \| [^|]+ \|$", page, re.MULTILINE))
     planted = {
         fault
-        for faults in (FORWARD, ADAPTIVE, CLUSTER, PAIRS, SM80, BACKWARD, BACKWARD_PAIRS, HEAD)
+        for faults in (FORWARD, ADAPTIVE, CLUSTER, PAIRS, PAIRS_OF_64, SM80, BACKWARD, BACKWARD_PAIRS, HEAD)
         for fault in faults
     }
     assert planted <= listed, planted - listed

@@ -25,6 +25,8 @@ NVCC = shutil.which("nvcc")
 SHAPES = {
     "small, 32 tokens": BlockShape(1, 32, 768, 12, 3072, 2),
     "small, 128 tokens": BlockShape(1, 128, 768, 12, 3072, 2),
+    "small, 192 tokens": BlockShape(1, 192, 768, 12, 3072, 2),
+    "small, 384 tokens": BlockShape(1, 384, 768, 12, 3072, 2),
     "small, 1024 tokens": BlockShape(1, 1024, 768, 12, 3072, 2),
     "small, 16 x 1024 tokens": BlockShape(16, 1024, 768, 12, 3072, 2),
     "small, 16 x 128 tokens": BlockShape(16, 128, 768, 12, 3072, 2),

@@ -43,7 +43,7 @@ def test_tables_of_the_small_model_pass(length):
     rows = 64 if length < 512 else 128
     tiles = Tiles(rows, 128, 64, 128, 64, heads=128 // rows, mlp_out_parts=4 if length <= 81 else 1)
     check(build(BlockShape(1, length, 768, 12, 3072, 2), tiles, adaptive=length == 81))
-    norms = Tiles(256, 256, 128, 192, 128, part=32)
+    norms = Tiles(256, 256, 128, 192, 128, part=32, blocks=2)
     check(build(BlockShape(1, length, 768, 12, 3072, 2), norms, adaptive=length == 81))
 
 

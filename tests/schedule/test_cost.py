@@ -15,7 +15,7 @@ SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=
 
 def test_plan_of_a_known_shape():
     plan = choose(SMALL)
-    assert plan.tiles == Tiles(256, qkv=192, attn_out=96, mlp_in=192, mlp_out=96, part=32)
+    assert plan.tiles == Tiles(256, qkv=192, attn_out=96, mlp_in=192, mlp_out=96, part=32, blocks=2)
     up = plan.phases[Forward.MLP_IN]
     assert (plan.pair, up.tiles, up.waves) == (2, 64, 1)
     # 4 row tiles by 16 column tiles, on 66 pairs; each reads 256 rows, and 192 columns for both blocks.
@@ -32,6 +32,23 @@ def test_plan_of_a_known_shape():
 def test_few_tokens_take_small_tiles():
     assert choose(SMALL._replace(length=32)).tiles.rows == 64
     assert choose(SMALL._replace(batch=16)).tiles.rows == 256
+
+
+def test_two_blocks_share_rows_where_l2_binds():
+    """64 rows each: each normalises its own, and gets the weights that both need once."""
+    shape = SMALL._replace(length=256)
+    plan = choose(shape)
+    assert plan.tiles == Tiles(128, qkv=128, attn_out=64, mlp_in=192, mlp_out=64, heads=2, blocks=2)
+    up = plan.phases[Forward.MLP_IN]
+    rows, weights = 768 * 4 * 128, 768 * 2 * 192
+    assert up.bytes == pytest.approx(2 * 16 * (rows + Device().multicast_cost * weights))
+    assert up.traffic == pytest.approx((rows / 2 + weights) / Device().sm_bytes), "of one SM, not of L2"
+    alone = choose(shape, Device(cluster=1))
+    assert alone.pair == 1 and plan.loop_seconds < 0.95 * alone.loop_seconds
+    # Of a sequence that ends in the first block's rows, that block has them all.
+    few = choose(SMALL._replace(length=64)).tiles._replace(rows=128, blocks=2)
+    cost = plan_of(SMALL._replace(length=64), Device(), few).phases[Forward.QKV]
+    assert cost.bytes == pytest.approx(18 * 768 * (4 * 2 * 64 + 2 * 128 * Device().multicast_cost))
 
 
 def test_few_tokens_cut_the_inner_dimension():

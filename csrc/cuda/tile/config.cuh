@@ -15,7 +15,7 @@ struct Config {
   static constexpr int kLayers = LOOPMDM_LAYERS, kHeadDim = kHidden / kHeads;
   static constexpr int kTileRows = LOOPMDM_ROWS;  // of an instruction
   // Blocks that execute it together. Each has half of the rows; right operands and keys they load for both.
-  static constexpr int kPair = kTileRows > 128 ? 2 : 1, kRows = kTileRows / kPair;
+  static constexpr int kPair = LOOPMDM_PAIR, kRows = kTileRows / kPair;
   // Rows of a tile that go through a norm together; 0: there are no such tiles, products normalise what they
   // read.
   static constexpr int kNormRows = LOOPMDM_NORM_ROWS;
@@ -41,7 +41,7 @@ struct Config {
   static_assert(kHeads % kHeadsPerTile == 0, "a group computes one head");
   static_assert(kRows == 64 || kRows == 128, "rows of a block");
   static_assert(kNormRows % kPair == 0 && (kNormRows == 0 || kTileRows % kNormRows == 0), "rows of a norm");
-  static_assert(kPair == 1 || (kNormRows > 0 && kResidentBytes == 0), "what pairs load");
+  static_assert(kPair == 1 || kResidentBytes == 0, "what pairs load");
   static_assert(kHidden % kStep == 0 && kMlp % (kMlpOutParts * kStep) == 0, "widths in whole stages");
   static_assert(kQkvColumns / kColumnGroups % kHeadDim == 0, "a group rotates whole heads");
   static_assert(2 * kHidden % (kQkvColumns / kColumnGroups) == 0, "and either all of them or none");

@@ -93,7 +93,7 @@ struct StreamReader {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
         const int column = first + operand_column(seat.thread, 2 * upper);
-        pair[half][upper] = panel_offset(seat.row, column, Config::kRows, 4);
+        pair[half][upper] = panel_offset(seat.row % Config::kRows, column, Config::kRows, 4);
       }
       affine[half] = vectors + (first + operand_column(seat.thread, 0)) / 2;
     }
