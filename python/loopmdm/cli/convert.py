@@ -3,7 +3,7 @@
 Reads a Lightning .ckpt (the averaged weights, which published figures use), a bare state dict in a torch
 file, a safetensors file or folder, or a hub id. Torch files are read without running any code in them. The
 weights stay as they are; the loop is configuration only. Of a run with checkpoints in shards, also while it
-goes on, it takes the averaged weights of the newest one, and the tokenizer.
+goes on, it takes the averaged weights of the newest one; of every run of ours, the tokenizer too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loopmdm.cli.parser import add_json
 from loopmdm.cli.runs import refuse
 from loopmdm.mdlm import convert_checkpoint
 from loopmdm.model.loop_law import loop_count
-from loopmdm.runs.export import export_run
+from loopmdm.runs.export import copy_tokenizer, export_run
 from loopmdm.runs.options import UsageError, count, loop_range, positive_int, usage_errors
 from loopmdm.runs.run_file import RUN_FILE
 from loopmdm.train.checkpoints import CHECKPOINTS
@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         num_heads=args.num_heads,
         **options,
     )
+    copy_tokenizer(args.source, args.target)
     if args.json:
         print_json({"source": args.source, "target": args.target, "config": config.to_dict()})
         return 0

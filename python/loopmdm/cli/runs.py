@@ -24,6 +24,7 @@ from loopmdm.data.corpus import CorpusStream, GrowingCorpus, Settings
 from loopmdm.data.corpus.stream import SHARD_TOKENS
 from loopmdm.data.pairs import FIELDS
 from loopmdm.data.text import found_files
+from loopmdm.model.between import check_compile, check_loop_loss
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.printable import printable_lines
 from loopmdm.runs import text_data
@@ -41,7 +42,7 @@ from loopmdm.runs.jobs import (
     text_job,
     text_tokenizer,
 )
-from loopmdm.runs.options import UsageError
+from loopmdm.runs.options import UsageError, usage_errors
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.runs.run_file import FILES, RunFile, replaced_by
 from loopmdm.runs.text_data import load_tokenizer, located
@@ -49,6 +50,7 @@ from loopmdm.terminal import note
 from loopmdm.train import RunFolder, TrainConfig, Trainer
 from loopmdm.train.checkpoints import has_checkpoint
 from loopmdm.train.loggers import Logger, logger
+from loopmdm.train.parallel import check_compiled_form
 from loopmdm_kernels.files import refuse_files
 
 _DATA_FIELDS = (
@@ -184,6 +186,8 @@ def described_run(args: argparse.Namespace) -> RunFile:
         raise NotADirectoryError(f"--cache: {args.cache} is a file, expected a folder")
     if args.lora_targets is not None and args.lora is None:
         raise UsageError("--lora-targets: they are those of --lora RANK")
+    if args.no_ema and args.init_from is None and not args.resume:
+        raise UsageError("--no-ema is of --init-from")
     beginning = _beginning(args)
     stored = RunFile.read(args.out) if args.resume else None
     if stored is not None:
@@ -194,10 +198,13 @@ def described_run(args: argparse.Namespace) -> RunFile:
                 raise UsageError(
                     f"--resume: in {args.out} {name} is {kept!r}, got {value!r}; leave the option out"
                 )
-        return dataclasses.replace(
-            stored,
-            training=stored.training | given_training,
-            evaluation=stored.evaluation | evaluation,
+        return _consistent(
+            dataclasses.replace(
+                stored,
+                training=stored.training | given_training,
+                evaluation=stored.evaluation | evaluation,
+            ),
+            args.parallel,
         )
     if args.parallel is not None and "WORLD_SIZE" not in os.environ:
         raise UsageError(f"--parallel {args.parallel}: start the command with torchrun (docs/training.md)")
@@ -233,7 +240,7 @@ def described_run(args: argparse.Namespace) -> RunFile:
     if beginning:
         refuse(args, {"autoregressive": "--autoregressive"}, "--init-from and --lora are of diffusion models")
     if args.init_from is not None:
-        given_model = _begun_from(args.init_from, given_model, given_data)
+        given_model = _begun_from(args, given_model, given_data)
     given_data |= beginning
     if preset in TEXT_RECIPES:
         refuse(args, {"clues": "--clues"}, f"--preset {preset} is about text")
@@ -241,7 +248,20 @@ def described_run(args: argparse.Namespace) -> RunFile:
         refuse(args, _LOOPED_ONLY, "--autoregressive trains a model without loops, dropout and samples")
     if not 0 <= given_data.get("validation", 0) < 1:
         raise UsageError(f"--validation: got {args.validation}, expected a share of at least 0 and below 1")
-    return RunFile(model=given_model, training=given_training, evaluation=evaluation, **given_data)
+    return _consistent(
+        RunFile(model=given_model, training=given_training, evaluation=evaluation, **given_data),
+        args.parallel,
+    )
+
+
+def _consistent(run: RunFile, form: str | None) -> RunFile:
+    """The run, if its training goes with its model and its form."""
+    with usage_errors():
+        if run.training.get("compile"):
+            check_compile(run.model)
+            check_compiled_form(form)
+        check_loop_loss(run.training.get("loop_loss", "last"), damped=run.model.get("damped", False))
+    return run
 
 
 def _beginning(args: argparse.Namespace) -> dict[str, Any]:
@@ -250,15 +270,20 @@ def _beginning(args: argparse.Namespace) -> dict[str, Any]:
     if args.init_from is not None:
         there = os.path.exists(args.init_from)
         fields["init_from"] = os.path.abspath(args.init_from) if there else args.init_from
+    if args.no_ema:
+        fields["no_ema"] = True
     if args.lora is not None:
         check_targets(args.lora_targets or [])
         fields["lora"] = {"rank": args.lora, "targets": args.lora_targets or list(LORA_TARGETS)}
     return fields
 
 
-def _begun_from(source: str, given: dict[str, Any], given_data: dict[str, Any]) -> dict[str, Any]:
+def _begun_from(
+    args: argparse.Namespace, given: dict[str, Any], given_data: dict[str, Any]
+) -> dict[str, Any]:
     """Fields of the model of a run that begins with a checkpoint, whose tokenizer and length it takes too."""
-    model = read_initial(source)
+    source = args.init_from
+    model = read_initial(source, ema=not args.no_ema)
     if given_data["preset"] in TEXT_RECIPES:
         given_data.setdefault("length", model.config.max_length)
         corpora = text_data.are_corpora(given_data["data"])

@@ -171,6 +171,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " and --max-loops add loops to it",
     )
     tuning.add_argument(
+        "--no-ema",
+        action="store_true",
+        default=None,
+        help="begin with the raw weights of a Lightning checkpoint, not the averaged ones",
+    )
+    tuning.add_argument(
         "--lora",
         type=positive_int,
         metavar="RANK",

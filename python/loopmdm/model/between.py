@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ from loopmdm_kernels.values import meant
 # Of parcae: exp(a) and d at first. 0.99 of the state stays, and b moves fast enough to be learned.
 _FIRST_DECAY, _FIRST_STEP = 0.1, 0.1
 
+# The fields of a configuration that say what happens, with the values that say nothing does.
+OFF: dict[str, Any] = {"damped": False, "inject": "none", "loop_embedding": 0, "carry_norm": False}
 LoopLoss = Literal["last", "mean", "linear"]
 
 
@@ -50,6 +52,16 @@ def check_loop_loss(kind: str, *, damped: bool = False, backprop_loops: int = 0)
         raise ValueError(f"loop_loss: {kind} reads out every loop, but a damped loop is a part of one step")
     if kind != "last" and backprop_loops:
         raise ValueError(f"loop_loss: {kind} differentiates every loop; got backprop_loops {backprop_loops}")
+
+
+def check_compile(fields: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a model of these fields of a configuration cannot be trained compiled."""
+    acting = [name for name, off in OFF.items() if fields.get(name, off) != off]
+    if acting:
+        raise ValueError(
+            f"compile: what happens between loops ({', '.join(acting)}) is run loop by loop from the host;"
+            " leave out one of them"
+        )
 
 
 def loop_weights(kind: str, num_loops: int) -> list[float]:

@@ -44,6 +44,11 @@ def export_run(
         add_lora(model, run.lora["rank"], run.lora["targets"], 0)
     fill(model, read_averaged(found), str(found.path))
     model.save_pretrained(target)
+    copy_tokenizer(source, target)
+    return found, config
+
+
+def copy_tokenizer(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Write the tokenizer of the run `source`, if it is one that has any, into the folder `target`."""
     if Path(source, TOKENIZER_FILE).is_file():
         load_tokenizer(source).save(target)
-    return found, config

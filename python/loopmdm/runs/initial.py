@@ -9,7 +9,7 @@ import torch
 
 from loopmdm.formats.folders import CONFIG_FILE, read_json
 from loopmdm.model import LoopMDM
-from loopmdm.model.between import between_of
+from loopmdm.model.between import OFF, between_of
 from loopmdm.model.checkpoint import check_same
 from loopmdm.runs.options import UsageError
 from loopmdm.train.checkpoints import CHECKPOINTS
@@ -28,22 +28,27 @@ _FREE = (
     "damped",
 )
 # What a run may add to weights that have none of it, with the values that say so.
-_ADDED: dict[str, Any] = {"inject": "none", "loop_embedding": 0, "carry_norm": False}
+_ADDED = {name: off for name, off in OFF.items() if name != "damped"}
 
 
-def read_initial(source: str) -> LoopMDM:
+def read_initial(source: str, *, ema: bool = True) -> LoopMDM:
     """The model of `--init-from`: a folder of a run or of transformers, or what `LoopMDM.from_mdlm` reads.
+
+    ema: of a Lightning checkpoint the averaged weights, else the raw ones.
 
     Raises:
         FileNotFoundError, ValueError: it is none, or damaged.
+        UsageError: `ema` of one that has no other weights.
     """
     folder = Path(source)
     if (folder / CHECKPOINTS).is_dir() and not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"--init-from: {source} is a run that has not ended; `loopmdm convert` exports it")
     try:
         if (folder / CONFIG_FILE).is_file() and _is_ours(folder / CONFIG_FILE):
+            if not ema:
+                raise UsageError(f"--no-ema is of Lightning checkpoints; {source} holds one set of weights")
             return LoopMDM.from_pretrained(source)
-        return LoopMDM.from_mdlm(source)
+        return LoopMDM.from_mdlm(source, ema=ema)
     except (OSError, ValueError) as error:
         raise type(error)(f"--init-from: {error}") from error
 

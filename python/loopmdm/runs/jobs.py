@@ -54,7 +54,7 @@ def begun(job: Job, fresh: bool) -> Job:
     run = job.run
     if run.init_from is not None and fresh:
         assert isinstance(job.model, LoopMDM)
-        begin_with(job.model, read_initial(run.init_from), run.init_from)
+        begin_with(job.model, read_initial(run.init_from, ema=not run.no_ema), run.init_from)
     if run.lora:
         assert isinstance(job.model, LoopMDM)
         add_lora(job.model, run.lora["rank"], run.lora["targets"], job.config.seed)

@@ -45,6 +45,7 @@ class RunFile:
     evaluation: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None  # of the packed tokens
     init_from: str | None = None  # the checkpoint whose weights it begins with; None: new ones
+    no_ema: bool = False  # of that checkpoint the raw weights, not the averaged ones
     lora: dict[str, Any] = field(default_factory=dict)  # rank and targets of adapters; empty: none
     clues: str | None = None  # of Sudoku boards, as `parse_clues` reads it; None: the preset's
 

@@ -16,7 +16,7 @@ import torch
 
 from loopmdm.formats.folders import CONFIG_FILE as MODEL_CONFIG_FILE
 from loopmdm.formats.folders import WEIGHTS_FILE, read_json
-from loopmdm.model.between import check_loop_loss
+from loopmdm.model.between import check_compile, check_loop_loss
 from loopmdm.model.checkpoint import Trainable
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.model.modes import evaluating
@@ -131,11 +131,8 @@ class Trainer:
             raise ValueError(f"keep: got {keep}, expected at least 1")
         self.counters = Counters()
         self.device = next(model.parameters()).device
-        if config.compile and getattr(model.config, "acts_between_loops", False):
-            raise ValueError(
-                "compile: what happens between loops (damped, inject, loop_embedding, carry_norm) is run loop"
-                " by loop from the host; leave out one of them"
-            )
+        if config.compile:
+            check_compile(model.config.to_dict())
         check_loop_loss(config.loop_loss, damped=getattr(model.config, "damped", False))
         model.recompute, model.backprop_loops = config.recompute, config.backprop_loops
         model.loop_loss = config.loop_loss

@@ -22,6 +22,12 @@ Form = Literal["ddp", "fsdp2", "hsdp"]
 FORMS: tuple[str, ...] = get_args(Form)
 
 
+def check_compiled_form(form: str | None) -> None:
+    """Raise a ValueError where passes of this form cannot be compiled."""
+    if form in ("fsdp2", "hsdp"):
+        raise ValueError(f"compile: not with {form}, whose hooks around blocks a graph leaves out; use ddp")
+
+
 @dataclass(frozen=True)
 class Layout:
     """The micro-batches of an optimizer step, and those of them that one rank computes.
@@ -123,10 +129,7 @@ class Ranks:
         self._loss: Any = _Loss(model)
         self._compiled = compiled
         if compiled:
-            if self.sharded:
-                raise ValueError(
-                    f"compile: not with {self.form}, whose hooks around blocks a graph leaves out; use ddp"
-                )
+            check_compiled_form(self.form)
             self._loss = torch.compile(self._loss)
         if self.sharded:
             self._whole = copy.deepcopy(model).to("meta")
