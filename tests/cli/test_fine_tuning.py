@@ -220,7 +220,7 @@ def test_a_plain_model_is_looped_without_training(
     assert done.status == 0, done.err
     assert LoopMDM.from_pretrained(out).config.damped
     refused = call("train", "--data", str(text), *LIGHT, *looped, "--compile", "--out", str(tmp_path / "no"))
-    assert refused.status == 1 and "compile: what happens between loops" in refused.err
+    assert refused.status == 2 and "compile: what happens between loops" in refused.err
     refused = call("study", "trajectories", str(converted), "--tokenizer", str(plain), "--data", str(text),
                    "--windows", "1", "--out", str(tmp_path / "study"))  # fmt: skip
     assert refused.status == 1 and "a loop of a damped model goes 1/S of its way" in refused.err
