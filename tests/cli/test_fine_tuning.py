@@ -225,7 +225,7 @@ def test_a_plain_model_is_looped_without_training(
                    "--windows", "1", "--out", str(tmp_path / "study"))  # fmt: skip
     assert refused.status == 1 and "a loop of a damped model goes 1/S of its way" in refused.err
     refused = call("eval", str(plain), "--loop", "2:9", "--damped", *measure)
-    assert refused.status == 1 and "loop_start, loop_end: got (2, 9)" in refused.err
+    assert refused.status == 2 and "--loop: got 2:9" in refused.err
 
 
 def test_every_loop_can_have_a_loss(call: Call, plain: Path, text: Path, tmp_path: Path) -> None:
