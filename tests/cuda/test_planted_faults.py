@@ -44,9 +44,30 @@ WAITS = {
         UNORDERED,
     ),
 }
+ALL_WAIT = "all threads wait"
+OTHERS = "other threads meet at a named barrier than before"
+LEFT = "threads have come to a named barrier where nobody meets them"
+TURNS = {
+    "a group that does not wait for its turn": Fault(
+        "turns_sm90.cuh", "meet_at<kThreads>(kFirstBarrier + group_);", "", f"{OTHERS}|{LEFT}"
+    ),
+    "a turn that is not passed on": Fault(
+        "turns_sm90.cuh", "arrive_at<kThreads>(kFirstBarrier + 1 - group_);", "", ALL_WAIT
+    ),
+    "a group that waits for the other one's turn": Fault(
+        "turns_sm90.cuh", "meet_at<kThreads>(kFirstBarrier + group_);",
+        "meet_at<kThreads>(kFirstBarrier + 1 - group_);",
+        f"{OTHERS}|{ALL_WAIT}",
+    ),
+    "nobody's turn at the beginning": Fault("turns_sm90.cuh", "if (group_ == 1) end();", "", ALL_WAIT),
+    "a turn that is passed on behind the last one": Fault(
+        "turns_sm90.cuh", "if (group_ == 0) end();", "end();", f"{OTHERS}|{LEFT}"
+    ),
+}  # fmt: skip
 FORWARD = {
     **SIGNALS,
     **WAITS,
+    **TURNS,
     "no proxy fence behind the waits": Fault("loader_sm90.cuh", "proxy_fence();", "", ""),
     "no proxy fence at all": Fault(
         "ring_sm90.cuh", "proxy_fence();", "", NO_PROXY_FENCE,

@@ -299,6 +299,8 @@ PEERS = {
     "give_registers()": Peer("give_registers<40>();", ["setmaxnreg.dec.sync.aligned.u32 40"]),
     "take_registers()": Peer("take_registers<232>();", ["setmaxnreg.inc.sync.aligned.u32 232"]),
     "meet(threads)": Peer("meet<1>(a);", ["barrier.sync.aligned 1, a"]),
+    "meet_at(barrier)": Peer("meet_at<256>(a);", ["barrier.sync.aligned a, 256"]),
+    "arrive_at(barrier)": Peer("arrive_at<256>(a);", ["barrier.arrive.aligned a, 256"]),
     "elected()": Peer("*counter = elected();", "*counter = cuda::ptx::elect_sync(~0u);", ("elect_sync",)),
     "meet_in_cluster()": Peer(
         "meet_in_cluster();",

@@ -19,6 +19,7 @@ from loopmdm_kernels.cuda.parameters import MAP
 from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.cuda.weights import PackedWeights
 from loopmdm_kernels.schedule import BlockShape, Plan, Table, build, choose, choose_backward
+from loopmdm_kernels.schedule.cost import KEY_BLOCKS, key_block
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
 from tests.cuda import emulated, emulated_head
@@ -67,7 +68,13 @@ def forward(name: str) -> list[Launch]:
     start = looped_blocks.start_of(table)
     loop = _one_of_each(table.loop, 2)
     orders = [loop, loop[::-1]] if plan.resident_bytes else [loop]
-    return [_forward(shape, plan, table._replace(loop=order), start) for order in orders]
+    found = [_forward(shape, plan, table._replace(loop=order), start) for order in orders]
+    if shape.length <= key_block(shape, plan.tiles) == KEY_BLOCKS[-1]:  # others have more than these keys
+        longer = shape._replace(length=2 * KEY_BLOCKS[-1])
+        table = build(longer, plan.tiles)
+        table = table._replace(loop=_one_of_each(table.loop, 2))
+        found.append(_forward(longer, plan, table, looped_blocks.start_of(table)))
+    return found
 
 
 def _forward(shape: BlockShape, plan: Plan, table: Table, start: torch.Tensor) -> Launch:

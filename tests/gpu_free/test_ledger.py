@@ -82,7 +82,12 @@ def test_barriers(family, name, built, launches_of_head):
 
 
 # Of SASS, and of PTX.
-CARRIED_OVER = {"SYNCS.EXCH": "mbarrier.init", "UTMALDG": "cp.async.bulk.tensor"}
+CARRIED_OVER = {
+    "SYNCS.EXCH": "mbarrier.init",
+    "UTMALDG": "cp.async.bulk.tensor",
+    "BAR.SYNC": "bar.sync",
+    "BAR.ARV": "bar.arrive",
+}
 
 
 def planted(fault, folder, monkeypatch, family="head", name="gradient_product, rows"):
@@ -174,3 +179,21 @@ def test_planted_faults_of_shares_are_noticed(fault, tmp_path, monkeypatch):
 def test_planted_faults_of_barriers_are_noticed(fault, tmp_path, monkeypatch, launches_of_head):
     text = planted(BARRIER_FAULTS[fault], tmp_path, monkeypatch)
     assert walk.Walk(kernel(text), launches_of_head["gradient_product, rows"]).faults
+
+
+TURNS = "turns_sm90.cuh"
+TURN_FAULTS = {
+    "a group that does not wait for its turn": (TURNS, "meet_at<kThreads>(kFirstBarrier + group_);", ""),
+    "a group that waits for the other one's turn": (
+        TURNS, "meet_at<kThreads>(kFirstBarrier + group_);", "meet_at<kThreads>(kFirstBarrier + 1 - group_);"
+    ),
+    "a turn that is passed on behind the last one": (TURNS, "if (group_ == 0) end();", "end();"),
+}  # fmt: skip
+
+
+@hopper.needs_nvrtc
+@pytest.mark.parametrize("fault", TURN_FAULTS)
+def test_planted_faults_of_turns_are_noticed(fault, tmp_path, monkeypatch):
+    name = "sudoku6, heads of 16"
+    text = planted(TURN_FAULTS[fault], tmp_path, monkeypatch, "forward", name)
+    assert all(walk.Walk(kernel(text), launch).faults for launch in launches.forward(name))

@@ -67,6 +67,26 @@ class Barrier:
             self.rounds.append(Round())
 
 
+@dataclass
+class Meeting:
+    name: str
+    number: int  # of threads
+    over: int = 0  # rounds
+    here: set[tuple[int, int]] = field(default_factory=set)
+    first: set[tuple[int, int]] = field(default_factory=set)  # those of the first round
+
+    def come(self, thread: Thread) -> int:
+        """Which round it is."""
+        who = (thread.rank, thread.tid)
+        if who in self.here or (self.first and who not in self.first):
+            thread.walk.fault(f"other threads meet at {self.name} than before")
+        self.here.add(who)
+        now = self.over + 1
+        if len(self.here) == self.number:
+            self.first, self.here, self.over = self.here, set(), now
+        return now
+
+
 class Warp:
     """Products of a warp group that one of its warps has issued: where their operands lie."""
 
@@ -85,7 +105,7 @@ class Walk:
         self.faults: list[str] = []
         self.done: set[int] = set()  # places of instructions of barriers, copies and products
         self.warps: dict[int, Warp] = defaultdict(Warp)
-        self.met: Counter[tuple[Any, ...]] = Counter()
+        self.met: dict[tuple[Any, ...], Meeting] = {}
         self.steps = 0
         self.threads = [Thread(self, rank, tid) for rank in range(launch.walked) for tid in _threads()]
         statements = _decisive(kernel)
@@ -117,6 +137,9 @@ class Walk:
 
     def _close(self) -> None:
         """What must hold when all is done."""
+        for meeting in self.met.values():
+            if meeting.here:
+                self.fault(f"left at the end: {len(meeting.here)} threads at {meeting.name}")
         for place, barrier in self.barriers.items():
             if barrier.round.arrived or barrier.round.expected:
                 self.fault(f"left at the end: {place:#x} has {_state(barrier)}")
@@ -306,16 +329,22 @@ class Thread:
 
     def meet(self, name: str, threads: int) -> bool | None:
         """At a barrier of the block, or of the cluster; once all have come they may go."""
-        whole = "cluster" in name
-        taking_part = sum(tid < threads for tid in _threads()) * (self.walk.launch.walked if whole else 1)
-        key = (name, None if whole else self.rank)
+        meeting = self._meeting(name, threads)
         if self.meetings[name] == 0:
-            self.walk.met[key] += 1
-            self.meetings[name] = -(-self.walk.met[key] // taking_part)  # the meeting's number
-        if self.walk.met[key] < self.meetings[name] * taking_part:
+            self.meetings[name] = meeting.come(self)
+        if self.meetings[name] > meeting.over:
             return None
         self.meetings[name] = 0
         return True
+
+    def arrive_at(self, name: str, threads: int) -> None:
+        """As `meet`, without waiting for the others."""
+        self._meeting(name, threads).come(self)
+
+    def _meeting(self, name: str, threads: int) -> Meeting:
+        whole = "cluster" in name
+        number = sum(tid < threads for tid in _threads()) * (self.walk.launch.walked if whole else 1)
+        return self.walk.met.setdefault((name, None if whole else self.rank), Meeting(name, number))
 
 
 # From here on: PTX to Python. A unit is what goes on without a choice; it returns the number of the next one,
@@ -481,7 +510,9 @@ def _effects(
             yield "if t.meet('cluster', 384) is None: return None"
     elif opcode.startswith(("bar.sync", "barrier.sync")):
         threads = _value(operands[1]) if len(operands) > 1 else "384"
-        yield f"if t.meet('block {operands[0]}', {threads}) is None: return None"
+        yield f"if t.meet('block %d' % {_value(operands[0])}, {threads}) is None: return None"
+    elif opcode.startswith(("bar.arrive", "barrier.arrive")):
+        yield f"t.arrive_at('block %d' % {_value(operands[0])}, {_value(operands[1])})"
     elif opcode.startswith("st.shared"):
         for i, value in enumerate(_list(operands[1])):
             yield f"t.store({_value(at[0])} + {4 * i}, {'0' if _FLOAT.search(opcode) else _value(value)})"

@@ -1,16 +1,21 @@
 // Attention of 64 queries of one head by one warp group, over blocks of keys. Scores, probabilities and
-// sums stay in registers; the exponentials of one warp group run while the other multiplies.
+// sums stay in registers. The groups multiply in turn: the exponentials of one run while the other
+// multiplies.
 #pragma once
 
 #include "cuda/tile/epilogue.cuh"
 #include "cuda/tile/product_sm90.cuh"
 #include "cuda/tile/softmax.cuh"
+#include "cuda/tile/turns_sm90.cuh"
 
 namespace loopmdm {
 
 namespace attention_tile {
 
 constexpr int kPanelSteps = kHeadPanelBytes / 32;  // of 16 columns
+// The scores of the next keys are made in the turn of these keys' values: where registers suffice, and where
+// there is more than one block of keys (64 are a block only where the sequence has no more).
+constexpr bool kScoresAhead = kHeadDim < 128 && kKeys > 64;
 
 // The queries as left operand: a stage is free again at once.
 __device__ inline void load_queries(uint32_t (&queries)[kHeadDim / 16][4], uint32_t panels,
@@ -41,14 +46,9 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
   ring.release(place);
   Ring::next(place);
 
-  float mixed[kHeadDim / 2] = {};
-  Running running;
-#pragma unroll 1
-  for (int key = 0; key < p.length; key += kKeys) {
-    float scores[kKeys / 2] = {};  // for the reason that product_sm90.cuh gives
-    ring.wait_full(place);
-    const uint32_t keys = ring.stage(place) + panel * kKeys * kHeadPanelBytes;
+  const auto score = [&](float (&scores)[kKeys / 2]) {
     products_begin(scores, queries);
+    const uint32_t keys = ring.stage(place) + panel * kKeys * kHeadPanelBytes;
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       WarpGroupProduct<kKeys>::template registers<false>(
@@ -58,18 +58,9 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
           k > 0);
     }
     products_commit();
-    products_wait<0>();
-    pin(scores);
-    ring.release(place);
-    Ring::next(place);
-
-    if (key_mask || key + kKeys > p.length) mask_scores(scores, key_mask, key, p.length, seat);
-    uint32_t weights[kKeys / 16][4];
-    exponentials(scores, weights, running, mixed, scale);
-
-    ring.wait_full(place);
-    const uint32_t values = ring.stage(place) + panel * kKeys * kHeadPanelBytes;
-    products_begin(mixed, weights);
+  };
+  const auto mix = [&](float (&mixed)[kHeadDim / 2], const uint32_t (&weights)[kKeys / 16][4], RingPlace at) {
+    const uint32_t values = ring.stage(at) + panel * kKeys * kHeadPanelBytes;
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       WarpGroupProduct<kHeadDim>::template registers<true>(
@@ -77,10 +68,48 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
           true);
     }
     products_commit();
+  };
+
+  float mixed[kHeadDim / 2] = {}, scores[kKeys / 2];
+  Running running;
+  const Turns turns;
+  turns.begin();
+  const auto only_scores = [&] {
+    clear(scores);  // for the reason that product_sm90.cuh gives
+    ring.wait_full(place);
+    score(scores);
+    turns.end();
     products_wait<0>();
-    pin(mixed);
+    pin(scores);
+  };
+  if constexpr (kScoresAhead) only_scores();
+#pragma unroll 1
+  for (int key = 0; key < p.length; key += kKeys) {
+    if constexpr (!kScoresAhead) only_scores();
     ring.release(place);
     Ring::next(place);
+    if (key_mask || key + kKeys > p.length) mask_scores(scores, key_mask, key, p.length, seat);
+    uint32_t weights[kKeys / 16][4];
+    exponentials(scores, weights, running, mixed, scale);
+
+    const bool last = key + kKeys >= p.length, ahead = kScoresAhead && !last;
+    const RingPlace values = place;
+    ring.wait_full(values);
+    Ring::next(place);
+    if (ahead) ring.wait_full(place);
+    turns.begin();
+    products_begin(mixed, weights);
+    mix(mixed, weights, values);
+    if (ahead) {
+      score(scores);
+      turns.end();
+    } else if (last) {
+      turns.end_last();
+    }
+    products_wait<0>();
+    pin(mixed);
+    if (kScoresAhead) pin(scores);
+    ring.release(values);
   }
   finish(mixed, running);
 }

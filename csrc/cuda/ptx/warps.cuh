@@ -21,6 +21,16 @@ __device__ inline void meet(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
 }
 
+// The same at one that is known only when the kernel runs, and arriving there without waiting for the others.
+template <int kThreads>
+__device__ inline void meet_at(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ inline void arrive_at(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 // Of a whole warp one lane, always the same. The compiler knows that it is one: a load by TMA needs no loop
 // over lanes then.
 __device__ inline bool elected() {

@@ -24,6 +24,7 @@ constexpr uint32_t kSharedBytes = 232448,
                    kSharedBase = 1024;  // where shared memory begins in its address space
 
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr int kNamed = 4;  // of the hardware's barriers: as many as the kernels use
 
 // Who has stored, and in which time of its warp: for each four bytes of a page of global memory.
 struct Tag {
@@ -138,7 +139,7 @@ struct Block {
   std::vector<uint8_t> copied = std::vector<uint8_t>(kSharedBytes, 0xFF);  // without the stores of threads
   Lines lines;
   std::unordered_map<uint32_t, Barrier> barriers;
-  std::vector<Meeting> warps = std::vector<Meeting>(kWarps), named = std::vector<Meeting>(2);
+  std::vector<Meeting> warps = std::vector<Meeting>(kWarps), named = std::vector<Meeting>(kNamed);
   Meeting pair;
   std::vector<WarpProducts> products = std::vector<WarpProducts>(kWarps);
   std::vector<std::pair<uint64_t, uint64_t>> descriptors[3];  // of all products of a warp group
@@ -164,9 +165,9 @@ struct Fiber {
   int thread;
   std::function<bool()> waits_for;  // empty: can run
   bool done = false;
-  int clock;                 // of its warp
-  int number;                // of all threads that run together
-  uint64_t met[2] = {0, 0};  // rounds of named barriers
+  int clock;                  // of its warp
+  int number;                 // of all threads that run together
+  uint64_t met[kNamed] = {};  // rounds of named barriers
   Known known;
 };
 
@@ -246,27 +247,37 @@ inline Known told() {
   return known;
 }
 
-// Waits for `number` threads; the last to come calls `work`.
+// One of `number` threads has come; the last of them calls `work`.
+template <class Work>
+void come(Meeting& meeting, int number, Work work) {
+  if (++meeting.come < number) return;
+  work();
+  meeting.come = 0;
+  ++meeting.round;
+}
+
+// And waits for the others.
 template <class Work>
 void meet(Meeting& meeting, int number, Work work) {
   const uint64_t round = meeting.round;
-  if (++meeting.come == number) {
-    work();
-    meeting.come = 0;
-    ++meeting.round;
-  } else {
-    wait_until([&meeting, round] { return meeting.round != round; });
-  }
+  come(meeting, number, work);
+  wait_until([&meeting, round] { return meeting.round != round; });
 }
 
-// Waits for `number` threads, each of which then knows what all know.
-inline void meet_and_tell(Meeting& meeting, int number) {
+// What those who come to a meeting know together, with what the thread knows.
+inline Known& tell(Meeting& meeting) {
   Known& together = meeting.together[meeting.round % 2];
   if (meeting.come == 0) {
     together = told();
   } else {
     together.learn(told());
   }
+  return together;
+}
+
+// Waits for `number` threads, each of which then knows what all know.
+inline void meet_and_tell(Meeting& meeting, int number) {
+  const Known& together = tell(meeting);
   meet(meeting, number, [] {});
   self().known.learn(together);
 }
@@ -298,16 +309,29 @@ void meet_in_warp(const char* name, void* given, Work work) {
   meet(meeting, 32, [&] { work(meeting.given); });
 }
 
-// At one of the hardware's barriers, of which `threads` is a part of the instruction.
-inline void meet_at(int barrier, int threads) {
-  executed_together("bar.sync");
+// The thread comes to one of the hardware's barriers, of which `threads` is a part of the instruction.
+inline Meeting& come_to(int barrier, int threads) {
   Fiber& fiber = self();
+  if (barrier < 0 || barrier >= kNamed) fail("a named barrier that is not there");
   Meeting& meeting = fiber.block->named[barrier];
   if (meeting.come == 0) meeting.threads = threads;
   if (threads % 32 != 0 || meeting.threads != threads)
     fail("threads name different numbers at a named barrier");
   if (fiber.met[barrier]++ != meeting.round) fail("other threads meet at a named barrier than before");
-  meet_and_tell(meeting, threads);
+  return meeting;
+}
+
+inline void meet_at(int barrier, int threads) {
+  executed_together("bar.sync");
+  meet_and_tell(come_to(barrier, threads), threads);
+}
+
+// Without waiting for the others, and without what they know.
+inline void arrive_at(int barrier, int threads) {
+  executed_together("bar.arrive");
+  Meeting& meeting = come_to(barrier, threads);
+  tell(meeting);
+  come(meeting, threads, [] {});
 }
 
 // Notes that the thread reaches into the shared memory of a block, which may end only when it knows that this
@@ -326,6 +350,9 @@ inline void enter_fiber() {
   Block& block = *self().block;
   block.at_end.learn(self().known);
   if (--block.running > 0) leave_fiber();
+  for (const Meeting& meeting : block.named) {
+    if (meeting.come > 0) fail("threads have come to a named barrier where nobody meets them");
+  }
   for (size_t i = 0; i < block.reached.size(); ++i) {
     if (block.reached[i] > block.at_end.times[i]) fail("a block may end while others reach into it");
   }
