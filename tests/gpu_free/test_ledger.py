@@ -85,7 +85,6 @@ def test_barriers(family, name, built, launches_of_head):
 CARRIED_OVER = {
     "SYNCS.EXCH": "mbarrier.init",
     "UTMALDG": "cp.async.bulk.tensor",
-    "BAR.SYNC": "bar.sync",
     "BAR.ARV": "bar.arrive",
 }
 
