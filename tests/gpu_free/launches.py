@@ -57,6 +57,12 @@ def _one_of_each(items: Iterable[Any], number: int = 1) -> tuple[Any, ...]:
     return tuple(item for of_phase in found.values() for item in of_phase[:number])
 
 
+def _of_more_keys(shape: BlockShape, plan: Plan) -> BlockShape | None:
+    """Of several blocks of keys, where this shape has one and its kernel is for others as well."""
+    one = shape.length <= key_block(shape, plan.tiles) == KEY_BLOCKS[-1]
+    return shape._replace(length=2 * KEY_BLOCKS[-1]) if one else None
+
+
 def forward(name: str) -> list[Launch]:
     """A block that does two tiles of each phase, twice; also from the last to the first, where weights stay.
 
@@ -69,8 +75,7 @@ def forward(name: str) -> list[Launch]:
     loop = _one_of_each(table.loop, 2)
     orders = [loop, loop[::-1]] if plan.resident_bytes else [loop]
     found = [_forward(shape, plan, table._replace(loop=order), start) for order in orders]
-    if shape.length <= key_block(shape, plan.tiles) == KEY_BLOCKS[-1]:  # others have more than these keys
-        longer = shape._replace(length=2 * KEY_BLOCKS[-1])
+    if longer := _of_more_keys(shape, plan):
         table = build(longer, plan.tiles)
         table = table._replace(loop=_one_of_each(table.loop, 2))
         found.append(_forward(longer, plan, table, looped_blocks.start_of(table)))
@@ -92,6 +97,11 @@ def _forward(shape: BlockShape, plan: Plan, table: Table, start: torch.Tensor) -
 def backward(name: str) -> list[Launch]:
     shape = builds.BACKWARD_SHAPES[name]
     plan = choose_backward(shape)
+    longer = _of_more_keys(shape, plan)
+    return [_backward(each, plan) for each in (shape, longer) if each]
+
+
+def _backward(shape: BlockShape, plan: Plan) -> Launch:
     table, _, counters = looped_blocks_backward._table(shape, plan.tiles, _CPU)
     table = table._replace(loop=_one_of_each(table.loop, 2))
     words, packed = table.encode(), _weights(shape)
@@ -103,7 +113,7 @@ def backward(name: str) -> list[Launch]:
     parameters = looped_blocks_backward.pack_parameters(table, buffers, words)
     layouts = looped_blocks_backward.map_layouts(buffers, packed)
     boxes = {getattr(type(parameters), field).offset: _box(each) for field, each in layouts.items()}
-    return [Launch(bytes(parameters), boxes, plan.pair, plan.pair, _words((words, buffers["stop"])))]
+    return Launch(bytes(parameters), boxes, plan.pair, plan.pair, _words((words, buffers["stop"])))
 
 
 def of_head(folder: Path) -> dict[str, Launch]:
