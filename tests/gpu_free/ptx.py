@@ -231,7 +231,7 @@ def _never_read(kernel: Kernel) -> set[str]:
 def spelled_out(opcode: str) -> str:
     """With what the PTX manual says is meant where nothing is said, and one name for what has two."""
     opcode = re.sub(r"\.shared(?!::)", ".shared::cta", opcode)
-    opcode = re.sub(r"^bar\.sync", "barrier.sync.aligned", opcode)
+    opcode = re.sub(r"^bar\.(sync|arrive)", r"barrier.\1.aligned", opcode)
     opcode = re.sub(r"^(mbarrier\.arrive(?:\.expect_tx)?)(?=\.shared)", r"\1.release.cta", opcode)
     opcode = re.sub(r"^(mbarrier\.try_wait(?:\.parity)?)(?=\.shared)", r"\1.acquire.cta", opcode)
     opcode = re.sub(r"^(barrier\.cluster\.arrive)(?!\.re)", r"\1.release", opcode)
