@@ -13,6 +13,7 @@ import pytest
 from loopmdm.cli import main
 from loopmdm.runs.watching import WatchedRun
 from loopmdm.train import read_metrics
+from loopmdm.train.loggers import texts
 from loopmdm.train.metrics import Follower
 from loopmdm_kernels.locks import LOCK_FILE
 
@@ -77,6 +78,33 @@ def test_a_run_as_it_stands(call: Call, run: Path, tmp_path: Path) -> None:
     assert refused.status == 2 and "a file that this option did not write" in refused.err
     nothing = call("watch", tmp_path)
     assert nothing.status == 1 and "holds no run: there is no train_config.json" in nothing.err
+    nowhere = call("watch", tmp_path / "NOTHERE")
+    assert (nowhere.status, nowhere.err) == (
+        1,
+        f"loopmdm watch: error: there is no folder {tmp_path / 'NOTHERE'}\n",
+    )
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])
+def test_a_time_that_is_none(call: Call, tmp_path: Path, seconds: str) -> None:
+    done = call("watch", tmp_path, f"--every={seconds}")
+    assert done.status == 2 and "argument --every: got " in done.err and seconds in done.err
+
+
+def test_an_answer_is_apart_from_its_prompt(run: Path) -> None:
+    """In a run on pairs; a text goes on where its prompt ends."""
+    sample = {"num_loops": 1, "seed": 0, "prompt": "2 + 2?", "text": "4"}
+    record = {"step": 4, "evaluation": {"samples": [sample, sample | {"prompt": ""}]}}
+    log, described = run / "metrics.jsonl", run / "run.json"
+    log.write_text(log.read_text() + json.dumps(record) + "\n")
+    watched = WatchedRun(run)
+    assert watched.read() and watched.lines(40, 50)[-2:] == ["S 1  2 + 2?4", "S 1  4"]
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"pairs": ["prompt", "response"]}))
+    watched = WatchedRun(run)
+    assert watched.read() and watched.lines(40, 50)[-2:] == ["S 1  2 + 2? → 4", "S 1  4"]
+    assert "<pre>2 + 2? → 4</pre>" in watched.page(None)
+    assert [text for _, text in texts(record)] == ["2 + 2?4", "4"]
+    assert [text for _, text in texts(record, pairs=True)] == ["2 + 2?\n4", "4"]
 
 
 def test_a_page_is_written_while_the_run_goes_on(run: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rich.cells import cell_len, set_cell_size
 
 from loopmdm.formats.folders import read_json
 from loopmdm.printable import printable, printable_lines
+from loopmdm.runs.run_file import RUN_FILE
 from loopmdm.train.loop import CONFIG_FILE
 from loopmdm.train.metrics import METRICS_FILE, Follower, averages, held_out, results
 from loopmdm.train.progress import clock
@@ -35,11 +36,14 @@ class WatchedRun:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.exists():
+            raise FileNotFoundError(f"there is no folder {folder}")
         if not (folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{folder} holds no run: there is no {CONFIG_FILE}")
         self.folder, self.name = folder, folder.resolve().name
         self._log = Follower(folder / METRICS_FILE)
         self.steps = 0
+        self._pairs = False
 
     def read(self) -> bool:
         """Whether anything has come since."""
@@ -47,6 +51,8 @@ class WatchedRun:
         if type(steps) is not int:
             raise ValueError(f"{self.folder / CONFIG_FILE}: steps: got {steps!r}, expected an integer")
         self.steps = steps
+        described = self.folder / RUN_FILE
+        self._pairs = described.is_file() and read_json(described).get("pairs") is not None
         return self._log.read()
 
     @property
@@ -133,7 +139,7 @@ class WatchedRun:
         step, samples = self.samples()
         if samples:
             lines += ["", f"samples at step {step:,}"]
-            lines += [f"S {one['num_loops']}  {_in_line(one)}" for one in samples]
+            lines += [f"S {one['num_loops']}  {_in_line(self._whole(one))}" for one in samples]
         return [_cut(printable(line, longest=4 * width), width) for line in lines][:height]
 
     def page(self, seconds: float | None) -> str:
@@ -144,7 +150,7 @@ class WatchedRun:
         drawn = "".join(f"<figure>{one}</figure>" for one in _charts(curves))
         step, samples = self.samples()
         rows = "".join(
-            f"<tr><td>{one['num_loops']}</td><td><pre>{html.escape(printable_lines(_whole(one)))}</pre></td></tr>"
+            f"<tr><td>{one['num_loops']}</td><td><pre>{html.escape(printable_lines(self._whole(one)))}</pre></td></tr>"
             for one in samples
         )
         head = f"<h2>Samples at step {step:,}</h2>\n<table><tr><th>S</th><th>sample</th></tr>"
@@ -156,6 +162,11 @@ class WatchedRun:
             f"<h1>Training {title}</h1>\n<p>{html.escape(printable(self.headline()))}</p>\n"
             f'<div class="charts">{drawn}</div>\n{f"{head}{rows}</table>" if samples else ""}\n</html>\n'
         )
+
+    def _whole(self, sample: dict[str, Any]) -> str:
+        """A puzzle or question and what answers it apart, a text and how it goes on together."""
+        apart = "solved" in sample or (self._pairs and sample["prompt"])
+        return f"{sample['prompt']}{' → ' if apart else ''}{sample['text']}"
 
 
 def is_page(path: Path) -> bool:
@@ -197,10 +208,5 @@ def _cut(line: str, width: int) -> str:
     return line if cell_len(line) <= width else set_cell_size(line, width).rstrip()
 
 
-def _whole(sample: dict[str, Any]) -> str:
-    gap = " → " if "solved" in sample else ""
-    return f"{sample['prompt']}{gap}{sample['text']}"
-
-
-def _in_line(sample: dict[str, Any]) -> str:
-    return _whole(sample).replace("\n", "↵").replace("\t", "⇥")
+def _in_line(text: str) -> str:
+    return text.replace("\n", "↵").replace("\t", "⇥")
