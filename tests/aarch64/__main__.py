@@ -35,15 +35,22 @@ CHOSEN = "cpu_generic or cpu_asimd_bf16"
 
 def kernels() -> list[str]:
     """As CMakeLists.txt lists them."""
-    found = re.search(r"set\(kernels ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
-    assert found is not None
-    return found.group(1).split()
+    return _list_of_cmake("kernels")
 
 
 def flags_of(isa: str) -> list[str]:
+    """Those that CMakeLists.txt adds for an instruction set; generic has none."""
+    return [] if isa == "generic" else _list_of_cmake(f"{isa}_flags")
+
+
+def _list_of_cmake(name: str) -> list[str]:
     text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    found = re.search(rf"set\({isa}_flags ([^)]*)\)", text)
-    return found.group(1).split() if found else []
+    found = re.search(rf"set\({name}\s+([^)]*)\)", text)
+    if found is None or not found.group(1).split():
+        raise ValueError(
+            f"CMakeLists.txt: no list set({name} ...), which the build for aarch64 takes from it"
+        )
+    return found.group(1).split()
 
 
 def commands(folder: Path) -> dict[Path, list[str]]:
