@@ -202,7 +202,7 @@ def test_what_does_not_go_with_a_family(call: Call, tmp_path: Path, corpus: Path
             "--family sets the layers of diffusion models; leave out --layers",
         ),
         (["--data", corpus, "--autoregressive"], "leave out --autoregressive"),
-        (["--data", corpus, "--loop", "0:3"], "loop_start, loop_end: got (0, 3)"),
+        (["--data", corpus, "--loop", "0:3"], "--loop: got 0:3, expected START:END"),
         ([], "nothing to train on"),
     ):
         done = call("train", "--family", "light=1", "heavy=2", "--out", tmp_path / "out", *words)

@@ -134,6 +134,49 @@ def test_more_loops_than_any_model_has(call: Call, text_run: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plan", "0"], "--plan: loops must be at least 1, got 0"),
+        (["--plan", "5000"], "--plan: loops must be in 1..1024, got 5000"),
+        (["--plan", "0", "--adaptive", "0.1"], "--plan: loops must be at least 1, got 0"),
+        (["--prompt", "a" * 8], "--prompt: it is 9 tokens long, beyond the 8 of a sample"),
+        (["--prompt", "a\udced"], "--prompt: text holds the lone surrogate '\\udced' at index 1"),
+        (["--infill", "a\udced___"], "--infill: text holds the lone surrogate '\\udced' at index 1"),
+    ],
+)
+def test_what_a_sample_cannot_have(call: Call, text_run: Path, words: list[str], message: str) -> None:
+    done = call("sample", text_run, *SAMPLE, *words)
+    assert done.status == USAGE and f"error: {message} (see" in done.err
+
+
+def test_blocks_that_no_model_has(call: Call, text_run: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train = ["train", "--out", out, "--loop", "1:9"]
+    for words in (
+        ["convert", text_run, out, "--loop", "1:9"],
+        [*train, "--data", corpus],
+        [*train, "--preset", "sudoku6"],
+        [*train, "--data", corpus, "--init-from", text_run],
+    ):
+        done = call(*words)
+        assert done.status == USAGE, done.err
+        assert "error: --loop: got 1:9, expected START:END with 0 <= START < END <= " in done.err
+        assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache"])
+def test_data_is_not_written_among(call: Call, tmp_path: Path, option: str) -> None:
+    data, other = tmp_path / "data", tmp_path / "other"
+    data.mkdir()
+    (data / "a.txt").write_text("a text\n")
+    (tmp_path / "link").symlink_to(data)
+    rest = [] if option == "--out" else ["--out", other]
+    done = call("train", "--data", data, option, tmp_path / "link", *rest, *TINY, "--steps", "1")
+    assert done.status == USAGE and f"{option}: {data} is the folder of --data; choose another" in done.err
+    assert [path.name for path in data.iterdir()] == ["a.txt"] and not other.exists()
+
+
 def test_puzzles_from_a_pipe(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shipped: Callable[[str], Path]
 ) -> None:

@@ -279,7 +279,7 @@ def test_options_reach_the_configuration(call: Call, tmp_path: Path, corpus: Pat
         (["--data", "CORPUS", "--lr", "nan"], 2, "--lr: got 'nan'"),
         (["--data", "CORPUS", "--ema", "1.5"], 2, "ema must be in [0, 1] and finite, got 1.5"),
         (["--data", "CORPUS", "--hidden", "10"], 2, "hidden_size: got 10, expected a multiple of"),
-        (["--data", "CORPUS", "--loop", "2:9"], 2, "loop_start, loop_end: got (2, 9)"),
+        (["--data", "CORPUS", "--loop", "2:9"], 2, "--loop: got 2:9, expected START:END"),
         (["--data", "CORPUS", "--loop", "2"], 2, "--loop: got '2', expected START:END"),
         (["--data", "CORPUS", "--max-loops", "0"], 2, "--max-loops: got '0'"),
         (["--data", "CORPUS", "--validation", "1"], 2, "--validation: got 1.0"),

@@ -17,7 +17,7 @@ from loopmdm.cli.runs import refuse
 from loopmdm.mdlm import convert_checkpoint
 from loopmdm.model.loop_law import loop_count
 from loopmdm.runs.export import copy_tokenizer, export_run
-from loopmdm.runs.options import UsageError, count, loop_range, positive_int, usage_errors
+from loopmdm.runs.options import UsageError, count, loop_errors, loop_range, positive_int, usage_errors
 from loopmdm.runs.run_file import RUN_FILE
 from loopmdm.train.checkpoints import CHECKPOINTS
 from loopmdm.train.loop import FILES
@@ -93,16 +93,17 @@ def run(args: argparse.Namespace) -> int:
         if args.no_ema:
             raise UsageError("--no-ema: of a run the averaged weights are taken")
         return _run_of_shards(args)
-    config = convert_checkpoint(
-        args.source,
-        args.target,
-        loop=args.loop,
-        ema=not args.no_ema,
-        max_loops=args.max_loops,
-        mask_token_id=args.mask_token_id,
-        num_heads=args.num_heads,
-        **options,
-    )
+    with loop_errors(args.loop):
+        config = convert_checkpoint(
+            args.source,
+            args.target,
+            loop=args.loop,
+            ema=not args.no_ema,
+            max_loops=args.max_loops,
+            mask_token_id=args.mask_token_id,
+            num_heads=args.num_heads,
+            **options,
+        )
     copy_tokenizer(args.source, args.target)
     if args.json:
         print_json({"source": args.source, "target": args.target, "config": config.to_dict()})

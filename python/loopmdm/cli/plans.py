@@ -12,6 +12,7 @@ import torch
 
 from loopmdm.exits import ExitRule, make_rule
 from loopmdm.model import LoopMDM
+from loopmdm.model.loop_law import loop_count
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.runs.models import load_model
 from loopmdm.runs.options import UsageError, loop_range, positive_int, usage_errors
@@ -124,13 +125,13 @@ def plan_option(args: argparse.Namespace, device: torch.device) -> ComputePlan:
         if adapts(args):
             if text is not None and not text.isdecimal():
                 raise UsageError(f"--plan: with --adaptive it is the most loops, a count, got {text!r}")
-            return adaptive(args, None if text is None else int(text))
+            return adaptive(args, _plain_count(text))
         if text is None or text.isdecimal():
             if args.light is not None or args.heavy is not None:
                 raise UsageError(
                     "--light, --heavy: they belong to a plan such as L125,H750,L125, give one with --plan"
                 )
-            return as_plan(None if text is None else int(text))
+            return as_plan(_plain_count(text))
         light, heavy = (_choice(choice, device) for choice in (args.light, args.heavy))
         if Path(text).is_file():
             models = {"L": light, "H": heavy}
@@ -165,6 +166,12 @@ def note_beyond_training(model: LoopMDM, plans: Iterable[ComputePlan]) -> None:
                 beyond[trained] = max(beyond.get(trained, 0), compute.num_loops or 0)
     for trained, most in beyond.items():
         note(f"note: S = {most} is beyond the S = {trained} of training: it runs, and may do better or worse")
+
+
+def _plain_count(text: str | None) -> int | None:
+    """A plan that is a count alone."""
+    with usage_errors("--plan"):
+        return None if text is None else loop_count("loops", int(text))
 
 
 def _choice(text: str | None, device: torch.device) -> int | LoopMDM | None:

@@ -150,7 +150,9 @@ def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> Trai
 def _loggers(args: argparse.Namespace, job: Job, stack: ExitStack) -> list[Logger]:
     """What `--log` asks for, closed with the stack."""
     settings = {"model": job.model.config.to_dict(), "training": job.config.to_dict()}
-    return [stack.enter_context(closing(logger(name, args.out, settings))) for name in args.log]
+    pairs = job.run.pairs is not None
+    logs = (logger(name, args.out, settings, pairs=pairs) for name in args.log)
+    return [stack.enter_context(closing(log)) for log in logs]
 
 
 def _tell(logs: list[Logger], record: dict[str, Any]) -> None:
@@ -184,6 +186,7 @@ def described_run(args: argparse.Namespace) -> RunFile:
         raise NotADirectoryError(f"--out: {args.out} is a file, expected a folder")
     if args.cache is not None and args.cache.exists() and not args.cache.is_dir():
         raise NotADirectoryError(f"--cache: {args.cache} is a file, expected a folder")
+    _check_apart(args, given_data.get("data"))
     if args.lora_targets is not None and args.lora is None:
         raise UsageError("--lora-targets: they are those of --lora RANK")
     if args.no_ema and args.init_from is None and not args.resume:
@@ -298,6 +301,18 @@ def _check_pairs(args: argparse.Namespace) -> None:
         raise UsageError(f"--pairs: got {len(args.pairs)} field(s), expected those of prompt and response")
     others = {"stream": "--stream", "cache": "--cache", "text_field": "--text-field", "weights": "--weights"}
     refuse(args, others, "--pairs reads prompts and responses")
+
+
+def _check_apart(args: argparse.Namespace, data: str | list[str] | None) -> None:
+    """Refuse to write into a folder that is read: files of a run or a cache would be among the data."""
+    folders = [source for source in text_data.as_list(data or []) if Path(source).is_dir()]
+    for option, folder in (("--out", args.out), ("--cache", args.cache)):
+        if folder is not None and folder.is_dir():
+            same = next((source for source in folders if folder.samefile(source)), None)
+            if same is not None:
+                raise UsageError(
+                    f"{option}: {same} is the folder of --data; choose another one to write into"
+                )
 
 
 def _check_weights(given: dict[str, Any]) -> None:

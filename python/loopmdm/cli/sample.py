@@ -108,7 +108,9 @@ def run(args: argparse.Namespace) -> int:
     length = args.length or (run.length if run is not None and run.length else model.config.max_length)
     start: dict[str, Any] = {"length": length}
     if args.prompt is not None:
-        start["prompt"] = _ids(args.prompt, tokenizer, "--prompt")
+        prompt = start["prompt"] = _ids(args.prompt, tokenizer, "--prompt")
+        if len(prompt) > length:
+            raise UsageError(f"--prompt: it is {len(prompt)} tokens long, beyond the {length} of a sample")
     if args.infill is not None:
         start = {"infill": _canvas(args.infill, tokenizer, model), "length": args.length}
     sampler = partial(sample_with, model, decoding, args.num, **start)
@@ -203,7 +205,8 @@ def _shown(
 def _ids(text: str, tokenizer: Tokenizer | None, option: str) -> list[int]:
     """Ids a sequence begins with: BOS and the text; without a tokenizer, the ids that are written there."""
     if tokenizer is not None:
-        ids: list[int] = tokenizer.encode(text).tolist()
+        with usage_errors(option):
+            ids: list[int] = tokenizer.encode(text).tolist()
         return [tokenizer.bos_token_id, *ids]
     try:
         return [int(word) for word in text.split()]

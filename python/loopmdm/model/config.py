@@ -18,6 +18,12 @@ INJECTIONS = ("none", "add", "parcae")
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
+class LoopedBlocksError(ValueError):
+    """Blocks to loop that are not among those of the model."""
+
+    num_layers: int | None = None  # of the model; None where the error was raised anew with another message
+
+
 @dataclass(unsafe_hash=True)
 class LoopMDMConfig:
     """Configuration of a looped masked diffusion model.
@@ -110,10 +116,12 @@ class LoopMDMConfig:
                 f"expected a multiple of 2 * num_heads = {2 * self.num_heads}"
             )
         if not 0 <= self.loop_start < self.loop_end <= self.num_layers:
-            raise ValueError(
+            unknown = LoopedBlocksError(
                 f"loop_start, loop_end: got ({self.loop_start}, {self.loop_end}), "
                 f"expected 0 <= start < end <= num_layers = {self.num_layers}"
             )
+            unknown.num_layers = self.num_layers
+            raise unknown
         if self.max_loops < 1:
             raise ValueError(f"max_loops: got {self.max_loops}, expected at least 1")
         if not 0.0 <= self.dropout < 1.0:

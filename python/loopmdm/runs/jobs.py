@@ -23,7 +23,7 @@ from loopmdm.runs.evaluation import (
     prompts_of,
 )
 from loopmdm.runs.initial import add_lora, begin_with, read_initial
-from loopmdm.runs.options import usage_errors
+from loopmdm.runs.options import loop_errors, usage_errors
 from loopmdm.runs.recipes import SUDOKU_RECIPES, TEXT_RECIPES
 from loopmdm.runs.run_file import RunFile
 from loopmdm.train import Trainable, TrainConfig
@@ -64,7 +64,7 @@ def begun(job: Job, fresh: bool) -> Job:
 def sudoku_job(run: RunFile, threads: int) -> Job:
     """A run on puzzles made here; evaluated on puzzles of the test split."""
     recipe = SUDOKU_RECIPES[run.preset]
-    with usage_errors():
+    with usage_errors(), loop_errors(_loop_of(run)):
         if run.clues is not None:
             recipe = dataclasses.replace(recipe, clues=parse_clues(run.clues, recipe.spec))
         model, data, config = recipe.build(run.preset, threads=threads, model=run.model, **run.training)
@@ -224,6 +224,11 @@ class _TextPlan(NamedTuple):
         return TextEvaluation(windows, sampler)
 
 
+def _loop_of(run: RunFile) -> tuple[int, int] | None:
+    """The blocks that a run was asked to loop, None where they are the preset's."""
+    return (run.model["loop_start"], run.model["loop_end"]) if "loop_end" in run.model else None
+
+
 def _text_plan(run: RunFile, tokenizer: Tokenizer, held_out: bool) -> _TextPlan:
     recipe = TEXT_RECIPES[run.preset]
     length = run.length or recipe.length
@@ -231,7 +236,7 @@ def _text_plan(run: RunFile, tokenizer: Tokenizer, held_out: bool) -> _TextPlan:
     if not held_out:
         training.setdefault("eval_every", 0)
     build = recipe.build_causal if run.autoregressive else recipe.build
-    with usage_errors():
+    with usage_errors(), loop_errors(_loop_of(run)):
         model, config = build(tokenizer, length, model=run.model, **training)
         LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=length)
     return _TextPlan(model, config, length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,26 @@ def usage_errors(option: str | None = None) -> Iterator[None]:
         if getattr(error, "of_the_model", False):  # what it predicts is no fault of the options
             raise
         raise UsageError(str(error) if option is None else f"{option}: {error}") from error
+
+
+@contextmanager
+def loop_errors(loop: Sequence[int] | None) -> Iterator[None]:
+    """Turns what a configuration says about blocks that it has not into an error of usage of `--loop`.
+
+    loop: what the option gave; None where it did not, so that the fault is another's.
+    """
+    from loopmdm.model.config import LoopedBlocksError  # brings torch, which --help does without
+
+    try:
+        yield
+    except LoopedBlocksError as error:
+        blocks = error.num_layers
+        if loop is None or blocks is None:
+            raise
+        raise UsageError(
+            f"--loop: got {loop[0]}:{loop[1]}, expected START:END with 0 <= START < END <= {blocks}, the"
+            " blocks of the model"
+        ) from error
 
 
 class Sources(argparse.Action):
