@@ -21,6 +21,7 @@ SPEED = {
     "Zen 5, before, and attention": "2026-11-24-cpu-zen5.json",
     "Zen 5, the head's ops again": "2026-11-29-cpu-zen5-head.json",
     "Zen 5, the loss again": "2026-11-30-cpu-zen5-masked-cross-entropy.json",
+    "Zen 5, the training step again": "2026-11-30-cpu-zen5-training-step-peers.json",
     "Zen 5, MDLM's own loop": "2026-11-30-cpu-zen5-drop-in.json",
     "Zen 5, the same where the C library keeps freed memory": "2026-11-30-cpu-zen5-drop-in-kept-memory.json",
     "Zen 5, the same where torch asks for large pages": "2026-11-30-cpu-zen5-drop-in-large-pages.json",
@@ -86,11 +87,21 @@ CASES = {
     "test_sample_tokens[R16]": "the same, 16 rows",
     "test_sample_tokens[R256]": "the same, 256 rows",
 }
-# The front page: by column the files of the kernels, the loss and sampling; a case, and what it is called
-# where fp32 is the fast dtype.
+# The front page and the targets: files by the dtype that is fast; where several have a case the last counts.
 COLUMNS = {
-    "bf16": (SPEED["Zen 5"], SPEED["Zen 5, the loss again"], SAMPLING["Zen 5"]),
-    "AVX2, fp32": (SPEED["AVX2, played by a Zen 5"], SPEED["AVX2, the loss again"], None),
+    "bf16": [
+        SPEED["Zen 5"],
+        SPEED["Zen 5, the loss again"],
+        SPEED["Zen 5, the training step again"],
+        SPEED["Zen 5, MDLM's own loop"],
+        SPEED["Zen 5, tokens of few rows"],
+        SAMPLING["Zen 5"],
+    ],
+    "AVX2, fp32": [
+        SPEED["AVX2, played by a Zen 5"],
+        SPEED["AVX2, the loss again"],
+        SPEED["AVX2, tokens of few rows"],
+    ],
 }
 LOSS = "`masked_cross_entropy` with gradients, 512 rows, V 50258"
 FRONT = {
@@ -100,22 +111,6 @@ FRONT = {
     LOSS: "test_masked_cross_entropy[{dtype}-parameters]",
     "`sample_rows`, 256 rows, V 50258": "test_sample_rows[R256]",
     "sampling, S = 12, 1024 tokens, 8 steps": "test_sampling[S12]",
-}
-# Beside the targets: by dtype that is fast, the files that have a case; of several the last.
-AIMED = {
-    "bf16, on a Zen 5": [
-        SPEED["Zen 5"],
-        SPEED["Zen 5, the loss again"],
-        SPEED["Zen 5, MDLM's own loop"],
-        SPEED["Zen 5, tokens of few rows"],
-        "2026-11-30-cpu-zen5-training-step-peers.json",
-        SAMPLING["Zen 5"],
-    ],
-    "fp32, held to AVX2": [
-        SPEED["AVX2, played by a Zen 5"],
-        SPEED["AVX2, the loss again"],
-        SPEED["AVX2, tokens of few rows"],
-    ],
 }
 # Where a share of the peak rate says nothing: the weights are read for few rows, or products are of bytes.
 WITHOUT_SHARE = {f"test_sample_rows[{rows}]" for rows in ("R1", "R16")}
@@ -186,16 +181,21 @@ def speed(machine: str, name: str) -> list[str]:
     return [origin(machine, name), "", *table(header, rows), ""]
 
 
+def latest(names: Sequence[str]) -> dict[str, Any]:
+    """The figures of some files; where several have a case the last counts."""
+    return {case: figure for name in names for case, figure in load(name)["figures"].items()}
+
+
 def front_table() -> str:
+    columns = {column: latest(names) for column, names in COLUMNS.items()}
     rows = []
     for title, case in FRONT.items():
         row = [title]
-        for column, (kernels, loss, run) in COLUMNS.items():
-            dtype, name = column[-4:], run if "sampling" in case else loss if title == LOSS else kernels
-            if name is None:
+        for column, figures in columns.items():
+            result = figures.get(case.format(dtype=column[-4:]))
+            if result is None:
                 row += ["", "", ""]
                 continue
-            result = load(name)["figures"][case.format(dtype=dtype)]
             times = [result["milliseconds"][whose] for whose in ("ours", result["best_peer"])]
             row += [*map(milliseconds, times), f"{result['speedup']:.2f}"]
         rows.append(row)
@@ -240,20 +240,25 @@ def others() -> list[str]:
 def aims() -> list[str]:
     """Each target, and at which share of the peak it would be reached beside the peer of the run."""
     lines = []
-    for kind, names in AIMED.items():
-        results = [load(name) for name in names]
-        figures = {case: figure for result in results for case, figure in result["figures"].items()}
-        rows = []
-        for case, target in targets_of(results[0]["machine"]["cpu_isa"]).items():
+    for column, names in COLUMNS.items():
+        figures, rows = latest(names), []
+        for case, target in targets_of(load(names[0])["machine"]["cpu_isa"]).items():
             if case not in figures:
                 continue
             speedup, share = figures[case]["speedup"], figures[case]["share_of_peak"]
             wanted = "" if target.share_of_peak is None else f"{100 * target.share_of_peak:.0f} %"
             shares = [f"{100 * share:.0f} %", wanted, f"{100 * share * target.speedup / speedup:.0f} %"]
-            title = CASES.get(case, f"sampling, {case[14:-1]}")
+            title = CASES.get(case, f"sampling, S = {case[15:-1]}")
             rows.append([title, f"{speedup:.2f}", f"{target.speedup:.2f}"])
             rows[-1] += ["", "", ""] if case in WITHOUT_SHARE else shares
-        header = [kind, "speed-up", "wanted", "of peak", "wanted", "that the wanted speed-up is"]
+        header = [
+            column,
+            "speed-up",
+            "wanted",
+            "of peak",
+            "wanted share",
+            "share that the wanted speed-up is",
+        ]
         lines += [*table(header, rows), "", ", ".join(f"`{name}`" for name in names) + ".", ""]
     return lines
 

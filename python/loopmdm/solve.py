@@ -35,7 +35,7 @@ class SolveResult:
 
     @classmethod
     def of_all(cls, parts: Sequence[SolveResult]) -> SolveResult:
-        """The answers to the puzzles of several results, in their order, and what they cost in all."""
+        """The answers to the puzzles of several results, in order, and what they cost and took in all."""
         ledger = SamplingLedger(parts[0].ledger.length)
         for part in parts:
             ledger.add(part.ledger)

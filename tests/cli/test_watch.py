@@ -43,6 +43,10 @@ def test_a_log_is_followed(tmp_path: Path) -> None:
     new.write_text('{"step": 1}\n{"step": 2}\n')
     new.replace(path)
     assert log.read() and log.records == [{"step": 1}, {"step": 2}] and log.damaged == 0
+    path.write_text('{"step": 5')  # anew, and its first line is still being written
+    assert not log.read() and not log.read() and log.records == []
+    path.write_text('{"step": 5}\n')
+    assert log.read() and log.records == [{"step": 5}]
 
 
 def test_a_run_as_it_stands(call: Call, run: Path, tmp_path: Path) -> None:

@@ -112,7 +112,9 @@ def test_a_folder_without_a_finished_item_takes_other_settings(tmp_path: Path) -
 
 
 def test_a_pinned_fact_must_not_change(tmp_path: Path) -> None:
-    open_folder(tmp_path).pin("weights of a", "1f")
+    open_folder(tmp_path).pin("weights of a", "2e")
+    open_folder(tmp_path).pin("weights of a", "1f")  # nothing is computed yet
+    open_folder(tmp_path).items(["1"], value)
     open_folder(tmp_path).pin("weights of a", "1f")
     with pytest.raises(ValueError, match="begun with other weights of a"):
         open_folder(tmp_path).pin("weights of a", "2e")

@@ -44,6 +44,8 @@ class Heartbeat:
         self._leaving, self._well = threading.Event(), False
         self._seen, self._failures, self._rounds = 0, 0, 0
         self._store_answers = True
+        self._counted = threading.Lock()
+        self._is_first: bool | None = None
         self._threads = [
             threading.Thread(target=work, name="heartbeat", daemon=True)
             for work in (self._give_signs, self._look)
@@ -61,9 +63,17 @@ class Heartbeat:
         self._leaving.set()
         # The store may answer no more, and its thread with it.
         self._threads[0].join(INTERVAL)
+        if self._threads[0].is_alive():
+            self._store_answers = False
 
     def is_first_failure(self) -> bool:
         """Whether no process has failed before; where the store is gone, so says one process of each node."""
+        with self._counted:  # once: the threads of a process are one failure
+            if self._is_first is None:
+                self._is_first = self._count_failure()
+            return self._is_first
+
+    def _count_failure(self) -> bool:
         if self._store_answers:
             try:
                 return bool(self._store.add(_FAILED, 1) == 1)
@@ -95,6 +105,11 @@ class Heartbeat:
             if missed >= MISSED:
                 of = "the next process" if self._store_answers else "the store of the run"
                 missing = f"no sign of life of {of} for {missed * INTERVAL:g} s"
-                self._end(missing if self.is_first_failure() else None)
+                self._end_unless_leaving(missing if self.is_first_failure() else None)
             if failing > _GRACE:
-                self._end(None)
+                self._end_unless_leaving(None)
+
+    def _end_unless_leaving(self, missing: str | None) -> None:
+        """While this process fails by itself, it says so itself."""
+        if not self._leaving.is_set():
+            self._end(missing)

@@ -189,10 +189,10 @@ def described_run(args: argparse.Namespace) -> RunFile:
     _check_apart(args, given_data.get("data"))
     if args.lora_targets is not None and args.lora is None:
         raise UsageError("--lora-targets: they are those of --lora RANK")
-    if args.no_ema and args.init_from is None and not args.resume:
-        raise UsageError("--no-ema is of --init-from")
     beginning = _beginning(args)
     stored = RunFile.read(args.out) if args.resume else None
+    if args.no_ema and args.init_from is None and stored is None:
+        raise UsageError("--no-ema is of --init-from")
     if stored is not None:
         for name, value in (given_data | given_model | beginning).items():
             kept = stored.model.get(name, "the preset's") if name in given_model else getattr(stored, name)

@@ -212,7 +212,7 @@ def solve_all(
             int((puzzles == 0).sum()),
             decoding.dtype or model.compute_dtype,
             counted,
-            seeds,
+            dict(seeds),  # a process sends them to another one
         )
         for decoding, first in zip(decodings, firsts, strict=True)
     ]

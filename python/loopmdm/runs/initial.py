@@ -38,7 +38,7 @@ def read_initial(source: str, *, ema: bool = True) -> LoopMDM:
 
     Raises:
         FileNotFoundError, ValueError: it is none, or damaged.
-        UsageError: `ema` of one that has no other weights.
+        UsageError: not `ema`, and the model has no other weights.
     """
     folder = Path(source)
     if (folder / CHECKPOINTS).is_dir() and not (folder / CONFIG_FILE).is_file():

@@ -81,7 +81,8 @@ class Follower:
             status = os.fstat(file.fileno())
             file.seek(self._offset - len(self._last))
             if status.st_ino != self._inode or file.read(len(self._last)) != self._last:
-                self.records, self.damaged, self._inode, self._offset = [], 0, status.st_ino, 0
+                self.records, self.damaged, self._last = [], 0, b""
+                self._inode, self._offset = status.st_ino, 0
             file.seek(self._offset)
             whole, end, _ = file.read().rpartition(b"\n")
         if end:

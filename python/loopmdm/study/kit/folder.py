@@ -162,7 +162,10 @@ class StudyFolder:
         Raises:
             ValueError: the folder was begun with another value.
         """
-        (kept,) = self.items([f"{_PIN}{name}"], lambda _: value, progress=False)
+        key = f"{_PIN}{name}"
+        if self._items.get(key) != value and not self._has_results():
+            self._items.pop(key, None)  # of the lines with a key the last one counts
+        (kept,) = self.items([key], lambda _: value, progress=False)
         if kept != value:
             raise ValueError(
                 f"{self.path} was begun with other {name} ({kept}, now {value}); give another --out"
