@@ -259,7 +259,7 @@ def test_control_characters_do_not_reach_the_terminal(call: Call, text_run: Path
 @pytest.mark.parametrize(
     "words, status, message",
     [
-        (["sample", "TEXT", "--plan", "0"], 2, "num_loops must be at least 1, got 0"),
+        (["sample", "TEXT", "--plan", "0"], 2, "loops must be at least 1, got 0"),
         (["sample", "TEXT", "--plan", "X3"], 2, "cannot read 'X3' in the plan"),
         (["sample", "TEXT", "--plan", "L3,H3"], 2, "the plan uses light, but light is not given"),
         (["sample", "TEXT", "--plan", "2", "--light", "1"], 2, "--light, --heavy: they belong to a plan"),
@@ -271,7 +271,7 @@ def test_control_characters_do_not_reach_the_terminal(call: Call, text_run: Path
             "cuda_graphs: they need a CUDA device, and the model is on cpu",
         ),
         (["sample", "TEXT", "--length", "33"], 2, "length is 33, but the model's max_length is 32"),
-        (["sample", "TEXT", "--prompt", "x" * 40], 2, "prompt 0 is 41 tokens long"),
+        (["sample", "TEXT", "--prompt", "x" * 40], 2, "--prompt: it is 41 tokens long"),
         (["sample", "TEXT", "--infill", "no gap"], 2, "--infill: no gap in 'no gap'"),
         (["sample", "TEXT", "--prompt", "a", "--infill", "b"], 2, "not allowed with argument"),
         (["sample", "TEXT", "--top-p", "0"], 2, "top_p: got 0.0, expected 0 < top_p <= 1"),
@@ -287,7 +287,7 @@ def test_control_characters_do_not_reach_the_terminal(call: Call, text_run: Path
         (["eval", "SUDOKU", "--loops", "1025"], 2, "num_loops must be in 1..1024, got 1025"),
         (["eval", "TEXT", "--samples", "2", "--loops", "1025"], 2, "num_loops must be in 1..1024"),
         (["eval", "TEXT", "--samples", "2", "--method", "mc"], 2, "--method, --chain-order"),
-        (["sample", "TEXT", "--loops", "1025"], 2, "num_loops must be in 1..1024"),
+        (["sample", "TEXT", "--loops", "1025"], 2, "loops must be in 1..1024, got 1025"),
         (["sample", "EMPTY"], 1, "has no config.json"),
         (["eval", "TEXT", "--loops", "0"], 2, "--loops: got '0', expected loop counts such as 1,3,6"),
         (["eval", "TEXT", "--loops", "1,,2"], 2, "--loops: got ''"),
