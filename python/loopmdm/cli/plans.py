@@ -15,7 +15,7 @@ from loopmdm.model import LoopMDM
 from loopmdm.model.loop_law import loop_count
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.runs.models import load_model
-from loopmdm.runs.options import UsageError, loop_range, positive_int, usage_errors
+from loopmdm.runs.options import UsageError, loop_errors, loop_range, positive_int, usage_errors
 from loopmdm.terminal import note
 
 CRITERIA = ("hidden", "output", "argmax")
@@ -88,16 +88,8 @@ def load_looped(args: argparse.Namespace, source: str, device: torch.device) -> 
     Raises:
         UsageError: it has no such blocks.
     """
-    try:
+    with loop_errors(args.loop):
         return load_model(source, device, **looping(args))
-    except ValueError:
-        if args.loop is None:
-            raise
-        blocks = load_model(source, device).config.num_layers  # raises where the fault is the model's
-        got = f"{args.loop[0]}:{args.loop[1]}"
-        raise UsageError(
-            f"--loop: got {got}, expected START:END with 0 <= START < END <= {blocks}, the blocks of {source}"
-        ) from None
 
 
 def looped_otherwise(args: argparse.Namespace) -> str:

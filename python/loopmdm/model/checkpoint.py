@@ -191,7 +191,9 @@ def _read_config(
     try:
         return cls.config_class.from_dict({**fields, **overrides})
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{config_path}: {error}") from error
+        named = type(error)(f"{config_path}: {error}")
+        named.__dict__.update(error.__dict__)  # such as the blocks there are
+        raise named from error
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
