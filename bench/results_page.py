@@ -30,6 +30,7 @@ SPEED = {
     "AVX2, played by a Zen 5": "2026-11-29-cpu-zen5-as-avx2.json",
     "AVX2, the loss again": "2026-11-30-cpu-zen5-as-avx2-masked-cross-entropy.json",
     "AVX2, tokens of few rows": "2026-11-29-cpu-avx2-sample-rows.json",
+    "AVX2, a Zen 3 that is shared, the training step": "2026-11-30-cpu-zen3-training-step-peers.json",
 }
 SAMPLING = {
     "Zen 5": "2026-11-30-cpu-zen5-sampling.json",

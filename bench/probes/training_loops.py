@@ -1,8 +1,8 @@
 """What more loops cost a training step: time against S, and peak memory at S = 12 against S = 1.
 
-python -m bench.probes.training_loops [result]: the step of `bench/model.py` with our ops. Times are medians
-of rounds in which every S has its turn, and the looped blocks alone too. Memory is that of a process of its
-own for each case. `result` is a JSON file to write.
+python -m bench.probes.training_loops [part] [result]: the step of `bench/model.py` with our ops. Times are
+medians of rounds in which every S has its turn, and the looped blocks alone too. Memory is that of a process
+of its own for each case. `part` is "time", "memory" or "both"; `result` is a JSON file to write.
 """
 
 from __future__ import annotations
@@ -32,8 +32,15 @@ from loopmdm_kernels.testing import interleaved_medians, looped_inputs
 BATCH, LENGTH, MOST = 4, 512, 12
 LOOPS = (1, 2, 4, 6, 8, 10, 12)
 ROUNDS, STEPS = 5, 3
-# python -m bench.probes.training_loops --memory S RECOMPUTE prints what `memory` measures.
+# python -m bench.probes.training_loops --memory S KIND prints what `memory` measures.
 _MEMORY = "--memory"
+# Whether each loop is recomputed, and which loops have a loss.
+KINDS = {
+    "everything kept": (False, "last"),
+    "recomputed": (True, "last"),
+    "everything kept, a loss after every loop": (False, "mean"),
+    "recomputed, a loss after every loop": (True, "mean"),
+}
 
 
 def step_of(model: LoopMDM) -> Callable[[int], None]:
@@ -90,11 +97,11 @@ def times() -> dict[str, Any]:
     }
 
 
-def memory(num_loops: int, recompute: bool) -> dict[str, float]:
+def memory(num_loops: int, kind: str) -> dict[str, float]:
     """MiB that this process held before there was a model, and at most in some steps."""
     before = peak_memory(torch.device("cpu"))
     model = new_model()
-    model.recompute = recompute
+    model.recompute, model.loop_loss = KINDS[kind]
     step = step_of(model)
     for _ in range(STEPS):
         step(num_loops)
@@ -104,40 +111,38 @@ def memory(num_loops: int, recompute: bool) -> dict[str, float]:
 def peaks() -> dict[str, Any]:
     """Of processes that take steps with one S each; the ratio leaves out what they held before."""
     figures: dict[str, Any] = {}
-    for name, recompute in (("everything kept", False), ("recomputed", True)):
+    for kind in KINDS:
         held = {}
         for loops in (1, MOST):
-            command = [
-                sys.executable,
-                "-m",
-                "bench.probes.training_loops",
-                _MEMORY,
-                str(loops),
-                str(recompute),
-            ]
+            command = [sys.executable, "-m", "bench.probes.training_loops", _MEMORY, str(loops), kind]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             measured = json.loads(done.stdout)
             held[loops] = measured["peak"] - measured["before"]
-        figures[name] = {
+        figures[kind] = {
             **{f"mebibytes_S{loops}": round(value, 1) for loops, value in held.items()},
             "ratio": round(held[MOST] / held[1], 3),
         }
     return figures
 
 
-def measure() -> dict[str, Any]:
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"time": times, "memory": peaks}
+
+
+def measure(part: str) -> dict[str, Any]:
     machine, native = limits(), NAMES[native_dtype()]
     return {
-        "command": "python -m bench.probes.training_loops",
+        "command": f"python -m bench.probes.training_loops {part}",
         "dtype": native,
         "machine": {name: machine[name] for name in ("isa", "threads", f"peak_{native}")},
         "versions": {"loopmdm_kernels": lk.__version__, "torch": torch.__version__},
-        "figures": {"time": times(), "peak memory": peaks()},
+        "figures": {name: figures() for name, figures in PARTS.items() if part in (name, "both")},
     }
 
 
-def main(target: str | None = None) -> None:
-    result = measure()
+def main(part: str = "both", target: str | None = None) -> None:
+    if part not in (*PARTS, "both"):
+        raise SystemExit(f"part: got {part}, expected one of {', '.join(PARTS)}, both")
+    result = measure(part)
     if target is not None:
         write_file(Path(target), json.dumps(result, indent=1) + "\n")
     for name, figures in result["figures"].items():
@@ -148,6 +153,6 @@ def main(target: str | None = None) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [_MEMORY]:
-        print(json.dumps(memory(int(sys.argv[2]), sys.argv[3] == "True")))
+        print(json.dumps(memory(int(sys.argv[2]), sys.argv[3])))
     else:
-        main(*arguments(__doc__, "[result]"))
+        main(*arguments(__doc__, "[part]", "[result]"))

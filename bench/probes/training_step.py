@@ -1,7 +1,8 @@
 """Where the time of a training step goes, and how near to the peak of the instructions its parts come.
 
 python -m bench.probes.training_step [result]: the step of `bench/model.py` with our ops, medians of some
-steps. `result` is a JSON file to write.
+steps. Then what the trainer does between two passes, and the bytes of weights that it moves.
+`result` is a JSON file to write.
 """
 
 from __future__ import annotations
@@ -23,10 +24,15 @@ from bench.roofline import NAMES, limits, native_dtype
 from bench.script import arguments
 from loopmdm.model import LoopMDM
 from loopmdm.model.flops import executed_layers, head_flops, layer_matmuls
+from loopmdm.train.config import TrainConfig
+from loopmdm.train.ema import EMA
+from loopmdm.train.optimizers import Optimizer
+from loopmdm.train.step import clip
 from loopmdm_kernels import _C
 from loopmdm_kernels.files import write_file
 
 BATCH, LENGTH, LOOPS, STEPS = 4, 512, 6, 9
+MACHINE = ("isa", "threads", "read_bandwidth")
 # What the backward pass of the blocks does in each application, one after the other.
 PHASES = ("MLP and attn_out", "attention", "qkv", "weights")
 CALLS = {
@@ -90,6 +96,38 @@ def flops(model: LoopMDM, rows: int) -> dict[str, float]:
     }
 
 
+def updates(model: LoopMDM, step_seconds: float) -> dict[str, Any]:
+    """The trainer's passes over gradients, weights and their averages, each by itself."""
+    config = TrainConfig(steps=1)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    optimizer, ema = Optimizer(names, parameters, config, torch.device("cpu")), EMA(model, config.ema)
+    gradients = [torch.randn_like(p) for p in parameters]
+    # What each one reads and writes of every weight, in bytes.
+    calls: dict[str, tuple[int, Callable[[], Any]]] = {
+        "trainer: norm of the gradients": (4, lambda: clip(parameters, None, wait=True)),
+        "trainer: norm and scaling": (4 + 8, lambda: clip(parameters, 1e9, wait=False)),
+        "trainer: AdamW": (16 + 12, lambda: optimizer.step(1e-4)),
+        "trainer: EMA": (8 + 4, ema.update),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(STEPS + 2):
+        for name, (_, call) in calls.items():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    weights, figures = sum(p.numel() for p in parameters), {}
+    for name, (size, _) in calls.items():
+        seconds = statistics.median(times[name][2:])
+        figures[name] = {
+            "milliseconds": round(1e3 * seconds, 2),
+            "share_of_time": round(seconds / step_seconds, 4),
+            "gigabytes_per_second": round(weights * size / seconds / 1e9, 1),
+        }
+    return figures
+
+
 def measure() -> dict[str, Any]:
     torch.manual_seed(0)
     model = LoopMDM(trained_config(LENGTH, LOOPS))
@@ -126,18 +164,23 @@ def measure() -> dict[str, Any]:
     return {
         "command": "python -m bench.probes.training_step",
         "dtype": NAMES[native],
-        "machine": {name: machine[name] for name in ("isa", "threads", f"peak_{NAMES[native]}")},
+        "machine": {
+            name: machine[name] for name in ("isa", "threads", f"peak_{NAMES[native]}", "read_bandwidth")
+        },
         "versions": {"loopmdm_kernels": lk.__version__, "torch": torch.__version__},
         "figures": figures,
+        "updates": updates(model, medians["step"]),
     }
 
 
 def table(result: dict[str, Any]) -> str:
     lines = [f"{'part':40} {'ms':>8} {'of time':>8} {'of peak':>8}"]
-    for name, figures in result["figures"].items():
-        share = f"{100 * figures['share_of_peak']:.0f} %" if "share_of_peak" in figures else ""
-        time_share = f"{100 * figures['share_of_time']:.1f} %"
-        lines.append(f"{name:40} {figures['milliseconds']:8.1f} {time_share:>8} {share:>8}".rstrip())
+    for name, figures in {**result["figures"], **result["updates"]}.items():
+        reached = f"{100 * figures['share_of_peak']:.0f} %" if "share_of_peak" in figures else ""
+        if "gigabytes_per_second" in figures:
+            reached = f"{figures['gigabytes_per_second']:.0f} GB/s"
+        of_time = f"{100 * figures['share_of_time']:.1f} %"
+        lines.append(f"{name:40} {figures['milliseconds']:8.1f} {of_time:>8} {reached:>8}".rstrip())
     return "\n".join(lines)
 
 

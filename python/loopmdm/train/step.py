@@ -27,6 +27,18 @@ def leaves_out(config: TrainConfig, model: Any) -> bool:
     return config.backprop_loops > 0 or getattr(model, "learns_between_loops", False)
 
 
+def clip(parameters: Sequence[Tensor], limit: float | None, wait: bool) -> Tensor:
+    """Scale the gradients down to the largest norm, if they are beyond it; returns the norm before.
+
+    wait: where the norm can be waited for, gradients within it are not touched.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = full(nn.utils.get_total_norm(gradients))
+    if limit is not None and not (wait and float(norm) + _CLIP_EPS <= limit):
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
 class MicroBatch(NamedTuple):
     """What a loss was computed from."""
 
@@ -110,7 +122,7 @@ class Stepper:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         self.ranks.add_up(figures)
-        norm = self._clip(wait=check is not None)
+        norm = clip(self.ema.parameters, config.clip, wait=check is not None)
         figures = torch.cat([figures, norm.double()[None]])
         if check is not None:
             loss_sum, grad_norm = figures[[0, -1]].tolist()
@@ -124,18 +136,6 @@ class Stepper:
             arrived.record(torch.cuda.current_stream(device))
         record = {"num_loops": num_loops, "lr": learning_rate, "work": work}
         return Step(step + 1, record, used, figures, arrived)
-
-    def _clip(self, wait: bool) -> Tensor:
-        """Scale the gradients down to the largest norm, if they are beyond it; returns the norm before.
-
-        wait: where the norm can be waited for, gradients within it are not touched.
-        """
-        gradients = [p.grad for p in self.ema.parameters if p.grad is not None]
-        norm = full(nn.utils.get_total_norm(gradients))
-        limit = self.config.clip
-        if limit is not None and not (wait and float(norm) + _CLIP_EPS <= limit):
-            nn.utils.clip_grads_with_norm_(self.ema.parameters, limit, norm)
-        return norm
 
     def _work(self, length: int, num_loops: int) -> float:
         """Training FLOPs of a sequence; a backward pass is twice a forward pass."""
