@@ -27,7 +27,7 @@ from bench.looped_blocks import applied
 from bench.phases import RIGHT, ROOT, WRONG, LeftOut
 from bench.probes.hopper_facts import Run
 from bench.run import BF16, Call, Figures, head_in_fp8, in_fp8
-from loopmdm_kernels.cuda import compiler, driver, looped_blocks_backward, refresh, targets
+from loopmdm_kernels.cuda import compiler, driver, looped_blocks_backward, prepare, targets
 from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
 from loopmdm_kernels.cuda.launch import known_device
 from loopmdm_kernels.cuda.parameters import backward_defines, defines
@@ -75,7 +75,7 @@ def kernels_of(limits: driver.Facts) -> dict[str, Compiled]:
     """What tests and benchmarks launch on this GPU, each once."""
     target = targets.target_of(limits.capability)
     device, hopper = target.used_of(known_device(limits)), target is targets.SM90
-    found = {"refresh": Compiled(refresh.SOURCE, {}, refresh.SHARED_BYTES, refresh.THREADS)}
+    found = {"prepare": Compiled(prepare.SOURCE, {}, prepare.SHARED_BYTES, prepare.THREADS)}
     for hidden, heads in WIDTHS:
         if hidden // heads not in target.head_dims:
             continue
@@ -107,7 +107,7 @@ def contract(run: Run) -> Iterator[Figures]:
     Compiled side by side, and kept: no later phase waits for these.
     """
     if run.dry:
-        yield {"refresh": compiler.compile_kernel(refresh.SOURCE, {}, "sm_90a") and None}
+        yield {"prepare": compiler.compile_kernel(prepare.SOURCE, {}, "sm_90a") and None}
         return
     pool = _FORK.Pool(os.cpu_count())  # before this process touches the GPU
     capability = torch.cuda.get_device_capability()

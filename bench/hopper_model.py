@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.draw_schedule import simulate
 from bench.script import arguments
-from loopmdm_kernels.cuda import looped_blocks, weights
+from loopmdm_kernels.cuda import looped_blocks, prepare, weights
 from loopmdm_kernels.schedule import (
     BlockShape,
     Device,
@@ -89,7 +89,7 @@ def sudoku_call() -> Microseconds:
     return lambda device: (SUDOKU_LOOPS + 1) * loop(device) + 1e6 * SUDOKU_CALLS * nodes * device.node_seconds
 
 
-class _Counted(TorchDispatchMode):
+class CountedNodes(TorchDispatchMode):
     """Operations that are a node of a graph: those that neither only reserve memory nor only look at it."""
 
     def __init__(self) -> None:
@@ -103,15 +103,14 @@ class _Counted(TorchDispatchMode):
 
 
 def nodes_of_a_call() -> int:
-    """Around the kernel, when weights are packed and the table is there: with the comparison of weights."""
+    """Around the kernel, when weights are packed and the table is there: with prepare_call."""
     inputs = looped_inputs(1, 81, 128, 4, num_blocks=1, rotary=False).to(torch.bfloat16)
     shape = looped_blocks.shape_of(inputs.x, inputs.blocks, 4)
-    tiles = choose(shape).tiles
-    table = build(shape, tiles)
-    start = looped_blocks.start_of(table, SUDOKU_LOOPS)
+    table = build(shape, choose(shape).tiles)
     packed = weights.packed(inputs.blocks)
-    given = (inputs.x.float(), packed, inputs.modulation, SUDOKU_LOOPS, inputs.rotary, None, start)
-    with _Counted() as counted:
+    given = (inputs.x.float(), packed, inputs.modulation, SUDOKU_LOOPS, inputs.rotary, None)
+    with CountedNodes() as counted:
+        prepare.modulation_for_kernel(inputs.modulation)
         looped_blocks.Buffers.allocate(table, *given)
     return counted.nodes + 1
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.calls import LoopedCall
-from loopmdm_kernels.cuda import driver, refresh, tensor_maps
+from loopmdm_kernels.cuda import driver, prepare, tensor_maps
 from loopmdm_kernels.cuda.launch import Breach, keep_for_graphs, known_device, loaded, set_map
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients, kernel_on
 from loopmdm_kernels.cuda.parameters import MAP, address, defines, fields
@@ -29,7 +29,6 @@ from loopmdm_kernels.schedule import (
     choose,
 )
 from loopmdm_kernels.schedule.forward import STATISTICS_COLUMNS
-from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
 
 _REMEMBERED = 128  # a graph is captured with what its call made before: 32 calls of a sampler, 4 stacks each
@@ -60,7 +59,7 @@ def why_not(call: LoopedCall) -> str | None:
 def _why_no_kernel(shape: BlockShape, target: Target, device: int, trains: bool) -> str | None:
     """No tiles divide the widths, or the code of a kernel is not what it is written to be."""
     try:
-        refresh.kernel_on(target, device)
+        prepare.kernel_on(target, device)
         _kernel(shape, target, device)
         if trains:
             kernel_on(shape, device)
@@ -69,19 +68,24 @@ def _why_no_kernel(shape: BlockShape, target: Target, device: int, trains: bool)
     return None
 
 
-def run(call: LoopedCall) -> tuple[Tensor, Tensor]:
+def run(call: LoopedCall) -> tuple[Tensor, Tensor | None]:
     """Backward always runs the loops again: only their inputs are kept, whatever `recompute` says."""
     if call.trains:
         out, used = differentiable(call, _with_inputs, _backward)
         return out, used
     buffers, _ = run_forward(call)
-    return buffers.output, buffers.stop[: len(call.x)].long()
+    return _outputs(call, buffers)
 
 
-def _with_inputs(call: LoopedCall, _: Sequence[bool]) -> tuple[tuple[Tensor, Tensor], Saved]:
+def _outputs(call: LoopedCall, buffers: Buffers) -> tuple[Tensor, Tensor | None]:
+    """The second only where it is not known before: a cast is a node of a graph."""
+    return buffers.output, None if call.exit_threshold is None else buffers.stop[: len(call.x)].long()
+
+
+def _with_inputs(call: LoopedCall, _: Sequence[bool]) -> tuple[tuple[Tensor, Tensor | None], Saved]:
     buffers, weights = run_forward(call, keep=True)
     kept = kept_of(buffers, weights, call.num_heads)
-    return (buffers.output, buffers.stop[: len(call.x)].long()), Saved(rest=kept)
+    return _outputs(call, buffers), Saved(rest=kept)
 
 
 def _backward(call: LoopedCall, kept: Saved, _: Sequence[bool], grads: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -102,27 +106,37 @@ def run_forward(call: LoopedCall, *, keep: bool = False) -> tuple[Buffers, Packe
     target, device = target_of(torch.cuda.get_device_capability(x.device)), x.device.index
     with torch.cuda.device(x.device):
         kernel, plan, limits = _kernel(shape, target, device)
-        key = shape, plan.tiles, call.exit_threshold is not None, x.device
-        table, shared = _shared_table(*key)
-        loops = None if isinstance(call.num_loops, Tensor) else int(call.num_loops)
-        (words,), (start,) = shared.read(), _shared_start(*key, loops).read()
-        keep_for_graphs(words, start)
+        table, shared = _shared_table(shape, plan.tiles, call.exit_threshold is not None, x.device)
+        (words,) = shared.read()
+        keep_for_graphs(words)
         weights = packed(call.plain_blocks)
-        given = (call.num_loops, call.rotary, call.key_mask)
-        buffers = Buffers.allocate(table, x, weights, call.modulation, *given, start, keep=keep)
+        given = (call.modulation, call.num_loops, call.rotary, call.key_mask)
+        buffers = Buffers.allocate(table, x, weights, *given, keep=keep)
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        _prepare(call, target, table, buffers, weights, stream)
         parameters = pack_parameters(target, table, buffers, weights, words, call.exit_threshold)
         if fields(target.parameters, MAP):
             for name, described in map_layouts(shape, plan, buffers, weights).items():
                 set_map(parameters, name, described)
         driver.set_aside_l2(device)
         kept = driver.l2_window(weights.buffer.data_ptr(), 2 * weights.buffer.numel(), limits)
-        stream = torch.cuda.current_stream(x.device).cuda_stream
         if plan.pair > 1:
             grid = plan.pair * kernel.active_clusters(plan.pair, target.threads)
         else:
             grid = plan.cluster if plan.cluster > 1 else limits.sms * kernel.blocks_per_sm(target.threads)
         kernel.launch(grid, target.threads, stream, parameters, kept, cluster=max(plan.cluster, plan.pair))
     return buffers, weights
+
+
+def _prepare(
+    call: LoopedCall, target: Target, table: Table, buffers: Buffers, weights: PackedWeights, stream: int
+) -> None:
+    """Brings the weights up to date and writes what the kernel begins with, by one launch."""
+    modulation = prepare.modulation_for_kernel(call.modulation)
+    arguments = prepare.arguments_of(table, weights, modulation, call.num_loops, **buffers.prepared())
+    kernel, blocks = prepare.kernel_on(target, call.x.device.index), prepare.blocks_of(arguments)
+    with weights.writing():
+        kernel.launch_in_order(blocks, prepare.THREADS, stream, arguments, early=False)
 
 
 def shape_of(x: Tensor, blocks: Sequence[BlockWeights | Fp8BlockWeights], num_heads: int) -> BlockShape:
@@ -159,32 +173,6 @@ def _shared_table(
     return table, Shared(table.encode().to(device))
 
 
-@lru_cache(maxsize=_REMEMBERED)
-def _shared_start(
-    shape: BlockShape, tiles: Tiles, adaptive: bool, device: torch.device, loops: int | None
-) -> Shared:
-    """What a launch begins with, on the device."""
-    table, _ = _shared_table(shape, tiles, adaptive, device)
-    return Shared(start_of(table, loops).to(device))
-
-
-def start_of(table: Table, loops: int | None = None) -> Tensor:
-    """The first state of the counters: those of the table, of each sequence's progress, and two more.
-
-    Behind them `Buffers.stop`, if all sequences have one number of loops: one copy sets both.
-    """
-    batch = table.shape.batch
-    counters = [0] * table.num_counters + [0 if table.adaptive else FINAL] * batch + [0, 0]
-    stop = [] if loops is None else [loops] * (batch + 1)
-    return torch.tensor(counters + stop, dtype=torch.int32)
-
-
-def split_start(table: Table, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Counters, and what is there of `Buffers.stop`."""
-    counters = table.num_counters + table.shape.batch + 2
-    return start[:counters], start[counters:]
-
-
 class Buffers(NamedTuple):
     """Global memory of one call, in the order of the kernel's pointers."""
 
@@ -206,7 +194,7 @@ class Buffers(NamedTuple):
     cosines: Tensor | None  # fp32 [L, K / 2]
     sines: Tensor | None
     key_mask: Tensor | None  # uint8 [B, L]
-    counters: Tensor
+    counters: Tensor  # those of the table, progress of each sequence, and two more
     stop: Tensor  # int32: loops of each sequence, then the largest of them
 
     @classmethod
@@ -219,7 +207,6 @@ class Buffers(NamedTuple):
         num_loops: int | Tensor,
         rotary: Rotary | None,
         key_mask: Tensor | None,
-        start: Tensor,
         *,
         keep: bool = False,
     ) -> Buffers:
@@ -232,12 +219,7 @@ class Buffers(NamedTuple):
 
         parts, changes = hidden // STATISTICS_COLUMNS, groups * hidden // tiles.mlp_out
         partial = (batch, table.row_tiles, hidden, tiles.mlp_out_parts, tiles.rows)
-        affine, gate = fold_modulation(modulation, weights.norms)
-        counters, stop = split_start(table, start.clone())
-        if isinstance(num_loops, Tensor):
-            stop = torch.cat((num_loops, num_loops.max()[None])).int()
-        elif not stop.numel():
-            stop = torch.full((batch + 1,), num_loops, dtype=torch.int32, device=x.device)
+        layers, sequences = modulation.shape[:2]
         slots = 2
         if keep:  # a tensor of loop counts is read by the host: memory cannot wait for it
             slots = 1 + (int(num_loops.max()) if isinstance(num_loops, Tensor) else num_loops)
@@ -253,28 +235,20 @@ class Buffers(NamedTuple):
             statistics1=empty(batch, length, parts, 2),
             statistics2=empty(batch, length, parts, 2),
             change=empty(batch, table.row_tiles, changes, 4 * tiles.rows // 64, 2),
-            affine=affine,
-            gate=gate,
+            affine=empty(layers, sequences, 2, hidden // 2, 4),
+            gate=empty(layers, sequences, 2, hidden),
             mlp_in_bias=weights.mlp_in_bias,
             mlp_out_bias=weights.mlp_out_bias,
             cosines=None if rotary is None else rotary.cos.float().contiguous(),
             sines=None if rotary is None else rotary.sin.float().contiguous(),
             key_mask=None if key_mask is None else key_mask.contiguous().view(torch.uint8),
-            counters=counters,
-            stop=stop,
+            counters=empty(table.num_counters + batch + 2, dtype=torch.int32),
+            stop=empty(batch + 1, dtype=torch.int32),
         )
 
-
-def fold_modulation(modulation: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """(affine, gate) in fp32: for two columns each gain, gain, shift, shift; the norm is in the gain."""
-    layers, sequences, _, hidden = modulation.shape
-    pairs = modulation.view(layers, sequences, 2, 3, hidden // 2, 2)
-    shift, scale, gate = pairs.unbind(3)
-    affine = norms.new_empty(layers, sequences, 2, hidden // 2, 4)
-    norm = norms.view(layers, 1, 2, hidden // 2, 2)
-    torch.addcmul(norm, norm, scale, out=affine[..., :2])  # each casts what it reads: no node of its own
-    affine[..., 2:].copy_(shift)
-    return affine, gate.float().contiguous().view(layers, sequences, 2, hidden)
+    def prepared(self) -> dict[str, Tensor]:
+        """What is written before the kernel begins."""
+        return {"affine": self.affine, "gate": self.gate, "counters": self.counters, "stop": self.stop}
 
 
 def map_layouts(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from loopmdm_kernels.cuda import disk_cache, refresh
+from loopmdm_kernels.cuda import disk_cache, prepare
 from loopmdm_kernels.cuda.compiler import compile_into, compile_kernel
 from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY
@@ -43,7 +43,7 @@ def prebuild(
     device = target.used_of(device)
     different = {tuple(defines(shape, choose(shape, device)).items()) for shape in shapes}
     kernels: list[tuple[str, dict[str, int]]] = [
-        (refresh.SOURCE, {}),
+        (prepare.SOURCE, {}),
         *((target.source, dict(macros)) for macros in sorted(different)),
     ]
     if training:

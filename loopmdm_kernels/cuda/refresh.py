@@ -1,28 +1,16 @@
-"""Packed weights follow parameters that were written to unnoticed: looped_blocks/refresh_weights.cu."""
+"""Packed weights follow parameters that were written to unnoticed: looped_blocks/refresh_weights.cuh."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loopmdm_kernels.cuda import driver
-from loopmdm_kernels.cuda.launch import loaded
-from loopmdm_kernels.cuda.parameters import structure
-from loopmdm_kernels.cuda.targets import Target, target_of
-
-SOURCE = "looped_blocks/refresh_weights.cu"
-THREADS = 256
-SHARED_BYTES = 8 * THREADS // 32
 CHUNK = 16384  # elements: 64 KB of fp32, of which a block reads 8 to compare
-DTYPES = (torch.float32, torch.bfloat16)
-Arguments = structure(SOURCE, "RefreshArguments")
-
-
-def kernel_on(target: Target, device: int) -> driver.Kernel:
-    return loaded(SOURCE, (), target.architecture, SHARED_BYTES, THREADS, device)
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the kernel counts them
+_WORD = 4  # bytes, of two numbers of 16 bits
 
 
 class Refresh(NamedTuple):
@@ -31,24 +19,20 @@ class Refresh(NamedTuple):
     chunks: Tensor  # int64 [chunks, 4], `Chunk` of the kernel
     fingerprints: Tensor  # int64 [chunks]; 0 is like no parameter, so the first time all is converted
 
-    def launch(self) -> None:
-        """On the current stream, before the kernel that reads the weights."""
-        device = self.chunks.device
-        with torch.cuda.device(device):
-            arguments = Arguments(self.chunks.data_ptr(), self.fingerprints.data_ptr())
-            stream = torch.cuda.current_stream(device).cuda_stream
-            target = target_of(torch.cuda.get_device_capability(device))
-            kernel = kernel_on(target, device.index)
-            kernel.launch_in_order(len(self.chunks), THREADS, stream, arguments, early=False)
+
+def readable(source: Tensor) -> bool:
+    """Whether the kernel can read these numbers, of which those of a row lie side by side."""
+    pairs = (source.data_ptr(), *(stride * source.element_size() for stride in source.stride()[:-1]))
+    return source.dtype in KINDS and source.stride(-1) == 1 and all(bytes % _WORD == 0 for bytes in pairs)
 
 
-def refresh_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> Refresh | None:
+def refresh_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> Refresh | None:
     """For pairs of a parameter and its packed copy; None if the kernel cannot read one of the parameters."""
     rows = []
     for source, target in pairs:
-        if source.dtype not in DTYPES or not source.is_contiguous() or source.numel() % 2:
+        if not readable(source) or not source.is_contiguous() or source.numel() % 2:
             return None
-        kinds = source.element_size() | target.element_size() << 32
+        kinds = KINDS[source.dtype] | (target.dtype == torch.float32) << 32
         for first in range(0, source.numel(), CHUNK):
             rows.append(
                 (
@@ -58,7 +42,7 @@ def refresh_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> Refresh | None:
                     kinds,
                 )
             )
-        device = target.device
+    device = pairs[0][1].device
     return Refresh(
         torch.tensor(rows, dtype=torch.int64).to(device),
         torch.zeros(len(rows), dtype=torch.int64, device=device),

@@ -2,7 +2,8 @@
 
 They are packed once, and again when a parameter's version says that it has changed or an optimizer has made
 a step. Writes that neither shows (`p.data.copy_()`, the replay of a captured optimizer) are found on the
-device: each call compares fingerprints there and converts what differs, without a word to the host.
+device: before its kernel each call compares fingerprints there and converts what differs, without a word to
+the host (prepare.py).
 
 Calls on several streams may share them. What they keep in L2 is given back with the last parameter that was
 packed on a device, or by `clear`; an optimizer's step leaves it to the weights that are packed next.
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -38,14 +40,18 @@ class PackedWeights(NamedTuple):
     norms: Tensor  # fp32 [n, 2, D]
     mlp_in_bias: Tensor  # fp32 [n, F]
     mlp_out_bias: Tensor  # fp32 [n, D]
+    refresh: Refresh | None = None  # None: they were packed for one call
+    shared: Shared | None = None  # all their memory, and that of `refresh`
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Inside, the current stream may bring them up to date."""
+        return nullcontext() if self.shared is None else self.shared.writing()
 
 
 class _Entry(NamedTuple):
     tensors: tuple[weakref.ref[Tensor], ...]
     state: tuple[Any, ...]
     packed: PackedWeights
-    refresh: Refresh
-    shared: Shared  # all their memory
 
 
 _MOST_ENTRIES = 8
@@ -65,7 +71,7 @@ def clear() -> None:
 
 
 def packed(blocks: Sequence[BlockWeights]) -> PackedWeights:
-    """The weights as they are when the device comes to them."""
+    """The weights, which `refresh` makes what the parameters are when the device comes to it."""
     tensors = tuple(tensor for weights in blocks for tensor in weights)
     key = tuple(map(id, tensors))
     state = tuple(
@@ -78,23 +84,19 @@ def packed(blocks: Sequence[BlockWeights]) -> PackedWeights:
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     if entry and entry.state == state and all(r() is t for r, t in zip(entry.tensors, tensors, strict=True)):
         keep_for_graphs(entry)
-        if on_gpu:
-            with entry.shared.writing():
-                entry.refresh.launch()
         return entry.packed
     fresh = _pack(blocks)
     refresh = None if capturing else refresh_of(_sources(blocks, fresh))
     if refresh is None:  # a graph packs at every replay into memory of its own
         return fresh
     _watch_optimizers()
-    if on_gpu:  # takes the fingerprints, and loads the kernel before a graph is captured
-        refresh.launch()
     shared = Shared(fresh.buffer, fresh.norms, fresh.mlp_in_bias, fresh.mlp_out_bias, *refresh)
+    fresh = fresh._replace(refresh=refresh, shared=shared)
     with _lock:
         _known.pop(key, None)
         while len(_known) >= _MOST_ENTRIES:
             _known.pop(next(iter(_known)))
-        _known[key] = _Entry(tuple(map(weakref.ref, tensors)), state, fresh, refresh, shared)
+        _known[key] = _Entry(tuple(map(weakref.ref, tensors)), state, fresh)
         if on_gpu and key[0] not in _owners:
             _owners[key[0]] = tensors[0].get_device()
             weakref.finalize(tensors[0], _gone, key[0]).atexit = False
@@ -112,13 +114,19 @@ def _gone(parameter: int) -> None:
         driver.release_l2(device)
 
 
-def _sources(blocks: Sequence[BlockWeights], packed: PackedWeights) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each parameter with its copy."""
-    for layer, weights in enumerate(blocks):
-        for name in (*MATRICES, "mlp_in_bias", "mlp_out_bias"):
-            yield getattr(weights, name), getattr(packed, name)[layer]
-        yield weights.norm1, packed.norms[layer, 0]
-        yield weights.norm2, packed.norms[layer, 1]
+def _sources(blocks: Sequence[BlockWeights], packed: PackedWeights) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter with its copy, the norms of all layers first."""
+    norms = [
+        (norm, copy)
+        for weights, copies in zip(blocks, packed.norms, strict=True)
+        for norm, copy in zip((weights.norm1, weights.norm2), copies, strict=True)
+    ]
+    rest = [
+        (getattr(weights, name), getattr(packed, name)[layer])
+        for layer, weights in enumerate(blocks)
+        for name in (*MATRICES, "mlp_in_bias", "mlp_out_bias")
+    ]
+    return [*norms, *rest]
 
 
 def _pack(blocks: Sequence[BlockWeights]) -> PackedWeights:
@@ -138,8 +146,8 @@ def _pack(blocks: Sequence[BlockWeights]) -> PackedWeights:
             return torch.stack([getattr(weights, name).float() for weights in blocks])
 
         norms = torch.stack((floats("norm1"), floats("norm2")), dim=1)
-        biases = {name: floats(name) for name in ("mlp_in_bias", "mlp_out_bias")}
-        return PackedWeights(buffer=buffer, norms=norms, **views, **biases)
+        matrices = views["qkv"], views["attn_out"], views["mlp_in"], views["mlp_out"]
+        return PackedWeights(buffer, *matrices, norms, floats("mlp_in_bias"), floats("mlp_out_bias"))
 
 
 @cache

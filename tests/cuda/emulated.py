@@ -3,7 +3,9 @@
 import ctypes
 import shutil
 import subprocess
+import tempfile
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm_kernels import backends
 from loopmdm_kernels.cuda import looped_blocks as op
-from loopmdm_kernels.cuda import sources, weights
+from loopmdm_kernels.cuda import prepare, sources, weights
 from loopmdm_kernels.cuda.parameters import MAP, defines, fields
 from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.schedule import Device, plan
@@ -94,6 +96,21 @@ def compile_source(name, macros, folder, *, optimize=True):
     return ctypes.CDLL(str(library))
 
 
+@cache
+def prepare_library():
+    with tempfile.TemporaryDirectory() as folder:
+        return compile_kernel(prepare.SOURCE, {}, Path(folder))
+
+
+def run_prepare(table, packed, modulation, loops, buffers):
+    """What `buffers` begins with, and weights brought up to date."""
+    modulation = prepare.modulation_for_kernel(modulation)
+    arguments = prepare.arguments_of(table, packed, modulation, loops, **buffers.prepared())
+    library, blocks = prepare_library(), prepare.blocks_of(arguments)
+    finished = library.run_kernel(ctypes.byref(arguments), blocks, prepare.THREADS, 0)
+    assert finished, fault(library)
+
+
 def encode(layout):
     """A map as the emulation reads it."""
     numbers = (layout.address, layout.dtype.itemsize, *layout.sizes, *layout.strides, *layout.box)
@@ -133,9 +150,9 @@ def run_buffers(
         loops,
         inputs.rotary,
         inputs.key_mask,
-        op.start_of(table),
         keep=keep,
     )
+    run_prepare(table, packed._replace(refresh=None), inputs.modulation, loops, buffers)
     written = {
         name: Fenced.like(tensor)
         for name, tensor in buffers._asdict().items()

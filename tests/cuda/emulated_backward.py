@@ -29,10 +29,10 @@ def keep(inputs, loops, loop_inputs):
     columns = max(64, shape.head_dim)
     table = op.build(shape, op.Tiles(128, columns, columns, columns, columns))
     packed = weights.packed(inputs.blocks)
-    counters = torch.zeros(1, dtype=torch.int32)
     buffers = op.Buffers.allocate(
-        table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask, counters
+        table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask
     )
+    emulated.run_prepare(table, packed._replace(refresh=None), inputs.modulation, loops, buffers)
     return op.kept_of(buffers._replace(stream_values=loop_inputs), packed, inputs.num_heads)
 
 

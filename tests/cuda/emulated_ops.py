@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from loopmdm_kernels.cuda import driver, refresh
+from loopmdm_kernels.cuda import driver, prepare
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda.parameters import defines
 from loopmdm_kernels.schedule import Tiles, plan
@@ -16,17 +16,21 @@ from tests.cuda import emulated, emulated_head
 TILES = Tiles(64, 64, 64, 64, 64, 2)  # of any shape: one kernel is compiled for a model
 
 
-class LoopedBlocks:
-    """Stands in for the driver's kernel."""
+class Kernel:
+    """Stands in for the driver's."""
 
-    def __init__(self, library, state):
-        self.library, self.state = library, state
+    def __init__(self, library, name, state):
+        self.library, self.name, self.state = library, name, state
 
     def blocks_per_sm(self, threads):
         return 1
 
-    def launch(self, blocks, threads, stream, parameters, kept, *, cluster):
-        self.state.launches.append(("looped_blocks_sm90", blocks))
+    def launch_in_order(self, blocks, threads, stream, parameters, *, early):
+        assert not early
+        self.launch(blocks, threads, stream, parameters)
+
+    def launch(self, blocks, threads, stream, parameters, kept=None, *, cluster=1):
+        self.state.launches.append((self.name, blocks))
         memory = ctypes.create_string_buffer(ctypes.sizeof(parameters) + emulated.ALIGNMENT)
         offset = -ctypes.addressof(memory) % emulated.ALIGNMENT
         ctypes.memmove(ctypes.addressof(memory) + offset, ctypes.addressof(parameters), len(memory) - 64)
@@ -51,7 +55,7 @@ def emulation(folder, *, multiprocessors=4):
             where = folder / f"looped_blocks_{len(libraries)}"
             where.mkdir()
             libraries[key] = emulated.compile_kernel(target.source, macros, where)
-        return LoopedBlocks(libraries[key], state)
+        return Kernel(libraries[key], target.entry, state)
 
     facts = driver.Facts("a GPU", (9, 0), multiprocessors, 232_448, 0, 0)
     with emulated_head.emulation(folder) as state, pytest.MonkeyPatch.context() as patch:
@@ -60,7 +64,11 @@ def emulation(folder, *, multiprocessors=4):
         patch.setattr(driver, "set_aside_l2", lambda device: None)
         patch.setattr(op, "choose", lambda shape, device: plan._plan(shape, device, TILES))
         patch.setattr(op, "_loaded", loaded)
-        patch.setattr(refresh, "kernel_on", lambda target, device: None)
+        patch.setattr(
+            prepare,
+            "kernel_on",
+            lambda target, device: Kernel(emulated.prepare_library(), "prepare_call", state),
+        )
         for cached in (op._kernel, op._why_no_kernel):
             cached.cache_clear()
         yield state

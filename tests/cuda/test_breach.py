@@ -66,7 +66,7 @@ def looped(inputs):
         ("looped_blocks_sm90", False),
         ("looped_blocks_sm90", True),
         ("looped_blocks_backward_sm90", True),
-        ("refresh_weights", False),
+        ("prepare_call", False),
     ],
 )
 def test_blocks(on_gpu, name, trains):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loopmdm_kernels import graphs
-from loopmdm_kernels.cuda import driver, launch, refresh, weights
+from loopmdm_kernels.cuda import driver, launch, weights
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
 from loopmdm_kernels.schedule import BlockShape, choose, choose_backward
@@ -74,28 +74,32 @@ def blocks():
 
 
 def test_weights_packed_on_one_stream_are_waited_for_on_others(gpu, monkeypatch):
-    written = []
+    written = [gpu.current.do()]
 
-    def launch(self):
-        assert all(gpu.current.sees(work) for work in written), "two streams write at the same time"
-        written.append(gpu.current.do())
+    def write(packed):
+        with packed.writing():
+            assert all(gpu.current.sees(work) for work in written), "two streams write at the same time"
+            written.append(gpu.current.do())
 
-    monkeypatch.setattr(refresh.Refresh, "launch", launch)
     given, first = blocks(), gpu.current
     packed = weights.packed(given)
-    assert weights.packed(given) is packed and first.waits == 0 and not gpu.uses, "one stream needs nothing"
-    (entry,) = weights._known.values()
-    kept = {t.data_ptr() for t in (*packed[0:1], packed.norms, packed[6], packed[7], *entry.refresh)}
+    for _ in range(2):
+        write(packed)
+        assert weights.packed(given) is packed and first.waits == 0 and not gpu.uses, (
+            "one stream needs nothing"
+        )
+    kept = {t.data_ptr() for t in (packed.buffer, packed.norms, packed[6], packed[7], *packed.refresh)}
     second, third = Stream(), Stream()
     for gpu.current in (second, third, second, first):
-        assert weights.packed(given) is packed and gpu.current.sees(written[-1])
+        assert weights.packed(given) is packed
+        write(packed)
     assert (first.waits, second.waits, third.waits) == (1, 2, 1)
     for stream in (second, third):
         assert {memory for memory, user in gpu.uses if user is stream} == kept
     gpu.capturing, gpu.current = True, Stream()
     monkeypatch.setattr(weights, "keep_for_graphs", lambda entry: None)
-    monkeypatch.setattr(refresh.Refresh, "launch", lambda self: None)
-    assert weights.packed(given) is packed and gpu.current.waits == 0, "a capture cannot wait"
+    with weights.packed(given).writing():
+        assert gpu.current.waits == 0, "a capture cannot wait"
 
 
 def test_tables_made_on_one_stream_are_waited_for_on_others(gpu):
@@ -103,7 +107,6 @@ def test_tables_made_on_one_stream_are_waited_for_on_others(gpu):
     cpu = torch.device("cpu")
     makers = (
         lambda: op._shared_table(shape, choose(shape).tiles, False, cpu)[1],
-        lambda: op._shared_start(shape, choose(shape).tiles, False, cpu, 3),
         lambda: backward._shared_table(shape, choose_backward(shape).tiles, cpu)[1],
     )
     for make in makers:
@@ -117,12 +120,10 @@ def test_tables_made_on_one_stream_are_waited_for_on_others(gpu):
         assert gpu.current.sees(made)
         assert gpu.uses == {(t.data_ptr(), gpu.current) for t in kept}
     op._shared_table.cache_clear()
-    op._shared_start.cache_clear()
     backward._shared_table.cache_clear()
 
 
-def test_l2_is_given_back_with_the_last_parameter(gpu, monkeypatch):
-    monkeypatch.setattr(refresh.Refresh, "launch", lambda self: None)
+def test_l2_is_given_back_with_the_last_parameter(gpu):
     first, second = blocks(), blocks()
     for given in (first, second):
         weights.packed(given)

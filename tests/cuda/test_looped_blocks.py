@@ -2,23 +2,24 @@
 
 import ctypes
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import loopmdm_kernels as lk
+from bench.hopper_model import CountedNodes, nodes_of_a_call
 from loopmdm_kernels import backends
 from loopmdm_kernels.calls import LoopedCall
-from loopmdm_kernels.cuda import driver, launch, tensor_maps, weights
+from loopmdm_kernels.cuda import driver, launch, prepare, tensor_maps, weights
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda.parameters import MAP, defines, fields
 from loopmdm_kernels.cuda.targets import SM80, SM90, target_of
-from loopmdm_kernels.reference.looped_blocks import norm_modulate
 from loopmdm_kernels.schedule import BlockShape, Device, Tiles, build, choose, device_of
 from loopmdm_kernels.schedule.plan import _plan as plan_of
-from loopmdm_kernels.schedule.table import FINAL
 from loopmdm_kernels.testing import looped_inputs
+from loopmdm_kernels.types import Rotary
 from tests.cuda.emulated import on_cuda
 from tests.cuda.fake_driver import hopper
 
@@ -36,10 +37,10 @@ def prepared(inputs, loops, *, adaptive=False):
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
     plan = choose(shape)
     table = build(shape, plan.tiles, adaptive=adaptive)
-    words, start = table.encode(), op.start_of(table)
+    words = table.encode()
     packed = weights.packed(inputs.blocks)
     buffers = op.Buffers.allocate(
-        table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask, start
+        table, inputs.x, packed, inputs.modulation, loops, inputs.rotary, inputs.key_mask
     )
     return plan, table, words, packed, buffers
 
@@ -75,44 +76,6 @@ def test_weights_are_packed_again_when_they_change(inputs):
     assert len(weights._known) <= 8
 
 
-def test_folded_modulation_is_the_modulation(inputs):
-    packed = weights.packed(inputs.blocks)
-    affine, gate = op.fold_modulation(inputs.modulation, packed.norms)
-    layers, sequences, hidden = 2, 3, 128
-    assert affine.shape == (layers, sequences, 2, hidden // 2, 4) and gate.shape == (
-        layers,
-        sequences,
-        2,
-        hidden,
-    )
-    modulation = inputs.modulation.float()
-    for layer in range(layers):
-        block = inputs.blocks[layer]
-        for branch, norm in enumerate((block.norm1, block.norm2)):
-            shift, scale, gates = modulation[layer, :, 3 * branch : 3 * branch + 3].unbind(1)
-            assert torch.equal(gate[layer, :, branch], gates)
-            pairs = affine[layer, :, branch]
-            gain, offset = pairs[..., :2].flatten(1), pairs[..., 2:].flatten(1)
-            normalized = torch.nn.functional.layer_norm(inputs.x, (hidden,))
-            expected = norm_modulate(inputs.x, norm, shift[:, None], scale[:, None])
-            torch.testing.assert_close(normalized * gain[:, None] + offset[:, None], expected)
-
-
-def test_counters_begin_where_the_schedule_says(inputs):
-    for adaptive in (False, True):
-        _, table, words, _, buffers = prepared(inputs, 4, adaptive=adaptive)
-        assert torch.equal(words, build(table.shape, table.tiles, adaptive=adaptive).encode())
-        progress = 0 if adaptive else FINAL
-        assert buffers.counters.tolist() == [0] * table.num_counters + [progress] * 3 + [0, 0]
-        assert buffers.stop.tolist() == [4, 4, 4, 4]
-    buffers.counters.fill_(7)  # a call raises its own copy
-    assert prepared(inputs, 4)[4].counters[0] == 0
-
-
-def test_loops_of_each_sequence(inputs):
-    assert prepared(inputs, torch.tensor([2, 9, 1]))[4].stop.tolist() == [2, 9, 1, 9]
-
-
 def test_parameters(inputs):
     _, table, words, packed, buffers = prepared(inputs, 2, adaptive=True)
     parameters = op.pack_parameters(SM90, table, buffers, packed, words, 0.25)
@@ -139,8 +102,8 @@ def test_parameters(inputs):
 
 def test_sums_of_parts_have_a_place(inputs):
     table = build(BlockShape(3, 20, 128, 2, 512, 2), Tiles(64, 128, 64, 128, 64, 2, mlp_out_parts=4))
-    packed, counters = weights.packed(inputs.blocks), torch.zeros(1)
-    buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None, counters)
+    packed = weights.packed(inputs.blocks)
+    buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None)
     assert buffers.partial_values.numel() == 3 * 4 * 64 * 128
     parameters = op.pack_parameters(SM90, table, buffers, packed, table.encode(), None)
     assert parameters.partial_values == buffers.partial_values.data_ptr()
@@ -161,8 +124,8 @@ def test_blocks_of_a_pair_load_half_of_what_is_for_both(inputs):
     shape = op.shape_of(inputs.x, inputs.blocks, 2)
     plan = plan_of(shape, Device(), Tiles(256, 128, 64, 256, 128, part=32, blocks=2))
     table = build(shape, plan.tiles)
-    packed, start = weights.packed(inputs.blocks), op.start_of(table)
-    buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None, start)
+    packed = weights.packed(inputs.blocks)
+    buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None)
     layouts = op.map_layouts(shape, plan, buffers, packed)
     assert set(layouts) == set(fields(SM90.parameters, MAP))
     rows = {name: layouts[name].box[1] for name in layouts}
@@ -274,6 +237,27 @@ def loaded(monkeypatch):
     launch.loaded.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("loops", [2, torch.tensor([2, 1, 2])], ids=["one", "each"])
+def test_a_call_is_two_nodes_of_a_graph(dtype, per_sequence, loops, monkeypatch):
+    """Its kernel and one before it: nothing is cast, filled or copied by PyTorch."""
+    made = looped_inputs(3, 20, 128, 2, per_sequence_modulation=per_sequence, key_mask=True).to(dtype)
+    rotary = Rotary(*(angles.float() for angles in made.rotary))
+    given = made.x, made.blocks, made.modulation, loops, 2, None, rotary, made.key_mask
+    call = LoopedCall(*given, compute_dtype=torch.bfloat16)
+    with hopper(monkeypatch) as fake:
+        op.run(call)
+        launched = fake.named("cuLaunchKernelEx")
+        with CountedNodes() as counted:
+            out, used = op.run(call)
+        assert fake.named("cuLaunchKernelEx") - launched == 2 == 1 + nodes_of_a_call()
+        assert counted.nodes == 0 and used is None and out.shape == made.x.shape
+        with CountedNodes() as counted:
+            _, used = op.run(replace(call, exit_threshold=0.1))
+        assert counted.nodes == 1 and used.dtype == torch.int64, "loops that only the device knows"
+
+
 SUDOKU = BlockShape(1, 81, 128, 4, 512, 2)
 
 
@@ -333,6 +317,9 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
         def active_clusters(self, size, threads):
             return {2: 60}.get(size, 1)
 
+        def launch_in_order(self, blocks, threads, stream, parameters, *, early):
+            launched.append((self.loaded, blocks, threads, stream, type(parameters)))
+
         def launch(self, blocks, threads, stream, parameters, kept, cluster):
             launched.append((self.loaded, blocks, threads, stream, type(parameters), kept, cluster))
 
@@ -357,9 +344,15 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
     device = target.used_of(device_of(capability, sms, shared_bytes))
     plan = chosen(shape, device)
-    assert compiled == [(target.source, defines(shape, plan), architecture)]
+    assert compiled == [
+        (target.source, defines(shape, plan), architecture),
+        (prepare.SOURCE, {}, architecture),
+    ]
     loaded = (b"cubin", target.entry, plan.shared_bytes)
     blocks = 2 * 60 if tiles else plan.cluster if plan.cluster > 1 else sms
-    assert launched == [(loaded, blocks, threads, 7, target.parameters, None, 2 if tiles else plan.cluster)]
+    before, call = launched
+    assert before[0] == (b"cubin", "prepare_call", prepare.SHARED_BYTES)
+    assert before[2:] == (prepare.THREADS, 7, prepare.Arguments)
+    assert call == (loaded, blocks, threads, 7, target.parameters, None, 2 if tiles else plan.cluster)
     assert plan.cluster == 1 or capability == (9, 0)
     assert plan.shared_bytes <= shared_bytes and len(encoded) == mapped and out.shape == inputs.x.shape

@@ -87,9 +87,9 @@ def test_all_maps_have_boxes_of_64_by_64(inputs):
 def test_the_stream_keeps_a_matrix_for_each_loop(inputs):
     shape = op.shape_of(inputs.x, inputs.blocks, 2)
     table = op.build(shape, op.Tiles(128, 64, 64, 64, 64))
-    packed, counters = op.packed(inputs.blocks), torch.zeros(1, dtype=torch.int32)
+    packed = op.packed(inputs.blocks)
     for loops, matrices in ((5, 6), (torch.tensor([2, 4, 1]), 5)):
-        arguments = (table, inputs.x, packed, inputs.modulation, loops, None, None, counters)
+        arguments = (table, inputs.x, packed, inputs.modulation, loops, None, None)
         kept = op.Buffers.allocate(*arguments, keep=True)
         assert len(kept.stream_values) == matrices and len(op.Buffers.allocate(*arguments).stream_values) == 2
 

@@ -3,7 +3,7 @@
 import pytest
 
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
-from loopmdm_kernels.cuda import prebuild, refresh
+from loopmdm_kernels.cuda import prebuild, prepare
 from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
 from loopmdm_kernels.cuda.parameters import backward_defines, defines
 from loopmdm_kernels.cuda.targets import SM80, SM90
@@ -30,7 +30,7 @@ def test_what_the_op_will_ask_for_is_compiled_once(compiled, capsys, monkeypatch
         (SM90.source, defines(shape, choose(shape)), "sm_90a")
         for shape in (BlockShape(1, length, 768, 12, 3072, 2) for length in (32, 1024))
     ]
-    expected.append((refresh.SOURCE, {}, "sm_90a"))
+    expected.append((prepare.SOURCE, {}, "sm_90a"))
     expected += [(kernel.source, dict(kernel.macros), "sm_90a") for kernel in HEAD_KERNELS]
     assert sorted(compiled, key=str) == sorted(expected, key=str)
 

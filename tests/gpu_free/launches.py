@@ -71,23 +71,23 @@ def forward(name: str) -> list[Launch]:
     shape = hopper.SHAPES[name]
     plan = choose(shape, hopper.HOPPER)
     table = build(shape, plan.tiles)
-    start = looped_blocks.start_of(table)
     loop = _one_of_each(table.loop, 2)
     orders = [loop, loop[::-1]] if plan.resident_bytes else [loop]
-    found = [_forward(shape, plan, table._replace(loop=order), start) for order in orders]
+    found = [_forward(shape, plan, table._replace(loop=order)) for order in orders]
     if longer := _of_more_keys(shape, plan):
         table = build(longer, plan.tiles)
         table = table._replace(loop=_one_of_each(table.loop, 2))
-        found.append(_forward(longer, plan, table, looped_blocks.start_of(table)))
+        found.append(_forward(longer, plan, table))
     return found
 
 
-def _forward(shape: BlockShape, plan: Plan, table: Table, start: torch.Tensor) -> Launch:
+def _forward(shape: BlockShape, plan: Plan, table: Table) -> Launch:
     table = table._replace(enter=_one_of_each(table.enter), leave=_one_of_each(table.leave))
     words, packed = table.encode(), _weights(shape)
     x = torch.empty(shape.batch, shape.length, shape.hidden)
-    modulation = torch.zeros(shape.layers, 1, 6, shape.hidden)
-    buffers = looped_blocks.Buffers.allocate(table, x, packed, modulation, LOOPS, None, None, start)
+    modulation = torch.empty(shape.layers, 1, 6, shape.hidden)
+    buffers = looped_blocks.Buffers.allocate(table, x, packed, modulation, LOOPS, None, None)
+    buffers.stop.fill_(LOOPS)
     parameters = looped_blocks.pack_parameters(SM90, table, buffers, packed, words, None)
     layouts = looped_blocks.map_layouts(shape, plan, buffers, packed)
     boxes = {getattr(SM90.parameters, field).offset: _box(each) for field, each in layouts.items()}
@@ -107,7 +107,8 @@ def _backward(shape: BlockShape, plan: Plan) -> Launch:
     words, packed = table.encode(), _weights(shape)
     x = torch.empty(LOOPS, shape.batch, shape.length, shape.hidden)
     stop = torch.full((shape.batch + 1,), LOOPS, dtype=torch.int32)
-    affine, gate = looped_blocks.fold_modulation(torch.zeros(shape.layers, 1, 6, shape.hidden), packed.norms)
+    affine = torch.zeros(shape.layers, 1, 2, shape.hidden // 2, 4)
+    gate = torch.zeros(shape.layers, 1, 2, shape.hidden)
     kept = looped_blocks_backward.Kept(x, stop, affine, gate, None, None, None, packed, shape.heads)
     buffers = looped_blocks_backward.allocate(table, kept, x[0], counters)
     parameters = looped_blocks_backward.pack_parameters(table, buffers, words)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(HERE))  # tests are imported by path
 import builds  # noqa: E402
 import hopper  # noqa: E402
 
-from loopmdm_kernels.cuda import targets  # noqa: E402
+from loopmdm_kernels.cuda import prepare, targets  # noqa: E402
 from loopmdm_kernels.schedule import choose  # noqa: E402
 
 
@@ -54,6 +54,20 @@ def test_parameters_lie_as_the_kernel_reads_them(target, tmp_path):
     source.write_text("\n".join([f'#include "cuda/tile/{config}.cuh"', *checks]))
     shape = next(iter(hopper.SHAPES.values()))
     hopper.nvcc(shape, tmp_path / "out", str(source), target.architecture)
+
+
+@hopper.needs_nvcc
+@hopper.needs_cuobjdump
+@pytest.mark.parametrize("target", [targets.SM80, targets.SM90], ids=lambda target: target.architecture)
+def test_what_runs_before_a_call(target, tmp_path):
+    """Its parameters lie as the host writes them, and nothing is in local memory."""
+    source, cubin = tmp_path / "kernel.cu", tmp_path / "kernel.cubin"
+    checks = hopper.layout(prepare.Arguments, "loopmdm::PrepareArguments")
+    source.write_text("\n".join([f'#include "cuda/{prepare.SOURCE}"', *checks]))
+    messages = hopper.nvcc_source(str(source), [], cubin, target.architecture)
+    hopper.assert_nothing_serialised(messages)
+    used = hopper.resources(cubin)
+    assert used["REG"] <= 40 and used["STACK"] == used["LOCAL"] == 0
 
 
 @hopper.needs_triton

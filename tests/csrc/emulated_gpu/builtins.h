@@ -46,6 +46,7 @@ inline float atomicAdd(float* address, float value) {
   *address += value;
   return old;
 }
+using std::max;
 using std::min;
 
 inline emulator::Index threadIdx{{0}}, blockIdx{{1}}, gridDim{{2}};

@@ -28,4 +28,10 @@ inline float2 unpack_bf16(uint32_t packed) {
   return values;
 }
 
+inline float2 unpack_half(uint32_t packed) {
+  _Float16 values[2];
+  memcpy(values, &packed, 4);
+  return {static_cast<float>(values[0]), static_cast<float>(values[1])};
+}
+
 }  // namespace loopmdm

@@ -2,24 +2,37 @@
 // every 256 of its chunk of a parameter; if their fingerprint is not the one of the last time, it converts
 // the chunk again. The host learns nothing of it and waits for nothing, and a CUDA graph does it at every
 // replay.
+#pragma once
+
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/numbers.cuh"
 
 namespace loopmdm {
 
-constexpr int kRefreshThreads = 256;
+constexpr int kPrepareThreads = 256;
 constexpr int kSampledWords = 8, kSampleStride = 64;
+
+// Of numbers that somebody else has made; refresh.py counts them the same way.
+constexpr int32_t kFloat = 0, kBfloat = 1, kHalf = 2;
+
+// Two of them that lie side by side, from where four bytes are aligned.
+__device__ inline float2 pair_of(const void* values, int32_t kind, int64_t pair) {
+  if (kind == kFloat) {
+    const auto* const floats = static_cast<const float*>(values) + 2 * pair;
+    return make_float2(floats[0], floats[1]);
+  }
+  const uint32_t word = static_cast<const uint32_t*>(values)[pair];
+  return kind == kBfloat ? unpack_bf16(word) : unpack_half(word);
+}
 
 struct Chunk {
   const void* source;
   void* target;
-  int64_t elements;                    // even
-  int32_t source_bytes, target_bytes;  // of an element: 2 is bf16, 4 is fp32
-};
+  int64_t elements;  // even
+  int32_t kind;      // of the source
+  int32_t floats;    // whether the target is fp32; else it is bf16
 
-struct RefreshArguments {
-  const Chunk* chunks;
-  uint64_t* fingerprints;
+  __device__ int words() const { return static_cast<int>(kind == kFloat ? elements : elements / 2); }
 };
 
 // The finaliser of SplitMix64 (Steele, Lea, Flood, 2014), of a word and its place.
@@ -32,9 +45,9 @@ __device__ inline uint64_t mixed_bits(uint32_t word, uint32_t place) {
 
 __device__ inline uint64_t fingerprint_of(const Chunk& chunk) {
   const auto* const words = static_cast<const uint32_t*>(chunk.source);
-  const int number = static_cast<int>(chunk.elements * chunk.source_bytes / 4);
+  const int number = chunk.words();
   uint64_t sum = 0;
-  for (int i = threadIdx.x;; i += kRefreshThreads) {
+  for (int i = threadIdx.x;; i += kPrepareThreads) {
     const int place = i / kSampledWords * kSampleStride + i % kSampledWords;
     if (i / kSampledWords * kSampleStride >= number) break;
     if (place < number) sum += mixed_bits(words[place], place);
@@ -45,21 +58,14 @@ __device__ inline uint64_t fingerprint_of(const Chunk& chunk) {
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
   __syncthreads();
   uint64_t total = 0;
-  for (int warp = 0; warp < kRefreshThreads / 32; ++warp) total += sums[warp];
+  for (int warp = 0; warp < kPrepareThreads / 32; ++warp) total += sums[warp];
   return total;
 }
 
 __device__ inline void convert(const Chunk& chunk) {
-  const auto* const floats = static_cast<const float*>(chunk.source);
-  const auto* const words = static_cast<const uint32_t*>(chunk.source);
-  for (int64_t pair = threadIdx.x; pair < chunk.elements / 2; pair += kRefreshThreads) {
-    float2 values;
-    if (chunk.source_bytes == 4) {
-      values = make_float2(floats[2 * pair], floats[2 * pair + 1]);
-    } else {
-      values = unpack_bf16(words[pair]);
-    }
-    if (chunk.target_bytes == 4) {
+  for (int64_t pair = threadIdx.x; pair < chunk.elements / 2; pair += kPrepareThreads) {
+    const float2 values = pair_of(chunk.source, chunk.kind, pair);
+    if (chunk.floats) {
       store_pair(static_cast<float*>(chunk.target) + 2 * pair, values);
     } else {
       static_cast<uint32_t*>(chunk.target)[pair] = pack_bf16(values.x, values.y);
@@ -67,15 +73,12 @@ __device__ inline void convert(const Chunk& chunk) {
   }
 }
 
-}  // namespace loopmdm
-
-extern "C" __global__ void __launch_bounds__(loopmdm::kRefreshThreads)
-    refresh_weights(const __grid_constant__ loopmdm::RefreshArguments given) {
-  using namespace loopmdm;
-  const Chunk chunk = given.chunks[blockIdx.x];
+__device__ inline void refresh(const Chunk& chunk, uint64_t* fingerprint) {
   const uint64_t found = fingerprint_of(chunk);
-  if (found == given.fingerprints[blockIdx.x]) return;
+  if (found == *fingerprint) return;
   __syncthreads();  // all threads have read the old one
   convert(chunk);
-  if (threadIdx.x == 0) given.fingerprints[blockIdx.x] = found;
+  if (threadIdx.x == 0) *fingerprint = found;
 }
+
+}  // namespace loopmdm

@@ -1,0 +1,84 @@
+"""What has to be right in memory before the kernel of a call begins: looped_blocks/prepare_call.cu."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from loopmdm_kernels.cuda import driver
+from loopmdm_kernels.cuda.launch import loaded
+from loopmdm_kernels.cuda.parameters import address, structure
+from loopmdm_kernels.cuda.refresh import CHUNK, KINDS, readable
+from loopmdm_kernels.cuda.targets import Target
+from loopmdm_kernels.cuda.weights import PackedWeights
+from loopmdm_kernels.schedule import Table
+from loopmdm_kernels.schedule.table import FINAL
+
+SOURCE = "looped_blocks/prepare_call.cu"
+THREADS = 256
+SHARED_BYTES = 8 * THREADS // 32
+Arguments = structure(SOURCE, "PrepareArguments")
+
+
+def kernel_on(target: Target, device: int) -> driver.Kernel:
+    return loaded(SOURCE, (), target.architecture, SHARED_BYTES, THREADS, device)
+
+
+def modulation_for_kernel(modulation: Tensor) -> Tensor:
+    """The same numbers [n, 1 or B, 6, D] as the kernel can read them."""
+    without_gaps = modulation.stride(2) == modulation.shape[3]
+    return modulation if without_gaps and readable(modulation) else _copied(modulation)
+
+
+def _copied(modulation: Tensor) -> Tensor:
+    return modulation.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def arguments_of(
+    table: Table,
+    weights: PackedWeights,
+    modulation: Tensor,
+    num_loops: int | Tensor,
+    *,
+    affine: Tensor,
+    gate: Tensor,
+    counters: Tensor,
+    stop: Tensor,
+) -> ctypes.Structure:
+    """`modulation` is what `modulation_for_kernel` gives; the rest are tensors that the kernel writes."""
+    layers, sequences, _, hidden = modulation.shape
+    own = num_loops.expand(table.shape.batch) if isinstance(num_loops, Tensor) else None
+    chunks, fingerprints = weights.refresh or (None, None)
+    return Arguments(
+        chunks=address(chunks),
+        fingerprints=address(fingerprints),
+        norms=address(weights.norms),
+        modulation=address(modulation),
+        num_loops=address(own),
+        affine=address(affine),
+        gate=address(gate),
+        counters=address(counters),
+        stop=address(stop),
+        layer_stride=modulation.stride(0),
+        sequence_stride=modulation.stride(1),
+        loops_stride=0 if own is None else own.stride(0),
+        num_chunks=0 if chunks is None else len(chunks),
+        norm_chunks=-(-hidden // CHUNK),
+        modulation_kind=KINDS[modulation.dtype],
+        layers=layers,
+        sequences=sequences,
+        hidden=hidden,
+        batch=table.shape.batch,
+        num_counters=table.num_counters,
+        progress=0 if table.adaptive else FINAL,
+        loops=0 if isinstance(num_loops, Tensor) else int(num_loops),
+    )
+
+
+def blocks_of(arguments: ctypes.Structure) -> int:
+    """One for each chunk, and threads enough for all pairs of columns and all counters."""
+    pairs = arguments.layers * arguments.sequences * arguments.hidden
+    counters = arguments.num_counters + arguments.batch + 2
+    return int(arguments.num_chunks) - int(-max(pairs, counters) // THREADS)
