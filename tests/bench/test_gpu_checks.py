@@ -27,7 +27,7 @@ def test_kernels_of_a_gpu():
     older = gpu_checks.kernels_of(facts((8, 0), 108, 166_912))
     assert {kernel.source for kernel in older.values()} == {
         "looped_blocks/looped_blocks_sm80.cu",
-        "looped_blocks/refresh_weights.cu",
+        "looped_blocks/prepare_call.cu",
     }
     assert {kernel.threads for kernel in older.values()} == {256}
 

@@ -134,7 +134,7 @@ def test_the_kernel_consists_of_headers_that_exist():
     assert {"wgmma.cuh", "tma.cuh", "mbarrier.cuh", "schedule.h", "swizzle.h"} <= names
     before = {path.name for path in sources.closure("cuda/looped_blocks/looped_blocks_sm80.cu")}
     assert {"mma.cuh", "async_copy.cuh"} <= before and not {"wgmma.cuh", "tma.cuh"} & before
-    others = ("looped_blocks/refresh_weights.cu", "looped_blocks/looped_blocks_backward_sm90.cu")
+    others = ("looped_blocks/prepare_call.cu", "looped_blocks/looped_blocks_backward_sm90.cu")
     for source in (*others, *(kernel.source for kernel in HEAD_KERNELS)):
         names |= before | {path.name for path in sources.closure(f"cuda/{source}")}
     everything = {path.name for path in Path(sources.folder() / "cuda").rglob("*.cu*")}
@@ -152,8 +152,8 @@ def packaged(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compiler, "_compiler", lambda: ("a compiler", compile_one))
     monkeypatch.setattr(compiler, "PACKAGED", tmp_path / "cubins")
-    compiler.compile_into(compiler.PACKAGED, "looped_blocks/refresh_weights.cu", {"A": 1}, "sm_80")
-    assert compiled.pop() == ("refresh_weights.cu", ["-DA=1"], "sm_80")
+    compiler.compile_into(compiler.PACKAGED, "looped_blocks/prepare_call.cu", {"A": 1}, "sm_80")
+    assert compiled.pop() == ("prepare_call.cu", ["-DA=1"], "sm_80")
     (file,) = compiler.PACKAGED.iterdir()
     assert file.stat().st_mode & 0o777 == 0o644
     return compiled
@@ -161,16 +161,16 @@ def packaged(tmp_path, monkeypatch):
 
 def test_a_cubin_of_the_package_is_used(packaged, cache_folder):
     for _ in range(2):
-        assert compiler.compile_kernel("looped_blocks/refresh_weights.cu", {"A": 1}, "sm_80") == b"compiled 1"
+        assert compiler.compile_kernel("looped_blocks/prepare_call.cu", {"A": 1}, "sm_80") == b"compiled 1"
     assert not packaged and not cache_folder.exists()
 
 
 def test_a_cubin_of_other_options_or_architecture_is_not(packaged):
-    assert compiler.compile_kernel("looped_blocks/refresh_weights.cu", {"A": 2}, "sm_80") == b"compiled 1"
-    assert compiler.compile_kernel("looped_blocks/refresh_weights.cu", {"A": 1}, "sm_86") == b"compiled 2"
+    assert compiler.compile_kernel("looped_blocks/prepare_call.cu", {"A": 2}, "sm_80") == b"compiled 1"
+    assert compiler.compile_kernel("looped_blocks/prepare_call.cu", {"A": 1}, "sm_86") == b"compiled 2"
     assert packaged == [
-        ("refresh_weights.cu", ["-DA=2"], "sm_80"),
-        ("refresh_weights.cu", ["-DA=1"], "sm_86"),
+        ("prepare_call.cu", ["-DA=2"], "sm_80"),
+        ("prepare_call.cu", ["-DA=1"], "sm_86"),
     ]
 
 
@@ -180,12 +180,12 @@ def test_a_cubin_of_other_sources_is_not(packaged, tmp_path, monkeypatch):
     header = copy / "cuda" / "ptx" / "memory.cuh"
     header.write_text(header.read_text() + "// changed\n")
     monkeypatch.setattr(sources, "folder", lambda: copy)
-    compiler.compile_kernel("looped_blocks/refresh_weights.cu", {"A": 1}, "sm_80")
+    compiler.compile_kernel("looped_blocks/prepare_call.cu", {"A": 1}, "sm_80")
     assert len(packaged) == 1
 
 
 def test_a_damaged_cubin_of_the_package_is_not(packaged):
     (file,) = compiler.PACKAGED.iterdir()
     file.write_bytes(file.read_bytes()[:-1])
-    compiler.compile_kernel("looped_blocks/refresh_weights.cu", {"A": 1}, "sm_80")
+    compiler.compile_kernel("looped_blocks/prepare_call.cu", {"A": 1}, "sm_80")
     assert len(packaged) == 1
