@@ -183,6 +183,7 @@ class Buffers(NamedTuple):
     mixed_values: Tensor  # bf16 [B, L, D]
     gelu_values: Tensor  # bf16 [B, L, F]
     rows_values: Tensor | None  # bf16 [B, L, D]
+    middle_values: Tensor | None  # fp32 [B, L, D]
     partial_values: Tensor | None  # fp32 [B, row tiles, D, parts, rows], in the order of parts.cuh
     statistics1: Tensor  # fp32 [B, L, parts, 2]
     statistics2: Tensor
@@ -231,6 +232,7 @@ class Buffers(NamedTuple):
             mixed_values=empty(batch, length, hidden, dtype=torch.bfloat16),
             gelu_values=empty(batch, length, shape.mlp, dtype=torch.bfloat16),
             rows_values=empty(batch, length, hidden, dtype=torch.bfloat16) if tiles.part else None,
+            middle_values=empty(batch, length, hidden) if tiles.fused else None,
             partial_values=empty(*partial) if tiles.mlp_out_parts > 1 else None,
             statistics1=empty(batch, length, parts, 2),
             statistics2=empty(batch, length, parts, 2),

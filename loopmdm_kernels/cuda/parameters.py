@@ -113,6 +113,7 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
         "MLP_IN_COLUMNS": tiles.mlp_in,
         "MLP_OUT_COLUMNS": tiles.mlp_out,
         "MLP_OUT_PARTS": tiles.mlp_out_parts,
+        "FUSED": int(tiles.fused),
         "KEY_BLOCK": plan.key_block,
         "STAGES": plan.stages,
         "STAGE_BYTES": plan.stage_bytes,

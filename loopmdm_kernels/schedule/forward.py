@@ -1,7 +1,8 @@
 """The phases of the forward pass, and the table of a shape.
 
 Buffers: `stream` x, two halves; `qkv`, two halves; `mixed`, the attention output; `gelu`, the activations
-inside the MLP; `rows`, normalised and modulated rows; `partial`, what the parts of MLP_OUT leave for
+inside the MLP; `middle`, the stream between the branches, where ATTN_OUT is no phase; `rows`, normalised and
+modulated rows; `partial`, what the parts of MLP_OUT leave for
 MLP_SUM; `statistics1` and `statistics2`, mean and squared deviations of tile columns for the norms of
 attention and MLP; `change`, the squared norms that EXIT adds up; `stop`, the sequence's number of loops;
 `out`. Weights and modulation are never written.
@@ -38,7 +39,8 @@ class Tiles(NamedTuple):
 
     The inner dimension of MLP_OUT may be cut into parts, so that few tokens give more tiles. Rows are
     normalised by NORM1 and NORM2, `part` of them at a time, or where that is 0 on their way into each
-    product. Two blocks may share a tile, half of its rows each.
+    product. Two blocks may share a tile, half of its rows each. A tile of MLP_IN may do what ATTN_OUT does,
+    for its rows, instead of waiting for it.
     """
 
     rows: int
@@ -50,6 +52,7 @@ class Tiles(NamedTuple):
     mlp_out_parts: int = 1
     part: int = 0
     blocks: int = 1
+    fused: bool = False
 
 
 _LAST = (Forward.MLP_SUM, Forward.MLP_OUT)  # of a layer
@@ -164,6 +167,30 @@ PHASES = (
 )  # fmt: skip
 
 
+# Where MLP_IN does what ATTN_OUT does. Others still read the stream that a tile has updated for itself.
+_OUT_MLP_IN = Phase(
+    Forward.MLP_IN, "product, gate, residual, norm, modulation, product, bias, GELU",
+    Counters((Forward.ATTENTION,)),
+    columns=lambda s, t: (s.mlp, t.mlp_in), slots=lambda layer: (int(layer > 0), 0),
+    reads=(Region("mixed"), Region("stream")),
+    writes=(Region("gelu", "tile"), Region("middle", once=True)),
+    cost=lambda s, t: _out_mlp_in_work(s, t),
+)  # fmt: skip
+
+
+def _after_middle(phase: Phase) -> Phase:
+    gelu, _, *others = phase.reads
+    return phase._replace(reads=(gelu, Region("middle", "tile"), *others))
+
+
+def _out_mlp_in_work(shape: BlockShape, tiles: Tiles) -> Work:
+    """Both products. Every tile of the rows loads ATTN_OUT's weights again, and the stream."""
+    hidden, stream = shape.hidden, 4 * min(tiles.rows, shape.length) * shape.hidden
+    out = product_work(shape, tiles, hidden, hidden, written=stream)
+    into = product_work(shape, tiles, tiles.mlp_in, hidden, left_bytes=0)
+    return Work(out.flops + into.flops, out.bytes + into.bytes, into.weights)
+
+
 def _part_bytes(shape: BlockShape, tiles: Tiles) -> int:
     return 4 * min(tiles.rows, shape.length) * tiles.mlp_out
 
@@ -174,7 +201,12 @@ def phases_of(tiles: Tiles) -> tuple[Phase, ...]:
     if tiles.part == 0:
         instead |= {Forward.NORM1: None, Forward.NORM2: None}
         instead |= {Forward.QKV: _of_stream(_QKV, _NORM1), Forward.MLP_IN: _of_stream(_MLP_IN, _NORM2)}
-    instead |= {Forward.MLP_OUT: _MLP_PART} if tiles.mlp_out_parts > 1 else {Forward.MLP_SUM: None}
+    parts = tiles.mlp_out_parts > 1
+    instead |= {Forward.MLP_OUT: _MLP_PART} if parts else {Forward.MLP_SUM: None}
+    if tiles.fused:
+        instead |= {Forward.ATTN_OUT: None, Forward.MLP_IN: _OUT_MLP_IN}
+        last = _MLP_SUM if parts else _MLP_OUT
+        instead[Forward(last.name)] = _after_middle(last)
     phases = (instead.get(Forward(phase.name), phase) for phase in PHASES)
     return tuple(phase for phase in phases if phase is not None)
 
@@ -216,5 +248,9 @@ def _check(shape: BlockShape, tiles: Tiles) -> None:
     if tiles.blocks not in (1, 2) or tiles.rows % tiles.blocks:
         raise ValueError(
             f"tiles.blocks: got {tiles.blocks}, expected 1 or 2 and a divisor of tiles.rows {tiles.rows}"
+        )
+    if tiles.fused and (tiles.part or tiles.blocks > 1 or tiles.attn_out != shape.hidden):
+        raise ValueError(
+            f"tiles.fused: got {tiles}, expected neither norms nor pairs and attn_out {shape.hidden}"
         )
     check_sizes(**shape._asdict(), **{"tiles.rows": tiles.rows, "tiles.heads": tiles.heads})

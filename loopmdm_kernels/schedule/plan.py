@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loopmdm_kernels.schedule import backward
 from loopmdm_kernels.schedule.backward import KEY_BLOCK, PART, BackwardTiles
@@ -28,7 +28,9 @@ BACKWARD_TILES = (64, 128, 192, 256)  # columns; the last ones for pairs
 BATCHES = (1, 2, 4, 8, 512)
 NORM_PARTS = (16, 32, 64, 128)  # rows that go through a norm together
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
-WORTH = 0.9  # share of the time that a cluster may take, which leaves most of the device alone
+# Share of the time that may be left: of a cluster, which leaves most of the device alone; of tiles that do
+# again what others do.
+WORTH = 0.9
 
 
 class Plan(NamedTuple):
@@ -72,11 +74,13 @@ class BackwardPlan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows of a tile, whether they are normalised by phases of their own, and how many blocks share them."""
+    """Rows of a tile, whether they are normalised by phases of their own, how many blocks share them, and
+    whether MLP_IN does what ATTN_OUT does."""
 
     number: int
     norms: bool
     blocks: int = 1
+    fused: bool = False
 
     @property
     def halves(self) -> int:
@@ -117,8 +121,7 @@ def _choose(shape: BlockShape, device: Device) -> Plan:
     parts = _parts(shape, device, fitting)
     plan = _fastest_of_all(shape, device, fitting, parts)
     if _fits_cluster(shape, device, parts):
-        single = {rows: widths for rows, widths in fitting.items() if rows.blocks == 1}
-        alone = _fastest_of_all(shape, device.as_cluster(), single, parts)
+        alone = _fastest_in_cluster(shape, device.as_cluster(), fitting, parts)
         if alone.stages >= ENOUGH_STAGES and alone.loop_seconds < WORTH * plan.loop_seconds:
             return alone._replace(cluster=device.cluster)
     if plan.stages < 2:
@@ -191,6 +194,23 @@ def _fits_cluster(shape: BlockShape, device: Device, parts: int) -> bool:
     return 1 < device.cluster < device.sms and shape.head_dim <= 64 and 4 * counters <= COUNTER_BYTES
 
 
+def _fastest_in_cluster(
+    shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths], parts: int
+) -> Plan:
+    """Where waiting is most of the time, MLP_IN may do what ATTN_OUT does.
+
+    All steps of its product are in the ring then, and a group of warps has half of ATTN_OUT's columns.
+    """
+    single = {rows: widths for rows, widths in fitting.items() if rows.blocks == 1}
+    plan = _fastest_of_all(shape, device, single, parts)
+    rows = _Rows(min(ROW_TILES), norms=False)
+    if rows not in single or shape.hidden not in COLUMN_TILES:
+        return plan
+    fused = _fastest(shape, device, rows._replace(fused=True), single[rows], parts)
+    enough = fused.stages >= max(ENOUGH_STAGES, shape.hidden // STEP)
+    return fused if enough and fused.loop_seconds < WORTH * plan.loop_seconds else plan
+
+
 def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths], parts: int) -> Plan:
     plans = [_fastest(shape, device, rows, widths, parts) for rows, widths in fitting.items()]
     return min(plans, key=lambda plan: (plan.stages < ENOUGH_STAGES, plan.stages < 2, plan.loop_seconds))
@@ -198,10 +218,14 @@ def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _
 
 def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, parts: int) -> Plan:
     """The fastest columns of each product, which do not depend on each other."""
-    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, parts, blocks=rows.blocks)
+    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, parts, blocks=rows.blocks, fused=rows.fused)
 
     def fastest(field: str, choices: Sequence[int], *names: Forward) -> int:
-        return min(choices, key=lambda n: _seconds(shape, device, tiles._replace(**{field: n}), *names))
+        def seconds(columns: int) -> float:
+            chosen: dict[str, Any] = {field: columns}
+            return _seconds(shape, device, tiles._replace(**chosen), *names)
+
+        return min(choices, key=seconds)
 
     if rows.norms:  # of those that take about the same time the one with the fewest instructions
         taken = {n: _seconds(shape, device, tiles._replace(part=n), Forward.NORM1) for n in NORM_PARTS}
@@ -211,7 +235,7 @@ def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, pa
         device,
         tiles._replace(
             qkv=fastest("qkv", widths.qkv, Forward.QKV),
-            attn_out=fastest("attn_out", widths.out, Forward.ATTN_OUT),
+            attn_out=shape.hidden if rows.fused else fastest("attn_out", widths.out, Forward.ATTN_OUT),
             mlp_in=fastest("mlp_in", widths.mlp_in, Forward.MLP_IN),
             mlp_out=fastest("mlp_out", widths.out, Forward.MLP_OUT, Forward.MLP_SUM),
         ),

@@ -94,6 +94,7 @@ class Region(NamedTuple):
     offset: int = 0  # of the columns, in D
     layer: int = 0  # relative
     exits: bool = False  # only in the last layer, where sequences may exit
+    once: bool = False  # by the first column's tiles, for all
 
 
 class Work(NamedTuple):

@@ -18,6 +18,7 @@ NOT_WAITED = "sums are used before the wait for their products|a thread ends bef
 NO_PROXY_FENCE = "a bulk copy of what a thread stores, without order and proxy fence"
 MISSED = "a lane may miss a round of a barrier"
 UNORDERED_STORE = "two threads store to one place, in no order|a copy of what another thread stores"
+OVER_STORE = "a copy over what a thread has stored, without proxy fence"
 UNORDERED = f"{NO_PROXY_FENCE}|{UNORDERED_STORE}|values"
 
 # Of both kernels for Hopper, and of both for the forward pass.
@@ -195,6 +196,29 @@ CLUSTER = {
         "shared memory of a block that has ended|a block may end while others reach into it",
     ),
 }  # fmt: skip
+FUSED = {
+    "no wait for the inputs": WAITS["no wait for the inputs"],
+    "groups that do not meet behind their statistics": Fault(
+        "attn_out_sm90.cuh", "ring.stage(place));\n  [[meet_groups();]]", ""
+    ),
+    "groups that do not meet behind their left operands": Fault(
+        "attn_out_sm90.cuh", "shared_proxy_fence();\n  [[meet_groups();]]", ""
+    ),
+    "half of the groups meet": Fault(
+        "attn_out_sm90.cuh", "meet<kMeeting>(Config::kComputeThreads);",
+        "meet<kMeeting>(Config::kComputeThreads / 2);", f"{OTHERS}|values",
+    ),
+    "no proxy fence behind what threads store to a stage": Fault(
+        "attn_out_sm90.cuh", "shared_proxy_fence();", "", OVER_STORE
+    ),
+    "left operands in the place of the other group's": Fault(
+        "attn_out_sm90.cuh", "kOperands * [[seat.column_group]] + k", "(1 - seat.column_group)"
+    ),
+    "a stream that all tiles of its rows store": Fault(
+        "attn_out_sm90.cuh", "if ([[item.column == 0]] && row", "true",
+        "two threads store to one place, in no order",
+    ),
+}  # fmt: skip
 PAIRS = {
     "no wait for the inputs": WAITS["no wait for the inputs"],
     "a signal of one block for both": Fault(
@@ -337,6 +361,7 @@ KERNELS = {
     "forward": Kernel("128 rows", 1, FORWARD, 140),  # two row tiles
     "early exit": Kernel("128 rows", 4, ADAPTIVE, 20, 2, 0.2),
     "cluster": Kernel("heads of 16", 2, CLUSTER, batch=3),
+    "fused": Kernel("fused, few stages", 1, FUSED, 70, 5),
     "pairs": Kernel("pairs", 1, PAIRS, 140),  # rows of both blocks
     "pairs of 64 rows": Kernel("pairs of 64 rows", 1, PAIRS_OF_64, 81),
     "sm80": Kernel("sm80, 64 rows", 1, SM80, 80),
@@ -435,7 +460,7 @@ def test_the_page_has_all_faults():
     listed = set(re.findall(r"^\| (.+?) \| [^|]+ \|$", page, re.MULTILINE))
     planted = {
         fault
-        for faults in (FORWARD, ADAPTIVE, CLUSTER, PAIRS, PAIRS_OF_64, SM80, BACKWARD, BACKWARD_PAIRS, HEAD)
+        for faults in (*(kernel.faults for kernel in (*KERNELS.values(), *BACKWARD_KERNELS.values())), HEAD)
         for fault in faults
     }
     assert planted <= listed, planted - listed

@@ -230,6 +230,20 @@ PEERS = {
         f"const float2 v = load_shared_pair({TARGET}); x[0] = v.x; x[1] = v.y;",
         ["ld.shared::cta.v2.b32 result, [memory]", *_stored("#0", words=2)],
     ),
+    "load_shared_four(address)": Peer(
+        f"const uint4 v = load_shared_four({TARGET}); "
+        "x[0] = __uint_as_float(v.x); x[1] = __uint_as_float(v.y); "
+        "x[2] = __uint_as_float(v.z); x[3] = __uint_as_float(v.w);",
+        ["ld.shared::cta.v4.b32 result, [memory]", *_stored("#0", words=4)],
+    ),
+    "store_shared_four(address, value)": Peer(
+        f"store_shared_four({TARGET}, make_uint4(a, b, b, a));",
+        ["st.shared::cta.v4.b32 [memory], {a, b, b, a}"],
+    ),
+    "store_shared_pair(address, pair)": Peer(
+        f"store_shared_pair({TARGET}, make_float2(__uint_as_float(a), __uint_as_float(b)));",
+        ["st.shared::cta.v2.b32 [memory], {a, b}"],
+    ),
     "load_acquire(address)": Peer(
         "x[0] = __int_as_float(load_acquire(counter));",
         "x[0] = __int_as_float(__nv_atomic_load_n(counter, __NV_ATOMIC_ACQUIRE, __NV_THREAD_SCOPE_DEVICE));",
@@ -249,6 +263,9 @@ PEERS = {
     ),
     "proxy_fence()": Peer(
         "proxy_fence();", "cuda::ptx::fence_proxy_async(cuda::ptx::space_global);", ("fence",)
+    ),
+    "shared_proxy_fence()": Peer(
+        "shared_proxy_fence();", "cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);", ("fence",)
     ),
     "keep_policy()": Peer(
         "*(uint64_t*)x = keep_policy();",

@@ -62,6 +62,10 @@ class Loader {
   __device__ static int steps_of(int32_t phase) {
     return (phase == kMlpOut ? Config::kMlp / Config::kMlpOutParts : Config::kHidden) / Config::kStep;
   }
+  // Of the product in front of a tile's own.
+  __device__ static int steps_before(int32_t phase) {
+    return Config::kFused && phase == kMlpIn ? steps_of(kAttnOut) : 0;
+  }
 
   __device__ void load(const Instruction& item, int32_t loop, int32_t resident) {
     if (columns_of(item.phase) > 0) return product(item, loop, resident);
@@ -78,61 +82,71 @@ class Loader {
   // The two operands of a product's stages.
   struct Operands {
     const TensorMap *left, *weight;
-    int matrix, first, columns;  // of the left operand; of the inner dimension, in steps; of the tile
-    bool of_stream;              // the left operand is fp32, to be normalised by who reads it
+    int matrix, first;    // of the left operand; of the inner dimension, in steps
+    int column, columns;  // the first one of the tile, and their number
+    bool of_stream;       // the left operand is fp32, to be normalised by who reads it
+    bool made;            // or by the tile's threads, from the product before
 
-    __device__ uint32_t left_bytes() const { return (of_stream ? 4 : 2) * Config::kRows * Config::kStep; }
+    __device__ uint32_t left_room() const { return (of_stream ? 4 : 2) * Config::kRows * Config::kStep; }
+    __device__ uint32_t left_bytes() const { return made ? 0 : left_room(); }
     __device__ uint32_t right_bytes() const { return 2 * columns * Config::kStep; }
   };
 
-  __device__ Operands operands_of(const Instruction& item, int32_t loop, int steps) const {
-    const bool of_norm = item.phase == kQkv || item.phase == kMlpIn,
-               of_stream = of_norm && !Config::kNormRows;
+  __device__ Operands operands_of(int32_t phase, const Instruction& item, int32_t loop) const {
+    const bool of_norm = phase == kQkv || phase == kMlpIn, of_stream = of_norm && !Config::kNormRows;
     const int slot = stream_slot(item.read_slot, loop, p_.keep);
-    return {of_stream                ? &p_.stream
-            : of_norm                ? &p_.rows
-            : item.phase == kAttnOut ? &p_.mixed
-                                     : &p_.gelu,
-            item.phase == kQkv       ? &p_.qkv_weight
-            : item.phase == kAttnOut ? &p_.attn_out_weight
-            : item.phase == kMlpIn   ? &p_.mlp_in_weight
-                                     : &p_.mlp_out_weight,
+    return {of_stream           ? &p_.stream
+            : of_norm           ? &p_.rows
+            : phase == kAttnOut ? &p_.mixed
+                                : &p_.gelu,
+            phase == kQkv       ? &p_.qkv_weight
+            : phase == kAttnOut ? &p_.attn_out_weight
+            : phase == kMlpIn   ? &p_.mlp_in_weight
+                                : &p_.mlp_out_weight,
             (of_stream ? slot * p_.batch : 0) + item.sequence,
-            item.part * steps,
-            columns_of(item.phase),
-            of_stream};
+            item.part * steps_of(phase),
+            Config::kFused && phase == kAttnOut ? 0 : item.column * columns_of(phase),
+            columns_of(phase),
+            of_stream,
+            Config::kFused && phase == kMlpIn};
   }
 
   // Stages of 64 of the inner dimension. The weights of the first ones do not wait for the counters, and the
   // rows of these not for the instruction's turn. Weights that stay are loaded in the first loop.
   __device__ void product(const Instruction& item, int32_t loop, int32_t resident) {
-    const int steps = steps_of(item.phase), ahead = min(steps, Config::kStages);
-    const Operands operands = operands_of(item, loop, steps);
+    const int before = steps_before(item.phase), steps = before + steps_of(item.phase),
+              ahead = min(steps, Config::kStages);
+    const Operands operands = operands_of(item.phase, item, loop);
     const bool loaded = Config::kResidentBytes > 0 && resident >= 0 && loop > 0;
+    const auto of = [&](int step, const auto& fill) {
+      if (step < before) return fill(operands_of(kAttnOut, item, loop), -1, false, step);
+      fill(operands, resident, loaded, step - before);
+    };
+    const auto weights_to = [&](RingPlace at, int step) {
+      of(step, [&](auto... what) { weights(at, item, what...); });
+    };
     RingPlace place = place_;
 #pragma unroll 1
-    for (int step = 0; step < ahead; ++step, Ring::next(place)) {
-      weights(operands, place, item, resident, loaded, step);
-    }
+    for (int step = 0; step < ahead; ++step, Ring::next(place)) weights_to(place, step);
     wait(item, loop);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, Ring::next(place_)) {
       if (step == ahead) ring_.issue(issue_, item, loop, resident);
-      if (step >= ahead) weights(operands, place_, item, resident, loaded, step);
-      rows(operands, item, step);
+      if (step >= ahead) weights(place_, item, operands, resident, loaded, step - before);
+      of(step, [&](const Operands& what, int32_t, bool, int own) { rows(what, item, own); });
     }
     if (steps == ahead) ring_.issue(issue_, item, loop, resident);
   }
 
-  __device__ void weights(const Operands& operands, RingPlace place, const Instruction& item,
+  __device__ void weights(RingPlace place, const Instruction& item, const Operands& operands,
                           int32_t resident, bool loaded, int step) const {
     ring_.wait_empty(place);
     if (!elected()) return;
     const uint32_t full = ring_.full(place), left = operands.left_bytes(), right = operands.right_bytes();
     barrier_arrive_expect(full, loaded ? left : left + right);
     if (loaded) return;
-    const uint32_t target = ring_.right(place, left, resident, step, right);
-    const int inner = (operands.first + step) * Config::kStep, column = item.column * operands.columns;
+    const uint32_t target = ring_.right(place, operands.left_room(), resident, step, right);
+    const int inner = (operands.first + step) * Config::kStep, column = operands.column;
     if constexpr (Config::kPair > 1) {
       load_box_for_pair(target + rank_in_pair() * (right / 2), operands.weight, full, inner,
                         column + rank_in_pair() * (operands.columns / 2), item.layer, keep_);
@@ -143,7 +157,7 @@ class Loader {
 
   // In panels of 128 bytes.
   __device__ void rows(const Operands& operands, const Instruction& item, int step) const {
-    if (!elected()) return;
+    if (operands.made || !elected()) return;
     const uint32_t stage = ring_.stage(place_), full = ring_.full(place_);
     const int column = (operands.first + step) * Config::kStep, row = first_row(item);
     load_box(stage, operands.left, full, column, row, operands.matrix);

@@ -3,6 +3,7 @@
 // every loop. One warp loads, two warp groups compute. The weights are read from device memory once and then
 // from L2, whatever S is.
 #include "cuda/looped_blocks/attention_sm90.cuh"
+#include "cuda/looped_blocks/attn_out_sm90.cuh"
 #include "cuda/looped_blocks/loader_sm90.cuh"
 #include "cuda/looped_blocks/products.cuh"
 #include "cuda/looped_blocks/sequence.cuh"
@@ -39,10 +40,18 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
         attention(p, item, ring, place, seat);
         break;
       case kAttnOut:
-        project_attn_out(p, item, issued.loop, seat, over(Config::kHidden));
+        if constexpr (!Config::kFused) {
+          project_attn_out(p, item, issued.loop, seat, over(Config::kHidden));
+        }
         break;
       case kMlpIn:
-        project_mlp_in(p, item, seat, over(Config::kHidden));
+        if constexpr (Config::kFused) {
+          project_mlp_in(p, item, seat, [&](auto& sums) {
+            product_after_attn_out(sums, p, item, issued.loop, ring, place, seat, issued.resident);
+          });
+        } else {
+          project_mlp_in(p, item, seat, over(Config::kHidden));
+        }
         break;
       case kMlpOut:
       case kMlpSum:

@@ -85,7 +85,11 @@ __device__ void project_mlp_in(const Parameters& p, const Instruction& item, con
   constexpr int kColumns = kShare<Config::kMlpInColumns>;
   const int column = share_of(item, seat) * kColumns;
   float sums[kColumns / 2];
-  of_norm(sums, p, item, 1, seat, product);
+  if constexpr (Config::kFused) {
+    product(sums);
+  } else {
+    of_norm(sums, p, item, 1, seat, product);
+  }
   add_bias<kColumns>(sums, p.mlp_in_bias + item.layer * Config::kMlp + column, seat);
   apply_gelu(sums);
   store_bf16<kColumns>(sums, p.gelu_values, Config::kMlp, column, p, item, p.token(item.sequence, 0), seat);

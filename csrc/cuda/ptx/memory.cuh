@@ -31,6 +31,26 @@ __device__ inline float2 load_shared_pair(uint32_t address) {
   return pair;
 }
 
+// Of 16 bytes, by threads for each other.
+__device__ inline uint4 load_shared_four(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+__device__ inline void store_shared_four(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ inline void store_shared_pair(uint32_t address, float2 pair) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(pair.x), "f"(pair.y) : "memory");
+}
+
 // Signals are for all blocks, by global memory; or for those of one cluster, by shared memory of one of them.
 #if defined(LOOPMDM_CLUSTER)
 #  define LOOPMDM_SCOPE "cluster"
@@ -88,6 +108,9 @@ __device__ inline void wait_for(const int32_t* counter, int32_t target) {
 // Orders ordinary accesses to global memory with those of TMA, which are of another proxy: before a signal,
 // for what was stored; after a wait, for what TMA will load.
 __device__ inline void proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// The same for shared memory: before a stage that threads have written to is filled again.
+__device__ inline void shared_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Every loop reads the weights again: they shall outlive in L2 what is read once.
 __device__ inline uint64_t keep_policy() {

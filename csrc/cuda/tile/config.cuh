@@ -22,6 +22,7 @@ struct Config {
   static constexpr int kQkvColumns = LOOPMDM_QKV_COLUMNS, kAttnOutColumns = LOOPMDM_ATTN_OUT_COLUMNS;
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
   static constexpr int kMlpOutParts = LOOPMDM_MLP_OUT_PARTS;  // of the inner dimension
+  static constexpr bool kFused = LOOPMDM_FUSED != 0;          // a tile of MLP_IN does what ATTN_OUT does
   static constexpr int kStages = LOOPMDM_STAGES, kStageBytes = LOOPMDM_STAGE_BYTES;
   static constexpr int kResidentBytes = LOOPMDM_RESIDENT_BYTES;  // for weights that stay in shared memory
 
@@ -42,6 +43,8 @@ struct Config {
   static_assert(kRows == 64 || kRows == 128, "rows of a block");
   static_assert(kNormRows % kPair == 0 && (kNormRows == 0 || kTileRows % kNormRows == 0), "rows of a norm");
   static_assert(kPair == 1 || kResidentBytes == 0, "what pairs load");
+  static_assert(!kFused || (kTileRows == 64 && kPair == 1 && kNormRows == 0 && kAttnOutColumns == kHidden),
+                "whole rows of a tile, in one block");
   static_assert(kHidden % kStep == 0 && kMlp % (kMlpOutParts * kStep) == 0, "widths in whole stages");
   static_assert(kQkvColumns / kColumnGroups % kHeadDim == 0, "a group rotates whole heads");
   static_assert(2 * kHidden % (kQkvColumns / kColumnGroups) == 0, "and either all of them or none");
@@ -56,6 +59,7 @@ struct Parameters {
   uint16_t* mixed_values;       // [B, L, D]
   uint16_t* gelu_values;        // [B, L, F]
   uint16_t* rows_values;        // [B, L, D], normalised and modulated; null without norms of their own
+  float* middle_values;         // [B, L, D], the stream between the branches; null where ATTN_OUT is a phase
   float4* partial_values;       // see parts.cuh
   PartStatistics* statistics1;  // [B, L, kParts]
   PartStatistics* statistics2;

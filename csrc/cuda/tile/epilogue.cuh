@@ -89,6 +89,27 @@ __device__ void apply_gelu(float (&sums)[kSums]) {
   for (int i = 0; i < kSums; ++i) sums[i] = gelu(sums[i]);
 }
 
+// Two columns of the stream: old + gate * (sums + bias), in the place of the sums. Returns what they add to
+// the part's total.
+__device__ inline float add_gated(float* pair, float2 old, float2 gate, float2 bias) {
+  pair[0] = old.x + gate.x * (pair[0] + bias.x);
+  pair[1] = old.y + gate.y * (pair[1] + bias.y);
+  return pair[0] + pair[1];
+}
+
+// Of a row's part, whose columns begin at `batch` times 8 of the sums, by its quad.
+template <int kSums>
+__device__ PartStatistics part_statistics(const float (&sums)[kSums], int batch, int half, float total) {
+  const float mean = quad_sum(total) / Config::kPart;
+  float deviations = 0;
+#pragma unroll
+  for (int i = 0; i < Config::kPart / 8; ++i) {
+    const float* const pair = &sums[4 * (batch + i) + 2 * half];
+    deviations += (pair[0] - mean) * (pair[0] - mean) + (pair[1] - mean) * (pair[1] - mean);
+  }
+  return {mean, quad_sum(deviations)};
+}
+
 // stream = stream + gate * (sums + bias); statistics of the new columns; squared norms of them and of their
 // difference to the loop's input, if `change` is given. Loads go in batches of 32 columns, a part of the
 // statistics: a load cannot overtake the stores before it, and one at a time would wait for L2 each time.
@@ -105,7 +126,8 @@ __device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, 
   // Rows beyond the sequence read its first one and store nothing.
   const int64_t lines[2] = {p.token(item.sequence, inside[0] ? row : 0) * Config::kHidden + first,
                             p.token(item.sequence, inside[1] ? row + 8 : 0) * Config::kHidden + first};
-  const float* const source = p.stream_values + stream_slot(item.read_slot, loop, p.keep) * matrix;
+  const float* const source =
+      Config::kFused ? p.middle_values : p.stream_values + stream_slot(item.read_slot, loop, p.keep) * matrix;
   float* const target = p.stream_values + stream_slot(item.write_slot, loop, p.keep) * matrix;
   const float* const loop_input = p.stream_values + stream_slot(0, loop, p.keep) * matrix;
   float changed = 0, size = 0;
@@ -125,26 +147,17 @@ __device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float* const pair = &sums[4 * (batch + i) + 2 * half];
-        pair[0] = old[i][half].x + gates[i].x * (pair[0] + biases[i].x);
-        pair[1] = old[i][half].y + gates[i].y * (pair[1] + biases[i].y);
-        total[half] += pair[0] + pair[1];
+        total[half] += add_gated(pair, old[i][half], gates[i], biases[i]);
         if (inside[half]) store_pair(target + lines[half] + 8 * (batch + i), {pair[0], pair[1]});
       }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float mean = quad_sum(total[half]) / Config::kPart;
-      float deviations = 0;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const float* const pair = &sums[4 * (batch + i) + 2 * half];
-        deviations += (pair[0] - mean) * (pair[0] - mean) + (pair[1] - mean) * (pair[1] - mean);
-      }
-      deviations = quad_sum(deviations);
+      const PartStatistics found = part_statistics(sums, batch, half, total[half]);
       if (inside[half] && seat.thread % 4 == 0) {
         const int64_t token = p.token(item.sequence, row + 8 * half);
         const int place = part * (kColumns / Config::kPart) + batch / kBatch;
-        store_pair(&statistics[token * Config::kParts + place].mean, {mean, deviations});
+        store_pair(&statistics[token * Config::kParts + place].mean, {found.mean, found.deviations});
       }
     }
     if (!change) continue;

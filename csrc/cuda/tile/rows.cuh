@@ -27,16 +27,17 @@ struct Seat {
   __device__ int column(int index) const { return fragment_column(thread, index); }
 };
 
-// The norm of a row as x * scale + offset, from the statistics of its parts. A quad's lanes read a quarter of
-// them each: few tokens wait for this.
-__device__ inline float2 row_norm(const PartStatistics* statistics, int lane) {
+// The norm of a row as x * scale + offset, from the mean and deviations of its parts, which `load` gets by
+// their number. A quad's lanes read a quarter of them each: few tokens wait for this.
+template <class Load>
+__device__ float2 merged_norm(int lane, const Load& load) {
   constexpr int kOwn = (Config::kParts + 3) / 4;
   PartSums sums;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const int part = kOwn * (lane % 4) + i;
     if (Config::kParts % 4 && part >= Config::kParts) continue;
-    const float2 values = load_pair(&statistics[part].mean);
+    const float2 values = load(part);
     add_part(sums, {values.x, values.y}, Config::kPart);
   }
 #pragma unroll
@@ -50,6 +51,10 @@ __device__ inline float2 row_norm(const PartStatistics* statistics, int lane) {
   }
   const float scale = inverse_deviation(variance(sums, Config::kPart));
   return {scale, -sums.mean * scale};
+}
+
+__device__ inline float2 row_norm(const PartStatistics* statistics, int lane) {
+  return merged_norm(lane, [&](int part) { return load_pair(&statistics[part].mean); });
 }
 
 // Two columns of a row as words of a left operand.

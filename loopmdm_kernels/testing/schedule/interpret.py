@@ -83,6 +83,7 @@ class _Machine(Machine):
         self.mixed = self.unwritten(batch, length, hidden, dtype=self.dtype)
         self.gelu = self.unwritten(batch, length, shape.mlp, dtype=self.dtype)
         self.rows = self.unwritten(batch, length, hidden, dtype=self.dtype)
+        self.middle = self.unwritten(batch, length, hidden)
         self.partial = self.unwritten(tiles.mlp_out_parts, batch, length, hidden)
         self.statistics1 = self.unwritten(batch, length, hidden // tiles.mlp_out, 2)
         self.statistics2 = self.unwritten(batch, length, hidden // tiles.attn_out, 2)
@@ -118,6 +119,9 @@ class _Machine(Machine):
     def _normalized(self, loop: int, item: Instruction, rows: slice, branch: int) -> Tensor:
         x = self.stream[stream_slot(item.read_slot, loop), item.sequence, rows]
         parts = (self.statistics1, self.statistics2)[branch][item.sequence, rows]
+        return self._modulated(x, parts, item, branch)
+
+    def _modulated(self, x: Tensor, parts: Tensor, item: Instruction, branch: int) -> Tensor:
         mean, scale = merge_statistics(parts, x.shape[-1] // parts.shape[1])
         gain, shift = (self.vector(values, item.layer, item, branch) for values in (self.gain, self.shift))
         return (x - mean) * scale * gain + shift
@@ -126,7 +130,10 @@ class _Machine(Machine):
         self, loop: int, item: Instruction, rows: slice, width: int, branch: int, value: Tensor
     ) -> Tensor:
         columns = self._columns(item, width)
-        old = self.stream[stream_slot(item.read_slot, loop), item.sequence, rows, columns]
+        if branch == 1 and self.table.tiles.fused:
+            old = self.middle[item.sequence, rows, columns]
+        else:
+            old = self.stream[stream_slot(item.read_slot, loop), item.sequence, rows, columns]
         new = old + self.vector(self.gate, item.layer, item, branch)[columns] * value
         self.stream[stream_slot(item.write_slot, loop), item.sequence, rows, columns] = new
         statistics = (self.statistics2, self.statistics1)[branch]
@@ -153,9 +160,20 @@ class _Machine(Machine):
 
     def _left(self, loop: int, item: Instruction, rows: slice, branch: int) -> Tensor:
         """Operand of a product that has a norm before it."""
+        if branch == 1 and self.table.tiles.fused:
+            return self._middle(loop, item, rows)
         if self.table.tiles.part:
             return self.rows[item.sequence, rows]
         return self._normalized(loop, item, rows, branch)
+
+    def _middle(self, loop: int, item: Instruction, rows: slice) -> Tensor:
+        """What ATTN_OUT does, whose statistics stay with the tile."""
+        product = self.product(self.mixed[item.sequence, rows], self.blocks[item.layer].attn_out.T)
+        old = self.stream[stream_slot(item.read_slot, loop), item.sequence, rows]
+        new = old + self.vector(self.gate, item.layer, item, 0) * product
+        if item.column == 0:
+            self.middle[item.sequence, rows] = new
+        return self._modulated(new, column_statistics(new).unsqueeze(1), item, 1)
 
     def _qkv(self, loop: int, item: Instruction, rows: slice) -> None:
         columns = self._columns(item, self.table.tiles.qkv)

@@ -119,9 +119,23 @@ inline void read_shared(uint32_t address) {
   block.lines.read[fiber.thread / 32][line] = state->now[fiber.clock];
 }
 
+// A store to shared memory is ordered as a read is, and before the loads of other threads.
+template <class T>
+void store_shared(uint32_t address, T value) {
+  read_shared(address);
+  uint8_t* const place = shared_byte(address);
+  stored(place, sizeof(T));
+  memcpy(place, &value, sizeof(T));
+}
+
 // A copy is on its way to these lines.
 inline void begin_copy(Block& block, uint32_t address, uint32_t bytes) {
   const Known& known = self().known;
+  const auto fenced = [&](const Tag& tag) {
+    return tag.thread < 0 || tag.time <= known.proxied[clock_of(tag.thread)];
+  };
+  if (!all_tags(block.shared + (address - kSharedBase), bytes, false, fenced))
+    fail("a copy over what a thread has stored, without proxy fence");
   for (uint32_t line = line_of(address); line < line_of(address + bytes); ++line) {
     if (block.lines.written[line] == kUnderWay) fail("two copies to one place");
     for (int warp = 0; warp < kWarps; ++warp) {

@@ -22,10 +22,16 @@ inline uint32_t load_shared(uint32_t address) {
 
 inline float2 load_shared_pair(uint32_t address) {
   emulator::read_shared(address);
-  float2 pair;
-  memcpy(&pair, emulator::shared_byte(address), 8);
-  return pair;
+  return emulator::load(reinterpret_cast<const float2*>(emulator::shared_byte(address)));
 }
+
+inline uint4 load_shared_four(uint32_t address) {
+  emulator::read_shared(address);
+  return emulator::load(reinterpret_cast<const uint4*>(emulator::shared_byte(address)));
+}
+
+inline void store_shared_four(uint32_t address, uint4 value) { emulator::store_shared(address, value); }
+inline void store_shared_pair(uint32_t address, float2 pair) { emulator::store_shared(address, pair); }
 
 inline int32_t load_acquire(const int32_t* address) {
   const auto signal = emulator::state->signals.find(address);
@@ -55,6 +61,7 @@ inline void wait_for(const int32_t* counter, int32_t target) {
   load_acquire(counter);
 }
 
+inline void shared_proxy_fence() { emulator::fence_proxy(); }
 inline void proxy_fence() { emulator::fence_proxy(); }
 inline uint64_t keep_policy() { return 0; }
 
