@@ -301,6 +301,7 @@ PEERS = {
         "x[0] = __uint_as_float(pack_bf16(x[1], x[2]));",
         _stored(f"cvt.rn.bf16x2.f32({_loaded(2)}, {_loaded(1)})"),
     ),
+    "from_half(bits)": Peer("x[0] = from_half(static_cast<uint16_t>(a));", _stored("cvt.f32.f16(a)")),
     # tma.cuh
     "load_box(target, map, barrier, column, row, matrix)": Peer(
         f"load_box({TARGET}, map, {BARRIER}, a, b, c);", f"{_BOX});", ("cp_async_bulk_tensor",)

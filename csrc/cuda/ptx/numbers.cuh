@@ -35,18 +35,16 @@ __device__ inline float2 unpack_bf16(uint32_t packed) {
   return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000u));
 }
 
-// Two numbers of 16 bits as IEEE has them.
+// A number of 16 bits as IEEE has it.
+__device__ inline float from_half(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
 __device__ inline float2 unpack_half(uint32_t packed) {
-  float2 values;
-  asm("{\n"
-      ".reg .b16 low, high;\n"
-      "mov.b32 {low, high}, %2;\n"
-      "cvt.f32.f16 %0, low;\n"
-      "cvt.f32.f16 %1, high;\n"
-      "}"
-      : "=f"(values.x), "=f"(values.y)
-      : "r"(packed));
-  return values;
+  return make_float2(from_half(static_cast<uint16_t>(packed)),
+                     from_half(static_cast<uint16_t>(packed >> 16)));
 }
 
 }  // namespace loopmdm
