@@ -28,8 +28,9 @@ def kernel_on(target: Target, device: int) -> driver.Kernel:
 
 def modulation_for_kernel(modulation: Tensor) -> Tensor:
     """The same numbers [n, 1 or B, 6, D] as the kernel can read them."""
-    without_gaps = modulation.stride(2) == modulation.shape[3]
-    return modulation if without_gaps and readable(modulation) else _copied(modulation)
+    layer, sequence, vector, _ = modulation.stride()
+    in_pairs = vector == modulation.shape[3] and layer % 2 == 0 and sequence % 2 == 0
+    return modulation if in_pairs and readable(modulation) else _copied(modulation)
 
 
 def _copied(modulation: Tensor) -> Tensor:

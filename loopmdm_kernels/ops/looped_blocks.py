@@ -112,7 +112,8 @@ def _check(call: LoopedCall) -> None:
     if isinstance(num_loops, Tensor):
         one_for_all = num_loops.shape == (1,) and num_loops.device.type == "cpu"
         device = None if one_for_all else x.device
-        checks.tensor("num_loops", num_loops, dtypes=(torch.int64,), shape=((1, batch),), device=device)
+        numbers = (1, batch) if num_loops.device.type == "cpu" else batch
+        checks.tensor("num_loops", num_loops, dtypes=(torch.int64,), shape=(numbers,), device=device)
         most = _LIMIT_OF_LOOPS if call.max_loops is None else call.max_loops + 1
         checks.in_range("num_loops", num_loops, 1, most)
     elif call.max_loops is not None:

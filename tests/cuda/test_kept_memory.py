@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from loopmdm_kernels import graphs
-from loopmdm_kernels.cuda import driver, launch, weights
+from loopmdm_kernels.cuda import driver, launch, prepare, weights
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
-from loopmdm_kernels.schedule import BlockShape, choose, choose_backward
+from loopmdm_kernels.schedule import BlockShape, build, choose, choose_backward
 from loopmdm_kernels.testing import looped_inputs
 from tests.cuda.fake_driver import SUCCESS, FakeDriver
 
@@ -75,14 +75,24 @@ def blocks():
 
 def test_weights_packed_on_one_stream_are_waited_for_on_others(gpu, monkeypatch):
     written = [gpu.current.do()]
+    inputs = looped_inputs(1, 4, 128, 2).to(torch.bfloat16)
+    given, first = inputs.blocks, gpu.current
+    packed = weights.packed(given)
+    shape = op.shape_of(inputs.x, given, 2)
+    table = build(shape, choose(shape).tiles)
+    call = SimpleNamespace(x=inputs.x, modulation=inputs.modulation, num_loops=2)
+    buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None)
 
-    def write(packed):
-        with packed.writing():
+    class Kernel:
+        def launch_in_order(self, *arguments, early):
             assert all(gpu.current.sees(work) for work in written), "two streams write at the same time"
             written.append(gpu.current.do())
 
-    given, first = blocks(), gpu.current
-    packed = weights.packed(given)
+    monkeypatch.setattr(prepare, "kernel_on", lambda target, device: Kernel())
+
+    def write(packed):
+        op._prepare(call, None, table, buffers, packed, 0)
+
     for _ in range(2):
         write(packed)
         assert weights.packed(given) is packed and first.waits == 0 and not gpu.uses, (

@@ -111,10 +111,19 @@ def misaligned(modulation):
     return whole[1:].view(modulation.shape)
 
 
+def odd_rows(modulation):
+    """A part of longer rows, which are an odd number of elements apart."""
+    n, sequences, _, hidden = modulation.shape
+    whole = torch.full((n, sequences, 6 * hidden + 1), torch.nan, dtype=modulation.dtype)
+    whole[..., :-1] = modulation.flatten(2)
+    return whole[..., :-1].unflatten(-1, (6, hidden))
+
+
 LAYOUTS = {
     "dense": lambda modulation: modulation,
     "part": strided,
     "misaligned": misaligned,
+    "odd rows": odd_rows,
     "for all sequences": lambda modulation: modulation[:, :1],
     "one row of many": lambda modulation: strided(modulation)[:, :1],
     "columns first": lambda modulation: modulation.transpose(2, 3).contiguous().transpose(2, 3),

@@ -41,6 +41,13 @@ BAD = [
     ({"num_loops": True}, TypeError, "num_loops: got True"),
     ({"num_loops": torch.tensor([1, 0])}, ValueError, "num_loops: got values in 0..1"),
     ({"num_loops": torch.tensor([1.0, 2.0])}, TypeError, "num_loops: got float32"),
+    ({"num_loops": torch.tensor([1, 2, 3])}, ValueError, r"num_loops: got shape \[3\], expected \[1 or 2\]"),
+    # One for all is read by the host; on a device each sequence has its own.
+    (
+        {"num_loops": torch.ones(1, dtype=torch.int64, device="meta")},
+        ValueError,
+        r"num_loops: got shape \[1\], expected \[2\]",
+    ),
     (
         {"num_loops": torch.tensor([1, 3]), "max_loops": 2},
         ValueError,
