@@ -80,6 +80,8 @@ def test_bad_input(call: Call, tmp_path: Path, reference: dict[str, torch.Tensor
         ([tmp_path / "good.pt", tmp_path / "out", "--mask-token-id", 13], 1, "mask_token_id: got 13"),
         ([tmp_path / "good.pt", tmp_path / "out", "--loop", "3:9"], 2, "--loop: got 3:9, expected START:END"),
         ([tmp_path / "good.pt", tmp_path / "out", "--max-loops", 0], 2, "--max-loops: got '0'"),
+        ([tmp_path / "good.pt", tmp_path / "out", "--no-ema"], 2, "good.pt holds one set of weights"),
+        ([tmp_path / "extra.safetensors", tmp_path / "out", "--no-ema"], 2, "holds one set of weights"),
         ([tmp_path / "good.pt"], 2, "the following arguments are required: DST"),
     ]
     for words, status, message in cases:

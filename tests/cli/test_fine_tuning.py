@@ -164,6 +164,8 @@ def test_a_run_goes_on_with_what_it_began_with(
 
 def test_what_does_not_fit_is_refused_in_a_line(call: Call, plain: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    bare = tmp_path / "bare.pt"
+    torch.save(weights(plain), bare)
     other = tmp_path / "other"
     other.mkdir()
     save_file(weights(plain), other / "model.safetensors")
@@ -180,6 +182,7 @@ def test_what_does_not_fit_is_refused_in_a_line(call: Call, plain: Path, text: P
         "targets": (["--lora", "2", "--lora-targets", "head"], 2, "--lora-targets: got head, expected"),
         "no rank": (["--lora-targets", "mlp.0"], 2, "those of --lora RANK"),
         "raw, of a run": (["--init-from", str(plain), "--no-ema"], 2, "holds one set of weights"),
+        "raw, of a bare file": (["--init-from", str(bare), "--no-ema"], 2, f"{bare} holds one set of"),
         "raw, of nothing": (["--no-ema"], 2, "--no-ema is of --init-from"),
         "compiled": (["--compile", "--inject", "add"], 2, r"what happens between loops \(inject\)"),
     }

@@ -63,6 +63,21 @@ def test_memory_that_is_not_there(call: Call, corpus: Path, tmp_path: Path) -> N
     assert done.status == FAILED and "error: not enough memory: " in done.err and "alloc_cpu" not in done.err
 
 
+@pytest.mark.parametrize("option", ["--hidden", "--length", "--loop-embedding"])
+def test_sizes_that_cannot_be_counted(call: Call, corpus: Path, tmp_path: Path, option: str) -> None:
+    words = ["train", "--data", corpus, "--out", tmp_path / "run", *TINY, option, str(2**62)]
+    done = call(*words)
+    assert done.status == FAILED and "error: not enough memory; a smaller" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--autoregressive"]])
+def test_more_layers_than_any_model_has(call: Call, corpus: Path, tmp_path: Path, words: list[str]) -> None:
+    words = ["train", "--data", corpus, "--out", tmp_path / "run", *words, "--layers", "4097"]
+    done = call(*words)
+    assert done.status == USAGE and "--layers: num_layers: got 4097, expected at most 4096" in done.err
+
+
 def test_an_html_page_replaces_pages_only(call: Call, text_run: Path, tmp_path: Path) -> None:
     mine = tmp_path / "puzzles.txt"
     mine.write_text(BOARD)
@@ -130,7 +145,7 @@ def test_a_folder_that_is_a_file(call: Call, corpus: Path, tmp_path: Path) -> No
 
 def test_more_loops_than_any_model_has(call: Call, text_run: Path, tmp_path: Path) -> None:
     done = call("convert", text_run, tmp_path / "out", "--max-loops", "999999")
-    assert done.status == USAGE and "--max-loops must be in 1..1024" in done.err
+    assert done.status == USAGE and "--max-loops: got '999999', expected an integer at most 1024" in done.err
     assert not (tmp_path / "out").exists()
 
 
@@ -140,6 +155,10 @@ def test_more_loops_than_any_model_has(call: Call, text_run: Path, tmp_path: Pat
         (["--plan", "0"], "--plan: loops must be at least 1, got 0"),
         (["--plan", "5000"], "--plan: loops must be in 1..1024, got 5000"),
         (["--plan", "0", "--adaptive", "0.1"], "--plan: loops must be at least 1, got 0"),
+        (["--loops", "1025"], "--loops: loops must be in 1..1024, got 1025"),
+        (["--loops=S0:4"], "--loops: loops of 'S0:4' must be at least 1, got 0"),
+        (["--loops", "1025", "--adaptive", "0.1"], "--loops: loops must be in 1..1024, got 1025"),
+        (["--plan", "L2,H2", "--light", "0", "--heavy", "1"], "--light: loops must be at least 1, got 0"),
         (["--prompt", "a" * 8], "--prompt: it is 9 tokens long, beyond the 8 of a sample"),
         (["--prompt", "a\udced"], "--prompt: text holds the lone surrogate '\\udced' at index 1"),
         (["--infill", "a\udced___"], "--infill: text holds the lone surrogate '\\udced' at index 1"),
@@ -163,6 +182,39 @@ def test_blocks_that_no_model_has(call: Call, text_run: Path, corpus: Path, tmp_
         assert done.status == USAGE, done.err
         assert "error: --loop: got 1:9, expected START:END with 0 <= START < END <= " in done.err
         assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["train", "--out", "other", "--cache", "data/tokens"], "--cache"),
+        (["train", "--out", "data/run", "--stream"], "--out"),
+        (["data", "build", "--out", "data/corpus"], "--out"),
+    ],
+)
+@pytest.mark.parametrize("data", ["data", "d*a/**", "data/*"])
+def test_nothing_is_written_below_the_data(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], option: str, data: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/a.txt").write_text("a text\n")
+    done = call(*words, "--data", data)
+    assert done.status == USAGE and f"error: {option}: data/" in done.err
+    assert "is among the files of --data" in done.err
+    assert sorted(map(str, Path().rglob("*"))) == ["data", "data/a.txt"]
+
+
+def test_what_is_not_read_may_be_written_to(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/a.txt").write_text("a text\n" * 200)
+    small = [*TINY[:8], "--length", "16", "--batch-size", "2", "--steps", "1"]
+    assert call("train", "--data", "data", "--cache", "data/.tokens", "--out", "a", *small).status == 0
+    assert call("train", "--data", "data/*.txt", "--cache", "data/tokens", "--out", "b", *small).status == 0
+    assert call("data", "build", "--data", "data/*.txt", "--validation", "0", "--out", "data/c").status == 0
 
 
 @pytest.mark.parametrize("option", ["--out", "--cache"])

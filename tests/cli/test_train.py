@@ -139,7 +139,7 @@ def test_a_run_may_stand_among_its_data(call: Call, tmp_path: Path, corpus: Path
     shutil.copytree(corpus, folder)
     assert call("train", "--data", folder, "--out", folder / "run", *TINY, "--steps", 1).status == 0
     resumed = call("train", "--resume", "--out", folder / "run", "--steps", 2)
-    assert resumed.status == 0 and "left out: 1 folder(s) of runs (run)" in resumed.err
+    assert resumed.status == 0 and "left out: 1 folder(s) of runs and corpora (run)" in resumed.err
     evaluated = call("eval", folder / "run", "--loops", 1, "--num-t", 1, "--windows", 1)
     assert evaluated.status == 0, evaluated.err
 
@@ -272,24 +272,34 @@ def test_options_reach_the_configuration(call: Call, tmp_path: Path, corpus: Pat
         (["--preset", "sudoku6", "--sample-prompts", "x"], 2, "samples boards; leave out --sample-prompts"),
         (["--data", "CORPUS", "--autoregressive", "--samples", "1"], 2, "leave out --samples"),
         (["--data", "CORPUS", "--samples", "0", "--sample-prompts", "x"], 2, "--samples 0 draws none"),
-        (["--data", "nothere"], 1, "nothere' does not exist; accepted: a file, a folder or 'stdlib'"),
+        (["--data", "./no/there"], 1, "there' does not exist; accepted: a file, a folder or 'stdlib'"),
         (["--data", "CORPUS", "--steps", "0"], 2, "--steps: got '0', expected an integer of at least 1"),
         (["--data", "CORPUS", "--steps", "many"], 2, "--steps: got 'many'"),
         (["--data", "CORPUS", "--lr", "0"], 2, "--lr: got 0, expected a number above 0"),
         (["--data", "CORPUS", "--lr", "nan"], 2, "--lr: got 'nan'"),
-        (["--data", "CORPUS", "--ema", "1.5"], 2, "ema must be in [0, 1] and finite, got 1.5"),
-        (["--data", "CORPUS", "--hidden", "10"], 2, "hidden_size: got 10, expected a multiple of"),
+        (["--data", "CORPUS", "--ema", "1.5"], 2, "--ema: ema must be in [0, 1] and finite, got 1.5"),
+        (["--data", "CORPUS", "--heads", "5"], 2, "--heads: hidden_size: got 64, expected a multiple of"),
+        (["--data", "CORPUS", "--hidden", "10"], 2, "--hidden: hidden_size: got 10, expected a multiple of"),
         (["--data", "CORPUS", "--loop", "2:9"], 2, "--loop: got 2:9, expected START:END"),
         (["--data", "CORPUS", "--loop", "2"], 2, "--loop: got '2', expected START:END"),
         (["--data", "CORPUS", "--max-loops", "0"], 2, "--max-loops: got '0'"),
         (["--data", "CORPUS", "--validation", "1"], 2, "--validation: got 1.0"),
-        (["--data", "CORPUS", "--length", "2"], 1, "length is 2; accepted: at least 3"),
+        (["--data", "CORPUS", "--length", "2"], 1, "error: --length: the training part of the data ("),
         (["--data", "CORPUS", "--length", "100000"], 1, "give more text or a smaller length"),
         (["--data", "CORPUS", "--tokenizer", "bpe:x"], 2, "expected bpe:VOCAB"),
-        (["--data", "CORPUS", "--tokenizer", "bpe:9"], 1, "vocab_size is 9; accepted: at least 258"),
-        (["--data", "CORPUS", "--tokenizer", "./nothere"], 1, "is no tokenizer"),
-        (["--data", "CORPUS", "--loop-law", "fixed:0"], 2, "num_loops must be at least 1, got 0"),
-        (["--data", "CORPUS", "--loop-law", "odd"], 2, "loop law is 'odd'; accepted: 'uniform'"),
+        (
+            ["--data", "CORPUS", "--tokenizer", "bpe:9"],
+            1,
+            "--tokenizer: vocab_size is 9; accepted: at least 258",
+        ),
+        (["--data", "CORPUS", "--tokenizer", "./nothere"], 1, "--tokenizer: source './nothere' is no"),
+        (
+            ["--data", "CORPUS", "--loop-law", "fixed:0"],
+            2,
+            "--loop-law: S of the loop law 'fixed:0' must be at least 1",
+        ),
+        (["--preset", "sudoku6", "--loop-law", "fixed:0"], 2, "--loop-law: S of the loop law 'fixed:0' must"),
+        (["--data", "CORPUS", "--loop-law", "odd"], 2, "--loop-law: loop law is 'odd'; accepted: 'uniform'"),
         (["--data", "CORPUS", "--device", "tpu"], 2, "--device: got 'tpu', expected cpu, cuda or cuda:N"),
         (["--data", "CORPUS", "--device", "cuda:99"], 1, "--device cuda:99: torch finds"),
         (["--resume"], 1, "holds no run; give --preset or --data"),

@@ -56,8 +56,8 @@ def test_runs_inside_the_data_are_no_data(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "a")
     for name in ("run.json", "train_config.json", "metrics.jsonl", "loss.txt"):
         write(tmp_path / "run" / name, '{"step": 1}\n')
-    assert read(tmp_path) == (["a"], ["left out: 1 folder(s) of runs (run)"])
-    with pytest.raises(ValueError, match=r"run holds no files; left out: 1 folder\(s\) of runs"):
+    assert read(tmp_path) == (["a"], ["left out: 1 folder(s) of runs and corpora (run)"])
+    with pytest.raises(ValueError, match=r"run holds no files; left out: 1 folder\(s\) of runs and corpora"):
         read_documents(tmp_path / "run")
     assert read(tmp_path / "run/loss.txt")[0] == ['{"step": 1}\n']
 

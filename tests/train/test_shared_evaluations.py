@@ -55,6 +55,15 @@ def test_puzzles(world_size: int) -> None:
     assert by_ranks(evaluation, model, world_size) == alone
 
 
+def test_puzzles_take_as_long_as_the_slowest_rank() -> None:
+    evaluation = BoardEvaluation(SIX, lambda: held_out_puzzles(SIX, 5).clues, samples=0)
+    model = randomised(LoopMDM(LoopMDMConfig.preset("sudoku6", hidden_size=16, num_heads=2, max_loops=1)))
+    parts = [evaluation.part(model, rank, 2) for rank in range(2)]
+    times = [[one.result.seconds for one in part] for part in parts]
+    found = [one["seconds"] for one in evaluation.whole(parts)["solved"]]
+    assert found == [max(seconds) for seconds in zip(*times, strict=True)]
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_text_of_an_autoregressive_model(world_size: int) -> None:
     model = randomised(

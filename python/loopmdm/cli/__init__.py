@@ -18,9 +18,10 @@ from types import TracebackType
 from typing import TextIO
 
 from loopmdm import terminal
-from loopmdm.cli.parser import FAILED, FOOTER, INTERRUPTED, USAGE, Parser
+from loopmdm.cli.blame import option_meant
+from loopmdm.cli.parser import FAILED, FOOTER, INTERRUPTED, USAGE, Parser, chosen
 from loopmdm.printable import printable_lines
-from loopmdm.runs.options import UsageError
+from loopmdm.runs.options import UsageError, blame, option_of
 
 COMMANDS = {
     "demo": "solve Sudoku with the shipped models, train a little, compare speed with plain PyTorch",
@@ -39,6 +40,10 @@ COMMANDS = {
 }
 # In the errors of numpy and of torch, on a CPU and on a GPU.
 _ALLOCATION = re.compile(r"[Aa]llocate (\d[\d.]* \w+)")
+_BEYOND_COUNTING = re.compile(
+    r"Storage size calculation overflowed|array is too big|Maximum allowed dimension"
+)
+_EXPECTED = (UsageError, ValueError, TypeError, OSError, ImportError, RuntimeError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
@@ -73,12 +78,12 @@ def _run_and_explain(program: str, arguments: list[str]) -> int:
         _complain(program, "interrupted")
         return INTERRUPTED
     if isinstance(failure, UsageError):
-        _complain(program, f"error: {failure} (see {program} --help)")
+        _complain(program, f"error: {_told(failure)} (see {program} --help)")
         return USAGE
     if "--debug" in arguments:
         sys.excepthook = _show_traceback
         raise failure
-    _complain(program, f"error: {_describe(failure)}")
+    _complain(program, f"error: {_told(failure)}")
     return FAILED
 
 
@@ -106,7 +111,12 @@ def _run(name: str, *arguments: str) -> int:
     args = parser.parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        status: int = command.run(args)
+        try:
+            status: int = command.run(args)
+        except Exception as error:
+            if option_of(error) is None:
+                blame(error, option_meant(chosen(parser, args), arguments, _describe(error)))
+            raise
     return status
 
 
@@ -134,17 +144,25 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _told(error: Exception) -> str:
+    """The message of an error, behind the option that it is about."""
+    text, option = _describe(error), option_of(error)
+    return text if option is None or text.startswith(option) else f"{option}: {text}"
+
+
 def _describe(error: Exception) -> str:
     """The message of an error; with its type where the message alone may say little."""
     text = str(error).strip()
     wanted = _ALLOCATION.search(text)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and wanted):
+    beyond = isinstance(error, (RuntimeError, ValueError)) and _BEYOND_COUNTING.search(text)
+    if isinstance(error, MemoryError) or beyond or (isinstance(error, RuntimeError) and wanted):
         asked = f": {wanted[1]} were asked for at once" if wanted else ""
         return f"not enough memory{asked}; a smaller batch, length or model takes less"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    expected = isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and text
-    return text if expected else f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
+    if isinstance(error, _EXPECTED) and text:
+        return text
+    return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

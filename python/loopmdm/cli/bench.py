@@ -22,7 +22,7 @@ import loopmdm_kernels as lk
 from loopmdm.cli.output import print_json, print_table, writable
 from loopmdm.cli.parser import add_json, add_runtime, set_up
 from loopmdm.model.config import PRESETS
-from loopmdm.runs.options import UsageError, positive_int
+from loopmdm.runs.options import UsageError, num_loops, positive_int
 from loopmdm.runs.provenance import provenance
 from loopmdm.speed import cases, compare, measure, page
 from loopmdm.terminal import note
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune", type=Path, metavar="TABLE.json", help="tune the Triton kernels instead")
     parser.add_argument("--batch", type=positive_int, default=1, metavar="B", help="sequences (default 1)")
     parser.add_argument("--length", type=positive_int, default=256, metavar="L", help="tokens of each (256)")
-    parser.add_argument("--loops", type=positive_int, default=4, metavar="S", help="loops of two blocks (4)")
+    parser.add_argument("--loops", type=num_loops, default=4, metavar="S", help="loops of two blocks (4)")
     parser.add_argument("--rows", type=positive_int, default=64, metavar="R", help="rows drawn at once (64)")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of parameters and products")
     parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="medians of N (5)")

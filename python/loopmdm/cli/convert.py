@@ -9,15 +9,17 @@ goes on, it takes the averaged weights of the newest one; of every run of ours, 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from loopmdm.cli.output import print_json, show
 from loopmdm.cli.parser import add_json
 from loopmdm.cli.runs import refuse
+from loopmdm.formats.hub import is_hub_id
 from loopmdm.mdlm import convert_checkpoint
-from loopmdm.model.loop_law import loop_count
 from loopmdm.runs.export import copy_tokenizer, export_run
-from loopmdm.runs.options import UsageError, count, loop_errors, loop_range, positive_int, usage_errors
+from loopmdm.runs.initial import check_raw
+from loopmdm.runs.options import UsageError, count, loop_errors, loop_range, num_loops, positive_int
 from loopmdm.runs.run_file import RUN_FILE
 from loopmdm.train.checkpoints import CHECKPOINTS
 from loopmdm.train.loop import FILES
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-loops",
-        type=positive_int,
+        type=num_loops,
         metavar="S",
         help="loops if not told otherwise (default: as stored, else 12)",
     )
@@ -82,9 +84,6 @@ def _run_of_shards(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.max_loops is not None:
-        with usage_errors():
-            loop_count("--max-loops", args.max_loops)
     given = {"max_length": args.max_length, "damped": args.damped}
     options = {name: value for name, value in given.items() if value is not None}
     refuse_files(args.target, (*FILES, RUN_FILE), "the converted checkpoint")
@@ -93,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         if args.no_ema:
             raise UsageError("--no-ema: of a run the averaged weights are taken")
         return _run_of_shards(args)
+    if args.no_ema and (os.path.exists(args.source) or is_hub_id(args.source)):
+        check_raw(args.source)
     with loop_errors(args.loop):
         config = convert_checkpoint(
             args.source,

@@ -20,7 +20,7 @@ from loopmdm.data.corpus.store import PARTS
 from loopmdm.data.text import found_files
 from loopmdm.printable import printable_lines
 from loopmdm.runs.options import Sources, number, positive_int, usage_errors
-from loopmdm.runs.text_data import corpus_tokenizer, located
+from loopmdm.runs.text_data import check_apart, corpus_tokenizer, located
 from loopmdm.terminal import note
 
 EPILOG = """examples:
@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     with usage_errors():
         settings = Settings(args.text_field, args.errors, args.validation)
     sources = located(args.data)
+    check_apart("--out", args.out, sources)
     found = found_files(sources)
     note(printable_lines(f"reading: {found.read()}"))
     made_of = {"data": sources, "tokenizer": args.tokenizer}

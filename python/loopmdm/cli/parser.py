@@ -84,6 +84,14 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
                 yield from _actions(inner)
 
 
+def chosen(parser: argparse.ArgumentParser, values: argparse.Namespace) -> argparse.ArgumentParser:
+    """The parser whose options were read: that of the command's command, where it has some."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return chosen(action.choices[getattr(values, action.dest)], values)
+    return parser
+
+
 def _meant(word: Any, accepted: Iterable[str]) -> str:
     from loopmdm_kernels.values import meant  # brings torch, which --help does without
 

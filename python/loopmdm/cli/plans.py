@@ -15,7 +15,7 @@ from loopmdm.model import LoopMDM
 from loopmdm.model.loop_law import loop_count
 from loopmdm.plan import ComputePlan, as_plan
 from loopmdm.runs.models import load_model
-from loopmdm.runs.options import UsageError, loop_errors, loop_range, positive_int, usage_errors
+from loopmdm.runs.options import UsageError, loop_errors, loop_range, num_loops, of_option, usage_errors
 from loopmdm.terminal import note
 
 CRITERIA = ("hidden", "output", "argmax")
@@ -27,10 +27,12 @@ def add_plan(parser: argparse.ArgumentParser, *names: str, default: str) -> None
     group.add_argument(
         *names,
         dest="plan",
+        action=_Plan,
         metavar="PLAN",
         help=f"loops: a count such as 12, a schedule over the steps such as L125,H750,L125 or S2:50,S8:50,"
         f" fully masked end first, or a file with a saved plan (default: {default})",
     )
+    parser.set_defaults(plan_option=names[0])
     add_looping(group)
     group.add_argument(
         "--light", metavar="L", help="what L in the plan stands for: a loop count or a model's folder"
@@ -47,7 +49,7 @@ def add_plan(parser: argparse.ArgumentParser, *names: str, default: str) -> None
     )
     group.add_argument(
         "--min-loops",
-        type=positive_int,
+        type=num_loops,
         metavar="S",
         help="stop after loop S at the earliest (default: 1)",
     )
@@ -58,6 +60,19 @@ def add_plan(parser: argparse.ArgumentParser, *names: str, default: str) -> None
         " predictions, in nats; argmax, that no prediction's most probable token changed, which takes no"
         " EPS. The last two run the blocks behind the loop, and the vocabulary head, after every loop",
     )
+
+
+class _Plan(argparse.Action):
+    """The plan, and by which of its names it was given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.plan, namespace.plan_option = values, option_string
 
 
 def add_looping(group: argparse._ArgumentGroup) -> None:
@@ -112,25 +127,25 @@ def adapts(args: argparse.Namespace) -> bool:
 
 def plan_option(args: argparse.Namespace, device: torch.device) -> ComputePlan:
     """The plan that the options of `add_plan` ask for."""
-    text = args.plan
-    with usage_errors("--plan" if args.adaptive is None and args.criterion is None else None):
-        if adapts(args):
-            if text is not None and not text.isdecimal():
-                raise UsageError(f"--plan: with --adaptive it is the most loops, a count, got {text!r}")
-            return adaptive(args, _plain_count(text))
-        if text is None or text.isdecimal():
-            if args.light is not None or args.heavy is not None:
-                raise UsageError(
-                    "--light, --heavy: they belong to a plan such as L125,H750,L125, give one with --plan"
-                )
-            return as_plan(_plain_count(text))
-        light, heavy = (_choice(choice, device) for choice in (args.light, args.heavy))
+    text, option = args.plan, args.plan_option
+    if adapts(args):
+        if text is not None and not text.isdecimal():
+            raise UsageError(f"{option}: with --adaptive it is the most loops, a count, got {text!r}")
+        return adaptive(args, None if text is None else _loops_of(option, text))
+    if text is None or text.isdecimal():
+        if args.light is not None or args.heavy is not None:
+            raise UsageError(
+                "--light, --heavy: they belong to a plan such as L125,H750,L125, give one with --plan"
+            )
+        return as_plan(None if text is None else _loops_of(option, text))
+    light, heavy = (_choice(f"--{name}", getattr(args, name), device) for name in ("light", "heavy"))
+    with usage_errors(option):
         if Path(text).is_file():
             models = {"L": light, "H": heavy}
             try:
                 return ComputePlan.load(text, {n: m for n, m in models.items() if isinstance(m, LoopMDM)})
             except OSError as error:
-                raise UsageError(f"--plan: cannot read {text}: {error.strerror}") from error
+                raise UsageError(f"{option}: cannot read {text}: {error.strerror}") from error
         return ComputePlan.parse(text, light, heavy)
 
 
@@ -160,16 +175,17 @@ def note_beyond_training(model: LoopMDM, plans: Iterable[ComputePlan]) -> None:
         note(f"note: S = {most} is beyond the S = {trained} of training: it runs, and may do better or worse")
 
 
-def _plain_count(text: str | None) -> int | None:
-    """A plan that is a count alone."""
-    with usage_errors("--plan"):
-        return None if text is None else loop_count("loops", int(text))
+def _loops_of(option: str, text: str) -> int:
+    """The value of an option that is a count alone."""
+    with usage_errors(option):
+        return loop_count("loops", int(text))
 
 
-def _choice(text: str | None, device: torch.device) -> int | LoopMDM | None:
+def _choice(option: str, text: str | None, device: torch.device) -> int | LoopMDM | None:
     if text is None or text.isdecimal():
-        return None if text is None else int(text)
-    return load_model(text, device)
+        return None if text is None else _loops_of(option, text)
+    with of_option(option):
+        return load_model(text, device)
 
 
 def _threshold(text: str) -> float:

@@ -140,7 +140,7 @@ def train_run(args: argparse.Namespace, rank: int, device: torch.device) -> Trai
             if rank == 0:
                 note(f"resuming {args.out} after step {done} of {job.config.steps}")
         if rank == 0:
-            job.run.write(args.out)
+            job.write(args.out)
         with _stop_on_signals(trainer) as received:
             counters = trainer.train()
     stopped = bool(received) and counters.step < job.config.steps
@@ -186,7 +186,11 @@ def described_run(args: argparse.Namespace) -> RunFile:
         raise NotADirectoryError(f"--out: {args.out} is a file, expected a folder")
     if args.cache is not None and args.cache.exists() and not args.cache.is_dir():
         raise NotADirectoryError(f"--cache: {args.cache} is a file, expected a folder")
-    _check_apart(args, given_data.get("data"))
+    data = given_data.get("data", [])
+    # The folder of a run is left out of the data, but not while it is begun by a build.
+    text_data.check_apart("--out", args.out, data, itself=not args.stream)
+    if args.cache is not None:
+        text_data.check_apart("--cache", args.cache, data)
     if args.lora_targets is not None and args.lora is None:
         raise UsageError("--lora-targets: they are those of --lora RANK")
     beginning = _beginning(args)
@@ -303,18 +307,6 @@ def _check_pairs(args: argparse.Namespace) -> None:
     refuse(args, others, "--pairs reads prompts and responses")
 
 
-def _check_apart(args: argparse.Namespace, data: str | list[str] | None) -> None:
-    """Refuse to write into a folder that is read: files of a run or a cache would be among the data."""
-    folders = [source for source in text_data.as_list(data or []) if Path(source).is_dir()]
-    for option, folder in (("--out", args.out), ("--cache", args.cache)):
-        if folder is not None and folder.is_dir():
-            same = next((source for source in folders if folder.samefile(source)), None)
-            if same is not None:
-                raise UsageError(
-                    f"{option}: {same} is the folder of --data; choose another one to write into"
-                )
-
-
 def _check_weights(given: dict[str, Any]) -> None:
     num_corpora = len(text_data.as_list(given["data"]))
     if "weights" in given and len(given["weights"]) != num_corpora:
@@ -340,10 +332,8 @@ def _prepare(run: RunFile, args: argparse.Namespace, rank: int, stack: ExitStack
     if run.data is None:
         return begun(sudoku_job(run, args.threads or 1), fresh)
     if text_data.are_corpora(run.data):
-        job, tokenizer = corpus_job(run)
-        begun(job, fresh)
+        job = begun(corpus_job(run), fresh)
         if rank == 0:
-            tokenizer.save(args.out)
             note(_seen(job))
         return job
     if run.stream:
@@ -363,10 +353,7 @@ def _prepare(run: RunFile, args: argparse.Namespace, rank: int, stack: ExitStack
         if pairs is None:
             corpus = read_corpus(run, quiet=True)
     job = text_job(run, corpus, tokenizer, args.cache) if pairs is None else pairs_job(run, pairs, tokenizer)
-    begun(job, fresh)
-    if not dist.is_initialized():
-        tokenizer.save(args.out)  # when nothing can be wrong with the options any more
-    return job
+    return begun(job, fresh)
 
 
 def _streamed(run: RunFile, args: argparse.Namespace, rank: int, stack: ExitStack) -> Job:
@@ -383,9 +370,7 @@ def _streamed(run: RunFile, args: argparse.Namespace, rank: int, stack: ExitStac
     tokenizer = text_data.corpus_tokenizer(run.tokenizer, found, folder, settings.text_field, settings.errors)
     made_of = {"data": run.data, "tokenizer": run.tokenizer}
     stream = stack.enter_context(CorpusStream(found, tokenizer, folder, settings, made_of=made_of))
-    job = stream_job(run, stream.corpus)
-    tokenizer.save(args.out)
-    return job
+    return stream_job(run, stream.corpus)
 
 
 def _seen(job: Job) -> str:

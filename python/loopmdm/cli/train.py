@@ -24,7 +24,7 @@ from loopmdm.runs import likelihood
 from loopmdm.runs.boards import SHARE_COLUMNS, share_row
 from loopmdm.runs.initial import LORA_TARGETS
 from loopmdm.runs.jobs import PRESETS, Job
-from loopmdm.runs.options import Sources, count, loop_range, number, positive_float, positive_int
+from loopmdm.runs.options import Sources, count, loop_range, num_loops, number, positive_float, positive_int
 from loopmdm.terminal import note
 from loopmdm.train import plot_loss, read_metrics
 from loopmdm.train.loggers import NAMES as LOGGERS
@@ -138,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--loop", type=loop_range, metavar="START:END", help="blocks that are looped, such as 1:3"
     )
-    model.add_argument("--max-loops", type=positive_int, metavar="S", help="largest loop count in training")
+    model.add_argument("--max-loops", type=num_loops, metavar="S", help="largest loop count in training")
     model.add_argument("--dropout", type=number, metavar="P")
     model.add_argument(
         "--damped",

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 from loopmdm.data import dataset_cards, dataset_folders
 from loopmdm.data.raw import COMPRESSED_SUFFIXES
+from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
 
 Source: TypeAlias = "str | os.PathLike[str]"
 
@@ -223,8 +224,8 @@ def _suffixes(file: DataFile) -> set[str]:
 def _add_entries(here: Found, folder: Path) -> Iterator[Path]:
     """Add the files of one folder; yields the folders in it to go on with."""
     names = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
-    if _is_run(names):
-        here.left_out.append(LeftOut(folder, "folder(s) of runs"))
+    if _is_written_here(names):
+        here.left_out.append(LeftOut(folder, "folder(s) of runs and corpora"))
         return
     written = dataset_folders.read(folder, names)
     if written is not None:
@@ -245,9 +246,10 @@ def _add_entries(here: Found, folder: Path) -> Iterator[Path]:
             _add_file(here, path, False)
 
 
-def _is_run(names: Sequence[str]) -> bool:
-    """Whether these are the files of a folder that `loopmdm train` wrote, among its data perhaps."""
-    return "run.json" in names and not {"train_config.json", "model.safetensors"}.isdisjoint(names)
+def _is_written_here(names: Sequence[str]) -> bool:
+    """Whether these are the files of a folder that `loopmdm` wrote, among its data perhaps."""
+    begun = TOKENIZER_FILE in names  # the first file of a run or a corpus of text
+    return begun or ("run.json" in names and not {"train_config.json", "model.safetensors"}.isdisjoint(names))
 
 
 def _leave_out_descriptions(here: Found) -> None:

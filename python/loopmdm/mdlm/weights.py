@@ -110,6 +110,23 @@ def read_weights(source: Any, *, ema: bool = True) -> MDLMWeights:
     return weights._replace(fields=_stated([config], str(source)))
 
 
+def holds_one_set(source: str | os.PathLike[str]) -> bool:
+    """Whether there is nothing to choose with `ema`: all but Lightning checkpoints hold one set of weights.
+
+    Raises:
+        ValueError: a torch file is damaged.
+    """
+    path = Path(source, _TORCH_WEIGHTS) if Path(source).is_dir() else Path(source)
+    if path.suffix == ".safetensors" or not path.is_file():
+        return True
+    with contextlib.closing(TorchFile(path)) as file:
+        return not _is_lightning(file.root)
+
+
+def _is_lightning(root: Any) -> bool:
+    return isinstance(root, Mapping) and isinstance(root.get("state_dict"), Mapping)
+
+
 def _from_file(path: Path, ema: bool) -> MDLMWeights:
     if path.suffix == ".safetensors":
         return _from_tree(safetensors_files.read(path), _tensor_itself, ema, str(path))
@@ -125,9 +142,9 @@ def _tensor_itself(tensor: Any) -> Tensor:
 
 def _from_tree(root: Any, read: Callable[[Any], Tensor], ema: bool, source: str) -> MDLMWeights:
     """`root`: a state dict or a Lightning checkpoint; `read` turns one of its leaves into a tensor."""
-    is_lightning = isinstance(root, Mapping) and isinstance(root.get("state_dict"), Mapping)
-    leaves = _bare_names(root["state_dict"] if is_lightning else root, source)
-    if not is_lightning:
+    lightning = _is_lightning(root)
+    leaves = _bare_names(root["state_dict"] if lightning else root, source)
+    if not lightning:
         return MDLMWeights({name: read(leaf) for name, leaf in leaves.items()}, {}, source)
     parameters = root.get("hyper_parameters")
     fields = _stated([_entry(parameters, "config"), parameters], source)

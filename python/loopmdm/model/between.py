@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loopmdm.model.config import LoopMDMConfig
+from loopmdm.model.config import OFF, LoopMDMConfig
 from loopmdm.model.modules import ScaleNorm
 from loopmdm_kernels.tracing import without_autocast
 from loopmdm_kernels.values import meant
@@ -36,8 +36,6 @@ from loopmdm_kernels.values import meant
 # Of parcae: exp(a) and d at first. 0.99 of the state stays, and b moves fast enough to be learned.
 _FIRST_DECAY, _FIRST_STEP = 0.1, 0.1
 
-# The fields of a configuration that say what happens, with the values that say nothing does.
-OFF: dict[str, Any] = {"damped": False, "inject": "none", "loop_embedding": 0, "carry_norm": False}
 LoopLoss = Literal["last", "mean", "linear"]
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 NOTES = ("use_cache",)  # transformers.Trainer
 POSITIONS = ("rotary", "learned")
 INJECTIONS = ("none", "add", "parcae")
+MAX_LAYERS = 4096  # far beyond any model: more is a slip of the pen, and would be built until memory ends
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
@@ -108,6 +109,7 @@ class LoopMDMConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        check_layers(self.num_layers)
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id: got {self.mask_token_id}, expected 0..{self.vocab_size - 1}")
         if self.hidden_size % (2 * self.num_heads):
@@ -142,12 +144,12 @@ class LoopMDMConfig:
     @property
     def acts_between_loops(self) -> bool:
         """Whether a loop is more than H(k) = mid(H(k - 1)), so that the op is called once for each."""
-        return self.damped or self.learns_between_loops
+        return any(getattr(self, name) != off for name, off in OFF.items())
 
     @property
     def learns_between_loops(self) -> bool:
         """Whether there are weights that act between loops alone, and so get no gradient where S is 1."""
-        return self.inject != "none" or self.loop_embedding > 0 or self.carry_norm
+        return any(getattr(self, name) != off for name, off in OFF.items() if name != "damped")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LoopMDMConfig:
@@ -169,6 +171,18 @@ class LoopMDMConfig:
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+
+# The fields that say what happens between two loops, with the values that say nothing does.
+OFF: dict[str, Any] = {
+    name: getattr(LoopMDMConfig, name) for name in ("damped", "inject", "loop_embedding", "carry_norm")
+}
+
+
+def check_layers(num_layers: int) -> None:
+    """Raise the ValueError of a model that has more blocks than any."""
+    if num_layers > MAX_LAYERS:
+        raise ValueError(f"num_layers: got {num_layers}, expected at most {MAX_LAYERS}")
 
 
 def from_fields(cls: type[Config], values: dict[str, Any]) -> Config:

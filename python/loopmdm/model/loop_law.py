@@ -62,7 +62,8 @@ class LoopLaw:
         if name == "uniform" and not argument:
             return cls.uniform(max_loops)
         if name == "fixed":
-            return cls.fixed(int(_number(spec, argument, int)))
+            loops = loop_count(f"S of the loop law {spec!r}", int(_number(spec, argument, int)))
+            return cls.fixed(loops)
         if name == "poisson":
             return cls.poisson(max_loops, _number(spec, argument, float) if argument else None)
         if name == "flops" and not argument:

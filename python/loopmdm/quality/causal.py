@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loopmdm.model import vocabulary
 from loopmdm.model.checkpoint import Trainable
-from loopmdm.model.config import from_fields
+from loopmdm.model.config import check_layers, from_fields
 from loopmdm.model.cut import named, say, why_global, why_linear, why_norm
 from loopmdm.model.masks import counted_tokens
 from loopmdm.model.modules import RotaryEmbedding, TokenEmbedding
@@ -53,6 +53,7 @@ class CausalConfig:
             object.__setattr__(self, field.name, number)
             if number < 1 and field.name != "mask_token_id":
                 raise ValueError(f"{field.name}: got {value}, expected at least 1")
+        check_layers(self.num_layers)
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id: got {self.mask_token_id}, expected 0..{self.vocab_size - 1}")
         if self.hidden_size % (2 * self.num_heads):

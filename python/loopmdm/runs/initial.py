@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from loopmdm.formats.folders import CONFIG_FILE, read_json
+from loopmdm.mdlm.weights import holds_one_set
 from loopmdm.model import LoopMDM
-from loopmdm.model.between import OFF, between_of
+from loopmdm.model.between import between_of
 from loopmdm.model.checkpoint import check_same
-from loopmdm.runs.options import UsageError
+from loopmdm.model.config import OFF
+from loopmdm.runs.options import UsageError, of_option
 from loopmdm.train.checkpoints import CHECKPOINTS
 
 LORA_TARGETS = ("attn_qkv", "attn_out", "mlp.0", "mlp.2")
@@ -43,14 +45,20 @@ def read_initial(source: str, *, ema: bool = True) -> LoopMDM:
     folder = Path(source)
     if (folder / CHECKPOINTS).is_dir() and not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"--init-from: {source} is a run that has not ended; `loopmdm convert` exports it")
-    try:
+    with of_option("--init-from"):
         if (folder / CONFIG_FILE).is_file() and _is_ours(folder / CONFIG_FILE):
-            if not ema:
-                raise UsageError(f"--no-ema is of Lightning checkpoints; {source} holds one set of weights")
-            return LoopMDM.from_pretrained(source)
-        return LoopMDM.from_mdlm(source, ema=ema)
-    except (OSError, ValueError) as error:
-        raise type(error)(f"--init-from: {error}") from error
+            model = LoopMDM.from_pretrained(source)
+        else:
+            model = LoopMDM.from_mdlm(source, ema=ema)
+    if not ema:
+        check_raw(source)
+    return model
+
+
+def check_raw(source: str) -> None:
+    """Raise a UsageError where `--no-ema` has nothing to choose, of a source that can be read."""
+    if holds_one_set(source):
+        raise UsageError(f"--no-ema is of Lightning checkpoints; {source} holds one set of weights")
 
 
 def _is_ours(path: Path) -> bool:

@@ -44,6 +44,13 @@ class Job(NamedTuple):
     config: TrainConfig
     evaluate: Evaluate | None
     run: RunFile
+    tokenizer: Tokenizer | None = None
+
+    def write(self, folder: Path) -> None:
+        """Say in the folder of the run what it is: when nothing can be wrong with the options any more."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+        self.run.write(folder)
 
 
 def begun(job: Job, fresh: bool) -> Job:
@@ -68,7 +75,7 @@ def sudoku_job(run: RunFile, threads: int) -> Job:
         if run.clues is not None:
             recipe = dataclasses.replace(recipe, clues=parse_clues(run.clues, recipe.spec))
         model, data, config = recipe.build(run.preset, threads=threads, model=run.model, **run.training)
-        LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=recipe.spec.cells)
+    _check_law(config, model, recipe.spec.cells)
     num = run.evaluation.get("size") or EVALUATED_PUZZLES
     samples = run.evaluation.get("samples", SAMPLES)
 
@@ -144,7 +151,7 @@ def text_job(run: RunFile, corpus: text_data.Corpus, tokenizer: Tokenizer, cache
     return plan.job(run, tokenizer, train, validation, fingerprint)
 
 
-def corpus_job(run: RunFile) -> tuple[Job, Tokenizer]:
+def corpus_job(run: RunFile) -> Job:
     """A run on corpora that `loopmdm data build` made; evaluated on windows of what they hold out."""
     corpora = text_data.open_corpora(run.data)
     tokenizer = corpora[0].tokenizer
@@ -154,7 +161,7 @@ def corpus_job(run: RunFile) -> tuple[Job, Tokenizer]:
         train = CorpusData(corpora, plan.length, weights=run.weights, **plan.batches())
     validation = held_out_of(corpora, plan.length) if held_out else None
     fingerprint = "-".join(corpus.digest for corpus in corpora)
-    return plan.job(run, tokenizer, train, validation, fingerprint), tokenizer
+    return plan.job(run, tokenizer, train, validation, fingerprint)
 
 
 def held_out_of(corpora: list[Corpus], length: int) -> CorpusData:
@@ -211,7 +218,7 @@ class _TextPlan(NamedTuple):
             )
         training = self.config.to_dict()
         run = dataclasses.replace(run, training=training, length=self.length, fingerprint=fingerprint)
-        return Job(self.model, train, self.config, evaluate, run)
+        return Job(self.model, train, self.config, evaluate, run, tokenizer)
 
     def _evaluation(self, run: RunFile, windows: text_data.Windows, tokenizer: Tokenizer) -> TextEvaluation:
         number = run.evaluation.get("samples", SAMPLES)
@@ -238,5 +245,10 @@ def _text_plan(run: RunFile, tokenizer: Tokenizer, held_out: bool) -> _TextPlan:
     build = recipe.build_causal if run.autoregressive else recipe.build
     with usage_errors(), loop_errors(_loop_of(run)):
         model, config = build(tokenizer, length, model=run.model, **training)
-        LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=length)
+    _check_law(config, model, length)
     return _TextPlan(model, config, length)
+
+
+def _check_law(config: TrainConfig, model: Trainable, length: int) -> None:
+    with usage_errors("--loop-law"):
+        LoopLaw.parse(config.loop_law, model.config.max_loops, dims=model.config, length=length)

@@ -12,6 +12,7 @@ from loopmdm.data import tokenizer as tokenizers
 from loopmdm.data.sudoku import NINE, SIX, SudokuSpec
 from loopmdm.data.tokenizer import Tokenizer
 from loopmdm.model import LoopMDM
+from loopmdm.runs.options import of_option
 from loopmdm_kernels.values import meant
 
 SHIPPED = {"sudoku9": NINE, "sudoku6": SIX}
@@ -72,11 +73,13 @@ def load_tokenizer(model: LoopMDM, folder: str, chosen: str | None) -> Tokenizer
     if chosen is None and not Path(folder, tokenizers.CONFIG_FILE).is_file():
         return None
     source = folder if chosen is None else chosen
-    tokenizer = tokenizers.load_tokenizer(source)
-    config = model.config
-    if (tokenizer.vocab_size, tokenizer.mask_token_id) != (config.vocab_size, config.mask_token_id):
-        raise ValueError(
-            f"the tokenizer {source} has {tokenizer.vocab_size} tokens and mask id {tokenizer.mask_token_id},"
-            f" the model in {folder} has {config.vocab_size} and {config.mask_token_id}: not a pair"
-        )
+    with of_option(None if chosen is None else "--tokenizer"):
+        tokenizer = tokenizers.load_tokenizer(source)
+        config = model.config
+        if (tokenizer.vocab_size, tokenizer.mask_token_id) != (config.vocab_size, config.mask_token_id):
+            raise ValueError(
+                f"the tokenizer {source} has {tokenizer.vocab_size} tokens and mask id"
+                f" {tokenizer.mask_token_id}, the model in {folder} has {config.vocab_size} and"
+                f" {config.mask_token_id}: not a pair"
+            )
     return tokenizer

@@ -17,6 +17,28 @@ class UsageError(Exception):
     """Options that are each fine and do not go together, or values that only the library can judge."""
 
 
+def blame(error: Exception, option: str | None) -> None:
+    """Note which option an error is about, if that is known now and was not before."""
+    if option is not None:
+        error.__dict__.setdefault("option", option)
+
+
+def option_of(error: Exception) -> str | None:
+    """What `blame` has noted."""
+    option: str | None = error.__dict__.get("option")
+    return option
+
+
+@contextmanager
+def of_option(option: str | None) -> Iterator[None]:
+    """Errors inside are about this option, unless one inside knows better."""
+    try:
+        yield
+    except Exception as error:
+        blame(error, option)
+        raise
+
+
 @contextmanager
 def usage_errors(option: str | None = None) -> Iterator[None]:
     """Turns what the library says about a value, that of `option`, into an error of usage."""
@@ -25,7 +47,9 @@ def usage_errors(option: str | None = None) -> Iterator[None]:
     except (ValueError, TypeError) as error:
         if getattr(error, "of_the_model", False):  # what it predicts is no fault of the options
             raise
-        raise UsageError(str(error) if option is None else f"{option}: {error}") from error
+        wrong = UsageError(str(error))
+        blame(wrong, option_of(error) or option)
+        raise wrong from error
 
 
 @contextmanager
@@ -68,6 +92,11 @@ def positive_int(text: str) -> int:
     return _int(text, 1)
 
 
+def num_loops(text: str) -> int:
+    """A number of loops."""
+    return _int(text, 1, most=_most_loops())
+
+
 def count(text: str) -> int:
     """An option's value of at least 0."""
     return _int(text, 0)
@@ -99,9 +128,12 @@ def number(text: str) -> float:
 
 def loop_counts(text: str) -> list[int]:
     """Loop counts such as "1,3,6", each once."""
-    return list(
-        dict.fromkeys(_int(part, 1, "loop counts such as 1,3,6, each at least 1") for part in text.split(","))
-    )
+    return _several(text, "loop counts such as 1,3,6, each at least 1", _most_loops())
+
+
+def step_counts(text: str) -> list[int]:
+    """Numbers of steps such as "16,64", each once."""
+    return _several(text, "numbers of steps such as 16,64, each at least 1")
 
 
 def loop_range(text: str) -> tuple[int, int]:
@@ -116,6 +148,16 @@ def loop_range(text: str) -> tuple[int, int]:
             f"got {text!r}, expected START:END, the layers START..END-1 counted from 0, such as 1:3"
         )
     return start, end
+
+
+def _several(text: str, expected: str, most: int = _MOST) -> list[int]:
+    return list(dict.fromkeys(_int(part, 1, expected, most) for part in text.split(",")))
+
+
+def _most_loops() -> int:
+    from loopmdm.model.loop_law import MAX_LOOPS  # brings torch, which --help does without
+
+    return MAX_LOOPS
 
 
 def _int(text: str, least: int, expected: str | None = None, most: int = _MOST) -> int:

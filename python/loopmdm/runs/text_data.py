@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from loopmdm.data.tokenizer import CONFIG_FILE as TOKENIZER_FILE
 from loopmdm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from loopmdm.model.masks import counted_tokens
 from loopmdm.printable import printable_lines
-from loopmdm.runs.options import UsageError
+from loopmdm.runs.options import UsageError, of_option
 from loopmdm.terminal import note, note_waiting
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Windows",
     "are_corpora",
     "as_list",
+    "check_apart",
     "corpus_tokenizer",
     "fingerprint",
     "load_tokenizer",
@@ -74,6 +76,37 @@ def named(data: str | list[str]) -> str:
 def as_list(data: str | list[str]) -> list[str]:
     """Sources one by one."""
     return [data] if isinstance(data, str) else data
+
+
+def check_apart(option: str, folder: Path, data: str | list[str], *, itself: bool = False) -> None:
+    """Refuse to write into a folder that is read, where what is written would be among the data.
+
+    option: that names the folder. itself: refuse the folders of the data alone, not those in them, as for a
+        run, which is left out where folders are read.
+
+    Raises:
+        UsageError: it is one.
+    """
+    target = Path(os.path.realpath(folder))
+    for source in as_list(data):
+        if Path(source).is_dir() and target == Path(os.path.realpath(source)):
+            raise UsageError(f"{option}: {source} is the folder of --data; choose another one to write into")
+        if not itself and _reads(source, target):
+            raise UsageError(
+                f"{option}: {folder} is among the files of --data {source}; choose another place to write to"
+            )
+
+
+def _reads(source: str, folder: Path) -> bool:
+    """Whether a source has the files of a folder: one in another, but a hidden one, or of a pattern."""
+    if source == STDLIB:
+        return False
+    if not Path(source).is_dir():
+        return any(fnmatch(str(path), source) for path in (folder, *folder.parents))
+    place = Path(os.path.realpath(source))
+    if not folder.is_relative_to(place):
+        return False
+    return not any(part.startswith(".") for part in folder.relative_to(place).parts)
 
 
 def are_corpora(data: str | list[str] | None) -> bool:
@@ -169,11 +202,12 @@ def pack_pairs(part: str, pairs: list[Pair], tokenizer: Tokenizer, length: int, 
 def make_tokenizer(choice: str, documents: list[str]) -> Tokenizer:
     """ "byte", "bpe:VOCAB" (trained on the documents), or a tokenizer on disk or on the hub."""
     kind, _, size = choice.partition(":")
-    if kind != BPETokenizer.kind:
-        return load_tokenizer(choice)
-    if not size.isdecimal():
-        raise UsageError(f"--tokenizer: got {choice!r}, expected bpe:VOCAB, such as bpe:4096")
-    tokenizer = BPETokenizer.train(documents, int(size))
+    with of_option("--tokenizer"):
+        if kind != BPETokenizer.kind:
+            return load_tokenizer(choice)
+        if not size.isdecimal():
+            raise UsageError(f"got {choice!r}, expected bpe:VOCAB, such as bpe:4096")
+        tokenizer = BPETokenizer.train(documents, int(size))
     if tokenizer.vocab_size < int(size):
         note(f"note: the text has pairs for a vocabulary of {tokenizer.vocab_size:,} only, not {int(size):,}")
     return tokenizer

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from loopmdm import terminal
 from loopmdm.printable import printable
+from loopmdm.runs.run_file import RUN_FILE
 from loopmdm_kernels.files import open_append, refuse_files, write_files
 from loopmdm_kernels.locks import LOCK_FILE, Lock
 from loopmdm_kernels.values import parse_json
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from loopmdm.plan import ComputePlan
 
 ITEMS_FILE = "items.jsonl"
+ARMS = "arms"  # folder of models that a study trains
 _PIN = "pin: "  # before the name of a fact that items depend on
 PLAN_FILES = ("plan.json", "best-plan.json", "table-plan.json", "gate.json")
 TABLE_JSON, TABLE_CSV, FIGURE_FILE = "table.json", "table.csv", "figure.png"
@@ -119,9 +121,13 @@ class StudyFolder:
         return True
 
     def _has_results(self) -> bool:
-        """Whether an item is computed, or a folder begun, as by models in training."""
+        """Whether an item is computed, or a model in training."""
         computed = any(not key.startswith(_PIN) for key in self._items)
-        return computed or any(entry.is_dir() for entry in self.path.iterdir())
+        return computed or any(self.path.glob(f"{ARMS}/*/{RUN_FILE}"))
+
+    def arm(self, name: str) -> Path:
+        """The folder of a model that the study trains."""
+        return self.path / ARMS / name
 
     def items(
         self,

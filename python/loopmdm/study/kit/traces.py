@@ -24,7 +24,7 @@ from loopmdm.exits import HiddenChange
 from loopmdm.model import LoopMDM, vocabulary
 from loopmdm.model.stages import Stages
 from loopmdm.quality.copies import counted_tokens
-from loopmdm.runs.options import positive_int
+from loopmdm.runs.options import num_loops, positive_int
 from loopmdm.study.kit.folder import StudyFolder
 from loopmdm.study.kit.inputs import stratified
 from loopmdm.study.kit.sources import BATCH, HeldOut
@@ -181,7 +181,7 @@ def text_trace(model: LoopMDM, batch: Batch, num_t: int, seed: int, first: int, 
 def add_trace_options(parser: argparse.ArgumentParser) -> None:
     """Options of the studies that record a trace."""
     parser.add_argument(
-        "--cap", type=positive_int, metavar="S", help="most loops (default: the model's max_loops)"
+        "--cap", type=num_loops, metavar="S", help="most loops (default: the model's max_loops)"
     )
     parser.add_argument(
         "--num-t",

@@ -29,7 +29,7 @@ from loopmdm.model import LoopMDM, vocabulary
 from loopmdm.quality import CausalScorer, load_scorer
 from loopmdm.quality.bootstrap import Bootstrap, Interval
 from loopmdm.quality.copies import counted_tokens
-from loopmdm.runs.options import UsageError, loop_counts, positive_int
+from loopmdm.runs.options import UsageError, loop_counts, positive_int, step_counts
 from loopmdm.runs.provenance import weights_fingerprint
 from loopmdm.study.kit import figures
 from loopmdm.study.kit.folder import Row, StudyFolder
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=positive_int, metavar="N", help="of text, each; without it or --scorer: none"
     )
     samples.add_argument(
-        "--steps", type=loop_counts, default=[16, 64], metavar="T,T,...", help="(default: 16,64)"
+        "--steps", type=step_counts, default=[16, 64], metavar="T,T,...", help="(default: 16,64)"
     )
     samples.add_argument(
         "--boards", type=positive_int, default=200, metavar="N", help="puzzles (default: %(default)s)"

@@ -19,6 +19,7 @@ from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.flops import DEFAULT_CONVENTION, Convention, Dimensions
 from loopmdm.model.loop_law import LoopLaw
 from loopmdm.runs.jobs import Job, corpus_job, sudoku_job, text_job, text_tokenizer
+from loopmdm.runs.options import usage_errors
 from loopmdm.runs.recipes import SUDOKU_RECIPES
 from loopmdm.runs.run_file import FILES, RunFile, replaced_by
 from loopmdm.runs.text_data import are_corpora
@@ -95,7 +96,7 @@ def steps_within(budget: Budget, config: Dimensions, length: int, batch: int, la
         spent, step = spent + following, step + 1
     if not step:
         raise ValueError(
-            f"flops: {budget.flops:g} does not pay for one step of {batch} sequences, which costs"
+            f"a budget of {budget.flops:g} FLOPs does not pay for one step of {batch} sequences, which costs"
             f" {following:g} ({budget.convention})"
         )
     return step
@@ -155,7 +156,8 @@ def train_arm(
         base: the run of the study; the arm's fields and the seed replace its own, the budget its steps.
 
     Raises:
-        ValueError: `folder` holds another run, or the budget is below one step.
+        ValueError: `folder` holds another run.
+        UsageError: the budget is below one step.
     """
     plain = arm.model.get("max_loops", base.model.get("max_loops")) == 1
     training = base.training | {"seed": seed, "eval_every": 0} | ({"loop_law": "uniform"} if plain else {})
@@ -182,7 +184,8 @@ def _train_held(
     config, length = job.config, job.run.length or job.model.config.max_length
     law = LoopLaw.parse(config.loop_law, job.model.config.max_loops, dims=job.model.config, length=length)
     batch = config.batch_size * config.accumulation
-    steps = steps_within(budget, job.model.config, length, batch, law, seed)
+    with usage_errors("--flops"):
+        steps = steps_within(budget, job.model.config, length, batch, law, seed)
     config = dataclasses.replace(config, steps=steps, checkpoint_minutes=1.0)
     run = dataclasses.replace(job.run, training=config.to_dict())
     if stored is not None:
@@ -190,7 +193,7 @@ def _train_held(
         if before != after:
             differing = ", ".join(name for name in after if before[name] != after[name])
             raise ValueError(f"{folder} holds another run ({differing} differ): choose another folder")
-    run.write(folder)
+    job._replace(run=run).write(folder)
     with torch.inference_mode(False), torch.enable_grad():
         trainer = Trainer(job.model.to(device), job.data, config, held)
         counters = trainer.counters if trainer.resume() == steps else trainer.train()
@@ -223,13 +226,10 @@ def _weights_depend_on(run: RunFile) -> dict[str, Any]:
 
 
 def make_job(run: RunFile, folder: Path, threads: int, *, begun: bool) -> Job:
-    """Model, data and configuration of a run; the tokenizer of a text is kept in the folder."""
+    """Model, data and configuration of a run; packed text is kept beside the folder."""
     if run.preset in SUDOKU_RECIPES:
         return sudoku_job(run, threads)
     if are_corpora(run.data):
-        job, tokenizer = corpus_job(run)
-        tokenizer.save(folder)
-        return job
+        return corpus_job(run)
     corpus, tokenizer = text_tokenizer(run, folder, begun=begun)
-    tokenizer.save(folder)
     return text_job(run, corpus, tokenizer, folder.parent / "tokens")

@@ -25,6 +25,7 @@ from loopmdm.runs.options import (
     count,
     loop_counts,
     loop_range,
+    num_loops,
     number,
     positive_float,
     positive_int,
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, default_flops: float) -> N
     what.add_argument("--layers", dest="num_layers", type=positive_int, metavar="N", help="blocks stored")
     what.add_argument("--heads", dest="num_heads", type=positive_int, metavar="H", help="attention heads")
     what.add_argument("--loop", type=loop_range, metavar="START:END", help="blocks that are looped")
-    what.add_argument("--max-loops", type=positive_int, metavar="S", help="largest loop count in training")
+    what.add_argument("--max-loops", type=num_loops, metavar="S", help="largest loop count in training")
     training = parser.add_argument_group("training")
     training.add_argument(
         "--flops",
@@ -137,19 +138,11 @@ def run(args: argparse.Namespace, folder: StudyFolder, make_arms: MakeArms) -> l
     with usage_errors():
         arms = _chosen(make_arms(*_model_and_law(base)), args.arms)
         budget = Budget(args.flops, args.convention)
-        trained = [
-            train_arm(
-                base,
-                arm,
-                budget,
-                seed,
-                folder.path / "arms" / f"{arm.name}-seed{seed}",
-                threads,
-                args.device_object,
-            )
-            for seed in args.seeds
-            for arm in arms
-        ]
+    trained = [
+        train_arm(base, arm, budget, seed, folder.arm(f"{arm.name}-seed{seed}"), threads, args.device_object)
+        for seed in args.seeds
+        for arm in arms
+    ]
     judge = _sudoku_judge(args, base, threads) if base.data is None else _text_judge(args, folder, base)
     evaluations = {
         f"{arm.name} seed {arm.seed} S {loops} {order}": (arm, loops, order)
@@ -222,7 +215,8 @@ def _model_and_law(base: RunFile) -> tuple[LoopMDMConfig, LoopLaw]:
         training = text.training
     law = base.training.get("loop_law", training.loop_law)
     length = base.length or config.max_length
-    return config, LoopLaw.parse(law, config.max_loops, dims=config, length=length)
+    with usage_errors("--loop-law"):
+        return config, LoopLaw.parse(law, config.max_loops, dims=config, length=length)
 
 
 def _loops_of(arm: TrainedArm, asked: list[int] | None) -> list[int]:
@@ -264,12 +258,12 @@ def _text_judge(
     def judge(arm: TrainedArm, loops: int, order: str) -> Row:
         nonlocal windows
         if windows is None:  # an arm has the tokenizer
-            tokenizer = text_data.load_tokenizer(folder.path / "arms" / f"{arm.name}-seed{arm.seed}")
+            tokenizer = text_data.load_tokenizer(folder.arm(f"{arm.name}-seed{arm.seed}"))
             held_out: text_data.TextData | CorpusData
             if text_data.are_corpora(base.data):
                 held_out = held_out_of(text_data.open_corpora(base.data), arm.length)
             else:
-                documents, cache = read_corpus(base).validation, folder.path / "arms/tokens"
+                documents, cache = read_corpus(base).validation, folder.arm("tokens")
                 held_out = text_data.pack("validation", documents, tokenizer, arm.length, cache)
             windows = text_data.windows(held_out, tokenizer, args.num)
         (result,) = evaluate_nll(
