@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def test_defaults_are_those_of_the_paper(
 class Attack:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("echo attacked",)
+
+
+def test_a_damaged_tokenizer_is_noticed_before_anything_is_written(
+    call: Call, tmp_path: Path, text_run: Path
+) -> None:
+    run = shutil.copytree(text_run, tmp_path / "run")
+    (run / "loopmdm_tokenizer.json").write_text("{")
+    done = call("convert", run, tmp_path / "out")
+    assert done.status == 1 and f"the tokenizer in {run} is damaged" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input(call: Call, tmp_path: Path, reference: dict[str, torch.Tensor]) -> None:

@@ -169,6 +169,14 @@ def test_what_does_not_go_with_corpora(call: Call, tmp_path: Path, texts: Path) 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tokenizer_is_put_right_before_the_first_shard(call: Call, tmp_path: Path, texts: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("not json\n")
+    words = ["data", "build", "--workers", "1", "--out", tmp_path / "corpus"]
+    assert call(*words, "--data", tmp_path / "bad.jsonl").status == 1
+    done = call(*words, "--data", texts / "a", "--tokenizer", "bpe:260", "--json")
+    assert done.status == 0 and 258 < done.json["vocab_size"] <= 260, done.err
+
+
 def test_a_tokenizer_is_trained_beside_empty_files(call: Call, tmp_path: Path, texts: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()

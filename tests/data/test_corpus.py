@@ -159,7 +159,7 @@ def test_a_begun_build_is_not_continued_as_another(sources, tmp_path, small_unit
     folder, _ = sources
 
     def stop(counts):
-        if counts.documents:
+        if any((tmp_path / "corpus").glob("*.bin")):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -169,6 +169,20 @@ def test_a_begun_build_is_not_continued_as_another(sources, tmp_path, small_unit
     (folder / "b000.txt").write_text("other words")
     with pytest.raises(ValueError, match="its files changed"):
         built(folder, tmp_path / "corpus")
+
+
+def test_a_build_that_failed_before_its_first_shard_is_put_right(sources, tmp_path):
+    folder, _ = sources
+    (tmp_path / "bad.jsonl").write_text("not json\n")
+    (tmp_path / "empty.txt").touch()
+    for wrong, message in ((tmp_path / "bad.jsonl", "not JSON"), (tmp_path / "empty.txt", "no document")):
+        with pytest.raises(ValueError, match=message):
+            built(wrong, tmp_path / "corpus")
+    expected = built(folder, tmp_path / "expected")
+    found = built(folder, tmp_path / "corpus")
+    assert found.digest == expected.digest
+    names = [sorted(path.name for path in one.folder.iterdir()) for one in (found, expected)]
+    assert names[0] == names[1]
 
 
 @pytest.mark.parametrize("suffix", ["bin", "crc"])

@@ -214,6 +214,29 @@ def test_positions_on_text(corpus: str, tmp_path: Path, capfd: pytest.CaptureFix
         assert row["low"] < row["value"] < row["high"] and model.config.num_layers == 3
 
 
+@pytest.mark.parametrize("form", ["text", "corpus"])
+def test_an_arm_is_judged_before_it_is_begun(
+    corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], form: str
+) -> None:
+    """Nothing of it is written, and the options put right are taken in the same folder."""
+    data = corpus
+    if form == "corpus":
+        data = str(tmp_path / "corpus")
+        assert main(["data", "build", "--data", corpus, "--validation", "0", "--out", data]) == 0
+    words = ["study", "position", "--preset", "text", "--data", data, "--length", "16", *TINY]
+    words += ["--layers", "3", "--loop", "1:2", "--out", str(tmp_path / "out")]
+    for wrong, message in (
+        (["--flops", "1"], "--flops: a budget of 1 FLOPs does not pay for one step"),
+        (["--flops", "2"], "--flops: a budget of 2 FLOPs does not pay for one step"),
+        (["--heads", "5"], "--hidden: hidden_size: got 16, expected a multiple of"),
+        (["--loop-law", "fixed:0"], "--loop-law: S of the loop law 'fixed:0' must be at least 1"),
+    ):
+        assert main([*words, *wrong]) == 2
+        assert message in capfd.readouterr().err
+        assert not list(tmp_path.rglob("out/**/run.json"))
+        assert not list(tmp_path.rglob("out/**/*tokenizer.json"))
+
+
 def test_bad_usage_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for number, (words, message) in enumerate(
         [

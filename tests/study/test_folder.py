@@ -102,10 +102,12 @@ def test_a_folder_without_a_finished_item_takes_other_settings(tmp_path: Path) -
     open_folder(tmp_path).pin("weights of a", "1f")
     folder = open_folder(tmp_path, windows=5)
     folder.pin("weights of a", "2e")
-    (tmp_path / "arms").mkdir()
+    trained = folder.arm("a-seed0") / "run.json"
+    trained.parent.mkdir(parents=True)
+    trained.touch()
     with pytest.raises(ValueError, match="windows was 5, is 4"):
         open_folder(tmp_path)
-    (tmp_path / "arms").rmdir()
+    trained.unlink()
     folder.items(["1"], value)
     with pytest.raises(ValueError, match="windows was 5, is 4"):
         open_folder(tmp_path)

@@ -17,7 +17,7 @@ from loopmdm.cli.parser import add_json
 from loopmdm.cli.runs import refuse
 from loopmdm.formats.hub import is_hub_id
 from loopmdm.mdlm import convert_checkpoint
-from loopmdm.runs.export import copy_tokenizer, export_run
+from loopmdm.runs.export import export_run, tokenizer_copied
 from loopmdm.runs.initial import check_raw
 from loopmdm.runs.options import UsageError, count, loop_errors, loop_range, num_loops, positive_int
 from loopmdm.runs.run_file import RUN_FILE
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_of_shards(args)
     if args.no_ema and (os.path.exists(args.source) or is_hub_id(args.source)):
         check_raw(args.source)
-    with loop_errors(args.loop):
+    with loop_errors(args.loop), tokenizer_copied(args.source, args.target):
         config = convert_checkpoint(
             args.source,
             args.target,
@@ -105,7 +105,6 @@ def run(args: argparse.Namespace) -> int:
             num_heads=args.num_heads,
             **options,
         )
-    copy_tokenizer(args.source, args.target)
     if args.json:
         print_json({"source": args.source, "target": args.target, "config": config.to_dict()})
         return 0

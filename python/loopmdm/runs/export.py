@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,17 @@ def export_run(
     if run is not None and run.lora and isinstance(model, LoopMDM):
         add_lora(model, run.lora["rank"], run.lora["targets"], 0)
     fill(model, read_averaged(found), str(found.path))
-    model.save_pretrained(target)
-    copy_tokenizer(source, target)
+    with tokenizer_copied(source, target):
+        model.save_pretrained(target)
     return found, config
 
 
-def copy_tokenizer(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Write the tokenizer of the run `source`, if it is one that has any, into the folder `target`."""
-    if Path(source, TOKENIZER_FILE).is_file():
-        load_tokenizer(source).save(target)
+@contextmanager
+def tokenizer_copied(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Iterator[None]:
+    """The tokenizer of the run `source`, if it is one that has any, is read before the `with` block, which is
+    not entered where it is damaged, and written into the folder `target` after it.
+    """
+    tokenizer = load_tokenizer(source) if Path(source, TOKENIZER_FILE).is_file() else None
+    yield
+    if tokenizer is not None:
+        tokenizer.save(target)

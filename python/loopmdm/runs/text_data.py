@@ -14,7 +14,7 @@ import numpy as np
 
 from loopmdm.data import corpus as corpora
 from loopmdm.data.batches import Batch
-from loopmdm.data.corpus.build import PLAN_FILE
+from loopmdm.data.corpus.build import has_shards
 from loopmdm.data.files import Found, listed
 from loopmdm.data.packing import TextData
 from loopmdm.data.pairs import Pair, PairData, read_pairs, split_pairs
@@ -216,8 +216,8 @@ def make_tokenizer(choice: str, documents: list[str]) -> Tokenizer:
 def corpus_tokenizer(
     choice: str, found: Found, folder: Path, text_field: str = "text", errors: Errors = "strict"
 ) -> Tokenizer:
-    """That of a corpus begun or finished in a folder, else a new one, trained on a sample of the files."""
-    if (folder / PLAN_FILE).exists() or corpora.is_corpus(folder):
+    """That of the shards in a folder, if there are some, else a new one, trained on a sample of the files."""
+    if has_shards(folder):
         return load_tokenizer(folder)
     if not choice.startswith(f"{BPETokenizer.kind}:"):
         return make_tokenizer(choice, [])

@@ -190,6 +190,11 @@ def finished_shards(folder: Path) -> list[Shard]:
     return shards
 
 
+def has_shards(folder: Path) -> bool:
+    """Whether a build has finished a shard in a folder, which a build of something else would lose."""
+    return any(folder.glob("*.bin"))
+
+
 def _units(documents: Documents) -> list[_Unit]:
     if not isinstance(documents, Found):
         return [_Unit(0, [], documents)]
@@ -226,12 +231,22 @@ def _begin(
     if path.exists():
         begun = read_json(path)
         changed = [name for name in plan if begun.get(name) != plan[name]]
-        if changed:
+        if not changed:
+            return
+        if has_shards(folder):
             raise ValueError(
                 f"{folder} holds an unfinished build of something else: its {', '.join(changed)} changed;"
                 " delete the folder, or choose another"
             )
-        return
+        for unit in folder.glob("unit-*.json"):
+            unit.unlink()
+    else:
+        _refuse_others(folder)
+    tokenizer.save(folder)
+    write_files({path: json.dumps(plan) + "\n"})
+
+
+def _refuse_others(folder: Path) -> None:
     others = sorted(p.name for p in folder.iterdir() if p.name != LOCK_FILE)
     if others:
         what = (
@@ -240,8 +255,6 @@ def _begin(
             else f"{len(others)} other file(s), {others[0]} among them"
         )
         raise ValueError(f"{folder} holds {what}; choose a new folder")
-    tokenizer.save(folder)
-    write_files({path: json.dumps(plan) + "\n"})
 
 
 def _tokenise(
