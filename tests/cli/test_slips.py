@@ -190,6 +190,8 @@ def test_blocks_that_no_model_has(call: Call, text_run: Path, corpus: Path, tmp_
         (["train", "--out", "other", "--cache", "data/tokens"], "--cache"),
         (["train", "--out", "data/run", "--stream"], "--out"),
         (["data", "build", "--out", "data/corpus"], "--out"),
+        (["study", "attention", "run", "--out", "data/study"], "--out"),
+        (["study", "isoflop", "--preset", "text", "--out", "data/study"], "--out"),
     ],
 )
 @pytest.mark.parametrize("data", ["data", "d*a/**", "data/*"])
@@ -259,6 +261,16 @@ def test_blocks_that_are_not_there(
 def test_a_plan_that_is_none(call: Call, text_run: Path, value: str) -> None:
     done = call("sample", text_run, *SAMPLE, f"--plan={value}")
     assert done.status == USAGE and "error: --plan: " in done.err
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(["sample"], "MODEL"), (["eval"], "MODEL"), (["solve", BOARD, "--model"], "--model")],
+)
+def test_a_model_that_is_not_there(call: Call, tmp_path: Path, command: list[str], name: str) -> None:
+    for model in (tmp_path / "nothing", "nothing"):
+        done = call(*command, model)
+        assert done.status == FAILED and f"error: {name}: path_or_hub_id: got '{model}'" in done.err
 
 
 def test_files_of_samples_that_cannot_be_measured(call: Call, text_run: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_an_arm_is_judged_before_it_is_begun(
     data = corpus
     if form == "corpus":
         data = str(tmp_path / "corpus")
-        assert main(["data", "build", "--data", corpus, "--validation", "0", "--out", data]) == 0
+        assert main(["data", "build", "--data", corpus, "--validation", "0.4", "--out", data]) == 0
     words = ["study", "position", "--preset", "text", "--data", data, "--length", "16", *TINY]
     words += ["--layers", "3", "--loop", "1:2", "--out", str(tmp_path / "out")]
     for wrong, message in (
@@ -235,6 +235,19 @@ def test_an_arm_is_judged_before_it_is_begun(
         assert message in capfd.readouterr().err
         assert not list(tmp_path.rglob("out/**/run.json"))
         assert not list(tmp_path.rglob("out/**/*tokenizer.json"))
+
+
+def test_arms_are_not_trained_where_nothing_is_held_out(
+    corpus: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    built, out = str(tmp_path / "corpus"), tmp_path / "out"
+    assert main(["data", "build", "--data", corpus, "--validation", "0", "--out", built]) == 0
+    words = ["study", "isoflop", "--preset", "text", "--length", "16", *TINY, "--out", str(out)]
+    assert main([*words, "--data", corpus, "--validation", "0"]) == 2
+    assert "--validation: got 0, but arms are judged by held-out text" in capfd.readouterr().err
+    assert main([*words, "--data", built]) == 1
+    assert f"--data: {built} holds nothing out" in capfd.readouterr().err
+    assert not list(out.rglob("run.json"))
 
 
 def test_bad_usage_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

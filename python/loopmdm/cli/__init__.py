@@ -115,7 +115,7 @@ def _run(name: str, *arguments: str) -> int:
             status: int = command.run(args)
         except Exception as error:
             if option_of(error) is None:
-                blame(error, option_meant(chosen(parser, args), arguments, _describe(error)))
+                blame(error, option_meant(chosen(parser, args), arguments, args, _describe(error)))
             raise
     return status
 

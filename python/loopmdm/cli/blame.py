@@ -11,15 +11,18 @@ from collections.abc import Iterator, Sequence
 _SHORTEST = 3  # of values that are looked for in a message
 
 
-def option_meant(parser: argparse.ArgumentParser, words: Sequence[str], message: str) -> str | None:
-    """The option of a command line that a message speaks of without naming it; None where it is not clear.
+def option_meant(
+    parser: argparse.ArgumentParser, words: Sequence[str], values: argparse.Namespace, message: str
+) -> str | None:
+    """The option or argument that a message speaks of without naming it; None where it is not clear.
 
-    The message begins with the argument that the option sets, or has the name of one that is no plain word,
-    or it has the path that the option gives.
+    The message begins with the parameter that the option sets, or has the name of one that is no plain word,
+    or it has the path that is given.
 
     Args:
         parser: of the options.
         words: the command line.
+        values: what was read from it.
         message: of the error.
     """
     if re.search(r"(?<!\S)--[a-z]", message):  # it names one
@@ -34,6 +37,10 @@ def option_meant(parser: argparse.ArgumentParser, words: Sequence[str], message:
     for option, action, value in given:
         if action.choices is None and _is_named(value, message):
             return option
+    for action in parser._actions:
+        value = getattr(values, action.dest, None)
+        if not action.option_strings and isinstance(value, str) and _is_named(value, message):
+            return str(action.metavar)
     return None
 
 

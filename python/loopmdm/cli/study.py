@@ -16,6 +16,7 @@ from loopmdm.cli.output import print_json
 from loopmdm.cli.parser import FOOTER, Parser, add_json, add_runtime, set_up
 from loopmdm.runs.options import usage_errors
 from loopmdm.runs.provenance import provenance
+from loopmdm.runs.text_data import check_apart, located
 from loopmdm.study import STUDIES
 from loopmdm.study.kit import figures
 from loopmdm.study.kit.folder import FIGURE_FILE, TABLE_CSV, TABLE_JSON, StudyFolder
@@ -56,10 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     figures.require_matplotlib()
+    check_apart("--out", Path(args.out), located(getattr(args, "data", None) or []))
     args.device_object = set_up(args)
     module: Any = import_module(STUDIES[args.study])
     settings = {name: value for name, value in vars(args).items() if name not in _FREE}
-    with usage_errors():
+    with usage_errors("--out"):
         folder = StudyFolder(args.out, args.study, settings, provenance())
     with torch.inference_mode():
         rows = module.run(args, folder)

@@ -138,6 +138,7 @@ def run(args: argparse.Namespace, folder: StudyFolder, make_arms: MakeArms) -> l
     with usage_errors():
         arms = _chosen(make_arms(*_model_and_law(base)), args.arms)
         budget = Budget(args.flops, args.convention)
+    _check_held_out(base)
     trained = [
         train_arm(base, arm, budget, seed, folder.arm(f"{arm.name}-seed{seed}"), threads, args.device_object)
         for seed in args.seeds
@@ -166,6 +167,19 @@ def run(args: argparse.Namespace, folder: StudyFolder, make_arms: MakeArms) -> l
         }
         for (arm, loops, order), outcome in zip(evaluations.values(), outcomes, strict=True)
     ]
+
+
+def _check_held_out(base: RunFile) -> None:
+    """Complain before the training where there will be no text to judge the arms by."""
+    if base.data is None:
+        return
+    if not text_data.are_corpora(base.data):
+        if base.validation == 0:
+            raise UsageError("--validation: got 0, but arms are judged by held-out text")
+    elif not any(corpus.shards("validation") for corpus in text_data.open_corpora(base.data)):
+        raise ValueError(
+            f"--data: {text_data.named(base.data)} holds nothing out, and arms are judged by held-out text"
+        )
 
 
 def _chosen(arms: list[Arm], names: list[str] | None) -> list[Arm]:
