@@ -222,7 +222,11 @@ def test_an_arm_is_judged_before_it_is_begun(
     data = corpus
     if form == "corpus":
         data = str(tmp_path / "corpus")
-        assert main(["data", "build", "--data", corpus, "--validation", "0.4", "--out", data]) == 0
+        text = Path(corpus).read_text()
+        lines = [json.dumps({"text": text[start : start + 100]}) for start in range(0, len(text), 100)]
+        (tmp_path / "text.jsonl").write_text("\n".join(lines))
+        words = ["data", "build", "--data", str(tmp_path / "text.jsonl"), "--validation", "0.4"]
+        assert main([*words, "--out", data]) == 0
     words = ["study", "position", "--preset", "text", "--data", data, "--length", "16", *TINY]
     words += ["--layers", "3", "--loop", "1:2", "--out", str(tmp_path / "out")]
     for wrong, message in (
