@@ -38,8 +38,8 @@ def option_meant(
         if action.choices is None and _is_named(value, message):
             return option
     for action in parser._actions:
-        value = getattr(values, action.dest, None)
-        if not action.option_strings and isinstance(value, str) and _is_named(value, message):
+        word = getattr(values, action.dest, None)
+        if not action.option_strings and isinstance(word, str) and _is_named(word, message):
             return str(action.metavar)
     return None
 
