@@ -103,7 +103,11 @@ def test_the_table_says_what_the_figures_depend_on(call: Call, text_run: Path, s
         (["TEXT", "--scorer", "x"], 2, "--scorer: it belongs to --samples N"),
         (["TEXT", "--plan", "2"], 2, "--plan: it belongs to --samples N"),
         (["TEXT", "--min-loops", "2"], 2, "--min-loops: it belongs to --adaptive EPS or"),
-        (["TEXT", "--samples", "2", "--loops", "1", "--adaptive", "0.1"], 2, "--plan, --loops: a plan says"),
+        (
+            ["TEXT", "--samples", "2", "--loops", "1", "--adaptive", "0.1"],
+            2,
+            "--adaptive, --loops: a plan",
+        ),
         (["TEXT", "--samples", "1"], 2, "--samples: got 1, expected at least 2"),
         (["TEXT", "--samples", "0"], 2, "--samples: got '0'"),
         (["TEXT", "--samples", "2", "--plan", "2", "--loops", "1"], 2, "--plan, --loops: a plan says"),
@@ -117,6 +121,12 @@ def test_the_table_says_what_the_figures_depend_on(call: Call, text_run: Path, s
         (["TEXT", "--samples", "2", "--scorer", "./nothing"], 1, "expected the folder of a scorer"),
         (["TEXT", "--samples", "2", "--scorer", "TEXT"], 1, "this is a diffusion model"),
         (["SUDOKU", "--samples", "2"], 2, "solves Sudoku; its measure is the share of puzzles solved"),
+        (["SUDOKU", "--from-samples", "x"], 2, "error: --from-samples: "),
+        (
+            ["TEXT", "--samples", "2", "--steps", "2", "--threshold", "1"],
+            2,
+            "--steps: steps and threshold",
+        ),
     ],
 )
 def test_bad_usage(

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import time
 
@@ -13,6 +14,7 @@ from loopmdm.data.corpus.order import CYCLE, Mixture, shuffled
 from loopmdm.data.corpus.store import BLOCK, INDEX_FILE, DamagedCorpusError
 from loopmdm.data.text import content_hash, found_files
 from loopmdm.data.tokenizer import ByteTokenizer
+from loopmdm_kernels.files import WriteError
 from loopmdm_kernels.locks import LockedError
 
 TOKENIZER = ByteTokenizer()
@@ -183,6 +185,19 @@ def test_a_build_that_failed_before_its_first_shard_is_put_right(sources, tmp_pa
     assert found.digest == expected.digest
     names = [sorted(path.name for path in one.folder.iterdir()) for one in (found, expected)]
     assert names[0] == names[1]
+
+
+def test_a_disk_that_is_full_at_the_start_is_emptied_and_the_build_begun_again(sources, tmp_path):
+    folder, _ = sources
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))  # takes the tokenizer, not the plan
+    try:
+        with pytest.raises(WriteError, match=r"build\.json: File too large; no partial file is left"):
+            built(folder, tmp_path / "corpus")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "corpus").iterdir())
+    built(folder, tmp_path / "corpus")
 
 
 @pytest.mark.parametrize("suffix", ["bin", "crc"])

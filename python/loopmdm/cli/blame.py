@@ -29,7 +29,7 @@ def option_meant(
         return None
     given = list(_given(parser, words))
     for option, action, _ in given:
-        if re.search(rf"(^|: ){action.dest}( must| is|:)", message):
+        if re.search(rf"(^|: ){action.dest}( must| is| and|:)", message):
             return option
     for option, action, _ in given:
         if "_" in action.dest and re.search(rf"(?<![\w/.'-]){action.dest}(?![\w/.'-])", message):

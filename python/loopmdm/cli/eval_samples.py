@@ -99,7 +99,8 @@ def check(args: argparse.Namespace, *, text: bool) -> None:
             raise UsageError(f"{flag}: it belongs to --samples N")
         return
     if not text:
-        raise UsageError(f"--samples: {args.model} solves Sudoku; its measure is the share of puzzles solved")
+        option = "--samples" if args.from_samples is None else "--from-samples"
+        raise UsageError(f"{option}: {args.model} solves Sudoku; its measure is the share of puzzles solved")
     if args.method != "stratified" or args.chain_order is not None:
         raise UsageError("--method, --chain-order: of the likelihood, which --samples does not measure")
     if args.order == "both":
@@ -112,7 +113,8 @@ def check(args: argparse.Namespace, *, text: bool) -> None:
     if args.samples < 2:
         raise UsageError("--samples: got 1, expected at least 2: the metrics compare samples with each other")
     if args.loops is not None and (args.plan is not None or adapts(args)):
-        raise UsageError("--plan, --loops: a plan says the loops of every step; give one of them")
+        given = next(name for name in ("plan", "adaptive", "criterion") if getattr(args, name) is not None)
+        raise UsageError(f"--{given}, --loops: a plan says the loops of every step; give one of them")
     if args.save_samples is not None:
         if _asks_for_loops(args) and len(args.loops or ()) != 1:
             raise UsageError("--save-samples: it keeps those of one plan; give --plan, or one of --loops")

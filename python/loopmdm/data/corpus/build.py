@@ -29,7 +29,7 @@ from loopmdm.data.packing import token_dtype
 from loopmdm.data.raw import Errors
 from loopmdm.data.records import NotText, documents_of, text_of, whole
 from loopmdm.data.text import content_hash
-from loopmdm.data.tokenizer import Tokenizer, load_tokenizer
+from loopmdm.data.tokenizer import BACKEND_FILE, Tokenizer, load_tokenizer
 from loopmdm.formats.folders import read_json
 from loopmdm_kernels.files import remove_leftovers, write_files
 from loopmdm_kernels.locks import LOCK_FILE, Lock
@@ -238,12 +238,12 @@ def _begin(
                 f"{folder} holds an unfinished build of something else: its {', '.join(changed)} changed;"
                 " delete the folder, or choose another"
             )
-        for unit in folder.glob("unit-*.json"):
-            unit.unlink()
+        for left in (*folder.glob("unit-*.json"), folder / BACKEND_FILE):
+            left.unlink(missing_ok=True)
     else:
         _refuse_others(folder)
-    tokenizer.save(folder)
-    write_files({path: json.dumps(plan) + "\n"})
+    files = {folder / name: text for name, text in tokenizer.texts().items()}
+    write_files({**files, path: json.dumps(plan) + "\n"})  # a full disk takes all of them or none
 
 
 def _refuse_others(folder: Path) -> None:
