@@ -113,8 +113,8 @@ def check(args: argparse.Namespace, *, text: bool) -> None:
     if args.samples < 2:
         raise UsageError("--samples: got 1, expected at least 2: the metrics compare samples with each other")
     if args.loops is not None and (args.plan is not None or adapts(args)):
-        given = next(name for name in ("plan", "adaptive", "criterion") if getattr(args, name) is not None)
-        raise UsageError(f"--{given}, --loops: a plan says the loops of every step; give one of them")
+        other = next(name for name in ("plan", "adaptive", "criterion") if getattr(args, name) is not None)
+        raise UsageError(f"--{other}, --loops: a plan says the loops of every step; give one of them")
     if args.save_samples is not None:
         if _asks_for_loops(args) and len(args.loops or ()) != 1:
             raise UsageError("--save-samples: it keeps those of one plan; give --plan, or one of --loops")

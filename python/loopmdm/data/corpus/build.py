@@ -242,8 +242,8 @@ def _begin(
             left.unlink(missing_ok=True)
     else:
         _refuse_others(folder)
-    files = {folder / name: text for name, text in tokenizer.texts().items()}
-    write_files({**files, path: json.dumps(plan) + "\n"})  # a full disk takes all of them or none
+    texts = {folder / name: text for name, text in tokenizer.texts().items()}
+    write_files({**texts, path: json.dumps(plan) + "\n"})  # a full disk takes all of them or none
 
 
 def _refuse_others(folder: Path) -> None:
