@@ -189,6 +189,7 @@ def test_blocks_that_no_model_has(call: Call, text_run: Path, corpus: Path, tmp_
     [
         (["train", "--out", "other", "--cache", "data/tokens"], "--cache"),
         (["train", "--out", "data/run", "--stream"], "--out"),
+        (["train", "--family", "light=1", "heavy=2", "--out", "data/family"], "--out"),
         (["data", "build", "--out", "data/corpus"], "--out"),
         (["study", "attention", "run", "--out", "data/study"], "--out"),
         (["study", "isoflop", "--preset", "text", "--out", "data/study"], "--out"),

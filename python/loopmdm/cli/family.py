@@ -93,6 +93,7 @@ def train(args: argparse.Namespace) -> int:
         {"num_layers": "--layers", "autoregressive": "--autoregressive"},
         "--family sets the layers of diffusion models",
     )
+    text_data.check_apart("--out", args.out, text_data.located(args.data or []))
     device = set_up(args)
     _refuse_foreign(args.out / FAMILY_FILE)
     with process_group(device) as (rank, device):
