@@ -166,7 +166,7 @@ def test_bad_files(call: Call, tmp_path: Path, lines: list[str], message: str) -
         (["FILE", "--loops", "0"], 2, "--loops: got '0'"),
         (["FILE", "--loops", "-1"], 2, "--loops: got '-1'"),
         (["FILE", "--order", "alphabetical"], 2, "invalid choice: 'alphabetical'"),
-        (["FILE", "--loops", "1025"], 2, "num_loops must be in 1..1024, got 1025"),
+        (["FILE", "--loops", "1025"], 2, "--loops: got '1025', expected an integer at most 1024"),
         (["FILE", "--limit", "0"], 2, "--limit: got '0'"),
         (["FILE", "--model", "nothere"], 1, "expected a checkpoint folder or a hub id"),
         (
