@@ -97,7 +97,7 @@ class _Widths(NamedTuple):
 
 
 def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 - immutable
-    """The fastest plan by the model, for the next of `BATCHES`.
+    """The fastest plan by the model, for the next of `BATCHES`: these are all kernels that a length has.
 
     Raises:
         ValueError: the tiles divide a width in no way.
@@ -106,7 +106,8 @@ def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 
     plan = _choose(shape._replace(batch=batch), device)
     if plan.cluster > 1:
         device = device.as_cluster()
-    return _plan(shape, device, plan.tiles)._replace(cluster=plan.cluster)
+    memory = {"stages": plan.stages, "resident_bytes": plan.resident_bytes}
+    return _plan(shape, device, plan.tiles)._replace(cluster=plan.cluster, **memory)
 
 
 def _choose(shape: BlockShape, device: Device) -> Plan:

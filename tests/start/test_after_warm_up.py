@@ -136,16 +136,21 @@ def test_of_triton():
     assert found["new"] == [] and 20 < found["kernels"] < 80, found
 
 
-def test_of_cuda():
+@pytest.mark.parametrize(
+    ("length", "hidden", "heads", "layers"),
+    [(128, 768, 12, 9), (81, 128, 4, 2), (81, 128, 4, 1), (36, 64, 4, 1), (36, 64, 2, 1), (36, 128, 2, 1)],
+)
+def test_of_cuda(length, hidden, heads, layers):
     """Its blocks are compiled for tiles, which small batches choose among; its heads for fixed ones."""
     device = device_of((9, 0), 132, 227 * 1024, name="", measured=measured.table())
 
     def kernel(batch):
-        shape = BlockShape(batch, 128, 768, 12, 3072, 9)
+        shape = BlockShape(batch, length, hidden, heads, 4 * hidden, layers)
         return tuple(defines(shape, choose(shape, device)).items())
 
     warm = {kernel(batch) for batch in (1, 2, 4, 8, 512)}
     assert len(warm) <= 5
     draw = random.Random(0)
-    assert {kernel(draw.randint(1, 1000)) for _ in range(40)} <= warm
+    batches = [*range(1, 10), *(draw.randint(10, 1000) for _ in range(30))]
+    assert {kernel(batch) for batch in batches} <= warm
     assert all(isinstance(value, int) for kernel in HEAD_KERNELS for _, value in kernel.macros)

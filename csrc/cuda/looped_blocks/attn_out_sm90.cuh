@@ -107,7 +107,7 @@ __device__ void product_after_attn_out(float (&sums)[kSums], const Parameters& p
                                        int32_t loop, const Ring& ring, RingPlace& place, const Seat& seat,
                                        int32_t resident) {
   using namespace after_attn_out;
-  static_assert(kSteps <= Config::kStages, "operands of all steps at once");
+  static_assert(kSums > 0 && kSteps <= Config::kStages, "operands of all steps at once");
   const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
   const float* const source = p.stream_values + stream_slot(item.read_slot, loop, p.keep) * matrix +
                               seat.column_group * kColumns + seat.column(0);
