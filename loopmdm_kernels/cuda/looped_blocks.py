@@ -264,7 +264,7 @@ def map_layouts(
         "qkv": (buffers.qkv_values.flatten(0, 1), 64 if pair > 1 else rows),
         "mixed": (buffers.mixed_values, rows),
         "gelu": (buffers.gelu_values, rows),
-        "qkv_weight": (weights.qkv, tiles.qkv // pair),
+        "qkv_weight": (weights.qkv, shape.head_dim if tiles.qkv_fused else tiles.qkv // pair),
         "attn_out_weight": (weights.attn_out, tiles.attn_out // pair),
         "mlp_in_weight": (weights.mlp_in, tiles.mlp_in // pair),
         "mlp_out_weight": (weights.mlp_out, tiles.mlp_out // pair),

@@ -114,6 +114,7 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
         "MLP_OUT_COLUMNS": tiles.mlp_out,
         "MLP_OUT_PARTS": tiles.mlp_out_parts,
         "FUSED": int(tiles.fused),
+        "QKV_FUSED": int(tiles.qkv_fused),
         "KEY_BLOCK": plan.key_block,
         "STAGES": plan.stages,
         "STAGE_BYTES": plan.stage_bytes,

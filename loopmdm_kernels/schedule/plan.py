@@ -27,6 +27,7 @@ BACKWARD_TILES = (64, 128, 192, 256)  # columns; the last ones for pairs
 # Batches that tiles are chosen for: a warm-up with these compiles all kernels of a length.
 BATCHES = (1, 2, 4, 8, 512)
 NORM_PARTS = (16, 32, 64, 128)  # rows that go through a norm together
+QKV_HEADS = (32, 64)  # of which there are products of q, k and v together
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
 # Share of the time that may be left: of a cluster, which leaves most of the device alone; of tiles that do
 # again what others do.
@@ -75,12 +76,13 @@ class BackwardPlan(NamedTuple):
 
 class _Rows(NamedTuple):
     """Rows of a tile, whether they are normalised by phases of their own, how many blocks share them, and
-    whether MLP_IN does what ATTN_OUT does."""
+    whether MLP_IN does what ATTN_OUT does, and ATTENTION what QKV does."""
 
     number: int
     norms: bool
     blocks: int = 1
     fused: bool = False
+    qkv_fused: bool = False
 
     @property
     def halves(self) -> int:
@@ -198,18 +200,27 @@ def _fits_cluster(shape: BlockShape, device: Device, parts: int) -> bool:
 def _fastest_in_cluster(
     shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths], parts: int
 ) -> Plan:
-    """Where waiting is most of the time, MLP_IN may do what ATTN_OUT does.
+    """Where waiting is most of the time, MLP_IN may do what ATTN_OUT does, and ATTENTION what QKV does.
 
-    All steps of its product are in the ring then, and a group of warps has half of ATTN_OUT's columns.
+    All steps of MLP_IN's product are in the ring then, and a group of warps has half of ATTN_OUT's columns,
+    or the rows of one row tile of a head.
     """
     single = {rows: widths for rows, widths in fitting.items() if rows.blocks == 1}
     plan = _fastest_of_all(shape, device, single, parts)
     rows = _Rows(min(ROW_TILES), norms=False)
     if rows not in single or shape.hidden not in COLUMN_TILES:
         return plan
-    fused = _fastest(shape, device, rows._replace(fused=True), single[rows], parts)
-    enough = fused.stages >= max(ENOUGH_STAGES, shape.hidden // STEP)
-    return fused if enough and fused.loop_seconds < WORTH * plan.loop_seconds else plan
+    fused = [rows._replace(fused=True)]
+    if shape.length <= 2 * rows.number and shape.head_dim in QKV_HEADS:
+        fused.append(fused[0]._replace(qkv_fused=True))
+    plans = [_fastest(shape, device, tiles, single[rows], parts) for tiles in fused]
+    enough = max(ENOUGH_STAGES, shape.hidden // STEP)
+    best = min(
+        (other for other in plans if other.stages >= enough),
+        key=lambda other: other.loop_seconds,
+        default=plan,
+    )
+    return best if best.loop_seconds < WORTH * plan.loop_seconds else plan
 
 
 def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths], parts: int) -> Plan:
@@ -219,7 +230,10 @@ def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _
 
 def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, parts: int) -> Plan:
     """The fastest columns of each product, which do not depend on each other."""
-    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, parts, blocks=rows.blocks, fused=rows.fused)
+    tiles = Tiles(
+        rows.number, 1, 1, 1, 1, rows.halves, parts,
+        blocks=rows.blocks, fused=rows.fused, qkv_fused=rows.qkv_fused,
+    )  # fmt: skip
 
     def fastest(field: str, choices: Sequence[int], *names: Forward) -> int:
         def seconds(columns: int) -> float:

@@ -30,8 +30,9 @@ class Variant(NamedTuple):
 # than the ring has, of more (6 of 4), and of an odd number (3); rings of two stages (sm_86) and of more; the
 # last product whole and in parts. With 64 rows on Hopper, the weights of eight blocks stay in shared memory
 # where a sequence is one row tile; with heads of 16 their counters too: emulated, the grid is one cluster.
-# MLP_IN that does what ATTN_OUT does, with weights that stay and in a ring of three stages without. Rows
-# normalised once, and two blocks that share tiles of 256 rows, and of 128.
+# MLP_IN that does what ATTN_OUT does, with weights that stay and in a ring of three stages without; and
+# ATTENTION that does what QKV does. Rows normalised once, and two blocks that share tiles of 256 rows, and of
+# 128.
 BLOCKS = 8
 HOPPER = ASSUMED[9, 0]._replace(sms=BLOCKS)
 VARIANTS = {
@@ -39,6 +40,9 @@ VARIANTS = {
     "128 rows": Variant(SM90, HOPPER, Tiles(128, 64, 64, 128, 64, 1, 2), (192, 3, 4)),
     "heads of 16": Variant(SM90, HOPPER, Tiles(64, 64, 64, 64, 64, 2, 4), (64, 4, 4), BLOCKS, 64),
     "fused": Variant(SM90, HOPPER, Tiles(64, 64, 128, 64, 64, 2, fused=True), (128, 4, 2), BLOCKS),
+    "all fused": Variant(
+        SM90, HOPPER, Tiles(64, 64, 128, 64, 64, 2, 2, fused=True, qkv_fused=True), (128, 4, 2), BLOCKS
+    ),
     "fused, few stages": Variant(
         SM90, HOPPER._replace(keeps_weights=False, shared_bytes=80_000),
         Tiles(64, 64, 64, 64, 64, 2, 2, fused=True), (64, 2, 4),
@@ -98,6 +102,8 @@ def check(variant, inputs, loops, **options):
 @pytest.mark.parametrize("length", [1, 81, 200])
 def test_values(variant, length):
     """One token, a part of a tile, several tiles and blocks of keys."""
+    if variant.plan.tiles.qkv_fused:
+        length = min(length, 128)
     check(variant, make(variant.sizes, 1, length), 2, num_blocks=3)
 
 
@@ -147,6 +153,9 @@ def test_tiles_clusters_norms_and_pairs_do_not_change_the_bits(tmp_path):
     variants = [
         Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2, 2), sizes, BLOCKS, 64),
         Variant(SM90, HOPPER, Tiles(64, 128, 128, 128, 64, 2, 2, fused=True), sizes, BLOCKS, 64),
+        Variant(
+            SM90, HOPPER, Tiles(64, 64, 128, 128, 64, 2, 2, fused=True, qkv_fused=True), sizes, BLOCKS, 64
+        ),
         Variant(SM90, HOPPER, Tiles(128, 64, 128, 64, 128, 1, 2), sizes),
         Variant(SM90, HOPPER, Tiles(128, 128, 64, 256, 128, 1, 2, 16), sizes),
         Variant(SM90, HOPPER, Tiles(256, 128, 64, 256, 64, 1, 2, 64, 2), sizes),

@@ -18,6 +18,7 @@ NOT_WAITED = "sums are used before the wait for their products|a thread ends bef
 NO_PROXY_FENCE = "a bulk copy of what a thread stores, without order and proxy fence"
 MISSED = "a lane may miss a round of a barrier"
 UNORDERED_STORE = "two threads store to one place, in no order|a copy of what another thread stores"
+HIDDEN = "a product reads what a thread has stored, without proxy fence"
 OVER_STORE = "a copy over what a thread has stored, without proxy fence"
 UNORDERED = f"{NO_PROXY_FENCE}|{UNORDERED_STORE}|values"
 
@@ -205,8 +206,7 @@ FUSED = {
         "attn_out_sm90.cuh", "shared_proxy_fence();\n  [[meet_groups();]]", ""
     ),
     "half of the groups meet": Fault(
-        "attn_out_sm90.cuh", "meet<kMeeting>(Config::kComputeThreads);",
-        "meet<kMeeting>(Config::kComputeThreads / 2);", f"{OTHERS}|values",
+        "turns_sm90.cuh", "meet<kMeeting>(kThreads);", "meet<kMeeting>(kThreads / 2);", f"{OTHERS}|values"
     ),
     "no proxy fence behind what threads store to a stage": Fault(
         "attn_out_sm90.cuh", "shared_proxy_fence();", "", OVER_STORE
@@ -217,6 +217,22 @@ FUSED = {
     "a stream that all tiles of its rows store": Fault(
         "attn_out_sm90.cuh", "if ([[item.column == 0]] && row", "true",
         "two threads store to one place, in no order",
+    ),
+}  # fmt: skip
+ALL_FUSED = {
+    "no wait for the inputs": WAITS["no wait for the inputs"],
+    "keys read before the other group has stored its own": Fault(
+        "qkv_attention_sm90.cuh", "shared_proxy_fence();\n  [[meet_groups();]]", "", f"{HIDDEN}|values"
+    ),
+    "no proxy fence behind keys and values": Fault(
+        "qkv_attention_sm90.cuh", "shared_proxy_fence();", "", f"{HIDDEN}|{OVER_STORE}"
+    ),
+    "keys in the place of the values": Fault(
+        "qkv_attention_sm90.cuh", "values = [[keys + kHeadBytes]];", "keys",
+        "two threads store to one place, in no order|values",
+    ),
+    "rows of the other group": Fault(
+        "qkv_attention_sm90.cuh", "if ([[group == seat.column_group]])", "group != seat.column_group"
     ),
 }  # fmt: skip
 PAIRS = {
@@ -362,6 +378,7 @@ KERNELS = {
     "early exit": Kernel("128 rows", 4, ADAPTIVE, 20, 2, 0.2),
     "cluster": Kernel("heads of 16", 2, CLUSTER, batch=3),
     "fused": Kernel("fused, few stages", 1, FUSED, 70, 5),
+    "all fused": Kernel("all fused", 2, ALL_FUSED, 100),
     "pairs": Kernel("pairs", 1, PAIRS, 140),  # rows of both blocks
     "pairs of 64 rows": Kernel("pairs of 64 rows", 1, PAIRS_OF_64, 81),
     "sm80": Kernel("sm80, 64 rows", 1, SM80, 80),

@@ -59,6 +59,8 @@ def _one_of_each(items: Iterable[Any], number: int = 1) -> tuple[Any, ...]:
 
 def _of_more_keys(shape: BlockShape, plan: Plan) -> BlockShape | None:
     """Of several blocks of keys, where this shape has one and its kernel is for others as well."""
+    if getattr(plan.tiles, "qkv_fused", False):
+        return None
     one = shape.length <= key_block(shape, plan.tiles) == KEY_BLOCKS[-1]
     return shape._replace(length=2 * KEY_BLOCKS[-1]) if one else None
 

@@ -103,10 +103,23 @@ def test_narrow_models_compute_attn_out_where_it_is_used():
     # Rows of attention and of the stream, and ATTN_OUT's weights, which do not stay; MLP_IN's do.
     assert both.bytes == 16 * 128 * (2 * 64 + 4 * 64 + 2 * 128) and plan.resident_bytes > 0
     device = Device().as_cluster()
-    without = plan_of(SUDOKU, device, plan.tiles._replace(attn_out=64, fused=False))
+    without = plan_of(SUDOKU, device, plan.tiles._replace(attn_out=64, fused=False, qkv_fused=False))
     assert plan.loop_seconds < 0.9 * without.loop_seconds
-    assert not choose(SUDOKU._replace(hidden=256, heads=8, mlp=1024)).tiles.fused, "the products weigh more"
     assert not choose(SUDOKU, Device(cluster=1)).tiles.fused, "only in one cluster"
+    wide = BlockShape(batch=1, length=32, hidden=256, heads=8, mlp=1024, layers=1)
+    assert choose(wide).cluster == 16 and not choose(wide).tiles.fused, "the products weigh more"
+
+
+def test_a_head_of_a_short_sequence_is_one_tile():
+    """Its queries, keys and values are made in it, each once, by two groups of 64 rows."""
+    plan = choose(SUDOKU)
+    assert plan.tiles.qkv_fused and Forward.QKV not in plan.phases
+    head = plan.phases[Forward.ATTENTION]
+    products, attention = 2 * 128 * 96 * 128 / 700e12, 4 * 128 * 128 * 32 / 450e12
+    assert head.tiles == 4 and head.arithmetic == pytest.approx(132 * (products + attention))
+    assert head.bytes == 4 * 4 * 128 * 81 and head.weights == 2 * 96 * 128
+    assert not choose(SUDOKU._replace(length=129)).tiles.qkv_fused, "of two row tiles"
+    assert not choose(SUDOKU._replace(heads=8)).tiles.qkv_fused, "heads of 16"
 
 
 @pytest.mark.parametrize("length", [1, 32, 64, 81, 128, 200, 512])

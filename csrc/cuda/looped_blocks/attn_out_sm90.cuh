@@ -7,6 +7,7 @@
 
 #include "cuda/tile/epilogue.cuh"
 #include "cuda/tile/product_sm90.cuh"
+#include "cuda/tile/turns_sm90.cuh"
 
 namespace loopmdm {
 
@@ -18,9 +19,6 @@ constexpr int kBatch = Config::kPart / 8, kParts = kColumns / Config::kPart;
 constexpr int kOperands = kColumns / 16, kOperandsOfStage = Config::kStep / 16;
 constexpr uint32_t kOperandBytes = 16 * 128;                        // four words of each of a group's threads
 constexpr uint32_t kStatistics = kOperandsOfStage * kOperandBytes;  // behind the operands of the first stage
-constexpr int kMeeting = 4;                                         // the others are of turns and signals
-
-__device__ inline void meet_groups() { meet<kMeeting>(Config::kComputeThreads); }
 
 // The stage so many steps further, where they are fewer than the ring has.
 __device__ inline uint32_t stage_behind(const Ring& ring, RingPlace place, int steps) {

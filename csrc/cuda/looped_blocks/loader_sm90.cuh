@@ -53,6 +53,7 @@ class Loader {
 
   // Of a product's tile; of all else 0.
   __device__ static int columns_of(int32_t phase) {
+    if (Config::kQkvFused && phase == kAttention) return 3 * Config::kHeadDim;
     return phase == kQkv       ? Config::kQkvColumns
            : phase == kAttnOut ? Config::kAttnOutColumns
            : phase == kMlpIn   ? Config::kMlpInColumns
@@ -68,6 +69,7 @@ class Loader {
   }
 
   __device__ void load(const Instruction& item, int32_t loop, int32_t resident) {
+    if (Config::kQkvFused && item.phase == kAttention) return qkv_attention(item, loop, resident);
     if (columns_of(item.phase) > 0) return product(item, loop, resident);
     if (item.phase == kAttention) return attention(item, loop);
     wait(item, loop);
@@ -161,10 +163,50 @@ class Loader {
     const uint32_t stage = ring_.stage(place_), full = ring_.full(place_);
     const int column = (operands.first + step) * Config::kStep, row = first_row(item);
     load_box(stage, operands.left, full, column, row, operands.matrix);
-    if (Config::kNormRows == 0 && operands.of_stream) {
+    if (Config::kNormRows == 0 && !Config::kQkvFused && operands.of_stream) {
       load_box(stage + 128 * Config::kRows, operands.left, full, column + Config::kStep / 2, row,
                operands.matrix);
     }
+  }
+
+  // Stages of attention that makes its own queries, keys and values: of each step the weights and the rows of
+  // both groups of warps, and one that keys and values are stored to.
+  __device__ void qkv_attention(const Instruction& item, int32_t loop, int32_t resident) {
+    constexpr uint32_t kRows = 4 * 64 * Config::kStep, kWeights = 2 * Config::kHeadDim * Config::kStep;
+    const int matrix = stream_slot(item.read_slot, loop, p_.keep) * p_.batch + item.sequence;
+    const bool loaded = resident >= 0 && loop > 0;
+    wait(item, loop);
+    ring_.issue(issue_, item, loop, resident);
+#pragma unroll 1
+    for (int step = 0; step < steps_of(kAttention); ++step) {
+      const int column = step * Config::kStep;
+      fill(loaded ? 0 : 3 * kWeights, [&](uint32_t, uint32_t full) {
+        const uint32_t target = ring_.right(place_, 0, resident, step, 3 * kWeights);
+        for (int part = 0; !loaded && part < 3; ++part) {
+          load_box(target + part * kWeights, &p_.qkv_weight, full, column,
+                   part * Config::kHidden + item.column * Config::kHeadDim, item.layer, keep_);
+        }
+      });
+#pragma unroll 1
+      for (int row = 0; row < 128; row += 64) {
+        fill(kRows, [&](uint32_t stage, uint32_t full) {
+          load_box(stage, &p_.stream, full, column, row, matrix);
+          load_box(stage + kRows / 2, &p_.stream, full, column + Config::kStep / 2, row, matrix);
+        });
+      }
+    }
+    fill(0, [](uint32_t, uint32_t) {});
+  }
+
+  // The next stage, with so many bytes by `load`.
+  template <class Load>
+  __device__ void fill(uint32_t bytes, const Load& load) {
+    ring_.wait_empty(place_);
+    if (elected()) {
+      barrier_arrive_expect(ring_.full(place_), bytes);
+      load(ring_.stage(place_), ring_.full(place_));
+    }
+    Ring::next(place_);
   }
 
   // Stages of attention: the queries, then keys and values of one block after another.

@@ -6,6 +6,7 @@
 #include "cuda/looped_blocks/attn_out_sm90.cuh"
 #include "cuda/looped_blocks/loader_sm90.cuh"
 #include "cuda/looped_blocks/products.cuh"
+#include "cuda/looped_blocks/qkv_attention_sm90.cuh"
 #include "cuda/looped_blocks/sequence.cuh"
 
 namespace loopmdm {
@@ -34,10 +35,14 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
         if constexpr (Config::kNormRows > 0) normalise(p, item, issued.loop);
         break;
       case kQkv:
-        project_qkv(p, item, issued.loop, seat, over(Config::kHidden));
+        if constexpr (!Config::kQkvFused) project_qkv(p, item, issued.loop, seat, over(Config::kHidden));
         break;
       case kAttention:
-        attention(p, item, ring, place, seat);
+        if constexpr (Config::kQkvFused) {
+          qkv_attention<Config::kHeadDim>(p, item, ring, place, issued.resident);
+        } else {
+          attention(p, item, ring, place, seat);
+        }
         break;
       case kAttnOut:
         if constexpr (!Config::kFused) {

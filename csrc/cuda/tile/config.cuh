@@ -23,6 +23,7 @@ struct Config {
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
   static constexpr int kMlpOutParts = LOOPMDM_MLP_OUT_PARTS;  // of the inner dimension
   static constexpr bool kFused = LOOPMDM_FUSED != 0;          // a tile of MLP_IN does what ATTN_OUT does
+  static constexpr bool kQkvFused = LOOPMDM_QKV_FUSED != 0;   // and one of ATTENTION what QKV does
   static constexpr int kStages = LOOPMDM_STAGES, kStageBytes = LOOPMDM_STAGE_BYTES;
   static constexpr int kResidentBytes = LOOPMDM_RESIDENT_BYTES;  // for weights that stay in shared memory
 
@@ -45,6 +46,7 @@ struct Config {
   static_assert(kPair == 1 || kResidentBytes == 0, "what pairs load");
   static_assert(!kFused || (kTileRows == 64 && kPair == 1 && kNormRows == 0 && kAttnOutColumns == kHidden),
                 "whole rows of a tile, in one block");
+  static_assert(!kQkvFused || kFused, "row tiles of one block");
   static_assert(kHidden % kStep == 0 && kMlp % (kMlpOutParts * kStep) == 0, "widths in whole stages");
   static_assert(kQkvColumns / kColumnGroups % kHeadDim == 0, "a group rotates whole heads");
   static_assert(2 * kHidden % (kQkvColumns / kColumnGroups) == 0, "and either all of them or none");

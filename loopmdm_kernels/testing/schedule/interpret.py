@@ -182,14 +182,35 @@ class _Machine(Machine):
         slot = qkv_slot(item.write_slot, loop, self.table.shape.layers)
         self.qkv[slot, item.sequence, rows, columns] = product.to(self.dtype)
 
+    def _head(self, loop: int, item: Instruction) -> None:
+        """Attention of a head in a whole sequence, from the stream."""
+        shape, rows = self.table.shape, slice(None)
+        left, width = self._left(loop, item, rows, 0), shape.head_dim
+        q, k, v = (
+            self.rotate(
+                self.product(left, self.blocks[item.layer].qkv[columns].T), rows, columns
+            ).to(self.dtype).to(self.exact)
+            for columns in (
+                slice(first, first + width)
+                for first in range(item.column * width, 3 * shape.hidden, shape.hidden)
+            )
+        )  # fmt: skip
+        columns = self._columns(item, width)
+        self.mixed[item.sequence, :, columns] = self._mix(q, k, v, item).to(self.dtype)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, item: Instruction) -> Tensor:
+        scores = self.scores(q, k, item)
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+        return self.product(weights, v) / weights.sum(-1, keepdim=True)
+
     def _attention(self, loop: int, item: Instruction, rows: slice) -> None:
+        if self.table.tiles.qkv_fused:
+            return self._head(loop, item)
         shape = self.table.shape
         heads = self._columns(item, self.table.tiles.heads)
         qkv = self.qkv[qkv_slot(item.read_slot, loop, shape.layers), item.sequence].to(self.exact)
         q, k, v = qkv.view(shape.length, 3, shape.heads, shape.head_dim)[:, :, heads].permute(1, 2, 0, 3)
-        scores = self.scores(q[:, rows], k, item)
-        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-        mixed = self.product(weights, v) / weights.sum(-1, keepdim=True)
+        mixed = self._mix(q[:, rows], k, v, item)
         columns = self._columns(item, self.table.tiles.heads * shape.head_dim)
         self.mixed[item.sequence, rows, columns] = mixed.transpose(0, 1).flatten(1).to(self.dtype)
 

@@ -158,6 +158,8 @@ struct Fiber {
   jmp_buf place;       // where it goes on: without the system calls of swapcontext
   bool begun = false;
   std::deque<Copies> copies{1};  // the last group is open
+  std::vector<std::pair<uint32_t, uint32_t>>
+      stored;  // of shared memory since the last proxy fence: where, bytes
   ThreadProducts products;
   uint64_t instructions = 0;                             // a hash of those that warps execute together
   std::unique_ptr<char[]> stack{new char[kStackBytes]};  // not cleared: most of it is never touched

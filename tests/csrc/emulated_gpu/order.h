@@ -126,6 +126,15 @@ void store_shared(uint32_t address, T value) {
   uint8_t* const place = shared_byte(address);
   stored(place, sizeof(T));
   memcpy(place, &value, sizeof(T));
+  self().stored.push_back({address - kSharedBase, sizeof(T)});
+}
+
+// Products see what the thread has stored to shared memory.
+inline void fence_shared_proxy() {
+  fence_proxy();
+  Block& block = *self().block;
+  for (const auto& [place, bytes] : self().stored) memcpy(&block.copied[place], block.shared + place, bytes);
+  self().stored.clear();
 }
 
 // A copy is on its way to these lines.

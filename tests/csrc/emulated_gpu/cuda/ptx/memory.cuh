@@ -61,7 +61,7 @@ inline void wait_for(const int32_t* counter, int32_t target) {
   load_acquire(counter);
 }
 
-inline void shared_proxy_fence() { emulator::fence_proxy(); }
+inline void shared_proxy_fence() { emulator::fence_shared_proxy(); }
 inline void proxy_fence() { emulator::fence_proxy(); }
 inline uint64_t keep_policy() { return 0; }
 
