@@ -108,8 +108,9 @@ def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 
     plan = _choose(shape._replace(batch=batch), device)
     if plan.cluster > 1:
         device = device.as_cluster()
-    memory = {"stages": plan.stages, "resident_bytes": plan.resident_bytes}
-    return _plan(shape, device, plan.tiles)._replace(cluster=plan.cluster, **memory)
+    return _plan(shape, device, plan.tiles)._replace(
+        cluster=plan.cluster, stages=plan.stages, resident_bytes=plan.resident_bytes
+    )
 
 
 def _choose(shape: BlockShape, device: Device) -> Plan:
