@@ -56,6 +56,18 @@ __device__ void of_norm(float (&sums)[kSums], const Parameters& p, const Instruc
   }
 }
 
+// The first columns of a residual tile, which are loaded before its product. The seat is its own: what
+// follows from it need not stay in registers until the product ends.
+template <int kColumns>
+__device__ StreamBatch first_batch(const Parameters& p, const Instruction& item, int32_t loop,
+                                   const float* bias, const float* gate) {
+  const Seat seat;
+  StreamBatch batch;
+  batch.load(StreamTile<kColumns>(p, item, seat, share_of(item, seat)), stream_before(p, item, loop), bias,
+             gate, 0);
+  return batch;
+}
+
 template <class Product>
 __device__ void project_qkv(const Parameters& p, const Instruction& item, int32_t loop, const Seat& seat,
                             const Product& product) {
@@ -73,10 +85,12 @@ template <class Product>
 __device__ void project_attn_out(const Parameters& p, const Instruction& item, int32_t loop, const Seat& seat,
                                  const Product& product) {
   constexpr int kColumns = kShare<Config::kAttnOutColumns>;
+  const float* const gate = gate_of(p, item.layer, item.sequence, 0);
+  StreamBatch batch = first_batch<kColumns>(p, item, loop, nullptr, gate);
   float sums[kColumns / 2];
   product(sums);
-  update_stream<kColumns>(sums, p, item, loop, seat, share_of(item, seat), nullptr,
-                          gate_of(p, item.layer, item.sequence, 0), p.statistics2, nullptr);
+  update_stream<kColumns>(sums, batch, p, item, loop, seat, share_of(item, seat), nullptr, gate,
+                          p.statistics2, nullptr);
 }
 
 template <class Product>
@@ -101,16 +115,21 @@ __device__ void project_mlp_out(const Parameters& p, const Instruction& item, in
                                 const Product& product) {
   constexpr int kColumns = kShare<Config::kMlpOutColumns>;
   float sums[kColumns / 2];
-  if (Config::kMlpOutParts > 1 && item.phase == kMlpSum) {
+  if (Config::kMlpOutParts > 1 && item.phase == kMlpOut) {
+    product(sums);
+    return store_part<kColumns>(sums, p, item, seat);
+  }
+  const float* const bias = p.mlp_out_bias + item.layer * Config::kHidden;
+  const float* const gate = gate_of(p, item.layer, item.sequence, 1);
+  StreamBatch batch = first_batch<kColumns>(p, item, loop, bias, gate);
+  if constexpr (Config::kMlpOutParts > 1) {
     add_parts<kColumns>(sums, p, item, seat);
   } else {
     product(sums);
-    if (Config::kMlpOutParts > 1) return store_part<kColumns>(sums, p, item, seat);
   }
   const bool last = p.adaptive && item.layer == Config::kLayers - 1;
-  update_stream<kColumns>(sums, p, item, loop, seat, share_of(item, seat),
-                          p.mlp_out_bias + item.layer * Config::kHidden,
-                          gate_of(p, item.layer, item.sequence, 1), p.statistics1, last ? p.change : nullptr);
+  update_stream<kColumns>(sums, batch, p, item, loop, seat, share_of(item, seat), bias, gate, p.statistics1,
+                          last ? p.change : nullptr);
 }
 
 }  // namespace loopmdm

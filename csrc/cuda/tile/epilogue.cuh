@@ -110,64 +110,108 @@ __device__ PartStatistics part_statistics(const float (&sums)[kSums], int batch,
   return {mean, quad_sum(deviations)};
 }
 
-// stream = stream + gate * (sums + bias); statistics of the new columns; squared norms of them and of their
-// difference to the loop's input, if `change` is given. Loads go in batches of 32 columns, a part of the
-// statistics: a load cannot overtake the stores before it, and one at a time would wait for L2 each time.
-template <int kColumns>
-__device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, const Instruction& item,
-                              int32_t loop, const Seat& seat, int part, const float* bias, const float* gate,
-                              PartStatistics* statistics, float2* change) {
-  constexpr int kBatch = Config::kPart / 8;
-  static_assert(kColumns % Config::kPart == 0, "whole parts");
+// A slot of the stream, [B, L, D].
+__device__ inline float* stream_in(const Parameters& p, int32_t slot, int32_t loop) {
   const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
-  const int row = item.row * Config::kTileRows + seat.row;
-  const bool inside[2] = {row < p.length, row + 8 < p.length};
-  const int first = part * kColumns + seat.column(0);
-  // Rows beyond the sequence read its first one and store nothing.
-  const int64_t lines[2] = {p.token(item.sequence, inside[0] ? row : 0) * Config::kHidden + first,
-                            p.token(item.sequence, inside[1] ? row + 8 : 0) * Config::kHidden + first};
-  const float* const source =
-      Config::kFused ? p.middle_values : p.stream_values + stream_slot(item.read_slot, loop, p.keep) * matrix;
-  float* const target = p.stream_values + stream_slot(item.write_slot, loop, p.keep) * matrix;
-  const float* const loop_input = p.stream_values + stream_slot(0, loop, p.keep) * matrix;
+  return p.stream_values + stream_slot(slot, loop, p.keep) * matrix;
+}
+
+// What a residual tile adds to.
+__device__ inline const float* stream_before(const Parameters& p, const Instruction& item, int32_t loop) {
+  return Config::kFused ? p.middle_values : stream_in(p, item.read_slot, loop);
+}
+
+// Where a thread's sums go: kColumns columns of two rows.
+template <int kColumns>
+struct StreamTile {
+  int first;         // of its columns
+  int64_t lines[2];  // where it is in the two rows
+  bool inside[2];
+
+  __device__ StreamTile(const Parameters& p, const Instruction& item, const Seat& seat, int part)
+      : first(part * kColumns + seat.column(0)) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = item.row * Config::kTileRows + seat.row + 8 * half;
+      inside[half] = row < p.length;
+      // Rows beyond the sequence read its first one and store nothing.
+      lines[half] = p.token(item.sequence, inside[half] ? row : 0) * Config::kHidden + first;
+    }
+  }
+};
+
+// What the sums of 32 columns, a part of the statistics, meet: the stream as it was, gates and biases.
+struct StreamBatch {
+  static constexpr int kPairs = Config::kPart / 8;
+  float2 old[kPairs][2], gates[kPairs], biases[kPairs];
+
+  template <int kColumns>
+  __device__ void load(const StreamTile<kColumns>& tile, const float* stream, const float* bias,
+                       const float* gate, int pair) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int column = 8 * (pair + i);
+      gates[i] = load_pair(gate + tile.first + column);
+      biases[i] = bias ? load_pair(bias + tile.first + column) : make_float2(0, 0);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) old[i][half] = load_pair(stream + tile.lines[half] + column);
+    }
+  }
+};
+
+// stream = stream + gate * (sums + bias); statistics of the new columns; squared norms of them and of their
+// difference to the loop's input, if `change` is given. `batch` has the first 32 columns. Others are loaded
+// before the ones in front of them are stored: a load cannot overtake a store, and would wait for L2 behind
+// it. So it is with gates and biases: as constants all of them would be loaded at once, and spill registers.
+template <int kColumns>
+__device__ void update_stream(float (&sums)[kColumns / 2], StreamBatch& batch, const Parameters& p,
+                              const Instruction& item, int32_t loop, const Seat& seat, int part,
+                              const float* bias, const float* gate, PartStatistics* statistics,
+                              float2* change) {
+  constexpr int kPairs = StreamBatch::kPairs;
+  static_assert(kColumns % Config::kPart == 0, "whole parts");
+  const StreamTile<kColumns> tile(p, item, seat, part);
+  const float* const source = stream_before(p, item, loop);
+  float* const target = stream_in(p, item.write_slot, loop);
+  const float* const loop_input = stream_in(p, 0, loop);
   float changed = 0, size = 0;
 #pragma unroll
-  for (int batch = 0; batch < kColumns / 8; batch += kBatch) {
-    float2 old[kBatch][2], gates[kBatch], biases[kBatch];
+  for (int first = 0; first < kColumns / 8; first += kPairs) {
     float total[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int column = 8 * (batch + i);
-      gates[i] = load_pair(gate + first + column);
-      biases[i] = bias ? load_pair(bias + first + column) : make_float2(0, 0);
-      for (int half = 0; half < 2; ++half) old[i][half] = load_pair(source + lines[half] + column);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float* const pair = &sums[4 * (batch + i) + 2 * half];
-        total[half] += add_gated(pair, old[i][half], gates[i], biases[i]);
-        if (inside[half]) store_pair(target + lines[half] + 8 * (batch + i), {pair[0], pair[1]});
+        total[half] +=
+            add_gated(&sums[4 * (first + i) + 2 * half], batch.old[i][half], batch.gates[i], batch.biases[i]);
+      }
+    }
+    if (first + kPairs < kColumns / 8) batch.load(tile, source, bias, gate, first + kPairs);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* const pair = &sums[4 * (first + i) + 2 * half];
+        if (tile.inside[half]) store_pair(target + tile.lines[half] + 8 * (first + i), {pair[0], pair[1]});
       }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const PartStatistics found = part_statistics(sums, batch, half, total[half]);
-      if (inside[half] && seat.thread % 4 == 0) {
-        const int64_t token = p.token(item.sequence, row + 8 * half);
-        const int place = part * (kColumns / Config::kPart) + batch / kBatch;
+      const PartStatistics found = part_statistics(sums, first, half, total[half]);
+      if (tile.inside[half] && seat.thread % 4 == 0) {
+        const int64_t token = tile.lines[half] / Config::kHidden;
+        const int place = part * (kColumns / Config::kPart) + first / kPairs;
         store_pair(&statistics[token * Config::kParts + place].mean, {found.mean, found.deviations});
       }
     }
     if (!change) continue;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (!inside[half]) continue;
-        const float* const pair = &sums[4 * (batch + i) + 2 * half];
-        const float2 input = load_pair(loop_input + lines[half] + 8 * (batch + i));
+        if (!tile.inside[half]) continue;
+        const float* const pair = &sums[4 * (first + i) + 2 * half];
+        const float2 input = load_pair(loop_input + tile.lines[half] + 8 * (first + i));
         changed += (pair[0] - input.x) * (pair[0] - input.x) + (pair[1] - input.y) * (pair[1] - input.y);
         size += pair[0] * pair[0] + pair[1] * pair[1];
       }
@@ -176,10 +220,10 @@ __device__ void update_stream(float (&sums)[kColumns / 2], const Parameters& p, 
   if (change) {
     changed = warp_sum(changed);
     size = warp_sum(size);
-    const int64_t tile =
+    const int64_t place =
         (static_cast<int64_t>(item.sequence) * p.row_tiles + item.row) * Config::kChanges + part;
     if (threadIdx.x % 32 == 0)
-      store(change + tile * Config::kRowWarps + seat.row / 16, make_float2(changed, size));
+      store(change + place * Config::kRowWarps + seat.row / 16, make_float2(changed, size));
   }
 }
 
