@@ -148,6 +148,11 @@ def _waits(attempt: str, succeeded: str, *before: str) -> list[str]:
     return [*first, "L0:", *before, attempt, *order, f"@!{late} bra L0", "trap", "L1:"]
 
 
+def _polls(attempt: str) -> list[str]:
+    """Tries until a counter has come as far as `a`."""
+    return _waits(attempt, "setp.ge.s32(#{}.0, a)", "nanosleep.u32 20")
+
+
 _BOX = (
     "const int32_t at[3] = {a, b, c}; "
     "cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, "
@@ -259,7 +264,7 @@ PEERS = {
     ),
     "wait_for(counter, target)": Peer(
         "wait_for(counter, a);",
-        _waits("ld.acquire.gpu.global.b32 result, [counter]", "setp.ge.s32(#{}.0, a)", "nanosleep.u32 20"),
+        [*_polls("ld.relaxed.gpu.global.b32 result, [counter]"), "fence.acquire.gpu"],
     ),
     "proxy_fence()": Peer(
         "proxy_fence();", "cuda::ptx::fence_proxy_async(cuda::ptx::space_global);", ("fence",)
@@ -352,7 +357,7 @@ IN_CLUSTER = {
     ),
     "wait_for(counter, target)": Peer(
         "wait_for(counter, a);",
-        _waits("ld.acquire.cluster.b32 result, [counter]", "setp.ge.s32(#{}.0, a)", "nanosleep.u32 20"),
+        [*_polls("ld.relaxed.cluster.b32 result, [counter]"), "fence.acquire.cluster"],
         cluster=True,
     ),
 }

@@ -104,6 +104,12 @@ FAULTS = {
     ),
     "a signal that releases nothing": ("add_release(address, value)", "red.release.", "red.relaxed."),
     "a wait that acquires nothing": ("load_acquire(address)", "ld.acquire.", "ld.relaxed."),
+    "a wait for a counter that acquires nothing": (
+        "wait_for(counter, target)", '"fence.acquire." LOOPMDM_AMONG ";\\n"', '""'
+    ),
+    "a wait for a counter that empties L1 at each try": (
+        "wait_for(counter, target)", 'LOOPMDM_TRY "ld.relaxed."', 'LOOPMDM_TRY "ld.acquire."'
+    ),
     "a wait that goes on when nothing has come": (
         "barrier_wait(barrier, parity)", "@done bra DONE", "@!done bra DONE"
     ),

@@ -53,9 +53,22 @@ __device__ inline void store_shared_pair(uint32_t address, float2 pair) {
 
 // Signals are for all blocks, by global memory; or for those of one cluster, by shared memory of one of them.
 #if defined(LOOPMDM_CLUSTER)
-#  define LOOPMDM_SCOPE "cluster"
+#  define LOOPMDM_AMONG "cluster"
+#  define LOOPMDM_SCOPE LOOPMDM_AMONG
 #else
-#  define LOOPMDM_SCOPE "gpu.global"
+#  define LOOPMDM_AMONG "gpu"
+#  define LOOPMDM_SCOPE LOOPMDM_AMONG ".global"
+#endif
+
+// A load that acquires empties L1. So a wait acquires once, behind its last try, by a fence that PTX has for
+// Hopper from CUDA 12.8 on; elsewhere each try does.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && \
+    100 * __CUDACC_VER_MAJOR__ + __CUDACC_VER_MINOR__ >= 1208
+#  define LOOPMDM_TRY "ld.relaxed."
+#  define LOOPMDM_TRIED "fence.acquire." LOOPMDM_AMONG ";\n"
+#else
+#  define LOOPMDM_TRY "ld.acquire."
+#  define LOOPMDM_TRIED
 #endif
 
 __device__ inline int32_t load_acquire(const int32_t* address) {
@@ -81,15 +94,13 @@ __device__ inline void wait_for(const int32_t* counter, int32_t target) {
       "{\n"
       ".reg .pred reached, late;\n"
       ".reg .s32 value;\n"
-      ".reg .u32 begin, now;\n"
-      "ld.acquire." LOOPMDM_SCOPE
+      ".reg .u32 begin, now;\n" LOOPMDM_TRY LOOPMDM_SCOPE
       ".b32 value, [%0];\n"
       "setp.ge.s32 reached, value, %1;\n"
       "@reached bra DONE;\n"
       "mov.u32 begin, %%globaltimer_lo;\n"
       "AGAIN:\n"
-      "nanosleep.u32 20;\n"
-      "ld.acquire." LOOPMDM_SCOPE
+      "nanosleep.u32 20;\n" LOOPMDM_TRY LOOPMDM_SCOPE
       ".b32 value, [%0];\n"
       "mov.u32 now, %%globaltimer_lo;\n"
       "setp.ge.s32 reached, value, %1;\n"
@@ -99,8 +110,7 @@ __device__ inline void wait_for(const int32_t* counter, int32_t target) {
       ";\n"
       "@!late bra AGAIN;\n"
       "trap;\n"
-      "DONE:\n"
-      "}" ::"l"(counter),
+      "DONE:\n" LOOPMDM_TRIED "}" ::"l"(counter),
       "r"(target)
       : "memory");
 }
