@@ -119,7 +119,8 @@ __device__ inline void wait_for(const int32_t* counter, int32_t target) {
 // for what was stored; after a wait, for what TMA will load.
 __device__ inline void proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// The same for shared memory: before a stage that threads have written to is filled again.
+// The same for shared memory: before products read what threads have stored, or a stage that they have
+// written to is filled again.
 __device__ inline void shared_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Every loop reads the weights again: they shall outlive in L2 what is read once.
