@@ -74,9 +74,8 @@ class Counters(NamedTuple):
     """Counters of the first of these phases that the table has; of none: `done`, where loops meet."""
 
     phases: tuple[IntEnum, ...] = ()
-    rows: Literal["same", "every", "first", "all"] = (
-        "same"  # row tile; of the sequence, or its first one; of all sequences
-    )
+    # Row tile; of the sequence, every one or the first; of all sequences.
+    rows: Literal["same", "every", "first", "all"] = "same"
     layer: int = 0  # relative; before the first comes the last of the loop before, or `done`
 
 

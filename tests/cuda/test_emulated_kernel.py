@@ -43,6 +43,14 @@ VARIANTS = {
     "all fused": Variant(
         SM90, HOPPER, Tiles(64, 64, 128, 64, 64, 2, 2, fused=True, qkv_fused=True), (128, 4, 2), BLOCKS
     ),
+    "all fused, heads of 64": Variant(
+        SM90, HOPPER._replace(keeps_weights=False),
+        Tiles(64, 128, 128, 128, 64, 2, fused=True, qkv_fused=True), (128, 2, 2), BLOCKS,
+    ),
+    "fused, 192 wide": Variant(
+        SM90, HOPPER._replace(keeps_weights=False),
+        Tiles(64, 192, 192, 128, 64, 2, fused=True), (192, 6, 2), BLOCKS,
+    ),
     "fused, few stages": Variant(
         SM90, HOPPER._replace(keeps_weights=False, shared_bytes=80_000),
         Tiles(64, 64, 64, 64, 64, 2, 2, fused=True), (64, 2, 4),
@@ -147,21 +155,23 @@ def test_any_number_of_blocks_and_any_order_give_the_same_bits(variant):
         assert torch.equal(out, expected)
 
 
-def test_tiles_clusters_norms_and_pairs_do_not_change_the_bits(tmp_path):
-    """Tiles follow the batch; what a row gives must not."""
-    sizes = (128, 4, 4)
+@pytest.mark.parametrize("length", [50, 100])
+def test_tiles_clusters_norms_and_pairs_do_not_change_the_bits(length, tmp_path):
+    """Tiles follow the batch; what a row gives must not. Of one row tile of 64 rows, and of two."""
+    sizes, longest = (128, 4, 4), 64 if length <= 64 else 128
     variants = [
-        Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2, 2), sizes, BLOCKS, 64),
-        Variant(SM90, HOPPER, Tiles(64, 128, 128, 128, 64, 2, 2, fused=True), sizes, BLOCKS, 64),
+        Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2, 2), sizes, BLOCKS, longest),
+        Variant(SM90, HOPPER, Tiles(64, 128, 128, 128, 64, 2, 2, fused=True), sizes, BLOCKS, longest),
         Variant(
-            SM90, HOPPER, Tiles(64, 64, 128, 128, 64, 2, 2, fused=True, qkv_fused=True), sizes, BLOCKS, 64
+            SM90, HOPPER, Tiles(64, 64, 128, 128, 64, 2, 2, fused=True, qkv_fused=True),
+            sizes, BLOCKS, longest,
         ),
         Variant(SM90, HOPPER, Tiles(128, 64, 128, 64, 128, 1, 2), sizes),
         Variant(SM90, HOPPER, Tiles(128, 128, 64, 256, 128, 1, 2, 16), sizes),
         Variant(SM90, HOPPER, Tiles(256, 128, 64, 256, 64, 1, 2, 64, 2), sizes),
         Variant(SM90, HOPPER, Tiles(128, 128, 64, 256, 128, 2, 2, 0, 2), sizes),
-    ]
-    inputs = make(sizes, 1, 50)
+    ]  # fmt: skip
+    inputs = make(sizes, 1, length)
     results = []
     for number, variant in enumerate(variants):
         folder = tmp_path / str(number)

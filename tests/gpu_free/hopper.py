@@ -32,6 +32,8 @@ SHAPES = {
     "small, 16 x 128 tokens": BlockShape(16, 128, 768, 12, 3072, 2),
     "heads of 128": BlockShape(1, 1024, 1024, 8, 4096, 2),
     "sudoku, heads of 32": BlockShape(1, 81, 128, 4, 512, 2),
+    "sudoku, heads of 64": BlockShape(1, 81, 128, 2, 512, 2),
+    "sudoku, 256 wide": BlockShape(2, 81, 256, 8, 1024, 2),
     "sudoku6, heads of 16": BlockShape(1, 36, 64, 4, 256, 1),
 }
 
