@@ -19,7 +19,7 @@ import walk
 from loopmdm_kernels.cuda import sources
 
 LOADING = [(family, name) for family in builds.NAMES for name in builds.each(family, loading=True)]
-# The walk knows of shared memory what boxes bring. Heads of 64 have threads' keys and values in a whole stage;
+# The walk knows of shared memory what boxes bring. Heads of 64 fill a stage with what threads have made;
 # 256 wide, no product has as few steps as the ring has stages, for which there is code.
 WALKED = [each for each in LOADING if each[1] not in ("sudoku, heads of 64", "sudoku, 256 wide")]
 OF_BLOCK = 3 * 168  # registers of the three threads that stand for the warp groups of a block of 384
