@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,35 @@ def test_a_killed_rank_ends_the_run_which_then_resumes_bitwise(tmp_path: Path) -
     result = campaign(tmp_path, kills=1, ranks=2, form="ddp", steps=30, longest=0.5, seed=0)
     (life,) = result["lives"]
     assert not life["early"] and life["equal"] and life["steps"] < 30
-    # None where torchrun has ended the other process before that one noticed.
-    assert len(life["errors"]) <= 1
-    assert all("another process of this run has ended" in error for error in life["errors"])
+    assert len(life["errors"]) == 1 and "another process of this run has ended" in life["errors"][0]
     assert result["runs_bitwise"] == len(result["runs"]) == 1
+
+
+FAILS = """
+import os, signal, sys
+from types import SimpleNamespace
+from loopmdm.cli import runs
+runs.dist.is_initialized = lambda: sys.argv[1] == "torchrun"
+try:
+    with runs._stop_on_signals(SimpleNamespace(request_stop=lambda: None)):
+        raise RuntimeError("the other one is gone")
+except RuntimeError as error:
+    os.kill(os.getpid(), signal.SIGTERM)  # torchrun has noticed too, while this process closes its files
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("started_by", "status", "said"),
+    [("torchrun", 0, "the other one is gone\n"), ("hand", -signal.SIGTERM, "")],
+)
+def test_a_process_that_fails_says_why_before_torchrun_ends_it(
+    started_by: str, status: int, said: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILS, started_by], env=environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (status, said), done.stderr
 
 
 @pytest.fixture(scope="module")

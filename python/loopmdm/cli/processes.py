@@ -62,8 +62,7 @@ def process_group(device: torch.device) -> Iterator[tuple[int, torch.device]]:
         with heartbeat:
             yield dist.get_rank(), device
     except Exception as error:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others; this one is ending
+        end_unhurried()
         if not heartbeat.is_first_failure():
             raise SystemExit(FAILED) from error
         if _is_of_a_lost_process(error):
@@ -71,6 +70,12 @@ def process_group(device: torch.device) -> Iterator[tuple[int, torch.device]]:
             raise _lost("does not answer" if _SILENT.search(what) else "has ended", what) from error
         raise
     dist.destroy_process_group()
+
+
+def end_unhurried() -> None:
+    """From an error on until it is said: torchrun ends the others when one is lost, and has to wait."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _lost(became: str, what: str) -> LostProcessError:

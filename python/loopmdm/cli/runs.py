@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from loopmdm.cli.parser import INTERRUPTED, TERMINATED
-from loopmdm.cli.processes import wait_for_rank_zero
+from loopmdm.cli.processes import end_unhurried, wait_for_rank_zero
 from loopmdm.data.corpus import CorpusStream, GrowingCorpus, Settings
 from loopmdm.data.corpus.stream import SHARD_TOKENS
 from loopmdm.data.pairs import FIELDS
@@ -412,6 +412,11 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
+    except Exception:
+        if dist.is_initialized():  # what is to be closed before the error is said may take a while
+            end_unhurried()
+            del before[signal.SIGTERM]
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
