@@ -98,6 +98,10 @@ def test_names_on_disk_are_those_of_the_state_dict(tmp_path: Path) -> None:
         ('{"model_type": ["loopmdm"]}', r"model_type is \['loopmdm'\], expected 'loopmdm'"),
         ('{"vocab_size": 7, "mask_token_id": 6, "colour": 1}', r"unknown configuration fields \['colour'\]"),
         (
+            '{"vocab_size": 7, "mask_token_id": 6, "num_layers": 1000000000}',
+            "num_layers: got 1000000000, expected at most 4096",
+        ),
+        (
             '{"vocab_size": 7, "mask_token_id": 6, "num_layers": 4000}',
             "num_layers is 4000, but the weights are",
         ),
