@@ -27,14 +27,20 @@ __device__ inline void barrier_arrive_at(uint32_t barrier, int rank) {
       : "memory");
 }
 
-// A box for both blocks: to the same place in each, announced at the barrier of each.
-__device__ inline void load_box_for_pair(uint32_t target, const TensorMap* map, uint32_t barrier, int column,
-                                         int row, int matrix) {
+// A box for the first kBlocks blocks: to the same place in each, announced at the barrier of each.
+template <int kBlocks>
+__device__ void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
+                                 int matrix) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
-      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "h"(static_cast<uint16_t>(3))
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "h"(static_cast<uint16_t>((1 << kBlocks) - 1))
       : "memory");
+}
+
+__device__ inline void load_box_for_pair(uint32_t target, const TensorMap* map, uint32_t barrier, int column,
+                                         int row, int matrix) {
+  load_box_for_all<2>(target, map, barrier, column, row, matrix);
 }
 
 __device__ inline void load_box_for_pair(uint32_t target, const TensorMap* map, uint32_t barrier, int column,

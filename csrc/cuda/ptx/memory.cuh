@@ -31,6 +31,14 @@ __device__ inline float2 load_shared_pair(uint32_t address) {
   return pair;
 }
 
+__device__ inline void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ inline void store_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
 // Of 16 bytes, by threads for each other.
 __device__ inline uint4 load_shared_four(uint32_t address) {
   uint4 value;

@@ -37,6 +37,7 @@ __device__ inline void products_begin(Values&... values) {
 template <int kColumns>
 struct WarpGroupProduct;
 
+#define LOOPMDM_NUMBERS_4 "%0, %1, %2, %3"
 #define LOOPMDM_NUMBERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define LOOPMDM_NUMBERS_16 LOOPMDM_NUMBERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define LOOPMDM_NUMBERS_32 \
@@ -62,6 +63,7 @@ struct WarpGroupProduct;
 #define LOOPMDM_SUMS_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define LOOPMDM_SUMS_16(i) \
   LOOPMDM_SUMS_4(i), LOOPMDM_SUMS_4(i + 4), LOOPMDM_SUMS_4(i + 8), LOOPMDM_SUMS_4(i + 12)
+#define LOOPMDM_ALL_SUMS_4 LOOPMDM_SUMS_4(0)
 #define LOOPMDM_ALL_SUMS_8 LOOPMDM_SUMS_4(0), LOOPMDM_SUMS_4(4)
 #define LOOPMDM_ALL_SUMS_16 LOOPMDM_SUMS_16(0)
 #define LOOPMDM_ALL_SUMS_32 LOOPMDM_SUMS_16(0), LOOPMDM_SUMS_16(16)
@@ -101,6 +103,7 @@ struct WarpGroupProduct;
     }                                                                                                      \
   }
 
+LOOPMDM_PRODUCT(8, 4, 4, 5, 6, 7, 8, 9, 10);
 LOOPMDM_PRODUCT(16, 8, 8, 9, 10, 11, 12, 13, 14);
 LOOPMDM_PRODUCT(32, 16, 16, 17, 18, 19, 20, 21, 22);
 LOOPMDM_PRODUCT(64, 32, 32, 33, 34, 35, 36, 37, 38);

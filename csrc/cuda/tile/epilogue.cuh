@@ -40,6 +40,12 @@ __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, 
   }
 }
 
+__device__ inline void rotate_pair(float& first, float& second, float cosine, float sine) {
+  const float a = first, b = second;
+  first = a * cosine - b * sine;
+  second = b * cosine + a * sine;
+}
+
 // Rotates pairs (i, i + K/2) of each head, which one thread holds, or turns them back.
 template <int kColumns, bool kBack = false, class Launch>
 __device__ void rotate(float (&sums)[kColumns / 2], const Launch& p, const Instruction& item,
@@ -58,11 +64,8 @@ __device__ void rotate(float (&sums)[kColumns / 2], const Launch& p, const Instr
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float cosine = i ? c.y : c.x, sine = kBack ? -(i ? s.y : s.x) : i ? s.y : s.x;
-          float& first = sums[(head * Config::kHeadDim + 8 * group) / 2 + 2 * half + i];
-          float& second = sums[(head * Config::kHeadDim + 8 * group + kHalf) / 2 + 2 * half + i];
-          const float a = first, b = second;
-          first = a * cosine - b * sine;
-          second = b * cosine + a * sine;
+          rotate_pair(sums[(head * Config::kHeadDim + 8 * group) / 2 + 2 * half + i],
+                      sums[(head * Config::kHeadDim + 8 * group + kHalf) / 2 + 2 * half + i], cosine, sine);
         }
       }
     }

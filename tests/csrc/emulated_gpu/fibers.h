@@ -140,7 +140,7 @@ struct Block {
   Lines lines;
   std::unordered_map<uint32_t, Barrier> barriers;
   std::vector<Meeting> warps = std::vector<Meeting>(kWarps), named = std::vector<Meeting>(kNamed);
-  Meeting pair;
+  Meeting cluster;
   std::vector<WarpProducts> products = std::vector<WarpProducts>(kWarps);
   std::vector<std::pair<uint64_t, uint64_t>> descriptors[3];  // of all products of a warp group
 

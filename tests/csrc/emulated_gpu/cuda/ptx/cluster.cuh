@@ -1,4 +1,4 @@
-// Emulated: see emulator.h. Blocks 2 i and 2 i + 1 are a pair.
+// Emulated: see emulator.h. Blocks that follow each other are a cluster: pairs, or as many as the kernel says.
 #pragma once
 
 #include "cuda/ptx/mbarrier.cuh"
@@ -6,13 +6,19 @@
 
 namespace loopmdm {
 
-inline int rank_in_cluster() { return emulator::self().block->index % 2; }
+#if defined(LOOPMDM_BLOCKS)
+constexpr int kClusterBlocks = LOOPMDM_BLOCKS;
+#else
+constexpr int kClusterBlocks = 2;
+#endif
 
-// Does `work` as if by a thread of block `rank` of the pair.
+inline int rank_in_cluster() { return emulator::self().block->index % kClusterBlocks; }
+
+// Does `work` as if by a thread of block `rank` of the cluster.
 template <class Work>
 void in_block(int rank, Work work) {
   emulator::Block* const own = emulator::self().block;
-  const int wanted = own->index / 2 * 2 + rank, first = emulator::state->blocks.front()->index;
+  const int wanted = own->index / kClusterBlocks * kClusterBlocks + rank, first = emulator::state->blocks.front()->index;
   emulator::Block& reached = *emulator::state->blocks.at(wanted - first);
   emulator::reach_into(reached);
   emulator::self().block = &reached;
@@ -22,8 +28,8 @@ void in_block(int rank, Work work) {
 
 inline void meet_in_pair() {
   emulator::Meeting* meeting = nullptr;
-  in_block(0, [&] { meeting = &emulator::self().block->pair; });
-  emulator::meet_and_tell(*meeting, 2 * emulator::state->threads);
+  in_block(0, [&] { meeting = &emulator::self().block->cluster; });
+  emulator::meet_and_tell(*meeting, kClusterBlocks * emulator::state->threads);
 }
 
 inline void barrier_arrive_at(uint32_t barrier, int rank) {
@@ -33,11 +39,17 @@ inline void barrier_arrive_at(uint32_t barrier, int rank) {
   });
 }
 
-inline void load_box_for_pair(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
-                              int matrix) {
-  for (int rank = 0; rank < 2; ++rank) {
+template <int kBlocks>
+void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
+                      int matrix) {
+  for (int rank = 0; rank < kBlocks; ++rank) {
     in_block(rank, [&] { load_box(target, map, barrier, column, row, matrix); });
   }
+}
+
+inline void load_box_for_pair(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
+                              int matrix) {
+  load_box_for_all<2>(target, map, barrier, column, row, matrix);
 }
 
 // Only weights are loaded to be kept in L2. What one block loads for both counts once.

@@ -15,9 +15,7 @@ inline uint8_t* dynamic_shared_memory() { return emulator::self().block->shared;
 
 inline uint32_t load_shared(uint32_t address) {
   emulator::read_shared(address);
-  uint32_t value;
-  memcpy(&value, emulator::shared_byte(address), 4);
-  return value;
+  return emulator::load(reinterpret_cast<const uint32_t*>(emulator::shared_byte(address)));
 }
 
 inline float2 load_shared_pair(uint32_t address) {
@@ -30,6 +28,8 @@ inline uint4 load_shared_four(uint32_t address) {
   return emulator::load(reinterpret_cast<const uint4*>(emulator::shared_byte(address)));
 }
 
+inline void store_shared(uint32_t address, uint32_t value) { emulator::store_shared(address, value); }
+inline void store_shared(uint32_t address, float value) { emulator::store_shared(address, value); }
 inline void store_shared_four(uint32_t address, uint4 value) { emulator::store_shared(address, value); }
 inline void store_shared_pair(uint32_t address, float2 pair) { emulator::store_shared(address, pair); }
 

@@ -1,0 +1,359 @@
+// A stack of narrow blocks applied S times to short sequences. Each block of threads has eight tokens, whose
+// stream does not leave its shared memory from the first loop to the last; the weights of all layers stream by.
+// A cluster has a sequence: its blocks hand over keys and values, once a layer, and nothing else.
+#include "cuda/looped_blocks/rows_attention_sm90.cuh"
+#include "cuda/looped_blocks/rows_loader_sm90.cuh"
+#include "cuda/tile/epilogue.cuh"
+
+namespace loopmdm {
+
+namespace looped_rows {
+
+class Layers {
+ public:
+  __device__ Layers(const KernelParameters& p, const Memory& memory)
+      : p_(p), memory_(memory), base_(memory.base), warp_(static_cast<int>(threadIdx.x) / 32) {}
+
+  __device__ void run() {
+    for_each_sequence(p_, [&](int sequence) {
+      sequence_ = sequence;
+      const int32_t loops = __ldcg(p_.stop + sequence);
+      enter();
+#pragma unroll 1
+      for (int32_t loop = 0; loop < loops; ++loop) {
+        if (p_.adaptive) remember_input();
+#pragma unroll 1
+        for (layer_ = 0; layer_ < Config::kLayers; ++layer_) {
+          attention(loop + layer_ == 0);
+          mlp();
+        }
+        if (p_.stream_values) copy_rows(p_.stream_values + (loop + 1) * matrix());
+        if (p_.adaptive && loop + 1 < loops && !goes_on(loop)) break;
+      }
+      copy_rows(p_.output);
+    });
+  }
+
+ private:
+  // Of the whole batch.
+  __device__ int64_t matrix() const { return static_cast<int64_t>(p_.batch) * p_.length * kHidden; }
+  // The token of the warp, where it has a row to itself.
+  __device__ int own_token() const { return first_token() + warp_; }
+  __device__ int64_t own_line() const {
+    return (static_cast<int64_t>(sequence_) * p_.length + own_token()) * kHidden;
+  }
+  __device__ uint32_t own_row(uint32_t place) const {
+    return base_ + place + 4 * (warp_ * kPitch + static_cast<int>(threadIdx.x) % 32);
+  }
+  __device__ int vectors(int branch) const { return modulation(p_, layer_, sequence_, branch); }
+
+  // A row a warp, with the statistics of its parts. Rows beyond the sequence are 0.
+  __device__ void enter() {
+    const int lane = threadIdx.x % 32;
+    const bool inside = own_token() < p_.length;
+#pragma unroll
+    for (int part = 0; part < Config::kParts; ++part) {
+      const float value = inside ? __ldg(p_.input + own_line() + part * Config::kPart + lane) : 0.0f;
+      store_shared(own_row(Places::stream) + 4 * part * Config::kPart, value);
+      const float mean = warp_sum(value) / Config::kPart;
+      const float deviations = warp_sum((value - mean) * (value - mean));
+      if (lane == 0) store_shared_pair(statistics_at(warp_, part), make_float2(mean, deviations));
+    }
+    if (p_.stream_values) copy_rows(p_.stream_values);
+    meet_all();
+  }
+
+  // By the threads that `enter` has the same numbers from.
+  __device__ void copy_rows(float* target) const {
+    if (own_token() >= p_.length) return;
+    for (int part = 0; part < Config::kParts; ++part) {
+      const uint32_t word = load_shared(own_row(Places::stream) + 4 * part * Config::kPart);
+      store(target + own_line() + part * Config::kPart + threadIdx.x % 32, __uint_as_float(word));
+    }
+  }
+
+  __device__ void remember_input() const {
+    for (int part = 0; part < Config::kParts; ++part) {
+      const uint32_t offset = 4 * part * Config::kPart;
+      store_shared(own_row(Places::input) + offset, load_shared(own_row(Places::stream) + offset));
+    }
+  }
+
+  __device__ uint32_t statistics_at(int row, int part) const {
+    return base_ + Places::statistics + (row * Config::kParts + part) * sizeof(PartStatistics);
+  }
+
+  // Normalised, modulated and rounded, as right operand. A quad has a part of a row.
+  __device__ void normalise(int branch, bool entered) const {
+    constexpr int kLanes = 4 * Config::kParts;  // of a row
+    const int thread = threadIdx.x, row = thread / kLanes, part = thread / 4 % Config::kParts;
+    if (row < kRows) {
+      const int column = part * Config::kPart + 2 * (thread % 4);
+      const float4* const affine = p_.affine + (vectors(branch) * kHidden + column) / 2;
+      const uint32_t place = base_ + Places::stream + 4 * (row * kPitch + column);
+      float values[Config::kPart / 2];  // where part_statistics looks for them
+      float total = 0;
+#pragma unroll
+      for (int i = 0; i < Config::kPart / 8; ++i) {
+        const float2 pair = load_shared_pair(place + 32 * i);
+        values[4 * i] = pair.x;
+        values[4 * i + 1] = pair.y;
+        total += pair.x + pair.y;
+      }
+      if (!entered) {
+        const PartStatistics found = part_statistics(values, 0, 0, total);
+        if (thread % 4 == 0) store_shared_pair(statistics_at(row, part), {found.mean, found.deviations});
+        __syncwarp();
+      }
+      const float2 norm =
+          merged_norm(thread, [&](int number) { return load_shared_pair(statistics_at(row, number)); });
+#pragma unroll
+      for (int i = 0; i < Config::kPart / 8; ++i) {
+        store_operand(base_ + Places::rows, kRows, row, column + 8 * i,
+                      modulated({values[4 * i], values[4 * i + 1]}, norm.x, norm.y, __ldg(affine + 4 * i)));
+      }
+    }
+    shared_proxy_fence();
+    meet_all();
+  }
+
+  // Sums where threads find them by token.
+  template <int kTileNumber>
+  __device__ void store_sums(const float (&sums)[kTileNumber][4]) const {
+#pragma unroll
+    for (int tile = 0; tile < kTileNumber; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        store_shared(sum_at(seat_.token(i), seat_.feature(tile, i)), sums[tile][i]);
+      }
+    }
+    meet_all();
+  }
+  __device__ uint32_t sum_at(int row, int column) const {
+    return base_ + Places::sums + 4 * (row * kQkvPitch + column);
+  }
+
+  // Rotates queries or keys of the warp's token; `take` gets a column, and the words of it and the next one.
+  template <class Take>
+  __device__ void rotated(const Take& take) const {
+    constexpr int kHalf = kHeadDim / 2;
+    const int64_t angles = static_cast<int64_t>(min(own_token(), p_.length - 1)) * kHalf;
+#pragma unroll
+    for (int pair = 0; pair < kHidden / 2; pair += 64) {
+      const int place = pair + 2 * (static_cast<int>(threadIdx.x) % 32), i = place % kHalf;
+      const int column = place / kHalf * kHeadDim + i;
+      float2 first = load_shared_pair(sum_at(warp_, column));
+      float2 second = load_shared_pair(sum_at(warp_, column + kHalf));
+      if (p_.cosines) {
+        const float2 cosines = load_constant_pair(p_.cosines + angles + i);
+        const float2 sines = load_constant_pair(p_.sines + angles + i);
+        rotate_pair(first.x, second.x, cosines.x, sines.x);
+        rotate_pair(first.y, second.y, cosines.y, sines.y);
+      }
+      take(column, pack_bf16(first.x, first.y));
+      take(column + kHalf, pack_bf16(second.x, second.y));
+    }
+  }
+
+  // To global memory, from where they are sent to all blocks of the cluster.
+  __device__ void hand_over_keys() const {
+    const int32_t matrix = (applications_ & 1) * p_.batch + sequence_;
+    if (own_token() < p_.length) {
+      const int64_t line = (static_cast<int64_t>(matrix) * p_.length + own_token()) * 2 * kHidden;
+      const auto keep = [&](int column, uint32_t word) {
+        store(reinterpret_cast<uint32_t*>(p_.qkv_values + line + column), word);
+      };
+      rotated(keep);
+#pragma unroll
+      for (int column = 0; column < kHidden; column += 64) {
+        const int own = kHidden + column + 2 * (static_cast<int>(threadIdx.x) % 32);
+        const float2 values = load_shared_pair(sum_at(warp_, own));
+        keep(own, pack_bf16(values.x, values.y));
+      }
+    }
+    proxy_fence();
+    meet_all();
+    if (warp_ > 0) return;
+    Ring::wait_together(memory_.free(), (applications_ & 1) ^ 1);
+    if (!elected()) return;
+    barrier_arrive_expect(memory_.arrived(), kBlocks * 2 * kOperandBytes);
+#pragma unroll
+    for (int panel = 0; panel < 2 * kPanels; ++panel) {  // keys, then values
+      load_box_for_all<kBlocks>(base_ + Places::keys + (panel * kKeys + first_token()) * 128, &p_.qkv,
+                                memory_.arrived(), kStep * panel, first_token(), matrix);
+    }
+  }
+
+  __device__ void make_queries() {
+    float sums[kTiles][4];
+    multiply<kTiles, kPanels>(sums, memory_.ring, place_, seat_, base_ + Places::rows);
+    store_sums(sums);
+    rotated([&](int column, uint32_t word) {
+      store_operand(base_ + Places::queries, kRows, warp_, column, word);
+    });
+    shared_proxy_fence();
+    meet_all();
+  }
+
+  __device__ void attention(bool entered) {
+    const float* const gate = p_.gate + vectors(0) * kHidden;
+    normalise(0, entered);
+    float keys[2 * kTiles][4];
+    multiply<2 * kTiles, kPanels>(keys, memory_.ring, place_, seat_, base_ + Places::rows);
+    store_sums(keys);
+    hand_over_keys();
+    make_queries();
+    barrier_wait(memory_.arrived(), applications_ & 1);
+    Attention(p_, base_, seat_, sequence_).run();
+    shared_proxy_fence();
+    meet_all();
+    if (threadIdx.x < kBlocks) barrier_arrive_at(memory_.free(), threadIdx.x);
+    ++applications_;
+
+    float sums[kTiles][4];
+    multiply<kTiles, kPanels>(sums, memory_.ring, place_, seat_, base_ + Places::rows);
+    add_to_stream(sums, nullptr, gate);
+  }
+
+  __device__ void mlp() {
+    constexpr int kMlpTiles = kMlp / kFeatures, kParts = Config::kMlpOutParts;
+    constexpr int kSteps = kMlp / kStep / kParts;  // of a part
+    const float* const in_bias = p_.mlp_in_bias + layer_ * kMlp;
+    const float* const out_bias = p_.mlp_out_bias + layer_ * kHidden;
+    const float* const gate = p_.gate + vectors(1) * kHidden;
+    normalise(1, false);
+    float inner[kMlpTiles][4];
+    multiply<kMlpTiles, kPanels>(inner, memory_.ring, place_, seat_, base_ + Places::rows);
+#pragma unroll
+    for (int tile = 0; tile < kMlpTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const float bias = __ldg(in_bias + seat_.feature(tile, i));
+        const float2 pair = in_pairs(gelu(inner[tile][i] + bias), gelu(inner[tile][i + 1] + bias));
+        store_operand(base_ + Places::wide, kRows, seat_.pair_token(), seat_.feature(tile, i) & ~1,
+                      pack_bf16(pair.x, pair.y));
+      }
+    }
+    shared_proxy_fence();
+    meet_all();
+
+    float sums[kTiles][4];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      clear(sums[tile]);
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) {
+        float own[1][4];
+        multiply<1, kSteps>(own, memory_.ring, place_, seat_,
+                            base_ + Places::wide + part * kSteps * kRows * 128);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[tile][i] += own[0][i];
+      }
+    }
+    add_to_stream(sums, out_bias, gate);
+  }
+
+  // stream + gate * (sums + bias)
+  __device__ void add_to_stream(const float (&sums)[kTiles][4], const float* bias, const float* gate) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int feature = seat_.feature(tile, i);
+        const uint32_t place = base_ + Places::stream + 4 * (seat_.token(i) * kPitch + feature);
+        const float old = __uint_as_float(load_shared(place));
+        const float added = sums[tile][i] + (bias ? __ldg(bias + feature) : 0.0f);
+        store_shared(place, old + __ldg(gate + feature) * added);
+      }
+    }
+    meet_all();
+  }
+
+  // Whether the loop has changed the sequence by more than the threshold, which all blocks find alike.
+  __device__ bool goes_on(int32_t loop) {
+    const int lane = threadIdx.x % 32;
+    float changed = 0, size = 0;
+    for (int part = 0; own_token() < p_.length && part < Config::kParts; ++part) {
+      const uint32_t offset = 4 * part * Config::kPart;
+      const float before = __uint_as_float(load_shared(own_row(Places::input) + offset));
+      const float now = __uint_as_float(load_shared(own_row(Places::stream) + offset));
+      changed += (now - before) * (now - before);
+      size += now * now;
+    }
+    changed = warp_sum(changed);
+    size = warp_sum(size);
+    const uint32_t changes = base_ + Places::changes;
+    if (lane == 0) store_shared_pair(changes + 8 * warp_, make_float2(changed, size));
+    meet_all();
+    if (warp_ == 0) {
+      float2* const all = p_.change + static_cast<int64_t>(sequence_) * kBlocks;
+      int32_t* const told = p_.counters + sequence_;
+      if (lane == 0) {
+        float2 sum = make_float2(0, 0);
+        for (int warp = 0; warp < kWarps; ++warp) {
+          const float2 part = load_shared_pair(changes + 8 * warp);
+          sum.x += part.x;
+          sum.y += part.y;
+        }
+        store(all + rank(), sum);
+        add_release(told, 1);
+      }
+      wait_for(told, kBlocks * (loop + 1));
+      const float2 part = lane < kBlocks ? __ldcg(all + lane) : make_float2(0, 0);
+      changed = warp_sum(part.x);
+      size = warp_sum(part.y);
+      if (lane == 0) {
+        const bool stops = sqrtf(changed) / sqrtf(size) < p_.exit_threshold;
+        memory_.barriers->goes_on = !stops;
+        barrier_arrive(memory_.decided());
+        if (stops && rank() == 0) store(p_.stop + sequence_, loop + 1);
+      }
+    }
+    meet_all();
+    return memory_.barriers->goes_on != 0;
+  }
+
+  const KernelParameters& p_;
+  const Memory& memory_;
+  const uint32_t base_;
+  const int warp_;
+  const Seat seat_;
+  RingPlace place_{0, 0};
+  uint32_t applications_ = 0;  // of layers, so far
+  int sequence_ = 0, layer_ = 0;
+};
+
+// Before anyone loads or sends: barriers, and zeros behind the values, whose weights are 0.
+__device__ void begin(const Memory& memory) {
+  constexpr int kPieces = 8 * (kKeys - kRows * kBlocks);  // of 16 bytes, in a panel
+  if (threadIdx.x == 0) {
+    barrier_init(memory.arrived(), 1);
+    barrier_init(memory.free(), kBlocks);
+    barrier_init(memory.decided(), 1);
+    memory.ring.initialise();
+  }
+  for (int panel = 0; panel < kPanels; ++panel) {
+    const uint32_t behind = memory.base + Places::values + (panel * kKeys + kRows * kBlocks) * 128;
+    for (int i = threadIdx.x; i < kPieces; i += kThreads)
+      store_shared_four(behind + 16 * i, make_uint4(0, 0, 0, 0));
+  }
+  shared_proxy_fence();
+  meet_in_pair();
+}
+
+}  // namespace looped_rows
+
+}  // namespace loopmdm
+
+extern "C" __global__ void __launch_bounds__(loopmdm::looped_rows::kThreads, 1)
+    looped_rows_sm90(const __grid_constant__ loopmdm::looped_rows::KernelParameters parameters) {
+  using namespace loopmdm;
+  const looped_rows::Memory memory(dynamic_shared_memory());
+  looped_rows::begin(memory);
+  if (threadIdx.x < looped_rows::kComputeThreads) {
+    looped_rows::Layers(parameters, memory).run();
+  } else {
+    looped_rows::WeightStream(parameters, memory).run();
+  }
+  meet_in_pair();  // a block that is gone can be neither sent to nor told
+}

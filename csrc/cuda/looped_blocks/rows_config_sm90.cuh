@@ -1,0 +1,117 @@
+// What `looped_rows_sm90` is compiled for and gets at launch, and how its blocks divide their shared memory.
+#pragma once
+
+#include "cuda/ptx/cluster.cuh"
+#include "cuda/tile/config.cuh"
+#include "cuda/tile/stage_ring_sm90.cuh"
+
+namespace loopmdm {
+
+namespace looped_rows {
+
+constexpr int kRows = 8;  // tokens of a block: the fewest that WGMMA multiplies
+constexpr int kBlocks = LOOPMDM_BLOCKS, kHidden = Config::kHidden, kMlp = Config::kMlp;
+constexpr int kComputeThreads = 256, kThreads = kComputeThreads + 32;
+constexpr int kWarps = kComputeThreads / 32;
+constexpr int kFeatures = 128, kStep = 64;   // of a stage of weights; each group of warps has half of them
+constexpr int kTiles = kHidden / kFeatures;  // of a product with D results
+// Operands lie in panels of 64 columns: whole heads, whose products with their values are made together.
+constexpr int kPanels = kHidden / kStep, kHeadDim = Config::kHeadDim, kHeads = kStep / kHeadDim;
+constexpr int kKeys = (kRows * kBlocks + 15) / 16 * 16, kKeyTiles = (kKeys + 63) / 64;
+constexpr int kSumGroups = 8 * kKeyTiles;  // of eight keys
+
+static_assert(kBlocks <= 16 && kKeyTiles <= 2, "a cluster, and keys that are met at once");
+static_assert(kHidden % kFeatures == 0 && kMlp % kFeatures == 0, "both groups of warps have features");
+static_assert(kHeadDim == 32 || kHeadDim == 64, "whole heads in a panel, and room for their weights");
+static_assert(kMlp % (Config::kMlpOutParts * kStep) == 0, "parts of whole stages");
+
+struct KernelParameters {
+  const float* input;         // [B, L, D]
+  float* output;              // [B, L, D]
+  float* stream_values;       // [S + 1, B, L, D], the inputs of all loops; null if they are not kept
+  uint16_t* qkv_values;       // [2, B, L, 2 D]: keys and values of one layer, and of the next
+  float2* change;             // squared norms, [B, kBlocks]
+  const float4* affine;       // [n, modulated sequences, 2, D / 2]: gain, gain, shift, shift of two columns
+  const float* gate;          // [n, modulated sequences, 2, D]
+  const float* mlp_in_bias;   // [n, F]
+  const float* mlp_out_bias;  // [n, D]
+  const float* cosines;       // [L, K / 2] or null
+  const float* sines;
+  const uint8_t* key_mask;  // [B, L] or null
+  int32_t* counters;        // [B]: how many blocks have told how much a loop has changed
+  int32_t* stop;            // [B] loops of each sequence
+  int32_t batch, length, modulated_sequences, adaptive;
+  float exit_threshold;
+  TensorMap qkv;  // [2 B, L, 2 D] by boxes of 8 rows and 64 columns
+  // [n, out, in], boxes of 128 rows and 64 columns
+  TensorMap qkv_weight, attn_out_weight, mlp_in_weight, mlp_out_weight;
+};
+
+// Floats of a row of what is kept by tokens: threads of a warp, at eight features of four pairs of tokens, meet
+// in no bank.
+constexpr int kPitch = kHidden + 4, kQkvPitch = 2 * kHidden + 4;
+constexpr int kSumPitch = kSumGroups + 1;
+constexpr int kOperandBytes = kPanels * kRows * 128;
+constexpr int kWeightBytes = kKeyTiles * kHeads * kRows * 128;  // weights of a panel's heads, as right operand
+
+constexpr int atoms(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// In bytes, from the end of the ring's stages.
+struct Places {
+  static constexpr int kKeyBytes = kPanels * kKeys * 128;
+  static constexpr int keys = 0, values = keys + kKeyBytes;
+  static constexpr int rows = values + kKeyBytes;       // the left operand, normalised; mixed values
+  static constexpr int queries = rows + kOperandBytes;  // as right operand
+  static constexpr int wide = queries + kOperandBytes;  // weights of attention; activations of the MLP
+  static constexpr int wide_bytes = larger(2 * kWeightBytes, kMlp / kStep * kRows * 128);
+  static constexpr int sums = wide + wide_bytes;  // of products, by tokens; sums of exponentials
+  static constexpr int sum_bytes = 4 * larger(kRows * kQkvPitch, 2 * kHeads * 32 * kSumPitch);
+  static constexpr int stream = sums + atoms(sum_bytes);
+  static constexpr int input = stream + 4 * kRows * kPitch;  // of the loop
+  static constexpr int statistics = input + 4 * kRows * kPitch;
+  static constexpr int largest = statistics + kRows * Config::kParts * sizeof(PartStatistics);
+  static constexpr int shares = largest + 2 * 4 * kHeads * kRows * 4;
+  static constexpr int changes = shares + 2 * kHeads * kRows * 4;
+  static constexpr int end = changes + kWarps * 8;
+};
+
+using Ring = StageRing<LOOPMDM_STAGES, 2 * kFeatures * kStep, kWarps, false, atoms(Places::end)>;
+
+struct Barriers {
+  uint64_t arrived;  // keys and values of all blocks
+  uint64_t free;     // all blocks have read theirs
+  uint64_t decided;  // `goes_on` says whether there is one more loop
+  int32_t goes_on;
+};
+
+__device__ inline int rank() { return static_cast<int>(blockIdx.x) % kBlocks; }
+__device__ inline int first_token() { return kRows * rank(); }
+
+// The block's shared memory.
+struct Memory {
+  Ring ring;
+  uint32_t base;
+  Barriers* barriers;
+
+  __device__ explicit Memory(uint8_t* memory)
+      : ring(memory), base(ring.beside()), barriers(reinterpret_cast<Barriers*>(ring.behind())) {}
+
+  __device__ uint32_t arrived() const { return shared_address(&barriers->arrived); }
+  __device__ uint32_t free() const { return shared_address(&barriers->free); }
+  __device__ uint32_t decided() const { return shared_address(&barriers->decided); }
+};
+
+// Of the sequences those that the block's cluster has.
+template <class Work>
+__device__ void for_each_sequence(const KernelParameters& p, const Work& work) {
+  const int clusters = static_cast<int>(gridDim.x) / kBlocks;
+#pragma unroll 1
+  for (int sequence = static_cast<int>(blockIdx.x) / kBlocks; sequence < p.batch; sequence += clusters) {
+    work(sequence);
+  }
+}
+
+}  // namespace looped_rows
+
+}  // namespace loopmdm
