@@ -20,6 +20,8 @@ class Device(NamedTuple):
     wait_seconds: float = 1.5e-6  # from the last signal of a phase to the first data of the next
     # What a byte for both blocks of a pair costs L2, in bytes: 1 if it is read once, 2 if they gain nothing.
     multicast_cost: float = 1.2
+    shared_read_bytes: float = 0.2e12  # one SM's shared memory, by products of few columns; 128 a cycle at most
+    meet_seconds: float = 0.04e-6  # a meeting of a block's threads
     shared_bytes: int = 232_448  # what a block may use
     keeps_weights: bool = True  # its kernel can leave weights in shared memory for all loops
     has_wide_tiles: bool = (

@@ -104,13 +104,18 @@ def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 
     Raises:
         ValueError: the tiles divide a width in no way.
     """
-    batch = next((number for number in BATCHES if number >= shape.batch), BATCHES[-1])
-    plan = _choose(shape._replace(batch=batch), device)
+    plan = _choose(tiled_batch(shape), device)
     if plan.cluster > 1:
         device = device.as_cluster()
     return _plan(shape, device, plan.tiles)._replace(
         cluster=plan.cluster, stages=plan.stages, resident_bytes=plan.resident_bytes
     )
+
+
+def tiled_batch(shape: BlockShape) -> BlockShape:
+    """What tiles are chosen for."""
+    batch = next((number for number in BATCHES if number >= shape.batch), BATCHES[-1])
+    return shape._replace(batch=batch)
 
 
 def _choose(shape: BlockShape, device: Device) -> Plan:

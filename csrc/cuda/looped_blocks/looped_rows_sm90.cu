@@ -3,7 +3,6 @@
 // A cluster has a sequence: its blocks hand over keys and values, once a layer, and nothing else.
 #include "cuda/looped_blocks/rows_attention_sm90.cuh"
 #include "cuda/looped_blocks/rows_loader_sm90.cuh"
-#include "cuda/tile/epilogue.cuh"
 
 namespace loopmdm {
 
@@ -23,7 +22,7 @@ class Layers {
       for (int32_t loop = 0; loop < loops; ++loop) {
         if (p_.adaptive) remember_input();
 #pragma unroll 1
-        for (layer_ = 0; layer_ < Config::kLayers; ++layer_) {
+        for (layer_ = 0; layer_ < Widths::kLayers; ++layer_) {
           attention(loop + layer_ == 0);
           mlp();
         }
@@ -37,27 +36,39 @@ class Layers {
  private:
   // Of the whole batch.
   __device__ int64_t matrix() const { return static_cast<int64_t>(p_.batch) * p_.length * kHidden; }
-  // The token of the warp, where it has a row to itself.
-  __device__ int own_token() const { return first_token() + warp_; }
-  __device__ int64_t own_line() const {
-    return (static_cast<int64_t>(sequence_) * p_.length + own_token()) * kHidden;
+  // Where a warp has whole rows: each of them, by its number, while it is one of the sequence's.
+  template <class Work>
+  __device__ void for_own_rows(const Work& work) const {
+#pragma unroll
+    for (int row = warp_; row < kRows; row += kWarps) {
+      if (first_token() + row < p_.length) work(row);
+    }
   }
-  __device__ uint32_t own_row(uint32_t place) const {
-    return base_ + place + 4 * (warp_ * kPitch + static_cast<int>(threadIdx.x) % 32);
+  // Of a matrix [B, L, columns].
+  __device__ int64_t line(int row, int columns, int matrix) const {
+    return (static_cast<int64_t>(matrix) * p_.length + first_token() + row) * columns;
+  }
+  // A lane's column of a part of a row, in shared memory.
+  __device__ uint32_t word_at(uint32_t place, int row, int part) const {
+    return base_ + place + 4 * (row * kPitch + part * Widths::kPart + static_cast<int>(threadIdx.x) % 32);
   }
   __device__ int vectors(int branch) const { return modulation(p_, layer_, sequence_, branch); }
 
-  // A row a warp, with the statistics of its parts. Rows beyond the sequence are 0.
-  __device__ void enter() {
+  // With the statistics of rows' parts. Rows beyond the sequence are 0.
+  __device__ void enter() const {
     const int lane = threadIdx.x % 32;
-    const bool inside = own_token() < p_.length;
 #pragma unroll
-    for (int part = 0; part < Config::kParts; ++part) {
-      const float value = inside ? __ldg(p_.input + own_line() + part * Config::kPart + lane) : 0.0f;
-      store_shared(own_row(Places::stream) + 4 * part * Config::kPart, value);
-      const float mean = warp_sum(value) / Config::kPart;
-      const float deviations = warp_sum((value - mean) * (value - mean));
-      if (lane == 0) store_shared_pair(statistics_at(warp_, part), make_float2(mean, deviations));
+    for (int row = warp_; row < kRows; row += kWarps) {
+      const bool inside = first_token() + row < p_.length;
+#pragma unroll
+      for (int part = 0; part < Widths::kParts; ++part) {
+        const float* const source = p_.input + line(row, kHidden, sequence_) + part * Widths::kPart + lane;
+        const float value = inside ? __ldg(source) : 0.0f;
+        store_shared(word_at(Places::stream, row, part), value);
+        const float mean = warp_sum(value) / Widths::kPart;
+        const float deviations = warp_sum((value - mean) * (value - mean));
+        if (lane == 0) store_shared_pair(statistics_at(row, part), make_float2(mean, deviations));
+      }
     }
     if (p_.stream_values) copy_rows(p_.stream_values);
     meet_all();
@@ -65,36 +76,38 @@ class Layers {
 
   // By the threads that `enter` has the same numbers from.
   __device__ void copy_rows(float* target) const {
-    if (own_token() >= p_.length) return;
-    for (int part = 0; part < Config::kParts; ++part) {
-      const uint32_t word = load_shared(own_row(Places::stream) + 4 * part * Config::kPart);
-      store(target + own_line() + part * Config::kPart + threadIdx.x % 32, __uint_as_float(word));
-    }
+    for_own_rows([&](int row) {
+      float* const own = target + line(row, kHidden, sequence_) + threadIdx.x % 32;
+      for (int part = 0; part < Widths::kParts; ++part) {
+        store(own + part * Widths::kPart, __uint_as_float(load_shared(word_at(Places::stream, row, part))));
+      }
+    });
   }
 
   __device__ void remember_input() const {
-    for (int part = 0; part < Config::kParts; ++part) {
-      const uint32_t offset = 4 * part * Config::kPart;
-      store_shared(own_row(Places::input) + offset, load_shared(own_row(Places::stream) + offset));
-    }
+    for_own_rows([&](int row) {
+      for (int part = 0; part < Widths::kParts; ++part) {
+        store_shared(word_at(Places::input, row, part), load_shared(word_at(Places::stream, row, part)));
+      }
+    });
   }
 
   __device__ uint32_t statistics_at(int row, int part) const {
-    return base_ + Places::statistics + (row * Config::kParts + part) * sizeof(PartStatistics);
+    return base_ + Places::statistics + (row * Widths::kParts + part) * sizeof(PartStatistics);
   }
 
   // Normalised, modulated and rounded, as right operand. A quad has a part of a row.
   __device__ void normalise(int branch, bool entered) const {
-    constexpr int kLanes = 4 * Config::kParts;  // of a row
-    const int thread = threadIdx.x, row = thread / kLanes, part = thread / 4 % Config::kParts;
+    constexpr int kLanes = 4 * Widths::kParts;  // of a row
+    const int thread = threadIdx.x, row = thread / kLanes, part = thread / 4 % Widths::kParts;
     if (row < kRows) {
-      const int column = part * Config::kPart + 2 * (thread % 4);
+      const int column = part * Widths::kPart + 2 * (thread % 4);
       const float4* const affine = p_.affine + (vectors(branch) * kHidden + column) / 2;
       const uint32_t place = base_ + Places::stream + 4 * (row * kPitch + column);
-      float values[Config::kPart / 2];  // where part_statistics looks for them
+      float values[Widths::kPart / 2];  // where part_statistics looks for them
       float total = 0;
 #pragma unroll
-      for (int i = 0; i < Config::kPart / 8; ++i) {
+      for (int i = 0; i < Widths::kPart / 8; ++i) {
         const float2 pair = load_shared_pair(place + 32 * i);
         values[4 * i] = pair.x;
         values[4 * i + 1] = pair.y;
@@ -108,7 +121,7 @@ class Layers {
       const float2 norm =
           merged_norm(thread, [&](int number) { return load_shared_pair(statistics_at(row, number)); });
 #pragma unroll
-      for (int i = 0; i < Config::kPart / 8; ++i) {
+      for (int i = 0; i < Widths::kPart / 8; ++i) {
         store_operand(base_ + Places::rows, kRows, row, column + 8 * i,
                       modulated({values[4 * i], values[4 * i + 1]}, norm.x, norm.y, __ldg(affine + 4 * i)));
       }
@@ -133,17 +146,18 @@ class Layers {
     return base_ + Places::sums + 4 * (row * kQkvPitch + column);
   }
 
-  // Rotates queries or keys of the warp's token; `take` gets a column, and the words of it and the next one.
+  // Rotates queries or keys of a row; `take` gets a column, and the words of it and the next one.
   template <class Take>
-  __device__ void rotated(const Take& take) const {
+  __device__ void rotated(int row, const Take& take) const {
     constexpr int kHalf = kHeadDim / 2;
-    const int64_t angles = static_cast<int64_t>(min(own_token(), p_.length - 1)) * kHalf;
+    const int64_t angles = static_cast<int64_t>(first_token() + row) * kHalf;
 #pragma unroll
     for (int pair = 0; pair < kHidden / 2; pair += 64) {
       const int place = pair + 2 * (static_cast<int>(threadIdx.x) % 32), i = place % kHalf;
+      if (place >= kHidden / 2) continue;
       const int column = place / kHalf * kHeadDim + i;
-      float2 first = load_shared_pair(sum_at(warp_, column));
-      float2 second = load_shared_pair(sum_at(warp_, column + kHalf));
+      float2 first = load_shared_pair(sum_at(row, column));
+      float2 second = load_shared_pair(sum_at(row, column + kHalf));
       if (p_.cosines) {
         const float2 cosines = load_constant_pair(p_.cosines + angles + i);
         const float2 sines = load_constant_pair(p_.sines + angles + i);
@@ -158,19 +172,19 @@ class Layers {
   // To global memory, from where they are sent to all blocks of the cluster.
   __device__ void hand_over_keys() const {
     const int32_t matrix = (applications_ & 1) * p_.batch + sequence_;
-    if (own_token() < p_.length) {
-      const int64_t line = (static_cast<int64_t>(matrix) * p_.length + own_token()) * 2 * kHidden;
+    for_own_rows([&](int row) {
+      uint16_t* const target = p_.qkv_values + line(row, 2 * kHidden, matrix);
       const auto keep = [&](int column, uint32_t word) {
-        store(reinterpret_cast<uint32_t*>(p_.qkv_values + line + column), word);
+        store(reinterpret_cast<uint32_t*>(target + column), word);
       };
-      rotated(keep);
+      rotated(row, keep);
 #pragma unroll
-      for (int column = 0; column < kHidden; column += 64) {
-        const int own = kHidden + column + 2 * (static_cast<int>(threadIdx.x) % 32);
-        const float2 values = load_shared_pair(sum_at(warp_, own));
+      for (int column = kHidden; column < 2 * kHidden; column += 64) {
+        const int own = column + 2 * (static_cast<int>(threadIdx.x) % 32);
+        const float2 values = load_shared_pair(sum_at(row, own));
         keep(own, pack_bf16(values.x, values.y));
       }
-    }
+    });
     proxy_fence();
     meet_all();
     if (warp_ > 0) return;
@@ -188,8 +202,10 @@ class Layers {
     float sums[kTiles][4];
     multiply<kTiles, kPanels>(sums, memory_.ring, place_, seat_, base_ + Places::rows);
     store_sums(sums);
-    rotated([&](int column, uint32_t word) {
-      store_operand(base_ + Places::queries, kRows, warp_, column, word);
+    for_own_rows([&](int row) {
+      rotated(row, [&](int column, uint32_t word) {
+        store_operand(base_ + Places::queries, kRows, row, column, word);
+      });
     });
     shared_proxy_fence();
     meet_all();
@@ -216,7 +232,7 @@ class Layers {
   }
 
   __device__ void mlp() {
-    constexpr int kMlpTiles = kMlp / kFeatures, kParts = Config::kMlpOutParts;
+    constexpr int kMlpTiles = kMlp / kFeatures, kParts = Widths::kMlpOutParts;
     constexpr int kSteps = kMlp / kStep / kParts;  // of a part
     const float* const in_bias = p_.mlp_in_bias + layer_ * kMlp;
     const float* const out_bias = p_.mlp_out_bias + layer_ * kHidden;
@@ -273,13 +289,14 @@ class Layers {
   __device__ bool goes_on(int32_t loop) {
     const int lane = threadIdx.x % 32;
     float changed = 0, size = 0;
-    for (int part = 0; own_token() < p_.length && part < Config::kParts; ++part) {
-      const uint32_t offset = 4 * part * Config::kPart;
-      const float before = __uint_as_float(load_shared(own_row(Places::input) + offset));
-      const float now = __uint_as_float(load_shared(own_row(Places::stream) + offset));
-      changed += (now - before) * (now - before);
-      size += now * now;
-    }
+    for_own_rows([&](int row) {
+      for (int part = 0; part < Widths::kParts; ++part) {
+        const float before = __uint_as_float(load_shared(word_at(Places::input, row, part)));
+        const float now = __uint_as_float(load_shared(word_at(Places::stream, row, part)));
+        changed += (now - before) * (now - before);
+        size += now * now;
+      }
+    });
     changed = warp_sum(changed);
     size = warp_sum(size);
     const uint32_t changes = base_ + Places::changes;

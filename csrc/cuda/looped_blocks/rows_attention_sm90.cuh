@@ -1,6 +1,6 @@
 // Attention of the block's eight tokens over all keys of the sequence, which lie in its shared memory. Scores
-// are keys times queries, means are values times weights: of a panel's heads together, of which a group of
-// warps has every second one. The bits are those of attention_sm90.cuh.
+// are keys times queries, means are values times weights, of a panel's heads together; the groups of warps
+// share the panels. The bits are those of attention_sm90.cuh.
 #pragma once
 
 #include "cuda/looped_blocks/rows_product_sm90.cuh"
@@ -22,7 +22,7 @@ class Attention {
   // Leaves the weighted means, rounded, as right operand.
   __device__ void run() const {
 #pragma unroll 1
-    for (int panel = seat_.group; panel < kPanels; panel += 2) {
+    for (int panel = seat_.group; panel < kPanels; panel += kGroups) {
       Scores scores;
       score(scores, panel);
       mask(scores);

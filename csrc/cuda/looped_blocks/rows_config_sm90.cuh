@@ -2,28 +2,30 @@
 #pragma once
 
 #include "cuda/ptx/cluster.cuh"
-#include "cuda/tile/config.cuh"
 #include "cuda/tile/stage_ring_sm90.cuh"
+#include "cuda/tile/widths.cuh"
 
 namespace loopmdm {
 
 namespace looped_rows {
 
 constexpr int kRows = 8;  // tokens of a block: the fewest that WGMMA multiplies
-constexpr int kBlocks = LOOPMDM_BLOCKS, kHidden = Config::kHidden, kMlp = Config::kMlp;
-constexpr int kComputeThreads = 256, kThreads = kComputeThreads + 32;
+constexpr int kBlocks = LOOPMDM_BLOCKS, kHidden = Widths::kHidden, kMlp = Widths::kMlp;
+constexpr int kGroups = kHidden % 128 == 0 ? 2 : 1;  // of four warps that compute, and one more warp loads
+constexpr int kComputeThreads = 128 * kGroups, kThreads = kComputeThreads + 32;
 constexpr int kWarps = kComputeThreads / 32;
-constexpr int kFeatures = 128, kStep = 64;   // of a stage of weights; each group of warps has half of them
-constexpr int kTiles = kHidden / kFeatures;  // of a product with D results
+constexpr int kFeatures = 64 * kGroups, kStep = 64;  // of a stage of weights; each group has 64 features
+constexpr int kTiles = kHidden / kFeatures;          // of a product with D results
+constexpr int kStageBytes = 2 * kFeatures * kStep;
 // Operands lie in panels of 64 columns: whole heads, whose products with their values are made together.
-constexpr int kPanels = kHidden / kStep, kHeadDim = Config::kHeadDim, kHeads = kStep / kHeadDim;
+constexpr int kPanels = kHidden / kStep, kHeadDim = Widths::kHeadDim, kHeads = kStep / kHeadDim;
 constexpr int kKeys = (kRows * kBlocks + 15) / 16 * 16, kKeyTiles = (kKeys + 63) / 64;
 constexpr int kSumGroups = 8 * kKeyTiles;  // of eight keys
 
 static_assert(kBlocks <= 16 && kKeyTiles <= 2, "a cluster, and keys that are met at once");
-static_assert(kHidden % kFeatures == 0 && kMlp % kFeatures == 0, "both groups of warps have features");
-static_assert(kHeadDim == 32 || kHeadDim == 64, "whole heads in a panel, and room for their weights");
-static_assert(kMlp % (Config::kMlpOutParts * kStep) == 0, "parts of whole stages");
+static_assert(kHidden % kFeatures == 0 && kMlp % kFeatures == 0, "all groups of warps have features");
+static_assert(kHeadDim == 16 || kHeadDim == 32 || kHeadDim == 64, "whole heads in a panel");
+static_assert(kMlp % (Widths::kMlpOutParts * kStep) == 0, "parts of whole stages");
 
 struct KernelParameters {
   const float* input;         // [B, L, D]
@@ -43,7 +45,7 @@ struct KernelParameters {
   int32_t batch, length, modulated_sequences, adaptive;
   float exit_threshold;
   TensorMap qkv;  // [2 B, L, 2 D] by boxes of 8 rows and 64 columns
-  // [n, out, in], boxes of 128 rows and 64 columns
+  // [n, out, in], boxes of kFeatures rows and 64 columns
   TensorMap qkv_weight, attn_out_weight, mlp_in_weight, mlp_out_weight;
 };
 
@@ -64,19 +66,20 @@ struct Places {
   static constexpr int rows = values + kKeyBytes;       // the left operand, normalised; mixed values
   static constexpr int queries = rows + kOperandBytes;  // as right operand
   static constexpr int wide = queries + kOperandBytes;  // weights of attention; activations of the MLP
-  static constexpr int wide_bytes = larger(2 * kWeightBytes, kMlp / kStep * kRows * 128);
+  static constexpr int wide_bytes = larger(kGroups * kWeightBytes, kMlp / kStep * kRows * 128);
   static constexpr int sums = wide + wide_bytes;  // of products, by tokens; sums of exponentials
-  static constexpr int sum_bytes = 4 * larger(kRows * kQkvPitch, 2 * kHeads * 32 * kSumPitch);
+  static constexpr int sum_bytes = 4 * larger(kRows * kQkvPitch, kGroups * kHeads * 32 * kSumPitch);
   static constexpr int stream = sums + atoms(sum_bytes);
   static constexpr int input = stream + 4 * kRows * kPitch;  // of the loop
   static constexpr int statistics = input + 4 * kRows * kPitch;
-  static constexpr int largest = statistics + kRows * Config::kParts * sizeof(PartStatistics);
-  static constexpr int shares = largest + 2 * 4 * kHeads * kRows * 4;
-  static constexpr int changes = shares + 2 * kHeads * kRows * 4;
+  static constexpr int largest = statistics + kRows * Widths::kParts * sizeof(PartStatistics);
+  static constexpr int shares = largest + kGroups * 4 * kHeads * kRows * 4;
+  static constexpr int changes = shares + kGroups * kHeads * kRows * 4;
   static constexpr int end = changes + kWarps * 8;
 };
 
-using Ring = StageRing<LOOPMDM_STAGES, 2 * kFeatures * kStep, kWarps, false, atoms(Places::end)>;
+static_assert(atoms(Places::end) == LOOPMDM_BESIDE_BYTES, "as loopmdm_kernels/schedule/rows.py has it");
+using Ring = StageRing<LOOPMDM_STAGES, kStageBytes, kWarps, false, LOOPMDM_BESIDE_BYTES>;
 
 struct Barriers {
   uint64_t arrived;  // keys and values of all blocks

@@ -19,7 +19,7 @@ class WeightStream {
 #pragma unroll 1
       for (int32_t loop = 0; loop < loops; ++loop) {
 #pragma unroll 1
-        for (int layer = 0; layer < Config::kLayers; ++layer) load_layer(layer);
+        for (int layer = 0; layer < Widths::kLayers; ++layer) load_layer(layer);
         if (!p_.adaptive || loop + 1 == loops) continue;
         Ring::wait_together(memory_.decided(), decisions & 1);
         ++decisions;
@@ -46,7 +46,7 @@ class WeightStream {
         memory_.ring.wait_empty(place_);
         if (elected()) {
           const uint32_t full = memory_.ring.full(place_);
-          barrier_arrive_expect(full, 2 * kFeatures * kStep);
+          barrier_arrive_expect(full, kStageBytes);
           load_box(memory_.ring.stage(place_), weights, full, column, feature, layer, keep_);
         }
         Ring::next(place_);

@@ -5,7 +5,7 @@
 #include "common/matrix_descriptor.h"
 #include "cuda/looped_blocks/rows_config_sm90.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/tile/math.cuh"
+#include "cuda/tile/row_math.cuh"
 
 namespace loopmdm {
 
@@ -26,7 +26,7 @@ struct Seat {
   // Of number `i` of four sums.
   __device__ int row(int i) const { return fragment_row(thread, i); }
   __device__ int token(int i) const { return fragment_column(thread, i); }
-  __device__ int feature(int tile, int i) const { return kFeatures * tile + kFeatures / 2 * group + row(i); }
+  __device__ int feature(int tile, int i) const { return kFeatures * tile + 64 * group + row(i); }
   // Of two rows that follow each other, of which `in_pairs` gives the values: the first, and the token.
   __device__ int pair_row(int i) const { return row(i) & ~1; }
   __device__ int pair_token() const { return token(0) + (thread / 4 & 1); }
@@ -51,7 +51,7 @@ __device__ void multiply(float (&sums)[kTileNumber][4], const Ring& ring, RingPl
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
       ring.wait_full(place);
-      const uint32_t weights = ring.stage(place) + seat.group * (kFeatures / 2) * 128;
+      const uint32_t weights = ring.stage(place) + seat.group * 64 * 128;
       const uint32_t right = rows + step * kRows * 128;
       products_begin(sums[tile]);
 #pragma unroll

@@ -1,18 +1,15 @@
-// What the kernels know when they are compiled, as macros of the command line, and what they get at launch;
-// the architecture's own header adds its part. loopmdm_kernels/cuda/parameters.py writes the macros and reads
+// What the kernels that work by tiles know when they are compiled, as macros of the command line, and what they
+// get at launch; the architecture's own header adds its part. loopmdm_kernels/cuda/parameters.py writes the macros and reads
 // the structs.
 #pragma once
 
-#include "common/row_statistics.h"
-#include "common/schedule.h"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/warps.cuh"
+#include "cuda/tile/widths.cuh"
 
 namespace loopmdm {
 
-struct Config {
-  static constexpr int kHidden = LOOPMDM_HIDDEN, kHeads = LOOPMDM_HEADS, kMlp = LOOPMDM_MLP;
-  static constexpr int kLayers = LOOPMDM_LAYERS, kHeadDim = kHidden / kHeads;
+struct Config : Widths {
   static constexpr int kTileRows = LOOPMDM_ROWS;  // of an instruction
   // Blocks that execute it together. Each has half of the rows; right operands and keys they load for both.
   static constexpr int kPair = LOOPMDM_PAIR, kRows = kTileRows / kPair;
@@ -21,7 +18,6 @@ struct Config {
   static constexpr int kNormRows = LOOPMDM_NORM_ROWS;
   static constexpr int kQkvColumns = LOOPMDM_QKV_COLUMNS, kAttnOutColumns = LOOPMDM_ATTN_OUT_COLUMNS;
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
-  static constexpr int kMlpOutParts = LOOPMDM_MLP_OUT_PARTS;  // of the inner dimension
   static constexpr bool kFused = LOOPMDM_FUSED != 0;          // a tile of MLP_IN does what ATTN_OUT does
   static constexpr bool kQkvFused = LOOPMDM_QKV_FUSED != 0;   // and one of ATTENTION what QKV does
   static constexpr int kStages = LOOPMDM_STAGES, kStageBytes = LOOPMDM_STAGE_BYTES;
@@ -36,8 +32,6 @@ struct Config {
   static constexpr int kStep = 64;                     // of the inner dimension, a stage
   static constexpr int kKeyBlock = LOOPMDM_KEY_BLOCK;  // keys of a stage
 
-  // Statistics are of so many columns whatever the tiles, so that a row does not depend on its batch.
-  static constexpr int kPart = 32, kParts = kHidden / kPart;
   static constexpr int kChanges = kHidden / (kMlpOutColumns / kColumnGroups);  // squared norms of a row tile
 
   static_assert(kHeads % kHeadsPerTile == 0, "a group computes one head");
@@ -98,20 +92,6 @@ struct Parameters {
     return static_cast<int64_t>(sequence) * length + row;
   }
 };
-
-// The vectors of attention (0) or MLP (1) of a layer and sequence, of either pass.
-template <class Launch>
-__device__ int modulation(const Launch& p, int layer, int sequence, int branch) {
-  return (layer * p.modulated_sequences + (p.modulated_sequences > 1 ? sequence : 0)) * 2 + branch;
-}
-template <class Launch>
-__device__ const float4* affine_of(const Launch& p, const Instruction& item, int branch) {
-  return p.affine + modulation(p, item.layer, item.sequence, branch) * (Config::kHidden / 2);
-}
-template <class Launch>
-__device__ const float* gate_of(const Launch& p, int layer, int sequence, int branch) {
-  return p.gate + modulation(p, layer, sequence, branch) * Config::kHidden;
-}
 
 // Which half of an instruction's rows the block has.
 __device__ inline int rank_in_pair() { return static_cast<int>(blockIdx.x) % Config::kPair; }

@@ -40,12 +40,6 @@ __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, 
   }
 }
 
-__device__ inline void rotate_pair(float& first, float& second, float cosine, float sine) {
-  const float a = first, b = second;
-  first = a * cosine - b * sine;
-  second = b * cosine + a * sine;
-}
-
 // Rotates pairs (i, i + K/2) of each head, which one thread holds, or turns them back.
 template <int kColumns, bool kBack = false, class Launch>
 __device__ void rotate(float (&sums)[kColumns / 2], const Launch& p, const Instruction& item,
@@ -98,19 +92,6 @@ __device__ inline float add_gated(float* pair, float2 old, float2 gate, float2 b
   pair[0] = old.x + gate.x * (pair[0] + bias.x);
   pair[1] = old.y + gate.y * (pair[1] + bias.y);
   return pair[0] + pair[1];
-}
-
-// Of a row's part, whose columns begin at `batch` times 8 of the sums, by its quad.
-template <int kSums>
-__device__ PartStatistics part_statistics(const float (&sums)[kSums], int batch, int half, float total) {
-  const float mean = quad_sum(total) / Config::kPart;
-  float deviations = 0;
-#pragma unroll
-  for (int i = 0; i < Config::kPart / 8; ++i) {
-    const float* const pair = &sums[4 * (batch + i) + 2 * half];
-    deviations += (pair[0] - mean) * (pair[0] - mean) + (pair[1] - mean) * (pair[1] - mean);
-  }
-  return {mean, quad_sum(deviations)};
 }
 
 // A slot of the stream, [B, L, D].

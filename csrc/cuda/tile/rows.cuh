@@ -4,7 +4,7 @@
 #include "common/fragment.h"
 #include "common/swizzle.h"
 #include "cuda/tile/config.cuh"
-#include "cuda/tile/math.cuh"
+#include "cuda/tile/row_math.cuh"
 
 namespace loopmdm {
 
@@ -27,40 +27,8 @@ struct Seat {
   __device__ int column(int index) const { return fragment_column(thread, index); }
 };
 
-// The norm of a row as x * scale + offset, from the mean and deviations of its parts, which `load` gets by
-// their number. A quad's lanes read a quarter of them each: few tokens wait for this.
-template <class Load>
-__device__ float2 merged_norm(int lane, const Load& load) {
-  constexpr int kOwn = (Config::kParts + 3) / 4;
-  PartSums sums;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const int part = kOwn * (lane % 4) + i;
-    if (Config::kParts % 4 && part >= Config::kParts) continue;
-    const float2 values = load(part);
-    add_part(sums, {values.x, values.y}, Config::kPart);
-  }
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    PartSums other;
-    other.parts = __shfl_xor_sync(~0u, sums.parts, distance);
-    other.mean = __shfl_xor_sync(~0u, sums.mean, distance);
-    other.deviations = __shfl_xor_sync(~0u, sums.deviations, distance);
-    const bool later = (lane & distance) != 0;
-    sums = merge_sums(later ? other : sums, later ? sums : other, Config::kPart);
-  }
-  const float scale = inverse_deviation(variance(sums, Config::kPart));
-  return {scale, -sums.mean * scale};
-}
-
 __device__ inline float2 row_norm(const PartStatistics* statistics, int lane) {
   return merged_norm(lane, [&](int part) { return load_pair(&statistics[part].mean); });
-}
-
-// Two columns of a row as words of a left operand.
-__device__ inline uint32_t modulated(float2 x, float scale, float offset, float4 vectors) {
-  return pack_bf16(fmaf(fmaf(x.x, scale, offset), vectors.x, vectors.z),
-                   fmaf(fmaf(x.y, scale, offset), vectors.y, vectors.w));
 }
 
 // The norms of the thread's two rows; of rows beyond the sequence all is 0.
