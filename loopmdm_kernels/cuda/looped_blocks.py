@@ -123,8 +123,8 @@ def run_forward(call: LoopedCall, *, keep: bool = False) -> tuple[Buffers, Packe
         if plan.pair > 1:
             grid = plan.pair * kernel.active_clusters(plan.pair, target.threads)
         else:
-            grid = plan.cluster if plan.cluster > 1 else limits.sms * kernel.blocks_per_sm(target.threads)
-        kernel.launch(grid, target.threads, stream, parameters, kept, cluster=max(plan.cluster, plan.pair))
+            grid = limits.sms * kernel.blocks_per_sm(target.threads)
+        kernel.launch(grid, target.threads, stream, parameters, kept, cluster=plan.pair)
     return buffers, weights
 
 
@@ -150,18 +150,15 @@ def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kern
     known = target.used_of(known_device(limits))
     plan = choose(shape, known)
     kernel = _loaded(target, shape, plan, device)
-    size = max(plan.cluster, plan.pair)
-    if size > 1 and not kernel.active_clusters(size, target.threads):
-        plan = choose(shape, known._replace(cluster=1))  # no part of this GPU has so many SMs
+    if plan.pair > 1 and not kernel.active_clusters(plan.pair, target.threads):
+        plan = choose(shape, known._replace(cluster=1))  # no part of this GPU has two SMs
         kernel = _loaded(target, shape, plan, device)
     return kernel, plan, limits
 
 
 def _loaded(target: Target, shape: BlockShape, plan: Plan, device: int) -> driver.Kernel:
     macros = tuple(defines(shape, plan).items())
-    return loaded(
-        target.source, macros, target.architecture, plan.shared_bytes, target.threads, device, plan.cluster
-    )
+    return loaded(target.source, macros, target.architecture, plan.shared_bytes, target.threads, device)
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -183,7 +180,6 @@ class Buffers(NamedTuple):
     mixed_values: Tensor  # bf16 [B, L, D]
     gelu_values: Tensor  # bf16 [B, L, F]
     rows_values: Tensor | None  # bf16 [B, L, D]
-    middle_values: Tensor | None  # fp32 [B, L, D]
     partial_values: Tensor | None  # fp32 [B, row tiles, D, parts, rows], in the order of parts.cuh
     statistics1: Tensor  # fp32 [B, L, parts, 2]
     statistics2: Tensor
@@ -232,7 +228,6 @@ class Buffers(NamedTuple):
             mixed_values=empty(batch, length, hidden, dtype=torch.bfloat16),
             gelu_values=empty(batch, length, shape.mlp, dtype=torch.bfloat16),
             rows_values=empty(batch, length, hidden, dtype=torch.bfloat16) if tiles.part else None,
-            middle_values=empty(batch, length, hidden) if tiles.fused else None,
             partial_values=empty(*partial) if tiles.mlp_out_parts > 1 else None,
             statistics1=empty(batch, length, parts, 2),
             statistics2=empty(batch, length, parts, 2),
@@ -264,7 +259,7 @@ def map_layouts(
         "qkv": (buffers.qkv_values.flatten(0, 1), 64 if pair > 1 else rows),
         "mixed": (buffers.mixed_values, rows),
         "gelu": (buffers.gelu_values, rows),
-        "qkv_weight": (weights.qkv, shape.head_dim if tiles.qkv_fused else tiles.qkv // pair),
+        "qkv_weight": (weights.qkv, tiles.qkv // pair),
         "attn_out_weight": (weights.attn_out, tiles.attn_out // pair),
         "mlp_in_weight": (weights.mlp_in, tiles.mlp_in // pair),
         "mlp_out_weight": (weights.mlp_out, tiles.mlp_out // pair),

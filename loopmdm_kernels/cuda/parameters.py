@@ -16,7 +16,6 @@ from torch import Tensor
 from loopmdm_kernels.cuda import sources
 from loopmdm_kernels.schedule import BackwardPlan, BlockShape, Plan, Tiles
 from loopmdm_kernels.schedule.backward import KEY_BLOCK
-from loopmdm_kernels.schedule.device import COUNTER_BYTES
 
 MAP = ctypes.c_uint8 * 128  # a TMA map
 _MAP_ALIGNMENT = 64
@@ -113,19 +112,14 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
         "MLP_IN_COLUMNS": tiles.mlp_in,
         "MLP_OUT_COLUMNS": tiles.mlp_out,
         "MLP_OUT_PARTS": tiles.mlp_out_parts,
-        "FUSED": int(tiles.fused),
-        "QKV_FUSED": int(tiles.qkv_fused),
         "KEY_BLOCK": plan.key_block,
         "STAGES": plan.stages,
         "STAGE_BYTES": plan.stage_bytes,
-        "RESIDENT_BYTES": plan.resident_bytes,
     }
-    if plan.cluster > 1:
-        values |= {"CLUSTER": 1, "COUNTER_BYTES": COUNTER_BYTES}
     return {f"LOOPMDM_{name}": value for name, value in values.items()}
 
 
 def backward_defines(shape: BlockShape, plan: BackwardPlan) -> dict[str, int]:
     """Those of the backward kernel: the same, with tiles of one width."""
     tiles = Tiles(plan.tiles.rows, *4 * (plan.tiles.columns,), part=plan.tiles.part, blocks=plan.tiles.blocks)
-    return defines(shape, Plan(tiles, plan.stages, plan.stage_bytes, KEY_BLOCK, 0, 1, {}, 0.0, 0.0))
+    return defines(shape, Plan(tiles, plan.stages, plan.stage_bytes, KEY_BLOCK, {}, 0.0, 0.0))

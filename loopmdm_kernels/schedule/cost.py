@@ -26,15 +26,10 @@ class PhaseCost(NamedTuple):
     arithmetic: float  # seconds, of all waves
     traffic: float
     bytes: float  # moved from L2 by all tiles
-    weights: int = 0  # bytes of a tile's weights
 
     @property
     def seconds(self) -> float:
         return max(self.arithmetic, self.traffic)
-
-    def with_resident_weights(self) -> PhaseCost:
-        moved = self.bytes - self.tiles * self.weights
-        return self._replace(bytes=moved, traffic=self.traffic * moved / self.bytes)
 
 
 def costs(phases: Iterable[Phase], shape: BlockShape, tiles: Any, device: Device) -> dict[IntEnum, PhaseCost]:
@@ -47,7 +42,6 @@ def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     assert phase.cost is not None
     work, tiles, blocks = phase.cost(table.shape, table.tiles), phase.number(table), table.tiles.blocks
     seconds = work.flops / (device.attention_flops if work.attention else device.product_flops)
-    seconds += work.products / device.product_flops
     workers = device.sms // blocks
     waves = math.ceil(tiles / workers)  # of tiles whose arithmetic is the whole device's
     sent = work.bytes + (device.multicast_cost - 1) * work.shared
@@ -55,7 +49,7 @@ def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     # Tiles of a weight's gradient are in a row with those of others, which keep L2 as busy.
     at_work = workers if phase.rows is not None else min(tiles, workers)
     traffic = max(received / device.sm_bytes, sent * at_work / device.l2_bytes)
-    return PhaseCost(tiles, waves, waves * seconds * workers, waves * traffic, tiles * sent, work.weights)
+    return PhaseCost(tiles, waves, waves * seconds * workers, waves * traffic, tiles * sent)
 
 
 def product_work(
@@ -68,7 +62,7 @@ def product_work(
     weights = 2 * columns * inner
     rows = tiles.blocks * min(tiles.rows // tiles.blocks, shape.length)
     moved = inner * left_bytes * rows + weights + written
-    return Work(2 * tiles.rows * columns * inner, moved, weights, shared=shared_bytes(tiles, weights))
+    return Work(2 * tiles.rows * columns * inner, moved, shared=shared_bytes(tiles, weights))
 
 
 def shared_bytes(tiles: Any, number: int) -> int:

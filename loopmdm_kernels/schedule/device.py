@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 from loopmdm_kernels.schedule.measured import Table as Measured
 
-COUNTER_BYTES = 1_024  # room for the counters of a cluster in the shared memory of one block
-
 
 class Device(NamedTuple):
     """What a GPU can do, per second and byte. Defaults: H200, as assumed in docs/kernels/looped_blocks.md."""
@@ -20,33 +18,20 @@ class Device(NamedTuple):
     wait_seconds: float = 1.5e-6  # from the last signal of a phase to the first data of the next
     # What a byte for both blocks of a pair costs L2, in bytes: 1 if it is read once, 2 if they gain nothing.
     multicast_cost: float = 1.2
-    shared_read_bytes: float = 0.2e12  # one SM's shared memory, by products of few columns; 128 a cycle at most
+    shared_read_bytes: float = 0.2e12  # one SM's, by products of few columns; 128 a cycle at most
     meet_seconds: float = 0.04e-6  # a meeting of a block's threads
     shared_bytes: int = 232_448  # what a block may use
-    keeps_weights: bool = True  # its kernel can leave weights in shared memory for all loops
     has_wide_tiles: bool = (
         True  # its kernel has tiles up to 256 columns, and can normalise rows once for them
     )
-    # Blocks that can signal by the shared memory of one of them; 1: its kernel cannot, nor has it pairs.
+    # Blocks that can reach each other's shared memory; 1: its kernels have no clusters, nor pairs.
     cluster: int = 16
     cluster_wait_seconds: float = 1.1e-6  # instead of wait_seconds: without two ways to L2 and back
     node_seconds: float = 1.5e-6  # a small kernel or copy of a CUDA graph, with the way from the one before
 
     def without_hopper(self) -> Device:
         """As the kernel for Ampere sees it."""
-        return self._replace(keeps_weights=False, has_wide_tiles=False, cluster=1)
-
-    def as_cluster(self) -> Device:
-        """The part of the device that one cluster is."""
-        share = self.cluster / self.sms
-        return self._replace(
-            sms=self.cluster,
-            product_flops=self.product_flops * share,
-            attention_flops=self.attention_flops * share,
-            wait_seconds=self.cluster_wait_seconds,
-            shared_bytes=self.shared_bytes - COUNTER_BYTES,
-            cluster=1,
-        )
+        return self._replace(has_wide_tiles=False, cluster=1)
 
 
 # By compute capability: A100, RTX 3090, RTX 4090, H200. Peak rates times what their like reach elsewhere;

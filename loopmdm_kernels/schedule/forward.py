@@ -1,8 +1,7 @@
 """The phases of the forward pass, and the table of a shape.
 
 Buffers: `stream` x, two halves; `qkv`, two halves; `mixed`, the attention output; `gelu`, the activations
-inside the MLP; `middle`, the stream between the branches, where ATTN_OUT is no phase; `rows`, normalised and
-modulated rows; `partial`, what the parts of MLP_OUT leave for
+inside the MLP; `rows`, normalised and modulated rows; `partial`, what the parts of MLP_OUT leave for
 MLP_SUM; `statistics1` and `statistics2`, mean and squared deviations of tile columns for the norms of
 attention and MLP; `change`, the squared norms that EXIT adds up; `stop`, the sequence's number of loops;
 `out`. Weights and modulation are never written.
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
-from loopmdm_kernels.schedule.cost import attention_work, key_block, product_work
+from loopmdm_kernels.schedule.cost import attention_work, product_work
 from loopmdm_kernels.schedule.table import BlockShape, Counters, Phase, Region, Table, Work, check_sizes
 
 STATISTICS_COLUMNS = 32  # of a row, whatever the tiles
@@ -39,8 +38,7 @@ class Tiles(NamedTuple):
 
     The inner dimension of MLP_OUT may be cut into parts, so that few tokens give more tiles. Rows are
     normalised by NORM1 and NORM2, `part` of them at a time, or where that is 0 on their way into each
-    product. Two blocks may share a tile, half of its rows each. A tile of MLP_IN may do what ATTN_OUT does,
-    for its rows, instead of waiting for it; and one of ATTENTION, a head of a whole sequence, what QKV does.
+    product. Two blocks may share a tile, half of its rows each.
     """
 
     rows: int
@@ -52,8 +50,6 @@ class Tiles(NamedTuple):
     mlp_out_parts: int = 1
     part: int = 0
     blocks: int = 1
-    fused: bool = False
-    qkv_fused: bool = False
 
 
 _LAST = (Forward.MLP_SUM, Forward.MLP_OUT)  # of a layer
@@ -168,49 +164,6 @@ PHASES = (
 )  # fmt: skip
 
 
-# Where MLP_IN does what ATTN_OUT does. Others still read the stream that a tile has updated for itself.
-_OUT_MLP_IN = Phase(
-    Forward.MLP_IN, "product, gate, residual, norm, modulation, product, bias, GELU",
-    Counters((Forward.ATTENTION,)),
-    columns=lambda s, t: (s.mlp, t.mlp_in), slots=lambda layer: (int(layer > 0), 0),
-    reads=(Region("mixed"), Region("stream")),
-    writes=(Region("gelu", "tile"), Region("middle", once=True)),
-    cost=lambda s, t: _out_mlp_in_work(s, t),
-)  # fmt: skip
-
-
-# Where ATTENTION does what QKV does: queries, keys and values of a head, for all rows.
-_QKV_ATTENTION = Phase(
-    Forward.ATTENTION, "norm, modulation, product, rotary, attention of one head",
-    _BEFORE._replace(rows="every"), columns=lambda s, t: (s.hidden, s.head_dim), once=True,
-    slots=_NORM1.slots,
-    reads=(Region("stream", rows="every"), Region("statistics1", rows="every")),
-    writes=(Region("mixed", "tile", "every"),),
-    cost=lambda s, t: _qkv_attention_work(s, t),
-)  # fmt: skip
-
-
-def _after_middle(phase: Phase) -> Phase:
-    gelu, _, *others = phase.reads
-    return phase._replace(reads=(gelu, Region("middle", "tile"), *others))
-
-
-def _out_mlp_in_work(shape: BlockShape, tiles: Tiles) -> Work:
-    """Both products. Every tile of the rows loads ATTN_OUT's weights again, and the stream."""
-    hidden, stream = shape.hidden, 4 * min(tiles.rows, shape.length) * shape.hidden
-    out = product_work(shape, tiles, hidden, hidden, written=stream)
-    into = product_work(shape, tiles, tiles.mlp_in, hidden, left_bytes=0)
-    return Work(out.flops + into.flops, out.bytes + into.bytes, into.weights)
-
-
-def _qkv_attention_work(shape: BlockShape, tiles: Tiles) -> Work:
-    """Of two row tiles, one for each group of warps."""
-    rows, keys = 2 * tiles.rows, key_block(shape, tiles)
-    weights, stream = 6 * shape.head_dim * shape.hidden, 4 * shape.hidden * shape.length
-    attention = 4 * rows * keys * shape.head_dim
-    return Work(attention, stream + weights, weights, attention=True, products=rows * weights)
-
-
 def _part_bytes(shape: BlockShape, tiles: Tiles) -> int:
     return 4 * min(tiles.rows, shape.length) * tiles.mlp_out
 
@@ -221,15 +174,7 @@ def phases_of(tiles: Tiles) -> tuple[Phase, ...]:
     if tiles.part == 0:
         instead |= {Forward.NORM1: None, Forward.NORM2: None}
         instead |= {Forward.QKV: _of_stream(_QKV, _NORM1), Forward.MLP_IN: _of_stream(_MLP_IN, _NORM2)}
-    parts = tiles.mlp_out_parts > 1
-    instead |= {Forward.MLP_OUT: _MLP_PART} if parts else {Forward.MLP_SUM: None}
-    if tiles.fused:
-        instead |= {Forward.ATTN_OUT: None, Forward.MLP_IN: _OUT_MLP_IN}
-        if tiles.qkv_fused:
-            into = _OUT_MLP_IN._replace(waits_for=Counters((Forward.ATTENTION,), "first"))
-            instead |= {Forward.QKV: None, Forward.ATTENTION: _QKV_ATTENTION, Forward.MLP_IN: into}
-        last = _MLP_SUM if parts else _MLP_OUT
-        instead[Forward(last.name)] = _after_middle(last)
+    instead |= {Forward.MLP_OUT: _MLP_PART} if tiles.mlp_out_parts > 1 else {Forward.MLP_SUM: None}
     phases = (instead.get(Forward(phase.name), phase) for phase in PHASES)
     return tuple(phase for phase in phases if phase is not None)
 
@@ -271,13 +216,5 @@ def _check(shape: BlockShape, tiles: Tiles) -> None:
     if tiles.blocks not in (1, 2) or tiles.rows % tiles.blocks:
         raise ValueError(
             f"tiles.blocks: got {tiles.blocks}, expected 1 or 2 and a divisor of tiles.rows {tiles.rows}"
-        )
-    if tiles.fused and (tiles.part or tiles.blocks > 1 or tiles.attn_out != shape.hidden):
-        raise ValueError(
-            f"tiles.fused: got {tiles}, expected neither norms nor pairs and attn_out {shape.hidden}"
-        )
-    if tiles.qkv_fused and not (tiles.fused and shape.length <= 2 * tiles.rows):
-        raise ValueError(
-            f"tiles.qkv_fused: got {tiles}, expected fused, and sequences of at most two row tiles"
         )
     check_sizes(**shape._asdict(), **{"tiles.rows": tiles.rows, "tiles.heads": tiles.heads})

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 from loopmdm_kernels.schedule import backward
 from loopmdm_kernels.schedule.backward import KEY_BLOCK, PART, BackwardTiles
 from loopmdm_kernels.schedule.cost import STEP, PhaseCost, costs, key_block
-from loopmdm_kernels.schedule.device import COUNTER_BYTES, Device
+from loopmdm_kernels.schedule.device import Device
 from loopmdm_kernels.schedule.forward import Forward, Tiles, phases_of
-from loopmdm_kernels.schedule.table import BlockShape, Table
+from loopmdm_kernels.schedule.table import BlockShape
 
 FIXED_BYTES = 2_048  # barriers and instructions, and the ring's alignment
 MAX_STAGES = 8
 ENOUGH_STAGES = 3  # with two a load has only one step of arithmetic to hide behind
-RESIDENT_STAGES = 4  # of the ring, beside weights that stay in shared memory
 ROW_TILES = (64, 128)
 PAIR_ROWS = tuple(2 * rows for rows in ROW_TILES)  # of two blocks
 # Where rows are normalised on their way into a product, in registers: two halves of 128 columns at most.
@@ -27,11 +26,7 @@ BACKWARD_TILES = (64, 128, 192, 256)  # columns; the last ones for pairs
 # Batches that tiles are chosen for: a warm-up with these compiles all kernels of a length.
 BATCHES = (1, 2, 4, 8, 512)
 NORM_PARTS = (16, 32, 64, 128)  # rows that go through a norm together
-QKV_HEADS = (32, 64)  # of which there are products of q, k and v together
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
-# Share of the time that may be left: of a cluster, which leaves most of the device alone; of tiles that do
-# again what others do.
-WORTH = 0.9
 
 
 class Plan(NamedTuple):
@@ -39,8 +34,6 @@ class Plan(NamedTuple):
     stages: int
     stage_bytes: int
     key_block: int
-    resident_bytes: int  # of shared memory for weights that stay in it for all loops; 0: they come from L2
-    cluster: int  # blocks, all in one cluster; 1: all that the device holds
     phases: dict[IntEnum, PhaseCost]  # of one layer
     loop_seconds: float
     limit_seconds: float  # the longest of arithmetic and traffic with all SMs busy, and of the waits alone
@@ -52,8 +45,7 @@ class Plan(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        counters = COUNTER_BYTES if self.cluster > 1 else 0
-        return self.stages * self.stage_bytes + self.resident_bytes + FIXED_BYTES + counters
+        return self.stages * self.stage_bytes + FIXED_BYTES
 
 
 class BackwardPlan(NamedTuple):
@@ -75,14 +67,11 @@ class BackwardPlan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows of a tile, whether they are normalised by phases of their own, how many blocks share them, and
-    whether MLP_IN does what ATTN_OUT does, and ATTENTION what QKV does."""
+    """Rows of a tile, whether they are normalised by phases of their own, and how many blocks share them."""
 
     number: int
     norms: bool
     blocks: int = 1
-    fused: bool = False
-    qkv_fused: bool = False
 
     @property
     def halves(self) -> int:
@@ -104,12 +93,7 @@ def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 
     Raises:
         ValueError: the tiles divide a width in no way.
     """
-    plan = _choose(tiled_batch(shape), device)
-    if plan.cluster > 1:
-        device = device.as_cluster()
-    return _plan(shape, device, plan.tiles)._replace(
-        cluster=plan.cluster, stages=plan.stages, resident_bytes=plan.resident_bytes
-    )
+    return _plan(shape, device, _choose(tiled_batch(shape), device).tiles)
 
 
 def tiled_batch(shape: BlockShape) -> BlockShape:
@@ -127,12 +111,7 @@ def _choose(shape: BlockShape, device: Device) -> Plan:
             f"no tiles of {ROW_TILES} rows by {COLUMN_TILES} columns divide the widths of {shape}; "
             "with 64 rows a tile is two halves, and a tile of q, k and v holds whole heads"
         )
-    parts = _parts(shape, device, fitting)
-    plan = _fastest_of_all(shape, device, fitting, parts)
-    if _fits_cluster(shape, device, parts):
-        alone = _fastest_in_cluster(shape, device.as_cluster(), fitting, parts)
-        if alone.stages >= ENOUGH_STAGES and alone.loop_seconds < WORTH * plan.loop_seconds:
-            return alone._replace(cluster=device.cluster)
+    plan = _fastest_of_all(shape, device, fitting, _parts(shape, device, fitting))
     if plan.stages < 2:
         raise ValueError(
             f"two stages of {plan.stage_bytes} bytes do not fit the {device.shared_bytes} bytes of shared "
@@ -193,42 +172,6 @@ def _parts(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths]) 
     return min((parts for parts in PARTS if shape.mlp % (parts * STEP) == 0), key=seconds)
 
 
-def _fits_cluster(shape: BlockShape, device: Device, parts: int) -> bool:
-    """Whether the counters fit, with the smallest tiles and what is counted beside the table.
-
-    Heads of 128 take the registers that waiting for such counters would need.
-    """
-    smallest = Tiles(min(ROW_TILES), 1, 1, 1, 1, mlp_out_parts=parts)
-    counters = Table(shape, smallest, phases_of(smallest)).num_counters + shape.batch + 2
-    return 1 < device.cluster < device.sms and shape.head_dim <= 64 and 4 * counters <= COUNTER_BYTES
-
-
-def _fastest_in_cluster(
-    shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths], parts: int
-) -> Plan:
-    """Where waiting is most of the time, MLP_IN may do what ATTN_OUT does, and ATTENTION what QKV does.
-
-    All steps of MLP_IN's product are in the ring then, and a group of warps has half of ATTN_OUT's columns,
-    or the rows of one row tile of a head.
-    """
-    single = {rows: widths for rows, widths in fitting.items() if rows.blocks == 1}
-    plan = _fastest_of_all(shape, device, single, parts)
-    rows = _Rows(min(ROW_TILES), norms=False)
-    if rows not in single or shape.hidden not in COLUMN_TILES:
-        return plan
-    fused = [rows._replace(fused=True)]
-    if shape.length <= 2 * rows.number and shape.head_dim in QKV_HEADS:
-        fused.append(fused[0]._replace(qkv_fused=True))
-    plans = [_fastest(shape, device, tiles, single[rows], parts) for tiles in fused]
-    enough = max(ENOUGH_STAGES, shape.hidden // STEP)
-    best = min(
-        (other for other in plans if other.stages >= enough),
-        key=lambda other: other.loop_seconds,
-        default=plan,
-    )
-    return best if best.loop_seconds < WORTH * plan.loop_seconds else plan
-
-
 def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths], parts: int) -> Plan:
     plans = [_fastest(shape, device, rows, widths, parts) for rows, widths in fitting.items()]
     return min(plans, key=lambda plan: (plan.stages < ENOUGH_STAGES, plan.stages < 2, plan.loop_seconds))
@@ -236,10 +179,7 @@ def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _
 
 def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, parts: int) -> Plan:
     """The fastest columns of each product, which do not depend on each other."""
-    tiles = Tiles(
-        rows.number, 1, 1, 1, 1, rows.halves, parts,
-        blocks=rows.blocks, fused=rows.fused, qkv_fused=rows.qkv_fused,
-    )  # fmt: skip
+    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, parts, blocks=rows.blocks)
 
     def fastest(field: str, choices: Sequence[int], *names: Forward) -> int:
         def seconds(columns: int) -> float:
@@ -256,7 +196,7 @@ def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, pa
         device,
         tiles._replace(
             qkv=fastest("qkv", widths.qkv, Forward.QKV),
-            attn_out=shape.hidden if rows.fused else fastest("attn_out", widths.out, Forward.ATTN_OUT),
+            attn_out=fastest("attn_out", widths.out, Forward.ATTN_OUT),
             mlp_in=fastest("mlp_in", widths.mlp_in, Forward.MLP_IN),
             mlp_out=fastest("mlp_out", widths.out, Forward.MLP_OUT, Forward.MLP_SUM),
         ),
@@ -266,36 +206,19 @@ def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, pa
 def _plan(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
     taken = costs(phases_of(tiles), shape, tiles, device)
     stage = stage_bytes(shape, tiles)
-    room = device.shared_bytes - FIXED_BYTES
-    resident = _largest_share(shape.layers, taken, device) if device.keeps_weights else room
-    if resident <= room - RESIDENT_STAGES * stage and tiles.blocks == 1:
-        taken = {phase: cost.with_resident_weights() for phase, cost in taken.items()}
-    else:
-        resident = 0
     tokens, hidden = shape.batch * shape.length, shape.hidden
     products = 2 * tokens * hidden * (4 * hidden + 2 * shape.mlp) / device.product_flops
     attention = 4 * tokens * shape.length * hidden / device.attention_flops
     moved = sum(cost.bytes for cost in taken.values()) / device.l2_bytes
     return Plan(
         tiles,
-        min(MAX_STAGES, (room - resident) // stage),
+        min(MAX_STAGES, (device.shared_bytes - FIXED_BYTES) // stage),
         stage,
         key_block(shape, tiles),
-        resident,
-        1,
         taken,
         shape.layers * sum(cost.seconds + device.wait_seconds for cost in taken.values()),
         shape.layers * max(products + attention, moved, len(taken) * device.wait_seconds),
     )
-
-
-def _largest_share(layers: int, taken: Mapping[IntEnum, PhaseCost], device: Device) -> int:
-    """Bytes of weights of all tiles that one block executes in a loop, for the block with the most."""
-    numbers = [(cost.tiles, cost.weights) for _ in range(layers) for cost in taken.values()]
-    if sum(tiles * weights for tiles, weights in numbers) > device.sms * device.shared_bytes:
-        return device.shared_bytes
-    weights = [weights for tiles, weights in numbers for _ in range(tiles)]
-    return max(sum(weights[block :: device.sms]) for block in range(device.sms))
 
 
 def stage_bytes(shape: BlockShape, tiles: Tiles) -> int:

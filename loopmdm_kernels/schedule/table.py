@@ -74,8 +74,7 @@ class Counters(NamedTuple):
     """Counters of the first of these phases that the table has; of none: `done`, where loops meet."""
 
     phases: tuple[IntEnum, ...] = ()
-    # Row tile; of the sequence, every one or the first; of all sequences.
-    rows: Literal["same", "every", "first", "all"] = "same"
+    rows: Literal["same", "every", "all"] = "same"  # row tile; every one of the sequence; of all sequences
     layer: int = 0  # relative; before the first comes the last of the loop before, or `done`
 
 
@@ -95,7 +94,6 @@ class Region(NamedTuple):
     offset: int = 0  # of the columns, in D
     layer: int = 0  # relative
     exits: bool = False  # only in the last layer, where sequences may exit
-    once: bool = False  # by the first column's tiles, for all
 
 
 class Work(NamedTuple):
@@ -103,9 +101,7 @@ class Work(NamedTuple):
 
     flops: int
     bytes: int  # moved
-    weights: int = 0  # bytes of them that are weights
     attention: bool = False  # its flops are at attention's rate
-    products: int = 0  # flops beside these, at that of products
     shared: int = 0  # bytes that both blocks of a pair get; the others are divided among them
 
 
@@ -236,7 +232,7 @@ class Table(NamedTuple):
         if not there:
             return -1, 0
         row = row if counters.rows == "same" else 0
-        number = {"same": 1, "first": 1, "every": self.row_tiles, "all": self.row_tiles * self.shape.batch}
+        number = {"same": 1, "every": self.row_tiles, "all": self.row_tiles * self.shape.batch}
         return self.counter(there[0], layer % self.shape.layers, sequence, row), number[counters.rows]
 
 

@@ -17,7 +17,6 @@ class Loader {
     const int32_t loops = *p_.max_loops;
     const int32_t workers = static_cast<int32_t>(gridDim.x) / Config::kPair;
     const TableSize sizes = padded(p_.size, workers);
-    int32_t kept = 0;  // bytes of the loop's weights so far that stay
     for (int64_t position = blockIdx.x / Config::kPair;;) {
       const Place place = place_of(position, sizes, loops);
       if (place.index < 0) break;
@@ -26,13 +25,11 @@ class Loader {
       if (index < 0) continue;
       const Instruction item = p_.table[index];
       int32_t loop = place.loop;
-      if (index < p_.size.enter + workers) kept = 0;  // the first one of a loop
-      const int32_t resident = keep(item, kept);
       if (!takes_part(p_, item, loop)) {
         if (all_stopped(p_, loop)) position = first_leaving(position, sizes, loops, workers);
         continue;
       }
-      load(item, loop, resident);
+      load(item, loop);
     }
     Instruction end{};
     end.phase = kEnd;
@@ -40,20 +37,8 @@ class Loader {
   }
 
  private:
-  // The place of an instruction's weights among those that stay, or -1. A block executes the same
-  // instructions in every loop, and those of a sequence that has stopped count too: the places are always the
-  // same.
-  __device__ static int32_t keep(const Instruction& item, int32_t& kept) {
-    if (Config::kResidentBytes == 0) return -1;
-    const int32_t bytes = 2 * columns_of(item.phase) * steps_of(item.phase) * Config::kStep;
-    if (bytes == 0 || kept + bytes > Config::kResidentBytes) return -1;
-    kept += bytes;
-    return kept - bytes;
-  }
-
   // Of a product's tile; of all else 0.
   __device__ static int columns_of(int32_t phase) {
-    if (Config::kQkvFused && phase == kAttention) return 3 * Config::kHeadDim;
     return phase == kQkv       ? Config::kQkvColumns
            : phase == kAttnOut ? Config::kAttnOutColumns
            : phase == kMlpIn   ? Config::kMlpInColumns
@@ -63,14 +48,9 @@ class Loader {
   __device__ static int steps_of(int32_t phase) {
     return (phase == kMlpOut ? Config::kMlp / Config::kMlpOutParts : Config::kHidden) / Config::kStep;
   }
-  // Of the product in front of a tile's own.
-  __device__ static int steps_before(int32_t phase) {
-    return Config::kFused && phase == kMlpIn ? steps_of(kAttnOut) : 0;
-  }
 
-  __device__ void load(const Instruction& item, int32_t loop, int32_t resident) {
-    if (Config::kQkvFused && item.phase == kAttention) return qkv_attention(item, loop, resident);
-    if (columns_of(item.phase) > 0) return product(item, loop, resident);
+  __device__ void load(const Instruction& item, int32_t loop) {
+    if (columns_of(item.phase) > 0) return product(item, loop);
     if (item.phase == kAttention) return attention(item, loop);
     wait(item, loop);
     ring_.issue(issue_, item, loop);
@@ -87,14 +67,13 @@ class Loader {
     int matrix, first;    // of the left operand; of the inner dimension, in steps
     int column, columns;  // the first one of the tile, and their number
     bool of_stream;       // the left operand is fp32, to be normalised by who reads it
-    bool made;            // or by the tile's threads, from the product before
 
-    __device__ uint32_t left_room() const { return (of_stream ? 4 : 2) * Config::kRows * Config::kStep; }
-    __device__ uint32_t left_bytes() const { return made ? 0 : left_room(); }
+    __device__ uint32_t left_bytes() const { return (of_stream ? 4 : 2) * Config::kRows * Config::kStep; }
     __device__ uint32_t right_bytes() const { return 2 * columns * Config::kStep; }
   };
 
-  __device__ Operands operands_of(int32_t phase, const Instruction& item, int32_t loop) const {
+  __device__ Operands operands_of(const Instruction& item, int32_t loop) const {
+    const int32_t phase = item.phase;
     const bool of_norm = phase == kQkv || phase == kMlpIn, of_stream = of_norm && !Config::kNormRows;
     const int slot = stream_slot(item.read_slot, loop, p_.keep);
     return {of_stream           ? &p_.stream
@@ -107,47 +86,36 @@ class Loader {
                                 : &p_.mlp_out_weight,
             (of_stream ? slot * p_.batch : 0) + item.sequence,
             item.part * steps_of(phase),
-            Config::kFused && phase == kAttnOut ? 0 : item.column * columns_of(phase),
+            item.column * columns_of(phase),
             columns_of(phase),
-            of_stream,
-            Config::kFused && phase == kMlpIn};
+            of_stream};
   }
 
   // Stages of 64 of the inner dimension. The weights of the first ones do not wait for the counters, and the
-  // rows of these not for the instruction's turn. Weights that stay are loaded in the first loop.
-  __device__ void product(const Instruction& item, int32_t loop, int32_t resident) {
-    const int before = steps_before(item.phase), steps = before + steps_of(item.phase),
-              ahead = min(steps, Config::kStages);
-    const Operands operands = operands_of(item.phase, item, loop);
-    const bool loaded = Config::kResidentBytes > 0 && resident >= 0 && loop > 0;
-    const auto of = [&](int step, const auto& fill) {
-      if (step < before) return fill(operands_of(kAttnOut, item, loop), -1, false, step);
-      fill(operands, resident, loaded, step - before);
-    };
-    const auto weights_to = [&](RingPlace at, int step) {
-      of(step, [&](auto... what) { weights(at, item, what...); });
-    };
+  // rows of these not for the instruction's turn.
+  __device__ void product(const Instruction& item, int32_t loop) {
+    const int steps = steps_of(item.phase), ahead = min(steps, Config::kStages);
+    const Operands operands = operands_of(item, loop);
     RingPlace place = place_;
 #pragma unroll 1
-    for (int step = 0; step < ahead; ++step, Ring::next(place)) weights_to(place, step);
+    for (int step = 0; step < ahead; ++step, Ring::next(place)) weights(place, item, operands, step);
     wait(item, loop);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, Ring::next(place_)) {
-      if (step == ahead) ring_.issue(issue_, item, loop, resident);
-      if (step >= ahead) weights(place_, item, operands, resident, loaded, step - before);
-      of(step, [&](const Operands& what, int32_t, bool, int own) { rows(what, item, own); });
+      if (step == ahead) ring_.issue(issue_, item, loop);
+      if (step >= ahead) weights(place_, item, operands, step);
+      rows(operands, item, step);
     }
-    if (steps == ahead) ring_.issue(issue_, item, loop, resident);
+    if (steps == ahead) ring_.issue(issue_, item, loop);
   }
 
   __device__ void weights(RingPlace place, const Instruction& item, const Operands& operands,
-                          int32_t resident, bool loaded, int step) const {
+                          int step) const {
     ring_.wait_empty(place);
     if (!elected()) return;
     const uint32_t full = ring_.full(place), left = operands.left_bytes(), right = operands.right_bytes();
-    barrier_arrive_expect(full, loaded ? left : left + right);
-    if (loaded) return;
-    const uint32_t target = ring_.right(place, operands.left_room(), resident, step, right);
+    barrier_arrive_expect(full, left + right);
+    const uint32_t target = ring_.stage(place) + left;
     const int inner = (operands.first + step) * Config::kStep, column = operands.column;
     if constexpr (Config::kPair > 1) {
       load_box_for_pair(target + rank_in_pair() * (right / 2), operands.weight, full, inner,
@@ -159,54 +127,14 @@ class Loader {
 
   // In panels of 128 bytes.
   __device__ void rows(const Operands& operands, const Instruction& item, int step) const {
-    if (operands.made || !elected()) return;
+    if (!elected()) return;
     const uint32_t stage = ring_.stage(place_), full = ring_.full(place_);
     const int column = (operands.first + step) * Config::kStep, row = first_row(item);
     load_box(stage, operands.left, full, column, row, operands.matrix);
-    if (Config::kNormRows == 0 && !Config::kQkvFused && operands.of_stream) {
+    if (Config::kNormRows == 0 && operands.of_stream) {
       load_box(stage + 128 * Config::kRows, operands.left, full, column + Config::kStep / 2, row,
                operands.matrix);
     }
-  }
-
-  // Stages of attention that makes its own queries, keys and values: of each step the weights and the rows of
-  // both groups of warps, and one that keys and values are stored to.
-  __device__ void qkv_attention(const Instruction& item, int32_t loop, int32_t resident) {
-    constexpr uint32_t kRows = 4 * 64 * Config::kStep, kWeights = 2 * Config::kHeadDim * Config::kStep;
-    const int matrix = stream_slot(item.read_slot, loop, p_.keep) * p_.batch + item.sequence;
-    const bool loaded = resident >= 0 && loop > 0;
-    wait(item, loop);
-    ring_.issue(issue_, item, loop, resident);
-#pragma unroll 1
-    for (int step = 0; step < steps_of(kAttention); ++step) {
-      const int column = step * Config::kStep;
-      fill(loaded ? 0 : 3 * kWeights, [&](uint32_t, uint32_t full) {
-        const uint32_t target = ring_.right(place_, 0, resident, step, 3 * kWeights);
-        for (int part = 0; !loaded && part < 3; ++part) {
-          load_box(target + part * kWeights, &p_.qkv_weight, full, column,
-                   part * Config::kHidden + item.column * Config::kHeadDim, item.layer, keep_);
-        }
-      });
-#pragma unroll 1
-      for (int row = 0; row < 128; row += 64) {
-        fill(kRows, [&](uint32_t stage, uint32_t full) {
-          load_box(stage, &p_.stream, full, column, row, matrix);
-          load_box(stage + kRows / 2, &p_.stream, full, column + Config::kStep / 2, row, matrix);
-        });
-      }
-    }
-    fill(0, [](uint32_t, uint32_t) {});
-  }
-
-  // The next stage, with so many bytes by `load`.
-  template <class Load>
-  __device__ void fill(uint32_t bytes, const Load& load) {
-    ring_.wait_empty(place_);
-    if (elected()) {
-      barrier_arrive_expect(ring_.full(place_), bytes);
-      load(ring_.stage(place_), ring_.full(place_));
-    }
-    Ring::next(place_);
   }
 
   // Stages of attention: the queries, then keys and values of one block after another.

@@ -3,10 +3,8 @@
 // every loop. One warp loads, two warp groups compute. The weights are read from device memory once and then
 // from L2, whatever S is.
 #include "cuda/looped_blocks/attention_sm90.cuh"
-#include "cuda/looped_blocks/attn_out_sm90.cuh"
 #include "cuda/looped_blocks/loader_sm90.cuh"
 #include "cuda/looped_blocks/products.cuh"
-#include "cuda/looped_blocks/qkv_attention_sm90.cuh"
 #include "cuda/looped_blocks/sequence.cuh"
 
 namespace loopmdm {
@@ -20,9 +18,9 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
     const auto over = [&](int inner) {
       return [&, inner](auto& sums, const auto&... norm) {
         if constexpr (sizeof...(norm) == 0) {
-          shared_product(sums, ring, place, seat, inner / Config::kStep, issued.resident);
+          shared_product(sums, ring, place, seat, inner / Config::kStep);
         } else {
-          stream_product(sums, ring, place, seat, issued.resident, norm...);
+          stream_product(sums, ring, place, seat, norm...);
         }
       };
     };
@@ -35,28 +33,16 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
         if constexpr (Config::kNormRows > 0) normalise(p, item, issued.loop);
         break;
       case kQkv:
-        if constexpr (!Config::kQkvFused) project_qkv(p, item, issued.loop, seat, over(Config::kHidden));
+        project_qkv(p, item, issued.loop, seat, over(Config::kHidden));
         break;
       case kAttention:
-        if constexpr (Config::kQkvFused) {
-          qkv_attention<Config::kHeadDim>(p, item, ring, place, issued.resident);
-        } else {
-          attention(p, item, ring, place, seat);
-        }
+        attention(p, item, ring, place, seat);
         break;
       case kAttnOut:
-        if constexpr (!Config::kFused) {
-          project_attn_out(p, item, issued.loop, seat, over(Config::kHidden));
-        }
+        project_attn_out(p, item, issued.loop, seat, over(Config::kHidden));
         break;
       case kMlpIn:
-        if constexpr (Config::kFused) {
-          project_mlp_in(p, item, seat, [&](auto& sums) {
-            product_after_attn_out(sums, p, item, issued.loop, ring, place, seat, issued.resident);
-          });
-        } else {
-          project_mlp_in(p, item, seat, over(Config::kHidden));
-        }
+        project_mlp_in(p, item, seat, over(Config::kHidden));
         break;
       case kMlpOut:
       case kMlpSum:
@@ -71,26 +57,7 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
       default:
         return;
     }
-    ring.complete(read, [&](int32_t number) { return p.counter(number); });
-  }
-}
-
-// Before the first instruction of any block, and behind the last one.
-__device__ void begin(const Parameters& p, const Ring& ring) {
-  if (threadIdx.x == 0) ring.initialise();
-  if (kCounterBytes == 0) return Ring::meet_all();
-  if (blockIdx.x == 0) {
-    for (int i = threadIdx.x; i < p.number_of_counters(); i += kThreads) *p.counter(i) = p.counters[i];
-  }
-  meet_in_cluster();
-}
-
-// Others reach into a block: the first one has the counters of all, one of a pair gets what the other loads.
-__device__ inline void end() {
-  if (kCounterBytes > 0) {
-    meet_in_cluster();
-  } else if (Config::kPair > 1) {
-    Ring::meet_all();
+    ring.complete(read, p.counters);
   }
 }
 
@@ -99,9 +66,10 @@ __device__ inline void end() {
 extern "C" __global__ void __launch_bounds__(loopmdm::kThreads, 1)
     looped_blocks_sm90(const __grid_constant__ loopmdm::KernelParameters parameters) {
   using namespace loopmdm;
-  const Ring ring(dynamic_shared_memory() + kCounterBytes);
-  begin(parameters, ring);
+  const Ring ring(dynamic_shared_memory());
+  if (threadIdx.x == 0) ring.initialise();
+  Ring::meet_all();
   load_and_compute<kLoadRegisters>([&] { Loader(parameters, ring).run(); },
                                    [&] { compute(parameters, ring); });
-  end();
+  if (Config::kPair > 1) Ring::meet_all();  // one of a pair gets what the other loads
 }

@@ -355,7 +355,7 @@ __device__ void begin(const Memory& memory) {
       store_shared_four(behind + 16 * i, make_uint4(0, 0, 0, 0));
   }
   shared_proxy_fence();
-  meet_in_pair();
+  meet_in_cluster();
 }
 
 }  // namespace looped_rows
@@ -372,5 +372,5 @@ extern "C" __global__ void __launch_bounds__(loopmdm::looped_rows::kThreads, 1)
   } else {
     looped_rows::WeightStream(parameters, memory).run();
   }
-  meet_in_pair();  // a block that is gone can be neither sent to nor told
+  meet_in_cluster();  // a block that is gone can be neither sent to nor told
 }

@@ -63,8 +63,8 @@ __device__ StreamBatch first_batch(const Parameters& p, const Instruction& item,
                                    const float* bias, const float* gate) {
   const Seat seat;
   StreamBatch batch;
-  batch.load(StreamTile<kColumns>(p, item, seat, share_of(item, seat)), stream_before(p, item, loop), bias,
-             gate, 0);
+  batch.load(StreamTile<kColumns>(p, item, seat, share_of(item, seat)), stream_in(p, item.read_slot, loop),
+             bias, gate, 0);
   return batch;
 }
 
@@ -99,11 +99,7 @@ __device__ void project_mlp_in(const Parameters& p, const Instruction& item, con
   constexpr int kColumns = kShare<Config::kMlpInColumns>;
   const int column = share_of(item, seat) * kColumns;
   float sums[kColumns / 2];
-  if constexpr (Config::kFused) {
-    product(sums);
-  } else {
-    of_norm(sums, p, item, 1, seat, product);
-  }
+  of_norm(sums, p, item, 1, seat, product);
   add_bias<kColumns>(sums, p.mlp_in_bias + item.layer * Config::kMlp + column, seat);
   apply_gelu(sums);
   store_bf16<kColumns>(sums, p.gelu_values, Config::kMlp, column, p, item, p.token(item.sequence, 0), seat);

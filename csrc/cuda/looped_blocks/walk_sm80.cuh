@@ -57,7 +57,7 @@ class Walk {
   // The tile's results are stored.
   __device__ void complete() const {
     __syncthreads();
-    if (threadIdx.x == 0 && item().signal >= 0) add_release(p_.counter(item().signal), item().signal_count);
+    if (threadIdx.x == 0 && item().signal >= 0) add_release(p_.counters + item().signal, item().signal_count);
   }
 
   // Of the four products. `source`: the buffer of the left operand, rows of a width that the product knows.

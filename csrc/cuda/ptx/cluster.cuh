@@ -13,7 +13,10 @@ __device__ inline int rank_in_cluster() {
   return static_cast<int>(rank);
 }
 
-__device__ inline void meet_in_pair() { meet_in_cluster(); }
+// Meeting of all threads of a cluster; warps need not be together.
+__device__ inline void meet_in_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
 
 // At the barrier that lies there in the shared memory of block `rank`.
 __device__ inline void barrier_arrive_at(uint32_t barrier, int rank) {
@@ -34,7 +37,8 @@ __device__ void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
-      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "h"(static_cast<uint16_t>((1 << kBlocks) - 1))
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(matrix),
+      "h"(static_cast<uint16_t>((1 << kBlocks) - 1))
       : "memory");
 }
 

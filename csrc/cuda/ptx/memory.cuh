@@ -39,16 +39,6 @@ __device__ inline void store_shared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
-// Of 16 bytes, by threads for each other.
-__device__ inline uint4 load_shared_four(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
 __device__ inline void store_shared_four(uint32_t address, uint4 value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y),
                "r"(value.z), "r"(value.w)
@@ -59,38 +49,29 @@ __device__ inline void store_shared_pair(uint32_t address, float2 pair) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(pair.x), "f"(pair.y) : "memory");
 }
 
-// Signals are for all blocks, by global memory; or for those of one cluster, by shared memory of one of them.
-#if defined(LOOPMDM_CLUSTER)
-#  define LOOPMDM_AMONG "cluster"
-#  define LOOPMDM_SCOPE LOOPMDM_AMONG
-#else
-#  define LOOPMDM_AMONG "gpu"
-#  define LOOPMDM_SCOPE LOOPMDM_AMONG ".global"
-#endif
-
 // A load that acquires empties L1. So a wait acquires once, behind its last try, by a fence that PTX has for
 // Hopper from CUDA 12.8 on; elsewhere each try does.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && \
     100 * __CUDACC_VER_MAJOR__ + __CUDACC_VER_MINOR__ >= 1208
-#  define LOOPMDM_TRY "ld.relaxed."
-#  define LOOPMDM_TRIED "fence.acquire." LOOPMDM_AMONG ";\n"
+#  define LOOPMDM_TRY "ld.relaxed.gpu.global.b32 value, [%0];\n"
+#  define LOOPMDM_TRIED "fence.acquire.gpu;\n"
 #else
-#  define LOOPMDM_TRY "ld.acquire."
+#  define LOOPMDM_TRY "ld.acquire.gpu.global.b32 value, [%0];\n"
 #  define LOOPMDM_TRIED
 #endif
 
 __device__ inline int32_t load_acquire(const int32_t* address) {
   int32_t value;
-  asm volatile("ld.acquire." LOOPMDM_SCOPE ".b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
 }
 
 __device__ inline void store_release(int32_t* address, int32_t value) {
-  asm volatile("st.release." LOOPMDM_SCOPE ".b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 __device__ inline void add_release(int32_t* address, int32_t value) {
-  asm volatile("red.release." LOOPMDM_SCOPE ".add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 __device__ inline void raise_to(int32_t* address, int32_t value) { atomicMax(address, value); }
@@ -102,14 +83,12 @@ __device__ inline void wait_for(const int32_t* counter, int32_t target) {
       "{\n"
       ".reg .pred reached, late;\n"
       ".reg .s32 value;\n"
-      ".reg .u32 begin, now;\n" LOOPMDM_TRY LOOPMDM_SCOPE
-      ".b32 value, [%0];\n"
+      ".reg .u32 begin, now;\n" LOOPMDM_TRY
       "setp.ge.s32 reached, value, %1;\n"
       "@reached bra DONE;\n"
       "mov.u32 begin, %%globaltimer_lo;\n"
       "AGAIN:\n"
-      "nanosleep.u32 20;\n" LOOPMDM_TRY LOOPMDM_SCOPE
-      ".b32 value, [%0];\n"
+      "nanosleep.u32 20;\n" LOOPMDM_TRY
       "mov.u32 now, %%globaltimer_lo;\n"
       "setp.ge.s32 reached, value, %1;\n"
       "@reached bra DONE;\n"

@@ -46,16 +46,4 @@ __device__ inline bool elected() {
   return one != 0;
 }
 
-// Meeting of all threads of a cluster; warps need not be together.
-__device__ inline void meet_in_cluster() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// The same place in the shared memory of the cluster's first block.
-__device__ inline int32_t* in_first_block(int32_t* pointer) {
-  int32_t* mapped;
-  asm("mapa.u64 %0, %1, 0;" : "=l"(mapped) : "l"(pointer));
-  return mapped;
-}
-
 }  // namespace loopmdm

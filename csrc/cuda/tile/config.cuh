@@ -1,6 +1,6 @@
-// What the kernels that work by tiles know when they are compiled, as macros of the command line, and what they
-// get at launch; the architecture's own header adds its part. loopmdm_kernels/cuda/parameters.py writes the macros and reads
-// the structs.
+// What the kernels that work by tiles know when they are compiled, as macros of the command line, and what
+// they get at launch; the architecture's own header adds its part. loopmdm_kernels/cuda/parameters.py writes
+// the macros and reads the structs.
 #pragma once
 
 #include "cuda/ptx/memory.cuh"
@@ -18,10 +18,7 @@ struct Config : Widths {
   static constexpr int kNormRows = LOOPMDM_NORM_ROWS;
   static constexpr int kQkvColumns = LOOPMDM_QKV_COLUMNS, kAttnOutColumns = LOOPMDM_ATTN_OUT_COLUMNS;
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
-  static constexpr bool kFused = LOOPMDM_FUSED != 0;          // a tile of MLP_IN does what ATTN_OUT does
-  static constexpr bool kQkvFused = LOOPMDM_QKV_FUSED != 0;   // and one of ATTENTION what QKV does
   static constexpr int kStages = LOOPMDM_STAGES, kStageBytes = LOOPMDM_STAGE_BYTES;
-  static constexpr int kResidentBytes = LOOPMDM_RESIDENT_BYTES;  // for weights that stay in shared memory
 
   // Two groups of four warps compute. They share the rows of a tile; with 64 rows, its columns or heads.
   static constexpr int kGroups = 2, kRowGroups = kRows / 64, kColumnGroups = kGroups / kRowGroups;
@@ -37,14 +34,10 @@ struct Config : Widths {
   static_assert(kHeads % kHeadsPerTile == 0, "a group computes one head");
   static_assert(kRows == 64 || kRows == 128, "rows of a block");
   static_assert(kNormRows % kPair == 0 && (kNormRows == 0 || kTileRows % kNormRows == 0), "rows of a norm");
-  static_assert(kPair == 1 || kResidentBytes == 0, "what pairs load");
-  static_assert(!kFused || (kTileRows == 64 && kPair == 1 && kNormRows == 0 && kAttnOutColumns == kHidden),
-                "whole rows of a tile, in one block");
-  static_assert(!kQkvFused || kFused, "row tiles of one block");
   static_assert(kHidden % kStep == 0 && kMlp % (kMlpOutParts * kStep) == 0, "widths in whole stages");
   static_assert(kQkvColumns / kColumnGroups % kHeadDim == 0, "a group rotates whole heads");
   static_assert(2 * kHidden % (kQkvColumns / kColumnGroups) == 0, "and either all of them or none");
-  static_assert(kStageBytes % 1024 == 0 && kResidentBytes % 1024 == 0, "swizzle atoms");
+  static_assert(kStageBytes % 1024 == 0, "swizzle atoms");
 };
 
 struct Parameters {
@@ -55,7 +48,6 @@ struct Parameters {
   uint16_t* mixed_values;       // [B, L, D]
   uint16_t* gelu_values;        // [B, L, F]
   uint16_t* rows_values;        // [B, L, D], normalised and modulated; null without norms of their own
-  float* middle_values;         // [B, L, D], the stream between the branches; null where ATTN_OUT is a phase
   float4* partial_values;       // see parts.cuh
   PartStatistics* statistics1;  // [B, L, kParts]
   PartStatistics* statistics2;
@@ -68,7 +60,7 @@ struct Parameters {
   const float* sines;
   const uint8_t* key_mask;  // [B, L] or null
   const Instruction* table;
-  int32_t* counters;         // of the table, then progress [B], then the two below; see counter()
+  int32_t* counters;         // of the table, then progress [B], then the two below
   int32_t* stop;             // [B] loops of each sequence
   const int32_t* max_loops;  // one number, the largest of `stop`
   TableSize size;
@@ -76,17 +68,9 @@ struct Parameters {
   int32_t keep;  // the stream has S + 1 matrices, and keeps the inputs of all loops
   float exit_threshold;
 
-  __device__ int32_t number_of_counters() const { return num_counters + batch + 2; }
-  __device__ int32_t* counter(int number) const {
-#if defined(LOOPMDM_CLUSTER)
-    return in_first_block(reinterpret_cast<int32_t*>(dynamic_shared_memory())) + number;
-#else
-    return counters + number;
-#endif
-  }
-  __device__ int32_t* progress(int sequence) const { return counter(num_counters + sequence); }
+  __device__ int32_t* progress(int sequence) const { return counters + num_counters + sequence; }
   // How many sequences have their last loop settled, and the largest number of loops among these.
-  __device__ int32_t* settled() const { return counter(num_counters + batch); }
+  __device__ int32_t* settled() const { return counters + num_counters + batch; }
   __device__ int32_t* longest() const { return settled() + 1; }
   __device__ int64_t token(int sequence, int row) const {
     return static_cast<int64_t>(sequence) * length + row;

@@ -6,16 +6,9 @@
 
 namespace loopmdm {
 
-constexpr int kThreads = Config::kComputeThreads + 128;  // and the group of the warp that loads
-// In front of the ring, where the blocks are one cluster (LOOPMDM_CLUSTER): the counters of all of them.
-#if defined(LOOPMDM_CLUSTER)
-constexpr int kCounterBytes = LOOPMDM_COUNTER_BYTES;
-#else
-constexpr int kCounterBytes = 0;
-#endif
-// Of a thread that loads. Waiting for counters of a cluster takes more, and so does loading for two.
-constexpr int kLoadRegisters = kCounterBytes > 0 ? 88 : Config::kPair > 1 ? 72 : 56;
-constexpr int kInstructions = 4;  // how many the loader may be ahead
+constexpr int kThreads = Config::kComputeThreads + 128;      // and the group of the warp that loads
+constexpr int kLoadRegisters = Config::kPair > 1 ? 72 : 56;  // of a thread that loads: for two takes more
+constexpr int kInstructions = 4;                             // how many the loader may be ahead
 
 // A head in shared memory: panels of 128 bytes, or one as narrow as the head.
 constexpr int kHeadPanelBytes = Config::kHeadDim < 64 ? 2 * Config::kHeadDim : 128;

@@ -100,11 +100,6 @@ __device__ inline float* stream_in(const Parameters& p, int32_t slot, int32_t lo
   return p.stream_values + stream_slot(slot, loop, p.keep) * matrix;
 }
 
-// What a residual tile adds to.
-__device__ inline const float* stream_before(const Parameters& p, const Instruction& item, int32_t loop) {
-  return Config::kFused ? p.middle_values : stream_in(p, item.read_slot, loop);
-}
-
 // Where a thread's sums go: kColumns columns of two rows.
 template <int kColumns>
 struct StreamTile {
@@ -155,7 +150,7 @@ __device__ void update_stream(float (&sums)[kColumns / 2], StreamBatch& batch, c
   constexpr int kPairs = StreamBatch::kPairs;
   static_assert(kColumns % Config::kPart == 0, "whole parts");
   const StreamTile<kColumns> tile(p, item, seat, part);
-  const float* const source = stream_before(p, item, loop);
+  const float* const source = stream_in(p, item.read_slot, loop);
   float* const target = stream_in(p, item.write_slot, loop);
   const float* const loop_input = stream_in(p, 0, loop);
   float changed = 0, size = 0;

@@ -12,24 +12,24 @@ namespace loopmdm {
 // assembler, from the beginning of the kernel, those of all phases at once; the registers then do not
 // suffice, and it serialises the products.
 
-// In front of the weights in a stage of what is normalised on its way into a product.
-constexpr uint32_t kStreamBytes = 4 * Config::kRows * Config::kStep;
-
-// The left operand of a stage, which `read` waits for, is made in registers while the products of the stage
-// before run; two sets of registers alternate.
-template <int kSums, class Read>
-__device__ void register_product(float (&sums)[kSums], const Ring& ring, RingPlace& place, const Seat& seat,
-                                 int32_t resident, const Read& read) {
+// norm(x) * gain + shift, times weights. The left operand of a stage is made in registers while the products
+// of the stage before run; two sets of registers alternate.
+template <int kSums>
+__device__ void stream_product(float (&sums)[kSums], const Ring& ring, RingPlace& place, const Seat& seat,
+                               const RowScales& rows, const float4* affine) {
   constexpr int kColumns = 2 * kSums, kSteps = Config::kHidden / Config::kStep;
-  constexpr uint32_t kRight = Config::kColumnGroups * kColumns * 128;
+  constexpr uint32_t kLeft = 4 * Config::kRows * Config::kStep;
+  const StreamReader reader(seat, affine);
   uint32_t operands[2][4][4];
   clear(sums);
   RingPlace before = place;
 
   const auto stage = [&](uint32_t (&operand)[4][4], int step) {
-    read(operand, place, step);
-    const uint32_t right =
-        ring.right(place, kStreamBytes, resident, step, kRight) + seat.column_group * kColumns * 128;
+    StreamReader::Vectors vectors;
+    reader.load_vectors(vectors, step * Config::kStep);
+    ring.wait_full(place);
+    reader.read_stage(operand, ring.stage(place), vectors, rows);
+    const uint32_t right = ring.stage(place) + kLeft + seat.column_group * kColumns * 128;
     products_begin(sums, operand);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -54,31 +54,16 @@ __device__ void register_product(float (&sums)[kSums], const Ring& ring, RingPla
   ring.release(before);
 }
 
-// norm(x) * gain + shift, times weights.
-template <int kSums>
-__device__ void stream_product(float (&sums)[kSums], const Ring& ring, RingPlace& place, const Seat& seat,
-                               int32_t resident, const RowScales& rows, const float4* affine) {
-  const StreamReader reader(seat, affine);
-  register_product(sums, ring, place, seat, resident, [&](uint32_t (&operand)[4][4], RingPlace at, int step) {
-    StreamReader::Vectors vectors;
-    reader.load_vectors(vectors, step * Config::kStep);
-    ring.wait_full(at);
-    reader.read_stage(operand, ring.stage(at), vectors, rows);
-  });
-}
-
 // Both operands from shared memory, in panels of 64 rows, or of 64 columns where these are the outer
 // dimension.
 template <bool kLeftOuter = false, bool kRightOuter = false, int kSums>
 __device__ void shared_product(float (&sums)[kSums], const Ring& ring, RingPlace& place, const Seat& seat,
-                               int steps, int32_t resident = -1) {
+                               int steps) {
   constexpr int kColumns = 2 * kSums;
-  constexpr uint32_t kPanel = 64 * 128;
-  constexpr uint32_t kLeft = 2 * Config::kRows * Config::kStep,
-                     kRight = Config::kColumnGroups * kColumns * 128;
+  constexpr uint32_t kPanel = 64 * 128, kLeft = 2 * Config::kRows * Config::kStep;
   const auto multiply = [&](RingPlace at, int step) {
     const uint32_t left = ring.stage(at) + seat.row_group * kPanel;
-    const uint32_t right = ring.right(at, kLeft, resident, step, kRight) + seat.column_group * kColumns * 128;
+    const uint32_t right = ring.stage(at) + kLeft + seat.column_group * kColumns * 128;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint64_t rows =

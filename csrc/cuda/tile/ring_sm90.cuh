@@ -1,5 +1,4 @@
-// Shared memory of a block of `looped_blocks`: the ring of stages, one of instructions, and weights that stay
-// for all loops.
+// Shared memory of a block of `looped_blocks`: the ring of stages and one of instructions.
 #pragma once
 
 #include "cuda/ptx/warps.cuh"
@@ -12,13 +11,12 @@ namespace loopmdm {
 struct alignas(16) Issued {
   Instruction item;
   int32_t loop;
-  int32_t resident;  // bytes from the beginning of what stays: the tile's weights; -1: they are in the stages
-  int32_t unused;
+  int32_t unused[2];
 };
 static_assert(sizeof(Issued) == 64, "four words of 16 bytes");
 
-struct Ring : StageRing<Config::kStages, Config::kStageBytes, Config::kComputeThreads / 32,
-                        (Config::kPair > 1), Config::kResidentBytes> {
+struct Ring
+    : StageRing<Config::kStages, Config::kStageBytes, Config::kComputeThreads / 32, (Config::kPair > 1)> {
   struct Queue {
     uint64_t issued[kInstructions], read[kInstructions];
     Issued instructions[kInstructions];
@@ -37,13 +35,11 @@ struct Ring : StageRing<Config::kStages, Config::kStageBytes, Config::kComputeTh
   }
 
   // By the warp that loads: an instruction whose inputs are ready.
-  __device__ void issue(RingPlace& place, const Instruction& item, int32_t loop,
-                        int32_t resident = -1) const {
+  __device__ void issue(RingPlace& place, const Instruction& item, int32_t loop) const {
     wait_together(shared_address(&queue->read[place.slot]), place.round ^ 1);
     if (threadIdx.x % 32 == 0) {
       queue->instructions[place.slot].item = item;
       queue->instructions[place.slot].loop = loop;
-      queue->instructions[place.slot].resident = resident;
       barrier_arrive(shared_address(&queue->issued[place.slot]));
     }
     __syncwarp();
@@ -56,25 +52,16 @@ struct Ring : StageRing<Config::kStages, Config::kStageBytes, Config::kComputeTh
     return queue->instructions[place.slot];
   }
 
-  // By all threads that compute: the instruction is carried out, and its counter, which `counter` finds by
-  // its number, says so.
-  template <class Counter>
-  __device__ void complete(RingPlace& place, Counter counter) const {
+  // By all threads that compute: the instruction is carried out, and its counter says so.
+  __device__ void complete(RingPlace& place, int32_t* counters) const {
     const Instruction& item = queue->instructions[place.slot].item;
     proxy_fence();
     meet<1>(Config::kComputeThreads);
     if (threadIdx.x == 0) {
-      if (item.signal >= 0) add_release(counter(item.signal), item.signal_count);
+      if (item.signal >= 0) add_release(counters + item.signal, item.signal_count);
       barrier_arrive(shared_address(&queue->read[place.slot]));
     }
     advance(place, kInstructions);
-  }
-
-  // The right operand of a stage of a product: `left_bytes` into it, or among the weights that stay.
-  __device__ uint32_t right(RingPlace place, uint32_t left_bytes, int32_t resident, int step,
-                            uint32_t bytes) const {
-    if (Config::kResidentBytes > 0 && resident >= 0) return beside() + resident + step * bytes;
-    return stage(place) + left_bytes;
   }
 };
 constexpr int kBarrierBytes = 2 * sizeof(uint64_t) * Config::kStages + sizeof(Ring::Queue);

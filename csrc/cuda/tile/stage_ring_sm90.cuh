@@ -61,7 +61,7 @@ class StageRing {
   // nor told.
   __device__ static void meet_all() {
     if (kPaired) {
-      meet_in_pair();
+      meet_in_cluster();
     } else {
       __syncthreads();
     }

@@ -1,16 +1,9 @@
-// Two warp groups that meet, or multiply in turn: while one works on what its products have given, the
-// other's run.
+// Two warp groups that multiply in turn: while one works on what its products have given, the other's run.
 #pragma once
 
 #include "cuda/tile/stage_ring_sm90.cuh"
 
 namespace loopmdm {
-
-// At a barrier that neither turns nor signals have.
-__device__ inline void meet_groups() {
-  constexpr int kMeeting = 4, kThreads = 256;
-  meet<kMeeting>(kThreads);
-}
 
 // Group 0 begins. A group waits for its turn at a barrier of its own, where the other one's threads arrive
 // when they have issued their products; these need not be done. Both groups have the same number of turns,

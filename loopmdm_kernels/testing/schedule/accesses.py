@@ -47,8 +47,6 @@ def _of_halves(
     """The half of the forward pass's double buffers; None: not touched here."""
     if region.exits and not (table.adaptive and item.layer == table.shape.layers - 1):
         return None
-    if region.once and item.column > 0:
-        return None
     if phase.name is Forward.EXIT and not writes and loop == 0:
         return None
     slot = item.write_slot if writes else 0 if region.exits else item.read_slot

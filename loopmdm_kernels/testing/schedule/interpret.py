@@ -83,7 +83,6 @@ class _Machine(Machine):
         self.mixed = self.unwritten(batch, length, hidden, dtype=self.dtype)
         self.gelu = self.unwritten(batch, length, shape.mlp, dtype=self.dtype)
         self.rows = self.unwritten(batch, length, hidden, dtype=self.dtype)
-        self.middle = self.unwritten(batch, length, hidden)
         self.partial = self.unwritten(tiles.mlp_out_parts, batch, length, hidden)
         self.statistics1 = self.unwritten(batch, length, hidden // tiles.mlp_out, 2)
         self.statistics2 = self.unwritten(batch, length, hidden // tiles.attn_out, 2)
@@ -119,9 +118,6 @@ class _Machine(Machine):
     def _normalized(self, loop: int, item: Instruction, rows: slice, branch: int) -> Tensor:
         x = self.stream[stream_slot(item.read_slot, loop), item.sequence, rows]
         parts = (self.statistics1, self.statistics2)[branch][item.sequence, rows]
-        return self._modulated(x, parts, item, branch)
-
-    def _modulated(self, x: Tensor, parts: Tensor, item: Instruction, branch: int) -> Tensor:
         mean, scale = merge_statistics(parts, x.shape[-1] // parts.shape[1])
         gain, shift = (self.vector(values, item.layer, item, branch) for values in (self.gain, self.shift))
         return (x - mean) * scale * gain + shift
@@ -130,10 +126,7 @@ class _Machine(Machine):
         self, loop: int, item: Instruction, rows: slice, width: int, branch: int, value: Tensor
     ) -> Tensor:
         columns = self._columns(item, width)
-        if branch == 1 and self.table.tiles.fused:
-            old = self.middle[item.sequence, rows, columns]
-        else:
-            old = self.stream[stream_slot(item.read_slot, loop), item.sequence, rows, columns]
+        old = self.stream[stream_slot(item.read_slot, loop), item.sequence, rows, columns]
         new = old + self.vector(self.gate, item.layer, item, branch)[columns] * value
         self.stream[stream_slot(item.write_slot, loop), item.sequence, rows, columns] = new
         statistics = (self.statistics2, self.statistics1)[branch]
@@ -160,20 +153,9 @@ class _Machine(Machine):
 
     def _left(self, loop: int, item: Instruction, rows: slice, branch: int) -> Tensor:
         """Operand of a product that has a norm before it."""
-        if branch == 1 and self.table.tiles.fused:
-            return self._middle(loop, item, rows)
         if self.table.tiles.part:
             return self.rows[item.sequence, rows]
         return self._normalized(loop, item, rows, branch)
-
-    def _middle(self, loop: int, item: Instruction, rows: slice) -> Tensor:
-        """What ATTN_OUT does, whose statistics stay with the tile."""
-        product = self.product(self.mixed[item.sequence, rows], self.blocks[item.layer].attn_out.T)
-        old = self.stream[stream_slot(item.read_slot, loop), item.sequence, rows]
-        new = old + self.vector(self.gate, item.layer, item, 0) * product
-        if item.column == 0:
-            self.middle[item.sequence, rows] = new
-        return self._modulated(new, column_statistics(new).unsqueeze(1), item, 1)
 
     def _qkv(self, loop: int, item: Instruction, rows: slice) -> None:
         columns = self._columns(item, self.table.tiles.qkv)
@@ -182,35 +164,14 @@ class _Machine(Machine):
         slot = qkv_slot(item.write_slot, loop, self.table.shape.layers)
         self.qkv[slot, item.sequence, rows, columns] = product.to(self.dtype)
 
-    def _head(self, loop: int, item: Instruction) -> None:
-        """Attention of a head in a whole sequence, from the stream."""
-        shape, rows = self.table.shape, slice(None)
-        left, width = self._left(loop, item, rows, 0), shape.head_dim
-        q, k, v = (
-            self.rotate(
-                self.product(left, self.blocks[item.layer].qkv[columns].T), rows, columns
-            ).to(self.dtype).to(self.exact)
-            for columns in (
-                slice(first, first + width)
-                for first in range(item.column * width, 3 * shape.hidden, shape.hidden)
-            )
-        )  # fmt: skip
-        columns = self._columns(item, width)
-        self.mixed[item.sequence, :, columns] = self._mix(q, k, v, item).to(self.dtype)
-
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, item: Instruction) -> Tensor:
-        scores = self.scores(q, k, item)
-        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-        return self.product(weights, v) / weights.sum(-1, keepdim=True)
-
     def _attention(self, loop: int, item: Instruction, rows: slice) -> None:
-        if self.table.tiles.qkv_fused:
-            return self._head(loop, item)
         shape = self.table.shape
         heads = self._columns(item, self.table.tiles.heads)
         qkv = self.qkv[qkv_slot(item.read_slot, loop, shape.layers), item.sequence].to(self.exact)
         q, k, v = qkv.view(shape.length, 3, shape.heads, shape.head_dim)[:, :, heads].permute(1, 2, 0, 3)
-        mixed = self._mix(q[:, rows], k, v, item)
+        scores = self.scores(q[:, rows], k, item)
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+        mixed = self.product(weights, v) / weights.sum(-1, keepdim=True)
         columns = self._columns(item, self.table.tiles.heads * shape.head_dim)
         self.mixed[item.sequence, rows, columns] = mixed.transpose(0, 1).flatten(1).to(self.dtype)
 

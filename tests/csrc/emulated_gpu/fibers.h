@@ -185,7 +185,6 @@ struct State {
   std::vector<std::unique_ptr<Block>> blocks;  // those that run at the same time
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Load> loads;
-  Meeting cluster;
   ucontext_t start;
   jmp_buf scheduler;
   Fiber* current = nullptr;

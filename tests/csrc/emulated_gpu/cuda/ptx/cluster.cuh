@@ -26,7 +26,7 @@ void in_block(int rank, Work work) {
   emulator::self().block = own;
 }
 
-inline void meet_in_pair() {
+inline void meet_in_cluster() {
   emulator::Meeting* meeting = nullptr;
   in_block(0, [&] { meeting = &emulator::self().block->cluster; });
   emulator::meet_and_tell(*meeting, kClusterBlocks * emulator::state->threads);

@@ -23,11 +23,6 @@ inline float2 load_shared_pair(uint32_t address) {
   return emulator::load(reinterpret_cast<const float2*>(emulator::shared_byte(address)));
 }
 
-inline uint4 load_shared_four(uint32_t address) {
-  emulator::read_shared(address);
-  return emulator::load(reinterpret_cast<const uint4*>(emulator::shared_byte(address)));
-}
-
 inline void store_shared(uint32_t address, uint32_t value) { emulator::store_shared(address, value); }
 inline void store_shared(uint32_t address, float value) { emulator::store_shared(address, value); }
 inline void store_shared_four(uint32_t address, uint4 value) { emulator::store_shared(address, value); }
