@@ -52,9 +52,9 @@ def on_cuda(op):
     return run
 
 
-def plan_of(inputs, tiles, target=SM90, device=Device(), cluster=1):  # noqa: B008 - immutable
+def plan_of(inputs, tiles, target=SM90, device=Device()):  # noqa: B008 - immutable
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
-    return shape, plan._plan(shape, device, tiles)._replace(cluster=cluster)
+    return shape, plan._plan(shape, device, tiles)
 
 
 def build(shape, plan, folder, *, target=SM90, optimize=True):

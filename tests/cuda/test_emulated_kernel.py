@@ -22,39 +22,18 @@ class Variant(NamedTuple):
     device: Device
     tiles: Tiles
     sizes: tuple[int, int, int]  # hidden size, heads, mlp ratio
-    cluster: int = 1
     length: int = 128  # that the plan is made for; it decides about blocks of keys
 
 
 # 64 rows: groups of warps share columns and heads; 128: rows. Heads of all sizes. Products of fewer stages
 # than the ring has, of more (6 of 4), and of an odd number (3); rings of two stages (sm_86) and of more; the
-# last product whole and in parts. With 64 rows on Hopper, the weights of eight blocks stay in shared memory
-# where a sequence is one row tile; with heads of 16 their counters too: emulated, the grid is one cluster.
-# MLP_IN that does what ATTN_OUT does, with weights that stay and in a ring of three stages without; and
-# ATTENTION that does what QKV does. Rows normalised once, and two blocks that share tiles of 256 rows, and of
+# last product whole and in parts. Rows normalised once, and two blocks that share tiles of 256 rows, and of
 # 128.
-BLOCKS = 8
-HOPPER = ASSUMED[9, 0]._replace(sms=BLOCKS)
+HOPPER = ASSUMED[9, 0]
 VARIANTS = {
-    "64 rows": Variant(SM90, HOPPER._replace(sms=2 * BLOCKS), Tiles(64, 128, 64, 128, 64, 2), (128, 4, 2)),
+    "64 rows": Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2), (128, 4, 2)),
     "128 rows": Variant(SM90, HOPPER, Tiles(128, 64, 64, 128, 64, 1, 2), (192, 3, 4)),
-    "heads of 16": Variant(SM90, HOPPER, Tiles(64, 64, 64, 64, 64, 2, 4), (64, 4, 4), BLOCKS, 64),
-    "fused": Variant(SM90, HOPPER, Tiles(64, 64, 128, 64, 64, 2, fused=True), (128, 4, 2), BLOCKS),
-    "all fused": Variant(
-        SM90, HOPPER, Tiles(64, 64, 128, 64, 64, 2, 2, fused=True, qkv_fused=True), (128, 4, 2), BLOCKS
-    ),
-    "all fused, heads of 64": Variant(
-        SM90, HOPPER._replace(keeps_weights=False),
-        Tiles(64, 128, 128, 128, 64, 2, fused=True, qkv_fused=True), (128, 2, 2), BLOCKS,
-    ),
-    "fused, 192 wide": Variant(
-        SM90, HOPPER._replace(keeps_weights=False),
-        Tiles(64, 192, 192, 128, 64, 2, fused=True), (192, 6, 2), BLOCKS,
-    ),
-    "fused, few stages": Variant(
-        SM90, HOPPER._replace(keeps_weights=False, shared_bytes=80_000),
-        Tiles(64, 64, 64, 64, 64, 2, 2, fused=True), (64, 2, 4),
-    ),
+    "heads of 16": Variant(SM90, HOPPER, Tiles(64, 64, 64, 64, 64, 2, 4), (64, 4, 4), 64),
     "heads of 128": Variant(SM90, HOPPER, Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
     "norms": Variant(SM90, HOPPER, Tiles(128, 192, 64, 256, 192, 1, 1, 16), (192, 3, 4)),
     "pairs": Variant(SM90, HOPPER, Tiles(256, 192, 96, 128, 96, 1, 2, 32, 2), (192, 3, 2)),
@@ -78,7 +57,7 @@ class Built(NamedTuple):
 
 def build(variant, folder, **options):
     shape, plan = emulated.plan_of(
-        make(variant.sizes, 1, variant.length), variant.tiles, variant.target, variant.device, variant.cluster
+        make(variant.sizes, 1, variant.length), variant.tiles, variant.target, variant.device
     )
     library = emulated.build(shape, plan, folder, target=variant.target, **options)
     return Built(library, plan, variant.sizes, variant.device, variant.target)
@@ -110,8 +89,6 @@ def check(variant, inputs, loops, **options):
 @pytest.mark.parametrize("length", [1, 81, 200])
 def test_values(variant, length):
     """One token, a part of a tile, several tiles and blocks of keys."""
-    if variant.plan.tiles.qkv_fused:
-        length = min(length, 128)
     check(variant, make(variant.sizes, 1, length), 2, num_blocks=3)
 
 
@@ -156,16 +133,11 @@ def test_any_number_of_blocks_and_any_order_give_the_same_bits(variant):
 
 
 @pytest.mark.parametrize("length", [50, 100])
-def test_tiles_clusters_norms_and_pairs_do_not_change_the_bits(length, tmp_path):
+def test_tiles_norms_and_pairs_do_not_change_the_bits(length, tmp_path):
     """Tiles follow the batch; what a row gives must not. Of one row tile of 64 rows, and of two."""
     sizes, longest = (128, 4, 4), 64 if length <= 64 else 128
     variants = [
-        Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2, 2), sizes, BLOCKS, longest),
-        Variant(SM90, HOPPER, Tiles(64, 128, 128, 128, 64, 2, 2, fused=True), sizes, BLOCKS, longest),
-        Variant(
-            SM90, HOPPER, Tiles(64, 64, 128, 128, 64, 2, 2, fused=True, qkv_fused=True),
-            sizes, BLOCKS, longest,
-        ),
+        Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2, 2), sizes, longest),
         Variant(SM90, HOPPER, Tiles(128, 64, 128, 64, 128, 1, 2), sizes),
         Variant(SM90, HOPPER, Tiles(128, 128, 64, 256, 128, 1, 2, 16), sizes),
         Variant(SM90, HOPPER, Tiles(256, 128, 64, 256, 64, 1, 2, 64, 2), sizes),
@@ -196,22 +168,3 @@ def test_loops_of_each_sequence_and_early_exit(variant):
         assert torch.equal(used, expected)
         for sequence in range(3):  # each in its own size
             assert_matches_oracle(out[sequence], baseline[sequence], exact[sequence])
-
-
-def test_weights_that_stay_are_loaded_once(variant):
-    if variant.target is not SM90:
-        pytest.skip("the kernel for Ampere keeps none")
-    inputs = make(variant.sizes, 1, 20)
-    loaded = []
-    for loops in (1, 3):
-        check(variant, inputs, loops, num_blocks=BLOCKS)
-        loaded.append(variant.library.loaded_weight_bytes())
-    once = sum(2 * tensor.numel() for block in inputs.blocks for tensor in block if tensor.dim() == 2)
-    again = 0
-    if variant.plan.tiles.fused:  # each tile of MLP_IN loads ATTN_OUT's
-        again = sum(2 * block.attn_out.numel() for block in inputs.blocks)
-        once -= again
-        again *= len(inputs.blocks[0].mlp_in) // variant.plan.tiles.mlp_in
-    assert loaded == [once + again, (once if variant.plan.resident_bytes else 3 * once) + 3 * again]
-    stay = variant.device.keeps_weights and variant.plan.tiles.rows == 64
-    assert (variant.plan.resident_bytes > 0) == stay

@@ -220,9 +220,6 @@ def loaded(monkeypatch):
         def breach(self, threads):
             return None
 
-        def allow_large_clusters(self):
-            seen.append("large clusters")
-
         def active_clusters(self, size, threads):
             seen.append((size, threads))
             return Kernel.clusters
@@ -258,33 +255,33 @@ def test_a_call_is_two_nodes_of_a_graph(dtype, per_sequence, loops, monkeypatch)
         assert counted.nodes == 1 and used.dtype == torch.int64, "loops that only the device knows"
 
 
-SUDOKU = BlockShape(1, 81, 128, 4, 512, 2)
+MANY = BlockShape(1, 1024, 768, 12, 3072, 2)
 
 
-def test_narrow_models_are_launched_as_one_cluster(loaded):
+def test_blocks_that_share_tiles_are_launched_as_pairs(loaded):
     seen, _ = loaded
-    _, plan, _ = op._kernel(SUDOKU, SM90, 0)
+    _, plan, _ = op._kernel(MANY, SM90, 0)
     (source, macros, architecture), (entry, shared_bytes), *calls = seen
     assert (source, architecture, entry) == (
         "looped_blocks/looped_blocks_sm90.cu",
         "sm_90a",
         "looped_blocks_sm90",
     )
-    assert macros["LOOPMDM_CLUSTER"] == 1 and shared_bytes == plan.shared_bytes
-    assert calls == ["large clusters", (16, 384)] and plan.cluster == 16
+    assert macros["LOOPMDM_PAIR"] == 2 and shared_bytes == plan.shared_bytes
+    assert calls == [(2, 384)] and plan.pair == 2
 
 
-def test_a_gpu_without_room_for_the_cluster_runs_them_on_all_of_it(loaded):
+def test_a_gpu_without_room_for_a_pair_runs_single_blocks(loaded):
     seen, kernel = loaded
     kernel.clusters = 0
-    _, plan, _ = op._kernel(SUDOKU, SM90, 0)
-    assert plan.cluster == 1 and "LOOPMDM_CLUSTER" not in seen[-2][1]
+    _, plan, _ = op._kernel(MANY, SM90, 0)
+    assert plan.pair == 1 and seen[-2][1]["LOOPMDM_PAIR"] == 1
 
 
 def test_the_kernel_for_ampere_gets_no_plan_of_hopper(loaded):
     seen, _ = loaded
-    _, plan, _ = op._kernel(SUDOKU, SM80._replace(architecture="sm_90"), 0)
-    assert plan.cluster == 1 and plan.resident_bytes == 0 and seen[0][2] == "sm_90" and len(seen) == 2
+    _, plan, _ = op._kernel(MANY, SM80._replace(architecture="sm_90"), 0)
+    assert plan.pair == 1 and plan.tiles.part == 0 and seen[0][2] == "sm_90" and len(seen) == 2
 
 
 @pytest.mark.parametrize(
@@ -312,10 +309,8 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
         def blocks_per_sm(self, threads):
             return 1
 
-        def allow_large_clusters(self): ...
-
         def active_clusters(self, size, threads):
-            return {2: 60}.get(size, 1)
+            return {2: 60}[size]
 
         def launch_in_order(self, blocks, threads, stream, parameters, *, early):
             launched.append((self.loaded, blocks, threads, stream, type(parameters)))
@@ -349,10 +344,9 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
         (prepare.SOURCE, {}, architecture),
     ]
     loaded = (b"cubin", target.entry, plan.shared_bytes)
-    blocks = 2 * 60 if tiles else plan.cluster if plan.cluster > 1 else sms
+    blocks = 2 * 60 if tiles else sms
     before, call = launched
     assert before[0] == (b"cubin", "prepare_call", prepare.SHARED_BYTES)
     assert before[2:] == (prepare.THREADS, 7, prepare.Arguments)
-    assert call == (loaded, blocks, threads, 7, target.parameters, None, 2 if tiles else plan.cluster)
-    assert plan.cluster == 1 or capability == (9, 0)
+    assert call == (loaded, blocks, threads, 7, target.parameters, None, plan.pair)
     assert plan.shared_bytes <= shared_bytes and len(encoded) == mapped and out.shape == inputs.x.shape

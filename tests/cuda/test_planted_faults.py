@@ -18,8 +18,6 @@ NOT_WAITED = "sums are used before the wait for their products|a thread ends bef
 NO_PROXY_FENCE = "a bulk copy of what a thread stores, without order and proxy fence"
 MISSED = "a lane may miss a round of a barrier"
 UNORDERED_STORE = "two threads store to one place, in no order|a copy of what another thread stores"
-HIDDEN = "a product reads what a thread has stored, without proxy fence"
-OVER_STORE = "a copy over what a thread has stored, without proxy fence"
 UNORDERED = f"{NO_PROXY_FENCE}|{UNORDERED_STORE}|values"
 
 # Of both kernels for Hopper, and of both for the forward pass.
@@ -29,20 +27,20 @@ SIGNALS = {
     ),
     "a counter that does not release": Fault(
         "ring_sm90.cuh",
-        "add_release(counter(item.signal), item.signal_count);",
-        "*counter(item.signal) += item.signal_count;",
+        "add_release(counters + item.signal, item.signal_count);",
+        "counters[item.signal] += item.signal_count;",
         UNORDERED,
     ),
     "no proxy fence before a signal": Fault("ring_sm90.cuh", "proxy_fence();", "", ""),
 }
 WAITS = {
     "no wait for the inputs": Fault(
-        "progress.cuh", "wait_for(p.counter(item.wait + i), target);", "(void)target;", UNORDERED
+        "progress.cuh", "wait_for(p.counters + item.wait + i, target);", "(void)target;", UNORDERED
     ),
     "a wait that does not acquire": Fault(
         "progress.cuh",
-        "wait_for(p.counter(item.wait + i), target);",
-        "emulator::wait_until([c = p.counter(item.wait + i), target] { return *c >= target; });",
+        "wait_for(p.counters + item.wait + i, target);",
+        "emulator::wait_until([c = p.counters + item.wait + i, target] { return *c >= target; });",
         UNORDERED,
     ),
 }
@@ -76,7 +74,7 @@ FORWARD = {
         Fault("loader_sm90.cuh", "proxy_fence();", ""),
     ),
     "lanes that do not meet behind their waits": Fault(
-        "progress.cuh", "wait_for(p.counter(item.wait + i), target);\n  [[__syncwarp();]]", "", ""
+        "progress.cuh", "wait_for(p.counters + item.wait + i, target);\n  [[__syncwarp();]]", "", ""
     ),
     "a load by way of L1": Fault(
         "rows.cuh", "load_pair(&statistics[part].mean)", "load_constant_pair(&statistics[part].mean)",
@@ -86,7 +84,7 @@ FORWARD = {
         "stage_ring_sm90.cuh", "barrier_init_fence();", "", "no fence behind the initialisation of a barrier"
     ),
     "no meeting behind the initialisation": Fault(
-        "looped_blocks_sm90.cu", "return Ring::meet_all();", "return;",
+        "looped_blocks_sm90.cu", "ring.initialise();\n  [[Ring::meet_all();]]", "",
         "a barrier is used before its initialisation is known",
     ),
     "half of the threads meet": Fault(
@@ -184,57 +182,6 @@ ADAPTIVE = {
         "a number is read that another thread stores",
     ),
 }  # fmt: skip
-CLUSTER = {
-    "weights that stay, in one place": Fault(
-        "loader_sm90.cuh", "return kept - bytes;", "return 0;", f"{EARLY_READ}|{EARLY_COPY}|values"
-    ),
-    "blocks that do not meet before the first signal": Fault(
-        "looped_blocks_sm90.cu", "p.counters[i];\n  }\n  [[meet_in_cluster();]]", "",
-        "a barrier is used before its initialisation is known",
-    ),
-    "blocks that do not meet behind the last signal": Fault(
-        "looped_blocks_sm90.cu", "if (kCounterBytes > 0) {\n    [[meet_in_cluster();]]", "",
-        "shared memory of a block that has ended|a block may end while others reach into it",
-    ),
-}  # fmt: skip
-FUSED = {
-    "no wait for the inputs": WAITS["no wait for the inputs"],
-    "groups that do not meet behind their statistics": Fault(
-        "attn_out_sm90.cuh", "ring.stage(place));\n  [[meet_groups();]]", ""
-    ),
-    "groups that do not meet behind their left operands": Fault(
-        "attn_out_sm90.cuh", "shared_proxy_fence();\n  [[meet_groups();]]", ""
-    ),
-    "half of the groups meet": Fault(
-        "turns_sm90.cuh", "meet<kMeeting>(kThreads);", "meet<kMeeting>(kThreads / 2);", f"{OTHERS}|values"
-    ),
-    "no proxy fence behind what threads store to a stage": Fault(
-        "attn_out_sm90.cuh", "shared_proxy_fence();", "", OVER_STORE
-    ),
-    "left operands in the place of the other group's": Fault(
-        "attn_out_sm90.cuh", "kOperands * [[seat.column_group]] + k", "(1 - seat.column_group)"
-    ),
-    "a stream that all tiles of its rows store": Fault(
-        "attn_out_sm90.cuh", "if ([[item.column == 0]] && row", "true",
-        "two threads store to one place, in no order",
-    ),
-}  # fmt: skip
-ALL_FUSED = {
-    "no wait for the inputs": WAITS["no wait for the inputs"],
-    "keys read before the other group has stored its own": Fault(
-        "qkv_attention_sm90.cuh", "shared_proxy_fence();\n  [[meet_groups();]]", "", f"{HIDDEN}|values"
-    ),
-    "no proxy fence behind keys and values": Fault(
-        "qkv_attention_sm90.cuh", "shared_proxy_fence();", "", f"{HIDDEN}|{OVER_STORE}"
-    ),
-    "keys in the place of the values": Fault(
-        "qkv_attention_sm90.cuh", "values = [[keys + kHeadBytes]];", "keys",
-        "two threads store to one place, in no order|values",
-    ),
-    "rows of the other group": Fault(
-        "qkv_attention_sm90.cuh", "if ([[group == seat.column_group]])", "group != seat.column_group"
-    ),
-}  # fmt: skip
 PAIRS = {
     "no wait for the inputs": WAITS["no wait for the inputs"],
     "a signal of one block for both": Fault(
@@ -256,11 +203,11 @@ PAIRS = {
         f"{UNORDERED}|two threads store to one place, in no order",
     ),
     "blocks of a pair that do not meet before the first copy": Fault(
-        "looped_blocks_sm90.cu", "return Ring::meet_all();", "return;",
+        "looped_blocks_sm90.cu", "ring.initialise();\n  [[Ring::meet_all();]]", "",
         "a barrier is used before its initialisation is known",
     ),
     "blocks of a pair that do not meet behind the last copy": Fault(
-        "looped_blocks_sm90.cu", "else if (Config::kPair > 1) {\n    [[Ring::meet_all();]]", "",
+        "looped_blocks_sm90.cu", "if (Config::kPair > 1) [[Ring::meet_all();]]", "",
         "shared memory of a block that has ended|a block may end while others reach into it",
     ),
 }  # fmt: skip
@@ -282,8 +229,8 @@ SM80 = {
     ),
     "a counter that does not release": Fault(
         "walk_sm80.cuh",
-        "add_release(p_.counter(item().signal), item().signal_count);",
-        "*p_.counter(item().signal) += item().signal_count;",
+        "add_release(p_.counters + item().signal, item().signal_count);",
+        "p_.counters[item().signal] += item().signal_count;",
         UNORDERED,
     ),
     "threads that do not meet behind the waits": Fault(
@@ -376,9 +323,6 @@ class Kernel(NamedTuple):
 KERNELS = {
     "forward": Kernel("128 rows", 1, FORWARD, 140),  # two row tiles
     "early exit": Kernel("128 rows", 4, ADAPTIVE, 20, 2, 0.2),
-    "cluster": Kernel("heads of 16", 2, CLUSTER, batch=3),
-    "fused": Kernel("fused, few stages", 1, FUSED, 70, 5),
-    "all fused": Kernel("all fused", 2, ALL_FUSED, 100),
     "pairs": Kernel("pairs", 1, PAIRS, 140),  # rows of both blocks
     "pairs of 64 rows": Kernel("pairs of 64 rows", 1, PAIRS_OF_64, 81),
     "sm80": Kernel("sm80, 64 rows", 1, SM80, 80),

@@ -33,7 +33,6 @@ class Peer(NamedTuple):
     theirs: str | list[str]  # statements, or effects
     headers: tuple[str, ...] = ()  # of cuda::ptx that the statements need
     but: tuple[tuple[str, str], ...] = ()  # what theirs says and what ours says for it
-    cluster: bool = False  # in builds with LOOPMDM_CLUSTER
 
 
 def wrappers() -> list[str]:
@@ -178,6 +177,12 @@ PEERS = {
     "rank_in_cluster()": Peer(
         "*counter = rank_in_cluster();", "*counter = cuda::ptx::get_sreg_cluster_ctarank();", ("get_sreg",)
     ),
+    "meet_in_cluster()": Peer(
+        "meet_in_cluster();",
+        "cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_release); "
+        "cuda::ptx::barrier_cluster_wait(cuda::ptx::sem_acquire);",
+        ("barrier_cluster",),
+    ),
     "barrier_arrive_at(barrier, rank)": Peer(
         f"barrier_arrive_at({BARRIER}, a);",
         "cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cluster, "
@@ -234,12 +239,6 @@ PEERS = {
     "load_shared_pair(address)": Peer(
         f"const float2 v = load_shared_pair({TARGET}); x[0] = v.x; x[1] = v.y;",
         ["ld.shared::cta.v2.b32 result, [memory]", *_stored("#0", words=2)],
-    ),
-    "load_shared_four(address)": Peer(
-        f"const uint4 v = load_shared_four({TARGET}); "
-        "x[0] = __uint_as_float(v.x); x[1] = __uint_as_float(v.y); "
-        "x[2] = __uint_as_float(v.z); x[3] = __uint_as_float(v.w);",
-        ["ld.shared::cta.v4.b32 result, [memory]", *_stored("#0", words=4)],
     ),
     "store_shared_four(address, value)": Peer(
         f"store_shared_four({TARGET}, make_uint4(a, b, b, a));",
@@ -325,39 +324,8 @@ PEERS = {
     "meet_at(barrier)": Peer("meet_at<256>(a);", ["barrier.sync.aligned a, 256"]),
     "arrive_at(barrier)": Peer("arrive_at<256>(a);", ["barrier.arrive.aligned a, 256"]),
     "elected()": Peer("*counter = elected();", "*counter = cuda::ptx::elect_sync(~0u);", ("elect_sync",)),
-    "meet_in_cluster()": Peer(
-        "meet_in_cluster();",
-        "cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_release); "
-        "cuda::ptx::barrier_cluster_wait(cuda::ptx::sem_acquire);",
-        ("barrier_cluster",),
-    ),
-    "in_first_block(pointer)": Peer(
-        "*(int32_t**)x = in_first_block(counter);",
-        "*(int32_t**)x = (int32_t*)__cluster_map_shared_rank(counter, 0);",
-    ),
     # wgmma.cuh
     "products_commit()": Peer("products_commit();", ["wgmma.commit_group.sync.aligned"]),
     "products_wait()": Peer("products_wait<1>();", ["wgmma.wait_group.sync.aligned 1"]),
     "products_begin(values)": Peer("products_begin();", ["wgmma.fence.sync.aligned"]),
-}
-# The same functions where signals are for a cluster, in shared memory of one of its blocks.
-IN_CLUSTER = {
-    "load_acquire(address)": Peer(
-        "x[0] = __int_as_float(load_acquire(counter));",
-        "x[0] = __int_as_float(__nv_atomic_load_n(counter, __NV_ATOMIC_ACQUIRE, __NV_THREAD_SCOPE_CLUSTER));",
-        cluster=True,
-    ),
-    "store_release(address, value)": Peer(
-        "store_release(counter, a);",
-        "__nv_atomic_store_n(counter, a, __NV_ATOMIC_RELEASE, __NV_THREAD_SCOPE_CLUSTER);",
-        cluster=True,
-    ),
-    "add_release(address, value)": Peer(
-        "add_release(counter, a);", ["red.release.cluster.add.s32 [counter], a"], cluster=True
-    ),
-    "wait_for(counter, target)": Peer(
-        "wait_for(counter, a);",
-        [*_polls("ld.relaxed.cluster.b32 result, [counter]"), "fence.acquire.cluster"],
-        cluster=True,
-    ),
 }

@@ -18,13 +18,13 @@ from loopmdm_kernels.cuda import launch, looped_blocks, looped_blocks_backward, 
 from loopmdm_kernels.cuda.parameters import MAP
 from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.cuda.weights import PackedWeights
-from loopmdm_kernels.schedule import BlockShape, Plan, Table, build, choose, choose_backward
+from loopmdm_kernels.schedule import BlockShape, Plan, build, choose, choose_backward
 from loopmdm_kernels.schedule.cost import KEY_BLOCKS, key_block
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
 from tests.cuda import emulated, emulated_head
 
-LOOPS = 2  # in the second one weights that stay are not loaded
+LOOPS = 2
 _CPU = torch.device("cpu")
 
 
@@ -59,32 +59,25 @@ def _one_of_each(items: Iterable[Any], number: int = 1) -> tuple[Any, ...]:
 
 def _of_more_keys(shape: BlockShape, plan: Plan) -> BlockShape | None:
     """Of several blocks of keys, where this shape has one and its kernel is for others as well."""
-    if getattr(plan.tiles, "qkv_fused", False):
-        return None
     one = shape.length <= key_block(shape, plan.tiles) == KEY_BLOCKS[-1]
     return shape._replace(length=2 * KEY_BLOCKS[-1]) if one else None
 
 
 def forward(name: str) -> list[Launch]:
-    """A block that does two tiles of each phase, twice; also from the last to the first, where weights stay.
-
-    There is room for the weights of the first ones: it is others then.
-    """
+    """A block that does two tiles of each phase, twice."""
     shape = hopper.SHAPES[name]
     plan = choose(shape, hopper.HOPPER)
+    longer = _of_more_keys(shape, plan)
+    return [_forward(each, plan) for each in (shape, longer) if each]
+
+
+def _forward(shape: BlockShape, plan: Plan) -> Launch:
     table = build(shape, plan.tiles)
-    loop = _one_of_each(table.loop, 2)
-    orders = [loop, loop[::-1]] if plan.resident_bytes else [loop]
-    found = [_forward(shape, plan, table._replace(loop=order)) for order in orders]
-    if longer := _of_more_keys(shape, plan):
-        table = build(longer, plan.tiles)
-        table = table._replace(loop=_one_of_each(table.loop, 2))
-        found.append(_forward(longer, plan, table))
-    return found
-
-
-def _forward(shape: BlockShape, plan: Plan, table: Table) -> Launch:
-    table = table._replace(enter=_one_of_each(table.enter), leave=_one_of_each(table.leave))
+    table = table._replace(
+        enter=_one_of_each(table.enter),
+        loop=_one_of_each(table.loop, 2),
+        leave=_one_of_each(table.leave),
+    )
     words, packed = table.encode(), _weights(shape)
     x = torch.empty(shape.batch, shape.length, shape.hidden)
     modulation = torch.empty(shape.layers, 1, 6, shape.hidden)

@@ -22,13 +22,8 @@ def assert_contract(cubin, name):
     assert counts["UTMALDG.3D"] > 0 and counts["USETMAXREG.TRY_ALLOC.CTAPOOL"] == 1
     # Signals are releases at the scope of the GPU, waits acquires; TMA must not overtake either.
     assert counts["FENCE.VIEW.ASYNC.G"] > 0
-    # What threads store in shared memory: sums of statistics and operands of fused phases, keys and values.
-    assert counts["FENCE.VIEW.ASYNC.S"] == 1 + plan.tiles.fused + plan.tiles.qkv_fused
-    if plan.cluster > 1:  # the same in shared memory, with a meeting before the first and behind the last
-        assert counts["ATOM.E.ADD.S32.STRONG.GPU"] >= 2 and counts["LD.E.STRONG.GPU"] > 0
-        assert counts["UCGABAR_ARV"] == counts["UCGABAR_WAIT"] == 2
-    else:
-        assert counts["REDG.E.ADD.S32.STRONG.GPU"] >= 2 and counts["LDG.E.STRONG.GPU"] > 0
+    assert counts["FENCE.VIEW.ASYNC.S"] == 1, "of initialised barriers"
+    assert counts["REDG.E.ADD.S32.STRONG.GPU"] >= 2 and counts["LDG.E.STRONG.GPU"] > 0
 
 
 def test_a_part_of_a_package_is_not_the_package(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path
 import hopper
 import instructions
 import ptx
-from instructions import IN_CLUSTER, PEERS, product
+from instructions import PEERS, product
 
 from loopmdm_kernels.cuda import sources
 
@@ -28,7 +28,7 @@ PRODUCTS = {
     )
 }  # fmt: skip
 PRODUCT_WRAPPERS = ["shared(sums, left, right, add)", "registers(sums, left, right, add)"]
-ALL = {**PEERS, **PRODUCTS, **{f"{name} in a cluster": peer for name, peer in IN_CLUSTER.items()}}
+ALL = {**PEERS, **PRODUCTS}
 HEADERS = instructions.cuda_ptx()
 
 
@@ -74,8 +74,7 @@ def same(name, ours, theirs):
 @pytest.fixture(scope="module")
 def probes():
     usable = {name: peer for name, peer in ALL.items() if HEADERS or not peer.headers}
-    found = effects({name: peer for name, peer in usable.items() if not peer.cluster})
-    return found | effects({name: p for name, p in usable.items() if p.cluster}, "-DLOOPMDM_CLUSTER")
+    return effects(usable)
 
 
 @hopper.needs_nvrtc
@@ -105,10 +104,10 @@ FAULTS = {
     "a signal that releases nothing": ("add_release(address, value)", "red.release.", "red.relaxed."),
     "a wait that acquires nothing": ("load_acquire(address)", "ld.acquire.", "ld.relaxed."),
     "a wait for a counter that acquires nothing": (
-        "wait_for(counter, target)", '"fence.acquire." LOOPMDM_AMONG ";\\n"', '""'
+        "wait_for(counter, target)", '"fence.acquire.gpu;\\n"', '""'
     ),
     "a wait for a counter that empties L1 at each try": (
-        "wait_for(counter, target)", 'LOOPMDM_TRY "ld.relaxed."', 'LOOPMDM_TRY "ld.acquire."'
+        "wait_for(counter, target)", 'LOOPMDM_TRY "ld.relaxed.', 'LOOPMDM_TRY "ld.acquire.'
     ),
     "a wait that goes on when nothing has come": (
         "barrier_wait(barrier, parity)", "@done bra DONE", "@!done bra DONE"

@@ -85,35 +85,6 @@ def test_rows_are_normalised_once_for_all_of_their_tiles():
     }  # fmt: skip
 
 
-def test_mlp_in_may_do_what_attn_out_does():
-    """It waits for what ATTN_OUT waits for, and the stream goes to MLP_OUT by a buffer of its own."""
-    table = build(SHAPE, TILES._replace(attn_out=32, fused=True))
-    without = build(SHAPE, TILES)
-    assert {item.phase for item in without.loop} - {item.phase for item in table.loop} == {Forward.ATTN_OUT}
-    for item in table.loop:
-        if item.phase == Forward.MLP_IN:
-            assert item.wait == table.counter(Forward.ATTENTION, item.layer, item.sequence, item.row)
-            assert item.read_slot == int(item.layer > 0)
-    read = {region.buffer: phase.name for phase in table.phases for region in phase.reads}
-    assert read["middle"] == Forward.MLP_OUT and "statistics2" not in read
-
-
-def test_attention_may_do_what_qkv_does():
-    """A tile is a head of a whole sequence, and waits for the layer before; all of its rows wait for it."""
-    table = build(SHAPE, TILES._replace(attn_out=32, fused=True, qkv_fused=True))
-    assert not {item.phase for item in table.loop} & {Forward.QKV, Forward.ATTN_OUT}
-    heads = [item for item in table.loop if item.phase == Forward.ATTENTION and item.layer == 1]
-    assert [(item.sequence, item.row, item.column) for item in heads] == [
-        (s, 0, h) for s in range(2) for h in range(2)
-    ]
-    for item in heads:
-        assert item.wait == table.counter(Forward.MLP_OUT, 0, item.sequence, 0) and item.wait_number == 2
-    for item in table.loop:
-        if item.phase == Forward.MLP_IN:
-            assert item.wait == table.counter(Forward.ATTENTION, item.layer, item.sequence, 0)
-            assert (item.wait_number, item.wait_count) == (1, 2)
-
-
 def test_halves_alternate():
     assert [stream_slot(0, loop) for loop in range(4)] == [0, 1, 0, 1]
     # Three layers: the half of layer 0 changes from loop to loop; two: it does not.
@@ -131,8 +102,6 @@ def test_halves_alternate():
         ({}, {"rows": 0}, r"tiles.rows: got 0"),
         ({}, {"part": 3}, r"tiles.part: got 3, expected 0 or a divisor of tiles.rows 16"),
         ({}, {"mlp_out_parts": 3}, r"tiles.mlp_out_parts: got 3, expected a divisor of 64"),
-        ({}, {"fused": True}, r"tiles.fused: got .* expected neither norms nor pairs and attn_out 32"),
-        ({}, {"qkv_fused": True}, r"tiles.qkv_fused: got .* expected fused, and sequences of at most two"),
         ({}, {"blocks": 3}, r"tiles.blocks: got 3, expected 1 or 2 and a divisor of tiles.rows 16"),
     ],
 )

@@ -13,7 +13,6 @@ from loopmdm_kernels.schedule import (
     build,
     build_backward,
 )
-from loopmdm_kernels.schedule.table import Region
 from loopmdm_kernels.testing import looped_inputs
 from loopmdm_kernels.testing.schedule import ScheduleError, check, interpret
 
@@ -21,8 +20,6 @@ SMALL = BlockShape(batch=2, length=40, hidden=32, heads=2, mlp=128, layers=2)
 TILES = Tiles(rows=16, qkv=16, attn_out=16, mlp_in=32, mlp_out=16)
 PARTS = TILES._replace(mlp_out_parts=4)
 NORMS = TILES._replace(part=4)
-FUSED = TILES._replace(attn_out=32, fused=True)
-ALL_FUSED = FUSED._replace(rows=20, qkv_fused=True)  # of 40 tokens
 FEW = BlockShape(batch=2, length=20, hidden=32, heads=2, mlp=32, layers=2)  # failing proofs take long
 BACKWARD_TILES = BackwardTiles(rows=16, columns=16, part=8)
 
@@ -38,7 +35,7 @@ def test_built_tables_pass(length, layers, adaptive):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize(
     "tiles",
-    [PARTS, NORMS, NORMS._replace(mlp_out_parts=2), FUSED, FUSED._replace(mlp_out_parts=2), ALL_FUSED],
+    [PARTS, NORMS, NORMS._replace(mlp_out_parts=2)],
     ids=str,
 )
 def test_tables_of_other_phases_pass(tiles, layers, adaptive):
@@ -96,8 +93,6 @@ PLACES = (
     [("forward", phase, layer) for phase in PRODUCTS for layer in (0, 1)]
     + [("parts", phase, 1) for phase in SPLIT]
     + [("norms", phase, layer) for phase in OF_NORMS for layer in (0, 1)]
-    + [("fused", phase, layer) for phase in (Forward.MLP_IN, Forward.MLP_OUT) for layer in (0, 1)]
-    + [("all fused", phase, layer) for phase in (Forward.MLP_IN, Forward.MLP_OUT) for layer in (0, 1)]
     + [("backward", phase, int(phase in (Backward.TOP, Backward.NORM1))) for phase in Backward]
 )
 
@@ -110,9 +105,7 @@ def place(request):
         table, loops = build_backward(FEW, BACKWARD_TILES), 2
         number = last_but_one(table, phase, layer)
     else:
-        tiles = {"forward": TILES, "parts": PARTS, "norms": NORMS, "fused": FUSED, "all fused": ALL_FUSED}[
-            kind
-        ]
+        tiles = {"forward": TILES, "parts": PARTS, "norms": NORMS}[kind]
         table, loops = build(SMALL if kind == "forward" else SMALL._replace(batch=1), tiles), None
         part = 2 if kind == "parts" and phase is Forward.MLP_OUT else 0
         number = first(table, phase, layer=layer, row=1, part=part)
@@ -224,43 +217,6 @@ def test_keys_in_one_buffer_would_be_overwritten_while_read():
     ]  # fmt: skip
     with pytest.raises(ScheduleError, match=r"still being read.*qkv"):
         check(table._replace(loop=tuple(loop)))
-
-
-def test_a_stream_updated_in_place_would_be_read_by_other_tiles_of_its_rows():
-    """Why MLP_IN, where it does what ATTN_OUT does, leaves the stream in a buffer of its own."""
-    table = build(SMALL._replace(batch=1), FUSED)
-    phases = tuple(
-        phase._replace(writes=(*phase.writes, Region("stream", once=True)))
-        if phase.name is Forward.MLP_IN
-        else phase
-        for phase in table.phases
-    )
-    loop = tuple(item._replace(write_slot=1) if item.phase == Forward.MLP_IN else item for item in table.loop)
-    with pytest.raises(ScheduleError, match=r"MLP_IN .* and MLP_IN .* are not ordered|still being read"):
-        check(table._replace(phases=phases, loop=loop))
-
-
-def test_each_tile_that_updates_the_stream_for_itself_must_not_leave_it():
-    table = build(SMALL._replace(batch=1), FUSED)
-    phases = tuple(
-        phase._replace(writes=tuple(region._replace(once=False) for region in phase.writes))
-        for phase in table.phases
-    )
-    with pytest.raises(ScheduleError, match=r"two writes.*middle"):
-        check(table._replace(phases=phases))
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-def test_attention_that_makes_its_keys_waits_for_all_rows(layer):
-    table = build(SMALL._replace(batch=1), ALL_FUSED)
-    number = first(table, Forward.ATTENTION, layer=layer)
-    assert table.loop[number].wait_number == 2
-    with pytest.raises(ScheduleError, match=r"not ordered|unfinished"):
-        check(change(table, number, wait_number=1))
-    with pytest.raises(ScheduleError, match=r"not ordered|unfinished"):
-        check(change(table, number, wait_number=0))
-    with pytest.raises(ScheduleError, match="deadlock"):
-        check(change(table, number, signal=-1))
 
 
 def test_cyclic_waits_are_found():

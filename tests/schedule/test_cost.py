@@ -64,64 +64,6 @@ def test_few_tokens_cut_the_inner_dimension():
     assert choose(SMALL).tiles.mlp_out_parts == 1
 
 
-SUDOKU = BlockShape(batch=1, length=81, hidden=128, heads=4, mlp=512, layers=2)
-
-
-def test_weights_stay_in_shared_memory_where_they_fit():
-    tiles = Tiles(64, 64, 64, 64, 64, 2)
-    plan = plan_of(SUDOKU, Device(), tiles)
-    # 80 tiles of a loop on 132 blocks: the largest of them, 64 columns by 512.
-    assert plan.resident_bytes == 2 * 64 * 512 and plan.stages >= 4 and plan.shared_bytes <= 232_448
-    assert plan.phases[Forward.MLP_OUT].bytes == 4 * 2 * 64 * 512, "the rows alone"
-    for device in (Device(sms=8), Device(keeps_weights=False)):
-        other = plan_of(SUDOKU, device, tiles)
-        assert other.resident_bytes == 0 and other.phases[Forward.MLP_OUT].bytes == 2 * 4 * 2 * 64 * 512
-    assert choose(SMALL._replace(length=32)).resident_bytes == 0, "28 MB do not fit beside a ring"
-
-
-def test_narrow_models_run_in_one_cluster():
-    """Where waiting is most of the time, and sixteen SMs have room for the rest."""
-    plan = choose(SUDOKU)
-    assert plan.cluster == 16 and plan.resident_bytes > 0 and plan.shared_bytes <= 232_448
-    assert max(cost.tiles for cost in plan.phases.values()) <= 16
-    alone = choose(SUDOKU, Device(cluster=1))
-    assert alone.cluster == 1 and alone.loop_seconds > 1.25 * plan.loop_seconds
-    assert {choose(SMALL._replace(length=length)).cluster for length in (1, 32, 128, 1024)} == {1}
-    wide = BlockShape(batch=1, length=32, hidden=512, heads=8, mlp=2048, layers=2)
-    assert choose(wide).cluster == 1, "what it saves is less than a tenth"
-    assert choose(SUDOKU, ASSUMED[8, 0]).cluster == 1, "has no clusters"
-    assert choose(SUDOKU._replace(heads=1)).cluster == 1, "heads of 128 need the registers"
-    assert choose(SUDOKU._replace(batch=20)).cluster == 1, "too many counters"
-
-
-def test_narrow_models_compute_attn_out_where_it_is_used():
-    """Eight times for each row, which takes less than one more hand-over of three phases' work."""
-    plan = choose(SUDOKU)
-    assert plan.tiles.fused and Forward.ATTN_OUT not in plan.phases
-    both = plan.phases[Forward.MLP_IN]
-    assert both.tiles == 16 and both.arithmetic == pytest.approx(2 * 64 * (128 + 64) * 128 * 132 / 700e12)
-    # Rows of attention and of the stream, and ATTN_OUT's weights, which do not stay; MLP_IN's do.
-    assert both.bytes == 16 * 128 * (2 * 64 + 4 * 64 + 2 * 128) and plan.resident_bytes > 0
-    device = Device().as_cluster()
-    without = plan_of(SUDOKU, device, plan.tiles._replace(attn_out=64, fused=False, qkv_fused=False))
-    assert plan.loop_seconds < 0.9 * without.loop_seconds
-    assert not choose(SUDOKU, Device(cluster=1)).tiles.fused, "only in one cluster"
-    wide = BlockShape(batch=1, length=32, hidden=256, heads=8, mlp=1024, layers=1)
-    assert choose(wide).cluster == 16 and not choose(wide).tiles.fused, "the products weigh more"
-
-
-def test_a_head_of_a_short_sequence_is_one_tile():
-    """Its queries, keys and values are made in it, each once, by two groups of 64 rows."""
-    plan = choose(SUDOKU)
-    assert plan.tiles.qkv_fused and Forward.QKV not in plan.phases
-    head = plan.phases[Forward.ATTENTION]
-    products, attention = 2 * 128 * 96 * 128 / 700e12, 4 * 128 * 128 * 32 / 450e12
-    assert head.tiles == 4 and head.arithmetic == pytest.approx(132 * (products + attention))
-    assert head.bytes == 4 * 4 * 128 * 81 and head.weights == 2 * 96 * 128
-    assert not choose(SUDOKU._replace(length=129)).tiles.qkv_fused, "of two row tiles"
-    assert not choose(SUDOKU._replace(heads=8)).tiles.qkv_fused, "heads of 16"
-
-
 @pytest.mark.parametrize("length", [1, 32, 64, 81, 128, 200, 512])
 def test_parts_do_not_depend_on_the_batch(length):
     """They decide in which order numbers are added."""

@@ -24,7 +24,7 @@ constexpr uint32_t kSharedBytes = 232448,
                    kSharedBase = 1024;  // where shared memory begins in its address space
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr int kNamed = 5;  // of the hardware's barriers: as many as the kernels use
+constexpr int kNamed = 4;  // of the hardware's barriers: as many as the kernels use
 
 // Who has stored, and in which time of its warp: for each four bytes of a page of global memory.
 struct Tag {
