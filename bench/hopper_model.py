@@ -61,7 +61,7 @@ def forward(shape: BlockShape) -> Microseconds:
 
 def under(shape: BlockShape, chosen: Plan, device: Device) -> Plan:
     """The same plan on a device of other rates."""
-    return plan._plan(shape, device.as_cluster() if chosen.cluster > 1 else device, chosen.tiles)
+    return plan._plan(shape, device, chosen.tiles)
 
 
 def backward(shape: BlockShape) -> Microseconds:
@@ -192,21 +192,6 @@ def _whole(shape: BlockShape) -> Microseconds:
     return lambda device: 1e6 * seconds(device)
 
 
-def _apart(shape: BlockShape, *, attn_out: bool = False) -> Microseconds:
-    """One loop, QKV a phase of its own, and ATTN_OUT as well."""
-
-    def seconds(device: Device) -> float:
-        chosen = choose(shape, device)
-        if chosen.tiles.fused:
-            tiles = chosen.tiles._replace(qkv_fused=False)
-            if attn_out:
-                tiles = tiles._replace(attn_out=min(plan.COLUMN_TILES), fused=False)
-            chosen = under(shape, chosen._replace(tiles=tiles), device)
-        return chosen.loop_seconds
-
-    return lambda device: 1e6 * seconds(device)
-
-
 def mechanism_rows() -> Iterator[list[str]]:
     """What each mechanism of the kernels is there for: the same loop without it."""
     yield ["us a loop", "with", "without", "saves, over all ranges"]
@@ -221,10 +206,6 @@ def mechanism_rows() -> Iterator[list[str]]:
         ("pairs, 384 tokens", more, _chosen(more, cluster=1)),
         ("pairs, 1024 tokens", many, _chosen(many, cluster=1)),
         ("pairs, 16 x 1024 tokens", batch, _chosen(batch, cluster=1)),
-        ("one cluster, Sudoku", SUDOKU, _chosen(SUDOKU, cluster=1)),
-        ("QKV inside ATTENTION, Sudoku", SUDOKU, _apart(SUDOKU)),
-        ("that and ATTN_OUT inside MLP_IN, Sudoku", SUDOKU, _apart(SUDOKU, attn_out=True)),
-        ("weights that stay, Sudoku", SUDOKU, _chosen(SUDOKU, keeps_weights=False)),
     ):
         times = [(_chosen(shape)(device), without(device)) for device in (assumed, *devices)]
         saved = [1 - there / not_there for there, not_there in times]
