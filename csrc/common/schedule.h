@@ -91,23 +91,6 @@ LOOPMDM_HD int64_t first_leaving(int64_t position, TableSize size, int32_t loops
   return position + (leaving - position + num_blocks - 1) / num_blocks * num_blocks;
 }
 
-// The sizes with which each part of the sequence begins at block 0. A block then executes the same
-// instructions in every loop, and can keep what they need. Some places are empty.
-LOOPMDM_HD TableSize padded(TableSize size, int32_t num_blocks) {
-  const auto whole = [num_blocks](int32_t number) {
-    return (number + num_blocks - 1) / num_blocks * num_blocks;
-  };
-  return {whole(size.enter), whole(size.loop), size.leave};
-}
-
-// Where a place by padded sizes lies in the table; -1: it is empty.
-LOOPMDM_HD int32_t index_of(Place place, TableSize padded, TableSize size, int32_t loops) {
-  if (place.loop < 0) return place.index < size.enter ? place.index : -1;
-  const int32_t index = place.index - padded.enter;
-  if (place.loop == loops) return size.enter + size.loop + index - padded.loop;
-  return index < size.loop ? size.enter + index : -1;
-}
-
 // What a counter has reached when all tiles of the phase waited for are complete in this loop.
 LOOPMDM_HD int32_t generation(int32_t count, int32_t loop) { return count * (loop + 1); }
 

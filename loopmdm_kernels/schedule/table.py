@@ -3,8 +3,8 @@
 An instruction computes one tile of one phase. The table has three parts: `enter` runs once, `loop` runs in
 every loop, `leave` runs once for each sequence after its last loop. Numbering the instructions enter, loop 0,
 loop 1, ..., leave gives one sequence of positions; of G thread blocks, block g executes numbers g, g + G,
-g + 2G, ... of each of these parts, in this order: the same ones in every loop, so that it can keep their
-weights. The table does not depend on G or on S. Two blocks that share tiles count as one here.
+g + 2G, ..., in this order. The table does not depend on G or on S. Two blocks that share tiles count as one
+here.
 
 A counter only ever grows. It belongs to one (phase, layer, sequence, row tile), and every loop adds the same
 amount to it. An instruction of loop k may start when each of the counters it waits for has reached

@@ -37,15 +37,6 @@ void place_c(int64_t position, int32_t enter, int32_t loop, int32_t leave, int32
   out[1] = place.index;
 }
 
-// The place of a block's `step`-th instruction, and its number in the table; -1: an empty place.
-void share_c(int32_t block, int32_t num_blocks, int64_t step, int32_t enter, int32_t loop, int32_t leave,
-             int32_t loops, int32_t* out) {
-  const TableSize size{enter, loop, leave}, sizes = padded(size, num_blocks);
-  const Place place = place_of(block + step * num_blocks, sizes, loops);
-  out[0] = place.index < 0 ? -2 : place.loop;
-  out[1] = place.index < 0 ? -1 : index_of(place, sizes, size, loops);
-}
-
 int64_t first_leaving_c(int64_t position, int32_t enter, int32_t loop, int32_t leave, int32_t loops,
                         int32_t num_blocks) {
   return first_leaving(position, {enter, loop, leave}, loops, num_blocks);

@@ -11,7 +11,7 @@ import pytest
 
 from loopmdm_kernels.schedule import BlockShape, Forward, Tiles, build
 from loopmdm_kernels.schedule.table import FINAL, Instruction, qkv_slot, stream_slot
-from loopmdm_kernels.testing.schedule import positions, share
+from loopmdm_kernels.testing.schedule import positions
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
@@ -142,24 +142,6 @@ def test_positions_equal_those_of_the_table(library):
     # Beyond 32 bits: many loops of a large table.
     library.place_c(ctypes.c_int64(5 + 100_000 * 30_000 + 7), 5, 100_000, 9, 40_000, out)
     assert list(out) == [30_000, 12]
-
-
-@pytest.mark.parametrize("num_blocks", [1, 5, 132])
-def test_a_block_executes_its_share(library, num_blocks):
-    shape = BlockShape(batch=2, length=20, hidden=32, heads=2, mlp=64, layers=3)
-    table = build(shape, Tiles(16, 16, 16, 16, 32), adaptive=True)
-    items = [*table.enter, *table.loop, *table.leave]
-    size = (len(table.enter), len(table.loop), len(table.leave))
-    out = (ctypes.c_int32 * 2)()
-    for block in range(num_blocks):
-        found = []
-        for step in itertools.count():
-            library.share_c(block, num_blocks, ctypes.c_int64(step), *size, 3, out)
-            if out[0] == -2:
-                break
-            if out[1] >= 0:
-                found.append((out[0], items[out[1]]))
-        assert found == list(share(table, block, num_blocks, 3))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3, 132])

@@ -67,7 +67,7 @@ def test_other_widths(hidden, heads, target):
 
 @pytest.mark.parametrize(("hidden", "heads"), [(768, 12), (128, 4)])
 def test_a_row_does_not_depend_on_its_batch(hidden, heads):
-    """The narrow one runs in one cluster alone, and on the whole GPU with three others."""
+    """Tiles follow the batch; what a row gives must not."""
     inputs = inputs_on_gpu(4, 81, hidden, heads)
     whole = ours(inputs, 3)
     for sequence in range(4):

@@ -16,17 +16,14 @@ class Loader {
   __device__ void run() {
     const int32_t loops = *p_.max_loops;
     const int32_t workers = static_cast<int32_t>(gridDim.x) / Config::kPair;
-    const TableSize sizes = padded(p_.size, workers);
     for (int64_t position = blockIdx.x / Config::kPair;;) {
-      const Place place = place_of(position, sizes, loops);
+      const Place place = place_of(position, p_.size, loops);
       if (place.index < 0) break;
       position += workers;
-      const int32_t index = index_of(place, sizes, p_.size, loops);
-      if (index < 0) continue;
-      const Instruction item = p_.table[index];
+      const Instruction item = p_.table[place.index];
       int32_t loop = place.loop;
       if (!takes_part(p_, item, loop)) {
-        if (all_stopped(p_, loop)) position = first_leaving(position, sizes, loops, workers);
+        if (all_stopped(p_, loop)) position = first_leaving(position, p_.size, loops, workers);
         continue;
       }
       load(item, loop);

@@ -5,6 +5,6 @@ deadlocks, `interpret` and `interpret_backward` run them on the CPU in any legal
 from loopmdm_kernels.testing.schedule.check import ScheduleError, check
 from loopmdm_kernels.testing.schedule.interpret import interpret
 from loopmdm_kernels.testing.schedule.interpret_backward import interpret_backward
-from loopmdm_kernels.testing.schedule.order import positions, share
+from loopmdm_kernels.testing.schedule.order import positions
 
-__all__ = ["ScheduleError", "check", "interpret", "interpret_backward", "positions", "share"]
+__all__ = ["ScheduleError", "check", "interpret", "interpret_backward", "positions"]

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from loopmdm_kernels.schedule.table import Instruction, Table
 
 Instance = tuple[int, Instruction]  # of a loop
 
 
-def share(table: Table, block: int, num_blocks: int, loops: int) -> Iterator[Instance]:
-    """What a block executes, each instruction with its loop.
+def positions(table: Table, loops: int) -> list[Instance]:
+    """The sequence of positions, each instruction with its loop.
 
     ENTER counts as loop -1, so that what it adds to a counter is the generation that loop 0 waits for. LEAVE
     counts as the loop after the last: its sequence's own number of loops.
     """
-    for items, runs in ((table.enter, [-1]), (table.loop, range(loops)), (table.leave, [loops])):
-        for loop in runs:
-            for item in items[block::num_blocks]:
-                yield loop, item
-
-
-def positions(table: Table, loops: int) -> list[Instance]:
-    """The sequence of positions: what one block alone executes."""
-    return list(share(table, 0, 1, loops))
+    parts = (table.enter, [-1]), (table.loop, range(loops)), (table.leave, [loops])
+    return [(loop, item) for items, runs in parts for loop in runs for item in items]
 
 
 def interleave(
@@ -41,11 +34,8 @@ def interleave(
         RuntimeError: no block can proceed.
     """
     generator = random.Random(seed)
-    if table.meets:  # its kernel goes on from loop to loop, wherever in the table a loop begins
-        everything = positions(table, loops)
-        shares = [iter(everything[block::num_blocks]) for block in range(num_blocks)]
-    else:
-        shares = [share(table, block, num_blocks, loops) for block in range(num_blocks)]
+    everything = positions(table, loops)
+    shares = [iter(everything[block::num_blocks]) for block in range(num_blocks)]
     current = [next(items, None) for items in shares]
     running = list(range(num_blocks))
     while running:
