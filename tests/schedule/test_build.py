@@ -4,7 +4,7 @@ import pytest
 
 from loopmdm_kernels.schedule import BlockShape, Forward, Tiles, build
 from loopmdm_kernels.schedule.table import qkv_slot, stream_slot
-from loopmdm_kernels.testing.schedule import positions, share
+from loopmdm_kernels.testing.schedule import positions
 
 SHAPE = BlockShape(batch=2, length=20, hidden=32, heads=2, mlp=64, layers=2)
 TILES = Tiles(rows=16, qkv=16, attn_out=16, mlp_in=16, mlp_out=32)
@@ -15,19 +15,6 @@ def test_positions_run_through_enter_loops_and_leave():
     numbers = positions(table, 2)
     assert [loop for loop, _ in numbers] == [-1] * 4 + [0] * len(table.loop) + [1] * len(table.loop) + [2] * 4
     assert [item for _, item in numbers] == [*table.enter, *table.loop, *table.loop, *table.leave]
-
-
-def test_a_block_does_the_same_in_every_loop():
-    table = build(SHAPE, TILES)
-    shares = [list(share(table, block, 7, 3)) for block in range(7)]
-    for own in shares:
-        loops = [[item for at, item in own if at == loop] for loop in range(3)]
-        assert loops[0] == loops[1] == loops[2]
-    in_order = positions(table, 3)
-    everything = [at for own in shares for at in own]
-    assert len(everything) == len(in_order) and set(everything) == set(in_order)
-    for own in shares:
-        assert [in_order.index(at) for at in own] == sorted(in_order.index(at) for at in own)
 
 
 def test_every_tile_occurs_once():
