@@ -48,7 +48,6 @@ class Built(NamedTuple):
     library: object
     plan: object
     sizes: tuple[int, int, int]
-    device: Device
     target: Target
 
     def run(self, inputs, loops, **options):
@@ -60,7 +59,7 @@ def build(variant, folder, **options):
         make(variant.sizes, 1, variant.length), variant.tiles, variant.target, variant.device
     )
     library = emulated.build(shape, plan, folder, target=variant.target, **options)
-    return Built(library, plan, variant.sizes, variant.device, variant.target)
+    return Built(library, plan, variant.sizes, variant.target)
 
 
 @pytest.fixture(scope="module", params=VARIANTS, name="variant")
