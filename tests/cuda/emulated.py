@@ -65,7 +65,9 @@ def build(shape, plan, folder, *, target=SM90, optimize=True):
 def compile_kernel(source, macros, folder, *, optimize=True):
     """A library of this one kernel of csrc/cuda."""
     macros = {**macros, "LOOPMDM_SOURCE": f'"cuda/{source}"', "LOOPMDM_KERNEL": Path(source).stem}
-    return compile_source("kernel", macros, folder, optimize=optimize)
+    loaded = compile_source("kernel", macros, folder, optimize=optimize)
+    loaded.loaded_weight_bytes.restype = ctypes.c_int64
+    return loaded
 
 
 def fault(library):

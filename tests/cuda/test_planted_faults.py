@@ -16,6 +16,7 @@ from tests.cuda.test_head_faults import FAULTS as HEAD
 NO_FENCE = "no wgmma.fence between the use of .* and a product"
 NOT_WAITED = "sums are used before the wait for their products|a thread ends before its products"
 NO_PROXY_FENCE = "a bulk copy of what a thread stores, without order and proxy fence"
+HIDDEN = "a product reads what a thread has stored, without proxy fence"
 MISSED = "a lane may miss a round of a barrier"
 UNORDERED_STORE = "two threads store to one place, in no order|a copy of what another thread stores"
 UNORDERED = f"{NO_PROXY_FENCE}|{UNORDERED_STORE}|values"
@@ -110,7 +111,7 @@ FORWARD = {
     "threads store into an operand": Fault(
         "product_sm90.cuh", "products_begin(sums, operand);",
         "++*emulator::shared_byte(right); products_begin(sums, operand);",
-        "a product reads what a thread has stored, without proxy fence",
+        HIDDEN,
     ),
     "no wait for a stage": Fault(
         "stage_ring_sm90.cuh", "barrier_wait(full(place), place.round)", "(void)place", EARLY_READ

@@ -197,6 +197,7 @@ struct State {
   std::unordered_map<const int32_t*, Known> signals;
 };
 inline State* state = nullptr;
+inline int64_t weight_bytes = 0;  // loaded by TMA in this run
 
 inline Fiber& self() { return *state->current; }
 
@@ -393,6 +394,7 @@ inline bool run_together(int first, int last, int grid, int threads, unsigned se
                          const std::function<void()>& kernel) {
   State here;
   state = &here;
+  weight_bytes = 0;
   fault.clear();
   here.threads = threads;
   here.grid = grid;

@@ -9,6 +9,8 @@ int run(void (*kernel)(Parameters), const void* given, int num_blocks, int threa
   return emulator::run(num_blocks, threads, seed, [&] { kernel(parameters); });
 }
 
+extern "C" int64_t loaded_weight_bytes() { return emulator::weight_bytes; }
+
 extern "C" void plant(int number) { emulator::chosen_fault = number; }
 
 extern "C" const char* fault() { return emulator::fault.c_str(); }

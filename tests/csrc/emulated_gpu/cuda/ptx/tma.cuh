@@ -64,8 +64,10 @@ inline void load_box(uint32_t target, const TensorMap* map, uint32_t barrier, in
   emulator::state->loads.push_back({block, barrier, copy});
 }
 
+// Only weights are loaded to be kept in L2.
 inline void load_box(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row, int matrix,
                      uint64_t) {
+  emulator::weight_bytes += map->words[1] * map->words[7] * map->words[8];
   load_box(target, map, barrier, column, row, matrix);
 }
 
