@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.calls import LoopedCall
-from loopmdm_kernels.cuda import driver, prepare, tensor_maps
+from loopmdm_kernels.cuda import driver, looped_rows, prepare, tensor_maps
 from loopmdm_kernels.cuda.launch import Breach, keep_for_graphs, known_device, loaded, set_map
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients, kernel_on
 from loopmdm_kernels.cuda.parameters import MAP, address, defines, fields
+from loopmdm_kernels.cuda.prepare import most_loops, of_call
 from loopmdm_kernels.cuda.streams import Shared
 from loopmdm_kernels.cuda.targets import Target, target_of
 from loopmdm_kernels.cuda.weights import MATRICES, PackedWeights, packed
@@ -60,7 +61,8 @@ def _why_no_kernel(shape: BlockShape, target: Target, device: int, trains: bool)
     """No tiles divide the widths, or the code of a kernel is not what it is written to be."""
     try:
         prepare.kernel_on(target, device)
-        _kernel(shape, target, device)
+        if looped_rows.kernel_on(shape, target, device) is None:
+            _kernel(shape, target, device)
         if trains:
             kernel_on(shape, device)
     except (ValueError, Breach) as error:
@@ -100,40 +102,86 @@ def kept_of(buffers: Buffers, weights: PackedWeights, num_heads: int) -> Kept:
     )  # fmt: skip
 
 
-def run_forward(call: LoopedCall, *, keep: bool = False) -> tuple[Buffers, PackedWeights]:
+def run_forward(call: LoopedCall, *, keep: bool = False) -> tuple[AllBuffers, PackedWeights]:
     """One call of the kernel; with `keep` its stream holds the inputs of all loops."""
     x, shape = call.x, shape_of(call.x, call.blocks, call.num_heads)
     target, device = target_of(torch.cuda.get_device_capability(x.device)), x.device.index
     with torch.cuda.device(x.device):
-        kernel, plan, limits = _kernel(shape, target, device)
-        table, shared = _shared_table(shape, plan.tiles, call.exit_threshold is not None, x.device)
-        (words,) = shared.read()
-        keep_for_graphs(words)
         weights = packed(call.plain_blocks)
-        given = (call.modulation, call.num_loops, call.rotary, call.key_mask)
-        buffers = Buffers.allocate(table, x, weights, *given, keep=keep)
+        rows = looped_rows.kernel_on(shape, target, device)
+        run = (
+            _by_tiles(call, shape, target, weights, keep)
+            if rows is None
+            else _by_rows(call, rows, weights, keep)
+        )
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        _prepare(call, target, table, buffers, weights, stream)
-        parameters = pack_parameters(target, table, buffers, weights, words, call.exit_threshold)
-        if fields(target.parameters, MAP):
-            for name, described in map_layouts(shape, plan, buffers, weights).items():
-                set_map(parameters, name, described)
+        _prepare(call, target, run.counted, run.buffers, weights, stream)
+        for name, described in run.maps.items():
+            set_map(run.parameters, name, described)
         driver.set_aside_l2(device)
-        kept = driver.l2_window(weights.buffer.data_ptr(), 2 * weights.buffer.numel(), limits)
-        if plan.pair > 1:
-            grid = plan.pair * kernel.active_clusters(plan.pair, target.threads)
-        else:
-            grid = limits.sms * kernel.blocks_per_sm(target.threads)
-        kernel.launch(grid, target.threads, stream, parameters, kept, cluster=plan.pair)
-    return buffers, weights
+        kept = driver.l2_window(weights.buffer.data_ptr(), 2 * weights.buffer.numel(), driver.facts(device))
+        run.kernel.launch(run.blocks, run.threads, stream, run.parameters, kept, cluster=run.cluster)
+    return run.buffers, weights
+
+
+class _Run(NamedTuple):
+    """A launch of either kernel."""
+
+    kernel: driver.Kernel
+    blocks: int
+    threads: int
+    cluster: int
+    counted: prepare.Counted
+    buffers: AllBuffers
+    parameters: ctypes.Structure
+    maps: dict[str, tensor_maps.Layout]
+
+
+def _by_tiles(
+    call: LoopedCall, shape: BlockShape, target: Target, weights: PackedWeights, keep: bool
+) -> _Run:
+    device, given = call.x.device, (call.modulation, call.num_loops, call.rotary, call.key_mask)
+    kernel, plan, limits = _kernel(shape, target, device.index)
+    table, shared = _shared_table(shape, plan.tiles, call.exit_threshold is not None, device)
+    (words,) = shared.read()
+    keep_for_graphs(words)
+    buffers = Buffers.allocate(table, call.x, weights, *given, keep=keep)
+    parameters = pack_parameters(target, table, buffers, weights, words, call.exit_threshold)
+    described = fields(target.parameters, MAP)
+    maps = map_layouts(shape, plan, buffers, weights) if described else {}
+    if plan.pair > 1:
+        blocks = plan.pair * kernel.active_clusters(plan.pair, target.threads)
+    else:
+        blocks = limits.sms * kernel.blocks_per_sm(target.threads)
+    return _Run(kernel, blocks, target.threads, plan.pair, counters_of(table), buffers, parameters, maps)
+
+
+def _by_rows(call: LoopedCall, found: looped_rows.Found, weights: PackedWeights, keep: bool) -> _Run:
+    kernel, plan, clusters = found
+    given = (call.modulation, call.num_loops, call.rotary, call.key_mask)
+    buffers = looped_rows.Buffers.allocate(plan, call.x, weights, *given, keep=keep)
+    blocks = plan.blocks * min(len(call.x), clusters)
+    counted = looped_rows.counters_of(len(call.x), adaptive=call.exit_threshold is not None)
+    parameters = looped_rows.pack_parameters(buffers, call.exit_threshold)
+    maps = looped_rows.map_layouts(plan, buffers, weights)
+    return _Run(kernel, blocks, plan.threads, plan.blocks, counted, buffers, parameters, maps)
+
+
+def counters_of(table: Table) -> prepare.Counted:
+    return prepare.Counted(table.shape.batch, table.num_counters, table.adaptive)
 
 
 def _prepare(
-    call: LoopedCall, target: Target, table: Table, buffers: Buffers, weights: PackedWeights, stream: int
+    call: LoopedCall,
+    target: Target,
+    counted: prepare.Counted,
+    buffers: AllBuffers,
+    weights: PackedWeights,
+    stream: int,
 ) -> None:
     """Brings the weights up to date and writes what the kernel begins with, by one launch."""
     modulation = prepare.modulation_for_kernel(call.modulation)
-    arguments = prepare.arguments_of(table, weights, modulation, call.num_loops, **buffers.prepared())
+    arguments = prepare.arguments_of(counted, weights, modulation, call.num_loops, **buffers.prepared())
     kernel, blocks = prepare.kernel_on(target, call.x.device.index), prepare.blocks_of(arguments)
     with weights.writing():
         kernel.launch_in_order(blocks, prepare.THREADS, stream, arguments, early=False)
@@ -216,14 +264,8 @@ class Buffers(NamedTuple):
 
         parts, changes = hidden // STATISTICS_COLUMNS, groups * hidden // tiles.mlp_out
         partial = (batch, table.row_tiles, hidden, tiles.mlp_out_parts, tiles.rows)
-        layers, sequences = modulation.shape[:2]
-        slots = 2
-        if keep:  # a tensor of loop counts is read by the host: memory cannot wait for it
-            slots = 1 + (int(num_loops.max()) if isinstance(num_loops, Tensor) else num_loops)
         return cls(
-            input=x.contiguous(),
-            output=empty(batch, length, hidden),
-            stream_values=empty(slots, batch, length, hidden),
+            stream_values=empty(1 + most_loops(num_loops) if keep else 2, batch, length, hidden),
             qkv_values=empty(2, batch, length, 3 * hidden, dtype=torch.bfloat16),
             mixed_values=empty(batch, length, hidden, dtype=torch.bfloat16),
             gelu_values=empty(batch, length, shape.mlp, dtype=torch.bfloat16),
@@ -232,20 +274,15 @@ class Buffers(NamedTuple):
             statistics1=empty(batch, length, parts, 2),
             statistics2=empty(batch, length, parts, 2),
             change=empty(batch, table.row_tiles, changes, 4 * tiles.rows // 64, 2),
-            affine=empty(layers, sequences, 2, hidden // 2, 4),
-            gate=empty(layers, sequences, 2, hidden),
-            mlp_in_bias=weights.mlp_in_bias,
-            mlp_out_bias=weights.mlp_out_bias,
-            cosines=None if rotary is None else rotary.cos.float().contiguous(),
-            sines=None if rotary is None else rotary.sin.float().contiguous(),
-            key_mask=None if key_mask is None else key_mask.contiguous().view(torch.uint8),
-            counters=empty(table.num_counters + batch + 2, dtype=torch.int32),
-            stop=empty(batch + 1, dtype=torch.int32),
+            **of_call(x, weights, modulation, rotary, key_mask, counters_of(table)),
         )
 
     def prepared(self) -> dict[str, Tensor]:
         """What is written before the kernel begins."""
         return {"affine": self.affine, "gate": self.gate, "counters": self.counters, "stop": self.stop}
+
+
+AllBuffers = Buffers | looped_rows.Buffers
 
 
 def map_layouts(

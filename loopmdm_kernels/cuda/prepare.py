@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +14,52 @@ from loopmdm_kernels.cuda.parameters import address, structure
 from loopmdm_kernels.cuda.refresh import CHUNK, KINDS, readable
 from loopmdm_kernels.cuda.targets import Target
 from loopmdm_kernels.cuda.weights import PackedWeights
-from loopmdm_kernels.schedule import Table
 from loopmdm_kernels.schedule.table import FINAL
+from loopmdm_kernels.types import Rotary
 
 SOURCE = "looped_blocks/prepare_call.cu"
 THREADS = 256
 SHARED_BYTES = 8 * THREADS // 32
 Arguments = structure(SOURCE, "PrepareArguments")
+
+
+class Counted(NamedTuple):
+    """Counters of a call; behind them are progress of each sequence, and two more."""
+
+    batch: int
+    number: int
+    adaptive: bool  # sequences may stop after any loop
+
+
+def of_call(
+    x: Tensor,
+    weights: PackedWeights,
+    modulation: Tensor,
+    rotary: Rotary | None,
+    key_mask: Tensor | None,
+    counted: Counted,
+) -> dict[str, Any]:
+    """What every forward kernel gets: its call's tensors as it reads them, and room for what is prepared."""
+    (layers, sequences), hidden = modulation.shape[:2], x.shape[2]
+    counters = counted.number + counted.batch + 2
+    return {
+        "input": x.contiguous(),
+        "output": torch.empty_like(x, memory_format=torch.contiguous_format),
+        "affine": x.new_empty(layers, sequences, 2, hidden // 2, 4),
+        "gate": x.new_empty(layers, sequences, 2, hidden),
+        "mlp_in_bias": weights.mlp_in_bias,
+        "mlp_out_bias": weights.mlp_out_bias,
+        "cosines": None if rotary is None else rotary.cos.float().contiguous(),
+        "sines": None if rotary is None else rotary.sin.float().contiguous(),
+        "key_mask": None if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        "counters": x.new_empty(counters, dtype=torch.int32),
+        "stop": x.new_empty(counted.batch + 1, dtype=torch.int32),
+    }
+
+
+def most_loops(num_loops: int | Tensor) -> int:
+    """A tensor is read by the host: memory cannot wait for it."""
+    return int(num_loops.max()) if isinstance(num_loops, Tensor) else num_loops
 
 
 def kernel_on(target: Target, device: int) -> driver.Kernel:
@@ -38,7 +78,7 @@ def _copied(modulation: Tensor) -> Tensor:
 
 
 def arguments_of(
-    table: Table,
+    counted: Counted,
     weights: PackedWeights,
     modulation: Tensor,
     num_loops: int | Tensor,
@@ -50,7 +90,7 @@ def arguments_of(
 ) -> ctypes.Structure:
     """`modulation` is what `modulation_for_kernel` gives; the rest are tensors that the kernel writes."""
     layers, sequences, _, hidden = modulation.shape
-    own = num_loops.expand(table.shape.batch) if isinstance(num_loops, Tensor) else None
+    own = num_loops.expand(counted.batch) if isinstance(num_loops, Tensor) else None
     chunks, fingerprints = weights.refresh or (None, None)
     return Arguments(
         chunks=address(chunks),
@@ -71,9 +111,9 @@ def arguments_of(
         layers=layers,
         sequences=sequences,
         hidden=hidden,
-        batch=table.shape.batch,
-        num_counters=table.num_counters,
-        progress=0 if table.adaptive else FINAL,
+        batch=counted.batch,
+        num_counters=counted.number,
+        progress=0 if counted.adaptive else FINAL,
         loops=0 if isinstance(num_loops, Tensor) else int(num_loops),
     )
 

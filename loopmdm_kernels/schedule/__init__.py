@@ -10,6 +10,7 @@ from loopmdm_kernels.schedule.backward import Backward, BackwardTiles, build_bac
 from loopmdm_kernels.schedule.device import Device, device_of
 from loopmdm_kernels.schedule.forward import Forward, Tiles, build
 from loopmdm_kernels.schedule.plan import BackwardPlan, Plan, choose, choose_backward
+from loopmdm_kernels.schedule.rows import RowsPlan, choose_rows
 from loopmdm_kernels.schedule.sums import RowSums, WeightSums, finish
 from loopmdm_kernels.schedule.table import BlockShape, Instruction, Phase, Table
 
@@ -24,6 +25,7 @@ __all__ = [
     "Phase",
     "Plan",
     "RowSums",
+    "RowsPlan",
     "Table",
     "Tiles",
     "WeightSums",
@@ -31,6 +33,7 @@ __all__ = [
     "build_backward",
     "choose",
     "choose_backward",
+    "choose_rows",
     "device_of",
     "finish",
 ]

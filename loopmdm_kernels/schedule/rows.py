@@ -33,7 +33,17 @@ class RowsPlan(NamedTuple):
 
     @property
     def stage_bytes(self) -> int:
-        return 2 * GROUP_FEATURES * self.groups * STEP
+        return 2 * self.features * STEP
+
+    @property
+    def features(self) -> int:
+        """Of a stage."""
+        return GROUP_FEATURES * self.groups
+
+    @property
+    def threads(self) -> int:
+        """Those that compute, and a warp that loads."""
+        return 128 * self.groups + 32
 
     @property
     def shared_bytes(self) -> int:
@@ -94,8 +104,8 @@ def _loop_seconds(shape: BlockShape, device: Device, plan: RowsPlan) -> float:
     at_once = device.sms // device.cluster * (device.cluster // plan.blocks)
     rounds = math.ceil(shape.batch / at_once)
     rate = min(device.sm_bytes, device.l2_bytes / (min(shape.batch, at_once) * plan.blocks))
-    panels, per_product = shape.hidden // STEP, plan.stage_bytes // (2 * STEP)
-    tiles, mlp_tiles = shape.hidden // per_product, shape.mlp // per_product
+    panels = shape.hidden // STEP
+    tiles, mlp_tiles = shape.hidden // plan.features, shape.mlp // plan.features
     of_keys, of_queries, of_out = 2 * tiles * panels, tiles * panels, tiles * panels
     stages = of_keys + of_queries + of_out + 2 * mlp_tiles * panels
     load, read = plan.stage_bytes / rate, plan.stage_bytes / device.shared_read_bytes

@@ -15,10 +15,10 @@ import torch
 import loopmdm_kernels as lk
 from loopmdm_kernels import backends
 from loopmdm_kernels.cuda import looped_blocks as op
-from loopmdm_kernels.cuda import prepare, sources, weights
+from loopmdm_kernels.cuda import looped_rows, prepare, sources, weights
 from loopmdm_kernels.cuda.parameters import MAP, defines, fields
 from loopmdm_kernels.cuda.targets import SM90
-from loopmdm_kernels.schedule import Device, plan
+from loopmdm_kernels.schedule import Device, plan, rows
 
 EMULATOR = Path(__file__).parents[1] / "csrc" / "emulated_gpu"
 ALIGNMENT = 64  # of the kernel's parameters
@@ -103,9 +103,13 @@ def prepare_library():
 
 
 def run_prepare(table, packed, modulation, loops, buffers):
+    prepare_call(op.counters_of(table), packed, modulation, loops, buffers)
+
+
+def prepare_call(counted, packed, modulation, loops, buffers):
     """What `buffers` begins with, and weights brought up to date."""
     modulation = prepare.modulation_for_kernel(modulation)
-    arguments = prepare.arguments_of(table, packed, modulation, loops, **buffers.prepared())
+    arguments = prepare.arguments_of(counted, packed, modulation, loops, **buffers.prepared())
     library, blocks = prepare_library(), prepare.blocks_of(arguments)
     finished = library.run_kernel(ctypes.byref(arguments), blocks, prepare.THREADS, 0)
     assert finished, fault(library)
@@ -127,6 +131,18 @@ def placed(parameters, layouts):
         getattr(parameters, name)[:] = encode(layout)
     ctypes.memmove(aligned, ctypes.addressof(parameters), size)
     yield aligned
+
+
+@contextmanager
+def fenced(buffers, *names):
+    """With room around what the kernel writes that nobody may write to."""
+    written = {
+        name: Fenced.like(tensor)
+        for name, tensor in buffers._asdict().items()
+        if tensor is not None and (name.endswith("_values") or name in ("output", *names))
+    }
+    yield buffers._replace(**{name: fenced.inside for name, fenced in written.items()})
+    assert all(fenced.intact() for fenced in written.values()), "written outside of a buffer"
 
 
 def run(library, inputs, plan, loops, **options):
@@ -153,17 +169,38 @@ def run_buffers(
         keep=keep,
     )
     run_prepare(table, packed._replace(refresh=None), inputs.modulation, loops, buffers)
-    written = {
-        name: Fenced.like(tensor)
-        for name, tensor in buffers._asdict().items()
-        if tensor is not None
-        and (name.endswith("_values") or name in ("output", "statistics1", "statistics2", "change"))
-    }
-    buffers = buffers._replace(**{name: fenced.inside for name, fenced in written.items()})
-    parameters = op.pack_parameters(target, table, buffers, packed, words, exit_threshold)
-    maps = op.map_layouts(shape, plan, buffers, packed) if fields(target.parameters, MAP) else {}
-    with placed(parameters, maps) as address:
-        finished = library.run_kernel(ctypes.c_void_p(address), num_blocks * plan.pair, target.threads, seed)
-    assert finished, fault(library)
-    assert all(fenced.intact() for fenced in written.values()), "written outside of a buffer"
+    with fenced(buffers, "statistics1", "statistics2", "change") as buffers:
+        parameters = op.pack_parameters(target, table, buffers, packed, words, exit_threshold)
+        maps = op.map_layouts(shape, plan, buffers, packed) if fields(target.parameters, MAP) else {}
+        blocks = num_blocks * plan.pair
+        with placed(parameters, maps) as address:
+            finished = library.run_kernel(ctypes.c_void_p(address), blocks, target.threads, seed)
+        assert finished, fault(library)
+    return buffers
+
+
+def rows_plan(inputs, device=Device()):  # noqa: B008 - immutable
+    """Of the kernel for narrow blocks."""
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
+    return shape, rows.rows_plan(shape, device, plan.choose(shape, device).tiles.mlp_out_parts)
+
+
+def build_rows(shape, plan, folder, *, optimize=True):
+    return compile_kernel(looped_rows.SOURCE, looped_rows.defines(shape, plan), folder, optimize=optimize)
+
+
+def run_rows(library, inputs, plan, loops, *, exit_threshold=None, clusters=1, seed=0, keep=False):
+    """All buffers of a call; what nobody has written is NaN."""
+    packed = weights.packed(inputs.blocks)
+    given = (inputs.modulation, loops, inputs.rotary, inputs.key_mask)
+    buffers = looped_rows.Buffers.allocate(plan, inputs.x, packed, *given, keep=keep)
+    counted = looped_rows.counters_of(len(inputs.x), adaptive=exit_threshold is not None)
+    prepare_call(counted, packed._replace(refresh=None), inputs.modulation, loops, buffers)
+    with fenced(buffers, "change") as buffers:
+        parameters = looped_rows.pack_parameters(buffers, exit_threshold)
+        with placed(parameters, looped_rows.map_layouts(plan, buffers, packed)) as address:
+            finished = library.run_kernel(
+                ctypes.c_void_p(address), clusters * plan.blocks, plan.threads, seed
+            )
+        assert finished, fault(library)
     return buffers
