@@ -79,7 +79,7 @@ def run(call: LoopedCall) -> tuple[Tensor, Tensor | None]:
     return _outputs(call, buffers)
 
 
-def _outputs(call: LoopedCall, buffers: Buffers) -> tuple[Tensor, Tensor | None]:
+def _outputs(call: LoopedCall, buffers: AllBuffers) -> tuple[Tensor, Tensor | None]:
     """The second only where it is not known before: a cast is a node of a graph."""
     return buffers.output, None if call.exit_threshold is None else buffers.stop[: len(call.x)].long()
 
@@ -95,7 +95,8 @@ def _backward(call: LoopedCall, kept: Saved, _: Sequence[bool], grads: Sequence[
     return grad_x, *(tensor for block in grad_blocks for tensor in block), grad_modulation
 
 
-def kept_of(buffers: Buffers, weights: PackedWeights, num_heads: int) -> Kept:
+def kept_of(buffers: AllBuffers, weights: PackedWeights, num_heads: int) -> Kept:
+    assert buffers.stream_values is not None
     return Kept(
         buffers.stream_values, buffers.stop, buffers.affine, buffers.gate,
         buffers.cosines, buffers.sines, buffers.key_mask, weights, num_heads,

@@ -23,7 +23,7 @@ class Rows(NamedTuple):
 # Heads of all sizes, in one group of warps and in two; one block and the most; sequences that fill their last
 # block and do not, and one or two tiles of keys; a ring that is shorter than each product.
 ROWS = {
-    "heads of 32, 81 tokens": Rows((128, 4, 4), 81, stages=4),
+    "heads of 32, 66 tokens": Rows((128, 4, 2), 66, stages=4),
     "heads of 64, 20 tokens": Rows((128, 2, 2), 20, parts=2),
     "heads of 16, 36 tokens": Rows((64, 4, 4), 36),
     "256 wide, 8 tokens": Rows((256, 8, 2), 8),

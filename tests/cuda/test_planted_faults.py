@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loopmdm_kernels.testing import assert_matches_oracle, looped_inputs
-from tests.cuda import emulated_backward, test_emulated_backward, test_emulated_kernel
+from tests.cuda import emulated_backward, test_emulated_backward, test_emulated_kernel, test_looped_rows
 from tests.cuda.planted import EARLY_COPY, EARLY_READ, Fault, choose_and_expect, plant
 from tests.cuda.test_head_faults import FAULTS as HEAD
 
@@ -248,6 +248,101 @@ SM80 = {
         "product_sm80.cuh", "(lane / 8 % 2 ^ lane % 8)", "(lane / 8 % 2 ^ lane % 4)"
     ),
 }
+ROWS = {
+    "keys over those that others still read": Fault(
+        "looped_rows_sm90.cu", "Ring::wait_together(memory_.free(), (applications_ & 1) ^ 1);", "", EARLY_COPY
+    ),
+    "keys that are free before the means are made": Fault(
+        "looped_rows_sm90.cu",
+        "Attention(p_, base_, seat_, sequence_).run();",
+        "if (threadIdx.x < kBlocks) barrier_arrive_at(memory_.free(), threadIdx.x);"
+        "Attention(p_, base_, seat_, sequence_).run();",
+        EARLY_COPY,
+        Fault(
+            "looped_rows_sm90.cu",
+            "[[if (threadIdx.x < kBlocks) barrier_arrive_at(memory_.free(), threadIdx.x);]]\n    ++applications_;",
+            "",
+        ),
+    ),
+    "keys of others that are not waited for": Fault(
+        "looped_rows_sm90.cu", "barrier_wait(memory_.arrived(), applications_ & 1);", "", EARLY_READ
+    ),
+    "keys that are sent before all are stored": Fault(
+        "looped_rows_sm90.cu",
+        "proxy_fence();\n    [[meet_all();]]\n    if (warp_ > 0) return;",
+        "",
+        f"{UNORDERED}|{MISSED}",
+    ),
+    "keys that are sent without proxy fence": Fault(
+        "looped_rows_sm90.cu",
+        "[[proxy_fence();]]\n    meet_all();\n    if (warp_ > 0) return;",
+        "",
+        NO_PROXY_FENCE,
+    ),
+    "a block that sends nothing": Fault(
+        "looped_rows_sm90.cu", "if (!elected()) return;", "if (!elected() || rank() == 1) return;", ALL_WAIT
+    ),
+    "values behind the last key that are not 0": Fault(
+        "looped_rows_sm90.cu", "store_shared_four(behind + 16 * i, make_uint4(0, 0, 0, 0));", ""
+    ),
+    "scores behind the last key": Fault("rows_attention_sm90.cuh", "key < p_.length", "true"),
+    "weights of attention without proxy fence": Fault(
+        "rows_attention_sm90.cuh", "shared_proxy_fence();", "", HIDDEN
+    ),
+    "weights that the group does not wait for": Fault(
+        "rows_attention_sm90.cuh",
+        "shared_proxy_fence();\n      [[seat_.meet_group();]]",
+        "",
+        f"values|{HIDDEN}|{OTHERS}|{LEFT}",
+    ),
+    "sums of weights of another head": Fault(
+        "rows_attention_sm90.cuh",
+        "sums_at(head, token, lane % 4)",
+        "sums_at((head + 1) % kHeads, token, lane % 4)",
+    ),
+    "rows that are normalised without proxy fence": Fault(
+        "looped_rows_sm90.cu",
+        "      }\n    }\n    [[shared_proxy_fence();]]\n    meet_all();\n  }\n\n  // Sums where",
+        "",
+        HIDDEN,
+    ),
+    "sums by token that are read early": Fault(
+        "looped_rows_sm90.cu",
+        "[[meet_all();]]\n  }\n  __device__ uint32_t sum_at",
+        "",
+        f"values|{UNORDERED_STORE}",
+    ),
+    "a stage of weights that is free early": Fault(
+        "rows_product_sm90.cuh", "[[products_wait<1>();]]\n      if (tile", "products_wait<2>();", EARLY_COPY
+    ),
+    "weights that are not waited for": Fault(
+        "rows_product_sm90.cuh", "ring.wait_full(place);", "", EARLY_READ
+    ),
+    "sums that are read before their products": Fault(
+        "rows_product_sm90.cuh", "[[products_wait<0>();]]\n#pragma", "", NOT_WAITED
+    ),
+    "a block that is gone while others send to it": Fault(
+        "looped_rows_sm90.cu",
+        "[[meet_in_cluster();]]  // a block that is gone",
+        "",
+        "shared memory of a block that has ended|a block may end while others reach into it"
+        "|loads arrive after the end",
+    ),
+}
+ROWS_ADAPTIVE = {
+    "a change that is told before it is stored": Fault(
+        "looped_rows_sm90.cu", "add_release(told, 1);", "*told += 1;", "values|all threads wait"
+    ),
+    "a change of some blocks": Fault(
+        "looped_rows_sm90.cu",
+        "wait_for(told, [[kBlocks * (loop + 1)]]);",
+        "kBlocks * loop + 1",
+        "values|all threads wait",
+    ),
+    "a loader that is not told": Fault(
+        "looped_rows_sm90.cu", "barrier_arrive(memory_.decided());", "", ALL_WAIT
+    ),
+}
 BACKWARD = {
     **SIGNALS,
     "no wait for the inputs": Fault(
@@ -350,6 +445,9 @@ def build_with_faults(name, folder, patch):
         kernel = BACKWARD_KERNELS[name]
         plant(kernel.faults, folder, patch)
         return build_backward(kernel, folder)
+    if name in ROWS_KERNELS:
+        plant(ROWS_KERNELS[name].faults, folder, patch)
+        return test_looped_rows.build_rows(ROWS_KERNELS[name].rows, folder, optimize=False)
     plant(KERNELS[name].faults, folder, patch)
     variant = test_emulated_kernel.VARIANTS[KERNELS[name].variant]
     return test_emulated_kernel.build(variant, folder, optimize=False)
@@ -376,6 +474,39 @@ def check_forward(built, kernel, seed):
 def test_forward(builds, name, fault):
     built, kernel = builds(name), KERNELS[name]
     choose_and_expect(built.library, kernel.faults, fault, lambda seed: check_forward(built, kernel, seed))
+
+
+class RowsKernel(NamedTuple):
+    rows: test_looped_rows.Rows
+    faults: dict[str, Fault]
+    exit_threshold: float | None = None
+
+
+ROWS_KERNELS = {
+    "rows": RowsKernel(test_looped_rows.Rows((128, 4, 2), 66, stages=4), ROWS),
+    "rows, adaptive": RowsKernel(test_looped_rows.Rows((64, 2, 2), 12), ROWS_ADAPTIVE, 0.2),
+}
+
+
+def check_rows(built, kernel, seed):
+    inputs, oracle = built.make(2), test_emulated_kernel.oracle
+    if kernel.exit_threshold is None:
+        built.check(inputs, 2, clusters=1, seed=seed)
+        return
+    inputs = inputs._replace(x=inputs.x * torch.tensor([1e-2, 1e3])[:, None, None])
+    _, expected = oracle(inputs.to(torch.float64), 4, exit_threshold=kernel.exit_threshold)
+    assert expected[0] > expected[1]
+    _, used = built.run(inputs, 4, exit_threshold=kernel.exit_threshold, seed=seed)
+    assert torch.equal(used, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [(name, fault) for name in ROWS_KERNELS for fault in [None, *ROWS_KERNELS[name].faults]],
+)
+def test_rows(builds, name, fault):
+    built, kernel = builds(name), ROWS_KERNELS[name]
+    choose_and_expect(built.library, kernel.faults, fault, lambda seed: check_rows(built, kernel, seed))
 
 
 SIZES = (128, 2)
@@ -417,12 +548,15 @@ def test_backward(builds, name, fault):
     choose_and_expect(variant[0], kernel.faults, fault, check)
 
 
+ALL = KERNELS, ROWS_KERNELS, BACKWARD_KERNELS
+
+
 def test_the_page_has_all_faults():
     page = (Path(__file__).parents[2] / "docs/kernels/machinery.md").read_text()
     listed = set(re.findall(r"^\| (.+?) \| [^|]+ \|$", page, re.MULTILINE))
     planted = {
         fault
-        for faults in (*(kernel.faults for kernel in (*KERNELS.values(), *BACKWARD_KERNELS.values())), HEAD)
+        for faults in (*(kernel.faults for kernels in ALL for kernel in kernels.values()), HEAD)
         for fault in faults
     }
     assert planted <= listed, planted - listed

@@ -93,7 +93,7 @@ def work(folder: Path, name: str, rank: int) -> int:
         place(lost)
     elif name in ("evaluation", "start", "failure"):
         place(busy)
-    heartbeat.INTERVAL = 0.8  # so that a test does not take the half minute that a run gives
+    heartbeat.INTERVAL = 1.5  # so that a test does not take the half minute that a run gives
     words = f"train --out {folder / 'run'} --data {folder / 'text.txt'} --parallel {form} --steps {STEPS}"
     return main([*words.split(), *OPTIONS.split()])
 

@@ -340,9 +340,11 @@ class Layers {
   int sequence_ = 0, layer_ = 0;
 };
 
-// Before anyone loads or sends: barriers, and zeros behind the values, whose weights are 0.
+// Before anyone loads or sends: barriers, and zeros behind the values, whose weights are 0. Who stores them makes
+// them known to products together with the first rows.
 __device__ void begin(const Memory& memory) {
   constexpr int kPieces = 8 * (kKeys - kRows * kBlocks);  // of 16 bytes, in a panel
+  static_assert(kPieces < kComputeThreads, "none by the warp that loads");
   if (threadIdx.x == 0) {
     barrier_init(memory.arrived(), 1);
     barrier_init(memory.free(), kBlocks);
@@ -351,10 +353,9 @@ __device__ void begin(const Memory& memory) {
   }
   for (int panel = 0; panel < kPanels; ++panel) {
     const uint32_t behind = memory.base + Places::values + (panel * kKeys + kRows * kBlocks) * 128;
-    for (int i = threadIdx.x; i < kPieces; i += kThreads)
+    for (int i = threadIdx.x; i < kPieces; i += kComputeThreads)
       store_shared_four(behind + 16 * i, make_uint4(0, 0, 0, 0));
   }
-  shared_proxy_fence();
   meet_in_cluster();
 }
 
