@@ -27,11 +27,11 @@ from bench.looped_blocks import applied
 from bench.phases import RIGHT, ROOT, WRONG, LeftOut
 from bench.probes.hopper_facts import Run
 from bench.run import BF16, Call, Figures, head_in_fp8, in_fp8
-from loopmdm_kernels.cuda import compiler, driver, looped_blocks_backward, prepare, targets
+from loopmdm_kernels.cuda import compiler, driver, looped_blocks, looped_blocks_backward, prepare, targets
 from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
 from loopmdm_kernels.cuda.launch import known_device
-from loopmdm_kernels.cuda.parameters import backward_defines, defines
-from loopmdm_kernels.schedule import BlockShape, choose, choose_backward
+from loopmdm_kernels.cuda.parameters import backward_defines
+from loopmdm_kernels.schedule import BlockShape, choose_backward
 from loopmdm_kernels.testing import assert_matches_oracle, reference
 
 PACKAGES = ("torch", "triton", "cuda-bindings", "numpy", "nvidia-ml-py", "liger-kernel", "flashinfer-python")
@@ -81,9 +81,9 @@ def kernels_of(limits: driver.Facts) -> dict[str, Compiled]:
             continue
         for length in LENGTHS if (hidden, heads) in ((128, 4), (768, 12)) else (150, 1024):
             shape = BlockShape(1, length, hidden, heads, 4 * hidden, 2)
-            plan = choose(shape, device)
+            kernel = looped_blocks.kernel_of(shape, target, device)
             name = f"forward, {hidden} wide, {heads} heads, {length} tokens"
-            found[name] = Compiled(target.source, defines(shape, plan), plan.shared_bytes, target.threads)
+            found[name] = Compiled(kernel.source, dict(kernel.macros), kernel.shared_bytes, kernel.threads)
             if hopper and hidden // heads in looped_blocks_backward.HEAD_DIMS:
                 back = choose_backward(shape, device)
                 found[name.replace("forward", "backward")] = Compiled(

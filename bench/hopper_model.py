@@ -25,7 +25,9 @@ from loopmdm_kernels.schedule import (
     build_backward,
     choose,
     choose_backward,
+    choose_rows,
     plan,
+    rows,
 )
 from loopmdm_kernels.testing import looped_inputs
 
@@ -34,6 +36,8 @@ from loopmdm_kernels.testing import looped_inputs
 RANGES = {
     "wait_seconds": (1.0e-6, 2.0e-6),
     "cluster_wait_seconds": (0.7e-6, 1.4e-6),
+    "shared_read_bytes": (0.12e12, 0.22e12),
+    "meet_seconds": (0.02e-6, 0.08e-6),
     "l2_bytes": (4.0e12, 7.0e12),
     "sm_bytes": (0.08e12, 0.13e12),
     "product_flops": (600e12, 800e12),
@@ -55,6 +59,9 @@ class Case(NamedTuple):
 
 def forward(shape: BlockShape) -> Microseconds:
     """One loop."""
+    if found := choose_rows(shape):
+        parts, whole = found.mlp_out_parts, plan.tiled_batch(shape)
+        return lambda device: 1e6 * rows.rows_plan(whole, device, parts).loop_seconds
     chosen = choose(shape)
     return lambda device: 1e6 * under(shape, chosen, device).loop_seconds
 
@@ -139,6 +146,8 @@ def cases() -> list[Case]:
 NAMES = {
     "wait_seconds": ("hand-over", 1e-6, "us"),
     "cluster_wait_seconds": ("in a cluster", 1e-6, "us"),
+    "shared_read_bytes": ("shared memory", 1e12, "TB/s"),
+    "meet_seconds": ("meeting", 1e-6, "us"),
     "l2_bytes": ("L2", 1e12, "TB/s"),
     "sm_bytes": ("one SM", 1e12, "TB/s"),
     "product_flops": ("products", 1e12, "TFLOP/s"),
@@ -148,7 +157,7 @@ NAMES = {
 }
 
 
-def rows() -> Iterator[list[str]]:
+def case_rows() -> Iterator[list[str]]:
     assumed = Device()
     yield [
         "us", "assumed", "to reach",
@@ -223,5 +232,5 @@ def table(rows: Iterator[list[str]]) -> str:
 
 if __name__ == "__main__":
     arguments(__doc__)
-    print(table(rows()))
+    print(table(case_rows()))
     print(table(mechanism_rows()))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopmdm_kernels.calls import LoopedCall
 from loopmdm_kernels.cuda import driver, looped_rows, prepare, tensor_maps
-from loopmdm_kernels.cuda.launch import Breach, keep_for_graphs, known_device, loaded, set_map
+from loopmdm_kernels.cuda.launch import Breach, Kernel, keep_for_graphs, known_device, loaded, set_map
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY, HEAD_DIMS, Kept, gradients, kernel_on
 from loopmdm_kernels.cuda.parameters import MAP, address, defines, fields
 from loopmdm_kernels.cuda.prepare import most_loops, of_call
@@ -23,6 +23,7 @@ from loopmdm_kernels.gradients import Kept as Saved
 from loopmdm_kernels.gradients import differentiable
 from loopmdm_kernels.schedule import (
     BlockShape,
+    Device,
     Plan,
     Table,
     Tiles,
@@ -186,6 +187,15 @@ def _prepare(
     kernel, blocks = prepare.kernel_on(target, call.x.device.index), prepare.blocks_of(arguments)
     with weights.writing():
         kernel.launch_in_order(blocks, prepare.THREADS, stream, arguments, early=False)
+
+
+def kernel_of(shape: BlockShape, target: Target, device: Device) -> Kernel:
+    """What runs the forward pass on such a GPU, where it has room for the clusters."""
+    if rows := looped_rows.plan_of(shape, target, device):
+        return looped_rows.kernel_of(shape, rows)
+    plan = choose(shape, device)
+    macros = tuple(defines(shape, plan).items())
+    return Kernel(target.source, target.threads, plan.shared_bytes, macros, plan.pair)
 
 
 def shape_of(x: Tensor, blocks: Sequence[BlockWeights | Fp8BlockWeights], num_heads: int) -> BlockShape:

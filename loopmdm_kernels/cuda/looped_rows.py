@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from loopmdm_kernels.cuda import driver, tensor_maps
-from loopmdm_kernels.cuda.launch import known_device, loaded
+from loopmdm_kernels.cuda.launch import Kernel, known_device, loaded
 from loopmdm_kernels.cuda.parameters import address, fields, structure
 from loopmdm_kernels.cuda.prepare import Counted, most_loops, of_call
 from loopmdm_kernels.cuda.targets import SM90, Target
 from loopmdm_kernels.cuda.weights import MATRICES, PackedWeights
-from loopmdm_kernels.schedule import BlockShape, RowsPlan, choose_rows
+from loopmdm_kernels.schedule import BlockShape, Device, RowsPlan, choose_rows
 from loopmdm_kernels.schedule.rows import ROWS
 from loopmdm_kernels.types import Rotary
 
@@ -29,6 +29,16 @@ class Found(NamedTuple):
     clusters: int  # that the device holds at the same time
 
 
+def plan_of(shape: BlockShape, target: Target, device: Device) -> RowsPlan | None:
+    """None where the kernel that works by tiles is to do it."""
+    return choose_rows(shape, device) if target.entry == SM90.entry else None
+
+
+def kernel_of(shape: BlockShape, plan: RowsPlan) -> Kernel:
+    macros = tuple(defines(shape, plan).items())
+    return Kernel(SOURCE, plan.threads, plan.shared_bytes, macros, plan.blocks)
+
+
 @lru_cache(maxsize=128)
 def kernel_on(shape: BlockShape, target: Target, device: int) -> Found | None:
     """The kernel of this shape, or None where the one that works by tiles is to do it.
@@ -36,12 +46,12 @@ def kernel_on(shape: BlockShape, target: Target, device: int) -> Found | None:
     Raises:
         Breach: its code is not what it is written to be.
     """
-    plan = choose_rows(shape, known_device(driver.facts(device))) if target is SM90 else None
+    plan = plan_of(shape, target, known_device(driver.facts(device)))
     if plan is None:
         return None
-    macros = tuple(defines(shape, plan).items())
-    kernel = loaded(SOURCE, macros, target.architecture, plan.shared_bytes, plan.threads, device, plan.blocks)
-    clusters = kernel.active_clusters(plan.blocks, plan.threads)
+    source, threads, shared_bytes, macros, cluster = kernel_of(shape, plan)
+    kernel = loaded(source, macros, target.architecture, shared_bytes, threads, device, cluster)
+    clusters = kernel.active_clusters(cluster, threads)
     return Found(kernel, plan, clusters) if clusters else None  # no part of this GPU has so many SMs
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from loopmdm_kernels.cuda import disk_cache, prepare
 from loopmdm_kernels.cuda.compiler import compile_into, compile_kernel
 from loopmdm_kernels.cuda.head_kernels import HEAD_KERNELS
+from loopmdm_kernels.cuda.looped_blocks import kernel_of
 from loopmdm_kernels.cuda.looped_blocks_backward import CAPABILITY
 from loopmdm_kernels.cuda.looped_blocks_backward import SOURCE as BACKWARD_SOURCE
-from loopmdm_kernels.cuda.parameters import backward_defines, defines
+from loopmdm_kernels.cuda.parameters import backward_defines
 from loopmdm_kernels.cuda.targets import SM90, target_of, why_none
-from loopmdm_kernels.schedule import BlockShape, choose, choose_backward, device_of, measured
+from loopmdm_kernels.schedule import BlockShape, choose_backward, device_of, measured
 from loopmdm_kernels.schedule.device import nearest
 
 
@@ -41,10 +42,10 @@ def prebuild(
     target, assumed = target_of(capability), nearest(capability)
     device = device_of(capability, assumed.sms, assumed.shared_bytes, name=name, measured=measured.table())
     device = target.used_of(device)
-    different = {tuple(defines(shape, choose(shape, device)).items()) for shape in shapes}
+    different = {kernel_of(shape, target, device) for shape in shapes}
     kernels: list[tuple[str, dict[str, int]]] = [
         (prepare.SOURCE, {}),
-        *((target.source, dict(macros)) for macros in sorted(different)),
+        *((kernel.source, dict(kernel.macros)) for kernel in sorted(different)),
     ]
     if training:
         backward = {

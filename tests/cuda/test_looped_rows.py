@@ -1,5 +1,4 @@
-"""The kernel for narrow blocks, all of its threads on the CPU, against the oracle and the kernel that works by
-tiles."""
+"""The kernel for narrow blocks, all of its threads on the CPU, against the oracle and the kernel by tiles."""
 
 from typing import NamedTuple
 

@@ -260,7 +260,8 @@ ROWS = {
         EARLY_COPY,
         Fault(
             "looped_rows_sm90.cu",
-            "[[if (threadIdx.x < kBlocks) barrier_arrive_at(memory_.free(), threadIdx.x);]]\n    ++applications_;",
+            "[[if (threadIdx.x < kBlocks) barrier_arrive_at(memory_.free(), threadIdx.x);]]"
+            "\n    ++applications_;",
             "",
         ),
     ),
