@@ -16,12 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.draw_schedule import simulate
 from bench.script import arguments
-from loopmdm_kernels.cuda import looped_blocks, prepare, weights
+from loopmdm_kernels.cuda import looped_blocks, looped_rows, prepare, weights
 from loopmdm_kernels.schedule import (
     BlockShape,
     Device,
     Plan,
-    build,
     build_backward,
     choose,
     choose_backward,
@@ -48,6 +47,12 @@ RANGES = {
 Microseconds = Callable[[Device], float]
 SMALL = BlockShape(1, 1024, 768, 12, 3072, 2)
 SUDOKU = BlockShape(1, 81, 128, 4, 512, 2)
+NARROW = {
+    "Sudoku": SUDOKU,
+    "4 Sudokus": SUDOKU._replace(batch=4),
+    "8 Sudokus": SUDOKU._replace(batch=8),
+    "6x6 Sudoku": BlockShape(1, 36, 64, 4, 256, 2),
+}
 SUDOKU_CALLS, SUDOKU_LOOPS = 3, 12  # a block before the loop, two in it, one behind
 
 
@@ -59,10 +64,22 @@ class Case(NamedTuple):
 
 def forward(shape: BlockShape) -> Microseconds:
     """One loop."""
-    if found := choose_rows(shape):
-        parts, whole = found.mlp_out_parts, plan.tiled_batch(shape)
-        return lambda device: 1e6 * rows.rows_plan(whole, device, parts).loop_seconds
-    chosen = choose(shape)
+    found, chosen = choose_rows(shape), choose(shape)
+    return by_tiles(shape, chosen) if found is None else by_rows(shape, found)
+
+
+def by_rows(shape: BlockShape, found: rows.RowsPlan) -> Microseconds:
+    """One loop of the kernel for narrow blocks."""
+
+    def seconds(device: Device) -> float:
+        planned = rows.rows_plan(plan.tiled_batch(shape), device, found.mlp_out_parts)
+        assert planned is not None
+        return planned.loop_seconds
+
+    return lambda device: 1e6 * seconds(device)
+
+
+def by_tiles(shape: BlockShape, chosen: Plan) -> Microseconds:
     return lambda device: 1e6 * under(shape, chosen, device).loop_seconds
 
 
@@ -110,15 +127,15 @@ class CountedNodes(TorchDispatchMode):
 
 
 def nodes_of_a_call() -> int:
-    """Around the kernel, when weights are packed and the table is there: with prepare_call."""
+    """Around the kernel, when weights are packed: with prepare_call."""
     inputs = looped_inputs(1, 81, 128, 4, num_blocks=1, rotary=False).to(torch.bfloat16)
-    shape = looped_blocks.shape_of(inputs.x, inputs.blocks, 4)
-    table = build(shape, choose(shape).tiles)
+    found = choose_rows(looped_blocks.shape_of(inputs.x, inputs.blocks, 4))
+    assert found is not None
     packed = weights.packed(inputs.blocks)
     given = (inputs.x.float(), packed, inputs.modulation, SUDOKU_LOOPS, inputs.rotary, None)
     with CountedNodes() as counted:
         prepare.modulation_for_kernel(inputs.modulation)
-        looped_blocks.Buffers.allocate(table, *given)
+        looped_rows.Buffers.allocate(found, *given)
     return counted.nodes + 1
 
 
@@ -208,15 +225,23 @@ def mechanism_rows() -> Iterator[list[str]]:
     devices = [assumed._replace(**{field: end}) for field, span in RANGES.items() for end in span]
     few, some, more = (SMALL._replace(length=length) for length in (32, 256, 384))
     many, batch = SMALL, SMALL._replace(batch=16)
-    for name, shape, without in (
-        ("parts of MLP_OUT, 32 tokens", few, _whole(few)),
-        ("wide tiles of rows normalised once, 1024 tokens", many, _chosen(many, has_wide_tiles=False)),
-        ("pairs, 256 tokens", some, _chosen(some, cluster=1)),
-        ("pairs, 384 tokens", more, _chosen(more, cluster=1)),
-        ("pairs, 1024 tokens", many, _chosen(many, cluster=1)),
-        ("pairs, 16 x 1024 tokens", batch, _chosen(batch, cluster=1)),
+    for name, with_it, without in (
+        ("parts of MLP_OUT, 32 tokens", _chosen(few), _whole(few)),
+        (
+            "wide tiles of rows normalised once, 1024 tokens",
+            _chosen(many),
+            _chosen(many, has_wide_tiles=False),
+        ),
+        ("pairs, 256 tokens", _chosen(some), _chosen(some, cluster=1)),
+        ("pairs, 384 tokens", _chosen(more), _chosen(more, cluster=1)),
+        ("pairs, 1024 tokens", _chosen(many), _chosen(many, cluster=1)),
+        ("pairs, 16 x 1024 tokens", _chosen(batch), _chosen(batch, cluster=1)),
+        *(
+            (f"eight tokens a block, {name}", forward(shape), _chosen(shape))
+            for name, shape in NARROW.items()
+        ),
     ):
-        times = [(_chosen(shape)(device), without(device)) for device in (assumed, *devices)]
+        times = [(with_it(device), without(device)) for device in (assumed, *devices)]
         saved = [1 - there / not_there for there, not_there in times]
         yield [
             name,

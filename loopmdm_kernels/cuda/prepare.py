@@ -42,18 +42,22 @@ def of_call(
     """What every forward kernel gets: its call's tensors as it reads them, and room for what is prepared."""
     (layers, sequences), hidden = modulation.shape[:2], x.shape[2]
     counters = counted.number + counted.batch + 2
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=x.device)
+
     return {
         "input": x.contiguous(),
-        "output": torch.empty_like(x, memory_format=torch.contiguous_format),
-        "affine": x.new_empty(layers, sequences, 2, hidden // 2, 4),
-        "gate": x.new_empty(layers, sequences, 2, hidden),
+        "output": empty(*x.shape),
+        "affine": empty(layers, sequences, 2, hidden // 2, 4),
+        "gate": empty(layers, sequences, 2, hidden),
         "mlp_in_bias": weights.mlp_in_bias,
         "mlp_out_bias": weights.mlp_out_bias,
         "cosines": None if rotary is None else rotary.cos.float().contiguous(),
         "sines": None if rotary is None else rotary.sin.float().contiguous(),
         "key_mask": None if key_mask is None else key_mask.contiguous().view(torch.uint8),
-        "counters": x.new_empty(counters, dtype=torch.int32),
-        "stop": x.new_empty(counted.batch + 1, dtype=torch.int32),
+        "counters": empty(counters, dtype=torch.int32),
+        "stop": empty(counted.batch + 1, dtype=torch.int32),
     }
 
 

@@ -64,7 +64,7 @@ def rows_plan(shape: BlockShape, device: Device, mlp_out_parts: int) -> RowsPlan
     widths = (shape.hidden, shape.mlp)
     if (
         shape.length > KEYS
-        or blocks > device.cluster
+        or blocks > min(device.cluster, device.sms)
         or shape.head_dim not in HEAD_DIMS
         or any(width % (GROUP_FEATURES * groups) for width in widths)
     ):
@@ -101,7 +101,7 @@ def _loop_seconds(shape: BlockShape, device: Device, plan: RowsPlan) -> float:
     Between the products of keys and values and that of what attention gives lies the hand-over, in which
     queries are made; what the cluster hands over comes the same way as the weights.
     """
-    at_once = device.sms // device.cluster * (device.cluster // plan.blocks)
+    at_once = max(1, device.sms // device.cluster) * (min(device.cluster, device.sms) // plan.blocks)
     rounds = math.ceil(shape.batch / at_once)
     rate = min(device.sm_bytes, device.l2_bytes / (min(shape.batch, at_once) * plan.blocks))
     panels = shape.hidden // STEP

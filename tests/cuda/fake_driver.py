@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loopmdm_kernels.cuda import driver, launch, weights
+from loopmdm_kernels.cuda import driver, launch, looped_rows, weights
 from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda import looped_blocks_backward as backward
 
@@ -90,7 +90,8 @@ FACTS = driver.Facts("a GPU", (9, 0), 132, 232_448, 1000, 2000)
 def hopper(monkeypatch, **functions):
     """Inside, calls on tensors of the CPU find Hopper by a driver that takes notes; no kernel is compiled."""
     caches = (
-        launch.loaded, launch._why_refused, op._kernel, op._why_no_kernel, backward.kernel_on
+        launch.loaded, launch._why_refused, op._kernel, op._why_no_kernel, looped_rows.kernel_on,
+        backward.kernel_on,
     )  # fmt: skip
     fake = FakeDriver(**functions).install(monkeypatch)
     stream = SimpleNamespace(cuda_stream=7, record_event=lambda event: event)

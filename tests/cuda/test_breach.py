@@ -61,16 +61,18 @@ def looped(inputs):
 
 
 @pytest.mark.parametrize(
-    ("name", "trains"),
+    ("name", "trains", "length"),
     [
-        ("looped_blocks_sm90", False),
-        ("looped_blocks_sm90", True),
-        ("looped_blocks_backward_sm90", True),
-        ("prepare_call", False),
+        ("looped_blocks_sm90", False, 130),
+        ("looped_blocks_sm90", True, 130),
+        ("looped_rows_sm90", False, 20),
+        ("looped_rows_sm90", True, 20),
+        ("looped_blocks_backward_sm90", True, 20),
+        ("prepare_call", False, 20),
     ],
 )
-def test_blocks(on_gpu, name, trains):
-    inputs = looped_inputs(1, 20, 128, num_heads=2).to(torch.bfloat16, requires_grad=trains)
+def test_blocks(on_gpu, name, trains, length):
+    inputs = looped_inputs(1, length, 128, num_heads=2).to(torch.bfloat16, requires_grad=trains)
     with on_gpu(name, local_bytes=336) as fake, lk.use_backend("cuda"):
         for _ in range(2):
             with pytest.raises(
@@ -84,7 +86,7 @@ def test_blocks(on_gpu, name, trains):
 
 
 def test_the_next_backend_takes_the_call(on_gpu):
-    inputs = looped_inputs(1, 20, 128, num_heads=2).to(torch.bfloat16)
+    inputs = looped_inputs(1, 130, 128, num_heads=2).to(torch.bfloat16)
     expected = reference.looped_blocks(inputs.x, inputs.blocks, inputs.modulation, 2, num_heads=2)
     said = pytest.warns(UserWarning, match="'cuda' cannot do this .its kernel looped_blocks_sm90 has")
     with on_gpu("looped_blocks_sm90", local_bytes=8), lk.use_backend("cuda", "reference"), said:

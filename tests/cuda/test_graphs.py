@@ -28,9 +28,11 @@ def model():
     return made.to(BF16)
 
 
-@pytest.fixture
-def gpu(emulated_kernels):
-    with emulated_ops.emulation(emulated_kernels) as state:
+@pytest.fixture(params=["looped_blocks_sm90", "looped_rows_sm90"])
+def gpu(request, emulated_kernels, tmp_path):
+    by_rows = request.param == "looped_rows_sm90"
+    with emulated_ops.emulation(emulated_kernels, tmp_path, by_rows=by_rows) as state:
+        state.looped = request.param
         yield state
 
 
@@ -49,7 +51,7 @@ def test_sampling_waits_for_nothing(model, gpu):
         assert all(map(torch.equal, event[1:], other[1:]))
     assert recorded.captures == 1 and recorded.replays >= 1
     names = {name for name, _ in gpu.launches[launched:]}
-    assert {"looped_blocks_sm90", "sample_rows_sm90", "sample_rows_combine_sm90"} <= names
+    assert {gpu.looped, "sample_rows_sm90", "sample_rows_combine_sm90"} <= names
 
 
 @pytest.mark.parametrize("chosen", ["cuda", "triton", "cuda,triton"])

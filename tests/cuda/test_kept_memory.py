@@ -91,7 +91,7 @@ def test_weights_packed_on_one_stream_are_waited_for_on_others(gpu, monkeypatch)
     monkeypatch.setattr(prepare, "kernel_on", lambda target, device: Kernel())
 
     def write(packed):
-        op._prepare(call, None, table, buffers, packed, 0)
+        op._prepare(call, None, op.counters_of(table), buffers, packed, 0)
 
     for _ in range(2):
         write(packed)

@@ -3,6 +3,7 @@
 import ctypes
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,9 @@ import loopmdm_kernels as lk
 from bench.hopper_model import CountedNodes, nodes_of_a_call
 from loopmdm_kernels import backends
 from loopmdm_kernels.calls import LoopedCall
-from loopmdm_kernels.cuda import driver, launch, prepare, tensor_maps, weights
+from loopmdm_kernels.cuda import driver, launch, looped_rows, prepare, tensor_maps, weights
 from loopmdm_kernels.cuda import looped_blocks as op
-from loopmdm_kernels.cuda.parameters import MAP, defines, fields
+from loopmdm_kernels.cuda.parameters import MAP, fields
 from loopmdm_kernels.cuda.targets import SM80, SM90, target_of
 from loopmdm_kernels.schedule import BlockShape, Device, Tiles, build, choose, device_of
 from loopmdm_kernels.schedule.plan import _plan as plan_of
@@ -220,6 +221,9 @@ def loaded(monkeypatch):
         def breach(self, threads):
             return None
 
+        def allow_large_clusters(self):
+            seen.append("large clusters")
+
         def active_clusters(self, size, threads):
             seen.append((size, threads))
             return Kernel.clusters
@@ -227,11 +231,12 @@ def loaded(monkeypatch):
     monkeypatch.setattr(op.driver, "Kernel", Kernel)
     monkeypatch.setattr(op.driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 0, 0))
     monkeypatch.setattr(launch, "compile_kernel", lambda *arguments: seen.append(arguments) or b"cubin")
-    op._kernel.cache_clear()
-    launch.loaded.cache_clear()
+    caches = op._kernel, looped_rows.kernel_on, launch.loaded
+    for cached in caches:
+        cached.cache_clear()
     yield seen, Kernel
-    op._kernel.cache_clear()
-    launch.loaded.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -289,7 +294,7 @@ def test_the_kernel_for_ampere_gets_no_plan_of_hopper(loaded):
     [
         ((8, 0), 108, 166_912, "sm_80", 256, 0, None),
         ((8, 6), 82, 101_376, "sm_86", 256, 0, None),
-        ((9, 0), 132, 232_448, "sm_90a", 384, 8, None),
+        ((9, 0), 132, 232_448, "sm_90a", 288, 5, None),
         ((9, 0), 132, 232_448, "sm_90a", 384, 9, Tiles(256, 128, 64, 256, 128, part=32, blocks=2)),
         ((12, 0), 170, 101_376, "sm_120", 256, 0, None),
     ],
@@ -310,7 +315,7 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
             return 1
 
         def active_clusters(self, size, threads):
-            return {2: 60}[size]
+            return {2: 60, 3: 40}[size]
 
         def launch_in_order(self, blocks, threads, stream, parameters, *, early):
             launched.append((self.loaded, blocks, threads, stream, type(parameters)))
@@ -329,24 +334,58 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
     monkeypatch.setattr(op, "choose", chosen)
     monkeypatch.setattr(launch, "compile_kernel", lambda *given: compiled.append(given) or b"cubin")
     monkeypatch.setattr(tensor_maps, "encode", lambda described: encoded.append(described) or bytes(128))
-    op._kernel.cache_clear()
-    launch.loaded.cache_clear()
+    if tiles:
+        monkeypatch.setattr(looped_rows, "plan_of", lambda *_: None)
+    caches = op._kernel, looped_rows.kernel_on, launch.loaded
+    for cached in caches:
+        cached.cache_clear()
     run = on_cuda("looped_blocks")
     out = run(inputs.x, inputs.blocks, inputs.modulation, 2, num_heads=inputs.num_heads)
-    op._kernel.cache_clear()
-    launch.loaded.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
     target = target_of(capability)
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
-    device = target.used_of(device_of(capability, sms, shared_bytes))
-    plan = chosen(shape, device)
+    expected = op.kernel_of(shape, target, target.used_of(device_of(capability, sms, shared_bytes)))
+    by_rows = expected.source == looped_rows.SOURCE
+    assert by_rows == (capability == (9, 0) and tiles is None)
     assert compiled == [
-        (target.source, defines(shape, plan), architecture),
+        (expected.source, dict(expected.macros), architecture),
         (prepare.SOURCE, {}, architecture),
     ]
-    loaded = (b"cubin", target.entry, plan.shared_bytes)
-    blocks = 2 * 60 if tiles else sms
+    loaded = (b"cubin", Path(expected.source).stem, expected.shared_bytes)
+    blocks = 2 * 60 if tiles else 3 * expected.cluster if by_rows else sms  # a cluster a sequence
+    parameters = looped_rows.Parameters if by_rows else target.parameters
     before, call = launched
     assert before[0] == (b"cubin", "prepare_call", prepare.SHARED_BYTES)
     assert before[2:] == (prepare.THREADS, 7, prepare.Arguments)
-    assert call == (loaded, blocks, threads, 7, target.parameters, None, plan.pair)
-    assert plan.shared_bytes <= shared_bytes and len(encoded) == mapped and out.shape == inputs.x.shape
+    assert call == (loaded, blocks, threads, 7, parameters, None, expected.cluster)
+    assert expected.shared_bytes <= shared_bytes and len(encoded) == mapped and out.shape == inputs.x.shape
+
+
+NARROW = BlockShape(1, 81, 128, 4, 512, 2)
+
+
+def test_narrow_blocks_are_launched_as_a_cluster_a_sequence(loaded):
+    seen, _ = loaded
+    found = looped_rows.kernel_on(NARROW, SM90, 0)
+    (source, macros, architecture), (entry, shared_bytes), *calls = seen
+    assert (source, architecture, entry) == (looped_rows.SOURCE, "sm_90a", "looped_rows_sm90")
+    assert macros["LOOPMDM_BLOCKS"] == 11 and shared_bytes == found.plan.shared_bytes
+    assert calls == ["large clusters", (11, 288)] and found.clusters == 1
+
+
+def test_a_gpu_without_room_for_the_cluster_works_by_tiles(loaded):
+    _, kernel = loaded
+    kernel.clusters = 0
+    assert looped_rows.kernel_on(NARROW, SM90, 0) is None
+
+
+def test_which_shapes_are_narrow(loaded):
+    for shape in (
+        NARROW._replace(length=129),  # more keys than it meets at once
+        NARROW._replace(hidden=768, heads=12, mlp=3072),  # weights that would stream by too long
+        NARROW._replace(heads=1),  # heads of 128
+        NARROW._replace(batch=512),
+    ):
+        assert looped_rows.kernel_on(shape, SM90, 0) is None
+    assert looped_rows.kernel_on(NARROW, SM80._replace(architecture="sm_90"), 0) is None

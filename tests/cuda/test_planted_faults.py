@@ -18,6 +18,7 @@ NOT_WAITED = "sums are used before the wait for their products|a thread ends bef
 NO_PROXY_FENCE = "a bulk copy of what a thread stores, without order and proxy fence"
 HIDDEN = "a product reads what a thread has stored, without proxy fence"
 MISSED = "a lane may miss a round of a barrier"
+HIDDEN = "a product reads what a thread has stored, without proxy fence"
 UNORDERED_STORE = "two threads store to one place, in no order|a copy of what another thread stores"
 UNORDERED = f"{NO_PROXY_FENCE}|{UNORDERED_STORE}|values"
 
