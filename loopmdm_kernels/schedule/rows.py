@@ -20,7 +20,6 @@ KEYS = 128  # the most that it meets at once
 HEAD_DIMS = (16, 32, 64)
 GROUP_FEATURES = 64  # of a stage of weights, for each group of warps
 ENOUGH_STAGES = 4
-MEETINGS = 14  # of a block's threads, a layer
 
 
 class RowsPlan(NamedTuple):

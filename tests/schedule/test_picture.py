@@ -41,7 +41,7 @@ def test_the_simulation_keeps_to_blocks_and_waits():
 
 def test_the_page_has_what_the_model_says():
     page = DOCS / "kernels" / "looped_blocks.md"
-    for rows in (hopper_model.rows(), hopper_model.mechanism_rows()):
+    for rows in (hopper_model.case_rows(), hopper_model.mechanism_rows()):
         assert hopper_model.table(rows) in page.read_text(), "python -m bench.hopper_model prints the tables"
 
 
