@@ -11,10 +11,10 @@ import head_kernels
 import hopper
 import pytest
 
-from loopmdm_kernels.cuda import looped_blocks_backward, sources
+from loopmdm_kernels.cuda import looped_blocks_backward, looped_rows, sources
 from loopmdm_kernels.cuda.parameters import backward_defines
 from loopmdm_kernels.locks import Lock
-from loopmdm_kernels.schedule import BlockShape, choose_backward
+from loopmdm_kernels.schedule import BlockShape, RowsPlan, choose_backward, choose_rows
 
 HERE = Path(__file__).parent
 BACKWARD_SHAPES = {
@@ -22,18 +22,32 @@ BACKWARD_SHAPES = {
     "small, 16 x 128 tokens": hopper.SHAPES["small, 16 x 128 tokens"],
     "1024 wide": BlockShape(1, 1024, 1024, 16, 4096, 2),
 }
+ROWS_SHAPES = {
+    **{
+        name: hopper.SHAPES[name] for name in hopper.SHAPES if name.startswith("sudoku") and "256" not in name
+    },
+    "16 tokens": BlockShape(1, 16, 128, 4, 512, 2),  # of a cluster of two
+}
 # A compilation takes seconds: these by NVRTC, the others by nvcc.
 BY_NVRTC = {
     "forward": ("small, 128 tokens",),
     "backward": (),
+    "rows": ("16 tokens",),
     "head": ("sample_rows, 64 rows", "gradient_product, rows"),
 }
 CONTRACTS = {
     "forward": json.loads((HERE / "hopper_contract.json").read_text()),
     "backward": json.loads((HERE / "hopper_backward_contract.json").read_text()),
+    "rows": json.loads((HERE / "hopper_rows_contract.json").read_text()),
     "head": json.loads((HERE / "head_contract.json").read_text()),
 }
-NAMES = {"forward": hopper.SHAPES, "backward": BACKWARD_SHAPES, "head": head_kernels.KERNELS}
+NAMES = {
+    "forward": hopper.SHAPES,
+    "backward": BACKWARD_SHAPES,
+    "rows": ROWS_SHAPES,
+    "head": head_kernels.KERNELS,
+}
+SOURCES = {"forward": hopper.SOURCE, "backward": looped_blocks_backward.SOURCE, "rows": looped_rows.SOURCE}
 
 
 class Build(NamedTuple):
@@ -42,11 +56,15 @@ class Build(NamedTuple):
     messages: str  # of the assembler; NVRTC has none
 
 
+def rows_plan(name: str) -> RowsPlan:
+    plan = choose_rows(ROWS_SHAPES[name])
+    assert plan is not None
+    return plan
+
+
 def source_of(family: str, name: str) -> str:
     """The kernel's file in csrc/cuda."""
-    if family == "head":
-        return head_kernels.KERNELS[name].source
-    return hopper.SOURCE if family == "forward" else looped_blocks_backward.SOURCE
+    return head_kernels.KERNELS[name].source if family == "head" else SOURCES[family]
 
 
 def options_of(family: str, name: str) -> list[str]:
@@ -54,6 +72,8 @@ def options_of(family: str, name: str) -> list[str]:
         macros = dict(head_kernels.KERNELS[name].macros)
     elif family == "forward":
         return hopper.macros(hopper.SHAPES[name])
+    elif family == "rows":
+        macros = looped_rows.defines(ROWS_SHAPES[name], rows_plan(name))
     else:
         shape = BACKWARD_SHAPES[name]
         macros = backward_defines(shape, choose_backward(shape))

@@ -14,16 +14,18 @@ import pytest
 import torch
 from walk import Launch
 
-from loopmdm_kernels.cuda import launch, looped_blocks, looped_blocks_backward, tensor_maps
+from loopmdm_kernels.cuda import launch, looped_blocks, looped_blocks_backward, looped_rows, tensor_maps
 from loopmdm_kernels.cuda.parameters import MAP
 from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.cuda.weights import PackedWeights
 from loopmdm_kernels.schedule import BlockShape, Plan, build, choose, choose_backward
-from loopmdm_kernels.schedule.cost import KEY_BLOCKS, key_block
+from loopmdm_kernels.schedule.cost import KEY_BLOCKS, STEP, key_block
+from loopmdm_kernels.schedule.rows import ROWS
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
 from tests.cuda import emulated, emulated_head
 
+ATOM = 1024  # bytes; dynamic shared memory begins inside of the second one
 LOOPS = 2
 _CPU = torch.device("cpu")
 
@@ -87,6 +89,29 @@ def _forward(shape: BlockShape, plan: Plan) -> Launch:
     layouts = looped_blocks.map_layouts(shape, plan, buffers, packed)
     boxes = {getattr(SM90.parameters, field).offset: _box(each) for field, each in layouts.items()}
     return Launch(bytes(parameters), boxes, plan.pair, plan.pair, _words((words, buffers.stop)))
+
+
+def rows(name: str) -> list[Launch]:
+    """A sequence of a cluster of two blocks: all of its loops, and where it may stop, the first one."""
+    shape, plan = builds.ROWS_SHAPES[name], builds.rows_plan(name)
+    packed, x = _weights(shape), torch.empty(shape.batch, shape.length, shape.hidden)
+    modulation, loops = torch.empty(shape.layers, 1, 6, shape.hidden), LOOPS + 1
+    buffers = looped_rows.Buffers.allocate(plan, x, packed, modulation, loops, None, None)
+    buffers.stop.fill_(loops)
+    layouts = looped_rows.map_layouts(plan, buffers, packed)
+    boxes = {getattr(looped_rows.Parameters, field).offset: _box(each) for field, each in layouts.items()}
+    # Behind the ring and what boxes bring: rows, queries, weights of attention or activations.
+    operand, keys = 128 * ROWS * shape.hidden // STEP, ROWS * plan.blocks
+    first = ATOM * 2 + plan.stages * plan.stage_bytes + 2 * 128 * keys * shape.hidden // STEP
+    made = range(first, first + 2 * operand + 128 * ROWS * shape.mlp // STEP)
+    return [
+        Launch(
+            bytes(looped_rows.pack_parameters(buffers, exit_threshold)),
+            boxes, plan.blocks, plan.blocks, _words((buffers.stop,)), plan.threads, made,
+            rare=1,  # the decision
+        )
+        for exit_threshold in (None, 0.1)
+    ]  # fmt: skip
 
 
 def backward(name: str) -> list[Launch]:

@@ -65,7 +65,7 @@ def parsed(listing: str) -> Program:
             )
         elif match := _LABEL.match(text):
             labels[match[1]] = len(instructions)
-        elif ranges.startswith("   # 0 1"):
+        elif re.match(r"\s+# +0 +1\b", ranges):
             for number in re.finditer(r"\d+", ranges[: ranges.index("|")]):
                 columns |= dict.fromkeys(range(number.start(), number.end()), int(number[0]))
     return Program(instructions, _following(instructions, labels))

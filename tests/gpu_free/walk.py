@@ -31,6 +31,9 @@ class Launch(NamedTuple):
     blocks: int  # of the launch
     walked: int  # blocks of one cluster
     memory: dict[int, bytes]  # global memory, by address; all else is zero, and a counter
+    threads: int = 384  # of a block
+    made: range = range(0)  # of shared memory, where threads make operands
+    rare: int = 0  # barriers of a block that one round is enough of
 
 
 class Copy(NamedTuple):
@@ -46,6 +49,7 @@ class Round:
     waited: Counter[int] = field(default_factory=Counter)
     expected: int = 0
     copied: int = 0
+    met: dict[int, int] = field(default_factory=dict)  # meetings of its block so far, by warp that came
 
 
 @dataclass
@@ -159,7 +163,10 @@ class Walk:
             rounds = zip(self.barriers[full].rounds[:-1], self.barriers[empty].rounds[:-1], strict=False)
             for filled, released in rounds:
                 own = {warp for warp in released.arrived if warp // WARPS == empty // _BLOCK - 1}
-                if set(filled.waited) != own:
+                # Some may speak for others, when all of the block have met since these waited.
+                told = own and own < set(filled.waited)
+                told = told and min(released.met[warp] for warp in own) > max(filled.met.values())
+                if set(filled.waited) != own and not told:
                     self.fault(f"who waits for {full:#x} is not who releases at {empty:#x}")
             if self.barriers[full].complete != self.barriers[empty].complete:
                 self.fault(f"{full:#x} is filled more often than {empty:#x} is released")
@@ -225,7 +232,11 @@ class Thread:
 
     def special(self, name: str) -> int:
         values = {"%tid.x": self.tid, "%ctaid.x": self.rank, "%nctaid.x": self.walk.launch.blocks}
-        values |= {"%ntid.x": 384, "%cluster_ctarank": self.rank, "%laneid": self.tid % 32}
+        values |= {
+            "%ntid.x": self.walk.launch.threads,
+            "%cluster_ctarank": self.rank,
+            "%laneid": self.tid % 32,
+        }
         return values.get(name, 0)
 
     def load(self, address: int, size: int, *, counter: bool = False) -> int:
@@ -246,10 +257,16 @@ class Thread:
         barrier = self.walk.barrier(place)
         self._releases(place)
         barrier.round.arrived[self.warp] += 1
+        barrier.round.met[self.warp] = self._meetings_over()
         barrier.round.expected += expected
         if expected and self.walk.pairs.setdefault(place, self.waited) != self.waited:
             self.walk.fault(f"bytes for {place:#x} after a wait for {self.waited:#x}")
         barrier.settle()
+
+    def _meetings_over(self) -> int:
+        """Of the threads of the block that compute."""
+        meeting = self.walk.met.get(("block 1", self.rank))
+        return meeting.over if meeting else 0
 
     def _releases(self, place: int) -> None:
         """A warp that lets a stage be filled again has waited for all products that read it."""
@@ -269,6 +286,7 @@ class Thread:
         self.waited = place
         if self.leads and barrier.complete:
             barrier.rounds[-2].waited[self.warp] += 1
+            barrier.rounds[-2].met[self.warp] = self._meetings_over()
         return True
 
     def copy(self, target: int, map_place: int, address: int, mask: int) -> None:
@@ -307,6 +325,8 @@ class Thread:
             return
         for descriptor in descriptors:
             address = self.here((descriptor & 0x3FFF) << 4)
+            if address % _BLOCK in self.walk.launch.made:
+                continue
             source = [copy for copy in self.walk.copies if copy.first <= address < copy.end]
             if not source:
                 self.walk.fault(f"a product reads {address:#x}, where no box has come")
@@ -507,9 +527,9 @@ def _effects(
         yield f"t.wait_group({operands[0]})"
     elif opcode.startswith("barrier.cluster"):
         if "arrive" not in opcode:  # the two stand together
-            yield "if t.meet('cluster', 384) is None: return None"
+            yield "if t.meet('cluster', t.walk.launch.threads) is None: return None"
     elif opcode.startswith(("bar.sync", "barrier.sync")):
-        threads = _value(operands[1]) if len(operands) > 1 else "384"
+        threads = _value(operands[1]) if len(operands) > 1 else "t.walk.launch.threads"
         yield f"if t.meet('block %d' % {_value(operands[0])}, {threads}) is None: return None"
     elif opcode.startswith(("bar.arrive", "barrier.arrive")):
         yield f"t.arrive_at('block %d' % {_value(operands[0])}, {_value(operands[1])})"
@@ -596,6 +616,10 @@ def _expression(
         return f"{'-' if name == 'neg' else 'not ' if kind == 'pred' else '~'}{values[0]}"
     if name == "abs":
         return f"abs({signed(values[0])})"
+    if name == "bfi":
+        inserted, whole, place, number = values
+        mask = f"((1 << {number}) - 1 << {place})"
+        return f"({whole} & ~{mask}) | (({inserted} << {place}) & {mask})"
     if name == "selp":
         return f"{values[0]} if {values[2]} else {values[1]}"
     raise ValueError(f"{name}.{'.'.join(modifiers)} decides about a barrier, and is not known here")

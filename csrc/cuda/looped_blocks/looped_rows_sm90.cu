@@ -321,13 +321,13 @@ class Layers {
       size = warp_sum(part.y);
       if (lane == 0) {
         const bool stops = sqrtf(changed) / sqrtf(size) < p_.exit_threshold;
-        memory_.barriers->goes_on = !stops;
+        store_shared(memory_.goes_on(), stops ? 0u : 1u);
         barrier_arrive(memory_.decided());
         if (stops && rank() == 0) store(p_.stop + sequence_, loop + 1);
       }
     }
     meet_all();
-    return memory_.barriers->goes_on != 0;
+    return load_shared(memory_.goes_on()) != 0;
   }
 
   const KernelParameters& p_;

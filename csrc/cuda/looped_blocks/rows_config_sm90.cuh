@@ -56,8 +56,8 @@ constexpr int kSumPitch = kSumGroups + 1;
 constexpr int kOperandBytes = kPanels * kRows * 128;
 constexpr int kWeightBytes = kKeyTiles * kHeads * kRows * 128;  // weights of a panel's heads, as right operand
 
-constexpr int atoms(int bytes) { return (bytes + 1023) / 1024 * 1024; }
-constexpr int larger(int a, int b) { return a > b ? a : b; }
+__device__ constexpr int atoms(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+__device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // In bytes, from the end of the ring's stages.
 struct Places {
@@ -85,7 +85,7 @@ struct Barriers {
   uint64_t arrived;  // keys and values of all blocks
   uint64_t free;     // all blocks have read theirs
   uint64_t decided;  // `goes_on` says whether there is one more loop
-  int32_t goes_on;
+  uint32_t goes_on;
 };
 
 __device__ inline int rank() { return static_cast<int>(blockIdx.x) % kBlocks; }
@@ -103,6 +103,7 @@ struct Memory {
   __device__ uint32_t arrived() const { return shared_address(&barriers->arrived); }
   __device__ uint32_t free() const { return shared_address(&barriers->free); }
   __device__ uint32_t decided() const { return shared_address(&barriers->decided); }
+  __device__ uint32_t goes_on() const { return shared_address(&barriers->goes_on); }
 };
 
 // Of the sequences those that the block's cluster has.

@@ -23,7 +23,7 @@ class WeightStream {
         if (!p_.adaptive || loop + 1 == loops) continue;
         Ring::wait_together(memory_.decided(), decisions & 1);
         ++decisions;
-        if (!load_shared(shared_address(&memory_.barriers->goes_on))) break;
+        if (!load_shared(memory_.goes_on())) break;
       }
     });
   }

@@ -1,0 +1,36 @@
+"""The kernel for narrow blocks compiles without a GPU, and its machine code is what it is meant to be."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # tests are imported by path
+import builds  # noqa: E402
+import hopper  # noqa: E402
+
+from loopmdm_kernels.cuda import looped_rows  # noqa: E402
+
+
+@pytest.mark.parametrize("name", builds.each("rows"))
+def test_contract(name, built):
+    """Registers and shared memory as declared; WGMMA, TMA for all blocks; nothing in local memory."""
+    plan, expected = builds.rows_plan(name), builds.CONTRACTS["rows"][name]
+    cubin, _, messages = built("rows", name)
+    if messages:
+        hopper.assert_nothing_serialised(messages)
+    assert plan.shared_bytes == expected["shared_bytes"]
+    counts = hopper.assert_as_declared(cubin, expected)
+    assert counts["UTMALDG.3D"] == 5, "weights of each product"
+    assert counts["UTMALDG.3D.MULTICAST"] == 2 * builds.ROWS_SHAPES[name].hidden // 64, "keys and values"
+    assert counts["FENCE.VIEW.ASYNC.G"] == 1 and counts["FENCE.VIEW.ASYNC.S"] > 1
+    assert counts["UCGABAR_ARV"] == counts["UCGABAR_WAIT"] == 2, "before the first and behind the last"
+
+
+@hopper.needs_nvcc
+def test_parameters_lie_as_the_kernel_reads_them(tmp_path):
+    checks = hopper.layout(looped_rows.Parameters, "loopmdm::looped_rows::KernelParameters")
+    source = tmp_path / "offsets.cu"
+    source.write_text("\n".join(['#include "cuda/looped_blocks/rows_config_sm90.cuh"', *checks]))
+    hopper.nvcc_source(str(source), builds.options_of("rows", "16 tokens"), tmp_path / "out")
