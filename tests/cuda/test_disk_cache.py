@@ -134,7 +134,8 @@ def test_the_kernel_consists_of_headers_that_exist():
     assert {"wgmma.cuh", "tma.cuh", "mbarrier.cuh", "schedule.h", "swizzle.h"} <= names
     before = {path.name for path in sources.closure("cuda/looped_blocks/looped_blocks_sm80.cu")}
     assert {"mma.cuh", "async_copy.cuh"} <= before and not {"wgmma.cuh", "tma.cuh"} & before
-    others = ("looped_blocks/prepare_call.cu", "looped_blocks/looped_blocks_backward_sm90.cu")
+    others = ("prepare_call", "looped_blocks_backward_sm90", "looped_rows_sm90")
+    others = [f"looped_blocks/{name}.cu" for name in others]
     for source in (*others, *(kernel.source for kernel in HEAD_KERNELS)):
         names |= before | {path.name for path in sources.closure(f"cuda/{source}")}
     everything = {path.name for path in Path(sources.folder() / "cuda").rglob("*.cu*")}

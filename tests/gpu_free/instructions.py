@@ -195,13 +195,13 @@ PEERS = {
             ("mapa.u64(add.s64(", "mapa.shared::cluster.u32(add.s32("),
         ),
     ),
-    "load_box_for_pair(target, map, barrier, column, row, matrix)": Peer(
-        f"load_box_for_pair({TARGET}, map, {BARRIER}, a, b, c);",
+    "load_box_for_all(target, map, barrier, column, row, matrix)": Peer(
+        f"load_box_for_all<2>({TARGET}, map, {BARRIER}, a, b, c);",
         f"{_BOX}, (uint16_t)3);",
         ("cp_async_bulk_tensor",),
     ),
-    "load_box_for_pair(target, map, barrier, column, row, matrix, policy)": Peer(
-        f"load_box_for_pair({TARGET}, map, {BARRIER}, a, b, c, p);",
+    "load_box_for_all(target, map, barrier, column, row, matrix, policy)": Peer(
+        f"load_box_for_all<2>({TARGET}, map, {BARRIER}, a, b, c, p);",
         [
             "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
             f".multicast::cluster.L2::cache_hint [memory], [map, {{a, b, c}}], [{_SECOND}], 3, p"
@@ -239,6 +239,12 @@ PEERS = {
     "load_shared_pair(address)": Peer(
         f"const float2 v = load_shared_pair({TARGET}); x[0] = v.x; x[1] = v.y;",
         ["ld.shared::cta.v2.b32 result, [memory]", *_stored("#0", words=2)],
+    ),
+    "store_shared(address, value)": Peer(
+        f"store_shared({TARGET}, static_cast<uint32_t>(a));", ["st.shared::cta.b32 [memory], a"]
+    ),
+    "store_shared_float(address, value)": Peer(
+        f"store_shared_float({TARGET}, __uint_as_float(a));", ["st.shared::cta.b32 [memory], a"]
     ),
     "store_shared_four(address, value)": Peer(
         f"store_shared_four({TARGET}, make_uint4(a, b, b, a));",

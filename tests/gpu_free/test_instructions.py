@@ -95,8 +95,7 @@ FAULTS = {
         "load_box(target, map, barrier, column, row, matrix, policy)", "{%3, %4, %5}", "{%4, %3, %5}"
     ),
     "a box for one block only": (
-        "load_box_for_pair(target, map, barrier, column, row, matrix)", "static_cast<uint16_t>(3)",
-        "static_cast<uint16_t>(1)",
+        "load_box_for_all(target, map, barrier, column, row, matrix)", "(1 << kBlocks) - 1", "1",
     ),
     "the fence of another memory": (
         "proxy_fence()", "fence.proxy.async.global", "fence.proxy.async.shared::cta"

@@ -54,8 +54,8 @@ __device__ inline void load_gradient_tiles(const MaskedCrossEntropyProductParame
         }
         for (int i = 0; i < Shape::kRightPanels; i += 2) {
           const int panel = i + rank_in_cluster();
-          load_box_for_pair(stage + Shape::kLeftBytes + panel * Shape::kPanelBytes, &p.right, full,
-                            tile.column + 64 * panel, inner, 0);
+          load_box_for_all<2>(stage + Shape::kLeftBytes + panel * Shape::kPanelBytes, &p.right, full,
+                              tile.column + 64 * panel, inner, 0);
         }
       }
       __syncwarp();

@@ -119,7 +119,7 @@ class Loader {
     const uint32_t target = ring_.stage(place) + panel * kPanelBytes;
     if constexpr (Config::kPair > 1) {
       if (panel % 2 != rank_in_pair()) return;
-      load_box_for_pair(target, &map, ring_.full(place), column, row, matrix, policy...);
+      load_box_for_all<2>(target, &map, ring_.full(place), column, row, matrix, policy...);
     } else {
       load_box(target, &map, ring_.full(place), column, row, matrix, policy...);
     }

@@ -115,8 +115,8 @@ class Loader {
     const uint32_t target = ring_.stage(place) + left;
     const int inner = (operands.first + step) * Config::kStep, column = operands.column;
     if constexpr (Config::kPair > 1) {
-      load_box_for_pair(target + rank_in_pair() * (right / 2), operands.weight, full, inner,
-                        column + rank_in_pair() * (operands.columns / 2), item.layer, keep_);
+      load_box_for_all<2>(target + rank_in_pair() * (right / 2), operands.weight, full, inner,
+                          column + rank_in_pair() * (operands.columns / 2), item.layer, keep_);
     } else {
       load_box(target, operands.weight, full, inner, column, item.layer, keep_);
     }
@@ -165,7 +165,7 @@ class Loader {
                column + kBytes / 2 * panel, row + below, matrix);
         };
         if constexpr (kForPair) {
-          box(rank_in_pair() * kBoxRows, [](auto... where) { load_box_for_pair(where...); });
+          box(rank_in_pair() * kBoxRows, [](auto... where) { load_box_for_all<2>(where...); });
         } else {
           for (int below = 0; below < kNumber; below += kBoxRows) {
             box(below, [](auto... where) { load_box(where...); });

@@ -1,6 +1,6 @@
 // A stack of narrow blocks applied S times to short sequences. Each block of threads has eight tokens, whose
-// stream does not leave its shared memory from the first loop to the last; the weights of all layers stream by.
-// A cluster has a sequence: its blocks hand over keys and values, once a layer, and nothing else.
+// stream does not leave its shared memory from the first loop to the last; the weights of all layers stream
+// by. A cluster has a sequence: its blocks hand over keys and values, once a layer, and nothing else.
 #include "cuda/looped_blocks/rows_attention_sm90.cuh"
 #include "cuda/looped_blocks/rows_loader_sm90.cuh"
 
@@ -64,7 +64,7 @@ class Layers {
       for (int part = 0; part < Widths::kParts; ++part) {
         const float* const source = p_.input + line(row, kHidden, sequence_) + part * Widths::kPart + lane;
         const float value = inside ? __ldg(source) : 0.0f;
-        store_shared(word_at(Places::stream, row, part), value);
+        store_shared_float(word_at(Places::stream, row, part), value);
         const float mean = warp_sum(value) / Widths::kPart;
         const float deviations = warp_sum((value - mean) * (value - mean));
         if (lane == 0) store_shared_pair(statistics_at(row, part), make_float2(mean, deviations));
@@ -137,7 +137,7 @@ class Layers {
     for (int tile = 0; tile < kTileNumber; ++tile) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        store_shared(sum_at(seat_.token(i), seat_.feature(tile, i)), sums[tile][i]);
+        store_shared_float(sum_at(seat_.token(i), seat_.feature(tile, i)), sums[tile][i]);
       }
     }
     meet_all();
@@ -279,7 +279,7 @@ class Layers {
         const uint32_t place = base_ + Places::stream + 4 * (seat_.token(i) * kPitch + feature);
         const float old = __uint_as_float(load_shared(place));
         const float added = sums[tile][i] + (bias ? __ldg(bias + feature) : 0.0f);
-        store_shared(place, old + __ldg(gate + feature) * added);
+        store_shared_float(place, old + __ldg(gate + feature) * added);
       }
     }
     meet_all();
@@ -340,8 +340,8 @@ class Layers {
   int sequence_ = 0, layer_ = 0;
 };
 
-// Before anyone loads or sends: barriers, and zeros behind the values, whose weights are 0. Who stores them makes
-// them known to products together with the first rows.
+// Before anyone loads or sends: barriers, and zeros behind the values, whose weights are 0. Who stores them
+// makes them known to products together with the first rows.
 __device__ void begin(const Memory& memory) {
   constexpr int kPieces = 8 * (kKeys - kRows * kBlocks);  // of 16 bytes, in a panel
   static_assert(kPieces < kComputeThreads, "none by the warp that loads");

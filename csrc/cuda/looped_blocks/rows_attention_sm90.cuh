@@ -82,7 +82,8 @@ class Attention {
   }
 
   __device__ uint32_t largest_at(int warp, int head) const {
-    return base_ + Places::largest + 4 * (((4 * seat_.group + warp) * kHeads + head) * kRows + seat_.token(0));
+    return base_ + Places::largest +
+           4 * (((4 * seat_.group + warp) * kHeads + head) * kRows + seat_.token(0));
   }
 
   // Of the thread's two tokens, over all keys; 0 of a token without keys, whose differences would be infinity
@@ -141,7 +142,7 @@ class Attention {
                                        fast_exp2((of_key[1] - largest[head].y) * scale));
           const int key = 64 * tile + seat_.pair_row(i);
           store_operand(weights(), kHeads * kRows, head * kRows + token, key, pack_bf16(pair.x, pair.y));
-          store_shared(sums_at(head, token, key % 8 / 2) + 4 * (key / 8), pair.x + pair.y);
+          store_shared_float(sums_at(head, token, key % 8 / 2) + 4 * (key / 8), pair.x + pair.y);
         }
       }
     }
@@ -191,7 +192,7 @@ class Attention {
 #pragma unroll
     for (int i = 0; i < kSumGroups; ++i) sum += __uint_as_float(load_shared(sums + 4 * i));
     sum = quad_sum(sum);
-    if (lane % 4 == 0) store_shared(share_at(head, token), 1.0f / sum);
+    if (lane % 4 == 0) store_shared_float(share_at(head, token), 1.0f / sum);
   }
 
   const KernelParameters& p_;

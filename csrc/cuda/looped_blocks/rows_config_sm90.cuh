@@ -49,12 +49,13 @@ struct KernelParameters {
   TensorMap qkv_weight, attn_out_weight, mlp_in_weight, mlp_out_weight;
 };
 
-// Floats of a row of what is kept by tokens: threads of a warp, at eight features of four pairs of tokens, meet
-// in no bank.
+// Floats of a row of what is kept by tokens: threads of a warp, at eight features of four pairs of tokens,
+// meet in no bank.
 constexpr int kPitch = kHidden + 4, kQkvPitch = 2 * kHidden + 4;
 constexpr int kSumPitch = kSumGroups + 1;
 constexpr int kOperandBytes = kPanels * kRows * 128;
-constexpr int kWeightBytes = kKeyTiles * kHeads * kRows * 128;  // weights of a panel's heads, as right operand
+constexpr int kWeightBytes =
+    kKeyTiles * kHeads * kRows * 128;  // weights of a panel's heads, as right operand
 
 __device__ constexpr int atoms(int bytes) { return (bytes + 1023) / 1024 * 1024; }
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }

@@ -1,4 +1,4 @@
-// Blocks that share what they load: pairs of one cluster, whose shared memory has the same layout.
+// Blocks that share what they load: those of one cluster, whose shared memory has the same layout.
 #pragma once
 
 #include "cuda/ptx/mbarrier.cuh"
@@ -42,17 +42,14 @@ __device__ void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t
       : "memory");
 }
 
-__device__ inline void load_box_for_pair(uint32_t target, const TensorMap* map, uint32_t barrier, int column,
-                                         int row, int matrix) {
-  load_box_for_all<2>(target, map, barrier, column, row, matrix);
-}
-
-__device__ inline void load_box_for_pair(uint32_t target, const TensorMap* map, uint32_t barrier, int column,
-                                         int row, int matrix, uint64_t policy) {
+template <int kBlocks>
+__device__ void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
+                                 int matrix, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
       ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6, %7;" ::"r"(target),
-      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "h"(static_cast<uint16_t>(3)), "l"(policy)
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(matrix),
+      "h"(static_cast<uint16_t>((1 << kBlocks) - 1)), "l"(policy)
       : "memory");
 }
 

@@ -1,5 +1,5 @@
-// A row of tokens on its way from one product to the next: statistics, norm, modulation, rotation. Every kernel
-// of looped blocks makes these numbers in the same order: the bits do not tell which it was.
+// A row of tokens on its way from one product to the next: statistics, norm, modulation, rotation. Every
+// kernel of looped blocks makes these numbers in the same order: the bits do not tell which it was.
 #pragma once
 
 #include "cuda/tile/math.cuh"

@@ -1,4 +1,5 @@
-// Emulated: see emulator.h. Blocks that follow each other are a cluster: pairs, or as many as the kernel says.
+// Emulated: see emulator.h. Blocks that follow each other are a cluster: pairs, or as many as the kernel
+// says.
 #pragma once
 
 #include "cuda/ptx/mbarrier.cuh"
@@ -18,7 +19,8 @@ inline int rank_in_cluster() { return emulator::self().block->index % kClusterBl
 template <class Work>
 void in_block(int rank, Work work) {
   emulator::Block* const own = emulator::self().block;
-  const int wanted = own->index / kClusterBlocks * kClusterBlocks + rank, first = emulator::state->blocks.front()->index;
+  const int wanted = own->index / kClusterBlocks * kClusterBlocks + rank,
+            first = emulator::state->blocks.front()->index;
   emulator::Block& reached = *emulator::state->blocks.at(wanted - first);
   emulator::reach_into(reached);
   emulator::self().block = &reached;
@@ -47,16 +49,12 @@ void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, i
   }
 }
 
-inline void load_box_for_pair(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
-                              int matrix) {
-  load_box_for_all<2>(target, map, barrier, column, row, matrix);
-}
-
-// Only weights are loaded to be kept in L2. What one block loads for both counts once.
-inline void load_box_for_pair(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
-                              int matrix, uint64_t) {
+// Only weights are loaded to be kept in L2. What one block loads for all counts once.
+template <int kBlocks>
+void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
+                      int matrix, uint64_t) {
   emulator::weight_bytes += map->words[1] * map->words[7] * map->words[8];
-  load_box_for_pair(target, map, barrier, column, row, matrix);
+  load_box_for_all<kBlocks>(target, map, barrier, column, row, matrix);
 }
 
 }  // namespace loopmdm

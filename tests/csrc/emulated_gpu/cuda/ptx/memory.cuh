@@ -24,7 +24,7 @@ inline float2 load_shared_pair(uint32_t address) {
 }
 
 inline void store_shared(uint32_t address, uint32_t value) { emulator::store_shared(address, value); }
-inline void store_shared(uint32_t address, float value) { emulator::store_shared(address, value); }
+inline void store_shared_float(uint32_t address, float value) { emulator::store_shared(address, value); }
 inline void store_shared_four(uint32_t address, uint4 value) { emulator::store_shared(address, value); }
 inline void store_shared_pair(uint32_t address, float2 pair) { emulator::store_shared(address, pair); }
 
