@@ -23,7 +23,7 @@ from bench.run import Call, Figures, Run
 from loopmdm.model import LoopMDM
 from loopmdm.model.config import LoopMDMConfig
 from loopmdm.model.flops import TRAINING_FACTOR, executed_layers, forward_flops, head_flops, layer_flops
-from loopmdm_kernels.cuda import looped_blocks
+from loopmdm_kernels.cuda import looped_rows
 
 SUDOKU_LOOPS = 12
 
@@ -149,22 +149,22 @@ def sudoku_call(model: LoopMDM, board: Tensor, *, blocks: str, logits: str) -> C
     return call
 
 
-def without_cluster(make: Callable[[], Call]) -> Call:
-    """What `make` makes if the blocks are those of the whole GPU."""
-    known = looped_blocks.known_device
-    looped_blocks.known_device = lambda limits: known(limits)._replace(cluster=1)  # type: ignore[assignment]
-    looped_blocks._kernel.cache_clear()
+def by_tiles(make: Callable[[], Call]) -> Call:
+    """What `make` makes if narrow blocks run the kernel of all others."""
+    known = looped_rows.plan_of
+    looped_rows.plan_of = lambda *_: None
+    looped_rows.kernel_on.cache_clear()
     try:
         return make()
     finally:
-        looped_blocks.known_device = known
-        looped_blocks._kernel.cache_clear()
+        looped_rows.plan_of = known
+        looped_rows.kernel_on.cache_clear()
 
 
 def sudoku_on_gpu(run: Run) -> Figures:
     """A call of the 9x9 model, the smallest network that is shipped, where waiting is all.
 
-    Ours in a CUDA graph, in one cluster and not, and the reference in eager mode. Weights are random: the
+    Ours in a CUDA graph, by rows and by tiles, and the reference in eager mode. Weights are random: the
     time does not depend on them.
     """
     torch.manual_seed(0)
@@ -175,6 +175,6 @@ def sudoku_on_gpu(run: Run) -> Figures:
     # Weights do not change between calls of a sampler, and what was cast in a graph is gone after it.
     casts = torch.autocast(board.device.type, torch.bfloat16, cache_enabled=False)
     with torch.no_grad(), casts, model.frozen():
-        calls, failed = run.made({"cuda": ours, "cuda without cluster": partial(without_cluster, ours)})
+        calls, failed = run.made({"cuda": ours, "cuda by tiles": partial(by_tiles, ours)})
         eager = sudoku_call(model, board, blocks="reference", logits="reference")
         return {**failed, **run.times({"reference, eager": eager, **calls})}
