@@ -157,7 +157,7 @@ class Kernel:
         return int(check(query(self._function, threads, self.shared_bytes), query.__name__))
 
     def active_clusters(self, size: int, threads: int) -> int:
-        """How many clusters of this size the device holds at the same time."""
+        """How many clusters of this size the device holds at the same time; 0: it has none of this size."""
         ensure_context(self._device)
         driver = bindings()
         config = driver.CUlaunchConfig()
@@ -166,7 +166,10 @@ class Kernel:
         config.sharedMemBytes = self.shared_bytes
         config.attrs, config.numAttrs = [_cluster(size)], 1
         query = driver.cuOccupancyMaxActiveClusters
-        return int(check(query(self._function, config), query.__name__))
+        result = query(self._function, config)
+        if result[0] == driver.CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE:
+            return 0
+        return int(check(result, query.__name__))
 
     def _attribute(self, name: str) -> int:
         driver = bindings()
@@ -181,18 +184,21 @@ class Kernel:
         parameters: ctypes.Structure,
         kept: L2Window | None = None,
         cluster: int = 1,
+        cooperative: bool = True,
     ) -> None:
-        """Cooperative: all blocks run at the same time, or the launch fails; in clusters of `cluster`.
+        """Cooperative: all blocks run at the same time, or the launch fails. Else only those of a cluster do.
 
         Raises:
             RuntimeError: it fails, or there are no blocks, as where none fits.
         """
         driver = bindings()
         names = driver.CUlaunchAttributeID
-        cooperative = driver.CUlaunchAttribute()
-        cooperative.id = names.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        cooperative.value.cooperative = 1
-        attributes = [cooperative]
+        attributes = []
+        if cooperative:
+            together = driver.CUlaunchAttribute()
+            together.id = names.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            together.value.cooperative = 1
+            attributes.append(together)
         if kept is not None:
             policy = driver.CUlaunchAttribute()
             policy.id = names.CU_LAUNCH_ATTRIBUTE_ACCESS_POLICY_WINDOW

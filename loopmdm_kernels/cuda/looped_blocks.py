@@ -122,7 +122,15 @@ def run_forward(call: LoopedCall, *, keep: bool = False) -> tuple[AllBuffers, Pa
             set_map(run.parameters, name, described)
         driver.set_aside_l2(device)
         kept = driver.l2_window(weights.buffer.data_ptr(), 2 * weights.buffer.numel(), driver.facts(device))
-        run.kernel.launch(run.blocks, run.threads, stream, run.parameters, kept, cluster=run.cluster)
+        run.kernel.launch(
+            run.blocks,
+            run.threads,
+            stream,
+            run.parameters,
+            kept,
+            cluster=run.cluster,
+            cooperative=run.together,
+        )
     return run.buffers, weights
 
 
@@ -133,6 +141,7 @@ class _Run(NamedTuple):
     blocks: int
     threads: int
     cluster: int
+    together: bool  # all blocks wait for each other, not only those of a cluster
     counted: prepare.Counted
     buffers: AllBuffers
     parameters: ctypes.Structure
@@ -155,7 +164,8 @@ def _by_tiles(
         blocks = plan.pair * kernel.active_clusters(plan.pair, target.threads)
     else:
         blocks = limits.sms * kernel.blocks_per_sm(target.threads)
-    return _Run(kernel, blocks, target.threads, plan.pair, counters_of(table), buffers, parameters, maps)
+    counted = counters_of(table)
+    return _Run(kernel, blocks, target.threads, plan.pair, True, counted, buffers, parameters, maps)
 
 
 def _by_rows(call: LoopedCall, found: looped_rows.Found, weights: PackedWeights, keep: bool) -> _Run:
@@ -166,7 +176,7 @@ def _by_rows(call: LoopedCall, found: looped_rows.Found, weights: PackedWeights,
     counted = looped_rows.counters_of(len(call.x), adaptive=call.exit_threshold is not None)
     parameters = looped_rows.pack_parameters(buffers, call.exit_threshold)
     maps = looped_rows.map_layouts(plan, buffers, weights)
-    return _Run(kernel, blocks, plan.threads, plan.blocks, counted, buffers, parameters, maps)
+    return _Run(kernel, blocks, plan.threads, plan.blocks, False, counted, buffers, parameters, maps)
 
 
 def counters_of(table: Table) -> prepare.Counted:

@@ -46,13 +46,17 @@ def kernel_on(shape: BlockShape, target: Target, device: int) -> Found | None:
     Raises:
         Breach: its code is not what it is written to be.
     """
-    plan = plan_of(shape, target, known_device(driver.facts(device)))
+    known = known_device(driver.facts(device))
+    plan = plan_of(shape, target, known)
     if plan is None:
         return None
     source, threads, shared_bytes, macros, cluster = kernel_of(shape, plan)
     kernel = loaded(source, macros, target.architecture, shared_bytes, threads, device, cluster)
     clusters = kernel.active_clusters(cluster, threads)
-    return Found(kernel, plan, clusters) if clusters else None  # no part of this GPU has so many SMs
+    # No part of this GPU may have so many SMs, or fewer parts than the plan took for granted.
+    if not clusters or choose_rows(shape, known, clusters) is None:
+        return None
+    return Found(kernel, plan, clusters)
 
 
 def defines(shape: BlockShape, plan: RowsPlan) -> dict[str, int]:

@@ -42,7 +42,7 @@ def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     assert phase.cost is not None
     work, tiles, blocks = phase.cost(table.shape, table.tiles), phase.number(table), table.tiles.blocks
     seconds = work.flops / (device.attention_flops if work.attention else device.product_flops)
-    workers = device.sms // blocks
+    workers = max(1, device.sms // blocks)
     waves = math.ceil(tiles / workers)  # of tiles whose arithmetic is the whole device's
     sent = work.bytes + (device.multicast_cost - 1) * work.shared
     received = (work.bytes - work.shared) / blocks + work.shared

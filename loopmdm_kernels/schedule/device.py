@@ -19,7 +19,7 @@ class Device(NamedTuple):
     # What a byte for both blocks of a pair costs L2, in bytes: 1 if it is read once, 2 if they gain nothing.
     multicast_cost: float = 1.2
     shared_read_bytes: float = 0.2e12  # one SM's, by products of few columns; 128 a cycle at most
-    meet_seconds: float = 0.04e-6  # a meeting of a block's threads
+    meet_seconds: float = 0.12e-6  # a meeting of few threads of a block, and what they do before it
     shared_bytes: int = 232_448  # what a block may use
     has_wide_tiles: bool = (
         True  # its kernel has tiles up to 256 columns, and can normalise rows once for them

@@ -17,6 +17,7 @@ from loopmdm_kernels.schedule.table import BlockShape
 
 ROWS = 8  # tokens of a block
 KEYS = 128  # the most that it meets at once
+MOST_HIDDEN = 256  # a warp normalises whole rows
 HEAD_DIMS = (16, 32, 64)
 GROUP_FEATURES = 64  # of a stage of weights, for each group of warps
 ENOUGH_STAGES = 4
@@ -49,20 +50,31 @@ class RowsPlan(NamedTuple):
         return self.stages * self.stage_bytes + self.beside_bytes + FIXED_BYTES
 
 
-def choose_rows(shape: BlockShape, device: Device = Device()) -> RowsPlan | None:  # noqa: B008 - immutable
-    """The plan where this kernel takes the shape and is the faster one, for the next of `BATCHES`."""
+def choose_rows(
+    shape: BlockShape,
+    device: Device = Device(),  # noqa: B008 - immutable
+    clusters: int | None = None,
+) -> RowsPlan | None:
+    """The plan where this kernel takes the shape and is the faster one, for the next of the tiles' batches.
+
+    Args:
+        clusters: that the device holds at the same time, where that is known.
+    """
     shape, tiled = tiled_batch(shape), choose(shape, device)
-    plan = rows_plan(shape, device, tiled.tiles.mlp_out_parts)
+    plan = rows_plan(shape, device, tiled.tiles.mlp_out_parts, clusters)
     return plan if plan is not None and plan.loop_seconds < tiled.loop_seconds else None
 
 
-def rows_plan(shape: BlockShape, device: Device, mlp_out_parts: int) -> RowsPlan | None:
+def rows_plan(
+    shape: BlockShape, device: Device, mlp_out_parts: int, clusters: int | None = None
+) -> RowsPlan | None:
     """None where the shape does not fit the kernel, or the kernel not the device."""
     blocks = math.ceil(shape.length / ROWS)
     groups = 1 if shape.hidden == GROUP_FEATURES else 2
     widths = (shape.hidden, shape.mlp)
     if (
         shape.length > KEYS
+        or shape.hidden > MOST_HIDDEN
         or blocks > min(device.cluster, device.sms)
         or shape.head_dim not in HEAD_DIMS
         or any(width % (GROUP_FEATURES * groups) for width in widths)
@@ -73,7 +85,9 @@ def rows_plan(shape: BlockShape, device: Device, mlp_out_parts: int) -> RowsPlan
     plan = plan._replace(stages=(device.shared_bytes - plan.shared_bytes) // plan.stage_bytes)
     if plan.stages < ENOUGH_STAGES:
         return None
-    return plan._replace(loop_seconds=_loop_seconds(shape, device, plan))
+    if clusters is None:  # of a device in parts that each hold the largest one
+        clusters = max(1, device.sms // device.cluster) * (min(device.cluster, device.sms) // blocks)
+    return plan._replace(loop_seconds=_loop_seconds(shape, device, plan, clusters))
 
 
 def _atoms(number: int) -> int:
@@ -89,20 +103,20 @@ def _beside_bytes(shape: BlockShape, blocks: int, groups: int) -> int:
     kept = 2 * panels * keys * 128 + 2 * panels * operand
     wide = max(groups * tiles * heads * operand, shape.mlp // STEP * operand)
     sums = 4 * max(ROWS * (2 * shape.hidden + 4), groups * heads * 4 * ROWS * (8 * tiles + 1))
-    rows = 2 * 4 * ROWS * (shape.hidden + 4) + 8 * ROWS * (shape.hidden // STATISTICS_COLUMNS)
+    parts = shape.hidden // STATISTICS_COLUMNS
+    rows = 2 * 4 * ROWS * (parts * (STATISTICS_COLUMNS + 8) + 4) + 8 * ROWS * parts
     softmax = 4 * groups * heads * ROWS * (4 + 1)
     return _atoms(kept + wide + _atoms(sums) + rows + softmax + 8 * 4 * groups)
 
 
-def _loop_seconds(shape: BlockShape, device: Device, plan: RowsPlan) -> float:
+def _loop_seconds(shape: BlockShape, device: Device, plan: RowsPlan, clusters: int) -> float:
     """Stage by stage: one is loaded where another has been read, and read where it is loaded.
 
     Between the products of keys and values and that of what attention gives lies the hand-over, in which
     queries are made; what the cluster hands over comes the same way as the weights.
     """
-    at_once = max(1, device.sms // device.cluster) * (min(device.cluster, device.sms) // plan.blocks)
-    rounds = math.ceil(shape.batch / at_once)
-    rate = min(device.sm_bytes, device.l2_bytes / (min(shape.batch, at_once) * plan.blocks))
+    rounds = math.ceil(shape.batch / clusters)
+    rate = min(device.sm_bytes, device.l2_bytes / (min(shape.batch, clusters) * plan.blocks))
     panels = shape.hidden // STEP
     tiles, mlp_tiles = shape.hidden // plan.features, shape.mlp // plan.features
     of_keys, of_queries, of_out = 2 * tiles * panels, tiles * panels, tiles * panels

@@ -33,7 +33,7 @@ class Kernel:
         assert not early
         self.launch(blocks, threads, stream, parameters)
 
-    def launch(self, blocks, threads, stream, parameters, kept=None, *, cluster=1):
+    def launch(self, blocks, threads, stream, parameters, kept=None, *, cluster=1, cooperative=True):
         self.state.launches.append((self.name, blocks))
         memory = ctypes.create_string_buffer(ctypes.sizeof(parameters) + emulated.ALIGNMENT)
         offset = -ctypes.addressof(memory) % emulated.ALIGNMENT

@@ -22,7 +22,7 @@ from loopmdm_kernels.schedule.plan import _plan as plan_of
 from loopmdm_kernels.testing import looped_inputs
 from loopmdm_kernels.types import Rotary
 from tests.cuda.emulated import on_cuda
-from tests.cuda.fake_driver import hopper
+from tests.cuda.fake_driver import hopper, real
 
 
 @pytest.fixture
@@ -320,8 +320,9 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
         def launch_in_order(self, blocks, threads, stream, parameters, *, early):
             launched.append((self.loaded, blocks, threads, stream, type(parameters)))
 
-        def launch(self, blocks, threads, stream, parameters, kept, cluster):
-            launched.append((self.loaded, blocks, threads, stream, type(parameters), kept, cluster))
+        def launch(self, blocks, threads, stream, parameters, kept, *, cluster, cooperative):
+            own = self.loaded, blocks, threads, stream, type(parameters), kept
+            launched.append((*own, cluster, cooperative))
 
     facts = driver.Facts("a GPU", capability, sms, shared_bytes, 0, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -358,7 +359,7 @@ def test_a_call_compiles_and_launches_what_its_gpu_runs(
     before, call = launched
     assert before[0] == (b"cubin", "prepare_call", prepare.SHARED_BYTES)
     assert before[2:] == (prepare.THREADS, 7, prepare.Arguments)
-    assert call == (loaded, blocks, threads, 7, parameters, None, expected.cluster)
+    assert call == (loaded, blocks, threads, 7, parameters, None, expected.cluster, not by_rows)
     assert expected.shared_bytes <= shared_bytes and len(encoded) == mapped and out.shape == inputs.x.shape
 
 
@@ -378,6 +379,13 @@ def test_a_gpu_without_room_for_the_cluster_works_by_tiles(loaded):
     _, kernel = loaded
     kernel.clusters = 0
     assert looped_rows.kernel_on(NARROW, SM90, 0) is None
+
+
+def test_a_gpu_without_clusters_of_this_size(monkeypatch):
+    """The driver says so by an error."""
+    refused = real.CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE, None
+    with hopper(monkeypatch, cuOccupancyMaxActiveClusters=lambda *_: refused):
+        assert looped_rows.kernel_on(NARROW, SM90, 0) is None
 
 
 def test_which_shapes_are_narrow(loaded):

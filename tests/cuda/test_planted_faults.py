@@ -255,9 +255,9 @@ ROWS = {
     ),
     "keys that are free before the means are made": Fault(
         "looped_rows_sm90.cu",
-        "Attention(p_, base_, seat_, sequence_).run();",
+        "Attention(base_, seat_, seen_).run();",
         "if (threadIdx.x < kBlocks) barrier_arrive_at(memory_.free(), threadIdx.x);"
-        "Attention(p_, base_, seat_, sequence_).run();",
+        "Attention(base_, seat_, seen_).run();",
         EARLY_COPY,
         Fault(
             "looped_rows_sm90.cu",
@@ -280,6 +280,7 @@ ROWS = {
         "[[proxy_fence();]]\n    meet_all();\n    if (warp_ > 0) return;",
         "",
         NO_PROXY_FENCE,
+        Fault("looped_rows_sm90.cu", "[[proxy_fence();]]\n    if (!elected()) return;", ""),
     ),
     "a block that sends nothing": Fault(
         "looped_rows_sm90.cu", "if (!elected()) return;", "if (!elected() || rank() == 1) return;", ALL_WAIT
@@ -287,7 +288,7 @@ ROWS = {
     "values behind the last key that are not 0": Fault(
         "looped_rows_sm90.cu", "store_shared_four(behind + 16 * i, make_uint4(0, 0, 0, 0));", ""
     ),
-    "scores behind the last key": Fault("rows_attention_sm90.cuh", "key < p_.length", "true"),
+    "scores behind the last key": Fault("rows_attention_sm90.cuh", "key < p.length", "true"),
     "weights of attention without proxy fence": Fault(
         "rows_attention_sm90.cuh", "shared_proxy_fence();", "", HIDDEN
     ),

@@ -24,7 +24,7 @@ def test_a_cluster_holds_a_sequence():
         {"heads": 1},  # of 128
         {"hidden": 192, "heads": 6, "mlp": 768},
         {"mlp": 192},  # one group of warps would have nothing to do
-        {"hidden": 768, "heads": 12, "mlp": 3072},  # the ring would have no room
+        {"hidden": 384, "heads": 12, "mlp": 1536},  # a warp would not normalise whole rows
     ],
 )
 def test_what_it_does_not_take(other):
@@ -36,6 +36,18 @@ def test_devices_without_room_for_the_cluster():
     assert rows_plan(SUDOKU, Device(sms=10), 1) is None
     assert rows_plan(SUDOKU, Device(sms=11), 1).blocks == 11
     assert rows_plan(SUDOKU, Device(shared_bytes=101_376), 1) is None
+
+
+def test_a_device_with_fewer_clusters_than_assumed():
+    """Eight sequences then take two rounds."""
+    eight = SUDOKU._replace(batch=8)
+    assert choose_rows(eight, clusters=8) == choose_rows(eight)
+    assert choose_rows(eight, clusters=7) is None
+    assert choose_rows(SUDOKU, clusters=1) == choose_rows(SUDOKU)
+
+
+def test_a_device_of_one_multiprocessor():
+    assert choose(SUDOKU._replace(length=8), Device(sms=1)).loop_seconds > 0
 
 
 def test_it_is_chosen_where_it_is_faster():

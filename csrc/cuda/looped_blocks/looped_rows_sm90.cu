@@ -17,6 +17,7 @@ class Layers {
     for_each_sequence(p_, [&](int sequence) {
       sequence_ = sequence;
       const int32_t loops = __ldcg(p_.stop + sequence);
+      seen_ = Attention::seen_keys(p_, seat_, sequence);
       enter();
 #pragma unroll 1
       for (int32_t loop = 0; loop < loops; ++loop) {
@@ -50,7 +51,7 @@ class Layers {
   }
   // A lane's column of a part of a row, in shared memory.
   __device__ uint32_t word_at(uint32_t place, int row, int part) const {
-    return base_ + place + 4 * (row * kPitch + part * Widths::kPart + static_cast<int>(threadIdx.x) % 32);
+    return base_ + place + 4 * (row * kPitch + part * kPartPitch + static_cast<int>(threadIdx.x) % 32);
   }
   __device__ int vectors(int branch) const { return modulation(p_, layer_, sequence_, branch); }
 
@@ -103,7 +104,8 @@ class Layers {
     if (row < kRows) {
       const int column = part * Widths::kPart + 2 * (thread % 4);
       const float4* const affine = p_.affine + (vectors(branch) * kHidden + column) / 2;
-      const uint32_t place = base_ + Places::stream + 4 * (row * kPitch + column);
+      const uint32_t place =
+          base_ + Places::stream + 4 * (row * kPitch + part * kPartPitch + 2 * (thread % 4));
       float values[Widths::kPart / 2];  // where part_statistics looks for them
       float total = 0;
 #pragma unroll
@@ -189,12 +191,17 @@ class Layers {
     meet_all();
     if (warp_ > 0) return;
     Ring::wait_together(memory_.free(), (applications_ & 1) ^ 1);
+    proxy_fence();
     if (!elected()) return;
     barrier_arrive_expect(memory_.arrived(), kBlocks * 2 * kOperandBytes);
 #pragma unroll
     for (int panel = 0; panel < 2 * kPanels; ++panel) {  // keys, then values
-      load_box_for_all<kBlocks>(base_ + Places::keys + (panel * kKeys + first_token()) * 128, &p_.qkv,
-                                memory_.arrived(), kStep * panel, first_token(), matrix);
+      const uint32_t place = base_ + Places::keys + (panel * kKeys + first_token()) * 128;
+      if constexpr (kBlocks > 1) {
+        load_box_for_all<kBlocks>(place, &p_.qkv, memory_.arrived(), kStep * panel, first_token(), matrix);
+      } else {
+        load_box(place, &p_.qkv, memory_.arrived(), kStep * panel, first_token(), matrix);
+      }
     }
   }
 
@@ -220,7 +227,7 @@ class Layers {
     hand_over_keys();
     make_queries();
     barrier_wait(memory_.arrived(), applications_ & 1);
-    Attention(p_, base_, seat_, sequence_).run();
+    Attention(base_, seat_, seen_).run();
     shared_proxy_fence();
     meet_all();
     if (threadIdx.x < kBlocks) barrier_arrive_at(memory_.free(), threadIdx.x);
@@ -276,10 +283,11 @@ class Layers {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int feature = seat_.feature(tile, i);
-        const uint32_t place = base_ + Places::stream + 4 * (seat_.token(i) * kPitch + feature);
+        const int column = feature / Widths::kPart * kPartPitch + feature % Widths::kPart;
+        const uint32_t place = base_ + Places::stream + 4 * (seat_.token(i) * kPitch + column);
         const float old = __uint_as_float(load_shared(place));
-        const float added = sums[tile][i] + (bias ? __ldg(bias + feature) : 0.0f);
-        store_shared_float(place, old + __ldg(gate + feature) * added);
+        const float own = bias ? __ldg(bias + feature) : 0.0f;
+        store_shared_float(place, gated(sums[tile][i], old, __ldg(gate + feature), own));
       }
     }
     meet_all();
@@ -337,6 +345,7 @@ class Layers {
   const Seat seat_;
   RingPlace place_{0, 0};
   uint32_t applications_ = 0;  // of layers, so far
+  uint32_t seen_ = 0;          // keys of the sequence
   int sequence_ = 0, layer_ = 0;
 };
 

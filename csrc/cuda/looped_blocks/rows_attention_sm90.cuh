@@ -13,11 +13,20 @@ class Attention {
   using Scores = float[kHeads][kKeyTiles][4];
 
  public:
-  __device__ Attention(const KernelParameters& p, uint32_t base, const Seat& seat, int sequence)
-      : p_(p),
-        base_(base),
-        seat_(seat),
-        key_mask_(p.key_mask ? p.key_mask + static_cast<int64_t>(sequence) * p.length : nullptr) {}
+  // Which keys of a sequence a thread may attend to: a bit for each two of its scores.
+  __device__ static uint32_t seen_keys(const KernelParameters& p, const Seat& seat, int sequence) {
+    const uint8_t* const mask = p.key_mask ? p.key_mask + static_cast<int64_t>(sequence) * p.length : nullptr;
+    uint32_t seen = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kKeyTiles; ++i) {
+      const int key = 64 * (i / 2) + seat.row(2 * (i % 2));
+      if (key < p.length && (!mask || __ldg(mask + key) != 0)) seen |= 1u << i;
+    }
+    return seen;
+  }
+
+  __device__ Attention(uint32_t base, const Seat& seat, uint32_t seen)
+      : base_(base), seat_(seat), seen_(seen) {}
 
   // Leaves the weighted means, rounded, as right operand.
   __device__ void run() const {
@@ -68,15 +77,13 @@ class Attention {
   // What lies behind the last key is anything.
   __device__ void mask(Scores& scores) const {
 #pragma unroll
-    for (int tile = 0; tile < kKeyTiles; ++tile) {
+    for (int i = 0; i < 2 * kKeyTiles; ++i) {
+      const bool seen = (seen_ >> i & 1) != 0;
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const int key = 64 * tile + seat_.row(i);
-        if (key < p_.length && (!key_mask_ || __ldg(key_mask_ + key) != 0)) continue;
-#pragma unroll
-        for (int head = 0; head < kHeads; ++head) {
-          scores[head][tile][i] = scores[head][tile][i + 1] = -LOOPMDM_INFINITY;
-        }
+      for (int head = 0; head < kHeads; ++head) {
+        float* const of_key = scores[head][i / 2] + 2 * (i % 2);
+        of_key[0] = seen ? of_key[0] : -LOOPMDM_INFINITY;
+        of_key[1] = seen ? of_key[1] : -LOOPMDM_INFINITY;
       }
     }
   }
@@ -195,10 +202,9 @@ class Attention {
     if (lane % 4 == 0) store_shared_float(share_at(head, token), 1.0f / sum);
   }
 
-  const KernelParameters& p_;
   const uint32_t base_;
   const Seat& seat_;
-  const uint8_t* const key_mask_;
+  const uint32_t seen_;
 };
 
 }  // namespace looped_rows

@@ -26,6 +26,7 @@ static_assert(kBlocks <= 16 && kKeyTiles <= 2, "a cluster, and keys that are met
 static_assert(kHidden % kFeatures == 0 && kMlp % kFeatures == 0, "all groups of warps have features");
 static_assert(kHeadDim == 16 || kHeadDim == 32 || kHeadDim == 64, "whole heads in a panel");
 static_assert(kMlp % (Widths::kMlpOutParts * kStep) == 0, "parts of whole stages");
+static_assert(32 % (4 * Widths::kParts) == 0, "a warp normalises whole rows");
 
 struct KernelParameters {
   const float* input;         // [B, L, D]
@@ -50,8 +51,9 @@ struct KernelParameters {
 };
 
 // Floats of a row of what is kept by tokens: threads of a warp, at eight features of four pairs of tokens,
-// meet in no bank.
-constexpr int kPitch = kHidden + 4, kQkvPitch = 2 * kHidden + 4;
+// meet in no bank. Nor do they in the stream where each quad has a part.
+constexpr int kPartPitch = Widths::kPart + 8, kPitch = Widths::kParts * kPartPitch + 4;
+constexpr int kQkvPitch = 2 * kHidden + 4;
 constexpr int kSumPitch = kSumGroups + 1;
 constexpr int kOperandBytes = kPanels * kRows * 128;
 constexpr int kWeightBytes =

@@ -39,6 +39,9 @@ __device__ inline float2 in_pairs(float first, float second) {
   return upper ? make_float2(got, second) : make_float2(first, got);
 }
 
+// An operand so many steps of 16 further in its panel.
+__device__ inline uint64_t further(uint64_t descriptor, int steps) { return descriptor + 2 * steps; }
+
 // The next kTileNumber * kSteps stages: sums of one tile of features after the other.
 template <int kTileNumber, int kSteps>
 __device__ void multiply(float (&sums)[kTileNumber][4], const Ring& ring, RingPlace& place, const Seat& seat,
@@ -48,16 +51,17 @@ __device__ void multiply(float (&sums)[kTileNumber][4], const Ring& ring, RingPl
   for (int tile = 0; tile < kTileNumber; ++tile) clear(sums[tile]);
 #pragma unroll
   for (int tile = 0; tile < kTileNumber; ++tile) {
-#pragma unroll 1
+#pragma unroll(kSteps <= 2 ? kSteps : 1)
     for (int step = 0; step < kSteps; ++step) {
+      const uint32_t stage = __shfl_sync(~0u, ring.stage(place), 0);  // known to be the same for all lanes
+      const uint64_t weights = inner_major_descriptor(stage + seat.group * 64 * 128, 0);
+      const uint64_t right = inner_major_descriptor(rows + step * kRows * 128, 0);
       ring.wait_full(place);
-      const uint32_t weights = ring.stage(place) + seat.group * 64 * 128;
-      const uint32_t right = rows + step * kRows * 128;
       products_begin(sums[tile]);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        WarpGroupProduct<kRows>::template shared<>(sums[tile], inner_major_descriptor(weights, k),
-                                                   inner_major_descriptor(right, k), step + k > 0);
+        WarpGroupProduct<kRows>::template shared<>(sums[tile], further(weights, k), further(right, k),
+                                                   step + k > 0);
       }
       products_commit();
       products_wait<1>();

@@ -89,8 +89,8 @@ __device__ void apply_gelu(float (&sums)[kSums]) {
 // Two columns of the stream: old + gate * (sums + bias), in the place of the sums. Returns what they add to
 // the part's total.
 __device__ inline float add_gated(float* pair, float2 old, float2 gate, float2 bias) {
-  pair[0] = old.x + gate.x * (pair[0] + bias.x);
-  pair[1] = old.y + gate.y * (pair[1] + bias.y);
+  pair[0] = gated(pair[0], old.x, gate.x, bias.x);
+  pair[1] = gated(pair[1], old.y, gate.y, bias.y);
   return pair[0] + pair[1];
 }
 
