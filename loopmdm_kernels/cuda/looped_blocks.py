@@ -193,7 +193,7 @@ def _prepare(
 ) -> None:
     """Brings the weights up to date and writes what the kernel begins with, by one launch."""
     modulation = prepare.modulation_for_kernel(call.modulation)
-    arguments = prepare.arguments_of(counted, weights, modulation, call.num_loops, **buffers.prepared())
+    arguments = prepare.arguments_of(counted, weights, modulation, call.num_loops, **prepare.written(buffers))
     kernel, blocks = prepare.kernel_on(target, call.x.device.index), prepare.blocks_of(arguments)
     with weights.writing():
         kernel.launch_in_order(blocks, prepare.THREADS, stream, arguments, early=False)
@@ -295,12 +295,8 @@ class Buffers(NamedTuple):
             statistics1=empty(batch, length, parts, 2),
             statistics2=empty(batch, length, parts, 2),
             change=empty(batch, table.row_tiles, changes, 4 * tiles.rows // 64, 2),
-            **of_call(x, weights, modulation, rotary, key_mask, counters_of(table)),
+            **of_call(x, weights, modulation, rotary, key_mask, table.num_counters),
         )
-
-    def prepared(self) -> dict[str, Tensor]:
-        """What is written before the kernel begins."""
-        return {"affine": self.affine, "gate": self.gate, "counters": self.counters, "stop": self.stop}
 
 
 AllBuffers = Buffers | looped_rows.Buffers

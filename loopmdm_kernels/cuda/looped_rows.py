@@ -106,17 +106,16 @@ class Buffers(NamedTuple):
         keep: bool = False,
     ) -> Buffers:
         batch, length, hidden = x.shape
-        given = of_call(x, weights, modulation, rotary, key_mask, counters_of(batch, adaptive=False))
-        return cls(
-            stream_values=x.new_empty(1 + most_loops(num_loops), batch, length, hidden) if keep else None,
-            qkv_values=x.new_empty(2, batch, length, 2 * hidden, dtype=torch.bfloat16),
-            change=x.new_empty(batch, plan.blocks, 2),
-            **given,
-        )
 
-    def prepared(self) -> dict[str, Tensor]:
-        """What is written before the kernel begins."""
-        return {"affine": self.affine, "gate": self.gate, "counters": self.counters, "stop": self.stop}
+        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(sizes, dtype=dtype, device=x.device)
+
+        return cls(
+            stream_values=empty(1 + most_loops(num_loops), batch, length, hidden) if keep else None,
+            qkv_values=empty(2, batch, length, 2 * hidden, dtype=torch.bfloat16),
+            change=empty(batch, plan.blocks, 2),
+            **of_call(x, weights, modulation, rotary, key_mask, batch),  # a counter a sequence
+        )
 
 
 def counters_of(batch: int, *, adaptive: bool) -> Counted:

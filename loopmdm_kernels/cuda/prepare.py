@@ -37,11 +37,10 @@ def of_call(
     modulation: Tensor,
     rotary: Rotary | None,
     key_mask: Tensor | None,
-    counted: Counted,
+    num_counters: int,
 ) -> dict[str, Any]:
     """What every forward kernel gets: its call's tensors as it reads them, and room for what is prepared."""
-    (layers, sequences), hidden = modulation.shape[:2], x.shape[2]
-    counters = counted.number + counted.batch + 2
+    (layers, sequences), (batch, _, hidden) = modulation.shape[:2], x.shape
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=x.device)
@@ -56,9 +55,14 @@ def of_call(
         "cosines": None if rotary is None else rotary.cos.float().contiguous(),
         "sines": None if rotary is None else rotary.sin.float().contiguous(),
         "key_mask": None if key_mask is None else key_mask.contiguous().view(torch.uint8),
-        "counters": empty(counters, dtype=torch.int32),
-        "stop": empty(counted.batch + 1, dtype=torch.int32),
+        "counters": empty(num_counters + batch + 2, dtype=torch.int32),
+        "stop": empty(batch + 1, dtype=torch.int32),
     }
+
+
+def written(buffers: Any) -> dict[str, Tensor]:
+    """Of either kernel's buffers what is written before it begins."""
+    return {name: getattr(buffers, name) for name in ("affine", "gate", "counters", "stop")}
 
 
 def most_loops(num_loops: int | Tensor) -> int:

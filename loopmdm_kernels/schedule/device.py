@@ -19,14 +19,15 @@ class Device(NamedTuple):
     # What a byte for both blocks of a pair costs L2, in bytes: 1 if it is read once, 2 if they gain nothing.
     multicast_cost: float = 1.2
     shared_read_bytes: float = 0.2e12  # one SM's, by products of few columns; 128 a cycle at most
-    meet_seconds: float = 0.12e-6  # a meeting of few threads of a block, and what they do before it
+    meet_seconds: float = 0.12e-6  # a step of a narrow block's threads, up to where they meet
     shared_bytes: int = 232_448  # what a block may use
     has_wide_tiles: bool = (
         True  # its kernel has tiles up to 256 columns, and can normalise rows once for them
     )
     # Blocks that can reach each other's shared memory; 1: its kernels have no clusters, nor pairs.
     cluster: int = 16
-    cluster_wait_seconds: float = 1.1e-6  # instead of wait_seconds: without two ways to L2 and back
+    # From what the blocks of a cluster store until all have the first of it: without polling, or its signals.
+    cluster_wait_seconds: float = 1.1e-6
     node_seconds: float = 1.5e-6  # a small kernel or copy of a CUDA graph, with the way from the one before
 
     def without_hopper(self) -> Device:

@@ -109,7 +109,7 @@ def run_prepare(table, packed, modulation, loops, buffers):
 def prepare_call(counted, packed, modulation, loops, buffers):
     """What `buffers` begins with, and weights brought up to date."""
     modulation = prepare.modulation_for_kernel(modulation)
-    arguments = prepare.arguments_of(counted, packed, modulation, loops, **buffers.prepared())
+    arguments = prepare.arguments_of(counted, packed, modulation, loops, **prepare.written(buffers))
     library, blocks = prepare_library(), prepare.blocks_of(arguments)
     finished = library.run_kernel(ctypes.byref(arguments), blocks, prepare.THREADS, 0)
     assert finished, fault(library)

@@ -4,6 +4,7 @@ What this cannot show is the GPU: that the instructions do what the emulation ta
 the rest: tiles, swizzles, descriptors, fragments, epilogues, barriers, counters, early exit.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -152,18 +153,21 @@ def test_tiles_norms_and_pairs_do_not_change_the_bits(length, tmp_path):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+def check_exits(inputs, run):
+    """Of three sequences; large ones change little relative to their size, and stop early."""
+    inputs = inputs._replace(x=inputs.x * torch.tensor([1e-2, 30.0, 1e3])[:, None, None])
+    exact, expected = oracle(inputs.to(torch.float64), 4, exit_threshold=0.2)
+    baseline, rounded = oracle(inputs, 4, exit_threshold=0.2)
+    assert len(set(expected.tolist())) > 1 and torch.equal(expected, rounded)
+    out, used = run(inputs, 4, exit_threshold=0.2)
+    assert torch.equal(used, expected)
+    for sequence in range(3):  # each in its own size
+        assert_matches_oracle(out[sequence], baseline[sequence], exact[sequence])
+
+
 def test_loops_of_each_sequence_and_early_exit(variant):
     inputs = make(variant.sizes, 3, 20)
     _, used = check(variant, inputs, torch.tensor([3, 1, 2]))
     assert used.tolist() == [3, 1, 2]
-    # Large sequences change little relative to their size, and stop early.
-    scale = torch.tensor([1e-2, 30.0, 1e3])[:, None, None]
-    inputs = inputs._replace(x=inputs.x * scale)
-    exact, expected = oracle(inputs.to(torch.float64), 4, exit_threshold=0.2)
-    baseline, rounded = oracle(inputs, 4, exit_threshold=0.2)
-    assert len(set(expected.tolist())) > 1 and torch.equal(expected, rounded)
     for num_blocks in (1, 3):
-        out, used = variant.run(inputs, 4, exit_threshold=0.2, num_blocks=num_blocks)
-        assert torch.equal(used, expected)
-        for sequence in range(3):  # each in its own size
-            assert_matches_oracle(out[sequence], baseline[sequence], exact[sequence])
+        check_exits(inputs, partial(variant.run, num_blocks=num_blocks))

@@ -38,7 +38,7 @@ def run(packed, modulation, loops=2, *, adaptive=False):
     """What the kernel begins with."""
     table = build(SHAPE, TILES, adaptive=adaptive)
     buffers = op.Buffers.allocate(table, torch.empty(3, 20, 128), packed, modulation, loops, None, None)
-    for tensor in buffers.prepared().values():
+    for tensor in prepare.written(buffers).values():
         tensor.fill_(7)
     emulated.run_prepare(table, packed, modulation, loops, buffers)
     return table, buffers

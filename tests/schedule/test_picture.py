@@ -1,14 +1,16 @@
 """The picture in the documents is that of the schedule."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
 
 from bench import draw_schedule, hopper_model
-from loopmdm_kernels.schedule import Device, Forward, backward, build, choose, forward
+from loopmdm_kernels.schedule import Device, Forward, backward, build, choose, choose_rows, forward
 
 DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "kernels" / "looped_blocks.md"
 
 
 def test_the_committed_picture_is_drawn_from_this_schedule():
@@ -19,8 +21,7 @@ def test_the_committed_picture_is_drawn_from_this_schedule():
 
 @pytest.mark.parametrize("phases", [forward.PHASES, backward.PHASES], ids=["forward", "backward"])
 def test_the_tables_of_phases_are_those_of_the_schedule(phases):
-    page = DOCS / "kernels" / "looped_blocks.md"
-    assert draw_schedule.table_of(phases) in page.read_text(), "python -m bench.draw_schedule prints them"
+    assert draw_schedule.table_of(phases) in PAGE.read_text(), "python -m bench.draw_schedule prints them"
 
 
 def test_the_simulation_keeps_to_blocks_and_waits():
@@ -40,9 +41,14 @@ def test_the_simulation_keeps_to_blocks_and_waits():
 
 
 def test_the_page_has_what_the_model_says():
-    page = DOCS / "kernels" / "looped_blocks.md"
     for rows in (hopper_model.case_rows(), hopper_model.mechanism_rows()):
-        assert hopper_model.table(rows) in page.read_text(), "python -m bench.hopper_model prints the tables"
+        assert hopper_model.table(rows) in PAGE.read_text(), "python -m bench.hopper_model prints the tables"
+
+
+def test_the_page_has_what_a_layer_of_narrow_blocks_takes():
+    (last,) = re.findall(r"^\| both, by stages of the ring \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+    layers, seconds = hopper_model.SUDOKU.layers, choose_rows(hopper_model.SUDOKU).loop_seconds
+    assert last == f"{1e6 * seconds / layers:.2f}"
 
 
 def test_a_range_holds_what_is_assumed_and_moves_the_figures_both_ways():

@@ -38,7 +38,7 @@ def fail() -> None:
     raise ValueError("planted")
 
 
-def in_a_checkpoint(lost: Lost) -> None:
+def in_a_checkpoint(lost: Lost, _: Path) -> None:
     """The second; the first is that of step 0."""
     write, calls = HuggingFaceStorageWriter.write_data, []
 
@@ -51,7 +51,7 @@ def in_a_checkpoint(lost: Lost) -> None:
     HuggingFaceStorageWriter.write_data = losing  # type: ignore[method-assign]
 
 
-def in_the_export(lost: Lost) -> None:
+def in_the_export(lost: Lost, _: Path) -> None:
     whole = Ranks.whole_model
 
     def losing(self: Ranks, averages: Any, everywhere: bool) -> Any:
@@ -62,16 +62,23 @@ def in_the_export(lost: Lost) -> None:
     Ranks.whole_model = losing  # type: ignore[method-assign]
 
 
-def in_an_evaluation(lost: Lost) -> None:
-    evaluation.measure_nll = lambda *_, **__: lost()  # type: ignore[assign]
+def in_an_evaluation(lost: Lost, run: Path) -> None:
+    """That of the last step. The checkpoint before it is written in the background, and is there by then."""
+
+    def losing(*_: Any, **__: Any) -> None:
+        while not (run / "checkpoints" / f"step-{STEPS // 2:08}").exists():
+            time.sleep(0.02)
+        lost()
+
+    evaluation.measure_nll = losing  # type: ignore[assignment]
 
 
-def while_the_first_reads(lost: Lost) -> None:
+def while_the_first_reads(lost: Lost, _: Path) -> None:
     runs.wait_for_rank_zero = lambda _: lost()  # type: ignore[attr-defined]
 
 
 # What becomes of which rank, and where, and the form of the run.
-CASES: dict[str, tuple[Lost, int, Callable[[Lost], None], str]] = {
+CASES: dict[str, tuple[Lost, int, Callable[[Lost, Path], None], str]] = {
     "checkpoint": (vanish, 1, in_a_checkpoint, "ddp"),
     "export": (vanish, 1, in_the_export, "fsdp2"),
     "evaluation": (die, 1, in_an_evaluation, "ddp"),
@@ -90,10 +97,10 @@ def work(folder: Path, name: str, rank: int) -> int:
     """What a process does, and its exit status."""
     lost, victim, place, form = CASES[name]
     if rank == victim:
-        place(lost)
+        place(lost, folder / "run")
     elif name in ("evaluation", "start", "failure"):
-        place(busy)
-    heartbeat.INTERVAL = 1.5  # so that a test does not take the half minute that a run gives
+        place(busy, folder / "run")
+    heartbeat.INTERVAL = 0.8  # so that a test does not take the half minute that a run gives
     words = f"train --out {folder / 'run'} --data {folder / 'text.txt'} --parallel {form} --steps {STEPS}"
     return main([*words.split(), *OPTIONS.split()])
 

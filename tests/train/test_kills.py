@@ -79,7 +79,7 @@ def test_a_process_that_is_lost_anywhere_ends_the_run(lost: tuple[Path, dict[str
     of = "the next process" if victim else "the store of the run"
     (error,) = errors[1 - victim]
     assert error.startswith("loopmdm train: error: another process of this run does not answer ")
-    assert f"(rank {1 - victim} sees: no sign of life of {of} for 15 s); checkpoints are intact" in error
+    assert f"(rank {1 - victim} sees: no sign of life of {of} for 8 s); checkpoints are intact" in error
     assert not errors[victim]
     last = {"checkpoint": ["step-00000000"], "start": [], "export": ["step-00000010"]}
     kept = sorted(path.name for path in (folder / name.replace(" ", "-")).glob("run/checkpoints/*"))

@@ -66,8 +66,8 @@ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 struct Places {
   static constexpr int kKeyBytes = kPanels * kKeys * 128;
   static constexpr int keys = 0, values = keys + kKeyBytes;
-  static constexpr int rows = values + kKeyBytes;       // the left operand, normalised; mixed values
-  static constexpr int queries = rows + kOperandBytes;  // as right operand
+  static constexpr int rows = values + kKeyBytes;       // the right operand, normalised; mixed values
+  static constexpr int queries = rows + kOperandBytes;  // the same
   static constexpr int wide = queries + kOperandBytes;  // weights of attention; activations of the MLP
   static constexpr int wide_bytes = larger(kGroups * kWeightBytes, kMlp / kStep * kRows * 128);
   static constexpr int sums = wide + wide_bytes;  // of products, by tokens; sums of exponentials
