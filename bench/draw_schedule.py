@@ -65,9 +65,14 @@ def simulate(
 ) -> list[Tile]:
     """Tiles at modelled times: one starts when its block is free and its inputs are there.
 
-    Two blocks that share tiles count as one.
+    Only a block that waits the whole hand-over has weights of the tile ahead of it. Two blocks that share
+    tiles count as one.
     """
-    seconds = {int(phase): cost.seconds / cost.waves for phase, cost in plan.phases.items()}
+    seconds = {
+        (int(phase), behind_wait): cost.of_tile(behind_wait=behind_wait)
+        for phase, cost in plan.phases.items()
+        for behind_wait in (False, True)
+    }
     free = [0.0] * blocks
     ready: dict[int, float] = defaultdict(float)  # counter -> when its last tile was complete
     tiles = []
@@ -75,7 +80,8 @@ def simulate(
         block = number % blocks
         inputs = max(ready[counter] for counter in range(item.wait, item.wait + item.wait_number))
         start = max(free[block], inputs + device.wait_seconds if inputs else 0.0)
-        free[block] = end = start + seconds[item.phase]
+        end = start + seconds[item.phase, free[block] <= inputs]
+        free[block] = end
         ready[item.signal] = max(ready[item.signal], end)
         tiles.append(Tile(item, block, start, end))
     return tiles

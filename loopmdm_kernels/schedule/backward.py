@@ -101,11 +101,14 @@ def _rows(row_bytes: int) -> tuple[Sizes, Cost]:
     return lambda s, t: (t.rows, t.part), lambda s, t: Work(0, row_bytes * t.part * s.hidden)
 
 
-def _product(width: Size, inner: Size) -> tuple[Sizes, Cost]:
+def _product(width: Size, inner: Size, *, of_weights: bool = True) -> tuple[Sizes, Cost]:
     def cost(shape: BlockShape, tiles: BackwardTiles) -> Work:
         rows, columns, depth = tiles.rows, tiles.columns, inner(shape)
         right = 2 * columns * depth
-        return Work(2 * rows * columns * depth, 2 * rows * depth + right, shared=shared_bytes(tiles, right))
+        return Work(
+            2 * rows * columns * depth, 2 * rows * depth + right, shared=shared_bytes(tiles, right),
+            weights=right if of_weights else 0, steps=depth // STEP,
+        )  # fmt: skip
 
     return lambda s, t: (width(s), t.columns), cost
 
@@ -130,7 +133,7 @@ def _tokens(shape: BlockShape) -> int:
 def _weight(name: Backward, before: Backward, left: str, right: str, height: Size, width: Size) -> Phase:
     """The gradient of a matrix [height, width]: that of its product's result, times the left operand."""
     return Phase(
-        name, "sums over all loops, fp32", Counters((before,), "all"), *_product(width, _tokens),
+        name, "sums over all loops, fp32", Counters((before,), "all"), *_product(width, _tokens, of_weights=False),
         rows=height, signals=Counters(),
         reads=(Region(left, "rows", "all"), Region(right, "tile", "all")),
         writes=(Region(name.name.lower(), "tile", "weight"),),

@@ -2,8 +2,9 @@
 
 A phase is `waves` rounds of equal tiles. A tile takes the longer of its arithmetic, at the SM's share of the
 device's rate, and of its operands' way from L2, at the rate that the SMs at work leave each other. Between
-phases lies one wait for counters. The rates are assumptions until they are measured on the device; a plan
-is a ranking of tiles first and a time second.
+phases lies one wait for counters. Weights do not wait: those of as many steps as the ring has stages are asked
+for when it begins, ahead of the rows, and what comes meanwhile does not come later. The rates are assumptions
+until they are measured on the device; a plan is a ranking of tiles first and a time second.
 """
 
 from __future__ import annotations
@@ -20,20 +21,49 @@ STEP = 64  # of the inner dimension, per stage of the ring: 128 bytes of bf16, o
 KEY_BLOCKS = (64, 128)  # keys that one step of the attention meets
 
 
+class Way(NamedTuple):
+    """Seconds through one SM's port, or out of L2 at the rate that the SMs at work leave each other."""
+
+    tile: float  # all of a tile's operands
+    step: float  # the weights of one of its steps
+
+
 class PhaseCost(NamedTuple):
     tiles: int
     waves: int
     arithmetic: float  # seconds, of all waves
-    traffic: float
+    ways: tuple[Way, Way]
     bytes: float  # moved from L2 by all tiles
+    steps: int  # of a tile
+    ahead: float = 0.0  # of the first wave's steps those whose weights come within the wait before the phase
+    late: float = 0.0  # seconds that rows come later, behind weights for which the wait was too short
+
+    @property
+    def traffic(self) -> float:
+        """Seconds of loading that follow the wait."""
+        port, l2 = (self.waves * way.tile - self.ahead * way.step for way in self.ways)
+        return max(port, l2)
 
     @property
     def seconds(self) -> float:
-        return max(self.arithmetic, self.traffic)
+        return max(self.late + self.arithmetic, self.traffic)
+
+    def after(self, wait: float, stages: int) -> PhaseCost:
+        """Behind a wait in which the weights of the first `stages` steps are on their way."""
+        step = max(self.ways[0].step, self.ways[1].step)
+        if not step:
+            return self
+        steps = min(self.steps, stages)
+        return self._replace(ahead=min(steps, wait / step), late=max(0.0, steps * step - wait))
+
+    def of_tile(self, *, behind_wait: bool) -> float:
+        """Seconds of one tile, of the first wave or a later one."""
+        tile = self._replace(waves=1, arithmetic=self.arithmetic / self.waves)
+        return (tile if behind_wait else tile._replace(ahead=0.0, late=0.0)).seconds
 
 
 def costs(phases: Iterable[Phase], shape: BlockShape, tiles: Any, device: Device) -> dict[IntEnum, PhaseCost]:
-    """Of the phases of one layer."""
+    """Of the phases of one layer, nothing ahead of a wait."""
     table = Table(shape, tiles, tuple(phases))
     return {phase.name: _cost(table, phase, device) for phase in table.phases if phase.cost}
 
@@ -44,12 +74,14 @@ def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     seconds = work.flops / (device.attention_flops if work.attention else device.product_flops)
     workers = max(1, device.sms // blocks)
     waves = math.ceil(tiles / workers)  # of tiles whose arithmetic is the whole device's
-    sent = work.bytes + (device.multicast_cost - 1) * work.shared
-    received = (work.bytes - work.shared) / blocks + work.shared
     # Tiles of a weight's gradient are in a row with those of others, which keep L2 as busy.
     at_work = workers if phase.rows is not None else min(tiles, workers)
-    traffic = max(received / device.sm_bytes, sent * at_work / device.l2_bytes)
-    return PhaseCost(tiles, waves, waves * seconds * workers, waves * traffic, tiles * sent)
+    sent = work.bytes + (device.multicast_cost - 1) * work.shared
+    received = (work.bytes - work.shared) / blocks + work.shared
+    weights, copies = work.weights / work.steps, device.multicast_cost if blocks > 1 else 1.0
+    port = Way(received / device.sm_bytes, weights / device.sm_bytes)
+    l2 = Way(sent * at_work / device.l2_bytes, weights * copies * at_work / device.l2_bytes)
+    return PhaseCost(tiles, waves, waves * seconds * workers, (port, l2), tiles * sent, work.steps)
 
 
 def product_work(
@@ -62,7 +94,10 @@ def product_work(
     weights = 2 * columns * inner
     rows = tiles.blocks * min(tiles.rows // tiles.blocks, shape.length)
     moved = inner * left_bytes * rows + weights + written
-    return Work(2 * tiles.rows * columns * inner, moved, shared=shared_bytes(tiles, weights))
+    return Work(
+        2 * tiles.rows * columns * inner, moved, shared=shared_bytes(tiles, weights),
+        weights=weights, steps=inner // STEP,
+    )  # fmt: skip
 
 
 def shared_bytes(tiles: Any, number: int) -> int:

@@ -26,13 +26,14 @@ class Device(NamedTuple):
     )
     # Blocks that can reach each other's shared memory; 1: its kernels have no clusters, nor pairs.
     cluster: int = 16
+    spare_stages: int = 0  # of the ring, which weights ahead of a wait leave empty
     # From what the blocks of a cluster store until all have the first of it: without polling, or its signals.
     cluster_wait_seconds: float = 1.1e-6
     node_seconds: float = 1.5e-6  # a small kernel or copy of a CUDA graph, with the way from the one before
 
     def without_hopper(self) -> Device:
         """As the kernel for Ampere sees it."""
-        return self._replace(has_wide_tiles=False, cluster=1)
+        return self._replace(has_wide_tiles=False, cluster=1, spare_stages=1)
 
 
 # By compute capability: A100, RTX 3090, RTX 4090, H200. Peak rates times what their like reach elsewhere;

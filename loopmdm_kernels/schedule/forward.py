@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple
 
 from loopmdm_kernels.schedule.cost import attention_work, product_work
@@ -170,11 +171,16 @@ def _part_bytes(shape: BlockShape, tiles: Tiles) -> int:
 
 def phases_of(tiles: Tiles) -> tuple[Phase, ...]:
     """Those that the table of such tiles has."""
+    return _phases(tiles.part > 0, tiles.mlp_out_parts > 1)
+
+
+@cache
+def _phases(norms: bool, parts: bool) -> tuple[Phase, ...]:
     instead: dict[Forward, Phase | None] = {}
-    if tiles.part == 0:
+    if not norms:
         instead |= {Forward.NORM1: None, Forward.NORM2: None}
         instead |= {Forward.QKV: _of_stream(_QKV, _NORM1), Forward.MLP_IN: _of_stream(_MLP_IN, _NORM2)}
-    instead |= {Forward.MLP_OUT: _MLP_PART} if tiles.mlp_out_parts > 1 else {Forward.MLP_SUM: None}
+    instead |= {Forward.MLP_OUT: _MLP_PART} if parts else {Forward.MLP_SUM: None}
     phases = (instead.get(Forward(phase.name), phase) for phase in PHASES)
     return tuple(phase for phase in phases if phase is not None)
 

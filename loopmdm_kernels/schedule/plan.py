@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from loopmdm_kernels.schedule import backward
@@ -79,12 +80,23 @@ class _Rows(NamedTuple):
         return max(ROW_TILES) * self.blocks // self.number
 
 
+class _Choice(NamedTuple):
+    """A number that a field of `Tiles` may have."""
+
+    number: int
+    stages: int  # that a block has room for, if no other tile is larger
+    costs: list[PhaseCost]  # of the phases that depend on it
+
+    def seconds(self, device: Device, stages: int) -> float:
+        return sum(_behind_wait(cost, device, stages).seconds + device.wait_seconds for cost in self.costs)
+
+
 class _Widths(NamedTuple):
     """Columns that tiles may have: of q, k and v; of a product with D results; of MLP_IN."""
 
-    qkv: list[int]
-    out: list[int]
-    mlp_in: list[int]
+    qkv: tuple[int, ...]
+    out: tuple[int, ...]
+    mlp_in: tuple[int, ...]
 
 
 def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 - immutable
@@ -138,24 +150,28 @@ def _has_wide_tiles(shape: BlockShape, device: Device) -> bool:
 def _widths(shape: BlockShape, device: Device, tiles: _Rows) -> _Widths:
     halves = tiles.halves
     if shape.heads % halves:
-        return _Widths([], [], [])
+        return _Widths((), (), ())
     if tiles.norms:
         known = WIDE_TILES[: None if tiles.blocks > 1 else -1]
     else:
         known = COLUMN_TILES[: 2 * halves if _has_wide_tiles(shape, device) else 2]
 
-    def fitting(width: int, multiple: int = 32) -> list[int]:
-        return [n for n in known if width % n == 0 and n % (halves * multiple) == 0]
+    def fitting(width: int, multiple: int = 32) -> tuple[int, ...]:
+        return tuple(n for n in known if width % n == 0 and n % (halves * multiple) == 0)
 
     # What a group computes of q, k and v is all to be rotated, or nothing of it.
-    whole = [n for n in fitting(3 * shape.hidden, max(32, shape.head_dim)) if 2 * shape.hidden % n == 0]
-    return _Widths(whole, fitting(shape.hidden), fitting(shape.mlp))
+    whole = (n for n in fitting(3 * shape.hidden, max(32, shape.head_dim)) if 2 * shape.hidden % n == 0)
+    return _Widths(tuple(whole), fitting(shape.hidden), fitting(shape.mlp))
 
 
-def _seconds(shape: BlockShape, device: Device, tiles: Tiles, *names: Forward) -> float:
-    """Of some phases, and of the wait after each."""
-    phases = [phase for phase in phases_of(tiles) if phase.name in names]
-    return sum(cost.seconds + device.wait_seconds for cost in costs(phases, shape, tiles, device).values())
+def _behind_wait(cost: PhaseCost, device: Device, stages: int) -> PhaseCost:
+    """A phase whose first weights cross the wait before it, as far as such a ring lets them."""
+    return cost.after(device.wait_seconds, max(0, stages - device.spare_stages))
+
+
+def _stages(device: Device, stage: int, kept: int = 0) -> int:
+    """Of so many bytes, those that a block has room for."""
+    return min(MAX_STAGES, (device.shared_bytes - FIXED_BYTES - kept) // stage)
 
 
 def _parts(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths]) -> int:
@@ -178,41 +194,74 @@ def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _
 
 
 def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, parts: int) -> Plan:
-    """The fastest columns of each product, which do not depend on each other."""
-    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, parts, blocks=rows.blocks)
+    """The fastest columns of each product.
 
-    def fastest(field: str, choices: Sequence[int], *names: Forward) -> int:
-        def seconds(columns: int) -> float:
-            chosen: dict[str, Any] = {field: columns}
-            return _seconds(shape, device, tiles._replace(**chosen), *names)
-
-        return min(choices, key=seconds)
-
+    They depend on each other only by the number of stages, about which the largest of them decides.
+    """
+    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, blocks=rows.blocks)
     if rows.norms:  # of those that take about the same time the one with the fewest instructions
-        taken = {n: _seconds(shape, device, tiles._replace(part=n), Forward.NORM1) for n in NORM_PARTS}
+        norms = _choices(shape, device, tiles, "part", NORM_PARTS, Forward.NORM1)
+        taken = {norm.number: norm.seconds(device, 0) for norm in norms}
         tiles = tiles._replace(part=max(n for n in taken if taken[n] <= 1.05 * min(taken.values())))
-    return _plan(
-        shape,
-        device,
-        tiles._replace(
-            qkv=fastest("qkv", widths.qkv, Forward.QKV),
-            attn_out=fastest("attn_out", widths.out, Forward.ATTN_OUT),
-            mlp_in=fastest("mlp_in", widths.mlp_in, Forward.MLP_IN),
-            mlp_out=fastest("mlp_out", widths.out, Forward.MLP_OUT, Forward.MLP_SUM),
+    in_parts = tiles._replace(mlp_out_parts=parts)
+    products = {
+        "qkv": _choices(shape, device, tiles, "qkv", widths.qkv, Forward.QKV),
+        "attn_out": _choices(shape, device, tiles, "attn_out", widths.out, Forward.ATTN_OUT),
+        "mlp_in": _choices(shape, device, tiles, "mlp_in", widths.mlp_in, Forward.MLP_IN),
+        "mlp_out": _choices(
+            shape, device, in_parts, "mlp_out", widths.out, Forward.MLP_OUT, Forward.MLP_SUM
         ),
-    )
+    }
+
+    def columns(stages: int) -> dict[str, _Choice]:
+        return {
+            field: min(
+                (choice for choice in found if choice.stages >= stages),
+                key=lambda choice: choice.seconds(device, stages),
+            )
+            for field, found in products.items()
+        }
+
+    def key(found: tuple[int, dict[str, _Choice]]) -> tuple[bool, bool, float]:
+        stages, chosen = found
+        seconds = sum(choice.seconds(device, stages) for choice in chosen.values())
+        return stages < ENOUGH_STAGES, stages < 2, seconds
+
+    most = min(max(choice.stages for choice in found) for found in products.values())
+    numbers = {choice.stages for found in products.values() for choice in found if choice.stages <= most}
+    _, chosen = min(((stages, columns(stages)) for stages in sorted(numbers, reverse=True)), key=key)
+    fields: dict[str, Any] = {field: choice.number for field, choice in chosen.items()}
+    return _plan(shape, device, in_parts._replace(**fields))
+
+
+@lru_cache(maxsize=256)  # MLP_OUT's parts change nothing about the other products
+def _choices(
+    shape: BlockShape, device: Device, tiles: Tiles, field: str, numbers: tuple[int, ...], *names: Forward
+) -> list[_Choice]:
+    found = []
+    for number in numbers:
+        chosen: dict[str, Any] = {field: number}
+        with_it = tiles._replace(**chosen)
+        phases = [phase for phase in phases_of(with_it) if phase.name in names]
+        stages = _stages(device, stage_bytes(shape, with_it))
+        found.append(_Choice(number, stages, list(costs(phases, shape, with_it, device).values())))
+    return found
 
 
 def _plan(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
-    taken = costs(phases_of(tiles), shape, tiles, device)
     stage = stage_bytes(shape, tiles)
+    stages = _stages(device, stage)
+    taken = {
+        name: _behind_wait(cost, device, stages)
+        for name, cost in costs(phases_of(tiles), shape, tiles, device).items()
+    }
     tokens, hidden = shape.batch * shape.length, shape.hidden
     products = 2 * tokens * hidden * (4 * hidden + 2 * shape.mlp) / device.product_flops
     attention = 4 * tokens * shape.length * hidden / device.attention_flops
     moved = sum(cost.bytes for cost in taken.values()) / device.l2_bytes
     return Plan(
         tiles,
-        min(MAX_STAGES, (device.shared_bytes - FIXED_BYTES) // stage),
+        stages,
         stage,
         key_block(shape, tiles),
         taken,
@@ -254,10 +303,14 @@ def choose_backward(shape: BlockShape, device: Device = Device()) -> BackwardPla
 
 
 def _backward_plan(shape: BlockShape, device: Device, tiles: BackwardTiles) -> BackwardPlan:
-    taken = costs(backward.PHASES, shape, tiles, device)
     rows = tiles.rows // tiles.blocks
     stage = max(2 * STEP * (rows + tiles.columns), 2 * KEY_BLOCK * shape.head_dim)
     kept = 2 * 2 * rows * shape.head_dim
+    stages = _stages(device, stage, kept)
+    taken = {
+        name: _behind_wait(cost, device, stages)
+        for name, cost in costs(backward.PHASES, shape, tiles, device).items()
+    }
     of_weights = [taken[phase.name] for phase in backward.PHASES if phase.rows is not None]
     others = [taken[phase.name] for phase in backward.PHASES if phase.rows is None]
     # Gradients of weights follow each other, in equal tiles, and wait for nobody who does not wait for more.
@@ -266,7 +319,7 @@ def _backward_plan(shape: BlockShape, device: Device, tiles: BackwardTiles) -> B
     seconds = sum(cost.seconds + device.wait_seconds for cost in others) + waves * longest
     return BackwardPlan(
         tiles,
-        min(MAX_STAGES, (device.shared_bytes - FIXED_BYTES - kept) // stage),
+        stages,
         stage,
         kept,
         taken,

@@ -103,6 +103,8 @@ class Work(NamedTuple):
     bytes: int  # moved
     attention: bool = False  # its flops are at attention's rate
     shared: int = 0  # bytes that both blocks of a pair get; the others are divided among them
+    weights: int = 0  # bytes of a product's weights, which wait for no counter
+    steps: int = 1  # stages that they come in
 
 
 Sizes = Callable[[BlockShape, Any], tuple[int, int]]

@@ -4,8 +4,17 @@ import itertools
 
 import pytest
 
-from loopmdm_kernels.schedule import BlockShape, Device, Forward, Tiles, build, choose, device_of
-from loopmdm_kernels.schedule.cost import key_block
+from loopmdm_kernels.schedule import (
+    BlockShape,
+    Device,
+    Forward,
+    Tiles,
+    build,
+    choose,
+    choose_backward,
+    device_of,
+)
+from loopmdm_kernels.schedule.cost import PhaseCost, Way, key_block
 from loopmdm_kernels.schedule.device import ASSUMED
 from loopmdm_kernels.schedule.plan import _plan as plan_of
 from loopmdm_kernels.testing.schedule import check
@@ -22,7 +31,9 @@ def test_plan_of_a_known_shape():
     read = 768 * 2 * (256 + Device().multicast_cost * 192)
     assert up.bytes == pytest.approx(64 * read)
     assert up.arithmetic == pytest.approx(2 * 256 * 192 * 768 * 66 / 700e12)
-    assert up.traffic == pytest.approx(read * 64 / 5.5e12)
+    # What comes within the wait does not come behind it: 4.4 of 12 steps' weights, for which L2 takes that long.
+    assert up.traffic == pytest.approx(read * 64 / 5.5e12 - Device().wait_seconds)
+    assert up.ahead == pytest.approx(Device().wait_seconds / (1.2 * 2 * 64 * 192 * 64 / 5.5e12))
     rows = plan.phases[Forward.NORM2]
     assert rows.bytes == 32 * 32 * (768 * (4 + 2) + 24 * 8), "fp32 in, bf16 out, and the statistics"
     waits = 2 * len(plan.phases) * Device().wait_seconds
@@ -42,7 +53,12 @@ def test_two_blocks_share_rows_where_l2_binds():
     up = plan.phases[Forward.MLP_IN]
     rows, weights = 768 * 4 * 128, 768 * 2 * 192
     assert up.bytes == pytest.approx(2 * 16 * (rows + Device().multicast_cost * weights))
-    assert up.traffic == pytest.approx((rows / 2 + weights) / Device().sm_bytes), "of one SM, not of L2"
+    port, l2 = up.ways
+    assert port.tile == pytest.approx((rows / 2 + weights) / Device().sm_bytes)
+    assert port.tile > l2.tile, "one SM binds"
+    assert up.ahead == plan.stages == 5
+    assert port.tile - 5 * port.step < l2.tile - 5 * l2.step, "of what is left L2"
+    assert up.traffic == pytest.approx(l2.tile - 5 * l2.step)
     alone = choose(shape, Device(cluster=1))
     assert alone.pair == 1 and plan.loop_seconds < 0.95 * alone.loop_seconds
     # Of a sequence that ends in the first block's rows, that block has them all.
@@ -149,3 +165,106 @@ def test_time_grows_with_work_and_shrinks_with_rates():
 def test_widths_that_no_tile_divides():
     with pytest.raises(ValueError, match="no tiles"):
         choose(BlockShape(1, 8, 40, 1, 160, 1))
+
+
+def by_stages(ways, arithmetic, steps, stages, waves, wait):
+    """Seconds from the end of the wait until a block's last tile is multiplied, one stage after another.
+
+    Loads go through `ways`, each a pair of what a step's weights and rows take there. The weights of the first
+    stages are asked for when the wait begins, rows when it ends, a later stage when the one that was in its
+    place has been read.
+    """
+    clocks = [-wait] * len(ways)
+
+    def load(weights, rows, start):
+        for i, (of_weights, of_rows) in enumerate(ways):
+            start = max(start, clocks[i])
+            clocks[i] = max(start + weights * of_weights + rows * of_rows, clocks[i - 1] if i else start)
+        return clocks[-1]
+
+    ahead = min(steps, stages)
+    for _ in range(ahead):
+        load(1, 0, -wait)
+    read = [0.0] * stages  # nothing is read within the wait
+    for step in range(waves * steps):
+        loaded = load(step >= ahead, 1, read[-stages])
+        read.append(max(loaded, read[-1]) + arithmetic)
+    return read[-1]
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.4, 1.5, 50.0])
+def test_the_formula_beside_loads_stage_by_stage(wait):
+    """It neglects how a pipeline fills: rows of one step, or arithmetic of two."""
+    times = itertools.product((0.0, 0.05, 0.3, 1.0), (0.05, 0.2, 1.0), (0.05, 0.3, 1.0, 1.5))
+    for (rows, weights, arithmetic), stages, steps, waves in itertools.product(
+        times, (2, 3, 7), (4, 12), (1, 3)
+    ):
+        way = Way(steps * (rows + weights), weights)
+        cost = PhaseCost(1, waves, waves * steps * arithmetic, (way, way), 0, steps).after(wait, stages)
+        simulated = by_stages([(weights, rows)], arithmetic, steps, stages, waves, wait)
+        assert cost.seconds - 1e-9 <= simulated <= cost.seconds + max(rows, 2 * arithmetic) + 1e-9
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("length", [32, 128, 256, 512, 1024])
+def test_the_products_of_a_plan_beside_loads_stage_by_stage(length, batch):
+    """Out of L2, then through the port of an SM, whichever takes longer at the moment."""
+    plan, wait = choose(SMALL._replace(length=length, batch=batch)), Device().wait_seconds
+    products = [cost for cost in plan.phases.values() if cost.steps > 1]
+    assert len(products) == 4
+    for cost in products:
+        arithmetic = cost.arithmetic / cost.waves / cost.steps
+        ways = [(way.step, way.tile / cost.steps - way.step) for way in reversed(cost.ways)]
+        simulated = by_stages(ways, arithmetic, cost.steps, plan.stages, cost.waves, wait)
+        slack = max(max(rows for _, rows in ways), 2 * arithmetic)
+        assert cost.seconds - 1e-12 <= simulated <= cost.seconds + slack
+
+
+def test_what_crosses_a_wait():
+    way = Way(tile=24.0, step=1.0)
+    cost = PhaseCost(1, 2, 1.0, (way, Way(tile=12.0, step=0.5)), 0, steps=12)
+    assert cost.traffic == 48
+    assert cost.after(0.0, 4).traffic == 48, "nothing without a wait"
+    assert cost.after(3.0, 0).traffic == 48, "nor without a stage"
+    assert cost.after(3.0, 4).traffic == 45, "no more than the wait, and of the first wave"
+    assert cost.after(50.0, 4).traffic == 44, "no more than the stages hold"
+    assert cost.after(50.0, 20).traffic == 36, "nor than the tile has"
+    bound = cost._replace(arithmetic=100.0)
+    assert bound.after(3.0, 4).seconds == 101, "rows come behind the weights"
+    assert bound.after(50.0, 4).seconds == 100
+    # Of a tile alone: the first wave's, and a later one's.
+    assert [cost.after(3.0, 4).of_tile(behind_wait=behind) for behind in (True, False)] == [21, 24]
+    rows = PhaseCost(1, 1, 1.0, (Way(24.0, 0.0), Way(12.0, 0.0)), 0, steps=1)
+    assert rows.after(3.0, 4) == rows, "what has no weights"
+
+
+def test_weights_and_no_other_operands_cross_a_wait():
+    forward, back = choose(SMALL), choose_backward(SMALL._replace(batch=8))
+    assert {phase.name for phase, cost in forward.phases.items() if cost.ahead} == {
+        "QKV", "ATTN_OUT", "MLP_IN", "MLP_OUT",
+    }  # fmt: skip
+    assert {phase.name for phase, cost in back.phases.items() if cost.ahead} == {
+        "QKV", "ATTN_OUT", "MLP_IN", "MLP_OUT", "GRAD_MLP_IN", "GRAD_NORM2", "GRAD_MIXED", "GRAD_NORM1",
+    }  # fmt: skip
+    for plan in (forward, back):
+        for cost in plan.phases.values():
+            assert max(cost.ahead * way.step for way in cost.ways) <= Device().wait_seconds * (1 + 1e-9)
+    at_once = choose(SMALL, Device(wait_seconds=0.0))
+    assert not any(cost.ahead for cost in at_once.phases.values())
+
+
+def test_on_ampere_one_stage_stays_empty():
+    device = ASSUMED[8, 0]
+    plan = choose(SMALL._replace(length=128), device)
+    assert plan.phases[Forward.QKV].ahead == plan.stages - 1 > 0
+
+
+def test_columns_are_the_fastest_for_the_stages_they_leave():
+    """With fewer columns the ring is deeper and more weights cross a wait: no other columns are faster."""
+    for length in (32, 128, 512):
+        shape = SMALL._replace(length=length)
+        best = choose(shape)
+        for qkv, out, up, down in itertools.product((128, 256), (64, 128), (64, 128, 192, 256), (64, 128)):
+            tiles = best.tiles._replace(qkv=qkv, attn_out=out, mlp_in=up, mlp_out=down)
+            other = plan_of(shape, Device(), tiles)
+            assert other.stages < 3 or other.loop_seconds >= best.loop_seconds - 1e-12
