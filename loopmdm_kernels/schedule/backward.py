@@ -133,8 +133,8 @@ def _tokens(shape: BlockShape) -> int:
 def _weight(name: Backward, before: Backward, left: str, right: str, height: Size, width: Size) -> Phase:
     """The gradient of a matrix [height, width]: that of its product's result, times the left operand."""
     return Phase(
-        name, "sums over all loops, fp32", Counters((before,), "all"), *_product(width, _tokens, of_weights=False),
-        rows=height, signals=Counters(),
+        name, "sums over all loops, fp32", Counters((before,), "all"),
+        *_product(width, _tokens, of_weights=False), rows=height, signals=Counters(),
         reads=(Region(left, "rows", "all"), Region(right, "tile", "all")),
         writes=(Region(name.name.lower(), "tile", "weight"),),
     )  # fmt: skip

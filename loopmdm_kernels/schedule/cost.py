@@ -2,9 +2,9 @@
 
 A phase is `waves` rounds of equal tiles. A tile takes the longer of its arithmetic, at the SM's share of the
 device's rate, and of its operands' way from L2, at the rate that the SMs at work leave each other. Between
-phases lies one wait for counters. Weights do not wait: those of as many steps as the ring has stages are asked
-for when it begins, ahead of the rows, and what comes meanwhile does not come later. The rates are assumptions
-until they are measured on the device; a plan is a ranking of tiles first and a time second.
+phases lies one wait for counters. Weights do not wait: those of as many steps as the ring has stages are
+asked for when it begins, ahead of the rows, and what comes meanwhile does not come later. The rates are
+assumptions until they are measured on the device; a plan is a ranking of tiles first and a time second.
 """
 
 from __future__ import annotations

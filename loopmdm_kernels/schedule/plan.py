@@ -208,9 +208,7 @@ def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, pa
         "qkv": _choices(shape, device, tiles, "qkv", widths.qkv, Forward.QKV),
         "attn_out": _choices(shape, device, tiles, "attn_out", widths.out, Forward.ATTN_OUT),
         "mlp_in": _choices(shape, device, tiles, "mlp_in", widths.mlp_in, Forward.MLP_IN),
-        "mlp_out": _choices(
-            shape, device, in_parts, "mlp_out", widths.out, Forward.MLP_OUT, Forward.MLP_SUM
-        ),
+        "mlp_out": _choices(shape, device, in_parts, "mlp_out", widths.out, Forward.MLP_OUT, Forward.MLP_SUM),
     }
 
     def columns(stages: int) -> dict[str, _Choice]:

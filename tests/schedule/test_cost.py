@@ -31,7 +31,7 @@ def test_plan_of_a_known_shape():
     read = 768 * 2 * (256 + Device().multicast_cost * 192)
     assert up.bytes == pytest.approx(64 * read)
     assert up.arithmetic == pytest.approx(2 * 256 * 192 * 768 * 66 / 700e12)
-    # What comes within the wait does not come behind it: 4.4 of 12 steps' weights, for which L2 takes that long.
+    # What comes within the wait does not come behind it: for L2 the weights of 4.4 of 12 steps.
     assert up.traffic == pytest.approx(read * 64 / 5.5e12 - Device().wait_seconds)
     assert up.ahead == pytest.approx(Device().wait_seconds / (1.2 * 2 * 64 * 192 * 64 / 5.5e12))
     rows = plan.phases[Forward.NORM2]
@@ -170,9 +170,9 @@ def test_widths_that_no_tile_divides():
 def by_stages(ways, arithmetic, steps, stages, waves, wait):
     """Seconds from the end of the wait until a block's last tile is multiplied, one stage after another.
 
-    Loads go through `ways`, each a pair of what a step's weights and rows take there. The weights of the first
-    stages are asked for when the wait begins, rows when it ends, a later stage when the one that was in its
-    place has been read.
+    Loads go through `ways`, each a pair of what a step's weights and rows take there. The weights of the
+    first stages are asked for when the wait begins, rows when it ends, a later stage when the one that was in
+    its place has been read.
     """
     clocks = [-wait] * len(ways)
 
