@@ -284,14 +284,14 @@ class Buffers(NamedTuple):
             return torch.empty(sizes, dtype=dtype, device=x.device)
 
         parts, changes = hidden // STATISTICS_COLUMNS, groups * hidden // tiles.mlp_out
-        partial = (batch, table.row_tiles, hidden, tiles.mlp_out_parts, tiles.rows)
+        partial = (batch, table.row_tiles, hidden, tiles.mlp_out_tiles, tiles.rows)
         return cls(
             stream_values=empty(1 + most_loops(num_loops) if keep else 2, batch, length, hidden),
             qkv_values=empty(2, batch, length, 3 * hidden, dtype=torch.bfloat16),
             mixed_values=empty(batch, length, hidden, dtype=torch.bfloat16),
             gelu_values=empty(batch, length, shape.mlp, dtype=torch.bfloat16),
             rows_values=empty(batch, length, hidden, dtype=torch.bfloat16) if tiles.part else None,
-            partial_values=empty(*partial) if tiles.mlp_out_parts > 1 else None,
+            partial_values=empty(*partial) if tiles.mlp_out_tiles > 1 else None,
             statistics1=empty(batch, length, parts, 2),
             statistics2=empty(batch, length, parts, 2),
             change=empty(batch, table.row_tiles, changes, 4 * tiles.rows // 64, 2),

@@ -37,7 +37,8 @@ class Forward(IntEnum):
 class Tiles(NamedTuple):
     """Tile sizes: rows (tokens) of every phase, columns of each product, heads of an attention tile.
 
-    The inner dimension of MLP_OUT may be cut into parts, so that few tokens give more tiles. Rows are
+    The inner dimension of MLP_OUT may be cut into parts, which are added in their order: apart, so that few
+    tokens give more tiles, or one after the other by one tile, to the same bits. Rows are
     normalised by NORM1 and NORM2, `part` of them at a time, or where that is 0 on their way into each
     product. Two blocks may share a tile, half of its rows each.
     """
@@ -51,6 +52,12 @@ class Tiles(NamedTuple):
     mlp_out_parts: int = 1
     part: int = 0
     blocks: int = 1
+    apart: bool = True
+
+    @property
+    def mlp_out_tiles(self) -> int:
+        """That share the inner dimension of MLP_OUT."""
+        return self.mlp_out_parts if self.apart else 1
 
 
 _LAST = (Forward.MLP_SUM, Forward.MLP_OUT)  # of a layer
@@ -70,17 +77,17 @@ _MLP_OUT = Phase(
 )
 # Where the inner dimension is cut: the parts, and what adds them up and does what else MLP_OUT does.
 _MLP_PART = _MLP_OUT._replace(
-    parts=lambda t: t.mlp_out_parts,
+    parts=lambda t: t.mlp_out_tiles,
     reads=(Region("gelu", "inner"),),
     writes=(Region("partial", "tile"),),
-    cost=lambda s, t: product_work(s, t, t.mlp_out, s.mlp // t.mlp_out_parts, written=_part_bytes(s, t)),
+    cost=lambda s, t: product_work(s, t, t.mlp_out, s.mlp // t.mlp_out_tiles, written=_part_bytes(s, t)),
 )
 _MLP_SUM = _MLP_OUT._replace(
     name=Forward.MLP_SUM,
     does="sum of the parts, bias, gate, residual",
     waits_for=Counters((Forward.MLP_OUT,)),
     reads=(Region("partial", "tile"), *_MLP_OUT.reads[1:]),
-    cost=lambda s, t: Work(0, t.mlp_out_parts * _part_bytes(s, t)),
+    cost=lambda s, t: Work(0, t.mlp_out_tiles * _part_bytes(s, t)),
 )
 
 
@@ -171,7 +178,7 @@ def _part_bytes(shape: BlockShape, tiles: Tiles) -> int:
 
 def phases_of(tiles: Tiles) -> tuple[Phase, ...]:
     """Those that the table of such tiles has."""
-    return _phases(tiles.part > 0, tiles.mlp_out_parts > 1)
+    return _phases(tiles.part > 0, tiles.mlp_out_tiles > 1)
 
 
 @cache

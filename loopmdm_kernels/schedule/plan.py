@@ -28,6 +28,7 @@ BACKWARD_TILES = (64, 128, 192, 256)  # columns; the last ones for pairs
 BATCHES = (1, 2, 4, 8, 512)
 NORM_PARTS = (16, 32, 64, 128)  # rows that go through a norm together
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
+MOST_TWICE = 192  # columns of a group of warps that has room for the sums of a part beside those of all
 
 
 class Plan(NamedTuple):
@@ -83,7 +84,7 @@ class _Rows(NamedTuple):
 class _Choice(NamedTuple):
     """A number that a field of `Tiles` may have."""
 
-    number: int
+    tiles: Tiles
     stages: int  # that a block has room for, if no other tile is larger
     costs: list[PhaseCost]  # of the phases that depend on it
 
@@ -178,7 +179,8 @@ def _parts(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths]) 
     """Into how many parts MLP_OUT is cut.
 
     A sum has other bits for each number of them. It is a function of the sequence alone, so that what a row
-    gives does not depend on its batch: what a split saves one sequence shall be more than it costs sixteen.
+    gives does not depend on its batch: what they save one sequence shall be more than they cost sixteen, whose
+    tiles go through one part after the other.
     """
 
     def seconds(parts: int) -> float:
@@ -201,14 +203,19 @@ def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, pa
     tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, blocks=rows.blocks)
     if rows.norms:  # of those that take about the same time the one with the fewest instructions
         norms = _choices(shape, device, tiles, "part", NORM_PARTS, Forward.NORM1)
-        taken = {norm.number: norm.seconds(device, 0) for norm in norms}
+        taken = {norm.tiles.part: norm.seconds(device, 0) for norm in norms}
         tiles = tiles._replace(part=max(n for n in taken if taken[n] <= 1.05 * min(taken.values())))
     in_parts = tiles._replace(mlp_out_parts=parts)
+    mlp_out = _choices(shape, device, in_parts, "mlp_out", widths.out, Forward.MLP_OUT, Forward.MLP_SUM)
+    if parts > 1 and device.has_wide_tiles:
+        fitting = tuple(n for n in widths.out if n <= MOST_TWICE * rows.halves)
+        together = in_parts._replace(apart=False)
+        mlp_out = [*mlp_out, *_choices(shape, device, together, "mlp_out", fitting, Forward.MLP_OUT)]
     products = {
         "qkv": _choices(shape, device, tiles, "qkv", widths.qkv, Forward.QKV),
         "attn_out": _choices(shape, device, tiles, "attn_out", widths.out, Forward.ATTN_OUT),
         "mlp_in": _choices(shape, device, tiles, "mlp_in", widths.mlp_in, Forward.MLP_IN),
-        "mlp_out": _choices(shape, device, in_parts, "mlp_out", widths.out, Forward.MLP_OUT, Forward.MLP_SUM),
+        "mlp_out": mlp_out,
     }
 
     def columns(stages: int) -> dict[str, _Choice]:
@@ -228,8 +235,8 @@ def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, pa
     most = min(max(choice.stages for choice in found) for found in products.values())
     numbers = {choice.stages for found in products.values() for choice in found if choice.stages <= most}
     _, chosen = min(((stages, columns(stages)) for stages in sorted(numbers, reverse=True)), key=key)
-    fields: dict[str, Any] = {field: choice.number for field, choice in chosen.items()}
-    return _plan(shape, device, in_parts._replace(**fields))
+    fields: dict[str, Any] = {field: getattr(choice.tiles, field) for field, choice in chosen.items()}
+    return _plan(shape, device, in_parts._replace(**fields, apart=chosen["mlp_out"].tiles.apart))
 
 
 @lru_cache(maxsize=256)  # MLP_OUT's parts change nothing about the other products
@@ -242,7 +249,7 @@ def _choices(
         with_it = tiles._replace(**chosen)
         phases = [phase for phase in phases_of(with_it) if phase.name in names]
         stages = _stages(device, stage_bytes(shape, with_it))
-        found.append(_Choice(number, stages, list(costs(phases, shape, with_it, device).values())))
+        found.append(_Choice(with_it, stages, list(costs(phases, shape, with_it, device).values())))
     return found
 
 

@@ -43,7 +43,7 @@ class Loader {
                                : 0;
   }
   __device__ static int steps_of(int32_t phase) {
-    return (phase == kMlpOut ? Config::kMlp / Config::kMlpOutParts : Config::kHidden) / Config::kStep;
+    return (phase == kMlpOut ? Config::kMlpOutInner : Config::kHidden) / Config::kStep;
   }
 
   __device__ void load(const Instruction& item, int32_t loop) {

@@ -45,11 +45,11 @@ __device__ void execute(const KernelParameters& p, Walk& walk) {
                             with_norm(walk.operands<4, kHidden, Config::kMlpInColumns>(
                                 p.stream_values, slot, p.mlp_in_weight, kMlp)));
     case kMlpSum:
-      if (Config::kMlpOutParts > 1) walk.read_all();
+      if (Config::kMlpOutTiles > 1) walk.read_all();
       [[fallthrough]];
     case kMlpOut:
       return project_mlp_out(p, item, loop, seat,
-                             plain(walk.operands<2, kMlp, Config::kMlpOutColumns, Config::kMlpOutParts>(
+                             plain(walk.operands<2, kMlp, Config::kMlpOutColumns, Config::kMlpOutTiles>(
                                  p.gelu_values, 0, p.mlp_out_weight, kHidden)));
     case kExit:
       return decide(p, item, loop);

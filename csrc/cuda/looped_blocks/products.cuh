@@ -105,23 +105,38 @@ __device__ void project_mlp_in(const Parameters& p, const Instruction& item, con
   store_bf16<kColumns>(sums, p.gelu_values, Config::kMlp, column, p, item, p.token(item.sequence, 0), seat);
 }
 
-// MLP_OUT, or the sum of its parts.
+// MLP_OUT, one of its parts, or their sum: in their order, so that the bits are the same.
 template <class Product>
 __device__ void project_mlp_out(const Parameters& p, const Instruction& item, int32_t loop, const Seat& seat,
                                 const Product& product) {
   constexpr int kColumns = kShare<Config::kMlpOutColumns>;
   float sums[kColumns / 2];
-  if (Config::kMlpOutParts > 1 && item.phase == kMlpOut) {
+  if (Config::kMlpOutTiles > 1 && item.phase == kMlpOut) {
     product(sums);
     return store_part<kColumns>(sums, p, item, seat);
   }
   const float* const bias = p.mlp_out_bias + item.layer * Config::kHidden;
   const float* const gate = gate_of(p, item.layer, item.sequence, 1);
-  StreamBatch batch = first_batch<kColumns>(p, item, loop, bias, gate);
-  if constexpr (Config::kMlpOutParts > 1) {
-    add_parts<kColumns>(sums, p, item, seat);
+  const auto first = [&] { return first_batch<kColumns>(p, item, loop, bias, gate); };
+  StreamBatch batch;
+  constexpr bool kAllParts = Config::kMlpOutParts > Config::kMlpOutTiles;
+  if constexpr (kAllParts) {
+    clear(sums);
+#pragma unroll 1
+    for (int part = 0; part < Config::kMlpOutParts; ++part) {
+      float own[kColumns / 2];
+      product(own);
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) sums[i] += own[i];
+    }
+    batch = first();  // with the sums of two parts there are no registers for it before
   } else {
-    product(sums);
+    batch = first();
+    if constexpr (Config::kMlpOutTiles > 1) {
+      add_parts<kColumns>(sums, p, item, seat);
+    } else {
+      product(sums);
+    }
   }
   const bool last = p.adaptive && item.layer == Config::kLayers - 1;
   update_stream<kColumns>(sums, batch, p, item, loop, seat, share_of(item, seat), bias, gate, p.statistics1,

@@ -127,7 +127,7 @@ class Walk {
       case kMlpIn:
         return fetch<4, Config::kHidden, Config::kMlpInColumns>(p_.mlp_in_weight, Config::kMlp, item);
       case kMlpOut:
-        return fetch<2, Config::kMlp, Config::kMlpOutColumns, Config::kMlpOutParts>(p_.mlp_out_weight,
+        return fetch<2, Config::kMlp, Config::kMlpOutColumns, Config::kMlpOutTiles>(p_.mlp_out_weight,
                                                                                     Config::kHidden, item);
       default:
         return;

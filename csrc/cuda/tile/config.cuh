@@ -18,6 +18,8 @@ struct Config : Widths {
   static constexpr int kNormRows = LOOPMDM_NORM_ROWS;
   static constexpr int kQkvColumns = LOOPMDM_QKV_COLUMNS, kAttnOutColumns = LOOPMDM_ATTN_OUT_COLUMNS;
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
+  // Tiles that share MLP_OUT's inner dimension: as many as it has parts, or one that goes through them all.
+  static constexpr int kMlpOutTiles = LOOPMDM_MLP_OUT_TILES, kMlpOutInner = kMlp / kMlpOutTiles;
   static constexpr int kStages = LOOPMDM_STAGES, kStageBytes = LOOPMDM_STAGE_BYTES;
 
   // Two groups of four warps compute. They share the rows of a tile; with 64 rows, its columns or heads.
@@ -31,6 +33,7 @@ struct Config : Widths {
 
   static constexpr int kChanges = kHidden / (kMlpOutColumns / kColumnGroups);  // squared norms of a row tile
 
+  static_assert(kMlpOutTiles == 1 || kMlpOutTiles == kMlpOutParts, "a part each, or all of them");
   static_assert(kHeads % kHeadsPerTile == 0, "a group computes one head");
   static_assert(kRows == 64 || kRows == 128, "rows of a block");
   static_assert(kNormRows % kPair == 0 && (kNormRows == 0 || kTileRows % kNormRows == 0), "rows of a norm");

@@ -11,7 +11,7 @@ template <int kColumns>
 __device__ float4* part_of(const Parameters& p, const Instruction& item, int part, const Seat& seat) {
   constexpr int kTiles = Config::kHidden / Config::kMlpOutColumns;
   const int64_t row = static_cast<int64_t>(item.sequence) * p.row_tiles + item.row;
-  const int64_t tile = (row * kTiles + item.column) * Config::kMlpOutParts + part;
+  const int64_t tile = (row * kTiles + item.column) * Config::kMlpOutTiles + part;
   const int group =
       seat.row_group + Config::kRowGroups * (seat.column_group + Config::kColumnGroups * rank_in_pair());
   return p.partial_values + (tile * Config::kGroups * Config::kPair + group) * (kColumns / 8) * 128 +
@@ -40,7 +40,7 @@ __device__ void add_parts(float (&sums)[kColumns / 2], const Parameters& p, cons
   clear(sums);
   if (!has_rows(p, item, seat)) return;
 #pragma unroll 1
-  for (int part = 0; part < Config::kMlpOutParts; ++part) {
+  for (int part = 0; part < Config::kMlpOutTiles; ++part) {
     const float4* const source = part_of<kColumns>(p, item, part, seat);
 #pragma unroll
     for (int i = 0; i < kColumns / 8; ++i) {

@@ -77,14 +77,14 @@ def _columns(table: Table, phase: Phase, region: Region, item: Instruction) -> I
     elif region.columns == "heads":
         first, last = first // shape.head_dim, last // shape.head_dim
     elif region.columns == "inner":
-        inner = shape.mlp // tiles.mlp_out_parts
+        inner = shape.mlp // tiles.mlp_out_tiles
         first, last = item.part * inner, (item.part + 1) * inner
     elif region.columns == "rows":
         assert phase.rows is not None
         first, last = item.row * tiles.rows, min((item.row + 1) * tiles.rows, phase.rows(shape))
     offsets = [region.offset]
     if region.buffer == "partial":  # of each part its own columns
-        offsets = [item.part] if phase.name == Forward.MLP_OUT else list(range(tiles.mlp_out_parts))
+        offsets = [item.part] if phase.name == Forward.MLP_OUT else list(range(tiles.mlp_out_tiles))
     for offset in offsets:
         yield offset * shape.hidden + first, offset * shape.hidden + last
 

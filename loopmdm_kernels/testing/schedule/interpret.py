@@ -83,7 +83,7 @@ class _Machine(Machine):
         self.mixed = self.unwritten(batch, length, hidden, dtype=self.dtype)
         self.gelu = self.unwritten(batch, length, shape.mlp, dtype=self.dtype)
         self.rows = self.unwritten(batch, length, hidden, dtype=self.dtype)
-        self.partial = self.unwritten(tiles.mlp_out_parts, batch, length, hidden)
+        self.partial = self.unwritten(tiles.mlp_out_tiles, batch, length, hidden)
         self.statistics1 = self.unwritten(batch, length, hidden // tiles.mlp_out, 2)
         self.statistics2 = self.unwritten(batch, length, hidden // tiles.attn_out, 2)
         self.change = self.unwritten(batch, table.row_tiles, hidden // tiles.mlp_out, 2)
@@ -188,7 +188,7 @@ class _Machine(Machine):
         self.gelu[item.sequence, rows, columns] = value.to(self.dtype)
 
     def _mlp_out(self, loop: int, item: Instruction, rows: slice) -> None:
-        columns, parts = self._columns(item, self.table.tiles.mlp_out), self.table.tiles.mlp_out_parts
+        columns, parts = self._columns(item, self.table.tiles.mlp_out), self.table.tiles.mlp_out_tiles
         width = self.table.shape.mlp // parts
         inner = slice(item.part * width, (item.part + 1) * width)
         weight = self.blocks[item.layer].mlp_out[columns, inner]
