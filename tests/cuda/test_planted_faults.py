@@ -131,7 +131,7 @@ FORWARD = {
         "loader_sm90.cuh", "qkv_slot([[item.read_slot]]", "1 - item.read_slot"
     ),
     "a part in the place of another": Fault(
-        "parts.cuh", "item.column) * Config::kMlpOutParts + [[part]]", "0", UNORDERED
+        "parts.cuh", "item.column) * Config::kMlpOutTiles + [[part]]", "0", UNORDERED
     ),
     "a swizzle of the wrong bits": Fault(
         "matrix_descriptor.h", "panel + [[32]] * step", "64", "an operand begins inside of an atom|values"

@@ -35,7 +35,7 @@ def test_built_tables_pass(length, layers, adaptive):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize(
     "tiles",
-    [PARTS, NORMS, NORMS._replace(mlp_out_parts=2)],
+    [PARTS, PARTS._replace(apart=False), NORMS, NORMS._replace(mlp_out_parts=2)],
     ids=str,
 )
 def test_tables_of_other_phases_pass(tiles, layers, adaptive):

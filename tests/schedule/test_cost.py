@@ -49,7 +49,7 @@ def test_two_blocks_share_rows_where_l2_binds():
     """64 rows each: each normalises its own, and gets the weights that both need once."""
     shape = SMALL._replace(length=256)
     plan = choose(shape)
-    assert plan.tiles == Tiles(128, qkv=128, attn_out=64, mlp_in=192, mlp_out=64, heads=2, blocks=2)
+    assert plan.tiles == Tiles(128, 128, 64, 192, 128, heads=2, mlp_out_parts=3, blocks=2)
     up = plan.phases[Forward.MLP_IN]
     rows, weights = 768 * 4 * 128, 768 * 2 * 192
     assert up.bytes == pytest.approx(2 * 16 * (rows + Device().multicast_cost * weights))
@@ -70,14 +70,28 @@ def test_two_blocks_share_rows_where_l2_binds():
 def test_few_tokens_cut_the_inner_dimension():
     """24 tiles of 3072 keep 24 SMs busy: parts of them more, for one more wait."""
     plan = choose(SMALL._replace(length=128))
-    assert plan.tiles.mlp_out_parts == 2 and plan.phases[Forward.MLP_OUT].tiles == 48
+    assert plan.tiles.mlp_out_parts == 3 and plan.phases[Forward.MLP_OUT].tiles == 36
     whole = plan_of(SMALL._replace(length=128), Device(), plan.tiles._replace(mlp_out_parts=1))
     assert Forward.MLP_SUM not in whole.phases and plan.loop_seconds < whole.loop_seconds - 2e-6
-    # A part reads half of the rows and columns, and writes its sums; MLP_SUM reads the two.
-    moved = 24 * 2 * (1536 * (2 * 64 + 2 * 64) + 4 * 64 * 64)
-    assert plan.phases[Forward.MLP_OUT].bytes == moved
-    assert plan.phases[Forward.MLP_SUM].bytes == 24 * 2 * 4 * 64 * 64
+    # A part reads a third of the rows and columns, and writes its sums; MLP_SUM reads the three.
+    moved = 12 * 3 * (1024 * (2 * 128 + 2 * 64 * Device().multicast_cost) + 4 * 128 * 64)
+    assert plan.phases[Forward.MLP_OUT].bytes == pytest.approx(moved)
+    assert plan.phases[Forward.MLP_SUM].bytes == 12 * 3 * 4 * 128 * 64
     assert choose(SMALL).tiles.mlp_out_parts == 1
+
+
+def test_many_tokens_add_the_same_parts_in_one_tile():
+    """To the same bits, and for nothing: no sums wait in memory."""
+    shape = SMALL._replace(batch=16, length=512)
+    plan = choose(shape)
+    assert plan.tiles.mlp_out_parts == 3 and not plan.tiles.apart and Forward.MLP_SUM not in plan.phases
+    whole = plan_of(shape, Device(), plan.tiles._replace(mlp_out_parts=1, apart=True))
+    assert plan.loop_seconds == whole.loop_seconds
+    apart = plan_of(shape, Device(), plan.tiles._replace(apart=True))
+    assert apart.loop_seconds > 1.1 * plan.loop_seconds
+    # A group of warps has registers for two sums of 192 columns.
+    assert plan.tiles.mlp_out == 192
+    assert choose(shape, Device().without_hopper()).tiles.apart
 
 
 @pytest.mark.parametrize("length", [1, 32, 64, 81, 128, 200, 512])
@@ -107,8 +121,9 @@ def test_the_plan_is_the_best_of_all_tiles():
     for rows, qkv, out, up, down in itertools.product((64, 128), (64, 128), (64, 128), (64, 128), (64, 128)):
         if rows == 128 or qkv == 128:  # with 64 rows a tile of q, k and v is two heads
             parts = best.tiles.mlp_out_parts
-            other = plan_of(shape, Device(), Tiles(rows, qkv, out, up, down, 128 // rows, parts))
-            assert other.loop_seconds >= best.loop_seconds
+            for apart in (True, False):
+                tiles = Tiles(rows, qkv, out, up, down, 128 // rows, parts, apart=apart)
+                assert plan_of(shape, Device(), tiles).loop_seconds >= best.loop_seconds
 
 
 @pytest.mark.parametrize("length", [1, 64, 81, 300, 1024])
