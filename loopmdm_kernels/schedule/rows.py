@@ -90,6 +90,11 @@ def rows_plan(
     return plan._replace(loop_seconds=_loop_seconds(shape, device, plan, clusters))
 
 
+def _turns_in_thread(shape: BlockShape, groups: int) -> bool:
+    """Whether a thread has both features of each pair that is rotated."""
+    return 8 * shape.head_dim // 2 <= GROUP_FEATURES * groups
+
+
 def _atoms(number: int) -> int:
     return -(-number // 1024) * 1024
 
@@ -100,46 +105,58 @@ def _beside_bytes(shape: BlockShape, blocks: int, groups: int) -> int:
     keys = math.ceil(blocks * ROWS / 16) * 16
     tiles = math.ceil(keys / 64)
     operand = 128 * ROWS
-    kept = 2 * panels * keys * 128 + 2 * panels * operand
+    handed_over, kept = 2 * panels * keys * 128, panels * operand
     wide = max(groups * tiles * heads * operand, shape.mlp // STEP * operand)
-    sums = 4 * max(ROWS * (2 * shape.hidden + 4), groups * heads * 4 * ROWS * (8 * tiles + 1))
+    turned = ROWS * (shape.hidden + 4) * (not _turns_in_thread(shape, groups))
+    sums = 4 * max(turned, groups * heads * 4 * ROWS * (8 * tiles + 1))
     parts = shape.hidden // STATISTICS_COLUMNS
     rows = 2 * 4 * ROWS * (parts * (STATISTICS_COLUMNS + 8) + 4) + 8 * ROWS * parts
     softmax = 4 * groups * heads * ROWS * (4 + 1)
-    return _atoms(kept + wide + _atoms(sums) + rows + softmax + 8 * 4 * groups)
+    return _atoms(_atoms(handed_over + kept + rows) + kept + wide + sums + softmax + 8 * 4 * groups)
 
 
 def _loop_seconds(shape: BlockShape, device: Device, plan: RowsPlan, clusters: int) -> float:
     """Stage by stage: one is loaded where another has been read, and read where it is loaded.
 
-    Between the products of keys and values and that of what attention gives lies the hand-over, in which
-    queries are made; what the cluster hands over comes the same way as the weights.
+    Keys are handed over, then values, then queries are made. What the cluster hands over comes the same way
+    as the weights. Scores wait for keys, means for values.
     """
     rounds = math.ceil(shape.batch / clusters)
     rate = min(device.sm_bytes, device.l2_bytes / (min(shape.batch, clusters) * plan.blocks))
     panels = shape.hidden // STEP
-    tiles, mlp_tiles = shape.hidden // plan.features, shape.mlp // plan.features
-    of_keys, of_queries, of_out = 2 * tiles * panels, tiles * panels, tiles * panels
-    stages = of_keys + of_queries + of_out + 2 * mlp_tiles * panels
+    product, mlp = shape.hidden // plan.features * panels, shape.mlp // plan.features * panels  # stages
+    stages = 4 * product + 2 * mlp
     load, read = plan.stage_bytes / rate, plan.stage_bytes / device.shared_read_bytes
-    keys = 4 * plan.blocks * ROWS * shape.hidden  # bytes, and values
-    meeting = device.meet_seconds
+    keys = 2 * plan.blocks * ROWS * shape.hidden  # bytes; as many of values
+    sent = device.cluster_wait_seconds + keys / rate
+    keys_read = keys / device.shared_read_bytes
+    step = device.meet_seconds
+    rotate = step * (1 if _turns_in_thread(shape, plan.groups) else 2)
 
     loaded, done = 0.0, [0.0] * plan.stages  # of the last stages
+    keys_sent = values_sent = 0.0
     ends = []
     for _ in range(4):
-        sent = 0.0
         for stage in range(stages):
             loaded = max(loaded, done[-plan.stages]) + load
             start = max(done[-1], loaded)
-            if stage == of_keys:
-                start += 2 * meeting
-                sent = start + device.cluster_wait_seconds + keys / rate
+            if stage == 0:  # residual, norm
+                start += 2 * step
+            elif stage == product:
+                start += rotate
+                keys_sent = start + sent
                 loaded += keys / rate
-            elif stage == of_keys + of_queries:
-                start = max(start + 2 * meeting, sent) + keys / device.shared_read_bytes + 4 * meeting
-            elif stage in (0, stages - mlp_tiles * panels, of_keys + of_queries + of_out):
-                start += 2 * meeting
+            elif stage == 2 * product:
+                start += step
+                values_sent = start + sent
+                loaded += keys / rate
+            elif stage == 3 * product:
+                start = max(start + rotate, keys_sent) + keys_read + 2 * step  # the largest; weights
+                start = max(start, values_sent) + keys_read + 2 * step  # their sums; means
+            elif stage == 4 * product:  # residual, norm
+                start += 2 * step
+            elif stage == 4 * product + mlp:  # GELU of the last features
+                start += step
             done.append(start + read)
         ends.append(done[-1])
     return rounds * shape.layers * (ends[-1] - ends[-2])

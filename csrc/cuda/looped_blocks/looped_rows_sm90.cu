@@ -9,11 +9,14 @@ namespace loopmdm {
 namespace looped_rows {
 
 class Layers {
+  using Sums = float[kTiles][4];  // of a product with D results
+
  public:
   __device__ Layers(const KernelParameters& p, const Memory& memory)
       : p_(p), memory_(memory), base_(memory.base), warp_(static_cast<int>(threadIdx.x) / 32) {}
 
   __device__ void run() {
+    if (p_.cosines) remember_turns();
     for_each_sequence(p_, [&](int sequence) {
       sequence_ = sequence;
       const int32_t loops = __ldcg(p_.stop + sequence);
@@ -132,108 +135,120 @@ class Layers {
     meet_all();
   }
 
-  // Sums where threads find them by token.
-  template <int kTileNumber>
-  __device__ void store_sums(const float (&sums)[kTileNumber][4]) const {
-#pragma unroll
-    for (int tile = 0; tile < kTileNumber; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        store_shared_float(sum_at(seat_.token(i), seat_.feature(tile, i)), sums[tile][i]);
-      }
-    }
-    meet_all();
-  }
-  __device__ uint32_t sum_at(int row, int column) const {
-    return base_ + Places::sums + 4 * (row * kQkvPitch + column);
+  __device__ uint32_t turn_at(int i, int feature) const {
+    return base_ + Places::sums + 4 * (seat_.token(i) * kTurnPitch + feature);
   }
 
-  // Rotates queries or keys of a row; `take` gets a column, and the words of it and the next one.
-  template <class Take>
-  __device__ void rotated(int row, const Take& take) const {
-    constexpr int kHalf = kHeadDim / 2;
-    const int64_t angles = static_cast<int64_t>(first_token() + row) * kHalf;
+  // Cosine and sine for number `i` of four sums, the same in all tiles, loops and layers.
+  __device__ float2& turn(int i) { return turns_[kTurnsInThread ? 0 : i / 2][i % 2]; }
+
+  __device__ void remember_turns() {
 #pragma unroll
-    for (int pair = 0; pair < kHidden / 2; pair += 64) {
-      const int place = pair + 2 * (static_cast<int>(threadIdx.x) % 32), i = place % kHalf;
-      if (place >= kHidden / 2) continue;
-      const int column = place / kHalf * kHeadDim + i;
-      float2 first = load_shared_pair(sum_at(row, column));
-      float2 second = load_shared_pair(sum_at(row, column + kHalf));
-      if (p_.cosines) {
-        const float2 cosines = load_constant_pair(p_.cosines + angles + i);
-        const float2 sines = load_constant_pair(p_.sines + angles + i);
-        rotate_pair(first.x, second.x, cosines.x, sines.x);
-        rotate_pair(first.y, second.y, cosines.y, sines.y);
-      }
-      take(column, pack_bf16(first.x, first.y));
-      take(column + kHalf, pack_bf16(second.x, second.y));
+    for (int i = 0; i < (kTurnsInThread ? 2 : 4); ++i) {
+      const int token = min(first_token() + seat_.token(i), p_.length - 1);
+      const int64_t place = static_cast<int64_t>(token) * kHalf + seat_.feature<kTurnApart>(0, i) % kHalf;
+      turn(i) = make_float2(__ldg(p_.cosines + place), __ldg(p_.sines + place));
     }
   }
 
-  // To global memory, from where they are sent to all blocks of the cluster.
-  __device__ void hand_over_keys() const {
+  // The next of keys or queries.
+  __device__ void multiply_and_rotate(Sums& sums) {
+    multiply<kTiles, kPanels, kTurnApart>(sums, memory_.ring, place_, seat_, base_ + Places::rows);
+    if (!p_.cosines) return;
+    if constexpr (kTurnsInThread) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) rotate_pair(sums[tile][i], sums[tile][i + 2], turn(i).x, turn(i).y);
+      }
+    } else {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store_shared_float(turn_at(i, seat_.feature(tile, i)), sums[tile][i]);
+      }
+      meet_all();
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int feature = seat_.feature(tile, i);
+          const float other = __uint_as_float(load_shared(turn_at(i, feature ^ kHalf)));
+          const bool later = (feature & kHalf) != 0;
+          float first = later ? other : sums[tile][i], second = later ? sums[tile][i] : other;
+          rotate_pair(first, second, turn(i).x, turn(i).y);
+          sums[tile][i] = later ? second : first;
+        }
+      }
+    }
+  }
+
+  // Rounded, two features of a token at a time.
+  template <int kApart, class Take>
+  __device__ void round_pairs(const Sums& sums, const Take& take) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const float2 pair = in_pairs(sums[tile][i], sums[tile][i + 1]);
+        take(seat_.feature<kApart>(tile, i) & ~1, pack_bf16(pair.x, pair.y));
+      }
+    }
+  }
+
+  // Keys (0) or values (1): to global memory, from where they are sent to all blocks of the cluster.
+  template <int kKind, int kApart>
+  __device__ void hand_over(const Sums& sums) const {
     const int32_t matrix = (applications_ & 1) * p_.batch + sequence_;
-    for_own_rows([&](int row) {
-      uint16_t* const target = p_.qkv_values + line(row, 2 * kHidden, matrix);
-      const auto keep = [&](int column, uint32_t word) {
-        store(reinterpret_cast<uint32_t*>(target + column), word);
-      };
-      rotated(row, keep);
-#pragma unroll
-      for (int column = kHidden; column < 2 * kHidden; column += 64) {
-        const int own = column + 2 * (static_cast<int>(threadIdx.x) % 32);
-        const float2 values = load_shared_pair(sum_at(row, own));
-        keep(own, pack_bf16(values.x, values.y));
-      }
+    const int row = seat_.pair_token(), first = kKind * kHidden;
+    uint16_t* const target = p_.qkv_values + line(row, 2 * kHidden, matrix) + first;
+    const bool inside = first_token() + row < p_.length;
+    round_pairs<kApart>(sums, [&](int feature, uint32_t word) {
+      if (inside) store(reinterpret_cast<uint32_t*>(target + feature), word);
     });
     proxy_fence();
     meet_all();
     if (warp_ > 0) return;
-    Ring::wait_together(memory_.free(), (applications_ & 1) ^ 1);
+    if (kKind == 0) Ring::wait_together(memory_.free(), (applications_ & 1) ^ 1);
     proxy_fence();
     if (!elected()) return;
-    barrier_arrive_expect(memory_.arrived(), kBlocks * 2 * kOperandBytes);
+    const uint32_t arrived = memory_.arrived(kKind);
+    barrier_arrive_expect(arrived, kBlocks * kOperandBytes);
+    constexpr int kPlace = kKind == 0 ? Places::keys : Places::values;
 #pragma unroll
-    for (int panel = 0; panel < 2 * kPanels; ++panel) {  // keys, then values
-      const uint32_t place = base_ + Places::keys + (panel * kKeys + first_token()) * 128;
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const uint32_t place = base_ + kPlace + (panel * kKeys + first_token()) * 128;
+      const int column = first + kStep * panel;
       if constexpr (kBlocks > 1) {
-        load_box_for_all<kBlocks>(place, &p_.qkv, memory_.arrived(), kStep * panel, first_token(), matrix);
+        load_box_for_all<kBlocks>(place, &p_.qkv, arrived, column, first_token(), matrix);
       } else {
-        load_box(place, &p_.qkv, memory_.arrived(), kStep * panel, first_token(), matrix);
+        load_box(place, &p_.qkv, arrived, column, first_token(), matrix);
       }
     }
-  }
-
-  __device__ void make_queries() {
-    float sums[kTiles][4];
-    multiply<kTiles, kPanels>(sums, memory_.ring, place_, seat_, base_ + Places::rows);
-    store_sums(sums);
-    for_own_rows([&](int row) {
-      rotated(row, [&](int column, uint32_t word) {
-        store_operand(base_ + Places::queries, kRows, row, column, word);
-      });
-    });
-    shared_proxy_fence();
-    meet_all();
   }
 
   __device__ void attention(bool entered) {
     const float* const gate = p_.gate + vectors(0) * kHidden;
     normalise(0, entered);
-    float keys[2 * kTiles][4];
-    multiply<2 * kTiles, kPanels>(keys, memory_.ring, place_, seat_, base_ + Places::rows);
-    store_sums(keys);
-    hand_over_keys();
-    make_queries();
-    barrier_wait(memory_.arrived(), applications_ & 1);
-    Attention(base_, seat_, seen_).run();
+    Sums sums;
+    multiply_and_rotate(sums);
+    hand_over<0, kTurnApart>(sums);
+    multiply<kTiles, kPanels>(sums, memory_.ring, place_, seat_, base_ + Places::rows);
+    hand_over<1, 1>(sums);
+    multiply_and_rotate(sums);
+    round_pairs<kTurnApart>(sums, [&](int feature, uint32_t word) {
+      store_operand(base_ + Places::queries, kRows, seat_.pair_token(), feature, word);
+    });
+    shared_proxy_fence();
+    meet_all();
+    const uint32_t parity = applications_ & 1;
+    barrier_wait(memory_.arrived(0), parity);
+    Attention(base_, seat_, seen_).run([&] { barrier_wait(memory_.arrived(1), parity); });
     shared_proxy_fence();
     meet_all();
     if (threadIdx.x < kBlocks) barrier_arrive_at(memory_.free(), threadIdx.x);
     ++applications_;
 
-    float sums[kTiles][4];
     multiply<kTiles, kPanels>(sums, memory_.ring, place_, seat_, base_ + Places::rows);
     add_to_stream(sums, nullptr, gate);
   }
@@ -246,21 +261,21 @@ class Layers {
     const float* const gate = p_.gate + vectors(1) * kHidden;
     normalise(1, false);
     float inner[kMlpTiles][4];
-    multiply<kMlpTiles, kPanels>(inner, memory_.ring, place_, seat_, base_ + Places::rows);
-#pragma unroll
-    for (int tile = 0; tile < kMlpTiles; ++tile) {
+    const auto activate = [&](int tile, int step) {
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
+        if (i / 2 * kPanels / 2 != step) continue;
         const float bias = __ldg(in_bias + seat_.feature(tile, i));
         const float2 pair = in_pairs(gelu(inner[tile][i] + bias), gelu(inner[tile][i + 1] + bias));
         store_operand(base_ + Places::wide, kRows, seat_.pair_token(), seat_.feature(tile, i) & ~1,
                       pack_bf16(pair.x, pair.y));
       }
-    }
+    };
+    multiply<kMlpTiles, kPanels>(inner, memory_.ring, place_, seat_, base_ + Places::rows, activate);
     shared_proxy_fence();
     meet_all();
 
-    float sums[kTiles][4];
+    Sums sums;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       clear(sums[tile]);
@@ -277,7 +292,7 @@ class Layers {
   }
 
   // stream + gate * (sums + bias)
-  __device__ void add_to_stream(const float (&sums)[kTiles][4], const float* bias, const float* gate) const {
+  __device__ void add_to_stream(const Sums& sums, const float* bias, const float* gate) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -344,6 +359,7 @@ class Layers {
   const int warp_;
   const Seat seat_;
   RingPlace place_{0, 0};
+  float2 turns_[kTurnsInThread ? 1 : 2][2];
   uint32_t applications_ = 0;  // of layers, so far
   uint32_t seen_ = 0;          // keys of the sequence
   int sequence_ = 0, layer_ = 0;
@@ -355,7 +371,8 @@ __device__ void begin(const Memory& memory) {
   constexpr int kPieces = 8 * (kKeys - kRows * kBlocks);  // of 16 bytes, in a panel
   static_assert(kPieces < kComputeThreads, "none by the warp that loads");
   if (threadIdx.x == 0) {
-    barrier_init(memory.arrived(), 1);
+    barrier_init(memory.arrived(0), 1);
+    barrier_init(memory.arrived(1), 1);
     barrier_init(memory.free(), kBlocks);
     barrier_init(memory.decided(), 1);
     memory.ring.initialise();

@@ -28,8 +28,9 @@ class Attention {
   __device__ Attention(uint32_t base, const Seat& seat, uint32_t seen)
       : base_(base), seat_(seat), seen_(seen) {}
 
-  // Leaves the weighted means, rounded, as right operand.
-  __device__ void run() const {
+  // Leaves the weighted means, rounded, as right operand. Values need not be there before `wait_for_values`.
+  template <class Wait>
+  __device__ void run(const Wait& wait_for_values) const {
 #pragma unroll 1
     for (int panel = seat_.group; panel < kPanels; panel += kGroups) {
       Scores scores;
@@ -40,6 +41,7 @@ class Attention {
       weigh(scores, largest);
       shared_proxy_fence();
       seat_.meet_group();
+      wait_for_values();
       mix(panel);
     }
   }

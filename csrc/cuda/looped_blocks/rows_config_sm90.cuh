@@ -19,6 +19,11 @@ constexpr int kTiles = kHidden / kFeatures;          // of a product with D resu
 constexpr int kStageBytes = 2 * kFeatures * kStep;
 // Operands lie in panels of 64 columns: whole heads, whose products with their values are made together.
 constexpr int kPanels = kHidden / kStep, kHeadDim = Widths::kHeadDim, kHeads = kStep / kHeadDim;
+// Features i and i + K/2 of a head are rotated together. A product takes every kTurnApart-th eight of a
+// stage's features, so that a thread has both: where a stage has as many.
+constexpr int kHalf = kHeadDim / 2;
+constexpr bool kTurnsInThread = 8 * kHalf <= kFeatures;
+constexpr int kTurnApart = kTurnsInThread ? kHalf / 8 : 1;
 constexpr int kKeys = (kRows * kBlocks + 15) / 16 * 16, kKeyTiles = (kKeys + 63) / 64;
 constexpr int kSumGroups = 8 * kKeyTiles;  // of eight keys
 
@@ -53,7 +58,7 @@ struct KernelParameters {
 // Floats of a row of what is kept by tokens: threads of a warp, at eight features of four pairs of tokens,
 // meet in no bank. Nor do they in the stream where each quad has a part.
 constexpr int kPartPitch = Widths::kPart + 8, kPitch = Widths::kParts * kPartPitch + 4;
-constexpr int kQkvPitch = 2 * kHidden + 4;
+constexpr int kTurnPitch = kHidden + 4;
 constexpr int kSumPitch = kSumGroups + 1;
 constexpr int kOperandBytes = kPanels * kRows * 128;
 constexpr int kWeightBytes =
@@ -65,17 +70,21 @@ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 // In bytes, from the end of the ring's stages.
 struct Places {
   static constexpr int kKeyBytes = kPanels * kKeys * 128;
-  static constexpr int keys = 0, values = keys + kKeyBytes;
-  static constexpr int rows = values + kKeyBytes;       // the right operand, normalised; mixed values
-  static constexpr int queries = rows + kOperandBytes;  // the same
-  static constexpr int wide = queries + kOperandBytes;  // weights of attention; activations of the MLP
-  static constexpr int wide_bytes = larger(kGroups * kWeightBytes, kMlp / kStep * kRows * 128);
-  static constexpr int sums = wide + wide_bytes;  // of products, by tokens; sums of exponentials
-  static constexpr int sum_bytes = 4 * larger(kRows * kQkvPitch, kGroups * kHeads * 32 * kSumPitch);
-  static constexpr int stream = sums + atoms(sum_bytes);
+  // Scores are made of whole tiles of keys, and so of what lies behind the last one: nobody may be writing it.
+  static constexpr int values = 0, keys = values + kKeyBytes;
+  static constexpr int queries = keys + kKeyBytes;  // right operand
+  static constexpr int stream = queries + kOperandBytes;
   static constexpr int input = stream + 4 * kRows * kPitch;  // of the loop
   static constexpr int statistics = input + 4 * kRows * kPitch;
-  static constexpr int largest = statistics + kRows * Widths::kParts * sizeof(PartStatistics);
+  static constexpr int statistics_end = statistics + kRows * Widths::kParts * sizeof(PartStatistics);
+  static_assert(keys + 128 * ((kPanels - 1) * kKeys + 64 * kKeyTiles) <= statistics_end, "not what is written");
+  static constexpr int rows = atoms(statistics_end);  // right operand, normalised; mixed values
+  static constexpr int wide = rows + kOperandBytes;   // weights of attention; activations of the MLP
+  static constexpr int wide_bytes = larger(kGroups * kWeightBytes, kMlp / kStep * kRows * 128);
+  static constexpr int sums = wide + wide_bytes;  // of exponentials; what threads rotate together, by tokens
+  static constexpr int turn_bytes = kTurnsInThread ? 0 : 4 * kRows * kTurnPitch;
+  static constexpr int sum_bytes = larger(turn_bytes, 4 * kGroups * kHeads * 32 * kSumPitch);
+  static constexpr int largest = sums + sum_bytes;
   static constexpr int shares = largest + kGroups * 4 * kHeads * kRows * 4;
   static constexpr int changes = shares + kGroups * kHeads * kRows * 4;
   static constexpr int end = changes + kWarps * 8;
@@ -85,9 +94,9 @@ static_assert(atoms(Places::end) == LOOPMDM_BESIDE_BYTES, "as loopmdm_kernels/sc
 using Ring = StageRing<LOOPMDM_STAGES, kStageBytes, kWarps, false, LOOPMDM_BESIDE_BYTES>;
 
 struct Barriers {
-  uint64_t arrived;  // keys and values of all blocks
-  uint64_t free;     // all blocks have read theirs
-  uint64_t decided;  // `goes_on` says whether there is one more loop
+  uint64_t arrived[2];  // keys of all blocks; values
+  uint64_t free;        // all blocks have read theirs
+  uint64_t decided;     // `goes_on` says whether there is one more loop
   uint32_t goes_on;
 };
 
@@ -103,7 +112,7 @@ struct Memory {
   __device__ explicit Memory(uint8_t* memory)
       : ring(memory), base(ring.beside()), barriers(reinterpret_cast<Barriers*>(ring.behind())) {}
 
-  __device__ uint32_t arrived() const { return shared_address(&barriers->arrived); }
+  __device__ uint32_t arrived(int kind) const { return shared_address(&barriers->arrived[kind]); }
   __device__ uint32_t free() const { return shared_address(&barriers->free); }
   __device__ uint32_t decided() const { return shared_address(&barriers->decided); }
   __device__ uint32_t goes_on() const { return shared_address(&barriers->goes_on); }

@@ -26,7 +26,15 @@ struct Seat {
   // Of number `i` of four sums.
   __device__ int row(int i) const { return fragment_row(thread, i); }
   __device__ int token(int i) const { return fragment_column(thread, i); }
-  __device__ int feature(int tile, int i) const { return kFeatures * tile + 64 * group + row(i); }
+  // The first eight of a stage's features, in eights, of a product that takes every kApart-th.
+  template <int kApart = 1>
+  __device__ int first_eight() const {
+    return kApart > 1 ? group : 8 * group;
+  }
+  template <int kApart = 1>
+  __device__ int feature(int tile, int i) const {
+    return kFeatures * tile + 8 * (first_eight<kApart>() + kApart * (row(i) / 8)) + row(i) % 8;
+  }
   // Of two rows that follow each other, of which `in_pairs` gives the values: the first, and the token.
   __device__ int pair_row(int i) const { return row(i) & ~1; }
   __device__ int pair_token() const { return token(0) + (thread / 4 & 1); }
@@ -42,10 +50,15 @@ __device__ inline float2 in_pairs(float first, float second) {
 // An operand so many steps of 16 further in its panel.
 __device__ inline uint64_t further(uint64_t descriptor, int steps) { return descriptor + 2 * steps; }
 
-// The next kTileNumber * kSteps stages: sums of one tile of features after the other.
-template <int kTileNumber, int kSteps>
+struct Nothing {
+  __device__ void operator()(int, int) const {}
+};
+
+// The next kTileNumber * kSteps stages: sums of one tile of features after the other. Of each finished tile
+// `work` is done in kSteps pieces, one a step of the next tile.
+template <int kTileNumber, int kSteps, int kApart = 1, class Work = Nothing>
 __device__ void multiply(float (&sums)[kTileNumber][4], const Ring& ring, RingPlace& place, const Seat& seat,
-                         uint32_t rows) {
+                         uint32_t rows, const Work& work = {}) {
   RingPlace before = place;
 #pragma unroll
   for (int tile = 0; tile < kTileNumber; ++tile) clear(sums[tile]);
@@ -54,7 +67,8 @@ __device__ void multiply(float (&sums)[kTileNumber][4], const Ring& ring, RingPl
 #pragma unroll(kSteps <= 2 ? kSteps : 1)
     for (int step = 0; step < kSteps; ++step) {
       const uint32_t stage = __shfl_sync(~0u, ring.stage(place), 0);  // known to be the same for all lanes
-      const uint64_t weights = inner_major_descriptor(stage + seat.group * 64 * 128, 0);
+      const uint32_t first = stage + 8 * 128 * seat.first_eight<kApart>();
+      const uint64_t weights = inner_major_descriptor(first, 0, kSwizzleRowBytes, kApart);
       const uint64_t right = inner_major_descriptor(rows + step * kRows * 128, 0);
       ring.wait_full(place);
       products_begin(sums[tile]);
@@ -68,12 +82,16 @@ __device__ void multiply(float (&sums)[kTileNumber][4], const Ring& ring, RingPl
       if (tile + step > 0) ring.release(before);
       before = place;
       Ring::next(place);
+      if (tile == 0) continue;
+      if (step == 0) pin(sums[tile - 1]);
+      work(tile - 1, step);
     }
   }
   products_wait<0>();
-#pragma unroll
-  for (int tile = 0; tile < kTileNumber; ++tile) pin(sums[tile]);
+  pin(sums[kTileNumber - 1]);
   ring.release(before);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) work(kTileNumber - 1, step);
 }
 
 // Two columns of a token, where a product finds them as right operand of `rows` rows.
