@@ -50,6 +50,18 @@ class RowsPlan(NamedTuple):
         return self.stages * self.stage_bytes + self.beside_bytes + FIXED_BYTES
 
 
+class Places(NamedTuple):
+    """Of a block's shared memory behind the ring, where keys and values begin, in bytes.
+
+    As rows_config_sm90.cuh has them, which asserts that `end` is the same.
+    """
+
+    queries: int
+    rows: int
+    wide: int
+    end: int
+
+
 def choose_rows(
     shape: BlockShape,
     device: Device = Device(),  # noqa: B008 - immutable
@@ -80,8 +92,7 @@ def rows_plan(
         or any(width % (GROUP_FEATURES * groups) for width in widths)
     ):
         return None
-    beside = _beside_bytes(shape, blocks, groups)
-    plan = RowsPlan(blocks, groups, 0, mlp_out_parts, beside, math.inf)
+    plan = RowsPlan(blocks, groups, 0, mlp_out_parts, places(shape, blocks, groups).end, math.inf)
     plan = plan._replace(stages=(device.shared_bytes - plan.shared_bytes) // plan.stage_bytes)
     if plan.stages < ENOUGH_STAGES:
         return None
@@ -99,20 +110,25 @@ def _atoms(number: int) -> int:
     return -(-number // 1024) * 1024
 
 
-def _beside_bytes(shape: BlockShape, blocks: int, groups: int) -> int:
-    """As `Places` of rows_config_sm90.cuh has it, which asserts that it is the same."""
+def places(shape: BlockShape, blocks: int, groups: int) -> Places:
     panels, heads = shape.hidden // STEP, STEP // shape.head_dim
     keys = math.ceil(blocks * ROWS / 16) * 16
     tiles = math.ceil(keys / 64)
     operand = 128 * ROWS
-    handed_over, kept = 2 * panels * keys * 128, panels * operand
     wide = max(groups * tiles * heads * operand, shape.mlp // STEP * operand)
     turned = ROWS * (shape.hidden + 4) * (not _turns_in_thread(shape, groups))
     sums = 4 * max(turned, groups * heads * 4 * ROWS * (8 * tiles + 1))
     parts = shape.hidden // STATISTICS_COLUMNS
-    rows = 2 * 4 * ROWS * (parts * (STATISTICS_COLUMNS + 8) + 4) + 8 * ROWS * parts
+    kept = 2 * 4 * ROWS * (parts * (STATISTICS_COLUMNS + 8) + 4) + 8 * ROWS * parts
     softmax = 4 * groups * heads * ROWS * (4 + 1)
-    return _atoms(_atoms(handed_over + kept + rows) + kept + wide + sums + softmax + 8 * 4 * groups)
+    queries = 2 * panels * keys * 128
+    rows = _atoms(queries + panels * operand + kept)
+    return Places(
+        queries,
+        rows,
+        rows + panels * operand,
+        _atoms(rows + panels * operand + wide + sums + softmax + 8 * 4 * groups),
+    )
 
 
 def _loop_seconds(shape: BlockShape, device: Device, plan: RowsPlan, clusters: int) -> float:

@@ -16,8 +16,8 @@ uint32_t panel_offset_c(uint32_t row, uint32_t column, uint32_t rows, uint32_t b
   return panel_offset(row, column, rows, bytes, row_bytes);
 }
 
-uint64_t inner_major_c(uint32_t panel, uint32_t step, uint32_t row_bytes) {
-  return inner_major_descriptor(panel, step, row_bytes);
+uint64_t inner_major_c(uint32_t panel, uint32_t step, uint32_t row_bytes, uint32_t apart) {
+  return inner_major_descriptor(panel, step, row_bytes, apart);
 }
 
 uint64_t outer_major_c(uint32_t panel, uint32_t bytes, uint32_t step, uint32_t row_bytes) {

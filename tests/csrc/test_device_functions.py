@@ -72,12 +72,14 @@ def test_descriptors(library):
         }
 
     for step in range(4):
-        word = fields(library.inner_major_c(0x8400, step, 128))
+        word = fields(library.inner_major_c(0x8400, step, 128, 1))
         assert word == {"start": 0x8400 + 32 * step, "leading": 16, "stride": 1024, "base": 0, "swizzle": 1}
     word = fields(library.outer_major_c(0x2C00, 16384, 3, 128))
     assert word == {"start": 0x2C00 + 6144, "leading": 16384, "stride": 1024, "base": 0, "swizzle": 1}
-    word = fields(library.inner_major_c(0x8400, 1, 64))
+    word = fields(library.inner_major_c(0x8400, 1, 64, 1))
     assert word == {"start": 0x8420, "leading": 16, "stride": 512, "base": 0, "swizzle": 2}
+    word = fields(library.inner_major_c(0x8400, 1, 128, 2))  # every second atom
+    assert word == {"start": 0x8420, "leading": 16, "stride": 2048, "base": 0, "swizzle": 1}
     word = fields(library.outer_major_c(0x2C00, 4096, 3, 32))
     assert word == {"start": 0x2C00 + 1536, "leading": 4096, "stride": 256, "base": 0, "swizzle": 3}
 

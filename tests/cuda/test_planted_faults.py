@@ -255,9 +255,9 @@ ROWS = {
     ),
     "keys that are free before the means are made": Fault(
         "looped_rows_sm90.cu",
-        "Attention(base_, seat_, seen_).run();",
-        "if (threadIdx.x < kBlocks) barrier_arrive_at(memory_.free(), threadIdx.x);"
-        "Attention(base_, seat_, seen_).run();",
+        "barrier_wait(memory_.arrived(0), parity);",
+        "barrier_wait(memory_.arrived(0), parity);"
+        "if (threadIdx.x < kBlocks) barrier_arrive_at(memory_.free(), threadIdx.x);",
         EARLY_COPY,
         Fault(
             "looped_rows_sm90.cu",
@@ -267,7 +267,13 @@ ROWS = {
         ),
     ),
     "keys of others that are not waited for": Fault(
-        "looped_rows_sm90.cu", "barrier_wait(memory_.arrived(), applications_ & 1);", "", EARLY_READ
+        "looped_rows_sm90.cu", "barrier_wait(memory_.arrived(0), parity);", "", EARLY_READ
+    ),
+    "values of others that are not waited for": Fault(
+        "looped_rows_sm90.cu", "barrier_wait(memory_.arrived(1), parity);", "", EARLY_READ
+    ),
+    "values that tell that keys are there": Fault(
+        "looped_rows_sm90.cu", "memory_.arrived([[kKind]])", "0", f"{EARLY_READ}|{ALL_WAIT}"
     ),
     "keys that are sent before all are stored": Fault(
         "looped_rows_sm90.cu",
@@ -305,15 +311,17 @@ ROWS = {
     ),
     "rows that are normalised without proxy fence": Fault(
         "looped_rows_sm90.cu",
-        "      }\n    }\n    [[shared_proxy_fence();]]\n    meet_all();\n  }\n\n  // Sums where",
+        "      }\n    }\n    [[shared_proxy_fence();]]\n    meet_all();\n  }\n\n  __device__ uint32_t turn_at",
         "",
         HIDDEN,
     ),
-    "sums by token that are read early": Fault(
-        "looped_rows_sm90.cu",
-        "[[meet_all();]]\n  }\n  __device__ uint32_t sum_at",
-        "",
-        f"values|{UNORDERED_STORE}",
+    "queries that are rotated without proxy fence": Fault(
+        "looped_rows_sm90.cu", "[[shared_proxy_fence();]]\n    meet_all();\n    const uint32_t parity", "", HIDDEN
+    ),
+    "turns of the next token": Fault("looped_rows_sm90.cu", "turns_[kTurnsInThread ? 0 : i / 2][[[i % 2]]]", "0"),
+    "features that are not every second eight": Fault("rows_product_sm90.cuh", "kApart * (row(i) / 8)", "row(i) / 8"),
+    "an activation before its product": Fault(
+        "rows_product_sm90.cuh", "work([[tile - 1]], step);", "tile", f"{NOT_WAITED}|values"
     ),
     "a stage of weights that is free early": Fault(
         "rows_product_sm90.cuh", "[[products_wait<1>();]]\n      if (tile", "products_wait<2>();", EARLY_COPY
@@ -322,7 +330,7 @@ ROWS = {
         "rows_product_sm90.cuh", "ring.wait_full(place);", "", EARLY_READ
     ),
     "sums that are read before their products": Fault(
-        "rows_product_sm90.cuh", "[[products_wait<0>();]]\n#pragma", "", NOT_WAITED
+        "rows_product_sm90.cuh", "[[products_wait<0>();]]\n  pin(sums[kTileNumber - 1]);", "", NOT_WAITED
     ),
     "a block that is gone while others send to it": Fault(
         "looped_rows_sm90.cu",
@@ -341,6 +349,10 @@ ROWS_ADAPTIVE = {
         "wait_for(told, [[kBlocks * (loop + 1)]]);",
         "kBlocks * loop + 1",
         "values|all threads wait",
+    ),
+    "halves of a pair that are read early": Fault(
+        "looped_rows_sm90.cu", "[[meet_all();]]\n#pragma unroll\n      for (int tile = 0; tile < kTiles; ++tile) {",
+        "", f"values|{UNORDERED_STORE}",
     ),
     "a loader that is not told": Fault(
         "looped_rows_sm90.cu", "barrier_arrive(memory_.decided());", "", ALL_WAIT

@@ -20,7 +20,7 @@ from loopmdm_kernels.cuda.targets import SM90
 from loopmdm_kernels.cuda.weights import PackedWeights
 from loopmdm_kernels.schedule import BlockShape, Plan, build, choose, choose_backward
 from loopmdm_kernels.schedule.cost import KEY_BLOCKS, STEP, key_block
-from loopmdm_kernels.schedule.rows import ROWS
+from loopmdm_kernels.schedule.rows import ROWS, places
 from loopmdm_kernels.testing import head_inputs, row_rng
 from loopmdm_kernels.types import Head
 from tests.cuda import emulated, emulated_head
@@ -100,10 +100,13 @@ def rows(name: str) -> list[Launch]:
     buffers.stop.fill_(loops)
     layouts = looped_rows.map_layouts(plan, buffers, packed)
     boxes = {getattr(looped_rows.Parameters, field).offset: _box(each) for field, each in layouts.items()}
-    # Behind the ring and what boxes bring: rows, queries, weights of attention or activations.
-    operand, keys = 128 * ROWS * shape.hidden // STEP, ROWS * plan.blocks
-    first = ATOM * 2 + plan.stages * plan.stage_bytes + 2 * 128 * keys * shape.hidden // STEP
-    made = range(first, first + 2 * operand + 128 * ROWS * shape.mlp // STEP)
+    # Queries; rows, and weights of attention or activations.
+    beside, at = ATOM * 2 + plan.stages * plan.stage_bytes, places(shape, plan.blocks, plan.groups)
+    operand = 128 * ROWS * shape.hidden // STEP
+    made = {
+        *range(beside + at.queries, beside + at.queries + operand),
+        *range(beside + at.rows, beside + at.wide + 128 * ROWS * shape.mlp // STEP),
+    }
     return [
         Launch(
             bytes(looped_rows.pack_parameters(buffers, exit_threshold)),

@@ -76,10 +76,10 @@ def test_descriptors_are_those_that_triton_writes(tmp_path):
     found = hopper.described_by_triton("attention")
     loaded = hopper.device_functions(tmp_path)
     high = 0xFFFFFFFF00000000
-    assert found["inner"]["fields"] == [loaded.inner_major_c(0, 0, 128) & high]
+    assert found["inner"]["fields"] == [loaded.inner_major_c(0, 0, 128, 1) & high]
     assert found["outer"]["fields"] == [loaded.outer_major_c(0, 128 * 128, 0, 128) & high]
     for size in (16, 32):
-        assert found[f"inner of {size}"]["fields"] == [loaded.inner_major_c(0, 0, 2 * size) & high]
+        assert found[f"inner of {size}"]["fields"] == [loaded.inner_major_c(0, 0, 2 * size, 1) & high]
         # The probabilities have a descriptor too: 128 columns, like the first of all.
         values = loaded.outer_major_c(0, 128 * 2 * size, 0, 2 * size) & high
         assert set(found[f"outer of {size}"]["fields"]) == {values, *found["inner"]["fields"]}

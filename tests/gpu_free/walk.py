@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ class Launch(NamedTuple):
     walked: int  # blocks of one cluster
     memory: dict[int, bytes]  # global memory, by address; all else is zero, and a counter
     threads: int = 384  # of a block
-    made: range = range(0)  # of shared memory, where threads make operands
+    made: Container[int] = ()  # of shared memory, where threads make operands
     rare: int = 0  # barriers of a block that one round is enough of
 
 

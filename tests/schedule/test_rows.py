@@ -74,7 +74,10 @@ def test_a_loop_takes_what_its_weights_take_to_stream_by():
 def test_a_loop_takes_what_nothing_can_overlap():
     """Products out of shared memory, the hand-over and the meetings, where loads take no time."""
     device = Device(sm_bytes=1e18, l2_bytes=1e21)
-    read = (24 * 128 * 128 + 4 * 88 * 128) / device.shared_read_bytes
-    queries = 2 * 128 * 128 / device.shared_read_bytes  # made while keys are on their way
-    layer = read - queries + device.cluster_wait_seconds + 12 * device.meet_seconds
+    # Values and queries are made while keys are on their way, values are sent while keys are met.
+    read = (20 * 128 * 128 + 4 * 88 * 128) / device.shared_read_bytes
+    layer = read + device.cluster_wait_seconds + 10 * device.meet_seconds
     assert rows_plan(SUDOKU, device, 1).loop_seconds == pytest.approx(2 * layer, rel=0.01)
+    # Heads of 64: keys meet once more before they are rotated.
+    wide_heads = rows_plan(SUDOKU._replace(heads=2), device, 1).loop_seconds
+    assert wide_heads == pytest.approx(2 * (layer + device.meet_seconds), rel=0.01)
