@@ -1,7 +1,7 @@
 """`make gpu`: checks the kernels on a GPU and times them beside their peers, the most important first.
 
     python -m bench.gpu              6.5 minutes; results go to bench/results, or --out FOLDER
-    python -m bench.gpu --quick      the first three minutes of it (`make gpu-quick`)
+    python -m bench.gpu --quick      the most important four minutes of it (`make gpu-quick`)
     python -m bench.gpu --dry-run    without a GPU: every path of this script, interpreted, on tiny tensors
 
 Status 1: a check failed or a target was missed. docs/gpu.md says what the outcomes mean.

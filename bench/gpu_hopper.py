@@ -9,6 +9,7 @@ it chooses tiles.
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -24,15 +25,14 @@ from bench.gpu_checks import environment, needs_hopper, run_of, why_no_gpu
 from bench.gpu_times import clock_and_power
 from bench.phases import ROOT, Findings, Phase, Result, Script, main
 from bench.probes import hopper_facts
-from bench.probes.hopper_facts import SMALL, Run
+from bench.probes.hopper_facts import SMALL, SUDOKU, Run
 from bench.run import REAL, Call, Calls, Figure, Figures
 from bench.targets import DRAM_RATIO, HOPPER_TARGETS, LIMIT_SHARES, SUDOKU_SECONDS, TRITON_TARGETS
 from loopmdm_kernels.cuda import driver
-from loopmdm_kernels.schedule import Device, choose, measured
+from loopmdm_kernels.schedule import Device, choose, choose_rows, measured
 
 TOKENS = {**{length: (1, length) for length in (32, 128, 256, 512, 1024, 4096)}, 16384: (16, 1024)}
 OURS = ("cuda", "triton")
-FIRST_BOX_SECONDS = 0.7e-6  # of a wait, once its counter is seen: the way of the first box from L2
 
 
 def beside_peers(tokens: int, run: Run) -> Iterator[Figures]:
@@ -143,9 +143,11 @@ HEAD_PHASES = {
     },
     "masked_cross_entropy": Phase(cross_entropy, 90),
 }
+# What the cost model assumes comes first.
+ASSUMED = ("barriers", "l2_reads", "products", "gaps", "multicast", "attention_peers", "narrow_blocks")
 FACTS = {
-    name: Phase(partial(fact, getattr(hopper_facts, name)), 25)
-    for name in ("barriers", "l2_reads", "products", "gaps", "clusters", "multicast", "attention_peers")
+    name: Phase(partial(fact, getattr(hopper_facts, name)), 25, quick=name in ASSUMED)
+    for name in (*ASSUMED, "clusters")
 }
 PHASES = {
     "environment": Phase(environment, 30, quick=True),
@@ -168,23 +170,31 @@ def ceilings(figures: Mapping[str, Findings]) -> dict[str, float]:
         known = figures.get(phase, {}).items()
         return max((work(name, value) for name, value in known if isinstance(value, float)), default=None)
 
-    def wait(name: str) -> float | None:
-        """The probe signals and polls; what it does not do is wait for the box that then is loaded."""
-        seconds = hopper_facts.scaled(figures.get("barriers", {}).get(name), 1e-6)
-        return seconds + FIRST_BOX_SECONDS if isinstance(seconds, float) else None
+    def seconds(phase: str, name: str) -> float:
+        """NaN where there is no figure."""
+        value = figures.get(phase, {}).get(name)
+        return 1e-6 * value if isinstance(value, float) else math.nan
 
+    sm_bytes = figures.get("l2_reads", {}).get("one SM")
+    step, plan = seconds("narrow_blocks", "step"), choose_rows(SUDOKU)
+    assert plan is not None
+    sent = plan.handed_over_bytes(SUDOKU) / sm_bytes if isinstance(sm_bytes, float) else math.nan
     found = {
         "product_flops": best("products", lambda name, seconds: flops[name] / seconds),
         "attention_flops": best("attention_peers", lambda _, seconds: attention / seconds),
         "l2_bytes": best("l2_reads", lambda name, value: value if name != "one SM" else 0.0),
-        "sm_bytes": figures.get("l2_reads", {}).get("one SM"),
-        "wait_seconds": wait("row counters"),
-        "cluster_wait_seconds": wait(f"cluster of {Device().cluster}"),
+        "sm_bytes": sm_bytes,
+        # The probe signals and polls; what then is loaded comes behind.
+        "wait_seconds": seconds("barriers", "row counters") + seconds("narrow_blocks", "box"),
+        "cluster_wait_seconds": seconds("narrow_blocks", "hand-over") - step - sent,
+        "shared_read_bytes": figures.get("narrow_blocks", {}).get("bytes of products"),
+        "meet_seconds": step,
+        "node_seconds": seconds("gaps", "in order"),
     }
     alone, pairs = (figures.get("multicast", {}).get(name) for name in ("alone", "pairs"))
     if isinstance(alone, float) and isinstance(pairs, float):  # bytes that reach all SMs, in a second
         found["multicast_cost"] = min(max(2 * alone / pairs, 1.0), 2.0)
-    return {name: value for name, value in found.items() if isinstance(value, float)}
+    return {name: value for name, value in found.items() if isinstance(value, float) and value > 0}
 
 
 def verdicts(figures: Mapping[str, Findings]) -> dict[str, bool | None]:

@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from bench import attention
 from bench.run import Calls, Figure, Figures
 from bench.run import Run as GpuRun
-from loopmdm_kernels.cuda import compiler, driver, targets, tensor_maps
-from loopmdm_kernels.schedule import BlockShape
+from loopmdm_kernels.cuda import compiler, driver, looped_rows, targets, tensor_maps, weights
+from loopmdm_kernels.schedule import BlockShape, RowsPlan, choose_rows
+from loopmdm_kernels.testing import looped_inputs
 
 HERE = Path(__file__).parent
 SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=2)
+SUDOKU = BlockShape(batch=1, length=81, hidden=128, heads=4, mlp=512, layers=2)
 WEIGHT_BYTES = 2 * SMALL.layers * SMALL.hidden * (4 * SMALL.hidden + 2 * SMALL.mlp)
 PRODUCTS = {"qkv": (768, 2304), "attn_out": (768, 768), "mlp_in": (768, 3072), "mlp_out": (3072, 768)}
 ATTENTION = (8, 12, 1024, 64)  # batch, heads, length, head size
@@ -33,6 +35,7 @@ ROUNDS = 1000  # of a barrier
 READS = 20  # of all weights
 CHAIN = 100  # kernels
 REPEATS = 10  # of a call in a graph
+PIECES = ("multiply_stages", "step_twice", "hand_over_both", "load_boxes")
 CLUSTERS = (2, 4, 8, 16)
 STAGE_ROWS, ROW_BYTES = 128, 128  # as in hopper_multicast.cu
 RING_BYTES = 8 * STAGE_ROWS * ROW_BYTES + 1024
@@ -56,6 +59,14 @@ class SharedReads(ctypes.Structure):
         ("stages", ctypes.c_int32),
         ("rounds", ctypes.c_int32),
         ("unused", ctypes.c_uint8 * 56),  # the map's alignment is 64
+    )
+
+
+class Pieces(ctypes.Structure):
+    _fields_ = (
+        ("kernel", looped_rows.Parameters),
+        ("rounds", ctypes.c_int32),
+        ("unused", ctypes.c_uint8 * 60),  # the alignment is 64
     )
 
 
@@ -88,17 +99,16 @@ class Run(GpuRun):
         source: str = "hopper_probes.cu",
         *,
         shared_bytes: int = 0,
-        includes: Sequence[Path] = (),
+        options: Sequence[str] = (),
     ) -> Any:
         """A kernel of the probes, compiled in any case."""
-        cubin = _cubin(source, tuple(includes))
+        cubin = _cubin(source, tuple(options))
         return NotLaunched() if self.dry else driver.Kernel(cubin, name, shared_bytes)
 
 
 @cache
-def _cubin(source: str, includes: tuple[Path, ...]) -> bytes:
-    options = ["-std=c++17", *(f"-I{folder}" for folder in includes)]
-    return compiler.with_nvrtc(HERE / source, options, targets.SM90.architecture)
+def _cubin(source: str, options: tuple[str, ...]) -> bytes:
+    return compiler.with_nvrtc(HERE / source, ["-std=c++17", *options], targets.SM90.architecture)
 
 
 def cuda_headers() -> list[Path]:
@@ -132,7 +142,8 @@ def barriers(run: Run) -> Figures:
     missing: Figures = {} if headers or run.dry else {"grid sync": "CUDA's headers are not installed"}
     if headers:
         try:  # of no other probe's business: the headers may be those of another version
-            probe = run.probe("meet_by_grid_sync", "hopper_grid_sync.cu", includes=headers)
+            options = [f"-I{folder}" for folder in headers]
+            probe = run.probe("meet_by_grid_sync", "hopper_grid_sync.cu", options=options)
             cases["grid sync"] = (probe, sms, 1)
         except RuntimeError as error:
             missing["grid sync"] = str(error).splitlines()[0]
@@ -205,6 +216,46 @@ def multicast(run: Run) -> Figures:
 
     times = run.seconds({name: reading(name, size) for name, size in SHARING.items()})
     return {name: rate(READS * blocks[name] * WEIGHT_BYTES, seconds) for name, seconds in times.items()}
+
+
+def narrow_buffers(
+    shape: BlockShape, plan: RowsPlan, device: torch.device | str
+) -> tuple[looped_rows.Buffers, tensor_maps.Layout]:
+    """What the pieces read and write, and the map of keys and values."""
+    inputs = looped_inputs(1, shape.length, shape.hidden, shape.heads, num_blocks=shape.layers)
+    inputs = inputs.to(torch.bfloat16, device=device)
+    packed = weights.packed(inputs.blocks)
+    given = (inputs.x.float(), packed, inputs.modulation, 1, inputs.rotary, None)
+    buffers = looped_rows.Buffers.allocate(plan, *given)
+    for ours in (buffers.affine, buffers.gate):  # which no kernel before has written
+        ours.zero_()
+    return buffers, looped_rows.map_layouts(plan, buffers, packed)["qkv"]
+
+
+def narrow_blocks(run: Run) -> Figures:
+    """Pieces of the kernel for narrow blocks, by themselves: bytes a second that products of eight tokens read
+    out of shared memory; microseconds of a step of all threads, of handing over keys, of loading a box.
+    """
+    plan = choose_rows(SUDOKU)
+    assert plan is not None
+    buffers, keys = narrow_buffers(SUDOKU, plan, run.device)
+    arguments = Pieces(kernel=looped_rows.pack_parameters(buffers, None), rounds=ROUNDS)
+    if not run.dry:
+        arguments.kernel.qkv[:] = tensor_maps.encode(keys)
+    options = [f"-D{name}={value}" for name, value in looped_rows.defines(SUDOKU, plan).items()]
+
+    def piece(name: str) -> Callable[[], Any]:
+        kernel = run.probe(name, "hopper_narrow.cu", shared_bytes=plan.shared_bytes, options=options)
+        kernel.allow_large_clusters()
+        return lambda: kernel.launch(plan.blocks, plan.threads, run.stream, arguments, cluster=plan.blocks)
+
+    times = run.seconds({name: piece(name) for name in PIECES})
+    return {
+        "bytes of products": rate(ROUNDS * plan.stage_bytes, times["multiply_stages"]),
+        "step": scaled(times["step_twice"], 1e6 / ROUNDS / 2),
+        "hand-over": scaled(times["hand_over_both"], 1e6 / ROUNDS / 2),
+        "box": scaled(times["load_boxes"], 1e6 / ROUNDS),
+    }
 
 
 def attention_peers(run: Run) -> Figures:

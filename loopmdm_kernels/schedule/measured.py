@@ -23,6 +23,9 @@ CEILINGS = (  # of `Device`
     "wait_seconds",
     "cluster_wait_seconds",
     "multicast_cost",
+    "shared_read_bytes",
+    "meet_seconds",
+    "node_seconds",
 )
 Table = Mapping[str, Mapping[str, float]]
 

@@ -35,6 +35,10 @@ class RowsPlan(NamedTuple):
     def stage_bytes(self) -> int:
         return 2 * self.features * STEP
 
+    def handed_over_bytes(self, shape: BlockShape) -> int:
+        """Keys of all blocks that a block gets; as many of values."""
+        return 2 * self.blocks * ROWS * shape.hidden
+
     @property
     def features(self) -> int:
         """Of a stage."""
@@ -143,7 +147,7 @@ def _loop_seconds(shape: BlockShape, device: Device, plan: RowsPlan, clusters: i
     product, mlp = shape.hidden // plan.features * panels, shape.mlp // plan.features * panels  # stages
     stages = 4 * product + 2 * mlp
     load, read = plan.stage_bytes / rate, plan.stage_bytes / device.shared_read_bytes
-    keys = 2 * plan.blocks * ROWS * shape.hidden  # bytes; as many of values
+    keys = plan.handed_over_bytes(shape)
     sent = device.cluster_wait_seconds + keys / rate
     keys_read = keys / device.shared_read_bytes
     step = device.meet_seconds

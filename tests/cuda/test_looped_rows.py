@@ -1,13 +1,16 @@
 """The kernel for narrow blocks, all of its threads on the CPU, against the oracle and the kernel by tiles."""
 
+import ctypes
 from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from bench.probes import hopper_facts
+from loopmdm_kernels.cuda import looped_rows
 from loopmdm_kernels.cuda.targets import SM90
-from loopmdm_kernels.schedule import Device, Tiles
+from loopmdm_kernels.schedule import Device, Tiles, choose_rows
 from loopmdm_kernels.testing import assert_matches_oracle
 from tests.cuda import emulated
 from tests.cuda.test_emulated_kernel import Variant, build, check_exits, make, oracle
@@ -144,3 +147,20 @@ def test_weights_are_loaded_once_a_loop(built):
     for loops in (1, 3):
         built.run(inputs, loops)
         assert built.library.loaded_weight_bytes() == loops * built.plan.blocks * of_blocks
+
+
+@pytest.mark.parametrize("name", hopper_facts.PIECES)
+def test_pieces_that_are_timed_come_to_their_end(name, tmp_path):
+    """In a cluster of two, whatever order its threads run in."""
+    shape = hopper_facts.SUDOKU._replace(length=16)
+    plan = choose_rows(shape)
+    source = hopper_facts.HERE / "hopper_narrow.cu"
+    macros = {"LOOPMDM_SOURCE": f'"{source}"', "LOOPMDM_KERNEL": name}
+    library = emulated.compile_source("kernel", looped_rows.defines(shape, plan) | macros, tmp_path)
+    buffers, keys = hopper_facts.narrow_buffers(shape, plan, "cpu")
+    pieces = hopper_facts.Pieces(kernel=looped_rows.pack_parameters(buffers, None), rounds=5)
+    pieces.kernel.qkv[:] = emulated.encode(keys)
+    for seed in range(3):
+        with emulated.placed(pieces, {}) as address:
+            finished = library.run_kernel(ctypes.c_void_p(address), plan.blocks, plan.threads, seed)
+        assert finished, emulated.fault(library)

@@ -9,6 +9,7 @@ import torch
 from bench import gpu_hopper, gpu_small, gpu_times
 from bench.phases import LeftOut
 from bench.probes import hopper_facts
+from loopmdm_kernels.cuda import looped_rows
 from loopmdm_kernels.schedule import Device, choose, measured
 
 TIMES = {32: (4.0, 2.0), 128: (4.0, 2.1), 512: (4.0, 2.0), 1024: (4.0, 2.0)}  # torch.compile, cuda
@@ -35,11 +36,11 @@ def test_verdicts():
     for tokens, (peer, ours) in TIMES.items():
         figures[f"T{tokens}"] = {"torch.compile": {"ms": peer}, **times(cuda=ours, triton=2.05)}
     device = Device(
-        product_flops=100e6, attention_flops=50e6, l2_bytes=1e6, sm_bytes=1e4, multicast_cost=1.25
-    )
-    box = gpu_hopper.FIRST_BOX_SECONDS
-    waits = {"wait_seconds": 0.1e-6 + box, "cluster_wait_seconds": 0.02e-6 + box}
-    device = device._replace(**waits)
+        product_flops=100e6, attention_flops=50e6, l2_bytes=1e6, sm_bytes=1e4, multicast_cost=1.25,
+        wait_seconds=0.9e-6, cluster_wait_seconds=0.7e-6, shared_read_bytes=3e4, meet_seconds=0.1e-6,
+        node_seconds=1.2e-6,
+    )  # fmt: skip
+    keys = 2 * 88 * 128  # bytes that a block gets, beside what it waits for
     for tokens, share in ((128, 0.61), (1024, 0.69)):
         limit = 12e3 * choose(gpu_hopper.SMALL._replace(length=tokens), device).limit_seconds
         figures[f"T{tokens}"] = {
@@ -52,7 +53,11 @@ def test_verdicts():
         },
         "attention_peers": {"flash": 4 * 8 * 12 * 1024 * 1024 * 64 / 50e6, "FA3": "not installed"},
         "l2_reads": {"plain": 0.5e6, "kept": 1e6, "one SM": 1e4},
-        "barriers": {"row counters": 0.1, "cluster of 16": 0.02},
+        "barriers": {"row counters": 0.1, "cluster of 16": "no room"},
+        "gaps": {"in order": 1.2, "launched early": 0.9},
+        "narrow_blocks": {
+            "bytes of products": 3e4, "step": 0.1, "hand-over": 0.8 + 1e6 * keys / 1e4, "box": 0.8
+        },
         "multicast": {"alone": 1e6, "pairs": 1.6e6, "fours": "no room"},
         "sudoku": times(cuda=0.149, **{"reference, eager": 5.0}),
         "dram_bytes": {"S1": 100.0, "S24": 109.0},
@@ -60,6 +65,11 @@ def test_verdicts():
     found = gpu_hopper.ceilings(figures)
     assert set(found) == set(measured.CEILINGS)
     assert Device()._replace(**found)._asdict() == pytest.approx(device._asdict())
+    del figures["narrow_blocks"]["step"]  # of which another ceiling is a part
+    assert set(measured.CEILINGS) - set(gpu_hopper.ceilings(figures)) == {
+        "cluster_wait_seconds",
+        "meet_seconds",
+    }
     found = gpu_hopper.verdicts(figures)
     assert found["T32: 2.0 times torch.compile"] is True
     assert found["T512: no slower than Triton"] is True and found["T4096: no slower than Triton"] is None
@@ -111,6 +121,9 @@ def test_the_probes_read_their_arguments_where_they_are_written():
     assert offsets == [0, 8, 16, 24, 32] and ctypes.sizeof(hopper_facts.Arguments) == 40
     fields = hopper_facts.SharedReads
     assert [fields.stages.offset, fields.rounds.offset, ctypes.sizeof(fields)] == [128, 132, 192]
+    kernel = ctypes.sizeof(looped_rows.Parameters)
+    assert kernel % 64 == 0 and hopper_facts.Pieces.rounds.offset == kernel
+    assert ctypes.sizeof(hopper_facts.Pieces) == kernel + 64
 
 
 def test_tools_are_called_and_heard(monkeypatch):

@@ -8,9 +8,9 @@ namespace loopmdm {
 
 namespace looped_rows {
 
-class Layers {
-  using Sums = float[kTiles][4];  // of a product with D results
+using Sums = float[kTiles][4];  // of a product with D results
 
+class Layers {
  public:
   __device__ Layers(const KernelParameters& p, const Memory& memory)
       : p_(p), memory_(memory), base_(memory.base), warp_(static_cast<int>(threadIdx.x) / 32) {}
@@ -37,7 +37,8 @@ class Layers {
     });
   }
 
- private:
+  // bench/probes/hopper_narrow.cu times pieces of it.
+ protected:
   // Of the whole batch.
   __device__ int64_t matrix() const { return static_cast<int64_t>(p_.batch) * p_.length * kHidden; }
   // Where a warp has whole rows: each of them, by its number, while it is one of the sequence's.
