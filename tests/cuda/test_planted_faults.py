@@ -273,7 +273,7 @@ ROWS = {
         "looped_rows_sm90.cu", "barrier_wait(memory_.arrived(1), parity);", "", EARLY_READ
     ),
     "values that tell that keys are there": Fault(
-        "looped_rows_sm90.cu", "memory_.arrived([[kKind]])", "0", f"{EARLY_READ}|{ALL_WAIT}"
+        "looped_rows_sm90.cu", "memory_.arrived([[kKind]])", "0", f"{EARLY_READ}|{EARLY_COPY}|{ALL_WAIT}"
     ),
     "keys that are sent before all are stored": Fault(
         "looped_rows_sm90.cu",
@@ -318,8 +318,8 @@ ROWS = {
     "queries that are rotated without proxy fence": Fault(
         "looped_rows_sm90.cu", "[[shared_proxy_fence();]]\n    meet_all();\n    const uint32_t parity", "", HIDDEN
     ),
-    "turns of the next token": Fault("looped_rows_sm90.cu", "turns_[kTurnsInThread ? 0 : i / 2][[[i % 2]]]", "0"),
-    "features that are not every second eight": Fault("rows_product_sm90.cuh", "kApart * (row(i) / 8)", "row(i) / 8"),
+    "turns of the next token": Fault("looped_rows_sm90.cu", "first_token() + [[seat_.token(i)]], p_", "seat_.token(0)"),
+    "features that are not every second eight": Fault("rows_product_sm90.cuh", "kApart * (row(i) / 8)", "row(i) / 8", f"values|{UNORDERED_STORE}"),
     "an activation before its product": Fault(
         "rows_product_sm90.cuh", "work([[tile - 1]], step);", "tile", f"{NOT_WAITED}|values"
     ),

@@ -24,7 +24,7 @@ def test_contract(name, built):
     counts = hopper.assert_as_declared(cubin, expected)
     assert counts["UTMALDG.3D"] == 5, "weights of each product"
     assert counts["UTMALDG.3D.MULTICAST"] == 2 * builds.ROWS_SHAPES[name].hidden // 64, "keys and values"
-    assert counts["FENCE.VIEW.ASYNC.G"] == 2, "on either side of the meeting before keys are sent"
+    assert counts["FENCE.VIEW.ASYNC.G"] == 4, "on either side of the meetings before keys and values are sent"
     assert counts["FENCE.VIEW.ASYNC.S"] > 1
     assert counts["UCGABAR_ARV"] == counts["UCGABAR_WAIT"] == 2, "before the first and behind the last"
 

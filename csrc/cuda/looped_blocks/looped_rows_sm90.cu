@@ -210,7 +210,7 @@ class Layers {
     proxy_fence();
     meet_all();
     if (warp_ > 0) return;
-    if (kKind == 0) Ring::wait_together(memory_.free(), (applications_ & 1) ^ 1);
+    Ring::wait_together(memory_.free(), (applications_ & 1) ^ 1);
     proxy_fence();
     if (!elected()) return;
     const uint32_t arrived = memory_.arrived(kKind);
