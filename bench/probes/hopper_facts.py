@@ -233,8 +233,8 @@ def narrow_buffers(
 
 
 def narrow_blocks(run: Run) -> Figures:
-    """Pieces of the kernel for narrow blocks, by themselves: bytes a second that products of eight tokens read
-    out of shared memory; microseconds of a step of all threads, of handing over keys, of loading a box.
+    """Pieces of the kernel for narrow blocks: bytes a second that products of eight tokens read out of shared
+    memory; microseconds of a step of all threads, of handing over keys, of loading a box.
     """
     plan = choose_rows(SUDOKU)
     assert plan is not None

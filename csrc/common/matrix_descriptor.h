@@ -7,7 +7,8 @@
 
 namespace loopmdm {
 
-// `row_bytes`: of a panel, which is as wide as its swizzle. Eight rows are an atom; every `apart`-th is taken.
+// `row_bytes`: of a panel, which is as wide as its swizzle. Eight rows are an atom, every `apart`-th is
+// taken.
 LOOPMDM_HD uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t row_bytes,
                                       uint32_t apart = 1) {
   const uint64_t kind = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;

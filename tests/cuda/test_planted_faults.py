@@ -311,15 +311,22 @@ ROWS = {
     ),
     "rows that are normalised without proxy fence": Fault(
         "looped_rows_sm90.cu",
-        "      }\n    }\n    [[shared_proxy_fence();]]\n    meet_all();\n  }\n\n  __device__ uint32_t turn_at",
+        "    }\n    [[shared_proxy_fence();]]\n    meet_all();\n  }\n\n  __device__ uint32_t turn_at",
         "",
         HIDDEN,
     ),
     "queries that are rotated without proxy fence": Fault(
-        "looped_rows_sm90.cu", "[[shared_proxy_fence();]]\n    meet_all();\n    const uint32_t parity", "", HIDDEN
+        "looped_rows_sm90.cu",
+        "[[shared_proxy_fence();]]\n    meet_all();\n    const uint32_t parity",
+        "",
+        HIDDEN,
     ),
-    "turns of the next token": Fault("looped_rows_sm90.cu", "first_token() + [[seat_.token(i)]], p_", "seat_.token(0)"),
-    "features that are not every second eight": Fault("rows_product_sm90.cuh", "kApart * (row(i) / 8)", "row(i) / 8", f"values|{UNORDERED_STORE}"),
+    "turns of the next token": Fault(
+        "looped_rows_sm90.cu", "first_token() + [[seat_.token(i)]], p_", "seat_.token(0)"
+    ),
+    "features that are not every second eight": Fault(
+        "rows_product_sm90.cuh", "kApart * (row(i) / 8)", "row(i) / 8", f"values|{UNORDERED_STORE}"
+    ),
     "an activation before its product": Fault(
         "rows_product_sm90.cuh", "work([[tile - 1]], step);", "tile", f"{NOT_WAITED}|values"
     ),
@@ -351,8 +358,10 @@ ROWS_ADAPTIVE = {
         "values|all threads wait",
     ),
     "halves of a pair that are read early": Fault(
-        "looped_rows_sm90.cu", "[[meet_all();]]\n#pragma unroll\n      for (int tile = 0; tile < kTiles; ++tile) {",
-        "", f"values|{UNORDERED_STORE}",
+        "looped_rows_sm90.cu",
+        "[[meet_all();]]\n#pragma unroll\n      for (int tile = 0; tile < kTiles; ++tile) {",
+        "",
+        f"values|{UNORDERED_STORE}",
     ),
     "a loader that is not told": Fault(
         "looped_rows_sm90.cu", "barrier_arrive(memory_.decided());", "", ALL_WAIT

@@ -70,14 +70,15 @@ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 // In bytes, from the end of the ring's stages.
 struct Places {
   static constexpr int kKeyBytes = kPanels * kKeys * 128;
-  // Scores are made of whole tiles of keys, and so of what lies behind the last one: nobody may be writing it.
+  // Scores are made of whole tiles of keys, also of what lies behind the last one: nobody may write it then.
   static constexpr int values = 0, keys = values + kKeyBytes;
   static constexpr int queries = keys + kKeyBytes;  // right operand
   static constexpr int stream = queries + kOperandBytes;
   static constexpr int input = stream + 4 * kRows * kPitch;  // of the loop
   static constexpr int statistics = input + 4 * kRows * kPitch;
   static constexpr int statistics_end = statistics + kRows * Widths::kParts * sizeof(PartStatistics);
-  static_assert(keys + 128 * ((kPanels - 1) * kKeys + 64 * kKeyTiles) <= statistics_end, "not what is written");
+  static_assert(keys + 128 * ((kPanels - 1) * kKeys + 64 * kKeyTiles) <= statistics_end,
+                "not what is written");
   static constexpr int rows = atoms(statistics_end);  // right operand, normalised; mixed values
   static constexpr int wide = rows + kOperandBytes;   // weights of attention; activations of the MLP
   static constexpr int wide_bytes = larger(kGroups * kWeightBytes, kMlp / kStep * kRows * 128);
