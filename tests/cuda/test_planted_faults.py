@@ -185,6 +185,10 @@ ADAPTIVE = {
     ),
 }  # fmt: skip
 PAIRS = {
+    "the last part of a sum for all of them": Fault("products.cuh", "sums[i] += own[i];", "sums[i] = own[i];"),
+    "one part of a tile that has them all": Fault(
+        "loader_sm90.cuh", "Config::kMlpOutInner", "Config::kMlp / Config::kMlpOutParts", ALL_WAIT
+    ),
     "no wait for the inputs": WAITS["no wait for the inputs"],
     "a signal of one block for both": Fault(
         "progress.cuh", "generation([[Config::kPair * item.wait_count]], loop)", "item.wait_count", UNORDERED
