@@ -28,7 +28,9 @@ BACKWARD_TILES = (64, 128, 192, 256)  # columns; the last ones for pairs
 BATCHES = (1, 2, 4, 8, 512)
 NORM_PARTS = (16, 32, 64, 128)  # rows that go through a norm together
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
-MOST_TWICE = 192  # columns of a group of warps that has room for the sums of a part beside those of all
+# Columns of a group of warps that has registers for the sums of a part beside those of all: where it normalises
+# rows in registers, and where it does not.
+MOST_TWICE = {False: 96, True: 192}
 
 
 class Plan(NamedTuple):
@@ -208,7 +210,7 @@ def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, pa
     in_parts = tiles._replace(mlp_out_parts=parts)
     mlp_out = _choices(shape, device, in_parts, "mlp_out", widths.out, Forward.MLP_OUT, Forward.MLP_SUM)
     if parts > 1 and device.has_wide_tiles:
-        fitting = tuple(n for n in widths.out if n <= MOST_TWICE * rows.halves)
+        fitting = tuple(n for n in widths.out if n <= MOST_TWICE[rows.norms] * rows.halves)
         together = in_parts._replace(apart=False)
         mlp_out = [*mlp_out, *_choices(shape, device, together, "mlp_out", fitting, Forward.MLP_OUT)]
     products = {
