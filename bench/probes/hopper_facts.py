@@ -35,6 +35,7 @@ ROUNDS = 1000  # of a barrier
 READS = 20  # of all weights
 CHAIN = 100  # kernels
 REPEATS = 10  # of a call in a graph
+PIECE_ROUNDS = 10_000  # a launch is a small part of them
 PIECES = ("multiply_stages", "step_twice", "hand_over_both", "load_boxes")
 CLUSTERS = (2, 4, 8, 16)
 STAGE_ROWS, ROW_BYTES = 128, 128  # as in hopper_multicast.cu
@@ -232,6 +233,10 @@ def narrow_buffers(
     return buffers, looped_rows.map_layouts(plan, buffers, packed)["qkv"]
 
 
+def narrow_options(plan: RowsPlan) -> list[str]:
+    return [f"-D{name}={value}" for name, value in looped_rows.defines(SUDOKU, plan).items()]
+
+
 def narrow_blocks(run: Run) -> Figures:
     """Pieces of the kernel for narrow blocks: bytes a second that products of eight tokens read out of shared
     memory; microseconds of a step of all threads, of handing over keys, of loading a box.
@@ -239,22 +244,22 @@ def narrow_blocks(run: Run) -> Figures:
     plan = choose_rows(SUDOKU)
     assert plan is not None
     buffers, keys = narrow_buffers(SUDOKU, plan, run.device)
-    arguments = Pieces(kernel=looped_rows.pack_parameters(buffers, None), rounds=ROUNDS)
+    arguments = Pieces(kernel=looped_rows.pack_parameters(buffers, None), rounds=PIECE_ROUNDS)
     if not run.dry:
         arguments.kernel.qkv[:] = tensor_maps.encode(keys)
-    options = [f"-D{name}={value}" for name, value in looped_rows.defines(SUDOKU, plan).items()]
 
     def piece(name: str) -> Callable[[], Any]:
+        options = narrow_options(plan)
         kernel = run.probe(name, "hopper_narrow.cu", shared_bytes=plan.shared_bytes, options=options)
         kernel.allow_large_clusters()
         return lambda: kernel.launch(plan.blocks, plan.threads, run.stream, arguments, cluster=plan.blocks)
 
     times = run.seconds({name: piece(name) for name in PIECES})
     return {
-        "bytes of products": rate(ROUNDS * plan.stage_bytes, times["multiply_stages"]),
-        "step": scaled(times["step_twice"], 1e6 / ROUNDS / 2),
-        "hand-over": scaled(times["hand_over_both"], 1e6 / ROUNDS / 2),
-        "box": scaled(times["load_boxes"], 1e6 / ROUNDS),
+        "bytes of products": rate(PIECE_ROUNDS * plan.stage_bytes, times["multiply_stages"]),
+        "step": scaled(times["step_twice"], 1e6 / PIECE_ROUNDS / 2),
+        "hand-over": scaled(times["hand_over_both"], 1e6 / PIECE_ROUNDS / 2),
+        "box": scaled(times["load_boxes"], 1e6 / PIECE_ROUNDS),
     }
 
 

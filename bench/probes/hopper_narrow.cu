@@ -16,8 +16,13 @@ class Probed : public Layers {
   __device__ Probed(const Pieces& given, const Memory& memory)
       : Layers(given.kernel, memory), rounds_(given.rounds) {}
 
-  // A stage of weights times eight tokens, for each of the ring's stages in turn.
+  // A stage of weights, all of them zeros, times eight tokens, for each of the ring's stages in turn.
   __device__ void multiply_stages() const {
+    for (uint32_t i = 16 * threadIdx.x; i < Places::end + LOOPMDM_STAGES * kStageBytes;
+         i += 16 * kComputeThreads)
+      store_shared_four(memory_.ring.stage({0, 0}) + i, make_uint4(0, 0, 0, 0));
+    shared_proxy_fence();
+    meet_all();
     float sums[4];
     clear(sums);
     RingPlace place{0, 0};
@@ -36,12 +41,15 @@ class Probed : public Layers {
     }
     products_wait<0>();
     pin(sums);
+    // Without a reader the compiler leaves the products out.
+    store_shared_float(base_ + Places::sums + 4 * threadIdx.x, sums[0] + sums[1] + sums[2] + sums[3]);
   }
 
   // Two steps of all threads: gate and residual, norm and modulation.
   __device__ void step_twice() const {
     Sums sums;
     sum_up(sums);
+    enter();
 #pragma unroll 1
     for (int round = 0; round < rounds_; ++round) {
       add_to_stream(sums, p_.mlp_out_bias, p_.gate);

@@ -220,7 +220,8 @@ def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kern
     plan = choose(shape, known)
     kernel = _loaded(target, shape, plan, device)
     if plan.pair > 1 and not kernel.active_clusters(plan.pair, target.threads):
-        plan = choose(shape, known._replace(cluster=1))  # no part of this GPU has two SMs
+        # No part of this GPU has two SMs. The sums are those of other batches, which may have no pairs.
+        plan = choose(shape, known._replace(cluster=1), plan.tiles.mlp_out_parts)
         kernel = _loaded(target, shape, plan, device)
     return kernel, plan, limits
 

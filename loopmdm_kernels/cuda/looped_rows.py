@@ -80,7 +80,7 @@ class Buffers(NamedTuple):
     input: Tensor
     output: Tensor
     stream_values: Tensor | None  # fp32 [S + 1, B, L, D], where the loops' inputs are kept
-    qkv_values: Tensor  # bf16 [2, B, L, 2 D]
+    qkv_values: Tensor  # bf16 [B, L, 2 D]: keys and values
     change: Tensor  # fp32 [B, blocks, 2]
     affine: Tensor  # fp32 [n, 1 or B, 2, D / 2, 4]
     gate: Tensor  # fp32 [n, 1 or B, 2, D]
@@ -112,7 +112,7 @@ class Buffers(NamedTuple):
 
         return cls(
             stream_values=empty(1 + most_loops(num_loops), batch, length, hidden) if keep else None,
-            qkv_values=empty(2, batch, length, 2 * hidden, dtype=torch.bfloat16),
+            qkv_values=empty(batch, length, 2 * hidden, dtype=torch.bfloat16),
             change=empty(batch, plan.blocks, 2),
             **of_call(x, weights, modulation, rotary, key_mask, batch),  # a counter a sequence
         )
@@ -126,7 +126,7 @@ def counters_of(batch: int, *, adaptive: bool) -> Counted:
 def map_layouts(plan: RowsPlan, buffers: Buffers, weights: PackedWeights) -> dict[str, tensor_maps.Layout]:
     """Tensors and boxes of the kernel's maps."""
     boxes = {f"{name}_weight": (getattr(weights, name), plan.features) for name in MATRICES}
-    boxes["qkv"] = buffers.qkv_values.flatten(0, 1), ROWS
+    boxes["qkv"] = buffers.qkv_values, ROWS
     return {name: tensor_maps.layout(*box) for name, box in boxes.items()}
 
 

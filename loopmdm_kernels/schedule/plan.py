@@ -28,8 +28,8 @@ BACKWARD_TILES = (64, 128, 192, 256)  # columns; the last ones for pairs
 BATCHES = (1, 2, 4, 8, 512)
 NORM_PARTS = (16, 32, 64, 128)  # rows that go through a norm together
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
-# Columns of a group of warps that has registers for the sums of a part beside those of all: where it normalises
-# rows in registers, and where it does not.
+# Columns of a group of warps that has registers for the sums of a part beside those of all; True: rows are
+# normalised by phases of their own.
 MOST_TWICE = {False: 96, True: 192}
 
 
@@ -102,13 +102,20 @@ class _Widths(NamedTuple):
     mlp_in: tuple[int, ...]
 
 
-def choose(shape: BlockShape, device: Device = Device()) -> Plan:  # noqa: B008 - immutable
+def choose(
+    shape: BlockShape,
+    device: Device = Device(),  # noqa: B008 - immutable
+    parts: int | None = None,
+) -> Plan:
     """The fastest plan by the model, for the next of `BATCHES`: these are all kernels that a length has.
+
+    Args:
+        parts: of MLP_OUT, where another plan has decided about them.
 
     Raises:
         ValueError: the tiles divide a width in no way.
     """
-    return _plan(shape, device, _choose(tiled_batch(shape), device).tiles)
+    return _plan(shape, device, _choose(tiled_batch(shape), device, parts).tiles)
 
 
 def tiled_batch(shape: BlockShape) -> BlockShape:
@@ -117,7 +124,7 @@ def tiled_batch(shape: BlockShape) -> BlockShape:
     return shape._replace(batch=batch)
 
 
-def _choose(shape: BlockShape, device: Device) -> Plan:
+def _choose(shape: BlockShape, device: Device, parts: int | None) -> Plan:
     fitting = {
         rows: widths for rows in _rows_of(shape, device) if all(widths := _widths(shape, device, rows))
     }
@@ -126,7 +133,7 @@ def _choose(shape: BlockShape, device: Device) -> Plan:
             f"no tiles of {ROW_TILES} rows by {COLUMN_TILES} columns divide the widths of {shape}; "
             "with 64 rows a tile is two halves, and a tile of q, k and v holds whole heads"
         )
-    plan = _fastest_of_all(shape, device, fitting, _parts(shape, device, fitting))
+    plan = _fastest_of_all(shape, device, fitting, parts or _parts(shape, device, fitting))
     if plan.stages < 2:
         raise ValueError(
             f"two stages of {plan.stage_bytes} bytes do not fit the {device.shared_bytes} bytes of shared "
@@ -181,8 +188,8 @@ def _parts(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths]) 
     """Into how many parts MLP_OUT is cut.
 
     A sum has other bits for each number of them. It is a function of the sequence alone, so that what a row
-    gives does not depend on its batch: what they save one sequence shall be more than they cost sixteen, whose
-    tiles go through one part after the other.
+    gives does not depend on its batch: what they save one sequence shall be more than they cost sixteen,
+    whose tiles go through one part after the other.
     """
 
     def seconds(parts: int) -> float:

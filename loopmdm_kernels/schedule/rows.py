@@ -151,6 +151,7 @@ def _loop_seconds(shape: BlockShape, device: Device, plan: RowsPlan, clusters: i
     sent = device.cluster_wait_seconds + keys / rate
     keys_read = keys / device.shared_read_bytes
     step = device.meet_seconds
+    again = 3 * (panels // plan.groups - 1) * step  # attention of a group's other panels
     rotate = step * (1 if _turns_in_thread(shape, plan.groups) else 2)
 
     loaded, done = 0.0, [0.0] * plan.stages  # of the last stages
@@ -172,7 +173,7 @@ def _loop_seconds(shape: BlockShape, device: Device, plan: RowsPlan, clusters: i
                 loaded += keys / rate
             elif stage == 3 * product:
                 start = max(start + rotate, keys_sent) + keys_read + 2 * step  # the largest; weights
-                start = max(start, values_sent) + keys_read + 2 * step  # their sums; means
+                start = max(start, values_sent) + keys_read + 2 * step + again  # their sums; means
             elif stage == 4 * product:  # residual, norm
                 start += 2 * step
             elif stage == 4 * product + mlp:  # GELU of the last features

@@ -28,8 +28,8 @@ class Variant(NamedTuple):
 
 # 64 rows: groups of warps share columns and heads; 128: rows. Heads of all sizes. Products of fewer stages
 # than the ring has, of more (6 of 4), and of an odd number (3); rings of two stages (sm_86) and of more; the
-# last product whole, in parts and in parts by one tile. Rows normalised once, and two blocks that share tiles of 256 rows, and of
-# 128.
+# last product whole, in parts and in parts by one tile. Rows normalised once, and two blocks that share tiles
+# of 256 rows, and of 128.
 HOPPER = ASSUMED[9, 0]
 VARIANTS = {
     "64 rows": Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2), (128, 4, 2)),

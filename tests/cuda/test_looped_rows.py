@@ -30,6 +30,7 @@ ROWS = {
     "heads of 64, 20 tokens": Rows((128, 2, 2), 20, parts=2),
     "heads of 16, 36 tokens": Rows((64, 4, 4), 36),
     "256 wide, 8 tokens": Rows((256, 8, 2), 8),
+    "heads of 64, 121 tokens": Rows((128, 2, 2), 121),
     "one token": Rows((64, 1, 2), 1),
 }
 

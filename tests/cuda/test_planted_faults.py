@@ -185,7 +185,7 @@ ADAPTIVE = {
     ),
 }  # fmt: skip
 PAIRS = {
-    "the last part of a sum for all of them": Fault("products.cuh", "sums[i] += own[i];", "sums[i] = own[i];"),
+    "the last part for all of them": Fault("products.cuh", "sums[i] += own[i];", "sums[i] = own[i];"),
     "one part of a tile that has them all": Fault(
         "loader_sm90.cuh", "Config::kMlpOutInner", "Config::kMlp / Config::kMlpOutParts", ALL_WAIT
     ),

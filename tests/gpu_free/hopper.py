@@ -31,6 +31,7 @@ SHAPES = {
     "small, 16 x 1024 tokens": BlockShape(16, 1024, 768, 12, 3072, 2),
     "small, 16 x 128 tokens": BlockShape(16, 128, 768, 12, 3072, 2),
     "small, 16 x 512 tokens": BlockShape(16, 512, 768, 12, 3072, 2),  # one tile for the parts of MLP_OUT
+    "1024 wide, 8 x 128 tokens": BlockShape(8, 128, 1024, 16, 4096, 2),  # the same, in pairs of 64 rows
     "heads of 128": BlockShape(1, 1024, 1024, 8, 4096, 2),
     "sudoku, heads of 32": BlockShape(1, 81, 128, 4, 512, 2),
     "sudoku, heads of 64": BlockShape(1, 81, 128, 2, 512, 2),

@@ -10,7 +10,9 @@ sys.path.insert(0, str(HERE))  # tests are imported by path
 import builds  # noqa: E402
 import hopper  # noqa: E402
 
+from bench.probes import hopper_facts  # noqa: E402
 from loopmdm_kernels.cuda import looped_rows  # noqa: E402
+from loopmdm_kernels.schedule import choose_rows  # noqa: E402
 
 
 @pytest.mark.parametrize("name", builds.each("rows"))
@@ -35,3 +37,16 @@ def test_parameters_lie_as_the_kernel_reads_them(tmp_path):
     source = tmp_path / "offsets.cu"
     source.write_text("\n".join(['#include "cuda/looped_blocks/rows_config_sm90.cuh"', *checks]))
     hopper.nvcc_source(str(source), builds.options_of("rows", "16 tokens"), tmp_path / "out")
+
+
+@hopper.needs_nvrtc
+@hopper.needs_cuobjdump
+def test_the_pieces_that_are_timed_are_still_there(tmp_path):
+    """The compiler leaves out products whose sums nobody reads."""
+    plan, cubin = choose_rows(hopper_facts.SUDOKU), tmp_path / "kernel.cubin"
+    options = tuple(hopper_facts.narrow_options(plan))
+    cubin.write_bytes(hopper_facts._cubin("hopper_narrow.cu", options))
+    counts, kernel = hopper.instructions(cubin), builds.CONTRACTS["rows"]["sudoku, heads of 32"]["products"]
+    products = {name: number for name, number in counts.items() if name.startswith("HGMMA")}
+    assert products == {**kernel, "HGMMA.64x8x16.F32.BF16": kernel["HGMMA.64x8x16.F32.BF16"] + 4}
+    assert counts["UTMALDG.3D.MULTICAST"] == 4 + 4 and counts["UTMALDG.3D"] == 5 + 1

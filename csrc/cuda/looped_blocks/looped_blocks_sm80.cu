@@ -7,6 +7,8 @@
 
 namespace loopmdm {
 
+static_assert(Config::kMlpOutTiles == Config::kMlpOutParts, "a tile has one part of MLP_OUT");
+
 __device__ void execute(const KernelParameters& p, Walk& walk) {
   const Seat seat;
   const Instruction& item = walk.item();

@@ -197,12 +197,12 @@ class Layers {
     }
   }
 
-  // Keys (0) or values (1): to global memory, from where they are sent to all blocks of the cluster.
+  // Keys (0) or values (1): to global memory, from where they are sent to all blocks of the cluster. Those of
+  // the layer before have come by then, and nobody else reads what a block stores.
   template <int kKind, int kApart>
   __device__ void hand_over(const Sums& sums) const {
-    const int32_t matrix = (applications_ & 1) * p_.batch + sequence_;
     const int row = seat_.pair_token(), first = kKind * kHidden;
-    uint16_t* const target = p_.qkv_values + line(row, 2 * kHidden, matrix) + first;
+    uint16_t* const target = p_.qkv_values + line(row, 2 * kHidden, sequence_) + first;
     const bool inside = first_token() + row < p_.length;
     round_pairs<kApart>(sums, [&](int feature, uint32_t word) {
       if (inside) store(reinterpret_cast<uint32_t*>(target + feature), word);
@@ -221,9 +221,9 @@ class Layers {
       const uint32_t place = base_ + kPlace + (panel * kKeys + first_token()) * 128;
       const int column = first + kStep * panel;
       if constexpr (kBlocks > 1) {
-        load_box_for_all<kBlocks>(place, &p_.qkv, arrived, column, first_token(), matrix);
+        load_box_for_all<kBlocks>(place, &p_.qkv, arrived, column, first_token(), sequence_);
       } else {
-        load_box(place, &p_.qkv, arrived, column, first_token(), matrix);
+        load_box(place, &p_.qkv, arrived, column, first_token(), sequence_);
       }
     }
   }

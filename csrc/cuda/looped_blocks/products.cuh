@@ -117,9 +117,10 @@ __device__ void project_mlp_out(const Parameters& p, const Instruction& item, in
   }
   const float* const bias = p.mlp_out_bias + item.layer * Config::kHidden;
   const float* const gate = gate_of(p, item.layer, item.sequence, 1);
-  const auto first = [&] { return first_batch<kColumns>(p, item, loop, bias, gate); };
-  StreamBatch batch;
   constexpr bool kAllParts = Config::kMlpOutParts > Config::kMlpOutTiles;
+  constexpr bool kLate = kAllParts && kColumns > 96;  // two sums leave no registers for the stream
+  StreamBatch batch;
+  if constexpr (!kLate) batch = first_batch<kColumns>(p, item, loop, bias, gate);
   if constexpr (kAllParts) {
     clear(sums);
 #pragma unroll 1
@@ -129,15 +130,12 @@ __device__ void project_mlp_out(const Parameters& p, const Instruction& item, in
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) sums[i] += own[i];
     }
-    batch = first();  // with the sums of two parts there are no registers for it before
+  } else if constexpr (Config::kMlpOutTiles > 1) {
+    add_parts<kColumns>(sums, p, item, seat);
   } else {
-    batch = first();
-    if constexpr (Config::kMlpOutTiles > 1) {
-      add_parts<kColumns>(sums, p, item, seat);
-    } else {
-      product(sums);
-    }
+    product(sums);
   }
+  if constexpr (kLate) batch = first_batch<kColumns>(p, item, loop, bias, gate);
   const bool last = p.adaptive && item.layer == Config::kLayers - 1;
   update_stream<kColumns>(sums, batch, p, item, loop, seat, share_of(item, seat), bias, gate, p.statistics1,
                           last ? p.change : nullptr);

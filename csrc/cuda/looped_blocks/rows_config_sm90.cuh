@@ -37,7 +37,7 @@ struct KernelParameters {
   const float* input;         // [B, L, D]
   float* output;              // [B, L, D]
   float* stream_values;       // [S + 1, B, L, D], the inputs of all loops; null if they are not kept
-  uint16_t* qkv_values;       // [2, B, L, 2 D]: keys and values of one layer, and of the next
+  uint16_t* qkv_values;       // [B, L, 2 D]: keys and values of one layer
   float2* change;             // squared norms, [B, kBlocks]
   const float4* affine;       // [n, modulated sequences, 2, D / 2]: gain, gain, shift, shift of two columns
   const float* gate;          // [n, modulated sequences, 2, D]
@@ -50,7 +50,7 @@ struct KernelParameters {
   int32_t* stop;            // [B] loops of each sequence
   int32_t batch, length, modulated_sequences, adaptive;
   float exit_threshold;
-  TensorMap qkv;  // [2 B, L, 2 D] by boxes of 8 rows and 64 columns
+  TensorMap qkv;  // [B, L, 2 D] by boxes of 8 rows and 64 columns
   // [n, out, in], boxes of kFeatures rows and 64 columns
   TensorMap qkv_weight, attn_out_weight, mlp_in_weight, mlp_out_weight;
 };
@@ -100,6 +100,8 @@ struct Barriers {
   uint64_t decided;     // `goes_on` says whether there is one more loop
   uint32_t goes_on;
 };
+
+static_assert(16 * LOOPMDM_STAGES + sizeof(Barriers) <= 1024, "what a block has for barriers");
 
 __device__ inline int rank() { return static_cast<int>(blockIdx.x) % kBlocks; }
 __device__ inline int first_token() { return kRows * rank(); }
