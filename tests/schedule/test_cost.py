@@ -81,7 +81,7 @@ def test_few_tokens_cut_the_inner_dimension():
 
 
 def test_many_tokens_add_the_same_parts_in_one_tile():
-    """To the same bits, and for nothing: no sums wait in memory."""
+    """To the same bits, and by the model for nothing: no sums wait in memory."""
     shape = SMALL._replace(batch=16, length=512)
     plan = choose(shape)
     assert plan.tiles.mlp_out_parts == 3 and not plan.tiles.apart and Forward.MLP_SUM not in plan.phases
