@@ -1,7 +1,7 @@
 """`make gpu`: checks the kernels on a GPU and times them beside their peers, the most important first.
 
-    python -m bench.gpu              6.5 minutes; results go to bench/results, or --out FOLDER
-    python -m bench.gpu --quick      the most important four minutes of it (`make gpu-quick`)
+    python -m bench.gpu              9.4 minutes; results go to bench/results, or --out FOLDER
+    python -m bench.gpu --quick      the most important six minutes of it (`make gpu-quick`)
     python -m bench.gpu --dry-run    without a GPU: every path of this script, interpreted, on tiny tensors
 
 Status 1: a check failed or a target was missed. docs/gpu.md says what the outcomes mean.
@@ -131,6 +131,8 @@ PHASES = {
     "tests of looped_blocks": Phase(tests(("tests/cuda/test_on_gpu.py", "-k", "own", "-x")), 75, quick=True),
     **gpu_hopper.at(128),
     **gpu_hopper.at(1024),
+    **{name: gpu_hopper.FACTS[name] for name in gpu_hopper.ASSUMED},
+    **{name: phase for name, phase in gpu_hopper.PHASES.items() if phase.quick},
     **{name: Phase(partial(gpu_checks.on_triton, names), 40) for name, names in ON_TRITON.items()},
     "triton draws": Phase(gpu_checks.draws, 30),
     "tests of the head": Phase(tests(TESTS["tests of the head"][1]), 60),
