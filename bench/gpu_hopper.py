@@ -152,11 +152,10 @@ FACTS = {
 }
 PHASES = {
     "environment": Phase(environment, 30, quick=True),
-    **at(128), **at(1024), **FACTS, **at(32), **at(512),
+    **at(128), **at(1024), **{name: FACTS[name] for name in ASSUMED}, **at(512),
     "sudoku": Phase(partial(fact, model.sudoku_on_gpu), 60, quick=True),
-    **HEAD_PHASES,
     "training": Phase(training, 90, quick=True),
-    **at(16384), **at(256), **at(4096),
+    **at(4096), **FACTS, **at(32), **HEAD_PHASES, **at(16384), **at(256),
     "dram_bytes": Phase(dram_bytes, 60),
 }  # fmt: skip
 

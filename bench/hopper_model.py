@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.draw_schedule import simulate
+from bench.probes.hopper_facts import SMALL, SUDOKU
 from bench.script import arguments
 from loopmdm_kernels.cuda import looped_blocks, looped_rows, prepare, weights
 from loopmdm_kernels.schedule import (
@@ -34,6 +35,7 @@ from loopmdm_kernels.testing import looped_inputs
 # a poll that sees it (0.3) and the way of the first box from L2 (0.6 to 0.8).
 RANGES = {
     "wait_seconds": (1.0e-6, 2.0e-6),
+    "ahead_share": (0.5, 1.3),  # from the first box of rows on; since the tile before was multiplied
     "cluster_wait_seconds": (0.7e-6, 1.4e-6),
     "shared_read_bytes": (0.12e12, 0.22e12),
     "meet_seconds": (0.06e-6, 0.2e-6),
@@ -45,8 +47,6 @@ RANGES = {
     "node_seconds": (1.0e-6, 2.0e-6),
 }
 Microseconds = Callable[[Device], float]
-SMALL = BlockShape(1, 1024, 768, 12, 3072, 2)
-SUDOKU = BlockShape(1, 81, 128, 4, 512, 2)
 NARROW = {
     "Sudoku": SUDOKU,
     "4 Sudokus": SUDOKU._replace(batch=4),
@@ -162,6 +162,7 @@ def cases() -> list[Case]:
 
 NAMES = {
     "wait_seconds": ("hand-over", 1e-6, "us"),
+    "ahead_share": ("weights meanwhile", 1, "of it"),
     "cluster_wait_seconds": ("in a cluster", 1e-6, "us"),
     "shared_read_bytes": ("shared memory", 1e12, "TB/s"),
     "meet_seconds": ("step of a block", 1e-6, "us"),
@@ -210,10 +211,14 @@ def _chosen(shape: BlockShape, **without: Any) -> Microseconds:
 
 def _whole(shape: BlockShape) -> Microseconds:
     """One loop, MLP_OUT not in parts."""
+    return lambda device: 1e6 * choose(shape, device, parts=1).loop_seconds
+
+
+def _apart(shape: BlockShape) -> Microseconds:
+    """One loop, each part of MLP_OUT a tile of its own."""
 
     def seconds(device: Device) -> float:
-        tiles = choose(shape, device).tiles._replace(mlp_out_parts=1)
-        return plan._plan(shape, device, tiles).loop_seconds
+        return plan._plan(shape, device, choose(shape, device).tiles._replace(apart=True)).loop_seconds
 
     return lambda device: 1e6 * seconds(device)
 
@@ -225,8 +230,14 @@ def mechanism_rows() -> Iterator[list[str]]:
     devices = [assumed._replace(**{field: end}) for field, span in RANGES.items() for end in span]
     few, some, more = (SMALL._replace(length=length) for length in (32, 256, 384))
     many, batch = SMALL, SMALL._replace(batch=16)
+    half, halves = SMALL._replace(length=512), SMALL._replace(batch=16, length=512)
     for name, with_it, without in (
+        ("weights before the rows, 32 tokens", _chosen(few), _chosen(few, ahead_share=0.0)),
+        ("weights before the rows, 1024 tokens", _chosen(many), _chosen(many, ahead_share=0.0)),
         ("parts of MLP_OUT, 32 tokens", _chosen(few), _whole(few)),
+        ("parts of MLP_OUT, 512 tokens", _chosen(half), _whole(half)),
+        ("one tile for all parts, 16 x 512 tokens", _chosen(halves), _apart(halves)),
+        ("parts, 512 x 512 tokens", _chosen(half._replace(batch=512)), _whole(half._replace(batch=512))),
         (
             "wide tiles of rows normalised once, 1024 tokens",
             _chosen(many),

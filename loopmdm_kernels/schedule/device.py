@@ -16,6 +16,7 @@ class Device(NamedTuple):
     l2_bytes: float = 5.5e12
     sm_bytes: float = 0.11e12  # one SM alone: 64 bytes a cycle
     wait_seconds: float = 1.5e-6  # from the last signal of a phase to the first data of the next
+    ahead_share: float = 1.0  # of a wait, in which weights come that do not wait
     # What a byte for both blocks of a pair costs L2, in bytes: 1 if it is read once, 2 if they gain nothing.
     multicast_cost: float = 1.2
     shared_read_bytes: float = 0.2e12  # one SM's, by products of few columns; 128 a cycle at most

@@ -176,7 +176,8 @@ def _widths(shape: BlockShape, device: Device, tiles: _Rows) -> _Widths:
 
 def _behind_wait(cost: PhaseCost, device: Device, stages: int) -> PhaseCost:
     """A phase whose first weights cross the wait before it, as far as such a ring lets them."""
-    return cost.after(device.wait_seconds, max(0, stages - device.spare_stages))
+    ahead = device.ahead_share * device.wait_seconds
+    return cost.after(ahead, max(0, stages - device.spare_stages))
 
 
 def _stages(device: Device, stage: int, kept: int = 0) -> int:

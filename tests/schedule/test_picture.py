@@ -59,5 +59,5 @@ def test_a_range_holds_what_is_assumed_and_moves_the_figures_both_ways():
         assumed = case.microseconds(Device())
         for field, (low, high) in ranges.items():
             ends = [case.microseconds(Device()._replace(**{field: value})) for value in (low, high)]
-            slow, fast = ends if field.endswith(("bytes", "flops")) else reversed(ends)
+            slow, fast = ends if field.endswith(("bytes", "flops", "share")) else reversed(ends)
             assert fast <= assumed <= slow

@@ -29,7 +29,7 @@ struct Seat {
   // The first eight of a stage's features, in eights, of a product that takes every kApart-th.
   template <int kApart = 1>
   __device__ int first_eight() const {
-    static_assert(kApart == 1 || kApart == kGroups, "a group's share, or every so manieth of all");
+    static_assert(kApart == 1 || kApart == kGroups, "a group's half, or every second");
     return kApart > 1 ? group : 8 * group;
   }
   template <int kApart = 1>
