@@ -250,10 +250,10 @@ class Buffers(NamedTuple):
     mixed_values: Tensor  # bf16 [B, L, D]
     gelu_values: Tensor  # bf16 [B, L, F]
     rows_values: Tensor | None  # bf16 [B, L, D]
-    partial_values: Tensor | None  # fp32 [B, row tiles, D, parts, rows], in the order of parts.cuh
+    partial_values: Tensor | None  # fp32 [parts, B, L, D]
     statistics1: Tensor  # fp32 [B, L, parts, 2]
     statistics2: Tensor
-    change: Tensor  # fp32 [B, row tiles, parts, warps of a tile, 2]
+    change: Tensor  # fp32 [B, row tiles, tiles' warps, 2]
     affine: Tensor  # fp32 [n, 1 or B, 2, D / 2, 4]
     gate: Tensor  # fp32 [n, 1 or B, 2, D]
     mlp_in_bias: Tensor
@@ -280,22 +280,24 @@ class Buffers(NamedTuple):
         shape, tiles = table.shape, table.tiles
         batch, length, hidden = shape.batch, shape.length, shape.hidden
         groups = 128 * tiles.blocks // tiles.rows  # warp groups that share the columns of a tile
+        changes = groups * hidden // tiles.mlp_out * tiles.rows // 16
+        if tiles.sum_rows:
+            changes = tiles.rows // tiles.sum_rows * tiles.blocks * 8
 
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=x.device)
 
-        parts, changes = hidden // STATISTICS_COLUMNS, groups * hidden // tiles.mlp_out
-        partial = (batch, table.row_tiles, hidden, tiles.mlp_out_tiles, tiles.rows)
+        parts = hidden // STATISTICS_COLUMNS
         return cls(
             stream_values=empty(1 + most_loops(num_loops) if keep else 2, batch, length, hidden),
             qkv_values=empty(2, batch, length, 3 * hidden, dtype=torch.bfloat16),
             mixed_values=empty(batch, length, hidden, dtype=torch.bfloat16),
             gelu_values=empty(batch, length, shape.mlp, dtype=torch.bfloat16),
-            rows_values=empty(batch, length, hidden, dtype=torch.bfloat16) if tiles.part else None,
-            partial_values=empty(*partial) if tiles.mlp_out_tiles > 1 else None,
+            rows_values=empty(batch, length, hidden, dtype=torch.bfloat16) if tiles.normalised else None,
+            partial_values=empty(tiles.mlp_out_tiles, batch, length, hidden) if tiles.sum_rows else None,
             statistics1=empty(batch, length, parts, 2),
             statistics2=empty(batch, length, parts, 2),
-            change=empty(batch, table.row_tiles, changes, 4 * tiles.rows // 64, 2),
+            change=empty(batch, table.row_tiles, changes, 2),
             **of_call(x, weights, modulation, rotary, key_mask, table.num_counters),
         )
 

@@ -112,7 +112,7 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
         "MLP_IN_COLUMNS": tiles.mlp_in,
         "MLP_OUT_COLUMNS": tiles.mlp_out,
         "MLP_OUT_PARTS": tiles.mlp_out_parts,
-        "MLP_OUT_TILES": tiles.mlp_out_tiles,
+        "SUM_ROWS": tiles.sum_rows,
         "KEY_BLOCK": plan.key_block,
         "STAGES": plan.stages,
         "STAGE_BYTES": plan.stage_bytes,

@@ -5,6 +5,9 @@ inside the MLP; `rows`, normalised and modulated rows; `partial`, what the parts
 MLP_SUM; `statistics1` and `statistics2`, mean and squared deviations of tile columns for the norms of
 attention and MLP; `change`, the squared norms that EXIT adds up; `stop`, the sequence's number of loops;
 `out`. Weights and modulation are never written.
+
+MLP_SUM has whole rows, and so normalises them for the next layer's QKV at once. For the first layer of the
+first loop ENTER does.
 """
 
 from __future__ import annotations
@@ -37,10 +40,11 @@ class Forward(IntEnum):
 class Tiles(NamedTuple):
     """Tile sizes: rows (tokens) of every phase, columns of each product, heads of an attention tile.
 
-    The inner dimension of MLP_OUT may be cut into parts, which are added in their order: apart, so that few
-    tokens give more tiles, or one after the other by one tile, to the same bits. Rows are
-    normalised by NORM1 and NORM2, `part` of them at a time, or where that is 0 on their way into each
-    product. Two blocks may share a tile, half of its rows each.
+    The inner dimension of MLP_OUT may be cut into parts, which are added in their order: by MLP_SUM,
+    `sum_rows` rows at a time, so that few tokens give more tiles, or where that is 0 one after the other by
+    one tile, to the same bits. Rows are normalised by NORM1 and NORM2, `part` of them at a time, or where
+    that is 0 on their way into each product; what MLP_SUM has made is normalised by it. Two blocks may share
+    a tile, half of its rows each.
     """
 
     rows: int
@@ -52,12 +56,17 @@ class Tiles(NamedTuple):
     mlp_out_parts: int = 1
     part: int = 0
     blocks: int = 1
-    apart: bool = True
+    sum_rows: int = 0
 
     @property
     def mlp_out_tiles(self) -> int:
         """That share the inner dimension of MLP_OUT."""
-        return self.mlp_out_parts if self.apart else 1
+        return self.mlp_out_parts if self.sum_rows else 1
+
+    @property
+    def normalised(self) -> bool:
+        """Whether QKV gets its rows normalised. MLP_IN does where `part` says so."""
+        return self.part > 0 or self.sum_rows > 0
 
 
 _LAST = (Forward.MLP_SUM, Forward.MLP_OUT)  # of a layer
@@ -75,20 +84,27 @@ _MLP_OUT = Phase(
     ),
     cost=lambda s, t: product_work(s, t, t.mlp_out, s.mlp),
 )
-# Where the inner dimension is cut: the parts, and what adds them up and does what else MLP_OUT does.
+# Where the inner dimension is cut: the parts, and what adds them up, does what else MLP_OUT does, and the norm.
 _MLP_PART = _MLP_OUT._replace(
     parts=lambda t: t.mlp_out_tiles,
     reads=(Region("gelu", "inner"),),
     writes=(Region("partial", "tile"),),
-    cost=lambda s, t: product_work(s, t, t.mlp_out, s.mlp // t.mlp_out_tiles, written=_part_bytes(s, t)),
+    cost=lambda s, t: product_work(
+        s, t, t.mlp_out, s.mlp // t.mlp_out_tiles, written=4 * min(t.rows, s.length) * t.mlp_out
+    ),
 )
-_MLP_SUM = _MLP_OUT._replace(
-    name=Forward.MLP_SUM,
-    does="sum of the parts, bias, gate, residual",
-    waits_for=Counters((Forward.MLP_OUT,)),
-    reads=(Region("partial", "tile"), *_MLP_OUT.reads[1:]),
-    cost=lambda s, t: Work(0, t.mlp_out_tiles * _part_bytes(s, t)),
-)
+_MLP_SUM = Phase(
+    Forward.MLP_SUM, "sum of the parts, bias, gate, residual, norm and modulation", Counters((Forward.MLP_OUT,)),
+    columns=lambda s, t: (t.rows, t.sum_rows), slots=lambda layer: (1, 1),
+    reads=(
+        Region("partial", rows="part"), Region("stream", rows="part"),
+        Region("stream", rows="part", exits=True),
+    ),
+    writes=(
+        Region("stream", rows="part"), Region("rows", rows="part"), Region("change", "number", exits=True),
+    ),
+    cost=lambda s, t: Work(0, t.sum_rows * s.hidden * (4 * t.mlp_out_tiles + 10)),
+)  # fmt: skip
 
 
 def _norm(name: Forward, after: Counters, statistics: str, slots: Callable[[int], tuple[int, int]]) -> Phase:
@@ -172,22 +188,22 @@ PHASES = (
 )  # fmt: skip
 
 
-def _part_bytes(shape: BlockShape, tiles: Tiles) -> int:
-    return 4 * min(tiles.rows, shape.length) * tiles.mlp_out
-
-
 def phases_of(tiles: Tiles) -> tuple[Phase, ...]:
     """Those that the table of such tiles has."""
-    return _phases(tiles.part > 0, tiles.mlp_out_tiles > 1)
+    return _phases(tiles.part > 0, tiles.sum_rows > 0)
 
 
 @cache
-def _phases(norms: bool, parts: bool) -> tuple[Phase, ...]:
+def _phases(norms: bool, sums: bool) -> tuple[Phase, ...]:
     instead: dict[Forward, Phase | None] = {}
     if not norms:
-        instead |= {Forward.NORM1: None, Forward.NORM2: None}
-        instead |= {Forward.QKV: _of_stream(_QKV, _NORM1), Forward.MLP_IN: _of_stream(_MLP_IN, _NORM2)}
-    instead |= {Forward.MLP_OUT: _MLP_PART} if parts else {Forward.MLP_SUM: None}
+        instead |= {Forward.NORM1: None, Forward.QKV: _of_stream(_QKV, _NORM1)}
+        instead |= {Forward.NORM2: None, Forward.MLP_IN: _of_stream(_MLP_IN, _NORM2)}
+    if sums:
+        enter = PHASES[0]
+        instead |= {Forward.ENTER: enter._replace(writes=(*enter.writes, Region("rows")))}
+        instead |= {Forward.NORM1: None, Forward.QKV: _QKV._replace(waits_for=_BEFORE)}
+    instead |= {Forward.MLP_OUT: _MLP_PART} if sums else {Forward.MLP_SUM: None}
     phases = (instead.get(Forward(phase.name), phase) for phase in PHASES)
     return tuple(phase for phase in phases if phase is not None)
 
@@ -224,8 +240,10 @@ def _check(shape: BlockShape, tiles: Tiles) -> None:
         raise ValueError(f"tiles.mlp_out_parts: got {tiles.mlp_out_parts}, expected a divisor of {shape.mlp}")
     if tiles.qkv % shape.head_dim:
         raise ValueError(f"tiles.qkv: got {tiles.qkv}, expected a multiple of the head size {shape.head_dim}")
-    if tiles.part < 0 or (tiles.part and tiles.rows % tiles.part):
-        raise ValueError(f"tiles.part: got {tiles.part}, expected 0 or a divisor of tiles.rows {tiles.rows}")
+    for name in ("part", "sum_rows"):
+        number = getattr(tiles, name)
+        if number < 0 or (number and tiles.rows % number):
+            raise ValueError(f"tiles.{name}: got {number}, expected 0 or a divisor of tiles.rows {tiles.rows}")
     if tiles.blocks not in (1, 2) or tiles.rows % tiles.blocks:
         raise ValueError(
             f"tiles.blocks: got {tiles.blocks}, expected 1 or 2 and a divisor of tiles.rows {tiles.rows}"

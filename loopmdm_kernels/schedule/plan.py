@@ -27,6 +27,8 @@ BACKWARD_TILES = (64, 128, 192, 256)  # columns; the last ones for pairs
 # Batches that tiles are chosen for: a warm-up with these compiles all kernels of a length.
 BATCHES = (1, 2, 4, 8, 512)
 NORM_PARTS = (16, 32, 64, 128)  # rows that go through a norm together
+SUM_ROWS = (1, 2, 4, 8, 16, 32)  # rows whose parts of MLP_OUT are added together
+MOST_SUMMED = 2048  # columns of these: a quad of threads has 32
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
 # Columns of a group of warps that has registers for the sums of a part beside those of all; True: rows are
 # normalised by phases of their own.
@@ -166,12 +168,19 @@ def _widths(shape: BlockShape, device: Device, tiles: _Rows) -> _Widths:
     else:
         known = COLUMN_TILES[: 2 * halves if _has_wide_tiles(shape, device) else 2]
 
-    def fitting(width: int, multiple: int = 32) -> tuple[int, ...]:
-        return tuple(n for n in known if width % n == 0 and n % (halves * multiple) == 0)
+    def fitting(width: int) -> tuple[int, ...]:
+        return tuple(n for n in known if width % n == 0 and n % (halves * 32) == 0)
 
-    # What a group computes of q, k and v is all to be rotated, or nothing of it.
-    whole = (n for n in fitting(3 * shape.hidden, max(32, shape.head_dim)) if 2 * shape.hidden % n == 0)
+    # What a group computes of q, k and v is all to be rotated, or nothing of it: whole heads, or of heads
+    # that the groups share every second eight columns.
+    heads = shape.head_dim if _shares_heads(shape, device) else halves * shape.head_dim
+    whole = (n for n in fitting(3 * shape.hidden) if n % heads == 0 and 2 * shape.hidden % n == 0)
     return _Widths(tuple(whole), fitting(shape.hidden), fitting(shape.mlp))
+
+
+def _shares_heads(shape: BlockShape, device: Device) -> bool:
+    """Whether two groups may share a head of q, k and v: its halves are both of whole eights."""
+    return _has_wide_tiles(shape, device) and shape.head_dim >= 32
 
 
 def _behind_wait(cost: PhaseCost, device: Device, stages: int) -> PhaseCost:
@@ -197,35 +206,53 @@ def _parts(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths]) 
         sizes = (shape._replace(batch=batch) for batch in (1, 16))
         return math.prod(_fastest_of_all(size, device, fitting, parts).loop_seconds for size in sizes)
 
-    return min((parts for parts in PARTS if shape.mlp % (parts * STEP) == 0), key=seconds)
+    possible = PARTS if device.has_wide_tiles or shape.hidden <= MOST_SUMMED else PARTS[:1]
+    return min((parts for parts in possible if shape.mlp % (parts * STEP) == 0), key=seconds)
 
 
 def _fastest_of_all(shape: BlockShape, device: Device, fitting: Mapping[_Rows, _Widths], parts: int) -> Plan:
-    plans = [_fastest(shape, device, rows, widths, parts) for rows, widths in fitting.items()]
+    return _best([_fastest(shape, device, rows, widths, parts) for rows, widths in fitting.items()])
+
+
+def _best(plans: list[Plan]) -> Plan:
     return min(plans, key=lambda plan: (plan.stages < ENOUGH_STAGES, plan.stages < 2, plan.loop_seconds))
 
 
 def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, parts: int) -> Plan:
-    """The fastest columns of each product.
+    """The fastest columns of each product, with and without MLP_SUM."""
+    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, parts, blocks=rows.blocks)
+    if rows.norms:
+        tiles = tiles._replace(part=_rows_together(shape, device, tiles, "part", NORM_PARTS, Forward.NORM1))
+    found = []
+    if parts == 1 or device.has_wide_tiles:
+        twice = (n for n in widths.out if n <= MOST_TWICE[rows.norms] * rows.halves)
+        mlp_out = widths.out if parts == 1 else tuple(twice)
+        found.append(_fastest_columns(shape, device, tiles, widths, mlp_out))
+    if shape.hidden <= MOST_SUMMED:
+        fitting = tuple(n for n in SUM_ROWS if n % rows.blocks == 0)
+        sum_rows = _rows_together(shape, device, tiles, "sum_rows", fitting, Forward.MLP_SUM)
+        summed = tiles._replace(sum_rows=sum_rows)
+        found.append(_fastest_columns(shape, device, summed, widths, widths.out))
+    return _best(found)
 
-    They depend on each other only by the number of stages, about which the largest of them decides.
-    """
-    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, blocks=rows.blocks)
-    if rows.norms:  # of those that take about the same time the one with the fewest instructions
-        norms = _choices(shape, device, tiles, "part", NORM_PARTS, Forward.NORM1)
-        taken = {norm.tiles.part: norm.seconds(device, 0) for norm in norms}
-        tiles = tiles._replace(part=max(n for n in taken if taken[n] <= 1.05 * min(taken.values())))
-    in_parts = tiles._replace(mlp_out_parts=parts)
-    mlp_out = _choices(shape, device, in_parts, "mlp_out", widths.out, Forward.MLP_OUT, Forward.MLP_SUM)
-    if parts > 1 and device.has_wide_tiles:
-        fitting = tuple(n for n in widths.out if n <= MOST_TWICE[rows.norms] * rows.halves)
-        together = in_parts._replace(apart=False)
-        mlp_out = [*mlp_out, *_choices(shape, device, together, "mlp_out", fitting, Forward.MLP_OUT)]
+
+def _rows_together(
+    shape: BlockShape, device: Device, tiles: Tiles, field: str, numbers: tuple[int, ...], name: Forward
+) -> int:
+    """Of a phase that goes by rows. Of those that take about the same time the fewest instructions."""
+    found = _choices(shape, device, tiles, field, numbers, name)
+    taken = {getattr(choice.tiles, field): choice.seconds(device, 0) for choice in found}
+    return max(number for number in taken if taken[number] <= 1.05 * min(taken.values()))
+
+
+def _fastest_columns(
+    shape: BlockShape, device: Device, tiles: Tiles, widths: _Widths, mlp_out: tuple[int, ...]
+) -> Plan:
+    """They depend on each other only by the number of stages, about which the largest of them decides."""
+    numbers = {"qkv": widths.qkv, "attn_out": widths.out, "mlp_in": widths.mlp_in, "mlp_out": mlp_out}
     products = {
-        "qkv": _choices(shape, device, tiles, "qkv", widths.qkv, Forward.QKV),
-        "attn_out": _choices(shape, device, tiles, "attn_out", widths.out, Forward.ATTN_OUT),
-        "mlp_in": _choices(shape, device, tiles, "mlp_in", widths.mlp_in, Forward.MLP_IN),
-        "mlp_out": mlp_out,
+        field: _choices(shape, device, tiles, field, columns, Forward[field.upper()])
+        for field, columns in numbers.items()
     }
 
     def columns(stages: int) -> dict[str, _Choice]:
@@ -243,21 +270,22 @@ def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, pa
         return stages < ENOUGH_STAGES, stages < 2, seconds
 
     most = min(max(choice.stages for choice in found) for found in products.values())
-    numbers = {choice.stages for found in products.values() for choice in found if choice.stages <= most}
-    _, chosen = min(((stages, columns(stages)) for stages in sorted(numbers, reverse=True)), key=key)
+    different = {choice.stages for found in products.values() for choice in found if choice.stages <= most}
+    tried = ((stages, columns(stages)) for stages in sorted(different, reverse=True))
+    _, chosen = min(tried, key=key)
     fields: dict[str, Any] = {field: getattr(choice.tiles, field) for field, choice in chosen.items()}
-    return _plan(shape, device, in_parts._replace(**fields, apart=chosen["mlp_out"].tiles.apart))
+    return _plan(shape, device, tiles._replace(**fields))
 
 
 @lru_cache(maxsize=256)  # MLP_OUT's parts change nothing about the other products
 def _choices(
-    shape: BlockShape, device: Device, tiles: Tiles, field: str, numbers: tuple[int, ...], *names: Forward
+    shape: BlockShape, device: Device, tiles: Tiles, field: str, numbers: tuple[int, ...], name: Forward
 ) -> list[_Choice]:
     found = []
     for number in numbers:
         chosen: dict[str, Any] = {field: number}
         with_it = tiles._replace(**chosen)
-        phases = [phase for phase in phases_of(with_it) if phase.name in names]
+        phases = [phase for phase in phases_of(with_it) if phase.name == name]
         stages = _stages(device, stage_bytes(shape, with_it))
         found.append(_Choice(with_it, stages, list(costs(phases, shape, with_it, device).values())))
     return found
@@ -288,10 +316,10 @@ def _plan(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
 def stage_bytes(shape: BlockShape, tiles: Tiles) -> int:
     """A stage of the ring holds a step of both operands of a product, or a block of keys or of values."""
     rows = tiles.rows // tiles.blocks
-    of_norm = (2 if tiles.part else 4) * STEP * rows
-    rounded, weights = 2 * STEP * rows, 2 * STEP
+    rounded, of_stream, weights = 2 * STEP * rows, 4 * STEP * rows, 2 * STEP
     return max(
-        of_norm + weights * max(tiles.qkv, tiles.mlp_in),
+        (rounded if tiles.normalised else of_stream) + weights * tiles.qkv,
+        (rounded if tiles.part else of_stream) + weights * tiles.mlp_in,
         rounded + weights * max(tiles.attn_out, tiles.mlp_out),
         2 * tiles.heads * shape.head_dim * max(key_block(shape, tiles), rows),
     )

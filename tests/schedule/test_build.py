@@ -33,7 +33,7 @@ def test_every_tile_occurs_once():
 
 def test_parts_of_a_product_and_their_sums():
     """The parts raise one counter, their sums the one that the next layer waits for."""
-    table = build(SHAPE, TILES._replace(mlp_out=16, mlp_out_parts=4))
+    table = build(SHAPE, TILES._replace(mlp_out=16, mlp_out_parts=4, sum_rows=8))
     parts = [item for item in table.loop if item.phase == Forward.MLP_OUT and item.layer == 1]
     sums = [item for item in table.loop if item.phase == Forward.MLP_SUM and item.layer == 1]
     places = [(s, r, p, c) for s in range(2) for r in range(2) for p in range(4) for c in range(2)]
@@ -72,6 +72,19 @@ def test_rows_are_normalised_once_for_all_of_their_tiles():
     }  # fmt: skip
 
 
+def test_sums_normalise_the_rows_of_the_next_layer():
+    """So QKV has no norm in front, and waits for them; that of the first loop for ENTER in the same counter."""
+    table = build(SHAPE, TILES._replace(part=4, mlp_out_parts=2, sum_rows=2))
+    assert {item.phase for item in table.loop if item.layer == 0} == set(Forward) - {
+        Forward.ENTER, Forward.NORM1, Forward.EXIT, Forward.LEAVE
+    }  # fmt: skip
+    sums = [item for item in table.loop if item.phase == Forward.MLP_SUM and item.layer == 1]
+    assert [(i.row, i.column) for i in sums if i.sequence == 0] == [(r, c) for r in (0, 1) for c in range(8)]
+    first = next(item for item in table.loop if item.phase == Forward.QKV and item.layer == 0)
+    assert first.wait == sums[0].signal == table.enter[0].signal
+    assert first.wait_count == 8 == table.enter[0].signal_count
+
+
 def test_halves_alternate():
     assert [stream_slot(0, loop) for loop in range(4)] == [0, 1, 0, 1]
     # Three layers: the half of layer 0 changes from loop to loop; two: it does not.
@@ -88,6 +101,7 @@ def test_halves_alternate():
         ({"layers": 0}, {}, r"layers: got 0, expected at least 1"),
         ({}, {"rows": 0}, r"tiles.rows: got 0"),
         ({}, {"part": 3}, r"tiles.part: got 3, expected 0 or a divisor of tiles.rows 16"),
+        ({}, {"sum_rows": 5}, r"tiles.sum_rows: got 5, expected 0 or a divisor of tiles.rows 16"),
         ({}, {"mlp_out_parts": 3}, r"tiles.mlp_out_parts: got 3, expected a divisor of 64"),
         ({}, {"blocks": 3}, r"tiles.blocks: got 3, expected 1 or 2 and a divisor of tiles.rows 16"),
     ],

@@ -18,7 +18,7 @@ from loopmdm_kernels.testing.schedule import ScheduleError, check, interpret
 
 SMALL = BlockShape(batch=2, length=40, hidden=32, heads=2, mlp=128, layers=2)
 TILES = Tiles(rows=16, qkv=16, attn_out=16, mlp_in=32, mlp_out=16)
-PARTS = TILES._replace(mlp_out_parts=4)
+PARTS = TILES._replace(mlp_out_parts=4, sum_rows=4)
 NORMS = TILES._replace(part=4)
 FEW = BlockShape(batch=2, length=20, hidden=32, heads=2, mlp=32, layers=2)  # failing proofs take long
 BACKWARD_TILES = BackwardTiles(rows=16, columns=16, part=8)
@@ -35,7 +35,7 @@ def test_built_tables_pass(length, layers, adaptive):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize(
     "tiles",
-    [PARTS, PARTS._replace(apart=False), NORMS, NORMS._replace(mlp_out_parts=2)],
+    [PARTS, PARTS._replace(sum_rows=0), NORMS, PARTS._replace(part=8), TILES._replace(sum_rows=8)],
     ids=str,
 )
 def test_tables_of_other_phases_pass(tiles, layers, adaptive):
@@ -46,6 +46,7 @@ def test_tables_of_other_phases_pass(tiles, layers, adaptive):
 def test_tables_of_the_small_model_pass(length):
     rows = 64 if length < 512 else 128
     tiles = Tiles(rows, 128, 64, 128, 64, heads=128 // rows, mlp_out_parts=4 if length <= 81 else 1)
+    tiles = tiles._replace(sum_rows=16 if length <= 81 else 0)
     check(build(BlockShape(1, length, 768, 12, 3072, 2), tiles, adaptive=length == 81))
     norms = Tiles(256, 256, 128, 192, 128, part=32, blocks=2)
     check(build(BlockShape(1, length, 768, 12, 3072, 2), norms, adaptive=length == 81))

@@ -11,12 +11,12 @@ from loopmdm_kernels.testing.schedule import interpret
 ROWS = 64
 
 
-def table_for(inputs, rows=ROWS, *, heads=1, parts=1, norms=0, adaptive=False):
+def table_for(inputs, rows=ROWS, *, heads=1, parts=1, norms=0, sums=0, adaptive=False):
     batch, length, hidden = inputs.x.shape
     mlp = inputs.blocks[0].mlp_in.shape[0]
     shape = BlockShape(batch, length, hidden, inputs.num_heads, mlp, len(inputs.blocks))
     head_dim = hidden // inputs.num_heads
-    tiles = Tiles(rows, 3 * head_dim, 16, 32, 16, heads, parts, norms)
+    tiles = Tiles(rows, 3 * head_dim, 16, 32, 16, heads, parts, norms, sum_rows=sums)
     return build(shape, tiles, adaptive=adaptive)
 
 
@@ -78,9 +78,10 @@ def test_options(blocks, per_sequence, rotary):
 
 @pytest.mark.parametrize("num_blocks", [1, 7, 132])
 @pytest.mark.parametrize("length", [1, 81])
-def test_parts_of_a_product(length, num_blocks):
+@pytest.mark.parametrize(("parts", "sums", "norms"), [(4, 16, 0), (1, 2, 0), (4, 8, 32)])
+def test_parts_of_a_product(parts, sums, norms, length, num_blocks):
     inputs = looped_inputs(2, length, 32, num_heads=2, seed=length)
-    table = table_for(inputs, parts=4)
+    table = table_for(inputs, parts=parts, sums=sums, norms=norms)
     expected, _ = run(inputs, 3, table=table)
     out, _ = run(inputs, 3, table=table, num_blocks=num_blocks, seed=1)
     assert torch.equal(out, expected), "the order of the sum does not depend on who was first"
@@ -98,7 +99,8 @@ def test_each_sequence_has_its_own_loops():
 
 
 @pytest.mark.parametrize("num_blocks", [1, 6, 132])
-def test_early_exit(num_blocks):
+@pytest.mark.parametrize("sums", [0, 8])
+def test_early_exit(sums, num_blocks):
     inputs = looped_inputs(6, 37, 32, num_heads=2, seed=1)
     _, changes = oracle(inputs, 8, exit_threshold=0.0)
     assert changes.tolist() == [8] * 6
@@ -107,7 +109,7 @@ def test_early_exit(num_blocks):
     inputs = inputs._replace(x=inputs.x * scale)
     expected, expected_used = oracle(inputs, 8, exit_threshold=0.2)
     assert len(set(expected_used.tolist())) > 1, "the test needs sequences that end at different loops"
-    table = table_for(inputs, 16, parts=2, norms=4, adaptive=True)
+    table = table_for(inputs, 16, parts=2, norms=4, sums=sums, adaptive=True)
     out, used = run(inputs, 8, table=table, exit_threshold=0.2, num_blocks=num_blocks, seed=num_blocks)
     assert torch.equal(used, expected_used)
     assert_equal_to_oracle(out, expected)

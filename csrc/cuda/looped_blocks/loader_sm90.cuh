@@ -71,7 +71,8 @@ class Loader {
 
   __device__ Operands operands_of(const Instruction& item, int32_t loop) const {
     const int32_t phase = item.phase;
-    const bool of_norm = phase == kQkv || phase == kMlpIn, of_stream = of_norm && !Config::kNormRows;
+    const bool of_norm = phase == kQkv || phase == kMlpIn;
+    const bool of_stream = phase == kQkv ? !Config::kNormalQkv : phase == kMlpIn && !Config::kNormalMlpIn;
     const int slot = stream_slot(item.read_slot, loop, p_.keep);
     return {of_stream           ? &p_.stream
             : of_norm           ? &p_.rows
@@ -128,7 +129,7 @@ class Loader {
     const uint32_t stage = ring_.stage(place_), full = ring_.full(place_);
     const int column = (operands.first + step) * Config::kStep, row = first_row(item);
     load_box(stage, operands.left, full, column, row, operands.matrix);
-    if (Config::kNormRows == 0 && operands.of_stream) {
+    if (!Config::kNormalMlpIn && operands.of_stream) {
       load_box(stage + 128 * Config::kRows, operands.left, full, column + Config::kStep / 2, row,
                operands.matrix);
     }

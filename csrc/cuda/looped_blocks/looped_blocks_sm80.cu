@@ -8,6 +8,7 @@
 namespace loopmdm {
 
 static_assert(Config::kMlpOutTiles == Config::kMlpOutParts, "a tile has one part of MLP_OUT");
+static_assert(Config::kQkvApart == 1, "a group has whole heads");
 
 __device__ void execute(const KernelParameters& p, Walk& walk) {
   const Seat seat;
@@ -33,9 +34,15 @@ __device__ void execute(const KernelParameters& p, Walk& walk) {
     case kEnter:
       return enter(p, item, loop);
     case kQkv:
-      return project_qkv(p, item, loop, seat,
-                         with_norm(walk.operands<4, kHidden, Config::kQkvColumns>(
-                             p.stream_values, slot, p.qkv_weight, 3 * kHidden)));
+      if constexpr (Config::kNormalQkv) {
+        return project_qkv(p, item, loop, seat,
+                           plain(walk.operands<2, kHidden, Config::kQkvColumns>(
+                               p.rows_values, 0, p.qkv_weight, 3 * kHidden)));
+      } else {
+        return project_qkv(p, item, loop, seat,
+                           with_norm(walk.operands<4, kHidden, Config::kQkvColumns>(
+                               p.stream_values, slot, p.qkv_weight, 3 * kHidden)));
+      }
     case kAttention:
       return attention(p, item, loop, walk.stages(), seat, [&walk] { walk.read_all(); });
     case kAttnOut:
@@ -47,8 +54,11 @@ __device__ void execute(const KernelParameters& p, Walk& walk) {
                             with_norm(walk.operands<4, kHidden, Config::kMlpInColumns>(
                                 p.stream_values, slot, p.mlp_in_weight, kMlp)));
     case kMlpSum:
-      if (Config::kMlpOutTiles > 1) walk.read_all();
-      [[fallthrough]];
+      if constexpr (Config::kSumRows > 0) {
+        walk.read_all();
+        sum_parts(p, item, loop, walk.statistics());
+      }
+      return;
     case kMlpOut:
       return project_mlp_out(p, item, loop, seat,
                              plain(walk.operands<2, kMlp, Config::kMlpOutColumns, Config::kMlpOutTiles>(

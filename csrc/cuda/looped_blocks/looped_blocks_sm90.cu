@@ -9,18 +9,26 @@
 
 namespace loopmdm {
 
+// How far apart a group's eights of columns are.
+template <int kEights>
+struct Columns {
+  static constexpr int kApart = kEights;
+};
+
 __device__ void compute(const Parameters& p, const Ring& ring) {
   RingPlace place{0, 0}, read{0, 0};
   while (true) {
     const Issued issued = ring.take(read);
     const Seat seat;
     const Instruction& item = issued.item;
-    const auto over = [&](int inner) {
+    const Columns<1> whole;
+    const auto over = [&](int inner, auto columns) {
       return [&, inner](auto& sums, const auto&... norm) {
+        constexpr int kApart = decltype(columns)::kApart;
         if constexpr (sizeof...(norm) == 0) {
-          shared_product(sums, ring, place, seat, inner / Config::kStep);
+          shared_product<false, false, kApart>(sums, ring, place, seat, inner / Config::kStep);
         } else {
-          stream_product(sums, ring, place, seat, norm...);
+          stream_product<kApart>(sums, ring, place, seat, norm...);
         }
       };
     };
@@ -33,20 +41,22 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
         if constexpr (Config::kNormRows > 0) normalise(p, item, issued.loop);
         break;
       case kQkv:
-        project_qkv(p, item, issued.loop, seat, over(Config::kHidden));
+        project_qkv(p, item, issued.loop, seat, over(Config::kHidden, Columns<Config::kQkvApart>()));
         break;
       case kAttention:
         attention(p, item, ring, place, seat);
         break;
       case kAttnOut:
-        project_attn_out(p, item, issued.loop, seat, over(Config::kHidden));
+        project_attn_out(p, item, issued.loop, seat, over(Config::kHidden, whole));
         break;
       case kMlpIn:
-        project_mlp_in(p, item, seat, over(Config::kHidden));
+        project_mlp_in(p, item, seat, over(Config::kHidden, whole));
+        break;
+      case kMlpSum:
+        if constexpr (Config::kSumRows > 0) sum_parts(p, item, issued.loop, ring.queue->statistics);
         break;
       case kMlpOut:
-      case kMlpSum:
-        project_mlp_out(p, item, issued.loop, seat, over(Config::kMlp / Config::kMlpOutParts));
+        project_mlp_out(p, item, issued.loop, seat, over(Config::kMlp / Config::kMlpOutParts, whole));
         break;
       case kExit:
         decide(p, item, issued.loop);

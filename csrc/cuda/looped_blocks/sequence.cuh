@@ -1,12 +1,12 @@
 // What happens to a sequence outside the layers: it enters, it may stop, it leaves.
 #pragma once
 
-#include "cuda/tile/config.cuh"
-#include "cuda/tile/math.cuh"
+#include "cuda/looped_blocks/row_phases.cuh"
 
 namespace loopmdm {
 
-// One warp a row, one lane a column of a part.
+// One warp a row, one lane a column of a part. Where MLP_SUM normalises the rows of other layers and loops,
+// those of the first are normalised here.
 __device__ inline void enter(const Parameters& p, const Instruction& item, int32_t loop) {
   const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
   float* const target = p.stream_values + stream_slot(item.write_slot, loop, p.keep) * matrix;
@@ -22,6 +22,10 @@ __device__ inline void enter(const Parameters& p, const Instruction& item, int32
       const float deviations = warp_sum((value - mean) * (value - mean));
       if (lane == 0) store_pair(&p.statistics1[token * Config::kParts + part].mean, {mean, deviations});
     }
+    if constexpr (Config::kSumRows > 0) {
+      __syncwarp();
+      normalise_row(p, token, target, p.statistics1, affine_of(p, item, 0));
+    }
   }
 }
 
@@ -31,7 +35,7 @@ __device__ inline void decide(const Parameters& p, const Instruction& item, int3
   int32_t* const stop = p.stop + item.sequence;
   bool goes_on = loop + 1 < *stop;
   if (loop > 0) {
-    const int number = p.row_tiles * Config::kChanges * Config::kRowWarps;
+    const int number = p.row_tiles * Config::kChanges;
     const float2* const parts = p.change + static_cast<int64_t>(item.sequence) * number;
     float changed = 0, size = 0;
     for (int i = threadIdx.x; i < number; i += 32) {

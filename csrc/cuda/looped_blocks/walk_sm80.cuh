@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/looped_blocks/progress.cuh"
+#include "cuda/looped_blocks/row_phases.cuh"
 #include "cuda/tile/product_sm80.cuh"
 
 namespace loopmdm {
@@ -19,6 +20,7 @@ class Walk {
   __device__ const Instruction& item() const { return current_->item; }
   __device__ int32_t loop() const { return current_->loop; }
   __device__ Stages stages() const { return Stages(stages_); }
+  __device__ SumStatistics& statistics() const { return current_->statistics; }
 
   // To the next tile that has work, whose inputs are then ready and first weights under way. False: no more.
   __device__ bool next() {
@@ -78,6 +80,7 @@ class Walk {
     Instruction item;
     int32_t loop;
     int32_t verdict;  // see joins
+    SumStatistics statistics;
   };
   static_assert(sizeof(Current) + 1024 <= 2048, "FIXED_BYTES of loopmdm_kernels/schedule/plan.py");
 
@@ -121,7 +124,8 @@ class Walk {
     const Instruction& item = p_.table[place.index];
     switch (item.phase) {
       case kQkv:
-        return fetch<4, Config::kHidden, Config::kQkvColumns>(p_.qkv_weight, 3 * Config::kHidden, item);
+        return fetch<Config::kNormalQkv ? 2 : 4, Config::kHidden, Config::kQkvColumns>(
+            p_.qkv_weight, 3 * Config::kHidden, item);
       case kAttnOut:
         return fetch<2, Config::kHidden, Config::kAttnOutColumns>(p_.attn_out_weight, Config::kHidden, item);
       case kMlpIn:

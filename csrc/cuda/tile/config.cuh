@@ -18,8 +18,12 @@ struct Config : Widths {
   static constexpr int kNormRows = LOOPMDM_NORM_ROWS;
   static constexpr int kQkvColumns = LOOPMDM_QKV_COLUMNS, kAttnOutColumns = LOOPMDM_ATTN_OUT_COLUMNS;
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
-  // Tiles that share MLP_OUT's inner dimension: as many as it has parts, or one that goes through them all.
-  static constexpr int kMlpOutTiles = LOOPMDM_MLP_OUT_TILES, kMlpOutInner = kMlp / kMlpOutTiles;
+  // Rows whose parts of MLP_OUT are added together, and normalised for the layer that follows; 0: one tile goes
+  // through all parts. Tiles that share MLP_OUT's inner dimension are as many as parts, or one.
+  static constexpr int kSumRows = LOOPMDM_SUM_ROWS;
+  static constexpr int kMlpOutTiles = kSumRows > 0 ? kMlpOutParts : 1, kMlpOutInner = kMlp / kMlpOutTiles;
+  // Whether products find their rows normalised.
+  static constexpr bool kNormalQkv = kNormRows > 0 || kSumRows > 0, kNormalMlpIn = kNormRows > 0;
   static constexpr int kStages = LOOPMDM_STAGES, kStageBytes = LOOPMDM_STAGE_BYTES;
 
   // Two groups of four warps compute. They share the rows of a tile; with 64 rows, its columns or heads.
@@ -31,15 +35,22 @@ struct Config : Widths {
   static constexpr int kStep = 64;                     // of the inner dimension, a stage
   static constexpr int kKeyBlock = LOOPMDM_KEY_BLOCK;  // keys of a stage
 
-  static constexpr int kChanges = kHidden / (kMlpOutColumns / kColumnGroups);  // squared norms of a row tile
+  // Of two groups that share a head of q, k and v each has every second eight columns: a thread then holds
+  // what it turns into each other.
+  static constexpr int kQkvApart = kQkvColumns / kColumnGroups % kHeadDim ? kColumnGroups : 1;
 
-  static_assert(kMlpOutTiles == 1 || kMlpOutTiles == kMlpOutParts, "a part each, or all of them");
+  // Squared norms of a row tile: one a warp, for each of its tiles.
+  static constexpr int kChanges = kSumRows > 0 ? kTileRows / kSumRows * kPair * (kComputeThreads / 32)
+                                               : kHidden / (kMlpOutColumns / kColumnGroups) * kRowWarps;
+
   static_assert(kHeads % kHeadsPerTile == 0, "a group computes one head");
   static_assert(kRows == 64 || kRows == 128, "rows of a block");
   static_assert(kNormRows % kPair == 0 && (kNormRows == 0 || kTileRows % kNormRows == 0), "rows of a norm");
   static_assert(kHidden % kStep == 0 && kMlp % (kMlpOutParts * kStep) == 0, "widths in whole stages");
-  static_assert(kQkvColumns / kColumnGroups % kHeadDim == 0, "a group rotates whole heads");
-  static_assert(2 * kHidden % (kQkvColumns / kColumnGroups) == 0, "and either all of them or none");
+  static_assert(kSumRows % kPair == 0 && (kSumRows == 0 || kTileRows % kSumRows == 0), "rows of a sum");
+  static_assert(kQkvColumns % kHeadDim == 0 && (kQkvApart == 1 || kHeadDim >= 32), "a tile rotates whole heads");
+  static_assert(2 * kHidden % (kQkvApart > 1 ? kQkvColumns : kQkvColumns / kColumnGroups) == 0,
+                "a group rotates all that it has, or nothing");
   static_assert(kStageBytes % 1024 == 0, "swizzle atoms");
 };
 
@@ -50,11 +61,11 @@ struct Parameters {
   uint16_t* qkv_values;         // [2, B, L, 3 D]
   uint16_t* mixed_values;       // [B, L, D]
   uint16_t* gelu_values;        // [B, L, F]
-  uint16_t* rows_values;        // [B, L, D], normalised and modulated; null without norms of their own
-  float4* partial_values;       // see parts.cuh
+  uint16_t* rows_values;        // [B, L, D], normalised and modulated; null where no product finds them so
+  float* partial_values;        // [parts, B, L, D]; null without MLP_SUM
   PartStatistics* statistics1;  // [B, L, kParts]
   PartStatistics* statistics2;
-  float2* change;             // squared norms, [B, row tiles, kChanges, kRowWarps]
+  float2* change;             // squared norms, [B, row tiles, kChanges]
   const float4* affine;       // [n, modulated sequences, 2, D / 2]: gain, gain, shift, shift of two columns
   const float* gate;          // [n, modulated sequences, 2, D]
   const float* mlp_in_bias;   // [n, F]

@@ -5,11 +5,29 @@
 
 namespace loopmdm {
 
-// Rounds and stores `kColumns` columns of a group, beginning at `column` of rows `width` wide.
-template <int kColumns, class Launch>
+// A group's sums over a part of the inner dimension, which wait for those of the others.
+template <int kColumns>
+__device__ void store_part(const float (&sums)[kColumns / 2], const Parameters& p, const Instruction& item,
+                           const Seat& seat, int share) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = item.row * Config::kTileRows + seat.row + 8 * half;
+    if (row >= p.length) continue;
+    float* const line = p.partial_values + p.token(item.part * p.batch + item.sequence, row) * Config::kHidden +
+                        share * kColumns + seat.column(0);
+#pragma unroll
+    for (int i = 0; i < kColumns / 8; ++i) {
+      store_pair(line + 8 * i, {sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]});
+    }
+  }
+}
+
+// Rounds and stores `kColumns` columns of a group, beginning at `column` of rows `width` wide; or with kApart
+// eights of columns so far apart.
+template <int kColumns, int kApart = 1, class Launch>
 __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, int64_t width, int column,
                            const Launch& p, const Instruction& item, int64_t first_token, const Seat& seat) {
-  static_assert(kColumns == 16 || kColumns % 32 == 0, "a quad stores 32 columns together");
+  static_assert((kColumns == 16 && kApart == 1) || kColumns % 32 == 0, "a quad stores 32 columns together");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = item.row * Config::kTileRows + seat.row + 8 * half;
@@ -22,7 +40,7 @@ __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, 
       }
       continue;
     }
-    uint16_t* const line = target + (first_token + row) * width + column + 8 * (seat.thread % 4);
+    uint16_t* const line = target + (first_token + row) * width + column + 8 * kApart * (seat.thread % 4);
 #pragma unroll
     for (int group = 0; group < kColumns / 32; ++group) {
       uint32_t words[4];
@@ -33,33 +51,37 @@ __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, 
       }
       transpose_quad(words);
       if (row < p.length) {
-        store(reinterpret_cast<uint4*>(line + 32 * group),
+        store(reinterpret_cast<uint4*>(line + 32 * kApart * group),
               make_uint4(words[0], words[1], words[2], words[3]));
       }
     }
   }
 }
 
-// Rotates pairs (i, i + K/2) of each head, which one thread holds, or turns them back.
-template <int kColumns, bool kBack = false, class Launch>
+// Rotates pairs (i, i + K/2) of each head, which one thread holds, or turns them back. With kApart a group has
+// every kApart-th eight columns of a head.
+template <int kColumns, bool kBack = false, int kApart = 1, class Launch>
 __device__ void rotate(float (&sums)[kColumns / 2], const Launch& p, const Instruction& item,
                        const Seat& seat) {
-  constexpr int kHalf = Config::kHeadDim / 2;
+  constexpr int kHalf = Config::kHeadDim / 2, kHead = Config::kHeadDim / kApart;
+  static_assert(kHead % 16 == 0, "both halves are of whole eights");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = min(item.row * Config::kTileRows + seat.row + 8 * half, p.length - 1);
-    const int64_t first_angle = static_cast<int64_t>(row) * kHalf + seat.column(0);
+    const int first = seat.column(0) + (kApart > 1 ? 8 * seat.column_group : 0);
+    const int64_t first_angle = static_cast<int64_t>(row) * kHalf + first;
     const float *const cosines = p.cosines + first_angle, *const sines = p.sines + first_angle;
 #pragma unroll
-    for (int group = 0; group < kHalf / 8; ++group) {
-      const float2 c = load_constant_pair(cosines + 8 * group), s = load_constant_pair(sines + 8 * group);
+    for (int group = 0; group < kHead / 16; ++group) {
+      const int angle = 8 * kApart * group;
+      const float2 c = load_constant_pair(cosines + angle), s = load_constant_pair(sines + angle);
 #pragma unroll
-      for (int head = 0; head < kColumns / Config::kHeadDim; ++head) {
+      for (int head = 0; head < kColumns / kHead; ++head) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float cosine = i ? c.y : c.x, sine = kBack ? -(i ? s.y : s.x) : i ? s.y : s.x;
-          rotate_pair(sums[(head * Config::kHeadDim + 8 * group) / 2 + 2 * half + i],
-                      sums[(head * Config::kHeadDim + 8 * group + kHalf) / 2 + 2 * half + i], cosine, sine);
+          float* const pair = &sums[(head * kHead + 8 * group) / 2 + 2 * half + i];
+          rotate_pair(pair[0], pair[kHead / 4], cosine, sine);
         }
       }
     }
@@ -138,15 +160,29 @@ struct StreamBatch {
   }
 };
 
+// Number `place` of a row tile's squared norms, from what the lanes of a warp have of it.
+__device__ inline void store_change(const Parameters& p, const Instruction& item, int place, float changed,
+                                    float size) {
+  changed = warp_sum(changed);
+  size = warp_sum(size);
+  const int64_t tile = static_cast<int64_t>(item.sequence) * p.row_tiles + item.row;
+  if (threadIdx.x % 32 == 0) store(p.change + tile * Config::kChanges + place, make_float2(changed, size));
+}
+
+// Whether sequences may exit behind the instruction's layer.
+__device__ inline bool may_exit(const Parameters& p, const Instruction& item) {
+  return p.adaptive && item.layer == Config::kLayers - 1;
+}
+
 // stream = stream + gate * (sums + bias); statistics of the new columns; squared norms of them and of their
-// difference to the loop's input, if `change` is given. `batch` has the first 32 columns. Others are loaded
+// difference to the loop's input, if sequences may exit. `batch` has the first 32 columns. Others are loaded
 // before the ones in front of them are stored: a load cannot overtake a store, and would wait for L2 behind
 // it. So it is with gates and biases: as constants all of them would be loaded at once, and spill registers.
 template <int kColumns>
 __device__ void update_stream(float (&sums)[kColumns / 2], StreamBatch& batch, const Parameters& p,
                               const Instruction& item, int32_t loop, const Seat& seat, int part,
                               const float* bias, const float* gate, PartStatistics* statistics,
-                              float2* change) {
+                              bool exits) {
   constexpr int kPairs = StreamBatch::kPairs;
   static_assert(kColumns % Config::kPart == 0, "whole parts");
   const StreamTile<kColumns> tile(p, item, seat, part);
@@ -183,7 +219,7 @@ __device__ void update_stream(float (&sums)[kColumns / 2], StreamBatch& batch, c
         store_pair(&statistics[token * Config::kParts + place].mean, {found.mean, found.deviations});
       }
     }
-    if (!change) continue;
+    if (!exits) continue;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
 #pragma unroll
@@ -196,14 +232,7 @@ __device__ void update_stream(float (&sums)[kColumns / 2], StreamBatch& batch, c
       }
     }
   }
-  if (change) {
-    changed = warp_sum(changed);
-    size = warp_sum(size);
-    const int64_t place =
-        (static_cast<int64_t>(item.sequence) * p.row_tiles + item.row) * Config::kChanges + part;
-    if (threadIdx.x % 32 == 0)
-      store(change + place * Config::kRowWarps + seat.row / 16, make_float2(changed, size));
-  }
+  if (exits) store_change(p, item, part * Config::kRowWarps + seat.row / 16, changed, size);
 }
 
 }  // namespace loopmdm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ def accesses(table: Table) -> Callable[[int, Instruction], Iterable[Access]]:
                 if place is None:
                     continue
                 for first, last in _columns(table, phase, region, item):
-                    for sequence, row in _rows(table, region, item):
+                    for sequence, row in _rows(table, phase, region, item):
                         yield Access(region.buffer, place, sequence, row, first, last, writes)
 
     return found
@@ -91,6 +92,8 @@ def _columns(table: Table, phase: Phase, region: Region, item: Instruction) -> I
 
 def _width(table: Table, buffer: str) -> int:
     shape, tiles = table.shape, table.tiles
+    if buffer == "change" and _sum_rows(table):
+        return int(tiles.rows // tiles.sum_rows)
     if buffer in ("statistics1", "change"):
         return int(shape.hidden // tiles.mlp_out)
     if buffer == "statistics2":
@@ -100,14 +103,24 @@ def _width(table: Table, buffer: str) -> int:
     return {"grad_qkv": 3 * shape.hidden, "stop": 1}.get(buffer, shape.hidden)
 
 
-def _rows(table: Table, region: Region, item: Instruction) -> Iterator[tuple[int, int]]:
-    """(sequence, row)."""
-    parts = table.tiles.rows // (table.tiles.part or table.tiles.rows)
+def _sum_rows(table: Table) -> int:
+    return getattr(table.tiles, "sum_rows", 0)  # the backward pass has no such tiles
+
+
+def _rows(table: Table, phase: Phase, region: Region, item: Instruction) -> Iterator[tuple[int, int]]:
+    """(sequence, row), in rows as few as any phase goes through together."""
+    tiles = table.tiles
+    unit = math.gcd(tiles.rows, tiles.part, _sum_rows(table))
+    parts = tiles.rows // unit
     rows = range(item.row * parts, (item.row + 1) * parts)
     if region.rows in ("every", "all"):
         rows = range(table.row_tiles * parts)
+    elif region.rows == "part":
+        own = phase.columns(table.shape, tiles)[1] // unit
+        first = item.row * parts + item.column * own
+        rows = range(first, first + own)
     elif region.rows != "own":
-        row = {"part": item.row * parts + item.column, "once": 0, "weight": item.row}[region.rows]
+        row = {"once": 0, "weight": item.row}[region.rows]
         rows = range(row, row + 1)
     for sequence in range(table.shape.batch) if region.rows == "all" else (item.sequence,):
         for row in rows:

@@ -86,7 +86,8 @@ class _Machine(Machine):
         self.partial = self.unwritten(tiles.mlp_out_tiles, batch, length, hidden)
         self.statistics1 = self.unwritten(batch, length, hidden // tiles.mlp_out, 2)
         self.statistics2 = self.unwritten(batch, length, hidden // tiles.attn_out, 2)
-        self.change = self.unwritten(batch, table.row_tiles, hidden // tiles.mlp_out, 2)
+        changes = tiles.rows // tiles.sum_rows if tiles.sum_rows else hidden // tiles.mlp_out
+        self.change = self.unwritten(batch, table.row_tiles, changes, 2)
         self.out = self.unwritten(batch, length, hidden)
         self.stop = torch.as_tensor(num_loops).expand(batch).clone()
         self.progress = [0 if table.adaptive else FINAL] * batch
@@ -138,6 +139,8 @@ class _Machine(Machine):
         self.stream[stream_slot(item.write_slot, loop), item.sequence, rows] = x
         tiles = x.view(len(x), -1, self.table.tiles.mlp_out)
         self.statistics1[item.sequence, rows] = column_statistics(tiles)
+        if self.table.tiles.sum_rows:
+            self._normalize_whole(x, item, item.layer, rows)
 
     def _norm1(self, loop: int, item: Instruction, rows: slice) -> None:
         self._norm(loop, item, rows, 0)
@@ -145,15 +148,17 @@ class _Machine(Machine):
     def _norm2(self, loop: int, item: Instruction, rows: slice) -> None:
         self._norm(loop, item, rows, 1)
 
+    def _together(self, item: Instruction, rows: slice, number: int) -> slice:
+        first = rows.start + item.column * number
+        return slice(first, min(first + number, self.table.shape.length))
+
     def _norm(self, loop: int, item: Instruction, rows: slice, branch: int) -> None:
-        part = self.table.tiles.part
-        first = rows.start + item.column * part
-        own = slice(first, min(first + part, self.table.shape.length))
+        own = self._together(item, rows, self.table.tiles.part)
         self.rows[item.sequence, own] = self._normalized(loop, item, own, branch).to(self.dtype)
 
     def _left(self, loop: int, item: Instruction, rows: slice, branch: int) -> Tensor:
         """Operand of a product that has a norm before it."""
-        if self.table.tiles.part:
+        if self.table.tiles.part or (branch == 0 and self.table.tiles.normalised):
             return self.rows[item.sequence, rows]
         return self._normalized(loop, item, rows, branch)
 
@@ -193,20 +198,34 @@ class _Machine(Machine):
         inner = slice(item.part * width, (item.part + 1) * width)
         weight = self.blocks[item.layer].mlp_out[columns, inner]
         product = self.product(self.gelu[item.sequence, rows, inner], weight.T)
-        if parts > 1:
+        if self.table.tiles.sum_rows:
             self.partial[item.part, item.sequence, rows, columns] = product
         else:
             self._finish_mlp(loop, item, rows, product)
-
-    def _mlp_sum(self, loop: int, item: Instruction, rows: slice) -> None:
-        columns = self._columns(item, self.table.tiles.mlp_out)
-        self._finish_mlp(loop, item, rows, self.partial[:, item.sequence, rows, columns].sum(0))
 
     def _finish_mlp(self, loop: int, item: Instruction, rows: slice, product: Tensor) -> None:
         weights, width = self.blocks[item.layer], self.table.tiles.mlp_out
         columns = self._columns(item, width)
         branch = product + weights.mlp_out_bias[columns].to(product.dtype)
-        new = self._update(loop, item, rows, width, 1, branch)
+        self._changed(loop, item, rows, columns, self._update(loop, item, rows, width, 1, branch))
+
+    def _mlp_sum(self, loop: int, item: Instruction, rows: slice) -> None:
+        rows = self._together(item, rows, self.table.tiles.sum_rows)
+        sums = self.partial[:, item.sequence, rows].sum(0)
+        branch = sums + self.blocks[item.layer].mlp_out_bias.to(sums.dtype)
+        stream = self.stream[stream_slot(item.read_slot, loop), item.sequence, rows]
+        new = stream + self.vector(self.gate, item.layer, item, 1) * branch
+        self.stream[stream_slot(item.write_slot, loop), item.sequence, rows] = new
+        self._normalize_whole(new, item, (item.layer + 1) % self.table.shape.layers, rows)
+        self._changed(loop, item, rows, slice(None), new)
+
+    def _normalize_whole(self, x: Tensor, item: Instruction, layer: int, rows: slice) -> None:
+        """Rows for the product that a layer begins with."""
+        gain, shift = (self.vector(values, layer, item, 0) for values in (self.gain, self.shift))
+        mean, scale = merge_statistics(column_statistics(x)[:, None], x.shape[-1])
+        self.rows[item.sequence, rows] = ((x - mean) * scale * gain + shift).to(self.dtype)
+
+    def _changed(self, loop: int, item: Instruction, rows: slice, columns: slice, new: Tensor) -> None:
         if self.table.adaptive and item.layer == self.table.shape.layers - 1:
             old = self.stream[stream_slot(0, loop), item.sequence, rows, columns]
             self.change[item.sequence, item.row, item.column, 0] = (new - old).square().sum()
