@@ -214,11 +214,11 @@ def _whole(shape: BlockShape) -> Microseconds:
     return lambda device: 1e6 * choose(shape, device, parts=1).loop_seconds
 
 
-def _apart(shape: BlockShape) -> Microseconds:
-    """One loop, each part of MLP_OUT a tile of its own."""
+def _instead(shape: BlockShape, **fields: int) -> Microseconds:
+    """One loop by the plan that is chosen, with other tiles."""
 
     def seconds(device: Device) -> float:
-        return plan._plan(shape, device, choose(shape, device).tiles._replace(apart=True)).loop_seconds
+        return plan._plan(shape, device, choose(shape, device).tiles._replace(**fields)).loop_seconds
 
     return lambda device: 1e6 * seconds(device)
 
@@ -231,12 +231,17 @@ def mechanism_rows() -> Iterator[list[str]]:
     few, some, more = (SMALL._replace(length=length) for length in (32, 256, 384))
     many, batch = SMALL, SMALL._replace(batch=16)
     half, halves = SMALL._replace(length=512), SMALL._replace(batch=16, length=512)
+    short = SMALL._replace(length=128)
     for name, with_it, without in (
         ("weights before the rows, 32 tokens", _chosen(few), _chosen(few, ahead_share=0.0)),
         ("weights before the rows, 1024 tokens", _chosen(many), _chosen(many, ahead_share=0.0)),
         ("parts of MLP_OUT, 32 tokens", _chosen(few), _whole(few)),
         ("parts of MLP_OUT, 512 tokens", _chosen(half), _whole(half)),
-        ("one tile for all parts, 16 x 512 tokens", _chosen(halves), _apart(halves)),
+        ("parts of MLP_OUT, 1024 tokens", _chosen(many), _whole(many)),
+        ("one tile for all parts, 16 x 512 tokens", _chosen(halves), _instead(halves, sum_rows=32)),
+        ("a head of q, k and v for two groups, 128 tokens", _chosen(short), _instead(short, qkv=128)),
+        ("a head of attention for one group, 128 tokens", _chosen(short), _instead(short, heads=2)),
+        ("a head of attention for one group, 512 tokens", _chosen(half), _instead(half, heads=2)),
         ("parts, 512 x 512 tokens", _chosen(half._replace(batch=512)), _whole(half._replace(batch=512))),
         (
             "wide tiles of rows normalised once, 1024 tokens",
@@ -257,7 +262,7 @@ def mechanism_rows() -> Iterator[list[str]]:
         yield [
             name,
             *(f"{time:.1f}" if time < 100 else f"{time:.0f}" for time in times[0]),
-            f"{100 * min(saved):.0f} to {100 * max(saved):.0f} %",
+            f"{round(100 * min(saved))} to {round(100 * max(saved))} %",
         ]
 
 

@@ -107,6 +107,7 @@ def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
         "ROWS": tiles.rows,
         "PAIR": tiles.blocks,
         "NORM_ROWS": tiles.part,
+        "HEADS_PER_TILE": tiles.heads,
         "QKV_COLUMNS": tiles.qkv,
         "ATTN_OUT_COLUMNS": tiles.attn_out,
         "MLP_IN_COLUMNS": tiles.mlp_in,

@@ -97,11 +97,16 @@ class _Choice(NamedTuple):
 
 
 class _Widths(NamedTuple):
-    """Columns that tiles may have: of q, k and v; of a product with D results; of MLP_IN."""
+    """What the fields of `Tiles` may be: columns of the products, heads of an attention tile."""
 
     qkv: tuple[int, ...]
-    out: tuple[int, ...]
+    heads: tuple[int, ...]
+    attn_out: tuple[int, ...]
     mlp_in: tuple[int, ...]
+    mlp_out: tuple[int, ...]
+
+
+_OF_WIDTHS = (Forward.QKV, Forward.ATTENTION, Forward.ATTN_OUT, Forward.MLP_IN, Forward.MLP_OUT)
 
 
 def choose(
@@ -161,8 +166,6 @@ def _has_wide_tiles(shape: BlockShape, device: Device) -> bool:
 
 def _widths(shape: BlockShape, device: Device, tiles: _Rows) -> _Widths:
     halves = tiles.halves
-    if shape.heads % halves:
-        return _Widths((), (), ())
     if tiles.norms:
         known = WIDE_TILES[: None if tiles.blocks > 1 else -1]
     else:
@@ -175,7 +178,11 @@ def _widths(shape: BlockShape, device: Device, tiles: _Rows) -> _Widths:
     # that the groups share every second eight columns.
     heads = shape.head_dim if _shares_heads(shape, device) else halves * shape.head_dim
     whole = (n for n in fitting(3 * shape.hidden) if n % heads == 0 and 2 * shape.hidden % n == 0)
-    return _Widths(tuple(whole), fitting(shape.hidden), fitting(shape.mlp))
+    # Of two groups one may have the only head, so that few tokens give more tiles.
+    together = (halves, 1) if _has_wide_tiles(shape, device) else (halves,)
+    number = tuple(dict.fromkeys(n for n in together if shape.heads % n == 0))
+    out = fitting(shape.hidden)
+    return _Widths(tuple(whole), number, out, fitting(shape.mlp), out)
 
 
 def _shares_heads(shape: BlockShape, device: Device) -> bool:
@@ -220,19 +227,19 @@ def _best(plans: list[Plan]) -> Plan:
 
 def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, parts: int) -> Plan:
     """The fastest columns of each product, with and without MLP_SUM."""
-    tiles = Tiles(rows.number, 1, 1, 1, 1, rows.halves, parts, blocks=rows.blocks)
+    tiles = Tiles(rows.number, 1, 1, 1, 1, 1, parts, blocks=rows.blocks)
     if rows.norms:
         tiles = tiles._replace(part=_rows_together(shape, device, tiles, "part", NORM_PARTS, Forward.NORM1))
     found = []
     if parts == 1 or device.has_wide_tiles:
-        twice = (n for n in widths.out if n <= MOST_TWICE[rows.norms] * rows.halves)
-        mlp_out = widths.out if parts == 1 else tuple(twice)
-        found.append(_fastest_columns(shape, device, tiles, widths, mlp_out))
+        twice = (n for n in widths.mlp_out if n <= MOST_TWICE[rows.norms] * rows.halves)
+        mlp_out = widths.mlp_out if parts == 1 else tuple(twice)
+        found.append(_fastest_columns(shape, device, tiles, widths._replace(mlp_out=mlp_out)))
     if shape.hidden <= MOST_SUMMED:
         fitting = tuple(n for n in SUM_ROWS if n % rows.blocks == 0)
         sum_rows = _rows_together(shape, device, tiles, "sum_rows", fitting, Forward.MLP_SUM)
         summed = tiles._replace(sum_rows=sum_rows)
-        found.append(_fastest_columns(shape, device, summed, widths, widths.out))
+        found.append(_fastest_columns(shape, device, summed, widths))
     return _best(found)
 
 
@@ -245,14 +252,12 @@ def _rows_together(
     return max(number for number in taken if taken[number] <= 1.05 * min(taken.values()))
 
 
-def _fastest_columns(
-    shape: BlockShape, device: Device, tiles: Tiles, widths: _Widths, mlp_out: tuple[int, ...]
-) -> Plan:
+def _fastest_columns(shape: BlockShape, device: Device, tiles: Tiles, widths: _Widths) -> Plan:
     """They depend on each other only by the number of stages, about which the largest of them decides."""
-    numbers = {"qkv": widths.qkv, "attn_out": widths.out, "mlp_in": widths.mlp_in, "mlp_out": mlp_out}
+    phases = dict(zip(widths._fields, _OF_WIDTHS, strict=True))
     products = {
-        field: _choices(shape, device, tiles, field, columns, Forward[field.upper()])
-        for field, columns in numbers.items()
+        field: _choices(shape, device, tiles, field, columns, phases[field])
+        for field, columns in widths._asdict().items()
     }
 
     def columns(stages: int) -> dict[str, _Choice]:

@@ -102,12 +102,14 @@ def test_parameters(inputs):
 
 
 def test_sums_of_parts_have_a_place(inputs):
-    table = build(BlockShape(3, 20, 128, 2, 512, 2), Tiles(64, 128, 64, 128, 64, 2, mlp_out_parts=4))
+    table = build(BlockShape(3, 20, 128, 2, 512, 2), Tiles(64, 128, 64, 128, 64, 2, mlp_out_parts=4, sum_rows=2))
     packed = weights.packed(inputs.blocks)
     buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None)
-    assert buffers.partial_values.numel() == 3 * 4 * 64 * 128
+    assert buffers.partial_values.shape == (4, 3, 20, 128), "of each row of a sequence, and none beyond"
+    assert buffers.rows_values.shape == (3, 20, 128) and buffers.change.shape == (3, 1, 32 * 8, 2)
     parameters = op.pack_parameters(SM90, table, buffers, packed, table.encode(), None)
     assert parameters.partial_values == buffers.partial_values.data_ptr()
+    assert parameters.rows_values == buffers.rows_values.data_ptr()
 
 
 def test_maps_cover_what_the_loader_loads(inputs):

@@ -131,7 +131,24 @@ FORWARD = {
         "loader_sm90.cuh", "qkv_slot([[item.read_slot]]", "1 - item.read_slot"
     ),
     "a part in the place of another": Fault(
-        "parts.cuh", "item.column) * Config::kMlpOutTiles + [[part]]", "0", UNORDERED
+        "epilogue.cuh", "p.token([[item.part * p.batch + item.sequence]], row)", "item.sequence", UNORDERED
+    ),
+    "one part for all of them": Fault("row_phases.cuh", "p.partial_values + [[part * matrix]]", "0"),
+    "statistics of a row before all quads have told theirs": Fault(
+        "row_phases.cuh", "found.deviations);\n    [[meet<1>(Config::kComputeThreads);]]", ""
+    ),
+    "statistics of the next rows over those that are still read": Fault(
+        "row_phases.cuh", "[[meet<1>(Config::kComputeThreads);]]\n  }\n  if (exits)", "", ""
+    ),
+    "a norm by the vectors of the layer before": Fault(
+        "row_phases.cuh", "next.layer = [[(item.layer + 1) % Config::kLayers]]", "item.layer"
+    ),
+    "rows that enter without norm": Fault(
+        "sequence.cuh", "normalise_row(p, token, target, p.statistics1, affine_of(p, item, 0));", "",
+        f"values|{NO_PROXY_FENCE}",
+    ),
+    "a norm before all lanes have stored the row": Fault(
+        "sequence.cuh", "[[__syncwarp();]]\n      normalise_row", "", f"values|{UNORDERED_STORE}"
     ),
     "a swizzle of the wrong bits": Fault(
         "matrix_descriptor.h", "panel + [[32]] * step", "64", "an operand begins inside of an atom|values"
@@ -205,7 +222,7 @@ PAIRS = {
         "loader_sm90.cuh", "target + [[rank_in_pair()]] * (right / 2)", "0", f"{EARLY_COPY}|values"
     ),
     "a norm of the other block's rows": Fault(
-        "products.cuh", "item.column * Config::kNormRows + [[rank_in_pair() * kRows]]", "0",
+        "row_phases.cuh", "item.column * rows + [[rank_in_pair()]] * (rows / Config::kPair)", "0",
         f"{UNORDERED}|two threads store to one place, in no order",
     ),
     "blocks of a pair that do not meet before the first copy": Fault(
@@ -226,6 +243,28 @@ PAIRS_OF_64 = {
     "a box of the keys in the place of the other": Fault(
         "loader_sm90.cuh", "box([[rank_in_pair() * kBoxRows]], [](auto... where) { load_box_for", "0",
         f"{EARLY_COPY}|values",
+    ),
+}  # fmt: skip
+TWO_GROUPS = {
+    "columns that are not every second eight": Fault(
+        "product_sm90.cuh", "kSwizzleRowBytes, [[kApart]]", "1", f"{EARLY_READ}|values"
+    ),
+    "angles of the other group's columns": Fault(
+        "epilogue.cuh", "kApart > 1 ? [[8 * seat.column_group]] : 0", "0"
+    ),
+    "columns in the other group's place": Fault(
+        "products.cuh", "item.column * Config::kQkvColumns + [[8 * seat.column_group]]", "0",
+        f"{UNORDERED}|values",
+    ),
+    "a group that passes by a stage too few": Fault(
+        "attention_sm90.cuh", "const int stages = [[1]] + 2 *", "0", f"{EARLY_READ}|{EARLY_COPY}|{ALL_WAIT}|values"
+    ),
+    "a group that keeps what it passes by": Fault(
+        "attention_sm90.cuh", "ring.wait_full(place);\n    [[ring.release(place);]]\n  }", "", ALL_WAIT
+    ),
+    "sums of the other block's rows": Fault(
+        "row_phases.cuh", "item.column * rows + [[rank_in_pair()]] * (rows / Config::kPair)", "0",
+        f"{UNORDERED}|values",
     ),
 }  # fmt: skip
 SM80 = {
@@ -449,6 +488,7 @@ KERNELS = {
     "early exit": Kernel("128 rows", 4, ADAPTIVE, 20, 2, 0.2),
     "pairs": Kernel("pairs", 1, PAIRS, 140),  # rows of both blocks
     "pairs of 64 rows": Kernel("pairs of 64 rows", 1, PAIRS_OF_64, 81),
+    "heads of two groups": Kernel("heads of two groups", 1, TWO_GROUPS, 81),
     "sm80": Kernel("sm80, 64 rows", 1, SM80, 80),
 }
 

@@ -24,7 +24,9 @@ SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=
 
 def test_plan_of_a_known_shape():
     plan = choose(SMALL)
-    assert plan.tiles == Tiles(256, qkv=192, attn_out=96, mlp_in=192, mlp_out=96, part=32, blocks=2)
+    assert plan.tiles == Tiles(
+        256, qkv=192, attn_out=96, mlp_in=192, mlp_out=192, mlp_out_parts=3, part=32, blocks=2, sum_rows=32
+    )
     up = plan.phases[Forward.MLP_IN]
     assert (plan.pair, up.tiles, up.waves) == (2, 64, 1)
     # 4 row tiles by 16 column tiles, on 66 pairs; each reads 256 rows, and 192 columns for both blocks.
@@ -36,6 +38,9 @@ def test_plan_of_a_known_shape():
     assert up.ahead == pytest.approx(Device().wait_seconds / (1.2 * 2 * 64 * 192 * 64 / 5.5e12))
     rows = plan.phases[Forward.NORM2]
     assert rows.bytes == 32 * 32 * (768 * (4 + 2) + 24 * 8), "fp32 in, bf16 out, and the statistics"
+    sums = plan.phases[Forward.MLP_SUM]
+    assert sums.bytes == 32 * 32 * 768 * (3 * 4 + 4 + 4 + 2), "parts and stream in, stream and rows out"
+    assert Forward.NORM1 not in plan.phases, "they are normalised then"
     waits = 2 * len(plan.phases) * Device().wait_seconds
     assert plan.loop_seconds == pytest.approx(waits + 2 * sum(c.seconds for c in plan.phases.values()))
 
@@ -49,7 +54,7 @@ def test_two_blocks_share_rows_where_l2_binds():
     """64 rows each: each normalises its own, and gets the weights that both need once."""
     shape = SMALL._replace(length=256)
     plan = choose(shape)
-    assert plan.tiles == Tiles(128, 128, 64, 192, 128, heads=2, mlp_out_parts=3, blocks=2)
+    assert plan.tiles == Tiles(128, 128, 64, 192, 192, mlp_out_parts=6, blocks=2, sum_rows=8)
     up = plan.phases[Forward.MLP_IN]
     rows, weights = 768 * 4 * 128, 768 * 2 * 192
     assert up.bytes == pytest.approx(2 * 16 * (rows + Device().multicast_cost * weights))
@@ -64,34 +69,52 @@ def test_two_blocks_share_rows_where_l2_binds():
     # Of a sequence that ends in the first block's rows, that block has them all.
     few = choose(SMALL._replace(length=64)).tiles._replace(rows=128, blocks=2)
     cost = plan_of(SMALL._replace(length=64), Device(), few).phases[Forward.QKV]
-    assert cost.bytes == pytest.approx(18 * 768 * (4 * 2 * 64 + 2 * 128 * Device().multicast_cost))
+    assert cost.bytes == pytest.approx(36 * 768 * (2 * 2 * 64 + 2 * 64 * Device().multicast_cost))
 
 
 def test_few_tokens_cut_the_inner_dimension():
     """24 tiles of 3072 keep 24 SMs busy: parts of them more, for one more wait."""
     plan = choose(SMALL._replace(length=128))
-    assert plan.tiles.mlp_out_parts == 3 and plan.phases[Forward.MLP_OUT].tiles == 36
-    whole = plan_of(SMALL._replace(length=128), Device(), plan.tiles._replace(mlp_out_parts=1))
-    assert Forward.MLP_SUM not in whole.phases and plan.loop_seconds < whole.loop_seconds - 2e-6
-    # A part reads a third of the rows and columns, and writes its sums; MLP_SUM reads the three.
-    moved = 12 * 3 * (1024 * (2 * 128 + 2 * 64 * Device().multicast_cost) + 4 * 128 * 64)
+    assert plan.tiles.mlp_out_parts == 8 and plan.phases[Forward.MLP_OUT].tiles == 48
+    whole = choose(SMALL._replace(length=128), parts=1)
+    assert whole.tiles.mlp_out_parts == 1 and plan.loop_seconds < whole.loop_seconds - 2e-6
+    # A part reads an eighth of the rows and columns, and writes its sums; MLP_SUM reads the eight.
+    moved = 6 * 8 * (384 * (2 * 128 + 2 * 128 * Device().multicast_cost) + 4 * 128 * 128)
     assert plan.phases[Forward.MLP_OUT].bytes == pytest.approx(moved)
-    assert plan.phases[Forward.MLP_SUM].bytes == 12 * 3 * 4 * 128 * 64
-    assert choose(SMALL).tiles.mlp_out_parts == 1
+    assert plan.phases[Forward.MLP_SUM].bytes == 128 * 768 * (8 * 4 + 4 + 4 + 2)
+    assert choose(SMALL._replace(length=4096)).tiles.mlp_out_parts == 1
+    wide = BlockShape(1, 128, 4096, 64, 16384, 2)
+    assert choose(wide).tiles.sum_rows == 0, "a row has more columns than the quads of a block hold"
+    assert choose(wide, ASSUMED[8, 0]).tiles.mlp_out_parts == 1
+
+
+def test_few_tokens_have_small_tiles_of_heads():
+    """Two groups share a head of q, k and v, and one of them has one in attention."""
+    shape = SMALL._replace(length=128)
+    plan = choose(shape)
+    assert (plan.tiles.qkv, plan.tiles.heads) == (64, 1) and plan.phases[Forward.ATTENTION].tiles == 12
+    for larger in (plan.tiles._replace(qkv=128), plan.tiles._replace(heads=2)):
+        assert plan_of(shape, Device(), larger).loop_seconds > plan.loop_seconds + 1e-6
+    # Halves of a head of 16 are eight columns each: one group has both.
+    assert choose(BlockShape(1, 128, 128, 8, 512, 2)).tiles.qkv >= 64
+    assert choose(shape, ASSUMED[8, 0]).tiles.qkv == 128, "nor are there such tiles for Ampere"
+    assert choose(shape, ASSUMED[8, 0]).tiles.heads == 2
+    odd = choose(BlockShape(1, 32, 192, 3, 768, 2))
+    assert odd.tiles.rows == 64 and odd.tiles.heads == 1
 
 
 def test_many_tokens_add_the_same_parts_in_one_tile():
     """To the same bits, and by the model for nothing: no sums wait in memory."""
     shape = SMALL._replace(batch=16, length=512)
     plan = choose(shape)
-    assert plan.tiles.mlp_out_parts == 3 and not plan.tiles.apart and Forward.MLP_SUM not in plan.phases
-    whole = plan_of(shape, Device(), plan.tiles._replace(mlp_out_parts=1, apart=True))
+    assert plan.tiles.mlp_out_parts == 4 and not plan.tiles.sum_rows and Forward.MLP_SUM not in plan.phases
+    whole = plan_of(shape, Device(), plan.tiles._replace(mlp_out_parts=1))
     assert plan.loop_seconds == whole.loop_seconds
-    apart = plan_of(shape, Device(), plan.tiles._replace(apart=True))
+    apart = plan_of(shape, Device(), plan.tiles._replace(sum_rows=32))
     assert apart.loop_seconds > 1.1 * plan.loop_seconds
     # A group of warps has registers for two sums of 192 columns.
     assert plan.tiles.mlp_out == 192
-    assert choose(shape, Device().without_hopper()).tiles.apart
+    assert choose(shape, Device().without_hopper()).tiles.sum_rows > 0, "whose kernel has no such tiles"
 
 
 @pytest.mark.parametrize("length", [1, 32, 64, 81, 128, 200, 512])
@@ -104,26 +127,28 @@ def test_parts_do_not_depend_on_the_batch(length):
 def test_rows_beyond_the_sequence_are_not_moved():
     few, more = (choose(SMALL._replace(length=length)) for length in (16, 64))
     assert few.tiles.rows == more.tiles.rows == 64
-    assert more.phases[Forward.QKV].bytes - few.phases[Forward.QKV].bytes == 18 * 48 * 768 * 4
+    assert more.phases[Forward.MLP_IN].bytes - few.phases[Forward.MLP_IN].bytes == 48 * 48 * 768 * 4
+    assert more.phases[Forward.QKV].bytes - few.phases[Forward.QKV].bytes == 36 * 48 * 768 * 2
 
 
 def test_few_keys_are_one_small_block():
     blocks = {length: choose(SMALL._replace(length=length)).key_block for length in (1, 64, 65, 1024)}
     assert blocks == {1: 64, 64: 64, 65: 128, 1024: 128}
     few = choose(SMALL._replace(length=64))
-    assert few.phases[Forward.ATTENTION].arithmetic == pytest.approx(4 * 64 * 64 * 128 * 132 / 450e12)
+    assert few.phases[Forward.ATTENTION].arithmetic == pytest.approx(4 * 64 * 64 * 64 * 132 / 450e12)
     assert key_block(SMALL._replace(length=64), few.tiles._replace(rows=128)) == 128, "a box has more rows"
 
 
 def test_the_plan_is_the_best_of_all_tiles():
     shape = SMALL._replace(length=300)
     best = choose(shape)
-    for rows, qkv, out, up, down in itertools.product((64, 128), (64, 128), (64, 128), (64, 128), (64, 128)):
-        if rows == 128 or qkv == 128:  # with 64 rows a tile of q, k and v is two heads
-            parts = best.tiles.mlp_out_parts
-            for apart in (True, False):
-                tiles = Tiles(rows, qkv, out, up, down, 128 // rows, parts, apart=apart)
-                assert plan_of(shape, Device(), tiles).loop_seconds >= best.loop_seconds
+    parts, both = best.tiles.mlp_out_parts, (64, 128)
+    for rows, qkv, out, up, down, heads, sums in itertools.product(
+        both, both, both, both, both, (1, 2), (0, best.tiles.sum_rows)
+    ):
+        if heads <= 128 // rows:
+            tiles = Tiles(rows, qkv, out, up, down, heads, parts, sum_rows=sums)
+            assert plan_of(shape, Device(), tiles).loop_seconds >= best.loop_seconds
 
 
 @pytest.mark.parametrize("length", [1, 64, 81, 300, 1024])

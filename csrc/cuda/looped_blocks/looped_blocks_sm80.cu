@@ -8,7 +8,8 @@
 namespace loopmdm {
 
 static_assert(Config::kMlpOutTiles == Config::kMlpOutParts, "a tile has one part of MLP_OUT");
-static_assert(Config::kQkvApart == 1, "a group has whole heads");
+static_assert(Config::kQkvApart == 1 && Config::kHeadsPerTile == Config::kColumnGroups,
+              "a group has whole heads, and one in attention");
 
 __device__ void execute(const KernelParameters& p, Walk& walk) {
   const Seat seat;

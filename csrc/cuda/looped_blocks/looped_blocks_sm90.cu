@@ -9,6 +9,9 @@
 
 namespace loopmdm {
 
+static_assert(kBarrierBytes % alignof(float2) == 0 && kBarrierBytes + sizeof(SumStatistics) + 1024 <= 2048,
+              "statistics behind the ring; FIXED_BYTES of loopmdm_kernels/schedule/plan.py");
+
 // How far apart a group's eights of columns are.
 template <int kEights>
 struct Columns {
@@ -53,7 +56,9 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
         project_mlp_in(p, item, seat, over(Config::kHidden, whole));
         break;
       case kMlpSum:
-        if constexpr (Config::kSumRows > 0) sum_parts(p, item, issued.loop, ring.queue->statistics);
+        if constexpr (Config::kSumRows > 0) {
+          sum_parts(p, item, issued.loop, *reinterpret_cast<SumStatistics*>(ring.queue + 1));
+        }
         break;
       case kMlpOut:
         project_mlp_out(p, item, issued.loop, seat, over(Config::kMlp / Config::kMlpOutParts, whole));

@@ -52,7 +52,7 @@ using SumStatistics = float2[kQuads];
 // begins with, whose row the quads tell each other of through `shared`.
 __device__ inline void sum_parts(const Parameters& p, const Instruction& item, int32_t loop,
                                  SumStatistics& shared) {
-  static_assert(kRowsAtOnce > 0, "MOST_SUMMED of loopmdm_kernels/schedule/plan.py");
+  static_assert(Config::kSumRows == 0 || kRowsAtOnce > 0, "MOST_SUMMED of loopmdm_kernels/schedule/plan.py");
   constexpr int kEights = Config::kPart / 8;
   const int quad = threadIdx.x / 4, lane = threadIdx.x % 4;
   const int own_row = quad / Config::kParts, column = quad % Config::kParts * Config::kPart + 2 * lane;

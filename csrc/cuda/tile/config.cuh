@@ -26,9 +26,10 @@ struct Config : Widths {
   static constexpr bool kNormalQkv = kNormRows > 0 || kSumRows > 0, kNormalMlpIn = kNormRows > 0;
   static constexpr int kStages = LOOPMDM_STAGES, kStageBytes = LOOPMDM_STAGE_BYTES;
 
-  // Two groups of four warps compute. They share the rows of a tile; with 64 rows, its columns or heads.
+  // Two groups of four warps compute. They share the rows of a tile; with 64 rows its columns, and its heads,
+  // or one of them has the only one.
   static constexpr int kGroups = 2, kRowGroups = kRows / 64, kColumnGroups = kGroups / kRowGroups;
-  static constexpr int kHeadsPerTile = kColumnGroups;
+  static constexpr int kHeadsPerTile = LOOPMDM_HEADS_PER_TILE;
   static constexpr int kComputeThreads = 128 * kGroups;
   static constexpr int kRowWarps = kTileRows / 16;  // that share the rows of an instruction
 
@@ -43,7 +44,8 @@ struct Config : Widths {
   static constexpr int kChanges = kSumRows > 0 ? kTileRows / kSumRows * kPair * (kComputeThreads / 32)
                                                : kHidden / (kMlpOutColumns / kColumnGroups) * kRowWarps;
 
-  static_assert(kHeads % kHeadsPerTile == 0, "a group computes one head");
+  static_assert(kHeads % kHeadsPerTile == 0 && (kHeadsPerTile == 1 || kHeadsPerTile == kColumnGroups),
+                "a group computes one head");
   static_assert(kRows == 64 || kRows == 128, "rows of a block");
   static_assert(kNormRows % kPair == 0 && (kNormRows == 0 || kTileRows % kNormRows == 0), "rows of a norm");
   static_assert(kHidden % kStep == 0 && kMlp % (kMlpOutParts * kStep) == 0, "widths in whole stages");

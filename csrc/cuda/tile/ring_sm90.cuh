@@ -20,7 +20,6 @@ struct Ring
   struct Queue {
     uint64_t issued[kInstructions], read[kInstructions];
     Issued instructions[kInstructions];
-    float2 statistics[Config::kComputeThreads / 4];  // of MLP_SUM
   };
 
   Queue* queue;
