@@ -253,7 +253,7 @@ class Buffers(NamedTuple):
     partial_values: Tensor | None  # fp32 [parts, B, L, D]
     statistics1: Tensor  # fp32 [B, L, parts, 2]
     statistics2: Tensor
-    change: Tensor  # fp32 [B, row tiles, tiles' warps, 2]
+    change: Tensor  # fp32 [B, row tiles, tiles or their warps, 2]
     affine: Tensor  # fp32 [n, 1 or B, 2, D / 2, 4]
     gate: Tensor  # fp32 [n, 1 or B, 2, D]
     mlp_in_bias: Tensor
@@ -282,7 +282,7 @@ class Buffers(NamedTuple):
         groups = 128 * tiles.blocks // tiles.rows  # warp groups that share the columns of a tile
         changes = groups * hidden // tiles.mlp_out * tiles.rows // 16
         if tiles.sum_rows:
-            changes = tiles.rows // tiles.sum_rows * tiles.blocks * 8
+            changes = tiles.rows // tiles.sum_rows * tiles.blocks
 
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=x.device)

@@ -3,8 +3,9 @@
 A phase is `waves` rounds of equal tiles. A tile takes the longer of its arithmetic, at the SM's share of the
 device's rate, and of its operands' way from L2, at the rate that the SMs at work leave each other. Between
 phases lies one wait for counters. Weights do not wait: those of as many steps as the ring has stages are
-asked for when it begins, ahead of the rows, and what comes meanwhile does not come later. The rates are
-assumptions until they are measured on the device; a plan is a ranking of tiles first and a time second.
+asked for when it begins, ahead of the rows, and what comes meanwhile does not come later. Operands of
+products are read from shared memory at its rate; where rows go one behind the other, each waits for L2. The
+rates are assumptions until they are measured on the device; a plan is a ranking of tiles first and a time second.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any, NamedTuple
 from loopmdm_kernels.schedule.device import Device
 from loopmdm_kernels.schedule.table import BlockShape, Phase, Table, Work
 
+WAY = 0.45  # of a hand-over that the first load takes from L2
+ALONE = 1.6  # half of what two heads take in turn, by the group that has one, times this
+ALONE_COLUMNS = 128  # of a tile of 64 rows that one group of warps has; see config_sm90.cuh
 STEP = 64  # of the inner dimension, per stage of the ring: 128 bytes of bf16, one swizzle row
 KEY_BLOCKS = (64, 128)  # keys that one step of the attention meets
 
@@ -37,6 +41,8 @@ class PhaseCost(NamedTuple):
     steps: int  # of a tile
     ahead: float = 0.0  # of the first wave's steps those whose weights come within the wait before the phase
     late: float = 0.0  # seconds that rows come later, behind weights for which the wait was too short
+    trip: float = 0.0  # seconds of a load from L2 that others wait for
+    trips: int = 0  # of those in a tile
 
     @property
     def traffic(self) -> float:
@@ -46,7 +52,8 @@ class PhaseCost(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        return max(self.late + self.arithmetic, self.traffic)
+        waited = max(0, self.waves * self.trips - 1) * self.trip  # the hand-over has the first one
+        return max(self.late + self.arithmetic, self.traffic) + waited
 
     def after(self, wait: float, stages: int) -> PhaseCost:
         """Behind a wait in which the weights of the first `stages` steps are on their way."""
@@ -59,7 +66,8 @@ class PhaseCost(NamedTuple):
     def of_tile(self, *, behind_wait: bool) -> float:
         """Seconds of one tile, of the first wave or a later one."""
         tile = self._replace(waves=1, arithmetic=self.arithmetic / self.waves)
-        return (tile if behind_wait else tile._replace(ahead=0.0, late=0.0)).seconds
+        later = tile._replace(ahead=0.0, late=0.0)
+        return tile.seconds if behind_wait else later.seconds + (self.trip if self.trips else 0.0)
 
 
 def costs(phases: Iterable[Phase], shape: BlockShape, tiles: Any, device: Device) -> dict[IntEnum, PhaseCost]:
@@ -81,7 +89,9 @@ def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     weights, copies = work.weights / work.steps, device.multicast_cost if blocks > 1 else 1.0
     port = Way(received / device.sm_bytes, weights / device.sm_bytes)
     l2 = Way(sent * at_work / device.l2_bytes, weights * copies * at_work / device.l2_bytes)
-    return PhaseCost(tiles, waves, waves * seconds * workers, (port, l2), tiles * sent, work.steps)
+    busy = max(seconds * workers, work.shared_read / device.shared_read_bytes)
+    cost = PhaseCost(tiles, waves, waves * busy, (port, l2), tiles * sent, work.steps)
+    return cost._replace(trip=WAY * device.wait_seconds, trips=work.trips)
 
 
 def product_work(
@@ -94,10 +104,18 @@ def product_work(
     weights = 2 * columns * inner
     rows = tiles.blocks * min(tiles.rows // tiles.blocks, shape.length)
     moved = inner * left_bytes * rows + weights + written
+    # Two groups of warps have rows of their own and all columns, or half of the columns and all rows.
+    groups = 1 if of_one_group(tiles, columns) else 2
+    read = 64 * groups * left_bytes + 2 * columns * tiles.rows // tiles.blocks // 64
     return Work(
         2 * tiles.rows * columns * inner, moved, shared=shared_bytes(tiles, weights),
-        weights=weights, steps=inner // STEP,
+        weights=weights, steps=inner // STEP, shared_read=inner * read,
     )  # fmt: skip
+
+
+def of_one_group(tiles: Any, columns: int) -> bool:
+    """Whether one group of warps has all of a product's tile."""
+    return tiles.rows // tiles.blocks == 64 and columns <= ALONE_COLUMNS
 
 
 def shared_bytes(tiles: Any, number: int) -> int:
@@ -110,7 +128,9 @@ def attention_work(shape: BlockShape, tiles: Any) -> Work:
     keys = block * math.ceil(shape.length / block)
     width = tiles.heads * shape.head_dim
     read = 4 * width * shape.length
-    flops, shared = 4 * tiles.rows * keys * width, shared_bytes(tiles, read)
+    flops, shared = 4.0 * tiles.rows * keys * width, shared_bytes(tiles, read)
+    if tiles.rows // tiles.blocks == 64 and tiles.heads == 1:
+        flops *= ALONE
     return Work(flops, 2 * width * tiles.rows + read, attention=True, shared=shared)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from loopmdm_kernels.schedule.measured import Table as Measured
@@ -33,8 +34,8 @@ class Device(NamedTuple):
     node_seconds: float = 1.5e-6  # a small kernel or copy of a CUDA graph, with the way from the one before
 
     def without_hopper(self) -> Device:
-        """As the kernel for Ampere sees it."""
-        return self._replace(has_wide_tiles=False, cluster=1, spare_stages=1)
+        """As the kernel for Ampere sees it. What its warps read of shared memory is not modelled."""
+        return self._replace(has_wide_tiles=False, cluster=1, spare_stages=1, shared_read_bytes=math.inf)
 
 
 # By compute capability: A100, RTX 3090, RTX 4090, H200. Peak rates times what their like reach elsewhere;

@@ -12,6 +12,7 @@ first loop ENTER does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
@@ -21,6 +22,8 @@ from loopmdm_kernels.schedule.cost import attention_work, product_work
 from loopmdm_kernels.schedule.table import BlockShape, Counters, Phase, Region, Table, Work, check_sizes
 
 STATISTICS_COLUMNS = 32  # of a row, whatever the tiles
+QUADS = 64  # of threads in a block: each has so many columns of a row that MLP_SUM adds
+MOST_SUMMED = QUADS * STATISTICS_COLUMNS  # columns of such a row
 
 
 class Forward(IntEnum):
@@ -103,7 +106,7 @@ _MLP_SUM = Phase(
     writes=(
         Region("stream", rows="part"), Region("rows", rows="part"), Region("change", "number", exits=True),
     ),
-    cost=lambda s, t: Work(0, t.sum_rows * s.hidden * (4 * t.mlp_out_tiles + 10)),
+    cost=lambda s, t: Work(0, t.sum_rows * s.hidden * (4 * t.mlp_out_tiles + 10), trips=sum_trips(s, t)),
 )  # fmt: skip
 
 
@@ -113,7 +116,9 @@ def _norm(name: Forward, after: Counters, statistics: str, slots: Callable[[int]
         columns=lambda s, t: (t.rows, t.part), slots=slots,
         reads=(Region("stream", rows="part"), Region(statistics, rows="part")),
         writes=(Region("rows", rows="part"),),
-        cost=lambda s, t: Work(0, t.part * (6 * s.hidden + 8 * s.hidden // STATISTICS_COLUMNS)),
+        cost=lambda s, t: Work(
+            0, t.part * (6 * s.hidden + 8 * s.hidden // STATISTICS_COLUMNS), trips=_norm_trips(s, t)
+        ),
     )  # fmt: skip
 
 
@@ -186,6 +191,17 @@ PHASES = (
         reads=(Region("stream"),), writes=(Region("out"),),
     ),
 )  # fmt: skip
+
+
+def sum_trips(shape: BlockShape, tiles: Tiles) -> int:
+    """Times that a tile of MLP_SUM loads: a quad's parts of as many rows together as registers hold."""
+    rows = QUADS * STATISTICS_COLUMNS // shape.hidden * max(1, 16 // (tiles.mlp_out_tiles + 1))
+    return math.ceil(tiles.sum_rows / tiles.blocks / rows) if rows else 0
+
+
+def _norm_trips(shape: BlockShape, tiles: Tiles) -> int:
+    """Eight warps have two rows each, of 1024 columns at most."""
+    return math.ceil(tiles.part / tiles.blocks / (16 if shape.hidden <= 1024 else 8))
 
 
 def phases_of(tiles: Tiles) -> tuple[Phase, ...]:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from loopmdm_kernels.schedule import backward
 from loopmdm_kernels.schedule.backward import KEY_BLOCK, PART, BackwardTiles
-from loopmdm_kernels.schedule.cost import STEP, PhaseCost, costs, key_block
+from loopmdm_kernels.schedule.cost import ALONE_COLUMNS, STEP, PhaseCost, costs, key_block
 from loopmdm_kernels.schedule.device import Device
-from loopmdm_kernels.schedule.forward import Forward, Tiles, phases_of
+from loopmdm_kernels.schedule.forward import MOST_SUMMED, Forward, Tiles, phases_of
 from loopmdm_kernels.schedule.table import BlockShape
 
 FIXED_BYTES = 2_048  # barriers and instructions, and the ring's alignment
@@ -22,13 +22,13 @@ ROW_TILES = (64, 128)
 PAIR_ROWS = tuple(2 * rows for rows in ROW_TILES)  # of two blocks
 # Where rows are normalised on their way into a product, in registers: two halves of 128 columns at most.
 COLUMN_TILES = (64, 128, 192, 256)
+HALF_TILES = (32, 64, 96, 128, 192, 256)  # of 64 rows: the first ones by one group of warps
 WIDE_TILES = (64, 96, 128, 192, 256)  # where both operands come from shared memory; the last one for pairs
 BACKWARD_TILES = (64, 128, 192, 256)  # columns; the last ones for pairs
 # Batches that tiles are chosen for: a warm-up with these compiles all kernels of a length.
 BATCHES = (1, 2, 4, 8, 512)
 NORM_PARTS = (16, 32, 64, 128)  # rows that go through a norm together
 SUM_ROWS = (1, 2, 4, 8, 16, 32)  # rows whose parts of MLP_OUT are added together
-MOST_SUMMED = 2048  # columns of these: a quad of threads has 32
 PARTS = (1, 2, 3, 4, 6, 8, 12)  # of MLP_OUT's inner dimension
 # Columns of a group of warps that has registers for the sums of a part beside those of all; True: rows are
 # normalised by phases of their own.
@@ -165,29 +165,31 @@ def _has_wide_tiles(shape: BlockShape, device: Device) -> bool:
 
 
 def _widths(shape: BlockShape, device: Device, tiles: _Rows) -> _Widths:
-    halves = tiles.halves
+    wide, halves = _has_wide_tiles(shape, device), tiles.halves
     if tiles.norms:
         known = WIDE_TILES[: None if tiles.blocks > 1 else -1]
+    elif wide and halves > 1:
+        known = HALF_TILES
     else:
-        known = COLUMN_TILES[: 2 * halves if _has_wide_tiles(shape, device) else 2]
+        known = COLUMN_TILES[: 2 * halves if wide else 2]
 
-    def fitting(width: int) -> tuple[int, ...]:
-        return tuple(n for n in known if width % n == 0 and n % (halves * 32) == 0)
+    def fitting(width: int, multiple: int = 32) -> tuple[int, ...]:
+        return tuple(n for n in known if width % n == 0 and _share(n, device, tiles) % multiple == 0)
 
-    # What a group computes of q, k and v is all to be rotated, or nothing of it: whole heads, or of heads
-    # that the groups share every second eight columns.
-    heads = shape.head_dim if _shares_heads(shape, device) else halves * shape.head_dim
-    whole = (n for n in fitting(3 * shape.hidden) if n % heads == 0 and 2 * shape.hidden % n == 0)
+    # What a group computes of q, k and v is all to be rotated, or nothing of it.
+    of_heads = fitting(3 * shape.hidden, math.lcm(32, shape.head_dim))
+    qkv = tuple(n for n in of_heads if 2 * shape.hidden % _share(n, device, tiles) == 0)
     # Of two groups one may have the only head, so that few tokens give more tiles.
-    together = (halves, 1) if _has_wide_tiles(shape, device) else (halves,)
-    number = tuple(dict.fromkeys(n for n in together if shape.heads % n == 0))
+    together = dict.fromkeys((halves, 1)) if wide else (halves,)
+    heads = tuple(n for n in together if shape.heads % n == 0)
     out = fitting(shape.hidden)
-    return _Widths(tuple(whole), number, out, fitting(shape.mlp), out)
+    return _Widths(qkv, heads, out, fitting(shape.mlp), out)
 
 
-def _shares_heads(shape: BlockShape, device: Device) -> bool:
-    """Whether two groups may share a head of q, k and v: its halves are both of whole eights."""
-    return _has_wide_tiles(shape, device) and shape.head_dim >= 32
+def _share(columns: int, device: Device, tiles: _Rows) -> int:
+    """Of a tile's columns those that a group of warps has."""
+    alone = tiles.halves == 1 or (device.has_wide_tiles and columns <= ALONE_COLUMNS)
+    return columns if alone else columns // tiles.halves
 
 
 def _behind_wait(cost: PhaseCost, device: Device, stages: int) -> PhaseCost:
@@ -232,7 +234,7 @@ def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, pa
         tiles = tiles._replace(part=_rows_together(shape, device, tiles, "part", NORM_PARTS, Forward.NORM1))
     found = []
     if parts == 1 or device.has_wide_tiles:
-        twice = (n for n in widths.mlp_out if n <= MOST_TWICE[rows.norms] * rows.halves)
+        twice = (n for n in widths.mlp_out if _share(n, device, rows) <= MOST_TWICE[rows.norms])
         mlp_out = widths.mlp_out if parts == 1 else tuple(twice)
         found.append(_fastest_columns(shape, device, tiles, widths._replace(mlp_out=mlp_out)))
     if shape.hidden <= MOST_SUMMED:

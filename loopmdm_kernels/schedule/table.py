@@ -99,12 +99,14 @@ class Region(NamedTuple):
 class Work(NamedTuple):
     """What a tile takes."""
 
-    flops: int
+    flops: float
     bytes: int  # moved
     attention: bool = False  # its flops are at attention's rate
     shared: int = 0  # bytes that both blocks of a pair get; the others are divided among them
     weights: int = 0  # bytes of a product's weights, which wait for no counter
     steps: int = 1  # stages that they come in
+    shared_read: int = 0  # bytes of operands that the groups of warps read from shared memory
+    trips: int = 0  # loads from L2 one behind the other; 0: they are pipelined
 
 
 Sizes = Callable[[BlockShape, Any], tuple[int, int]]

@@ -106,7 +106,7 @@ def test_sums_of_parts_have_a_place(inputs):
     packed = weights.packed(inputs.blocks)
     buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None)
     assert buffers.partial_values.shape == (4, 3, 20, 128), "of each row of a sequence, and none beyond"
-    assert buffers.rows_values.shape == (3, 20, 128) and buffers.change.shape == (3, 1, 32 * 8, 2)
+    assert buffers.rows_values.shape == (3, 20, 128) and buffers.change.shape == (3, 1, 32, 2)
     parameters = op.pack_parameters(SM90, table, buffers, packed, table.encode(), None)
     assert parameters.partial_values == buffers.partial_values.data_ptr()
     assert parameters.rows_values == buffers.rows_values.data_ptr()

@@ -135,20 +135,20 @@ FORWARD = {
     ),
     "one part for all of them": Fault("row_phases.cuh", "p.partial_values + [[part * matrix]]", "0"),
     "statistics of a row before all quads have told theirs": Fault(
-        "row_phases.cuh", "found.deviations);\n    [[meet<1>(Config::kComputeThreads);]]", ""
+        "row_phases.cuh", "found.deviations);\n      [[meet<1>(Config::kComputeThreads);]]", ""
     ),
     "statistics of the next rows over those that are still read": Fault(
-        "row_phases.cuh", "[[meet<1>(Config::kComputeThreads);]]\n  }\n  if (exits)", "", ""
+        "row_phases.cuh", "[[meet<1>(Config::kComputeThreads);]]\n    }\n  }\n  if (exits)", "", ""
     ),
     "a norm by the vectors of the layer before": Fault(
         "row_phases.cuh", "next.layer = [[(item.layer + 1) % Config::kLayers]]", "item.layer"
     ),
     "rows that enter without norm": Fault(
-        "sequence.cuh", "normalise_row(p, token, target, p.statistics1, affine_of(p, item, 0));", "",
+        "sequence.cuh", "normalise_rows<1>(p, token, 1, 1, target, p.statistics1, affine_of(p, item, 0));", "",
         f"values|{NO_PROXY_FENCE}",
     ),
     "a norm before all lanes have stored the row": Fault(
-        "sequence.cuh", "[[__syncwarp();]]\n      normalise_row", "", f"values|{UNORDERED_STORE}"
+        "sequence.cuh", "[[__syncwarp();]]\n      normalise_rows", "", f"values|{UNORDERED_STORE}"
     ),
     "a swizzle of the wrong bits": Fault(
         "matrix_descriptor.h", "panel + [[32]] * step", "64", "an operand begins inside of an atom|values"
@@ -245,22 +245,13 @@ PAIRS_OF_64 = {
         f"{EARLY_COPY}|values",
     ),
 }  # fmt: skip
-TWO_GROUPS = {
-    "columns that are not every second eight": Fault(
-        "product_sm90.cuh", "kSwizzleRowBytes, [[kApart]]", "1", f"{EARLY_READ}|values"
-    ),
-    "angles of the other group's columns": Fault(
-        "epilogue.cuh", "kApart > 1 ? [[8 * seat.column_group]] : 0", "0"
-    ),
-    "columns in the other group's place": Fault(
-        "products.cuh", "item.column * Config::kQkvColumns + [[8 * seat.column_group]]", "0",
-        f"{UNORDERED}|values",
-    ),
+ONE_GROUP = {
     "a group that passes by a stage too few": Fault(
-        "attention_sm90.cuh", "const int stages = [[1]] + 2 *", "0", f"{EARLY_READ}|{EARLY_COPY}|{ALL_WAIT}|values"
+        "looped_blocks_sm90.cu", "stages = item.phase == kAttention ? [[1]] + keys", "0",
+        f"{EARLY_READ}|{EARLY_COPY}|{ALL_WAIT}|values",
     ),
     "a group that keeps what it passes by": Fault(
-        "attention_sm90.cuh", "ring.wait_full(place);\n    [[ring.release(place);]]\n  }", "", ALL_WAIT
+        "looped_blocks_sm90.cu", "ring.wait_full(place);\n    [[ring.release(place);]]\n  }", "", ALL_WAIT
     ),
     "sums of the other block's rows": Fault(
         "row_phases.cuh", "item.column * rows + [[rank_in_pair()]] * (rows / Config::kPair)", "0",
@@ -488,7 +479,7 @@ KERNELS = {
     "early exit": Kernel("128 rows", 4, ADAPTIVE, 20, 2, 0.2),
     "pairs": Kernel("pairs", 1, PAIRS, 140),  # rows of both blocks
     "pairs of 64 rows": Kernel("pairs of 64 rows", 1, PAIRS_OF_64, 81),
-    "heads of two groups": Kernel("heads of two groups", 1, TWO_GROUPS, 81),
+    "one group": Kernel("one group", 1, ONE_GROUP, 81),
     "sm80": Kernel("sm80, 64 rows", 1, SM80, 80),
 }
 

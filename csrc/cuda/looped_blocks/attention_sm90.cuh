@@ -32,27 +32,6 @@ __device__ inline void load_queries(uint32_t (&queries)[kHeadDim / 16][4], uint3
   }
 }
 
-constexpr bool kAlone = Config::kHeadsPerTile < Config::kColumnGroups;  // one group has all
-template <bool kOne>
-struct TurnsOf {
-  using Type = Turns;
-};
-template <>
-struct TurnsOf<true> {
-  using Type = NoTurns;
-};
-
-// The stages of a tile, by a group that has nothing to do with them.
-template <class Launch>
-__device__ inline void pass_by(const Launch& p, const Ring& ring, RingPlace& place) {
-  const int stages = 1 + 2 * ((p.length + kKeys - 1) / kKeys);
-#pragma unroll 1
-  for (int stage = 0; stage < stages; ++stage, Ring::next(place)) {
-    ring.wait_full(place);
-    ring.release(place);
-  }
-}
-
 // A tile of queries by all keys; `finish` gets the sums of its output and what they are to be divided by.
 template <class Launch, class Finish>
 __device__ inline void attend(const Launch& p, const Instruction& item, const Ring& ring, RingPlace& place,
@@ -93,7 +72,7 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
 
   float mixed[kHeadDim / 2] = {}, scores[kKeys / 2];
   Running running;
-  const typename TurnsOf<kAlone>::Type turns;
+  const Turns<(Config::kHeadsPerTile == Config::kColumnGroups)> turns;
   turns.begin();
   const auto only_scores = [&] {
     clear(scores);  // for the reason that product_sm90.cuh gives
@@ -140,7 +119,6 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
 __device__ inline void attention(const Parameters& p, const Instruction& item, const Ring& ring,
                                  RingPlace& place, const Seat& seat) {
   using namespace attention_tile;
-  if (kAlone && seat.column_group > 0) return pass_by(p, ring, place);
   const int head = item.column * Config::kHeadsPerTile + seat.column_group;
   attend(p, item, ring, place, seat, [&](float (&mixed)[kHeadDim / 2], const Running& running) {
     divide_by_sums(mixed, running);

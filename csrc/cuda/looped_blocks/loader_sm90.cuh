@@ -8,6 +8,18 @@
 
 namespace loopmdm {
 
+// Of a product's tile; of all else 0.
+__device__ inline int columns_of(int32_t phase) {
+  return phase == kQkv       ? Config::kQkvColumns
+         : phase == kAttnOut ? Config::kAttnOutColumns
+         : phase == kMlpIn   ? Config::kMlpInColumns
+         : phase == kMlpOut  ? Config::kMlpOutColumns
+                             : 0;
+}
+__device__ inline int steps_of(int32_t phase) {
+  return (phase == kMlpOut ? Config::kMlpOutInner : Config::kHidden) / Config::kStep;
+}
+
 class Loader {
  public:
   __device__ Loader(const KernelParameters& parameters, const Ring& ring)
@@ -34,18 +46,6 @@ class Loader {
   }
 
  private:
-  // Of a product's tile; of all else 0.
-  __device__ static int columns_of(int32_t phase) {
-    return phase == kQkv       ? Config::kQkvColumns
-           : phase == kAttnOut ? Config::kAttnOutColumns
-           : phase == kMlpIn   ? Config::kMlpInColumns
-           : phase == kMlpOut  ? Config::kMlpOutColumns
-                               : 0;
-  }
-  __device__ static int steps_of(int32_t phase) {
-    return (phase == kMlpOut ? Config::kMlpOutInner : Config::kHidden) / Config::kStep;
-  }
-
   __device__ void load(const Instruction& item, int32_t loop) {
     if (columns_of(item.phase) > 0) return product(item, loop);
     if (item.phase == kAttention) return attention(item, loop);

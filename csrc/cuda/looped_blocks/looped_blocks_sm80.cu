@@ -8,25 +8,22 @@
 namespace loopmdm {
 
 static_assert(Config::kMlpOutTiles == Config::kMlpOutParts, "a tile has one part of MLP_OUT");
-static_assert(Config::kQkvApart == 1 && Config::kHeadsPerTile == Config::kColumnGroups,
-              "a group has whole heads, and one in attention");
+static_assert(Config::kHeadsPerTile == Config::kColumnGroups, "each group has a head in attention");
 
 __device__ void execute(const KernelParameters& p, Walk& walk) {
   const Seat seat;
   const Instruction& item = walk.item();
   const int32_t loop = walk.loop(), slot = stream_slot(item.read_slot, loop, p.keep);
-  // `operands` says what is multiplied; the stages are then free for the weights of the next tile.
-  const auto with_norm = [&](auto operands) {
-    return [&, operands](auto& sums, const RowScales& rows, const float4* affine) {
+  // `operands` says what is multiplied; the stages are then free for the weights of the next tile. With the
+  // norms of rows and their vectors these are normalised on their way.
+  const auto over = [&](auto operands) {
+    return [&, operands](auto& sums, const auto&... norm) {
       clear(sums);
-      stream_product(sums, operands, walk.stages(), seat, rows, affine);
-      walk.read_all();
-    };
-  };
-  const auto plain = [&](auto operands) {
-    return [&, operands](auto& sums) {
-      clear(sums);
-      shared_product(sums, operands, walk.stages(), seat);
+      if constexpr (sizeof...(norm) == 0) {
+        shared_product(sums, operands, walk.stages(), seat);
+      } else {
+        stream_product(sums, operands, walk.stages(), seat, norm...);
+      }
       walk.read_all();
     };
   };
@@ -34,25 +31,22 @@ __device__ void execute(const KernelParameters& p, Walk& walk) {
   switch (item.phase) {
     case kEnter:
       return enter(p, item, loop);
-    case kQkv:
-      if constexpr (Config::kNormalQkv) {
-        return project_qkv(p, item, loop, seat,
-                           plain(walk.operands<2, kHidden, Config::kQkvColumns>(
-                               p.rows_values, 0, p.qkv_weight, 3 * kHidden)));
-      } else {
-        return project_qkv(p, item, loop, seat,
-                           with_norm(walk.operands<4, kHidden, Config::kQkvColumns>(
-                               p.stream_values, slot, p.qkv_weight, 3 * kHidden)));
-      }
+    case kQkv: {
+      const void* const rows = p.stream_values;
+      return project_qkv(p, item, loop, seat,
+                         over(walk.operands<kQkvBytes, kHidden, Config::kQkvColumns>(
+                             Config::kNormalQkv ? p.rows_values : rows, Config::kNormalQkv ? 0 : slot,
+                             p.qkv_weight, 3 * kHidden)));
+    }
     case kAttention:
       return attention(p, item, loop, walk.stages(), seat, [&walk] { walk.read_all(); });
     case kAttnOut:
       return project_attn_out(p, item, loop, seat,
-                              plain(walk.operands<2, kHidden, Config::kAttnOutColumns>(
+                              over(walk.operands<2, kHidden, Config::kAttnOutColumns>(
                                   p.mixed_values, 0, p.attn_out_weight, kHidden)));
     case kMlpIn:
       return project_mlp_in(p, item, seat,
-                            with_norm(walk.operands<4, kHidden, Config::kMlpInColumns>(
+                            over(walk.operands<4, kHidden, Config::kMlpInColumns>(
                                 p.stream_values, slot, p.mlp_in_weight, kMlp)));
     case kMlpSum:
       if constexpr (Config::kSumRows > 0) {
@@ -62,7 +56,7 @@ __device__ void execute(const KernelParameters& p, Walk& walk) {
       return;
     case kMlpOut:
       return project_mlp_out(p, item, loop, seat,
-                             plain(walk.operands<2, kMlp, Config::kMlpOutColumns, Config::kMlpOutTiles>(
+                             over(walk.operands<2, kMlp, Config::kMlpOutColumns, Config::kMlpOutTiles>(
                                  p.gelu_values, 0, p.mlp_out_weight, kHidden)));
     case kExit:
       return decide(p, item, loop);

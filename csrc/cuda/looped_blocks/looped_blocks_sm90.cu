@@ -12,11 +12,28 @@ namespace loopmdm {
 static_assert(kBarrierBytes % alignof(float2) == 0 && kBarrierBytes + sizeof(SumStatistics) + 1024 <= 2048,
               "statistics behind the ring; FIXED_BYTES of loopmdm_kernels/schedule/plan.py");
 
-// How far apart a group's eights of columns are.
-template <int kEights>
-struct Columns {
-  static constexpr int kApart = kEights;
-};
+constexpr int kNobody = -1;  // no phase of the table
+
+// Whether the other group has all of a tile.
+__device__ inline bool left_alone(int32_t phase) {
+  if (Config::kColumnGroups == 1 || warp_group() == 0) return false;
+  if (phase == kAttention) return Config::kHeadsPerTile == 1;
+  return columns_of(phase) > 0 && columns_of(phase) <= kAloneColumns;
+}
+
+// The stages of such a tile, and its place among the squared norms.
+__device__ inline void pass_by(const Parameters& p, const Instruction& item, const Ring& ring, RingPlace& place) {
+  const int keys = 2 * ((p.length + Config::kKeyBlock - 1) / Config::kKeyBlock);
+  const int stages = item.phase == kAttention ? 1 + keys : steps_of(item.phase);
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage, Ring::next(place)) {
+    ring.wait_full(place);
+    ring.release(place);
+  }
+  if (Config::kSumRows == 0 && item.phase == kMlpOut && may_exit(p, item)) {
+    if (threadIdx.x % 32 == 0) store_change(p, item, change_of(item, Seat()), make_float2(0, 0));
+  }
+}
 
 __device__ void compute(const Parameters& p, const Ring& ring) {
   RingPlace place{0, 0}, read{0, 0};
@@ -24,18 +41,19 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
     const Issued issued = ring.take(read);
     const Seat seat;
     const Instruction& item = issued.item;
-    const Columns<1> whole;
-    const auto over = [&](int inner, auto columns) {
+    const auto over = [&](int inner) {
       return [&, inner](auto& sums, const auto&... norm) {
-        constexpr int kApart = decltype(columns)::kApart;
         if constexpr (sizeof...(norm) == 0) {
-          shared_product<false, false, kApart>(sums, ring, place, seat, inner / Config::kStep);
+          shared_product(sums, ring, place, seat, inner / Config::kStep);
         } else {
-          stream_product<kApart>(sums, ring, place, seat, norm...);
+          stream_product(sums, ring, place, seat, norm...);
         }
       };
     };
-    switch (item.phase) {
+    switch (left_alone(item.phase) ? kNobody : item.phase) {
+      case kNobody:
+        pass_by(p, item, ring, place);
+        break;
       case kEnter:
         enter(p, item, issued.loop);
         break;
@@ -44,16 +62,16 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
         if constexpr (Config::kNormRows > 0) normalise(p, item, issued.loop);
         break;
       case kQkv:
-        project_qkv(p, item, issued.loop, seat, over(Config::kHidden, Columns<Config::kQkvApart>()));
+        project_qkv(p, item, issued.loop, seat, over(Config::kHidden));
         break;
       case kAttention:
         attention(p, item, ring, place, seat);
         break;
       case kAttnOut:
-        project_attn_out(p, item, issued.loop, seat, over(Config::kHidden, whole));
+        project_attn_out(p, item, issued.loop, seat, over(Config::kHidden));
         break;
       case kMlpIn:
-        project_mlp_in(p, item, seat, over(Config::kHidden, whole));
+        project_mlp_in(p, item, seat, over(Config::kHidden));
         break;
       case kMlpSum:
         if constexpr (Config::kSumRows > 0) {
@@ -61,7 +79,7 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
         }
         break;
       case kMlpOut:
-        project_mlp_out(p, item, issued.loop, seat, over(Config::kMlp / Config::kMlpOutParts, whole));
+        project_mlp_out(p, item, issued.loop, seat, over(Config::kMlp / Config::kMlpOutParts));
         break;
       case kExit:
         decide(p, item, issued.loop);

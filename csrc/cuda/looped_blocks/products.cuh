@@ -7,12 +7,16 @@
 
 namespace loopmdm {
 
-// Columns of the tile that a group of warps computes, and the number of its part in the row.
+// Groups of warps that share the columns of a tile; columns that each has, and the number of its part in the
+// row.
 template <int kTileColumns>
-constexpr int kShare = kTileColumns / Config::kColumnGroups;
+constexpr int kSharing = kTileColumns <= kAloneColumns ? 1 : Config::kColumnGroups;
+template <int kTileColumns>
+constexpr int kShare = kTileColumns / kSharing<kTileColumns>;
 
-__device__ inline int share_of(const Instruction& item, const Seat& seat) {
-  return item.column * Config::kColumnGroups + seat.column_group;
+template <int kTileColumns>
+__device__ int share_of(const Instruction& item, const Seat& seat) {
+  return item.column * kSharing<kTileColumns> + seat.column_group;
 }
 
 // Of rows that are normalised, or of the stream's as they go into the product.
@@ -29,12 +33,13 @@ __device__ void of_norm(float (&sums)[kSums], const Parameters& p, const Instruc
 
 // The first columns of a residual tile, which are loaded before its product. The seat is its own: what
 // follows from it need not stay in registers until the product ends.
-template <int kColumns>
+template <int kTileColumns>
 __device__ StreamBatch first_batch(const Parameters& p, const Instruction& item, int32_t loop,
                                    const float* bias, const float* gate) {
   const Seat seat;
   StreamBatch batch;
-  batch.load(StreamTile<kColumns>(p, item, seat, share_of(item, seat)), stream_in(p, item.read_slot, loop),
+  const StreamTile<kShare<kTileColumns>> tile(p, item, seat, share_of<kTileColumns>(item, seat));
+  batch.load(tile, stream_in(p, item.read_slot, loop),
              bias, gate, 0);
   return batch;
 }
@@ -42,15 +47,16 @@ __device__ StreamBatch first_batch(const Parameters& p, const Instruction& item,
 template <class Product>
 __device__ void project_qkv(const Parameters& p, const Instruction& item, int32_t loop, const Seat& seat,
                             const Product& product) {
-  constexpr int kColumns = kShare<Config::kQkvColumns>, kApart = Config::kQkvApart;
-  const int column = kApart > 1 ? item.column * Config::kQkvColumns + 8 * seat.column_group
-                                : share_of(item, seat) * kColumns;
+  constexpr int kColumns = kShare<Config::kQkvColumns>;
+  static_assert(kColumns % Config::kHeadDim == 0 && 2 * Config::kHidden % kColumns == 0,
+                "a group has whole heads, and rotates all that it has or nothing");
+  const int column = share_of<Config::kQkvColumns>(item, seat) * kColumns;
   float sums[kColumns / 2];
   of_norm<Config::kNormalQkv>(sums, p, item, 0, seat, product);
   const int slot = qkv_slot(item.write_slot, loop, Config::kLayers);
-  if (p.cosines && column < 2 * Config::kHidden) rotate<kColumns, false, kApart>(sums, p, item, seat);
-  store_bf16<kColumns, kApart>(sums, p.qkv_values, 3 * Config::kHidden, column, p, item,
-                               p.token(slot * p.batch + item.sequence, 0), seat);
+  if (p.cosines && column < 2 * Config::kHidden) rotate<kColumns>(sums, p, item, seat);
+  store_bf16<kColumns>(sums, p.qkv_values, 3 * Config::kHidden, column, p, item,
+                       p.token(slot * p.batch + item.sequence, 0), seat);
 }
 
 template <class Product>
@@ -58,18 +64,18 @@ __device__ void project_attn_out(const Parameters& p, const Instruction& item, i
                                  const Product& product) {
   constexpr int kColumns = kShare<Config::kAttnOutColumns>;
   const float* const gate = gate_of(p, item.layer, item.sequence, 0);
-  StreamBatch batch = first_batch<kColumns>(p, item, loop, nullptr, gate);
+  StreamBatch batch = first_batch<Config::kAttnOutColumns>(p, item, loop, nullptr, gate);
   float sums[kColumns / 2];
   product(sums);
-  update_stream<kColumns>(sums, batch, p, item, loop, seat, share_of(item, seat), nullptr, gate,
-                          p.statistics2, false);
+  update_stream<kColumns>(sums, batch, p, item, loop, seat, share_of<Config::kAttnOutColumns>(item, seat),
+                          nullptr, gate, p.statistics2, false);
 }
 
 template <class Product>
 __device__ void project_mlp_in(const Parameters& p, const Instruction& item, const Seat& seat,
                                const Product& product) {
   constexpr int kColumns = kShare<Config::kMlpInColumns>;
-  const int column = share_of(item, seat) * kColumns;
+  const int column = share_of<Config::kMlpInColumns>(item, seat) * kColumns;
   float sums[kColumns / 2];
   of_norm<Config::kNormalMlpIn>(sums, p, item, 1, seat, product);
   add_bias<kColumns>(sums, p.mlp_in_bias + item.layer * Config::kMlp + column, seat);
@@ -83,17 +89,18 @@ template <class Product>
 __device__ void project_mlp_out(const Parameters& p, const Instruction& item, int32_t loop, const Seat& seat,
                                 const Product& product) {
   constexpr int kColumns = kShare<Config::kMlpOutColumns>;
+  const int share = share_of<Config::kMlpOutColumns>(item, seat);
   float sums[kColumns / 2];
   if constexpr (Config::kSumRows > 0) {
     product(sums);
-    return store_part<kColumns>(sums, p, item, seat, share_of(item, seat));
+    return store_part<kColumns>(sums, p, item, seat, share);
   }
   const float* const bias = p.mlp_out_bias + item.layer * Config::kHidden;
   const float* const gate = gate_of(p, item.layer, item.sequence, 1);
   constexpr bool kAllParts = Config::kMlpOutParts > Config::kMlpOutTiles;
   constexpr bool kLate = kAllParts && kColumns > 96;  // two sums leave no registers for the stream
   StreamBatch batch;
-  if constexpr (!kLate) batch = first_batch<kColumns>(p, item, loop, bias, gate);
+  if constexpr (!kLate) batch = first_batch<Config::kMlpOutColumns>(p, item, loop, bias, gate);
   if constexpr (kAllParts) {
     clear(sums);
 #pragma unroll 1
@@ -106,8 +113,8 @@ __device__ void project_mlp_out(const Parameters& p, const Instruction& item, in
   } else {
     product(sums);
   }
-  if constexpr (kLate) batch = first_batch<kColumns>(p, item, loop, bias, gate);
-  update_stream<kColumns>(sums, batch, p, item, loop, seat, share_of(item, seat), bias, gate, p.statistics1,
+  if constexpr (kLate) batch = first_batch<Config::kMlpOutColumns>(p, item, loop, bias, gate);
+  update_stream<kColumns>(sums, batch, p, item, loop, seat, share, bias, gate, p.statistics1,
                           may_exit(p, item));
 }
 

@@ -24,7 +24,7 @@ __device__ inline void enter(const Parameters& p, const Instruction& item, int32
     }
     if constexpr (Config::kSumRows > 0) {
       __syncwarp();
-      normalise_row(p, token, target, p.statistics1, affine_of(p, item, 0));
+      normalise_rows<1>(p, token, 1, 1, target, p.statistics1, affine_of(p, item, 0));
     }
   }
 }

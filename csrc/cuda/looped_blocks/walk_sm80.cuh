@@ -8,6 +8,8 @@
 
 namespace loopmdm {
 
+constexpr int kQkvBytes = Config::kNormalQkv ? 2 : 4;  // of a number of the rows that QKV multiplies
+
 class Walk {
  public:
   __device__ Walk(const KernelParameters& parameters, uint8_t* memory)
@@ -124,8 +126,8 @@ class Walk {
     const Instruction& item = p_.table[place.index];
     switch (item.phase) {
       case kQkv:
-        return fetch<Config::kNormalQkv ? 2 : 4, Config::kHidden, Config::kQkvColumns>(
-            p_.qkv_weight, 3 * Config::kHidden, item);
+        return fetch<kQkvBytes, Config::kHidden, Config::kQkvColumns>(p_.qkv_weight, 3 * Config::kHidden,
+                                                                      item);
       case kAttnOut:
         return fetch<2, Config::kHidden, Config::kAttnOutColumns>(p_.attn_out_weight, Config::kHidden, item);
       case kMlpIn:

@@ -26,8 +26,8 @@ struct Config : Widths {
   static constexpr bool kNormalQkv = kNormRows > 0 || kSumRows > 0, kNormalMlpIn = kNormRows > 0;
   static constexpr int kStages = LOOPMDM_STAGES, kStageBytes = LOOPMDM_STAGE_BYTES;
 
-  // Two groups of four warps compute. They share the rows of a tile; with 64 rows its columns, and its heads,
-  // or one of them has the only one.
+  // Two groups of four warps compute. They share the rows of a tile; with 64 rows its columns and heads, or one
+  // of them has all.
   static constexpr int kGroups = 2, kRowGroups = kRows / 64, kColumnGroups = kGroups / kRowGroups;
   static constexpr int kHeadsPerTile = LOOPMDM_HEADS_PER_TILE;
   static constexpr int kComputeThreads = 128 * kGroups;
@@ -36,13 +36,9 @@ struct Config : Widths {
   static constexpr int kStep = 64;                     // of the inner dimension, a stage
   static constexpr int kKeyBlock = LOOPMDM_KEY_BLOCK;  // keys of a stage
 
-  // Of two groups that share a head of q, k and v each has every second eight columns: a thread then holds
-  // what it turns into each other.
-  static constexpr int kQkvApart = kQkvColumns / kColumnGroups % kHeadDim ? kColumnGroups : 1;
-
-  // Squared norms of a row tile: one a warp, for each of its tiles.
-  static constexpr int kChanges = kSumRows > 0 ? kTileRows / kSumRows * kPair * (kComputeThreads / 32)
-                                               : kHidden / (kMlpOutColumns / kColumnGroups) * kRowWarps;
+  // Squared norms of a row tile: of each tile one a warp, or of MLP_SUM one a block.
+  static constexpr int kChanges = kSumRows > 0 ? kTileRows / kSumRows * kPair
+                                               : kHidden / kMlpOutColumns * kColumnGroups * kRowWarps;
 
   static_assert(kHeads % kHeadsPerTile == 0 && (kHeadsPerTile == 1 || kHeadsPerTile == kColumnGroups),
                 "a group computes one head");
@@ -50,9 +46,6 @@ struct Config : Widths {
   static_assert(kNormRows % kPair == 0 && (kNormRows == 0 || kTileRows % kNormRows == 0), "rows of a norm");
   static_assert(kHidden % kStep == 0 && kMlp % (kMlpOutParts * kStep) == 0, "widths in whole stages");
   static_assert(kSumRows % kPair == 0 && (kSumRows == 0 || kTileRows % kSumRows == 0), "rows of a sum");
-  static_assert(kQkvColumns % kHeadDim == 0 && (kQkvApart == 1 || kHeadDim >= 32), "a tile rotates whole heads");
-  static_assert(2 * kHidden % (kQkvApart > 1 ? kQkvColumns : kQkvColumns / kColumnGroups) == 0,
-                "a group rotates all that it has, or nothing");
   static_assert(kStageBytes % 1024 == 0, "swizzle atoms");
 };
 

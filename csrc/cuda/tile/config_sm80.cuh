@@ -10,6 +10,8 @@ static_assert(Config::kNormRows == 0 && Config::kPair == 1,
               "rows are normalised on their way into a product");
 static_assert(Config::kStages >= 2, "one stage is filled while another is read");
 
+constexpr int kAloneColumns = 0;  // every group of warps has a share of each tile
+
 struct KernelParameters : Parameters {
   // [n, out, in]
   const uint16_t* qkv_weight;

@@ -9,6 +9,9 @@ namespace loopmdm {
 constexpr int kThreads = Config::kComputeThreads + 128;      // and the group of the warp that loads
 constexpr int kLoadRegisters = Config::kPair > 1 ? 72 : 56;  // of a thread that loads: for two takes more
 constexpr int kInstructions = 4;                             // how many the loader may be ahead
+// Of a tile of 64 rows, and so few columns, one group of warps has all: for its half each would read, and
+// normalise, the same rows.
+constexpr int kAloneColumns = 128;
 
 // A head in shared memory: panels of 128 bytes, or one as narrow as the head.
 constexpr int kHeadPanelBytes = Config::kHeadDim < 64 ? 2 * Config::kHeadDim : 128;

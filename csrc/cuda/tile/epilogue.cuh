@@ -22,12 +22,11 @@ __device__ void store_part(const float (&sums)[kColumns / 2], const Parameters& 
   }
 }
 
-// Rounds and stores `kColumns` columns of a group, beginning at `column` of rows `width` wide; or with kApart
-// eights of columns so far apart.
-template <int kColumns, int kApart = 1, class Launch>
+// Rounds and stores `kColumns` columns of a group, beginning at `column` of rows `width` wide.
+template <int kColumns, class Launch>
 __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, int64_t width, int column,
                            const Launch& p, const Instruction& item, int64_t first_token, const Seat& seat) {
-  static_assert((kColumns == 16 && kApart == 1) || kColumns % 32 == 0, "a quad stores 32 columns together");
+  static_assert(kColumns == 16 || kColumns % 32 == 0, "a quad stores 32 columns together");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = item.row * Config::kTileRows + seat.row + 8 * half;
@@ -40,7 +39,7 @@ __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, 
       }
       continue;
     }
-    uint16_t* const line = target + (first_token + row) * width + column + 8 * kApart * (seat.thread % 4);
+    uint16_t* const line = target + (first_token + row) * width + column + 8 * (seat.thread % 4);
 #pragma unroll
     for (int group = 0; group < kColumns / 32; ++group) {
       uint32_t words[4];
@@ -51,37 +50,33 @@ __device__ void store_bf16(const float (&sums)[kColumns / 2], uint16_t* target, 
       }
       transpose_quad(words);
       if (row < p.length) {
-        store(reinterpret_cast<uint4*>(line + 32 * kApart * group),
+        store(reinterpret_cast<uint4*>(line + 32 * group),
               make_uint4(words[0], words[1], words[2], words[3]));
       }
     }
   }
 }
 
-// Rotates pairs (i, i + K/2) of each head, which one thread holds, or turns them back. With kApart a group has
-// every kApart-th eight columns of a head.
-template <int kColumns, bool kBack = false, int kApart = 1, class Launch>
+// Rotates pairs (i, i + K/2) of each head, which one thread holds, or turns them back.
+template <int kColumns, bool kBack = false, class Launch>
 __device__ void rotate(float (&sums)[kColumns / 2], const Launch& p, const Instruction& item,
                        const Seat& seat) {
-  constexpr int kHalf = Config::kHeadDim / 2, kHead = Config::kHeadDim / kApart;
-  static_assert(kHead % 16 == 0, "both halves are of whole eights");
+  constexpr int kHalf = Config::kHeadDim / 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = min(item.row * Config::kTileRows + seat.row + 8 * half, p.length - 1);
-    const int first = seat.column(0) + (kApart > 1 ? 8 * seat.column_group : 0);
-    const int64_t first_angle = static_cast<int64_t>(row) * kHalf + first;
+    const int64_t first_angle = static_cast<int64_t>(row) * kHalf + seat.column(0);
     const float *const cosines = p.cosines + first_angle, *const sines = p.sines + first_angle;
 #pragma unroll
-    for (int group = 0; group < kHead / 16; ++group) {
-      const int angle = 8 * kApart * group;
-      const float2 c = load_constant_pair(cosines + angle), s = load_constant_pair(sines + angle);
+    for (int group = 0; group < kHalf / 8; ++group) {
+      const float2 c = load_constant_pair(cosines + 8 * group), s = load_constant_pair(sines + 8 * group);
 #pragma unroll
-      for (int head = 0; head < kColumns / kHead; ++head) {
+      for (int head = 0; head < kColumns / Config::kHeadDim; ++head) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float cosine = i ? c.y : c.x, sine = kBack ? -(i ? s.y : s.x) : i ? s.y : s.x;
-          float* const pair = &sums[(head * kHead + 8 * group) / 2 + 2 * half + i];
-          rotate_pair(pair[0], pair[kHead / 4], cosine, sine);
+          rotate_pair(sums[(head * Config::kHeadDim + 8 * group) / 2 + 2 * half + i],
+                      sums[(head * Config::kHeadDim + 8 * group + kHalf) / 2 + 2 * half + i], cosine, sine);
         }
       }
     }
@@ -160,13 +155,20 @@ struct StreamBatch {
   }
 };
 
-// Number `place` of a row tile's squared norms, from what the lanes of a warp have of it.
-__device__ inline void store_change(const Parameters& p, const Instruction& item, int place, float changed,
-                                    float size) {
-  changed = warp_sum(changed);
-  size = warp_sum(size);
+// The number among a row tile's squared norms of what a warp has of a residual tile.
+__device__ inline int change_of(const Instruction& item, const Seat& seat) {
+  return (item.column * Config::kColumnGroups + seat.column_group) * Config::kRowWarps + seat.row / 16;
+}
+
+__device__ inline void store_change(const Parameters& p, const Instruction& item, int place, float2 change) {
   const int64_t tile = static_cast<int64_t>(item.sequence) * p.row_tiles + item.row;
-  if (threadIdx.x % 32 == 0) store(p.change + tile * Config::kChanges + place, make_float2(changed, size));
+  store(p.change + tile * Config::kChanges + place, change);
+}
+
+// Of all lanes of a warp.
+__device__ inline float2 warp_sums(float changed, float size) {
+  changed = warp_sum(changed);
+  return make_float2(changed, warp_sum(size));
 }
 
 // Whether sequences may exit behind the instruction's layer.
@@ -232,7 +234,10 @@ __device__ void update_stream(float (&sums)[kColumns / 2], StreamBatch& batch, c
       }
     }
   }
-  if (exits) store_change(p, item, part * Config::kRowWarps + seat.row / 16, changed, size);
+  if (exits) {
+    const float2 sums_of_warp = warp_sums(changed, size);
+    if (threadIdx.x % 32 == 0) store_change(p, item, change_of(item, seat), sums_of_warp);
+  }
 }
 
 }  // namespace loopmdm

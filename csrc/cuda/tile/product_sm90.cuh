@@ -12,16 +12,9 @@ namespace loopmdm {
 // assembler, from the beginning of the kernel, those of all phases at once; the registers then do not
 // suffice, and it serialises the products.
 
-// Where a group's columns begin in the right operand at `right`, of `kColumns` for each group: behind those
-// of the groups before, or with every kApart-th eight among theirs.
-template <int kColumns, int kApart>
-__device__ uint32_t group_columns(uint32_t right, const Seat& seat) {
-  return right + seat.column_group * (kApart > 1 ? 8 : kColumns) * 128;
-}
-
 // norm(x) * gain + shift, times weights. The left operand of a stage is made in registers while the products
 // of the stage before run; two sets of registers alternate.
-template <int kApart = 1, int kSums>
+template <int kSums>
 __device__ void stream_product(float (&sums)[kSums], const Ring& ring, RingPlace& place, const Seat& seat,
                                const RowScales& rows, const float4* affine) {
   constexpr int kColumns = 2 * kSums, kSteps = Config::kHidden / Config::kStep;
@@ -36,12 +29,12 @@ __device__ void stream_product(float (&sums)[kSums], const Ring& ring, RingPlace
     reader.load_vectors(vectors, step * Config::kStep);
     ring.wait_full(place);
     reader.read_stage(operand, ring.stage(place), vectors, rows);
-    const uint32_t right = group_columns<kColumns, kApart>(ring.stage(place) + kLeft, seat);
+    const uint32_t right = ring.stage(place) + kLeft + seat.column_group * kColumns * 128;
     products_begin(sums, operand);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint64_t columns = inner_major_descriptor(right, k, kSwizzleRowBytes, kApart);
-      WarpGroupProduct<kColumns>::template registers<false>(sums, operand[k], columns, step + k > 0);
+      WarpGroupProduct<kColumns>::template registers<false>(sums, operand[k],
+                                                            inner_major_descriptor(right, k), step + k > 0);
     }
     products_commit();
     products_wait<1>();
@@ -63,20 +56,20 @@ __device__ void stream_product(float (&sums)[kSums], const Ring& ring, RingPlace
 
 // Both operands from shared memory, in panels of 64 rows, or of 64 columns where these are the outer
 // dimension.
-template <bool kLeftOuter = false, bool kRightOuter = false, int kApart = 1, int kSums>
+template <bool kLeftOuter = false, bool kRightOuter = false, int kSums>
 __device__ void shared_product(float (&sums)[kSums], const Ring& ring, RingPlace& place, const Seat& seat,
                                int steps) {
   constexpr int kColumns = 2 * kSums;
   constexpr uint32_t kPanel = 64 * 128, kLeft = 2 * Config::kRows * Config::kStep;
   const auto multiply = [&](RingPlace at, int step) {
     const uint32_t left = ring.stage(at) + seat.row_group * kPanel;
-    const uint32_t right = group_columns<kColumns, kApart>(ring.stage(at) + kLeft, seat);
+    const uint32_t right = ring.stage(at) + kLeft + seat.column_group * kColumns * 128;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint64_t rows =
           kLeftOuter ? outer_major_descriptor(left, kPanel, k) : inner_major_descriptor(left, k);
       const uint64_t columns =
-          kRightOuter ? outer_major_descriptor(right, kPanel, k) : inner_major_descriptor(right, k, kSwizzleRowBytes, kApart);
+          kRightOuter ? outer_major_descriptor(right, kPanel, k) : inner_major_descriptor(right, k);
       WarpGroupProduct<kColumns>::template shared<kLeftOuter, kRightOuter>(sums, rows, columns, step + k > 0);
     }
   };

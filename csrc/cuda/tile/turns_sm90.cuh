@@ -5,16 +5,10 @@
 
 namespace loopmdm {
 
-// Of a group that multiplies alone.
-struct NoTurns {
-  __device__ void begin() const {}
-  __device__ void end() const {}
-  __device__ void end_last() const {}
-};
-
 // Group 0 begins. A group waits for its turn at a barrier of its own, where the other one's threads arrive
 // when they have issued their products; these need not be done. Both groups have the same number of turns,
 // and as many arrive at each barrier as wait there: none is left over for whoever comes next.
+template <bool kBoth>
 class Turns {
   static constexpr int kFirstBarrier = 2, kThreads = 256;
 
@@ -32,6 +26,15 @@ class Turns {
 
  private:
   const int group_;
+};
+
+// Of a group that multiplies alone.
+template <>
+class Turns<false> {
+ public:
+  __device__ void begin() const {}
+  __device__ void end() const {}
+  __device__ void end_last() const {}
 };
 
 }  // namespace loopmdm
