@@ -43,7 +43,7 @@ NAMES = {
     Forward.ATTN_OUT: "output",
     Forward.MLP_IN: "MLP in",
     Forward.MLP_OUT: "MLP out, parts",
-    Forward.MLP_SUM: "their sum",
+    Forward.MLP_SUM: "their sum, norm",
 }
 LEFT, TOP, WIDTH, ROW = 64, 48, 860, 9
 

@@ -228,21 +228,19 @@ def mechanism_rows() -> Iterator[list[str]]:
     yield ["us a loop", "with", "without", "saves, over all ranges"]
     assumed = Device()
     devices = [assumed._replace(**{field: end}) for field, span in RANGES.items() for end in span]
-    few, some, more = (SMALL._replace(length=length) for length in (32, 256, 384))
-    many, batch = SMALL, SMALL._replace(batch=16)
-    half, halves = SMALL._replace(length=512), SMALL._replace(batch=16, length=512)
-    short = SMALL._replace(length=128)
+    few, short, some, more, half = (SMALL._replace(length=length) for length in (32, 128, 256, 384, 512))
+    many, batch, sums = SMALL, SMALL._replace(batch=16), some._replace(batch=16)
     for name, with_it, without in (
         ("weights before the rows, 32 tokens", _chosen(few), _chosen(few, ahead_share=0.0)),
         ("weights before the rows, 1024 tokens", _chosen(many), _chosen(many, ahead_share=0.0)),
         ("parts of MLP_OUT, 32 tokens", _chosen(few), _whole(few)),
-        ("parts of MLP_OUT, 512 tokens", _chosen(half), _whole(half)),
+        ("parts of MLP_OUT, 256 tokens", _chosen(some), _whole(some)),
         ("parts of MLP_OUT, 1024 tokens", _chosen(many), _whole(many)),
-        ("one tile for all parts, 16 x 512 tokens", _chosen(halves), _instead(halves, sum_rows=32)),
-        ("a head of q, k and v for two groups, 128 tokens", _chosen(short), _instead(short, qkv=128)),
-        ("a head of attention for one group, 128 tokens", _chosen(short), _instead(short, heads=2)),
-        ("a head of attention for one group, 512 tokens", _chosen(half), _instead(half, heads=2)),
-        ("parts, 512 x 512 tokens", _chosen(half._replace(batch=512)), _whole(half._replace(batch=512))),
+        ("one tile for all parts, 16 x 256 tokens", _chosen(sums), _instead(sums, sum_rows=32)),
+        ("parts, 512 x 256 tokens", _chosen(some._replace(batch=512)), _whole(some._replace(batch=512))),
+        ("one head a tile of q, k and v, 128 tokens", _chosen(short), _instead(short, qkv=128)),
+        ("one head a tile of attention, 128 tokens", _chosen(short), _instead(short, heads=2)),
+        ("one head a tile of attention, 512 tokens", _chosen(half), _instead(half, heads=2)),
         (
             "wide tiles of rows normalised once, 1024 tokens",
             _chosen(many),

@@ -60,7 +60,9 @@ __device__ inline void normalise(const Parameters& p, const Instruction& item, i
 
 // What a block's quads have of rows at a time: a part of 32 columns each, in the places of a product's sums.
 // So the bits of the statistics are those of a tile.
-constexpr int kQuads = Config::kComputeThreads / 4, kRowsAtOnce = kQuads / Config::kParts;
+constexpr int kQuads = Config::kComputeThreads / 4;
+constexpr int kRowsAtOnce = kQuads < Config::kParts ? 1 : kQuads / Config::kParts;
+constexpr int kSumsTogether = 16;  // parts, and the stream, of 32 columns, in the registers of a quad
 using SumStatistics = float2[kQuads];
 
 // A quad's part of a row, on its way through MLP_SUM.
@@ -101,19 +103,19 @@ struct SumPart {
 
 // How many rows a quad loads its parts of together: as many as registers hold, as `sum_trips` of
 // loopmdm_kernels/schedule/forward.py has it.
-constexpr int sum_turns() {
-  if (Config::kSumRows == 0) return 1;
-  const int most = 16 / (Config::kMlpOutTiles + 1) > 1 ? 16 / (Config::kMlpOutTiles + 1) : 1;
-  const int needed = (Config::kSumRows / Config::kPair + kRowsAtOnce - 1) / kRowsAtOnce;
-  return needed < most ? needed : most;
-}
+constexpr int kMostTurns = kSumsTogether / (Config::kMlpOutTiles + 1);
+constexpr int kNeededTurns = (Config::kSumRows / Config::kPair + kRowsAtOnce - 1) / kRowsAtOnce;
+constexpr int kSumTurns = kNeededTurns < 2 || kMostTurns < 2  ? 1
+                          : kNeededTurns < kMostTurns ? kNeededTurns
+                                                      : kMostTurns;
 
 // MLP_SUM: the parts of rows in their order, bias, gate and residual; then the norm that the next layer
 // begins with, whose row the quads tell each other of through `shared`.
 __device__ inline void sum_parts(const Parameters& p, const Instruction& item, int32_t loop,
                                  SumStatistics& shared) {
-  static_assert(Config::kSumRows == 0 || kRowsAtOnce > 0, "MOST_SUMMED of loopmdm_kernels/schedule/forward.py");
-  constexpr int kEights = SumPart::kEights, kTurns = sum_turns();
+  static_assert(Config::kSumRows == 0 || Config::kParts <= kQuads,
+                "MOST_SUMMED of loopmdm_kernels/schedule/forward.py");
+  constexpr int kEights = SumPart::kEights, kTurns = kSumTurns;
   const int quad = threadIdx.x / 4, lane = threadIdx.x % 4;
   const int own_row = quad / Config::kParts, column = quad % Config::kParts * Config::kPart + 2 * lane;
   const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
