@@ -4,8 +4,9 @@ A phase is `waves` rounds of equal tiles. A tile takes the longer of its arithme
 device's rate, and of its operands' way from L2, at the rate that the SMs at work leave each other. Between
 phases lies one wait for counters. Weights do not wait: those of as many steps as the ring has stages are
 asked for when it begins, ahead of the rows, and what comes meanwhile does not come later. Operands of
-products are read from shared memory at its rate; where rows go one behind the other, each waits for L2. The
-rates are assumptions until they are measured on the device; a plan is a ranking of tiles first and a time second.
+products are read from shared memory at its rate; where rows go one behind the other, each waits for L2.
+The rates are assumptions until they are measured on the device; a plan is a ranking of tiles first and a
+time second.
 """
 
 from __future__ import annotations

@@ -87,7 +87,8 @@ _MLP_OUT = Phase(
     ),
     cost=lambda s, t: product_work(s, t, t.mlp_out, s.mlp),
 )
-# Where the inner dimension is cut: the parts, and what adds them up, does what else MLP_OUT does, and the norm.
+# Where the inner dimension is cut: the parts, and what adds them up, does what else MLP_OUT does, and the
+# norm.
 _MLP_PART = _MLP_OUT._replace(
     parts=lambda t: t.mlp_out_tiles,
     reads=(Region("gelu", "inner"),),
@@ -97,7 +98,8 @@ _MLP_PART = _MLP_OUT._replace(
     ),
 )
 _MLP_SUM = Phase(
-    Forward.MLP_SUM, "sum of the parts, bias, gate, residual, norm and modulation", Counters((Forward.MLP_OUT,)),
+    Forward.MLP_SUM, "sum of the parts, bias, gate, residual, norm and modulation",
+    Counters((Forward.MLP_OUT,)),
     columns=lambda s, t: (t.rows, t.sum_rows), slots=lambda layer: (1, 1),
     reads=(
         Region("partial", rows="part"), Region("stream", rows="part"),
@@ -259,7 +261,9 @@ def _check(shape: BlockShape, tiles: Tiles) -> None:
     for name in ("part", "sum_rows"):
         number = getattr(tiles, name)
         if number < 0 or (number and tiles.rows % number):
-            raise ValueError(f"tiles.{name}: got {number}, expected 0 or a divisor of tiles.rows {tiles.rows}")
+            raise ValueError(
+                f"tiles.{name}: got {number}, expected 0 or a divisor of tiles.rows {tiles.rows}"
+            )
     if tiles.blocks not in (1, 2) or tiles.rows % tiles.blocks:
         raise ValueError(
             f"tiles.blocks: got {tiles.blocks}, expected 1 or 2 and a divisor of tiles.rows {tiles.rows}"

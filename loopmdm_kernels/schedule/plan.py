@@ -250,7 +250,7 @@ def _rows_together(
 ) -> int:
     """Of a phase that goes by rows. Of those that take about the same time the fewest instructions."""
     found = _choices(shape, device, tiles, field, numbers, name)
-    taken = {getattr(choice.tiles, field): choice.seconds(device, 0) for choice in found}
+    taken: dict[int, float] = {getattr(choice.tiles, field): choice.seconds(device, 0) for choice in found}
     return max(number for number in taken if taken[number] <= 1.05 * min(taken.values()))
 
 

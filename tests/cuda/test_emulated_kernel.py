@@ -26,11 +26,11 @@ class Variant(NamedTuple):
     length: int = 128  # that the plan is made for; it decides about blocks of keys
 
 
-# 64 rows: groups of warps share columns and heads, or one has few of them; 128: they share rows. Heads of all sizes. Products of fewer stages
-# than the ring has, of more (6 of 4), and of an odd number (3); rings of two stages (sm_86) and of more; the
-# last product whole, in parts and in parts by one tile. Rows normalised once, and two blocks that share tiles
-# of 256 rows, and of 128. Sums of one row at a time, of more than the quads hold together, and of as many as a
-# tile has.
+# 64 rows: groups of warps share columns and heads, or one has few of them; 128: they share rows. Heads of all
+# sizes. Products of fewer stages than the ring has, of more (6 of 4), and of an odd number (3); rings of two
+# stages (sm_86) and of more; the last product whole, in parts and in parts by one tile. Rows normalised once,
+# and two blocks that share tiles of 256 rows, and of 128. Sums of one row at a time, of more than the quads
+# hold together, and of as many as a tile has.
 HOPPER = ASSUMED[9, 0]
 VARIANTS = {
     "64 rows": Variant(SM90, HOPPER, Tiles(64, 128, 64, 256, 64, 2), (128, 4, 2)),
@@ -43,7 +43,7 @@ VARIANTS = {
     "one group": Variant(SM90, HOPPER, Tiles(128, 64, 32, 128, 128, 1, 2, 0, 2, 16), (256, 4, 2)),
     "one group, an odd number of heads": Variant(SM90, HOPPER, Tiles(64, 64, 32, 96, 64, 1), (192, 3, 2)),
     "one group, heads of 128": Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2), (256, 2, 2)),
-    "sm80, 64 rows": Variant(SM80, ASSUMED[8, 0], Tiles(64, 128, 64, 64, 64, 2, 2, sum_rows=1), (128, 4, 2), 64),
+    "sm80, 64 rows": Variant(SM80, ASSUMED[8, 0], Tiles(64, 128, 64, 64, 64, 2, 2, 0, 1, 1), (128, 4, 2), 64),
     "sm80, 128 rows": Variant(SM80, ASSUMED[8, 0], Tiles(128, 64, 64, 128, 64, 1), (128, 2, 2)),
     "sm80, heads of 128": Variant(SM80, ASSUMED[8, 6], Tiles(128, 128, 128, 128, 64, 1), (128, 1, 2)),
 }  # fmt: skip

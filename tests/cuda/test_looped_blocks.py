@@ -102,7 +102,9 @@ def test_parameters(inputs):
 
 
 def test_sums_of_parts_have_a_place(inputs):
-    table = build(BlockShape(3, 20, 128, 2, 512, 2), Tiles(64, 128, 64, 128, 64, 2, mlp_out_parts=4, sum_rows=2))
+    table = build(
+        BlockShape(3, 20, 128, 2, 512, 2), Tiles(64, 128, 64, 128, 64, 2, mlp_out_parts=4, sum_rows=2)
+    )
     packed = weights.packed(inputs.blocks)
     buffers = op.Buffers.allocate(table, inputs.x, packed, inputs.modulation, 2, None, None)
     assert buffers.partial_values.shape == (4, 3, 20, 128), "of each row of a sequence, and none beyond"

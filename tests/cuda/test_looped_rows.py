@@ -80,7 +80,9 @@ def test_options(built):
 def test_the_bits_are_those_of_tiles(built, tmp_path):
     """Which kernel runs follows the batch; what a row gives must not."""
     hidden, heads, _ = sizes = built.rows.sizes
-    tiles = Tiles(64, 2 * max(32, hidden // heads), 64, 64, 64, 2, built.rows.parts, sum_rows=8 * (built.rows.parts > 1))
+    tiles = Tiles(
+        64, 2 * max(32, hidden // heads), 64, 64, 64, 2, built.rows.parts, sum_rows=8 * (built.rows.parts > 1)
+    )
     if heads == 1:
         tiles = tiles._replace(rows=128, qkv=64, heads=1)
     variant = Variant(SM90, Device(), tiles, sizes, length=built.rows.length)

@@ -144,7 +144,9 @@ FORWARD = {
         "row_phases.cuh", "next.layer = [[(item.layer + 1) % Config::kLayers]]", "item.layer"
     ),
     "rows that enter without norm": Fault(
-        "sequence.cuh", "normalise_rows<1>(p, token, 1, 1, target, p.statistics1, affine_of(p, item, 0));", "",
+        "sequence.cuh",
+        "normalise_rows<1>(p, token, 1, 1, target, p.statistics1, affine_of(p, item, 0));",
+        "",
         f"values|{NO_PROXY_FENCE}",
     ),
     "a norm before all lanes have stored the row": Fault(

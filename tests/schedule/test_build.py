@@ -73,7 +73,7 @@ def test_rows_are_normalised_once_for_all_of_their_tiles():
 
 
 def test_sums_normalise_the_rows_of_the_next_layer():
-    """So QKV has no norm in front, and waits for them; that of the first loop for ENTER in the same counter."""
+    """So QKV has no norm in front, and waits for them; in the first loop for ENTER, by the same counter."""
     table = build(SHAPE, TILES._replace(part=4, mlp_out_parts=2, sum_rows=2))
     assert {item.phase for item in table.loop if item.layer == 0} == set(Forward) - {
         Forward.ENTER, Forward.NORM1, Forward.EXIT, Forward.LEAVE

@@ -223,7 +223,11 @@ def test_time_grows_with_work_and_shrinks_with_rates():
     plan = choose(SMALL)
     assert plan.limit_seconds < plan.loop_seconds
     faster = Device(
-        product_flops=1400e12, attention_flops=900e12, l2_bytes=11e12, sm_bytes=0.22e12, wait_seconds=0.75e-6,
+        product_flops=1400e12,
+        attention_flops=900e12,
+        l2_bytes=11e12,
+        sm_bytes=0.22e12,
+        wait_seconds=0.75e-6,
         shared_read_bytes=0.4e12,
     )
     assert choose(SMALL, faster).loop_seconds == pytest.approx(plan.loop_seconds / 2)

@@ -46,8 +46,8 @@ __device__ void execute(const KernelParameters& p, Walk& walk) {
                                   p.mixed_values, 0, p.attn_out_weight, kHidden)));
     case kMlpIn:
       return project_mlp_in(p, item, seat,
-                            over(walk.operands<4, kHidden, Config::kMlpInColumns>(
-                                p.stream_values, slot, p.mlp_in_weight, kMlp)));
+                            over(walk.operands<4, kHidden, Config::kMlpInColumns>(p.stream_values, slot,
+                                                                                  p.mlp_in_weight, kMlp)));
     case kMlpSum:
       if constexpr (Config::kSumRows > 0) {
         walk.read_all();

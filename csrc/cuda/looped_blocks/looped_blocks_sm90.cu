@@ -22,7 +22,8 @@ __device__ inline bool left_alone(int32_t phase) {
 }
 
 // The stages of such a tile, and its place among the squared norms.
-__device__ inline void pass_by(const Parameters& p, const Instruction& item, const Ring& ring, RingPlace& place) {
+__device__ inline void pass_by(const Parameters& p, const Instruction& item, const Ring& ring,
+                               RingPlace& place) {
   const int keys = 2 * ((p.length + Config::kKeyBlock - 1) / Config::kKeyBlock);
   const int stages = item.phase == kAttention ? 1 + keys : steps_of(item.phase);
 #pragma unroll 1

@@ -39,8 +39,7 @@ __device__ StreamBatch first_batch(const Parameters& p, const Instruction& item,
   const Seat seat;
   StreamBatch batch;
   const StreamTile<kShare<kTileColumns>> tile(p, item, seat, share_of<kTileColumns>(item, seat));
-  batch.load(tile, stream_in(p, item.read_slot, loop),
-             bias, gate, 0);
+  batch.load(tile, stream_in(p, item.read_slot, loop), bias, gate, 0);
   return batch;
 }
 

@@ -5,8 +5,8 @@
 
 namespace loopmdm {
 
-// norm(x) * gain + shift of kRows rows, rounded, by a warp; they follow each other `apart` tokens apart, and of
-// them the first `number` are there. The bits are those of a norm on the way into a product.
+// norm(x) * gain + shift of kRows rows, rounded, by a warp; they follow each other `apart` tokens apart, and
+// of them the first `number` are there. The bits are those of a norm on the way into a product.
 template <int kRows>
 __device__ void normalise_rows(const Parameters& p, int64_t token, int apart, int number, const float* stream,
                                const PartStatistics* statistics, const float4* affine) {
@@ -53,8 +53,8 @@ __device__ inline void normalise(const Parameters& p, const Instruction& item, i
   const float* const stream = stream_in(p, item.read_slot, loop);
 #pragma unroll 1
   for (int row = rows.first + threadIdx.x / 32; row < rows.last; row += kRows * kWarps) {
-    normalise_rows<kRows>(p, p.token(item.sequence, row), kWarps, (rows.last - row + kWarps - 1) / kWarps, stream,
-                          branch ? p.statistics2 : p.statistics1, affine_of(p, item, branch));
+    normalise_rows<kRows>(p, p.token(item.sequence, row), kWarps, (rows.last - row + kWarps - 1) / kWarps,
+                          stream, branch ? p.statistics2 : p.statistics1, affine_of(p, item, branch));
   }
 }
 
@@ -95,7 +95,8 @@ struct SumPart {
         sums[4 * i] += parts[part][i].x;
         sums[4 * i + 1] += parts[part][i].y;
       }
-      total += add_gated(&sums[4 * i], old[i], load_constant_pair(gate + 8 * i), load_constant_pair(bias + 8 * i));
+      total +=
+          add_gated(&sums[4 * i], old[i], load_constant_pair(gate + 8 * i), load_constant_pair(bias + 8 * i));
     }
     return part_statistics(sums, 0, 0, total);
   }
@@ -105,9 +106,9 @@ struct SumPart {
 // loopmdm_kernels/schedule/forward.py has it.
 constexpr int kMostTurns = kSumsTogether / (Config::kMlpOutTiles + 1);
 constexpr int kNeededTurns = (Config::kSumRows / Config::kPair + kRowsAtOnce - 1) / kRowsAtOnce;
-constexpr int kSumTurns = kNeededTurns < 2 || kMostTurns < 2  ? 1
-                          : kNeededTurns < kMostTurns ? kNeededTurns
-                                                      : kMostTurns;
+constexpr int kSumTurns = kNeededTurns < 2 || kMostTurns < 2 ? 1
+                          : kNeededTurns < kMostTurns        ? kNeededTurns
+                                                             : kMostTurns;
 
 // MLP_SUM: the parts of rows in their order, bias, gate and residual; then the norm that the next layer
 // begins with, whose row the quads tell each other of through `shared`.
@@ -136,7 +137,8 @@ __device__ inline void sum_parts(const Parameters& p, const Instruction& item, i
     for (int turn = 0; turn < kTurns; ++turn) {
       const int row = first + turn * kRowsAtOnce + own_row;
       loaded[turn].inside = own_row < kRowsAtOnce && row < rows.last;
-      loaded[turn].line = p.token(item.sequence, loaded[turn].inside ? row : first) * Config::kHidden + column;
+      loaded[turn].line =
+          p.token(item.sequence, loaded[turn].inside ? row : first) * Config::kHidden + column;
       loaded[turn].load(p, source, matrix);
     }
 #pragma unroll

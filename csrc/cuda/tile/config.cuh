@@ -18,16 +18,16 @@ struct Config : Widths {
   static constexpr int kNormRows = LOOPMDM_NORM_ROWS;
   static constexpr int kQkvColumns = LOOPMDM_QKV_COLUMNS, kAttnOutColumns = LOOPMDM_ATTN_OUT_COLUMNS;
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
-  // Rows whose parts of MLP_OUT are added together, and normalised for the layer that follows; 0: one tile goes
-  // through all parts. Tiles that share MLP_OUT's inner dimension are as many as parts, or one.
+  // Rows whose parts of MLP_OUT are added together, and normalised for the layer that follows; 0: one tile
+  // goes through all parts. Tiles that share MLP_OUT's inner dimension are as many as parts, or one.
   static constexpr int kSumRows = LOOPMDM_SUM_ROWS;
   static constexpr int kMlpOutTiles = kSumRows > 0 ? kMlpOutParts : 1, kMlpOutInner = kMlp / kMlpOutTiles;
   // Whether products find their rows normalised.
   static constexpr bool kNormalQkv = kNormRows > 0 || kSumRows > 0, kNormalMlpIn = kNormRows > 0;
   static constexpr int kStages = LOOPMDM_STAGES, kStageBytes = LOOPMDM_STAGE_BYTES;
 
-  // Two groups of four warps compute. They share the rows of a tile; with 64 rows its columns and heads, or one
-  // of them has all.
+  // Two groups of four warps compute. They share the rows of a tile; with 64 rows its columns and heads, or
+  // one of them has all.
   static constexpr int kGroups = 2, kRowGroups = kRows / 64, kColumnGroups = kGroups / kRowGroups;
   static constexpr int kHeadsPerTile = LOOPMDM_HEADS_PER_TILE;
   static constexpr int kComputeThreads = 128 * kGroups;
@@ -37,8 +37,8 @@ struct Config : Widths {
   static constexpr int kKeyBlock = LOOPMDM_KEY_BLOCK;  // keys of a stage
 
   // Squared norms of a row tile: of each tile one a warp, or of MLP_SUM one a block.
-  static constexpr int kChanges = kSumRows > 0 ? kTileRows / kSumRows * kPair
-                                               : kHidden / kMlpOutColumns * kColumnGroups * kRowWarps;
+  static constexpr int kChanges =
+      kSumRows > 0 ? kTileRows / kSumRows * kPair : kHidden / kMlpOutColumns * kColumnGroups * kRowWarps;
 
   static_assert(kHeads % kHeadsPerTile == 0 && (kHeadsPerTile == 1 || kHeadsPerTile == kColumnGroups),
                 "a group computes one head");

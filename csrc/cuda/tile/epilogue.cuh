@@ -13,7 +13,8 @@ __device__ void store_part(const float (&sums)[kColumns / 2], const Parameters& 
   for (int half = 0; half < 2; ++half) {
     const int row = item.row * Config::kTileRows + seat.row + 8 * half;
     if (row >= p.length) continue;
-    float* const line = p.partial_values + p.token(item.part * p.batch + item.sequence, row) * Config::kHidden +
+    float* const line = p.partial_values +
+                        p.token(item.part * p.batch + item.sequence, row) * Config::kHidden +
                         share * kColumns + seat.column(0);
 #pragma unroll
     for (int i = 0; i < kColumns / 8; ++i) {
@@ -183,8 +184,7 @@ __device__ inline bool may_exit(const Parameters& p, const Instruction& item) {
 template <int kColumns>
 __device__ void update_stream(float (&sums)[kColumns / 2], StreamBatch& batch, const Parameters& p,
                               const Instruction& item, int32_t loop, const Seat& seat, int part,
-                              const float* bias, const float* gate, PartStatistics* statistics,
-                              bool exits) {
+                              const float* bias, const float* gate, PartStatistics* statistics, bool exits) {
   constexpr int kPairs = StreamBatch::kPairs;
   static_assert(kColumns % Config::kPart == 0, "whole parts");
   const StreamTile<kColumns> tile(p, item, seat, part);
