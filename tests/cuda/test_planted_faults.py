@@ -239,6 +239,10 @@ PAIRS = {
 PAIRS_OF_64 = {
     "no wait for the inputs": WAITS["no wait for the inputs"],
     "half of a weight in the place of the other": PAIRS["half of a weight in the place of the other"],
+    "a group that passes by a stage too few": Fault(
+        "looped_blocks_sm90.cu", "1 + keys : [[steps_of(item.phase)]];", "steps_of(item.phase) - 1",
+        f"{EARLY_READ}|{EARLY_COPY}|{ALL_WAIT}|values",
+    ),
     "rows of the stream in the other block's place": Fault(
         "rows.cuh", "panel_offset([[seat.row % Config::kRows]], column", "seat.row", f"{EARLY_READ}|values"
     ),
@@ -248,10 +252,6 @@ PAIRS_OF_64 = {
     ),
 }  # fmt: skip
 ONE_GROUP = {
-    "a group that passes by a stage too few": Fault(
-        "looped_blocks_sm90.cu", "stages = item.phase == kAttention ? [[1]] + keys", "0",
-        f"{EARLY_READ}|{EARLY_COPY}|{ALL_WAIT}|values",
-    ),
     "a group that keeps what it passes by": Fault(
         "looped_blocks_sm90.cu", "ring.wait_full(place);\n    [[ring.release(place);]]\n  }", "", ALL_WAIT
     ),

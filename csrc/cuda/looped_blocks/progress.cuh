@@ -5,9 +5,12 @@
 
 namespace loopmdm {
 
-// One value for the whole warp, whose lanes must not part ways when it changes meanwhile.
+// One value for the whole warp, whose lanes must not part ways when it changes meanwhile: one of them loads
+// it.
 __device__ inline int32_t load_together(const int32_t* address) {
-  return __shfl_sync(~0u, load_acquire(address), 0);
+  int32_t value = 0;
+  if (threadIdx.x % 32 == 0) value = load_acquire(address);
+  return __shfl_sync(~0u, value, 0);
 }
 
 // Waits until it is known whether the sequence takes part in this loop; LEAVE learns which was the last.
