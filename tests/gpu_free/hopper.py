@@ -30,8 +30,9 @@ SHAPES = {
     "small, 1024 tokens": BlockShape(1, 1024, 768, 12, 3072, 2),
     "small, 16 x 1024 tokens": BlockShape(16, 1024, 768, 12, 3072, 2),
     "small, 16 x 128 tokens": BlockShape(16, 128, 768, 12, 3072, 2),
-    "small, 16 x 512 tokens": BlockShape(16, 512, 768, 12, 3072, 2),  # one tile for the parts of MLP_OUT
-    "1024 wide, 8 x 128 tokens": BlockShape(8, 128, 1024, 16, 4096, 2),  # the same, in pairs of 64 rows
+    "small, 16 x 256 tokens": BlockShape(16, 256, 768, 12, 3072, 2),  # one tile for the parts of MLP_OUT
+    "small, 4 x 128 tokens": BlockShape(4, 128, 768, 12, 3072, 2),  # the same, in pairs of 64 rows
+    "small, 16 x 32 tokens": BlockShape(16, 32, 768, 12, 3072, 2),  # two groups share columns and heads
     "heads of 128": BlockShape(1, 1024, 1024, 8, 4096, 2),
     "sudoku, heads of 32": BlockShape(1, 81, 128, 4, 512, 2),
     "sudoku, heads of 64": BlockShape(1, 81, 128, 2, 512, 2),

@@ -203,6 +203,6 @@ TURN_FAULTS = {
 @hopper.needs_nvrtc
 @pytest.mark.parametrize("fault", TURN_FAULTS)
 def test_planted_faults_of_turns_are_noticed(fault, tmp_path, monkeypatch):
-    name = "sudoku6, heads of 16"
+    name = "small, 16 x 128 tokens"
     text = planted(TURN_FAULTS[fault], tmp_path, monkeypatch, "forward", name)
     assert all(walk.Walk(kernel(text), launch).faults for launch in launches.forward(name))

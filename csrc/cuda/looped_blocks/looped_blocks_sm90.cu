@@ -13,10 +13,18 @@ static_assert(kBarrierBytes % alignof(float2) == 0 && kBarrierBytes + sizeof(Sum
               "statistics behind the ring; FIXED_BYTES of loopmdm_kernels/schedule/plan.py");
 
 constexpr int kNobody = -1;  // no phase of the table
+constexpr int kFewest =
+    Config::kQkvColumns < Config::kAttnOutColumns ? Config::kQkvColumns : Config::kAttnOutColumns;
+constexpr int kFewestOfMlp =
+    Config::kMlpInColumns < Config::kMlpOutColumns ? Config::kMlpInColumns : Config::kMlpOutColumns;
+// Whether one group has all of any tile.
+constexpr bool kSomeAlone =
+    Config::kColumnGroups > 1 &&
+    (Config::kHeadsPerTile == 1 || kFewest <= kAloneColumns || kFewestOfMlp <= kAloneColumns);
 
 // Whether the other group has all of a tile.
 __device__ inline bool left_alone(int32_t phase) {
-  if (Config::kColumnGroups == 1 || warp_group() == 0) return false;
+  if (!kSomeAlone || warp_group() == 0) return false;
   if (phase == kAttention) return Config::kHeadsPerTile == 1;
   return columns_of(phase) > 0 && columns_of(phase) <= kAloneColumns;
 }
@@ -53,7 +61,7 @@ __device__ void compute(const Parameters& p, const Ring& ring) {
     };
     switch (left_alone(item.phase) ? kNobody : item.phase) {
       case kNobody:
-        pass_by(p, item, ring, place);
+        if constexpr (kSomeAlone) pass_by(p, item, ring, place);
         break;
       case kEnter:
         enter(p, item, issued.loop);
