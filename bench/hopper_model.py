@@ -242,7 +242,7 @@ def mechanism_rows() -> Iterator[list[str]]:
         ("one head a tile of attention, 128 tokens", _chosen(short), _instead(short, heads=2)),
         ("one head a tile of attention, 512 tokens", _chosen(half), _instead(half, heads=2)),
         (
-            "wide tiles of rows normalised once, 1024 tokens",
+            "wide tiles, rows normalised once, pairs: 1024 tokens",
             _chosen(many),
             _chosen(many, has_wide_tiles=False),
         ),

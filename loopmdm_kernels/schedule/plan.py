@@ -81,7 +81,7 @@ class _Rows(NamedTuple):
 
     @property
     def halves(self) -> int:
-        """With 64 rows a block the two groups of warps share the columns, and the heads."""
+        """In which groups of warps may divide the columns, and the heads: with 64 rows a block."""
         return max(ROW_TILES) * self.blocks // self.number
 
 
@@ -135,10 +135,10 @@ def _choose(shape: BlockShape, device: Device, parts: int | None) -> Plan:
     fitting = {
         rows: widths for rows in _rows_of(shape, device) if all(widths := _widths(shape, device, rows))
     }
-    if not fitting or shape.mlp % STEP:
+    if not fitting or shape.hidden % STEP or shape.mlp % STEP:
         raise ValueError(
-            f"no tiles of {ROW_TILES} rows by {COLUMN_TILES} columns divide the widths of {shape}; "
-            "with 64 rows a tile is two halves, and a tile of q, k and v holds whole heads"
+            f"no tiles of {ROW_TILES} rows divide the widths of {shape}, which are to be multiples of {STEP} "
+            f"and of {', '.join(map(str, HALF_TILES))} columns; a tile of q, k and v holds whole heads"
         )
     plan = _fastest_of_all(shape, device, fitting, parts or _parts(shape, device, fitting))
     if plan.stages < 2:

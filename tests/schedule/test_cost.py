@@ -73,7 +73,7 @@ def test_two_blocks_share_rows_where_l2_binds():
 
 
 def test_few_tokens_cut_the_inner_dimension():
-    """24 tiles of 3072 keep 24 SMs busy: parts of them more, for one more wait."""
+    """48 tiles of 3072 keep 48 SMs busy: parts of them more, for one more wait."""
     plan = choose(SMALL._replace(length=128))
     assert plan.tiles.mlp_out_parts == 6 and plan.phases[Forward.MLP_OUT].tiles == 48
     whole = choose(SMALL._replace(length=128), parts=1)
@@ -234,8 +234,9 @@ def test_time_grows_with_work_and_shrinks_with_rates():
 
 
 def test_widths_that_no_tile_divides():
-    with pytest.raises(ValueError, match="no tiles"):
-        choose(BlockShape(1, 8, 40, 1, 160, 1))
+    for hidden, heads in ((40, 1), (32, 1), (96, 3), (160, 5), (224, 7)):
+        with pytest.raises(ValueError, match=r"no tiles .* multiples of 64"):
+            choose(BlockShape(1, 8, hidden, heads, 4 * hidden, 1))
 
 
 def by_stages(ways, arithmetic, steps, stages, waves, wait):

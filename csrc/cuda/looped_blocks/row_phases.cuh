@@ -70,9 +70,10 @@ struct SumPart {
   static constexpr int kEights = Config::kPart / 8;
   bool inside;
   int64_t line;  // of its first pair of columns, in a matrix
-  float2 parts[Config::kMlpOutTiles][kEights], old[kEights];
+  float2 parts[Config::kMlpOutTiles][kEights] = {}, old[kEights] = {};
 
   __device__ void load(const Parameters& p, const float* stream, int64_t matrix) {
+    if (!inside) return;  // of a quad that is left over all is 0
 #pragma unroll
     for (int part = 0; part < Config::kMlpOutTiles; ++part) {
 #pragma unroll

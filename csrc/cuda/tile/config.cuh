@@ -13,8 +13,8 @@ struct Config : Widths {
   static constexpr int kTileRows = LOOPMDM_ROWS;  // of an instruction
   // Blocks that execute it together. Each has half of the rows; right operands and keys they load for both.
   static constexpr int kPair = LOOPMDM_PAIR, kRows = kTileRows / kPair;
-  // Rows of a tile that go through a norm together; 0: there are no such tiles, products normalise what they
-  // read.
+  // Rows of a tile that go through a norm together; 0: there are no such tiles. MLP_IN, and without MLP_SUM
+  // QKV, then normalise what they read.
   static constexpr int kNormRows = LOOPMDM_NORM_ROWS;
   static constexpr int kQkvColumns = LOOPMDM_QKV_COLUMNS, kAttnOutColumns = LOOPMDM_ATTN_OUT_COLUMNS;
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
