@@ -137,8 +137,8 @@ def _choose(shape: BlockShape, device: Device, parts: int | None) -> Plan:
     }
     if not fitting or shape.hidden % STEP or shape.mlp % STEP:
         raise ValueError(
-            f"no tiles of {ROW_TILES} rows divide the widths of {shape}, which are to be multiples of {STEP} "
-            f"and of {', '.join(map(str, HALF_TILES))} columns; a tile of q, k and v holds whole heads"
+            f"no tiles of {ROW_TILES} rows by {HALF_TILES} columns divide the widths of {shape}, which are "
+            f"to be multiples of {STEP}; a tile of q, k and v holds whole heads"
         )
     plan = _fastest_of_all(shape, device, fitting, parts or _parts(shape, device, fitting))
     if plan.stages < 2:
