@@ -23,6 +23,7 @@ from loopmdm_kernels.schedule.table import BlockShape, Counters, Phase, Region, 
 
 STATISTICS_COLUMNS = 32  # of a row, whatever the tiles
 QUADS = 64  # of threads in a block: each has so many columns of a row that MLP_SUM adds
+SUMS_TOGETHER = 16  # parts, and the stream, of these columns, that a quad loads together
 MOST_SUMMED = QUADS * STATISTICS_COLUMNS  # columns of such a row
 
 
@@ -197,7 +198,7 @@ PHASES = (
 
 def sum_trips(shape: BlockShape, tiles: Tiles) -> int:
     """Times that a tile of MLP_SUM loads: a quad's parts of as many rows together as registers hold."""
-    rows = QUADS * STATISTICS_COLUMNS // shape.hidden * max(1, 16 // (tiles.mlp_out_tiles + 1))
+    rows = QUADS * STATISTICS_COLUMNS // shape.hidden * max(1, SUMS_TOGETHER // (tiles.mlp_out_tiles + 1))
     return math.ceil(tiles.sum_rows / tiles.blocks / rows) if rows else 0
 
 

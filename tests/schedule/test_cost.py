@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from loopmdm_kernels.cuda import sources
 from loopmdm_kernels.schedule import (
     BlockShape,
     Device,
@@ -14,8 +15,9 @@ from loopmdm_kernels.schedule import (
     choose_backward,
     device_of,
 )
-from loopmdm_kernels.schedule.cost import PhaseCost, Way, key_block, product_work
+from loopmdm_kernels.schedule.cost import ALONE_COLUMNS, PhaseCost, Way, key_block, product_work
 from loopmdm_kernels.schedule.device import ASSUMED
+from loopmdm_kernels.schedule.forward import SUMS_TOGETHER
 from loopmdm_kernels.schedule.plan import _plan as plan_of
 from loopmdm_kernels.testing.schedule import check
 
@@ -140,6 +142,14 @@ def test_rows_that_go_one_behind_the_other_wait_for_l2():
     norms = plan_of(shape, Device(), Tiles(256, 192, 96, 192, 96, part=128, blocks=2)).phases[Forward.NORM1]
     assert norms.trips == 4, "64 rows of a block, two for each of eight warps"
     assert norms.of_tile(behind_wait=False) == pytest.approx(norms.of_tile(behind_wait=True) + trip)
+
+
+def test_numbers_of_the_model_are_those_of_the_kernel():
+    cuda = sources.folder() / "cuda"
+    rows = (cuda / "looped_blocks" / "row_phases.cuh").read_text()
+    assert f"constexpr int kAloneColumns = {ALONE_COLUMNS};" in (cuda / "tile/config_sm90.cuh").read_text()
+    assert f"constexpr int kSumsTogether = {SUMS_TOGETHER};" in rows
+    assert "kRows = Config::kHidden <= 1024 ? 2 : 1;" in rows, "rows of a norm, as its trips are counted"
 
 
 @pytest.mark.parametrize("length", [1, 32, 64, 81, 128, 200, 512])

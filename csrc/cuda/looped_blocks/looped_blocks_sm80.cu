@@ -32,10 +32,10 @@ __device__ void execute(const KernelParameters& p, Walk& walk) {
     case kEnter:
       return enter(p, item, loop);
     case kQkv: {
-      const void* const rows = p.stream_values;
+      const void* const stream = p.stream_values;
       return project_qkv(p, item, loop, seat,
                          over(walk.operands<kQkvBytes, kHidden, Config::kQkvColumns>(
-                             Config::kNormalQkv ? p.rows_values : rows, Config::kNormalQkv ? 0 : slot,
+                             Config::kNormalQkv ? p.rows_values : stream, Config::kNormalQkv ? 0 : slot,
                              p.qkv_weight, 3 * kHidden)));
     }
     case kAttention:
