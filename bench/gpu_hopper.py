@@ -24,7 +24,7 @@ from bench import looped_blocks, masked_cross_entropy, model, sample_rows
 from bench.gpu_checks import environment, needs_hopper, run_of, why_no_gpu
 from bench.gpu_times import clock_and_power
 from bench.phases import ROOT, Findings, Phase, Result, Script, main
-from bench.probes import hopper_facts
+from bench.probes import hopper_facts, hopper_phases
 from bench.probes.hopper_facts import SMALL, SUDOKU, Run
 from bench.run import REAL, Call, Calls, Figure, Figures
 from bench.targets import DRAM_RATIO, HOPPER_TARGETS, LIMIT_SHARES, SUDOKU_SECONDS, TRITON_TARGETS
@@ -145,14 +145,26 @@ HEAD_PHASES = {
     "masked_cross_entropy": Phase(cross_entropy, 90),
 }
 # What the cost model assumes comes first.
-ASSUMED = ("barriers", "l2_reads", "products", "gaps", "multicast", "attention_peers", "narrow_blocks")
+ASSUMED = (
+    "barriers", "l2_reads", "loads", "products", "gaps", "multicast", "attention_peers", "narrow_blocks",
+)  # fmt: skip
 FACTS = {
     name: Phase(partial(fact, getattr(hopper_facts, name)), 25, quick=name in ASSUMED)
     for name in (*ASSUMED, "clusters")
 }
+# The kernel's phases one by one, which say where a loop differs from the model.
+ONE_BY_ONE = {
+    "heads": Phase(partial(fact, hopper_phases.heads), 60, quick=True),
+    **{
+        f"phases_{tokens}": Phase(
+            partial(fact, partial(hopper_phases.phases, tokens)), 60, quick=True, dry=tokens == 128
+        )
+        for tokens in hopper_phases.TOKENS
+    },
+}
 PHASES = {
     "environment": Phase(environment, 30, quick=True),
-    **at(128), **at(1024), **{name: FACTS[name] for name in ASSUMED}, **at(512),
+    **at(128), **at(1024), **{name: FACTS[name] for name in ASSUMED}, **ONE_BY_ONE, **at(512),
     "sudoku": Phase(partial(fact, model.sudoku_on_gpu), 60, quick=True),
     "training": Phase(training, 90, quick=True),
     **at(4096), **FACTS, **at(32), **HEAD_PHASES, **at(16384), **at(256),
@@ -186,6 +198,8 @@ def ceilings(figures: Mapping[str, Findings]) -> dict[str, float]:
         "sm_bytes": sm_bytes,
         # The probe signals and polls; what then is loaded comes behind.
         "wait_seconds": seconds("barriers", "row counters") + seconds("narrow_blocks", "box"),
+        "load_seconds": seconds("loads", "load"),
+        "head_alone": 2 * seconds("heads", "one head") / seconds("heads", "two heads"),
         "cluster_wait_seconds": seconds("narrow_blocks", "hand-over") - step - sent,
         "shared_read_bytes": figures.get("narrow_blocks", {}).get("bytes of products"),
         "meet_seconds": step,
@@ -241,7 +255,14 @@ def verdicts(figures: Mapping[str, Findings]) -> dict[str, bool | None]:
 
 
 def conclude(figures: Mapping[str, Findings]) -> dict[str, Any]:
-    return {"ceilings": ceilings(figures), "targets": verdicts(figures)}
+    found = ceilings(figures)
+    device = Device()._replace(**found)
+    beside = {
+        f"{tokens} tokens": hopper_phases.beside_model(tokens, figures[f"phases_{tokens}"], device)
+        for tokens in hopper_phases.TOKENS
+        if f"phases_{tokens}" in figures
+    }
+    return {"ceilings": found, "targets": verdicts(figures), "phases": beside}
 
 
 def keep(result: Result) -> None:

@@ -36,6 +36,8 @@ from loopmdm_kernels.testing import looped_inputs
 RANGES = {
     "wait_seconds": (1.0e-6, 2.0e-6),
     "ahead_share": (0.5, 1.3),  # from the first box of rows on; since the tile before was multiplied
+    "load_seconds": (0.3e-6, 0.9e-6),  # as plain loads of few bytes; as a box behind a poll
+    "head_alone": (1.2, 2.0),  # 1: turns gain nothing; 2: two heads take no longer than one
     "cluster_wait_seconds": (0.7e-6, 1.4e-6),
     "shared_read_bytes": (0.12e12, 0.22e12),
     "meet_seconds": (0.06e-6, 0.2e-6),
@@ -85,7 +87,7 @@ def by_tiles(shape: BlockShape, chosen: Plan) -> Microseconds:
 
 def under(shape: BlockShape, chosen: Plan, device: Device) -> Plan:
     """The same plan on a device of other rates."""
-    return plan._plan(shape, device, chosen.tiles)
+    return plan.plan_with(shape, device, chosen.tiles)
 
 
 def backward(shape: BlockShape) -> Microseconds:
@@ -163,6 +165,8 @@ def cases() -> list[Case]:
 NAMES = {
     "wait_seconds": ("hand-over", 1e-6, "us"),
     "ahead_share": ("weights meanwhile", 1, "of it"),
+    "load_seconds": ("a load waited for", 1e-6, "us"),
+    "head_alone": ("a head alone", 1, "halves of two"),
     "cluster_wait_seconds": ("in a cluster", 1e-6, "us"),
     "shared_read_bytes": ("shared memory", 1e12, "TB/s"),
     "meet_seconds": ("step of a block", 1e-6, "us"),
@@ -218,7 +222,7 @@ def _instead(shape: BlockShape, **fields: int) -> Microseconds:
     """One loop by the plan that is chosen, with other tiles."""
 
     def seconds(device: Device) -> float:
-        return plan._plan(shape, device, choose(shape, device).tiles._replace(**fields)).loop_seconds
+        return plan.plan_with(shape, device, choose(shape, device).tiles._replace(**fields)).loop_seconds
 
     return lambda device: 1e6 * seconds(device)
 

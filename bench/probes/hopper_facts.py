@@ -197,6 +197,17 @@ def l2_reads(run: Run) -> Figures:
     return {name: rate(READS * cases[name][0] * WEIGHT_BYTES, seconds) for name, seconds in times.items()}
 
 
+def loads(run: Run) -> Figures:
+    """Microseconds of a load from L2 by all threads of a block, each of which waits for the one before."""
+    kernel, buffer = run.probe("load_in_turn"), torch.zeros(WEIGHT_BYTES // 4, device=run.device)
+    sink = torch.zeros(1, device=run.device)
+    arguments = Arguments(
+        buffer=buffer.data_ptr(), sink=sink.data_ptr(), vectors=WEIGHT_BYTES // 16, rounds=ROUNDS
+    )
+    times = run.seconds({"load": lambda: kernel.launch(run.limits.sms, 256, run.stream, arguments)})
+    return {name: scaled(seconds, 1e6 / ROUNDS) for name, seconds in times.items()}
+
+
 def multicast(run: Run) -> Figures:
     """Bytes a second that SMs get from L2 when blocks of a cluster load the same rows, alone or for all.
 

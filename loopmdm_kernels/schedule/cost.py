@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 from loopmdm_kernels.schedule.device import Device
 from loopmdm_kernels.schedule.table import BlockShape, Phase, Table, Work
 
-WAY = 0.45  # of a hand-over that the first load takes from L2
-ALONE = 1.6  # half of what two heads take in turn, by the group that has one, times this
 ALONE_COLUMNS = 128  # of a tile of 64 rows that one group of warps has; see config_sm90.cuh
 STEP = 64  # of the inner dimension, per stage of the ring: 128 bytes of bf16, one swizzle row
 KEY_BLOCKS = (64, 128)  # keys that one step of the attention meets
@@ -81,6 +79,7 @@ def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     assert phase.cost is not None
     work, tiles, blocks = phase.cost(table.shape, table.tiles), phase.number(table), table.tiles.blocks
     seconds = work.flops / (device.attention_flops if work.attention else device.product_flops)
+    seconds *= device.head_alone if work.alone else 1.0
     workers = max(1, device.sms // blocks)
     waves = math.ceil(tiles / workers)  # of tiles whose arithmetic is the whole device's
     # Tiles of a weight's gradient are in a row with those of others, which keep L2 as busy.
@@ -92,7 +91,7 @@ def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     l2 = Way(sent * at_work / device.l2_bytes, weights * copies * at_work / device.l2_bytes)
     busy = max(seconds * workers, work.shared_read / device.shared_read_bytes)
     cost = PhaseCost(tiles, waves, waves * busy, (port, l2), tiles * sent, work.steps)
-    return cost._replace(trip=WAY * device.wait_seconds, trips=work.trips)
+    return cost._replace(trip=device.load_seconds, trips=work.trips)
 
 
 def product_work(
@@ -129,10 +128,10 @@ def attention_work(shape: BlockShape, tiles: Any) -> Work:
     keys = block * math.ceil(shape.length / block)
     width = tiles.heads * shape.head_dim
     read = 4 * width * shape.length
-    flops, shared = 4.0 * tiles.rows * keys * width, shared_bytes(tiles, read)
-    if tiles.rows // tiles.blocks == 64 and tiles.heads == 1:
-        flops *= ALONE
-    return Work(flops, 2 * width * tiles.rows + read, attention=True, shared=shared)
+    return Work(
+        4.0 * tiles.rows * keys * width, 2 * width * tiles.rows + read, attention=True,
+        alone=tiles.rows // tiles.blocks == 64 and tiles.heads == 1, shared=shared_bytes(tiles, read),
+    )  # fmt: skip
 
 
 def key_block(shape: BlockShape, tiles: Any) -> int:

@@ -18,6 +18,8 @@ class Device(NamedTuple):
     sm_bytes: float = 0.11e12  # one SM alone: 64 bytes a cycle
     wait_seconds: float = 1.5e-6  # from the last signal of a phase to the first data of the next
     ahead_share: float = 1.0  # of a wait, in which weights come that do not wait
+    load_seconds: float = 0.675e-6  # a load of a block from L2 that its next ones wait for
+    head_alone: float = 1.6  # what attention takes by one group of warps, in halves of two that take turns
     # What a byte for both blocks of a pair costs L2, in bytes: 1 if it is read once, 2 if they gain nothing.
     multicast_cost: float = 1.2
     shared_read_bytes: float = 0.2e12  # one SM's, by products of few columns; 128 a cycle at most

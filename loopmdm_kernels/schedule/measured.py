@@ -21,6 +21,8 @@ CEILINGS = (  # of `Device`
     "l2_bytes",
     "sm_bytes",
     "wait_seconds",
+    "load_seconds",
+    "head_alone",
     "cluster_wait_seconds",
     "multicast_cost",
     "shared_read_bytes",

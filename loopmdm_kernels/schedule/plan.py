@@ -122,7 +122,7 @@ def choose(
     Raises:
         ValueError: the tiles divide a width in no way.
     """
-    return _plan(shape, device, _choose(tiled_batch(shape), device, parts).tiles)
+    return plan_with(shape, device, _choose(tiled_batch(shape), device, parts).tiles)
 
 
 def tiled_batch(shape: BlockShape) -> BlockShape:
@@ -281,7 +281,7 @@ def _fastest_columns(shape: BlockShape, device: Device, tiles: Tiles, widths: _W
     tried = ((stages, columns(stages)) for stages in sorted(different, reverse=True))
     _, chosen = min(tried, key=key)
     fields: dict[str, Any] = {field: getattr(choice.tiles, field) for field, choice in chosen.items()}
-    return _plan(shape, device, tiles._replace(**fields))
+    return plan_with(shape, device, tiles._replace(**fields))
 
 
 @lru_cache(maxsize=256)  # MLP_OUT's parts change nothing about the other products
@@ -298,7 +298,8 @@ def _choices(
     return found
 
 
-def _plan(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
+def plan_with(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
+    """What these tiles take by the model."""
     stage = stage_bytes(shape, tiles)
     stages = _stages(device, stage)
     taken = {

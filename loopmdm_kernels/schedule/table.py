@@ -102,6 +102,7 @@ class Work(NamedTuple):
     flops: float
     bytes: int  # moved
     attention: bool = False  # its flops are at attention's rate
+    alone: bool = False  # of one head, by one group of warps: no other one multiplies beside its exponentials
     shared: int = 0  # bytes that both blocks of a pair get; the others are divided among them
     weights: int = 0  # bytes of a product's weights, which wait for no counter
     steps: int = 1  # stages that they come in

@@ -54,7 +54,7 @@ def on_cuda(op):
 
 def plan_of(inputs, tiles, target=SM90, device=Device()):  # noqa: B008 - immutable
     shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
-    return shape, plan._plan(shape, device, tiles)
+    return shape, plan.plan_with(shape, device, tiles)
 
 
 def build(shape, plan, folder, *, target=SM90, optimize=True):

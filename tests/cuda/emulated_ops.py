@@ -74,7 +74,7 @@ def emulation(of_head, folder, *, multiprocessors=4, by_rows=True):
         patch.setattr(torch.cuda, "get_device_capability", lambda device: facts.capability)
         patch.setattr(driver, "facts", lambda device: facts)
         patch.setattr(driver, "set_aside_l2", lambda device: None)
-        patch.setattr(op, "choose", lambda shape, device: plan._plan(shape, device, TILES))
+        patch.setattr(op, "choose", lambda shape, device: plan.plan_with(shape, device, TILES))
         patch.setattr(op, "_loaded", loaded)
         patch.setattr(looped_rows, "loaded", compiled)
         if not by_rows:

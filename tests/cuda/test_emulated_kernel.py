@@ -4,12 +4,17 @@ What this cannot show is the GPU: that the instructions do what the emulation ta
 the rest: tiles, swizzles, descriptors, fragments, epilogues, barriers, counters, early exit.
 """
 
+import ctypes
+from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from bench.probes import hopper_phases
+from loopmdm_kernels.cuda import looped_blocks as op
+from loopmdm_kernels.cuda.parameters import MAP, fields
 from loopmdm_kernels.cuda.targets import SM80, SM90, Target
 from loopmdm_kernels.schedule import Device, Tiles
 from loopmdm_kernels.schedule.device import ASSUMED
@@ -94,6 +99,31 @@ def check(variant, inputs, loops, **options):
 def test_values(variant, length):
     """One token, a part of a tile, several tiles and blocks of keys."""
     check(variant, make(variant.sizes, 1, length), 2, num_blocks=3)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_one_phase_at_a_time(variant, waits):
+    """As bench/probes/hopper_phases.py times them: all tiles of all loops, and nobody waits for ever."""
+    inputs, loops = make(variant.sizes, 1, 140), 2
+    shape = op.shape_of(inputs.x, inputs.blocks, inputs.num_heads)
+    for name in variant.plan.phases:
+        table = hopper_phases.table_of(shape, variant.plan, name, waits=waits)
+        assert {item.phase for item in table.loop} == {name}
+        assert all((item.wait_number > 0) == waits for item in table.loop)
+        prepared = hopper_phases.Prepared.of(inputs, table, loops)
+        counters = prepared.buffers.counters.copy_(prepared.start)
+        maps = prepared.maps(variant.plan) if fields(variant.target.parameters, MAP) else {}
+        with emulated.placed(prepared.parameters(variant.target), maps) as address:
+            workers = 3 if waits else 1  # those that do not wait store to the same places
+            finished = variant.library.run_kernel(
+                ctypes.c_void_p(address), workers * variant.plan.pair, variant.target.threads, 0
+            )
+        assert finished, (name.name, emulated.fault(variant.library))
+        done = Counter(item.signal for item in table.loop)
+        expected = prepared.start.clone()
+        for counter, tiles in done.items():
+            expected[counter] += loops * tiles * variant.plan.pair
+        assert torch.equal(counters, expected), name.name
 
 
 def test_options(variant):

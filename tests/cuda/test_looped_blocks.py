@@ -18,7 +18,7 @@ from loopmdm_kernels.cuda import looped_blocks as op
 from loopmdm_kernels.cuda.parameters import MAP, fields
 from loopmdm_kernels.cuda.targets import SM80, SM90, target_of
 from loopmdm_kernels.schedule import BlockShape, Device, Tiles, build, choose, device_of
-from loopmdm_kernels.schedule.plan import _plan as plan_of
+from loopmdm_kernels.schedule.plan import plan_with as plan_of
 from loopmdm_kernels.testing import looped_inputs
 from loopmdm_kernels.types import Rotary
 from tests.cuda.emulated import on_cuda

@@ -37,7 +37,7 @@ def test_verdicts():
         figures[f"T{tokens}"] = {"torch.compile": {"ms": peer}, **times(cuda=ours, triton=2.05)}
     device = Device(
         product_flops=100e6, attention_flops=50e6, l2_bytes=1e6, sm_bytes=1e4, multicast_cost=1.25,
-        wait_seconds=0.9e-6, cluster_wait_seconds=0.7e-6, shared_read_bytes=3e4, meet_seconds=0.1e-6,
+        wait_seconds=0.9e-6, load_seconds=0.6e-6, head_alone=1.5, cluster_wait_seconds=0.7e-6, shared_read_bytes=3e4, meet_seconds=0.1e-6,
         node_seconds=1.2e-6,
     )  # fmt: skip
     keys = 2 * 88 * 128  # bytes that a block gets, beside what it waits for
@@ -54,6 +54,8 @@ def test_verdicts():
         "attention_peers": {"flash": 4 * 8 * 12 * 1024 * 1024 * 64 / 50e6, "FA3": "not installed"},
         "l2_reads": {"plain": 0.5e6, "kept": 1e6, "one SM": 1e4},
         "barriers": {"row counters": 0.1, "cluster of 16": "no room"},
+        "loads": {"load": 0.6},
+        "heads": {"one head": 0.9, "two heads": 1.2},
         "gaps": {"in order": 1.2, "launched early": 0.9},
         "narrow_blocks": {
             "bytes of products": 3e4, "step": 0.1, "hand-over": 0.8 + 1e6 * keys / 1e4, "box": 0.8

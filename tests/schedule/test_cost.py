@@ -18,7 +18,7 @@ from loopmdm_kernels.schedule import (
 from loopmdm_kernels.schedule.cost import ALONE_COLUMNS, PhaseCost, Way, key_block, product_work
 from loopmdm_kernels.schedule.device import ASSUMED
 from loopmdm_kernels.schedule.forward import SUMS_TOGETHER
-from loopmdm_kernels.schedule.plan import _plan as plan_of
+from loopmdm_kernels.schedule.plan import plan_with as plan_of
 from loopmdm_kernels.testing.schedule import check
 
 SMALL = BlockShape(batch=1, length=1024, hidden=768, heads=12, mlp=3072, layers=2)
