@@ -138,7 +138,7 @@ def phases(tokens: int, run: Run) -> Figures:
 
 
 def heads(run: Run) -> Figures:
-    """Microseconds of a tile of attention, 64 queries by 128 keys, by one group of warps and by two in turn."""
+    """Microseconds of a tile of attention, 64 queries by 128 keys: of one group of warps, of two in turn."""
     few = choose(SMALL._replace(length=32)).tiles
     figures: Figures = {}
     for name, number in GROUPS.items():

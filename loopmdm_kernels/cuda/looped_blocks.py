@@ -30,6 +30,7 @@ from loopmdm_kernels.schedule import (
     build,
     choose,
 )
+from loopmdm_kernels.schedule.cost import block_rows, sides
 from loopmdm_kernels.schedule.forward import STATISTICS_COLUMNS
 from loopmdm_kernels.types import BlockWeights, Fp8BlockWeights, Rotary
 
@@ -279,7 +280,7 @@ class Buffers(NamedTuple):
     ) -> Buffers:
         shape, tiles = table.shape, table.tiles
         batch, length, hidden = shape.batch, shape.length, shape.hidden
-        groups = 128 * tiles.blocks // tiles.rows  # warp groups that share the columns of a tile
+        groups = sides(tiles) * 128 // block_rows(tiles)  # of warps, which share the columns of a tile
         changes = groups * hidden // tiles.mlp_out * tiles.rows // 16
         if tiles.sum_rows:
             changes = tiles.rows // tiles.sum_rows * tiles.blocks
@@ -309,17 +310,18 @@ def map_layouts(
     shape: BlockShape, plan: Plan, buffers: Buffers, weights: PackedWeights
 ) -> dict[str, tensor_maps.Layout]:
     """Tensors and boxes of the kernel's maps."""
-    tiles, pair = plan.tiles, plan.pair
-    rows = tiles.rows // pair  # of a block; of a pair each loads every other box of what is for both
+    tiles, blocks = plan.tiles, plan.pair
+    # Of what is for two blocks each loads half: weights, keys and values, of four also rows.
+    rows = block_rows(tiles) // sides(tiles)
     boxes = {
         "stream": (buffers.stream_values.flatten(0, 1), rows),
-        "qkv": (buffers.qkv_values.flatten(0, 1), 64 if pair > 1 else rows),
+        "qkv": (buffers.qkv_values.flatten(0, 1), 64 if blocks > 1 else rows),
         "mixed": (buffers.mixed_values, rows),
         "gelu": (buffers.gelu_values, rows),
-        "qkv_weight": (weights.qkv, tiles.qkv // pair),
-        "attn_out_weight": (weights.attn_out, tiles.attn_out // pair),
-        "mlp_in_weight": (weights.mlp_in, tiles.mlp_in // pair),
-        "mlp_out_weight": (weights.mlp_out, tiles.mlp_out // pair),
+        "qkv_weight": (weights.qkv, tiles.qkv // blocks),
+        "attn_out_weight": (weights.attn_out, tiles.attn_out // blocks),
+        "mlp_in_weight": (weights.mlp_in, tiles.mlp_in // blocks),
+        "mlp_out_weight": (weights.mlp_out, tiles.mlp_out // blocks),
     }
     if buffers.rows_values is not None:
         boxes["rows"] = (buffers.rows_values, rows)

@@ -16,6 +16,7 @@ from torch import Tensor
 from loopmdm_kernels.cuda import sources
 from loopmdm_kernels.schedule import BackwardPlan, BlockShape, Plan, Tiles
 from loopmdm_kernels.schedule.backward import KEY_BLOCK
+from loopmdm_kernels.schedule.cost import sides
 
 MAP = ctypes.c_uint8 * 128  # a TMA map
 _MAP_ALIGNMENT = 64
@@ -98,20 +99,20 @@ def address(tensor: Tensor | None) -> int | None:
 
 def defines(shape: BlockShape, plan: Plan) -> dict[str, int]:
     """The macros of `Config`."""
-    tiles = plan.tiles
+    tiles, among = plan.tiles, sides(plan.tiles)
     values = {
         "HIDDEN": shape.hidden,
         "HEADS": shape.heads,
         "MLP": shape.mlp,
         "LAYERS": shape.layers,
         "ROWS": tiles.rows,
-        "PAIR": tiles.blocks,
+        "BLOCKS": tiles.blocks,
         "NORM_ROWS": tiles.part,
-        "HEADS_PER_TILE": tiles.heads,
-        "QKV_COLUMNS": tiles.qkv,
-        "ATTN_OUT_COLUMNS": tiles.attn_out,
-        "MLP_IN_COLUMNS": tiles.mlp_in,
-        "MLP_OUT_COLUMNS": tiles.mlp_out,
+        "HEADS_PER_TILE": tiles.heads // among,
+        "QKV_COLUMNS": tiles.qkv // among,
+        "ATTN_OUT_COLUMNS": tiles.attn_out // among,
+        "MLP_IN_COLUMNS": tiles.mlp_in // among,
+        "MLP_OUT_COLUMNS": tiles.mlp_out // among,
         "MLP_OUT_PARTS": tiles.mlp_out_parts,
         "SUM_ROWS": tiles.sum_rows,
         "KEY_BLOCK": plan.key_block,

@@ -80,16 +80,16 @@ def _cost(table: Table, phase: Phase, device: Device) -> PhaseCost:
     work, tiles, blocks = phase.cost(table.shape, table.tiles), phase.number(table), table.tiles.blocks
     seconds = work.flops / (device.attention_flops if work.attention else device.product_flops)
     seconds *= device.head_alone if work.alone else 1.0
-    workers = max(1, device.sms // blocks)
+    workers = device.clusters(blocks)
     waves = math.ceil(tiles / workers)  # of tiles whose arithmetic is the whole device's
     # Tiles of a weight's gradient are in a row with those of others, which keep L2 as busy.
     at_work = workers if phase.rows is not None else min(tiles, workers)
     sent = work.bytes + (device.multicast_cost - 1) * work.shared
-    received = (work.bytes - work.shared) / blocks + work.shared
+    received = (work.bytes + work.shared) / blocks
     weights, copies = work.weights / work.steps, device.multicast_cost if blocks > 1 else 1.0
-    port = Way(received / device.sm_bytes, weights / device.sm_bytes)
+    port = Way(received / device.sm_bytes, weights / sides(table.tiles) / device.sm_bytes)
     l2 = Way(sent * at_work / device.l2_bytes, weights * copies * at_work / device.l2_bytes)
-    busy = max(seconds * workers, work.shared_read / device.shared_read_bytes)
+    busy = max(seconds * device.sms / blocks, work.shared_read / device.shared_read_bytes)
     cost = PhaseCost(tiles, waves, waves * busy, (port, l2), tiles * sent, work.steps)
     return cost._replace(trip=device.load_seconds, trips=work.trips)
 
@@ -99,27 +99,43 @@ def product_work(
 ) -> Work:
     """Of a tile of rows times weights. Rows beyond the sequence cost arithmetic and are not moved.
 
-    Each block of a pair is taken for the one with more of them.
+    Each of the blocks that share rows is taken for the one with more of them.
     """
     weights = 2 * columns * inner
-    rows = tiles.blocks * min(tiles.rows // tiles.blocks, shape.length)
-    moved = inner * left_bytes * rows + weights + written
+    rows = row_blocks(tiles) * min(block_rows(tiles), shape.length)
+    left = inner * left_bytes * rows
     # Two groups of warps have rows of their own and all columns, or half of the columns and all rows.
-    groups = 1 if of_one_group(tiles, columns) else 2
-    read = 64 * groups * left_bytes + 2 * columns * tiles.rows // tiles.blocks // 64
+    own = columns // sides(tiles)
+    groups = 1 if of_one_group(tiles, own) else 2
+    read = 64 * groups * left_bytes + 2 * own * block_rows(tiles) // 64
     return Work(
-        2 * tiles.rows * columns * inner, moved, shared=shared_bytes(tiles, weights),
+        2 * tiles.rows * columns * inner, left + weights + written,
+        shared=shared_bytes(tiles, weights) + (left if sides(tiles) > 1 else 0),
         weights=weights, steps=inner // STEP, shared_read=inner * read,
     )  # fmt: skip
 
 
+def row_blocks(tiles: Any) -> int:
+    """Blocks that share the rows of a tile."""
+    return min(2, int(tiles.blocks))
+
+
+def sides(tiles: Any) -> int:
+    """Blocks that share its columns, and its heads."""
+    return int(tiles.blocks) // row_blocks(tiles)
+
+
+def block_rows(tiles: Any) -> int:
+    return int(tiles.rows) // row_blocks(tiles)
+
+
 def of_one_group(tiles: Any, columns: int) -> bool:
-    """Whether one group of warps has all of a product's tile."""
-    return tiles.rows // tiles.blocks == 64 and columns <= ALONE_COLUMNS
+    """Whether one group of warps has all of a product's columns of a block."""
+    return block_rows(tiles) == 64 and columns <= ALONE_COLUMNS
 
 
 def shared_bytes(tiles: Any, number: int) -> int:
-    """Of so many bytes of right operands those that both blocks of a pair get."""
+    """Of so many bytes of right operands those that two blocks get."""
     return number if tiles.blocks > 1 else 0
 
 
@@ -130,7 +146,7 @@ def attention_work(shape: BlockShape, tiles: Any) -> Work:
     read = 4 * width * shape.length
     return Work(
         4.0 * tiles.rows * keys * width, 2 * width * tiles.rows + read, attention=True,
-        alone=tiles.rows // tiles.blocks == 64 and tiles.heads == 1, shared=shared_bytes(tiles, read),
+        alone=block_rows(tiles) == 64 and tiles.heads == sides(tiles), shared=shared_bytes(tiles, read),
     )  # fmt: skip
 
 

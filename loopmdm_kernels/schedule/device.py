@@ -20,7 +20,7 @@ class Device(NamedTuple):
     ahead_share: float = 1.0  # of a wait, in which weights come that do not wait
     load_seconds: float = 0.675e-6  # a load of a block from L2 that its next ones wait for
     head_alone: float = 1.6  # what attention takes by one group of warps, in halves of two that take turns
-    # What a byte for both blocks of a pair costs L2, in bytes: 1 if it is read once, 2 if they gain nothing.
+    # What a byte for two blocks costs L2, in bytes: 1 if it is read once, 2 if they gain nothing.
     multicast_cost: float = 1.2
     shared_read_bytes: float = 0.2e12  # one SM's, by products of few columns; 128 a cycle at most
     meet_seconds: float = 0.12e-6  # a step of a narrow block's threads, up to where they meet
@@ -30,10 +30,17 @@ class Device(NamedTuple):
     )
     # Blocks that can reach each other's shared memory; 1: its kernels have no clusters, nor pairs.
     cluster: int = 16
+    partitions: int = 8  # of the SMs, each an even number of them: a cluster is in one
     spare_stages: int = 0  # of the ring, which weights ahead of a wait leave empty
     # From what the blocks of a cluster store until all have the first of it: without polling, or its signals.
     cluster_wait_seconds: float = 1.1e-6
     node_seconds: float = 1.5e-6  # a small kernel or copy of a CUDA graph, with the way from the one before
+
+    def clusters(self, blocks: int) -> int:
+        """How many of so many blocks, 1, 2 or 4, there are at the same time."""
+        if blocks <= 2:
+            return max(1, self.sms // blocks)
+        return max(1, self.partitions * (self.sms // self.partitions // blocks))
 
     def without_hopper(self) -> Device:
         """As the kernel for Ampere sees it. What its warps read of shared memory is not modelled."""

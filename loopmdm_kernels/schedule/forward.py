@@ -48,7 +48,7 @@ class Tiles(NamedTuple):
     `sum_rows` rows at a time, so that few tokens give more tiles, or where that is 0 one after the other by
     one tile, to the same bits. Rows are normalised by NORM1 and NORM2, `part` of them at a time, or where
     that is 0 on their way into each product; what MLP_SUM has made is normalised by it. Two blocks may share
-    a tile, half of its rows each.
+    a tile, half of its rows each; or four, half of its rows and half of its columns, or heads, each.
     """
 
     rows: int
@@ -265,8 +265,8 @@ def _check(shape: BlockShape, tiles: Tiles) -> None:
             raise ValueError(
                 f"tiles.{name}: got {number}, expected 0 or a divisor of tiles.rows {tiles.rows}"
             )
-    if tiles.blocks not in (1, 2) or tiles.rows % tiles.blocks:
+    if tiles.blocks not in (1, 2, 4) or tiles.rows % tiles.blocks:
         raise ValueError(
-            f"tiles.blocks: got {tiles.blocks}, expected 1 or 2 and a divisor of tiles.rows {tiles.rows}"
+            f"tiles.blocks: got {tiles.blocks}, expected 1, 2 or 4 and a divisor of tiles.rows {tiles.rows}"
         )
     check_sizes(**shape._asdict(), **{"tiles.rows": tiles.rows, "tiles.heads": tiles.heads})

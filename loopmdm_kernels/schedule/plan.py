@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 from loopmdm_kernels.schedule import backward
 from loopmdm_kernels.schedule.backward import KEY_BLOCK, PART, BackwardTiles
-from loopmdm_kernels.schedule.cost import ALONE_COLUMNS, STEP, PhaseCost, costs, key_block
+from loopmdm_kernels.schedule.cost import (
+    ALONE_COLUMNS,
+    STEP,
+    PhaseCost,
+    block_rows,
+    costs,
+    key_block,
+    sides,
+)
 from loopmdm_kernels.schedule.device import Device
 from loopmdm_kernels.schedule.forward import MOST_SUMMED, Forward, Tiles, phases_of
 from loopmdm_kernels.schedule.table import BlockShape
@@ -73,16 +81,16 @@ class BackwardPlan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows of a tile, whether they are normalised by phases of their own, and how many blocks share them."""
+    """Rows of a tile, whether they are normalised by phases of their own, and how many blocks share it."""
 
-    number: int
+    rows: int
     norms: bool
     blocks: int = 1
 
     @property
     def halves(self) -> int:
         """In which groups of warps may divide the columns, and the heads: with 64 rows a block."""
-        return max(ROW_TILES) * self.blocks // self.number
+        return max(ROW_TILES) // block_rows(self)
 
 
 class _Choice(NamedTuple):
@@ -156,6 +164,8 @@ def _rows_of(shape: BlockShape, device: Device) -> list[_Rows]:
         if device.cluster > 1:
             few, many = PAIR_ROWS
             found += [_Rows(few, norms=False, blocks=2), _Rows(many, norms=True, blocks=2)]
+        if device.cluster > 2:
+            found.append(_Rows(few, norms=False, blocks=4))
     return found
 
 
@@ -165,7 +175,7 @@ def _has_wide_tiles(shape: BlockShape, device: Device) -> bool:
 
 
 def _widths(shape: BlockShape, device: Device, tiles: _Rows) -> _Widths:
-    wide, halves = _has_wide_tiles(shape, device), tiles.halves
+    wide, halves, among = _has_wide_tiles(shape, device), tiles.halves, sides(tiles)
     if tiles.norms:
         known = WIDE_TILES[: None if tiles.blocks > 1 else -1]
     elif wide and halves > 1:
@@ -174,22 +184,24 @@ def _widths(shape: BlockShape, device: Device, tiles: _Rows) -> _Widths:
         known = COLUMN_TILES[: 2 * halves if wide else 2]
 
     def fitting(width: int, multiple: int = 32) -> tuple[int, ...]:
-        return tuple(n for n in known if width % n == 0 and _share(n, device, tiles) % multiple == 0)
+        of_tiles = (among * n for n in known)
+        return tuple(n for n in of_tiles if width % n == 0 and _share(n, device, tiles) % multiple == 0)
 
     # What a group computes of q, k and v is all to be rotated, or nothing of it.
     of_heads = fitting(3 * shape.hidden, math.lcm(32, shape.head_dim))
     qkv = tuple(n for n in of_heads if 2 * shape.hidden % _share(n, device, tiles) == 0)
     # Of two groups one may have the only head, so that few tokens give more tiles.
     together = dict.fromkeys((halves, 1)) if wide else (halves,)
-    heads = tuple(n for n in together if shape.heads % n == 0)
+    heads = tuple(among * n for n in together if shape.heads % (among * n) == 0)
     out = fitting(shape.hidden)
     return _Widths(qkv, heads, out, fitting(shape.mlp), out)
 
 
 def _share(columns: int, device: Device, tiles: _Rows) -> int:
     """Of a tile's columns those that a group of warps has."""
-    alone = tiles.halves == 1 or (device.has_wide_tiles and columns <= ALONE_COLUMNS)
-    return columns if alone else columns // tiles.halves
+    own = columns // sides(tiles)
+    alone = tiles.halves == 1 or (device.has_wide_tiles and own <= ALONE_COLUMNS)
+    return own if alone else own // tiles.halves
 
 
 def _behind_wait(cost: PhaseCost, device: Device, stages: int) -> PhaseCost:
@@ -229,7 +241,7 @@ def _best(plans: list[Plan]) -> Plan:
 
 def _fastest(shape: BlockShape, device: Device, rows: _Rows, widths: _Widths, parts: int) -> Plan:
     """The fastest columns of each product, with and without MLP_SUM."""
-    tiles = Tiles(rows.number, 1, 1, 1, 1, 1, parts, blocks=rows.blocks)
+    tiles = Tiles(rows.rows, 1, 1, 1, 1, 1, parts, blocks=rows.blocks)
     if rows.norms:
         tiles = tiles._replace(part=_rows_together(shape, device, tiles, "part", NORM_PARTS, Forward.NORM1))
     found = []
@@ -323,13 +335,13 @@ def plan_with(shape: BlockShape, device: Device, tiles: Tiles) -> Plan:
 
 def stage_bytes(shape: BlockShape, tiles: Tiles) -> int:
     """A stage of the ring holds a step of both operands of a product, or a block of keys or of values."""
-    rows = tiles.rows // tiles.blocks
+    rows, among = block_rows(tiles), sides(tiles)
     rounded, of_stream, weights = 2 * STEP * rows, 4 * STEP * rows, 2 * STEP
     return max(
-        (rounded if tiles.normalised else of_stream) + weights * tiles.qkv,
-        (rounded if tiles.part else of_stream) + weights * tiles.mlp_in,
-        rounded + weights * max(tiles.attn_out, tiles.mlp_out),
-        2 * tiles.heads * shape.head_dim * max(key_block(shape, tiles), rows),
+        (rounded if tiles.normalised else of_stream) + weights * (tiles.qkv // among),
+        (rounded if tiles.part else of_stream) + weights * (tiles.mlp_in // among),
+        rounded + weights * (max(tiles.attn_out, tiles.mlp_out) // among),
+        2 * (tiles.heads // among) * shape.head_dim * max(key_block(shape, tiles), rows),
     )
 
 
@@ -354,7 +366,7 @@ def choose_backward(shape: BlockShape, device: Device = Device()) -> BackwardPla
 
 
 def _backward_plan(shape: BlockShape, device: Device, tiles: BackwardTiles) -> BackwardPlan:
-    rows = tiles.rows // tiles.blocks
+    rows = block_rows(tiles)
     stage = max(2 * STEP * (rows + tiles.columns), 2 * KEY_BLOCK * shape.head_dim)
     kept = 2 * 2 * rows * shape.head_dim
     stages = _stages(device, stage, kept)

@@ -103,7 +103,7 @@ class Work(NamedTuple):
     bytes: int  # moved
     attention: bool = False  # its flops are at attention's rate
     alone: bool = False  # of one head, by one group of warps: no other one multiplies beside its exponentials
-    shared: int = 0  # bytes that both blocks of a pair get; the others are divided among them
+    shared: int = 0  # bytes that two of a tile's blocks get; the others are divided among them
     weights: int = 0  # bytes of a product's weights, which wait for no counter
     steps: int = 1  # stages that they come in
     shared_read: int = 0  # bytes of operands that the groups of warps read from shared memory

@@ -45,6 +45,8 @@ VARIANTS = {
     "norms": Variant(SM90, HOPPER, Tiles(128, 192, 64, 256, 192, 1, 3, 16), (192, 3, 4)),
     "pairs": Variant(SM90, HOPPER, Tiles(256, 192, 96, 128, 96, 1, 2, 32, 2), (192, 3, 2)),
     "pairs of 64 rows": Variant(SM90, HOPPER, Tiles(128, 192, 64, 256, 64, 2, 2, 0, 2, 2), (192, 6, 4)),
+    "fours": Variant(SM90, HOPPER, Tiles(128, 128, 64, 256, 128, 2, 2, 0, 4, 8), (256, 4, 2)),
+    "fours, two groups": Variant(SM90, HOPPER, Tiles(128, 384, 192, 384, 384, 4, 1, 0, 4), (384, 12, 1)),
     "one group": Variant(SM90, HOPPER, Tiles(128, 64, 32, 128, 128, 1, 2, 0, 2, 16), (256, 4, 2)),
     "one group, an odd number of heads": Variant(SM90, HOPPER, Tiles(64, 64, 32, 96, 64, 1), (192, 3, 2)),
     "one group, heads of 128": Variant(SM90, HOPPER, Tiles(64, 128, 64, 128, 64, 2), (256, 2, 2)),

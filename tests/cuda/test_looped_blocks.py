@@ -276,7 +276,7 @@ def test_blocks_that_share_tiles_are_launched_as_pairs(loaded):
         "sm_90a",
         "looped_blocks_sm90",
     )
-    assert macros["LOOPMDM_PAIR"] == 2 and shared_bytes == plan.shared_bytes
+    assert macros["LOOPMDM_BLOCKS"] == 2 and shared_bytes == plan.shared_bytes
     assert calls == [(2, 384)] and plan.pair == 2
 
 
@@ -284,7 +284,7 @@ def test_a_gpu_without_room_for_a_pair_runs_single_blocks(loaded):
     seen, kernel = loaded
     kernel.clusters = 0
     _, plan, _ = op._kernel(MANY, SM90, 0)
-    assert plan.pair == 1 and seen[-2][1]["LOOPMDM_PAIR"] == 1
+    assert plan.pair == 1 and seen[-2][1]["LOOPMDM_BLOCKS"] == 1
 
 
 def test_the_kernel_for_ampere_gets_no_plan_of_hopper(loaded):

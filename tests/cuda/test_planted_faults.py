@@ -210,21 +210,22 @@ PAIRS = {
     ),
     "no wait for the inputs": WAITS["no wait for the inputs"],
     "a signal of one block for both": Fault(
-        "progress.cuh", "generation([[Config::kPair * item.wait_count]], loop)", "item.wait_count", UNORDERED
+        "progress.cuh", "generation([[Config::kBlocks * item.wait_count]], loop)", "item.wait_count",
+        UNORDERED,
     ),
     "no proxy fence at all": FORWARD["no proxy fence at all"],
     "a stage filled while the other block reads it": Fault(
         "stage_ring_sm90.cuh",
-        "barrier_arrive_at(empty(place), threadIdx.x % 32)",
+        "barrier_arrive_at(empty(place), kBlocks > 2 ? rank_in_cluster() ^ lane : lane)",
         "(barrier_arrive(empty(place)), barrier_arrive(empty(place)))",
         f"{EARLY_COPY}|all threads wait",
-        Fault("stage_ring_sm90.cuh", "if (threadIdx.x % 32 < [[2]])", "1"),
+        Fault("stage_ring_sm90.cuh", "if (lane < [[kTold]])", "1"),
     ),
     "half of a weight in the place of the other": Fault(
-        "loader_sm90.cuh", "target + [[rank_in_pair()]] * (right / 2)", "0", f"{EARLY_COPY}|values"
+        "loader_sm90.cuh", "target + [[row_block()]] * (right / 2)", "0", f"{EARLY_COPY}|values"
     ),
     "a norm of the other block's rows": Fault(
-        "row_phases.cuh", "item.column * rows + [[rank_in_pair()]] * (rows / Config::kPair)", "0",
+        "row_phases.cuh", "item.column * rows + [[rank_in_tile()]] * (rows / Config::kBlocks)", "0",
         f"{UNORDERED}|two threads store to one place, in no order",
     ),
     "blocks of a pair that do not meet before the first copy": Fault(
@@ -232,7 +233,7 @@ PAIRS = {
         "a barrier is used before its initialisation is known",
     ),
     "blocks of a pair that do not meet behind the last copy": Fault(
-        "looped_blocks_sm90.cu", "if (Config::kPair > 1) [[Ring::meet_all();]]", "",
+        "looped_blocks_sm90.cu", "if (Config::kBlocks > 1) [[Ring::meet_all();]]", "",
         "shared memory of a block that has ended|a block may end while others reach into it",
     ),
 }  # fmt: skip
@@ -247,8 +248,32 @@ PAIRS_OF_64 = {
         "rows.cuh", "panel_offset([[seat.row % Config::kRows]], column", "seat.row", f"{EARLY_READ}|values"
     ),
     "a box of the keys in the place of the other": Fault(
-        "loader_sm90.cuh", "box([[rank_in_pair() * kBoxRows]], [](auto... where) { load_box_for", "0",
+        "loader_sm90.cuh", "box([[row_block() * kBoxRows]], [](auto... where) { load_box_for", "0",
         f"{EARLY_COPY}|values",
+    ),
+}  # fmt: skip
+FOURS = {
+    "no wait for the inputs": WAITS["no wait for the inputs"],
+    "a stage filled while a block of the other rows reads it": Fault(
+        "stage_ring_sm90.cuh", "if (lane < [[kTold]])", "2", EARLY_COPY,
+        Fault("stage_ring_sm90.cuh", "[[kTold * kReaders]]);", "2 * kReaders"),
+    ),
+    "a stage filled while a block of the other columns reads it": Fault(
+        "stage_ring_sm90.cuh", "kBlocks > 2 ? [[rank_in_cluster() ^ lane]]",
+        "rank_in_cluster() ^ (lane == 1 ? 3 : lane)", f"{EARLY_COPY}|all threads wait",
+    ),
+    "half of a weight in the place of the other": PAIRS["half of a weight in the place of the other"],
+    "half of the rows in the place of the other": Fault(
+        "loader_sm90.cuh", "stage(place_) + [[side() * kBoxRows * 128]]", "0", f"{EARLY_COPY}|values"
+    ),
+    "weights for blocks of other columns": Fault(
+        "loader_sm90.cuh", "[[0b101 << side()]] : 0b11", "0b11 << (2 * row_block())", f"{EARLY_COPY}|values"
+    ),
+    "rows for blocks of other rows": Fault(
+        "loader_sm90.cuh", "[[0b11 << (2 * row_block())]]);", "0b101 << side()", f"{EARLY_COPY}|values"
+    ),
+    "columns of the other side": Fault(
+        "config.cuh", "item.column * Config::kSides + [[side()]]", "0", UNORDERED
     ),
 }  # fmt: skip
 ONE_GROUP = {
@@ -256,7 +281,7 @@ ONE_GROUP = {
         "looped_blocks_sm90.cu", "ring.wait_full(place);\n    [[ring.release(place);]]\n  }", "", ALL_WAIT
     ),
     "sums of the other block's rows": Fault(
-        "row_phases.cuh", "item.column * rows + [[rank_in_pair()]] * (rows / Config::kPair)", "0",
+        "row_phases.cuh", "item.column * rows + [[rank_in_tile()]] * (rows / Config::kBlocks)", "0",
         f"{UNORDERED}|values",
     ),
 }  # fmt: skip
@@ -445,15 +470,15 @@ BACKWARD = {
 BACKWARD_PAIRS = {
     "no wait for the inputs": BACKWARD["no wait for the inputs"],
     "a signal of one block for both": Fault(
-        "backward_loader_sm90.cuh", "generation([[Config::kPair * item.wait_count]], step)",
+        "backward_loader_sm90.cuh", "generation([[Config::kBlocks * item.wait_count]], step)",
         "item.wait_count", UNORDERED,
     ),
     "a stage filled while the other block reads it": PAIRS["a stage filled while the other block reads it"],
     "a box that both blocks of a pair load": Fault(
-        "backward_loader_sm90.cuh", "panel % 2 != [[rank_in_pair()]]", "0", f"{EARLY_COPY}|all threads wait"
+        "backward_loader_sm90.cuh", "panel % 2 != [[rank_in_tile()]]", "0", f"{EARLY_COPY}|all threads wait"
     ),
     "a norm of the other block's rows": Fault(
-        "backward_rows_sm90.cuh", "item.column * Config::kPair + [[rank_in_pair()]]", "0",
+        "backward_rows_sm90.cuh", "item.column * Config::kBlocks + [[rank_in_tile()]]", "0",
         f"{UNORDERED}|two threads store to one place, in no order",
     ),
     "blocks of a pair that do not meet before the first copy": Fault(
@@ -461,7 +486,7 @@ BACKWARD_PAIRS = {
         "a barrier is used before its initialisation is known",
     ),
     "blocks of a pair that do not meet behind the last copy": Fault(
-        "looped_blocks_backward_sm90.cu", "if (Config::kPair > 1) [[Ring::meet_all();]]", "",
+        "looped_blocks_backward_sm90.cu", "if (Config::kBlocks > 1) [[Ring::meet_all();]]", "",
         "shared memory of a block that has ended|a block may end while others reach into it",
     ),
 }  # fmt: skip
@@ -481,6 +506,7 @@ KERNELS = {
     "early exit": Kernel("128 rows", 4, ADAPTIVE, 20, 2, 0.2),
     "pairs": Kernel("pairs", 1, PAIRS, 140),  # rows of both blocks
     "pairs of 64 rows": Kernel("pairs of 64 rows", 1, PAIRS_OF_64, 81),
+    "fours": Kernel("fours", 1, FOURS, 81),
     "one group": Kernel("one group", 1, ONE_GROUP, 81),
     "sm80": Kernel("sm80, 64 rows", 1, SM80, 80),
 }

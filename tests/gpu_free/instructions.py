@@ -195,13 +195,13 @@ PEERS = {
             ("mapa.u64(add.s64(", "mapa.shared::cluster.u32(add.s32("),
         ),
     ),
-    "load_box_for_all(target, map, barrier, column, row, matrix)": Peer(
-        f"load_box_for_all<2>({TARGET}, map, {BARRIER}, a, b, c);",
+    "load_box_for_all(target, map, barrier, column, row, matrix, blocks)": Peer(
+        f"load_box_for_all({TARGET}, map, {BARRIER}, a, b, c, 3);",
         f"{_BOX}, (uint16_t)3);",
         ("cp_async_bulk_tensor",),
     ),
-    "load_box_for_all(target, map, barrier, column, row, matrix, policy)": Peer(
-        f"load_box_for_all<2>({TARGET}, map, {BARRIER}, a, b, c, p);",
+    "load_box_for_all(target, map, barrier, column, row, matrix, blocks, policy)": Peer(
+        f"load_box_for_all({TARGET}, map, {BARRIER}, a, b, c, 3, p);",
         [
             "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
             f".multicast::cluster.L2::cache_hint [memory], [map, {{a, b, c}}], [{_SECOND}], 3, p"

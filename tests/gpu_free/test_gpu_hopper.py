@@ -37,7 +37,8 @@ def test_verdicts():
         figures[f"T{tokens}"] = {"torch.compile": {"ms": peer}, **times(cuda=ours, triton=2.05)}
     device = Device(
         product_flops=100e6, attention_flops=50e6, l2_bytes=1e6, sm_bytes=1e4, multicast_cost=1.25,
-        wait_seconds=0.9e-6, load_seconds=0.6e-6, head_alone=1.5, cluster_wait_seconds=0.7e-6, shared_read_bytes=3e4, meet_seconds=0.1e-6,
+        wait_seconds=0.9e-6, load_seconds=0.6e-6, head_alone=1.5, cluster_wait_seconds=0.7e-6,
+        shared_read_bytes=3e4, meet_seconds=0.1e-6,
         node_seconds=1.2e-6,
     )  # fmt: skip
     keys = 2 * 88 * 128  # bytes that a block gets, beside what it waits for

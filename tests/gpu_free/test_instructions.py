@@ -95,7 +95,8 @@ FAULTS = {
         "load_box(target, map, barrier, column, row, matrix, policy)", "{%3, %4, %5}", "{%4, %3, %5}"
     ),
     "a box for one block only": (
-        "load_box_for_all(target, map, barrier, column, row, matrix)", "(1 << kBlocks) - 1", "1",
+        "load_box_for_all(target, map, barrier, column, row, matrix, blocks)", '"h"(blocks)',
+        '"h"(uint16_t(1))',
     ),
     "the fence of another memory": (
         "proxy_fence()", "fence.proxy.async.global", "fence.proxy.async.shared::cta"

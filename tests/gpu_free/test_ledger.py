@@ -126,7 +126,7 @@ PRODUCT_FAULTS = {
 }  # fmt: skip
 PRODUCT = "masked_cross_entropy_product_sm90.cu"
 BARRIER_FAULTS = {
-    "a count too low": (AROUND, "kPaired ? 2 * kReaders : kReaders", "kReaders"),
+    "a count too low": (AROUND, "kTold * kReaders", "kReaders"),
     "a count too high": (
         AROUND,
         "barrier_init(shared_address(&barriers_->full[i]), 1)",

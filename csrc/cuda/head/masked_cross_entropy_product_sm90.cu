@@ -14,7 +14,7 @@ struct GradientProduct {
   static constexpr int kComputeThreads = 256, kThreads = kComputeThreads + 128;
   static constexpr int kLeftBytes = 2 * kRows * kStep, kPanelBytes = 2 * 64 * kStep;
   static constexpr int kRightPanels = kColumns / 64, kStageBytes = kLeftBytes + kRightPanels * kPanelBytes;
-  using Ring = StageRing<kStages, kStageBytes, kComputeThreads / 32, true>;
+  using Ring = StageRing<kStages, kStageBytes, kComputeThreads / 32, 2>;
 };
 
 struct MaskedCrossEntropyProductParameters {
@@ -54,8 +54,8 @@ __device__ inline void load_gradient_tiles(const MaskedCrossEntropyProductParame
         }
         for (int i = 0; i < Shape::kRightPanels; i += 2) {
           const int panel = i + rank_in_cluster();
-          load_box_for_all<2>(stage + Shape::kLeftBytes + panel * Shape::kPanelBytes, &p.right, full,
-                              tile.column + 64 * panel, inner, 0);
+          load_box_for_all(stage + Shape::kLeftBytes + panel * Shape::kPanelBytes, &p.right, full,
+                           tile.column + 64 * panel, inner, 0, 0b11);
         }
       }
       __syncwarp();

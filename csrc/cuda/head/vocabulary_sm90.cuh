@@ -26,7 +26,7 @@ struct Vocabulary {
   static constexpr int kBlocks = kPaired ? 2 : 1;  // that have one tile together
   static_assert(kRows == 64 || kRows == 128, "rows of a tile");
 
-  using Ring = StageRing<kStages, kStageBytes, kComputeThreads / 32, kPaired>;
+  using Ring = StageRing<kStages, kStageBytes, kComputeThreads / 32, kBlocks>;
 };
 
 using Logits = float[Vocabulary::kSums];  // a thread's part of a tile
@@ -81,8 +81,8 @@ __device__ inline void load_logits(const LogitsProblem& p, const Vocabulary::Rin
         load_box(stage, &p.rows, full, column, tile.row * Vocabulary::kRows, 0, keep);
         if (Vocabulary::kPaired) {
           const int half = rank_in_cluster();
-          load_box_for_all<2>(stage + Vocabulary::kLeftBytes + half * Vocabulary::kChunkBytes / 2, &p.weight,
-                              full, column, tile.column * kChunkTokens + half * kChunkTokens / 2, 0);
+          load_box_for_all(stage + Vocabulary::kLeftBytes + half * Vocabulary::kChunkBytes / 2, &p.weight,
+                           full, column, tile.column * kChunkTokens + half * kChunkTokens / 2, 0, 0b11);
         } else {
           for (int i = 0; i < Vocabulary::kChunks; ++i) {
             load_box(stage + Vocabulary::kLeftBytes + i * Vocabulary::kChunkBytes, &p.weight, full, column,

@@ -119,7 +119,7 @@ __device__ inline void attend(const Launch& p, const Instruction& item, const Ri
 __device__ inline void attention(const Parameters& p, const Instruction& item, const Ring& ring,
                                  RingPlace& place, const Seat& seat) {
   using namespace attention_tile;
-  const int head = item.column * Config::kHeadsPerTile + seat.column_group;
+  const int head = column_of(item) * Config::kHeadsPerTile + seat.column_group;
   attend(p, item, ring, place, seat, [&](float (&mixed)[kHeadDim / 2], const Running& running) {
     divide_by_sums(mixed, running);
     store_bf16<kHeadDim>(mixed, p.mixed_values, Config::kHidden, head * kHeadDim, p, item,

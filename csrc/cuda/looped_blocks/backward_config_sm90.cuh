@@ -14,7 +14,7 @@ constexpr int kWarps = Config::kComputeThreads / 32;
 constexpr int kLoadRegisters = 56;  // of a thread that loads: sums of 256 columns take what there is
 
 static_assert(Config::kRows == 128 && Config::kColumnGroups == 1, "a warp group has half of the rows");
-static_assert(Config::kNormRows == Config::kPair * kPart, "of an instruction");
+static_assert(Config::kNormRows == Config::kBlocks * kPart, "of an instruction");
 static_assert(Config::kHeadDim == 64 || Config::kHeadDim == 128, "head size");
 static_assert(Config::kKeyBlock == 128 && Config::kMlpOutParts == 1, "as loaded");
 static_assert(kColumns == Config::kAttnOutColumns && kColumns == Config::kMlpInColumns &&

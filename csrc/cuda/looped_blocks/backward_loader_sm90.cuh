@@ -17,8 +17,8 @@ class Loader {
   __device__ __forceinline__ void run() {
     const int32_t loops = *p_.max_loops;
     const TableSize size{0, p_.instructions, 0};
-    const int32_t workers = static_cast<int32_t>(gridDim.x) / Config::kPair;
-    for (int64_t position = blockIdx.x / Config::kPair;; position += workers) {
+    const int32_t workers = static_cast<int32_t>(gridDim.x) / Config::kBlocks;
+    for (int64_t position = blockIdx.x / Config::kBlocks;; position += workers) {
       const Place place = place_of(position, size, loops);
       if (place.index < 0) break;
       Instruction item = p_.table[place.index];
@@ -90,7 +90,7 @@ class Loader {
   }
 
   __device__ void wait_and_issue(const Instruction& item, int32_t step, int32_t loop) {
-    const int32_t target = generation(Config::kPair * item.wait_count, step);
+    const int32_t target = generation(Config::kBlocks * item.wait_count, step);
     for (int i = threadIdx.x % 32; i < item.wait_number; i += 32)
       wait_for(p_.counters + item.wait + i, target);
     __syncwarp();
@@ -117,9 +117,9 @@ class Loader {
   __device__ void box_for_both(RingPlace place, int panel, const TensorMap& map, int column, int row,
                                int matrix, Policy... policy) const {
     const uint32_t target = ring_.stage(place) + panel * kPanelBytes;
-    if constexpr (Config::kPair > 1) {
-      if (panel % 2 != rank_in_pair()) return;
-      load_box_for_all<2>(target, &map, ring_.full(place), column, row, matrix, policy...);
+    if constexpr (Config::kBlocks > 1) {
+      if (panel % 2 != rank_in_tile()) return;
+      load_box_for_all(target, &map, ring_.full(place), column, row, matrix, 0b11, policy...);
     } else {
       load_box(target, &map, ring_.full(place), column, row, matrix, policy...);
     }

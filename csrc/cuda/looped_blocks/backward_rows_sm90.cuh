@@ -59,7 +59,7 @@ struct WarpRow {
 
 // The part of an instruction's rows that the block has, and its number in the row tile.
 __device__ inline int part_of(const Instruction& item) {
-  return item.column * Config::kPair + rank_in_pair();
+  return item.column * Config::kBlocks + rank_in_tile();
 }
 
 struct PartRows {

@@ -27,8 +27,8 @@ class Loader {
 
   __device__ void run() {
     const int32_t loops = *p_.max_loops;
-    const int32_t workers = static_cast<int32_t>(gridDim.x) / Config::kPair;
-    for (int64_t position = blockIdx.x / Config::kPair;;) {
+    const int32_t workers = static_cast<int32_t>(gridDim.x) / Config::kBlocks;
+    for (int64_t position = blockIdx.x / Config::kBlocks;;) {
       const Place place = place_of(position, p_.size, loops);
       if (place.index < 0) break;
       position += workers;
@@ -84,7 +84,7 @@ class Loader {
                                 : &p_.mlp_out_weight,
             (of_stream ? slot * p_.batch : 0) + item.sequence,
             item.part * steps_of(phase),
-            item.column * columns_of(phase),
+            column_of(item) * columns_of(phase),
             columns_of(phase),
             of_stream};
   }
@@ -115,44 +115,54 @@ class Loader {
     barrier_arrive_expect(full, left + right);
     const uint32_t target = ring_.stage(place) + left;
     const int inner = (operands.first + step) * Config::kStep, column = operands.column;
-    if constexpr (Config::kPair > 1) {
-      load_box_for_all<2>(target + rank_in_pair() * (right / 2), operands.weight, full, inner,
-                          column + rank_in_pair() * (operands.columns / 2), item.layer, keep_);
+    if constexpr (Config::kBlocks > 1) {
+      load_box_for_all(target + row_block() * (right / 2), operands.weight, full, inner,
+                       column + row_block() * (operands.columns / 2), item.layer, of_side(), keep_);
     } else {
       load_box(target, operands.weight, full, inner, column, item.layer, keep_);
     }
   }
 
-  // In panels of 128 bytes.
+  // In panels of 128 bytes; of those for two sides each loads half of the rows.
   __device__ void rows(const Operands& operands, const Instruction& item, int step) const {
     if (!elected()) return;
-    const uint32_t stage = ring_.stage(place_), full = ring_.full(place_);
-    const int column = (operands.first + step) * Config::kStep, row = first_row(item);
-    load_box(stage, operands.left, full, column, row, operands.matrix);
-    if (!Config::kNormalMlpIn && operands.of_stream) {
-      load_box(stage + 128 * Config::kRows, operands.left, full, column + Config::kStep / 2, row,
-               operands.matrix);
-    }
+    constexpr int kBoxRows = Config::kRows / Config::kSides;
+    const uint32_t stage = ring_.stage(place_) + side() * kBoxRows * 128, full = ring_.full(place_);
+    const int column = (operands.first + step) * Config::kStep, row = first_row(item) + side() * kBoxRows;
+    const auto panel = [&](int number) {
+      const uint32_t target = stage + number * 128 * Config::kRows;
+      const int first = column + number * (Config::kStep / 2);
+      if constexpr (Config::kSides > 1) {
+        load_box_for_all(target, operands.left, full, first, row, operands.matrix, 0b11 << (2 * row_block()));
+      } else {
+        load_box(target, operands.left, full, first, row, operands.matrix);
+      }
+    };
+    panel(0);
+    if (!Config::kNormalMlpIn && operands.of_stream) panel(1);
   }
+
+  // Blocks that have the same columns.
+  __device__ static uint16_t of_side() { return Config::kSides > 1 ? 0b101 << side() : 0b11; }
 
   // Stages of attention: the queries, then keys and values of one block after another.
   __device__ void attention(const Instruction& item, int32_t loop) {
     wait(item, loop);
     ring_.issue(issue_, item, loop);
     const int matrix = qkv_slot(item.read_slot, loop, Config::kLayers) * p_.batch + item.sequence;
-    const int column = item.column * Config::kHeadsPerTile * Config::kHeadDim;
+    const int column = column_of(item) * Config::kHeadsPerTile * Config::kHeadDim;
     heads<Config::kRows>(matrix, column, first_row(item));
 #pragma unroll 1
     for (int key = 0; key < p_.length; key += Config::kKeyBlock) {
-      heads<Config::kKeyBlock, (Config::kPair > 1)>(matrix, Config::kHidden + column, key);
-      heads<Config::kKeyBlock, (Config::kPair > 1)>(matrix, 2 * Config::kHidden + column, key);
+      heads<Config::kKeyBlock, (Config::kBlocks > 1)>(matrix, Config::kHidden + column, key);
+      heads<Config::kKeyBlock, (Config::kBlocks > 1)>(matrix, 2 * Config::kHidden + column, key);
     }
   }
 
-  // kNumber rows; of those that are for both blocks of a pair each loads every second box.
+  // kNumber rows; of those that are for two blocks each loads every second box.
   template <int kNumber, bool kForPair = false>
   __device__ void heads(int matrix, int column, int row) {
-    constexpr int kBoxRows = Config::kPair > 1 ? 64 : Config::kRows;
+    constexpr int kBoxRows = Config::kBlocks > 1 ? 64 : Config::kRows;
     constexpr int kPanels = Config::kHeadsPerTile * kHeadPanels, kBytes = kHeadPanelBytes;
     static_assert(kPanels * kNumber * kBytes <= Config::kStageBytes, "a stage holds a block of keys");
     static_assert(!kForPair || kNumber == 2 * kBoxRows, "a box each");
@@ -166,7 +176,7 @@ class Loader {
                column + kBytes / 2 * panel, row + below, matrix);
         };
         if constexpr (kForPair) {
-          box(rank_in_pair() * kBoxRows, [](auto... where) { load_box_for_all<2>(where...); });
+          box(row_block() * kBoxRows, [](auto... where) { load_box_for_all(where..., of_side()); });
         } else {
           for (int below = 0; below < kNumber; below += kBoxRows) {
             box(below, [](auto... where) { load_box(where...); });

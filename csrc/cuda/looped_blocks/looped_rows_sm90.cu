@@ -221,7 +221,7 @@ class Layers {
       const uint32_t place = base_ + kPlace + (panel * kKeys + first_token()) * 128;
       const int column = first + kStep * panel;
       if constexpr (kBlocks > 1) {
-        load_box_for_all<kBlocks>(place, &p_.qkv, arrived, column, first_token(), sequence_);
+        load_box_for_all(place, &p_.qkv, arrived, column, first_token(), sequence_, (1 << kBlocks) - 1);
       } else {
         load_box(place, &p_.qkv, arrived, column, first_token(), sequence_);
       }

@@ -16,7 +16,7 @@ constexpr int kShare = kTileColumns / kSharing<kTileColumns>;
 
 template <int kTileColumns>
 __device__ int share_of(const Instruction& item, const Seat& seat) {
-  return item.column * kSharing<kTileColumns> + seat.column_group;
+  return column_of(item) * kSharing<kTileColumns> + seat.column_group;
 }
 
 // Of rows that are normalised, or of the stream's as they go into the product.

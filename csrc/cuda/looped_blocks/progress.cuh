@@ -34,7 +34,7 @@ __device__ inline bool all_stopped(const Parameters& p, int32_t loop) {
 }
 
 __device__ inline void wait_for_inputs(const Parameters& p, const Instruction& item, int32_t loop) {
-  const int32_t target = generation(Config::kPair * item.wait_count, loop);
+  const int32_t target = generation(Config::kBlocks * item.wait_count, loop);
   for (int i = threadIdx.x % 32; i < item.wait_number; i += 32) wait_for(p.counters + item.wait + i, target);
   __syncwarp();
 }

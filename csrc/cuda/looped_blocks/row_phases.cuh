@@ -41,8 +41,8 @@ struct RowSpan {
   int first, last;  // of the sequence
 
   __device__ RowSpan(const Parameters& p, const Instruction& item, int rows)
-      : first(item.row * Config::kTileRows + item.column * rows + rank_in_pair() * (rows / Config::kPair)),
-        last(min(first + rows / Config::kPair, p.length)) {}
+      : first(item.row * Config::kTileRows + item.column * rows + rank_in_tile() * (rows / Config::kBlocks)),
+        last(min(first + rows / Config::kBlocks, p.length)) {}
 };
 
 // NORM1 and NORM2, two rows a warp: a row by itself would wait for L2 each time.
@@ -106,7 +106,7 @@ struct SumPart {
 // How many rows a quad loads its parts of together: as many as registers hold, as `sum_trips` of
 // loopmdm_kernels/schedule/forward.py has it.
 constexpr int kMostTurns = kSumsTogether / (Config::kMlpOutTiles + 1);
-constexpr int kNeededTurns = (Config::kSumRows / Config::kPair + kRowsAtOnce - 1) / kRowsAtOnce;
+constexpr int kNeededTurns = (Config::kSumRows / Config::kBlocks + kRowsAtOnce - 1) / kRowsAtOnce;
 constexpr int kSumTurns = kNeededTurns < 2 || kMostTurns < 2 ? 1
                           : kNeededTurns < kMostTurns        ? kNeededTurns
                                                              : kMostTurns;
@@ -180,7 +180,7 @@ __device__ inline void sum_parts(const Parameters& p, const Instruction& item, i
     for (int warp = 1; warp < Config::kComputeThreads / 32; ++warp) {
       total = make_float2(total.x + shared[warp].x, total.y + shared[warp].y);
     }
-    store_change(p, item, item.column * Config::kPair + rank_in_pair(), total);
+    store_change(p, item, item.column * Config::kBlocks + rank_in_tile(), total);
   }
 }
 

@@ -92,7 +92,7 @@ struct Places {
 };
 
 static_assert(atoms(Places::end) == LOOPMDM_BESIDE_BYTES, "as loopmdm_kernels/schedule/rows.py has it");
-using Ring = StageRing<LOOPMDM_STAGES, kStageBytes, kWarps, false, LOOPMDM_BESIDE_BYTES>;
+using Ring = StageRing<LOOPMDM_STAGES, kStageBytes, kWarps, 1, LOOPMDM_BESIDE_BYTES>;
 
 struct Barriers {
   uint64_t arrived[2];  // keys of all blocks; values

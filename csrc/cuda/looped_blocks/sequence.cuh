@@ -10,8 +10,9 @@ namespace loopmdm {
 __device__ inline void enter(const Parameters& p, const Instruction& item, int32_t loop) {
   const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
   float* const target = p.stream_values + stream_slot(item.write_slot, loop, p.keep) * matrix;
-  const int first = first_row(item), last = min(first + Config::kRows, p.length), lane = threadIdx.x % 32;
-  for (int row = first + threadIdx.x / 32; row < last; row += Config::kComputeThreads / 32) {
+  const RowSpan rows(p, item, Config::kTileRows);
+  const int lane = threadIdx.x % 32;
+  for (int row = rows.first + threadIdx.x / 32; row < rows.last; row += Config::kComputeThreads / 32) {
     const int64_t token = p.token(item.sequence, row);
 #pragma unroll 4
     for (int part = 0; part < Config::kParts; ++part) {
@@ -31,7 +32,7 @@ __device__ inline void enter(const Parameters& p, const Instruction& item, int32
 
 // Adds the squared norms of the loop before in a fixed order and publishes whether the sequence goes on.
 __device__ inline void decide(const Parameters& p, const Instruction& item, int32_t loop) {
-  if (threadIdx.x >= 32 || rank_in_pair() != 0) return;
+  if (threadIdx.x >= 32 || rank_in_tile() != 0) return;
   int32_t* const stop = p.stop + item.sequence;
   bool goes_on = loop + 1 < *stop;
   if (loop > 0) {
@@ -61,10 +62,10 @@ __device__ inline void decide(const Parameters& p, const Instruction& item, int3
 
 __device__ inline void leave(const Parameters& p, const Instruction& item, int32_t loop) {
   const int64_t matrix = static_cast<int64_t>(p.batch) * p.length * Config::kHidden;
-  const int first = first_row(item), rows = min(Config::kRows, p.length - first);
-  const int64_t offset = p.token(item.sequence, first) * Config::kHidden;
+  const RowSpan rows(p, item, Config::kTileRows);
+  const int64_t offset = p.token(item.sequence, rows.first) * Config::kHidden;
   const float* const source = p.stream_values + stream_slot(item.read_slot, loop, p.keep) * matrix + offset;
-  for (int i = 2 * threadIdx.x; i < rows * Config::kHidden; i += 2 * Config::kComputeThreads) {
+  for (int i = 2 * threadIdx.x; i < (rows.last - rows.first) * Config::kHidden; i += 2 * Config::kComputeThreads) {
     store_pair(p.output + offset + i, load_pair(source + i));
   }
 }

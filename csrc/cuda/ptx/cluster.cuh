@@ -30,26 +30,22 @@ __device__ inline void barrier_arrive_at(uint32_t barrier, int rank) {
       : "memory");
 }
 
-// A box for the first kBlocks blocks: to the same place in each, announced at the barrier of each.
-template <int kBlocks>
-__device__ void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
-                                 int matrix) {
+// A box for the blocks whose bits are set: to the same place in each, announced at the barrier of each.
+__device__ inline void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column,
+                                        int row, int matrix, uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
-      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(matrix),
-      "h"(static_cast<uint16_t>((1 << kBlocks) - 1))
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "h"(blocks)
       : "memory");
 }
 
-template <int kBlocks>
-__device__ void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
-                                 int matrix, uint64_t policy) {
+__device__ inline void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column,
+                                        int row, int matrix, uint16_t blocks, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
       ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6, %7;" ::"r"(target),
-      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(matrix),
-      "h"(static_cast<uint16_t>((1 << kBlocks) - 1)), "l"(policy)
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "h"(blocks), "l"(policy)
       : "memory");
 }
 

@@ -11,11 +11,14 @@ namespace loopmdm {
 
 struct Config : Widths {
   static constexpr int kTileRows = LOOPMDM_ROWS;  // of an instruction
-  // Blocks that execute it together. Each has half of the rows; right operands and keys they load for both.
-  static constexpr int kPair = LOOPMDM_PAIR, kRows = kTileRows / kPair;
+  // Blocks that execute it together. Of two each has half of the rows; right operands and keys they load for
+  // both. Four stand in a square: two sides have half of the columns each, and left operands are for both.
+  static constexpr int kBlocks = LOOPMDM_BLOCKS, kSides = kBlocks > 2 ? 2 : 1, kRowBlocks = kBlocks / kSides;
+  static constexpr int kRows = kTileRows / kRowBlocks;
   // Rows of a tile that go through a norm together; 0: there are no such tiles. MLP_IN, and without MLP_SUM
   // QKV, then normalise what they read.
   static constexpr int kNormRows = LOOPMDM_NORM_ROWS;
+  // Of a block.
   static constexpr int kQkvColumns = LOOPMDM_QKV_COLUMNS, kAttnOutColumns = LOOPMDM_ATTN_OUT_COLUMNS;
   static constexpr int kMlpInColumns = LOOPMDM_MLP_IN_COLUMNS, kMlpOutColumns = LOOPMDM_MLP_OUT_COLUMNS;
   // Rows whose parts of MLP_OUT are added together, and normalised for the layer that follows; 0: one tile
@@ -38,14 +41,14 @@ struct Config : Widths {
 
   // Squared norms of a row tile: of each tile one a warp, or of MLP_SUM one a block.
   static constexpr int kChanges =
-      kSumRows > 0 ? kTileRows / kSumRows * kPair : kHidden / kMlpOutColumns * kColumnGroups * kRowWarps;
+      kSumRows > 0 ? kTileRows / kSumRows * kBlocks : kHidden / kMlpOutColumns * kColumnGroups * kRowWarps;
 
   static_assert(kHeads % kHeadsPerTile == 0 && (kHeadsPerTile == 1 || kHeadsPerTile == kColumnGroups),
                 "a group computes one head");
   static_assert(kRows == 64 || kRows == 128, "rows of a block");
-  static_assert(kNormRows % kPair == 0 && (kNormRows == 0 || kTileRows % kNormRows == 0), "rows of a norm");
+  static_assert(kNormRows % kBlocks == 0 && (kNormRows == 0 || kTileRows % kNormRows == 0), "rows of a norm");
   static_assert(kHidden % kStep == 0 && kMlp % (kMlpOutParts * kStep) == 0, "widths in whole stages");
-  static_assert(kSumRows % kPair == 0 && (kSumRows == 0 || kTileRows % kSumRows == 0), "rows of a sum");
+  static_assert(kSumRows % kBlocks == 0 && (kSumRows == 0 || kTileRows % kSumRows == 0), "rows of a sum");
   static_assert(kStageBytes % 1024 == 0, "swizzle atoms");
 };
 
@@ -86,11 +89,14 @@ struct Parameters {
   }
 };
 
-// Which half of an instruction's rows the block has.
-__device__ inline int rank_in_pair() { return static_cast<int>(blockIdx.x) % Config::kPair; }
-// Its first row in the sequence.
+__device__ inline int rank_in_tile() { return static_cast<int>(blockIdx.x) % Config::kBlocks; }
+// Which part of an instruction's rows the block has, and which of its columns.
+__device__ inline int row_block() { return rank_in_tile() / Config::kSides; }
+__device__ inline int side() { return rank_in_tile() % Config::kSides; }
+// Its first row in the sequence, and the number of its columns among those of all tiles.
 __device__ inline int first_row(const Instruction& item) {
-  return item.row * Config::kTileRows + rank_in_pair() * Config::kRows;
+  return item.row * Config::kTileRows + row_block() * Config::kRows;
 }
+__device__ inline int column_of(const Instruction& item) { return item.column * Config::kSides + side(); }
 
 }  // namespace loopmdm

@@ -6,7 +6,7 @@
 namespace loopmdm {
 
 static_assert(Config::kHeadDim == 32 || Config::kHeadDim == 64 || Config::kHeadDim == 128, "head size");
-static_assert(Config::kNormRows == 0 && Config::kPair == 1,
+static_assert(Config::kNormRows == 0 && Config::kBlocks == 1,
               "rows are normalised on their way into a product");
 static_assert(Config::kStages >= 2, "one stage is filled while another is read");
 

@@ -158,7 +158,7 @@ struct StreamBatch {
 
 // The number among a row tile's squared norms of what a warp has of a residual tile.
 __device__ inline int change_of(const Instruction& item, const Seat& seat) {
-  return (item.column * Config::kColumnGroups + seat.column_group) * Config::kRowWarps + seat.row / 16;
+  return (column_of(item) * Config::kColumnGroups + seat.column_group) * Config::kRowWarps + seat.row / 16;
 }
 
 __device__ inline void store_change(const Parameters& p, const Instruction& item, int place, float2 change) {

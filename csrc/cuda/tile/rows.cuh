@@ -21,7 +21,7 @@ struct Seat {
     thread = number % 128;
     row_group = number / 128 % Config::kRowGroups;
     column_group = number / 128 / Config::kRowGroups;
-    row = rank_in_pair() * Config::kRows + 64 * row_group + fragment_row(thread, 0);
+    row = row_block() * Config::kRows + 64 * row_group + fragment_row(thread, 0);
   }
 
   __device__ int column(int index) const { return fragment_column(thread, index); }

@@ -1,6 +1,6 @@
 // A ring of stages in shared memory that one warp fills by TMA and `kReaders` warps empty, and the division
-// of a block that goes with it. Of a pair of blocks that load for each other, a stage is empty when it is in
-// both.
+// of a block that goes with it. Where blocks load for each other, a stage is empty when it is in all that it is
+// loaded to at once: those of a pair; of four, which stand in a square, all but the one across.
 #pragma once
 
 #include "common/schedule.h"
@@ -28,9 +28,11 @@ __device__ void load_and_compute(const Load& load, const Compute& compute) {
   }
 }
 
-// `kBesideBytes`: of memory that lies between the stages and the barriers.
-template <int kStages, int kStageBytes, int kReaders, bool kPaired = false, int kBesideBytes = 0>
+// `kBlocks` load for each other: 1, 2 or 4. `kBesideBytes`: of memory that lies between the stages and the barriers.
+template <int kStages, int kStageBytes, int kReaders, int kBlocks = 1, int kBesideBytes = 0>
 class StageRing {
+  static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "blocks of a cluster");
+  static constexpr int kTold = kBlocks == 4 ? 3 : kBlocks;  // of them, about an empty stage
   static_assert(kStageBytes % 1024 == 0 && kBesideBytes % 1024 == 0, "swizzle atoms");
   struct Barriers {
     uint64_t full[kStages], empty[kStages];
@@ -52,15 +54,15 @@ class StageRing {
   __device__ void initialise() const {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared_address(&barriers_->full[i]), 1);
-      barrier_init(shared_address(&barriers_->empty[i]), kPaired ? 2 * kReaders : kReaders);
+      barrier_init(shared_address(&barriers_->empty[i]), kTold * kReaders);
     }
     barrier_init_fence();
   }
 
-  // By every thread of a block, and of the other one of a pair: a block that is gone can be neither loaded to
+  // By every thread of a block, and of those that it loads for: a block that is gone can be neither loaded to
   // nor told.
   __device__ static void meet_all() {
-    if (kPaired) {
+    if (kBlocks > 1) {
       meet_in_cluster();
     } else {
       __syncthreads();
@@ -86,8 +88,9 @@ class StageRing {
   // The warp has read a stage.
   __device__ void release(RingPlace place) const {
     __syncwarp();
-    if (kPaired) {
-      if (threadIdx.x % 32 < 2) barrier_arrive_at(empty(place), threadIdx.x % 32);
+    if (kBlocks > 1) {
+      const int lane = threadIdx.x % 32;
+      if (lane < kTold) barrier_arrive_at(empty(place), kBlocks > 2 ? rank_in_cluster() ^ lane : lane);
     } else {
       if (threadIdx.x % 32 == 0) barrier_arrive(empty(place));
     }

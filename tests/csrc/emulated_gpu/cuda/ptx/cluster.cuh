@@ -41,20 +41,18 @@ inline void barrier_arrive_at(uint32_t barrier, int rank) {
   });
 }
 
-template <int kBlocks>
-void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
-                      int matrix) {
-  for (int rank = 0; rank < kBlocks; ++rank) {
-    in_block(rank, [&] { load_box(target, map, barrier, column, row, matrix); });
+inline void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
+                             int matrix, uint16_t blocks) {
+  for (int rank = 0; blocks >> rank; ++rank) {
+    if (blocks >> rank & 1) in_block(rank, [&] { load_box(target, map, barrier, column, row, matrix); });
   }
 }
 
 // Only weights are loaded to be kept in L2. What one block loads for all counts once.
-template <int kBlocks>
-void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
-                      int matrix, uint64_t) {
+inline void load_box_for_all(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row,
+                             int matrix, uint16_t blocks, uint64_t) {
   emulator::weight_bytes += map->words[1] * map->words[7] * map->words[8];
-  load_box_for_all<kBlocks>(target, map, barrier, column, row, matrix);
+  load_box_for_all(target, map, barrier, column, row, matrix, blocks);
 }
 
 }  // namespace loopmdm
