@@ -95,6 +95,7 @@ def launch_overhead(run: Run) -> Figures:
 LAUNCHES = {  # op: names of the cases, then batch, length, hidden size, heads
     "first looped_blocks": (("looped_blocks",), 1, 64, 768, 12),
     "first cluster": (("looped_blocks",), 1, 81, 128, 4),
+    "first four": (("looped_blocks",), 1, 100, 768, 12),
     "first pair": (("sample_rows", "head_logits"), 2, 200, 768, 12),
     "first backward": (("gradients",), 2, 81, 768, 12),
     "first loss": (("masked_cross_entropy",), 2, 200, 768, 12),

@@ -262,7 +262,7 @@ def conclude(figures: Mapping[str, Findings]) -> dict[str, Any]:
         for tokens in hopper_phases.TOKENS
         if f"phases_{tokens}" in figures
     }
-    return {"ceilings": found, "targets": verdicts(figures), "phases": beside}
+    return {"ceilings": found, "targets": verdicts(figures), "beside the model": beside}
 
 
 def keep(result: Result) -> None:

@@ -29,6 +29,7 @@ from loopmdm_kernels.schedule import (
     plan,
     rows,
 )
+from loopmdm_kernels.schedule.cost import sides
 from loopmdm_kernels.testing import looped_inputs
 
 # Between what and what the assumptions of the H200 may lie. A wait is fence, meeting and signal (0.5 us),
@@ -102,7 +103,7 @@ def backward_by_tiles(shape: BlockShape) -> Microseconds:
 
     def seconds(device: Device) -> float:
         chosen = plan._backward_plan(shape, device, tiles)
-        done = simulate(table, chosen, device.sms // chosen.pair, device, loops=2)
+        done = simulate(table, chosen, device.clusters(chosen.pair), device, loops=2)
         first, both = (max(tile.end for tile in done[: n * len(table.loop)]) for n in (1, 2))
         return both - first
 
@@ -174,7 +175,7 @@ NAMES = {
     "sm_bytes": ("one SM", 1e12, "TB/s"),
     "product_flops": ("products", 1e12, "TFLOP/s"),
     "attention_flops": ("attention", 1e12, "TFLOP/s"),
-    "multicast_cost": ("a byte for a pair", 1, "bytes"),
+    "multicast_cost": ("a byte for two blocks", 1, "bytes"),
     "node_seconds": ("graph node", 1e-6, "us"),
 }
 
@@ -219,10 +220,15 @@ def _whole(shape: BlockShape) -> Microseconds:
 
 
 def _instead(shape: BlockShape, **fields: int) -> Microseconds:
-    """One loop by the plan that is chosen, with other tiles."""
+    """One loop by the plan that is chosen, with other tiles; `qkv` and `heads` are those of a block."""
 
     def seconds(device: Device) -> float:
-        return plan.plan_with(shape, device, choose(shape, device).tiles._replace(**fields)).loop_seconds
+        tiles = choose(shape, device).tiles
+        of_tile = {
+            name: number * (sides(tiles) if name in ("qkv", "heads") else 1)
+            for name, number in fields.items()
+        }
+        return plan.plan_with(shape, device, tiles._replace(**of_tile)).loop_seconds
 
     return lambda device: 1e6 * seconds(device)
 
@@ -250,8 +256,10 @@ def mechanism_rows() -> Iterator[list[str]]:
             _chosen(many),
             _chosen(many, has_wide_tiles=False),
         ),
-        ("pairs, 256 tokens", _chosen(some), _chosen(some, cluster=1)),
-        ("pairs, 384 tokens", _chosen(more), _chosen(more, cluster=1)),
+        ("fours, 128 tokens", _chosen(short), _chosen(short, cluster=2)),
+        ("fours, 256 tokens", _chosen(some), _chosen(some, cluster=2)),
+        ("fours, 384 tokens", _chosen(more), _chosen(more, cluster=2)),
+        ("pairs, 512 tokens", _chosen(half), _chosen(half, cluster=1)),
         ("pairs, 1024 tokens", _chosen(many), _chosen(many, cluster=1)),
         ("pairs, 16 x 1024 tokens", _chosen(batch), _chosen(batch, cluster=1)),
         *(

@@ -377,7 +377,7 @@ def _backward_plan(shape: BlockShape, device: Device, tiles: BackwardTiles) -> B
     of_weights = [taken[phase.name] for phase in backward.PHASES if phase.rows is not None]
     others = [taken[phase.name] for phase in backward.PHASES if phase.rows is None]
     # Gradients of weights follow each other, in equal tiles, and wait for nobody who does not wait for more.
-    waves = math.ceil(sum(cost.tiles for cost in of_weights) / (device.sms // tiles.blocks))
+    waves = math.ceil(sum(cost.tiles for cost in of_weights) / device.clusters(tiles.blocks))
     longest = max(cost.seconds / cost.waves for cost in of_weights)
     seconds = sum(cost.seconds + device.wait_seconds for cost in others) + waves * longest
     return BackwardPlan(

@@ -11,6 +11,7 @@ from bench.phases import LeftOut
 from bench.probes import hopper_facts
 from loopmdm_kernels.cuda import looped_rows
 from loopmdm_kernels.schedule import Device, choose, measured
+from loopmdm_kernels.schedule.forward import Forward
 
 TIMES = {32: (4.0, 2.0), 128: (4.0, 2.1), 512: (4.0, 2.0), 1024: (4.0, 2.0)}  # torch.compile, cuda
 
@@ -96,6 +97,19 @@ def test_verdicts():
     assert found["DRAM bytes do not grow with S"] is False
     figures["dram_bytes"] = {"S1": "no permission", "S24": "no permission"}
     assert gpu_hopper.verdicts(figures)["DRAM bytes do not grow with S"] is None
+
+
+def test_phases_stand_beside_what_the_model_says_of_them():
+    """By what was measured of the GPU, and where a figure is missing not at all."""
+    figures = {
+        "phases_128": {"QKV": 3.5, "QKV, not waiting": 1.4, "ATTENTION": "no room", "now": {"MHz": 1.0}}
+    }
+    (found,) = gpu_hopper.conclude({**figures, "loads": {"load": 0.5}})["beside the model"].values()
+    plan = choose(gpu_hopper.SMALL._replace(length=128), Device(load_seconds=0.5e-6))
+    (qkv,) = found.values()
+    assert list(found) == ["QKV"] and qkv["us"] == 3.5
+    seconds = plan.phases[Forward.QKV].seconds + Device().wait_seconds
+    assert qkv["model us"] == pytest.approx(1e6 * seconds, abs=0.01)
 
 
 def test_ceilings_are_kept_for_the_cost_model(monkeypatch):

@@ -152,7 +152,7 @@ BARRIER_FAULTS = {
         "products_wait<1>();\n    if (step > 0) ring.release(before);",
         "if (step > 0) ring.release(before);\n    products_wait<1>();",
     ),
-    "a stage released in one block only": (AROUND, "threadIdx.x % 32 < 2", "threadIdx.x % 32 < 1"),
+    "a stage released in one block only": (AROUND, "lane < kTold", "lane < 1"),
 }
 SHARE_FAULTS = {
     "a share that the block has not": (AROUND, "(3 * 168 - kLoadRegisters) / 2", "248"),

@@ -103,7 +103,7 @@ def test_halves_alternate():
         ({}, {"part": 3}, r"tiles.part: got 3, expected 0 or a divisor of tiles.rows 16"),
         ({}, {"sum_rows": 5}, r"tiles.sum_rows: got 5, expected 0 or a divisor of tiles.rows 16"),
         ({}, {"mlp_out_parts": 3}, r"tiles.mlp_out_parts: got 3, expected a divisor of 64"),
-        ({}, {"blocks": 3}, r"tiles.blocks: got 3, expected 1 or 2 and a divisor of tiles.rows 16"),
+        ({}, {"blocks": 3}, r"tiles.blocks: got 3, expected 1, 2 or 4 and a divisor of tiles.rows 16"),
     ],
 )
 def test_errors(shape, tiles, message):

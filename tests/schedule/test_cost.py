@@ -55,7 +55,7 @@ def test_few_tokens_take_small_tiles():
 def test_two_blocks_share_rows_where_l2_binds():
     """64 rows each: each normalises its own, and gets the weights that both need once."""
     shape = SMALL._replace(length=256)
-    plan = choose(shape)
+    plan = choose(shape, Device(cluster=2))
     assert plan.tiles == Tiles(128, 128, 64, 192, 192, mlp_out_parts=6, blocks=2, sum_rows=8)
     up = plan.phases[Forward.MLP_IN]
     rows, weights = 768 * 4 * 128, 768 * 2 * 192
@@ -74,14 +74,42 @@ def test_two_blocks_share_rows_where_l2_binds():
     assert cost.bytes == pytest.approx(36 * 768 * (2 * 2 * 64 + 2 * 64 * Device().multicast_cost))
 
 
+def test_four_blocks_share_rows_and_columns_where_l2_binds():
+    """Of 64 rows by half of the columns each two get what one of them loads, rows as well as weights."""
+    shape, device = SMALL._replace(length=256), Device()
+    plan = choose(shape)
+    assert plan.tiles == Tiles(128, 256, 64, 256, 256, 2, 4, blocks=4, sum_rows=16)
+    up, rows, weights = plan.phases[Forward.MLP_IN], 768 * 4 * 128, 768 * 2 * 256
+    assert up.tiles == 24 and up.waves == 1 and up.bytes == pytest.approx(24 * 1.2 * (rows + weights))
+    port, l2 = up.ways
+    assert port.tile == pytest.approx((rows + weights) / 2 / device.sm_bytes)
+    assert port.step == pytest.approx(weights / 2 / 12 / device.sm_bytes)
+    assert l2.step == pytest.approx(24 * 1.2 * weights / 12 / device.l2_bytes)
+    # One block's 64 rows by 128 columns, at its SM's share of the rate; reading them takes less.
+    assert up.arithmetic == pytest.approx(2 * 64 * 128 * 768 * 132 / device.product_flops)
+    assert 768 * (64 * 4 + 128 * 2) / device.shared_read_bytes < up.arithmetic
+    assert plan.loop_seconds < 0.95 * choose(shape, Device(cluster=2)).loop_seconds
+    # A tile of q, k and v for each of 36 fours, and 32 of these at a time: two rounds, and so pairs.
+    assert choose(SMALL._replace(length=512)).pair == 2
+    fours = plan_of(SMALL._replace(length=512), device, plan.tiles)
+    assert fours.phases[Forward.QKV].tiles == 36 and fours.phases[Forward.QKV].waves == 2
+
+
+@pytest.mark.parametrize(("sms", "fours"), [(132, 32), (114, 24), (78, 16), (16, 1), (1, 1)])
+def test_clusters_of_four_are_in_one_part_of_the_gpu(sms, fours):
+    device = Device(sms=sms)
+    assert device.clusters(4) == fours and device.clusters(2) == max(1, sms // 2)
+    assert device.clusters(1) == sms
+
+
 def test_few_tokens_cut_the_inner_dimension():
     """48 tiles of 3072 keep 48 SMs busy: parts of them more, for one more wait."""
     plan = choose(SMALL._replace(length=128))
-    assert plan.tiles.mlp_out_parts == 6 and plan.phases[Forward.MLP_OUT].tiles == 48
+    assert plan.tiles.mlp_out_parts == 6 and plan.phases[Forward.MLP_OUT].tiles == 24
     whole = choose(SMALL._replace(length=128), parts=1)
     assert whole.tiles.mlp_out_parts == 1 and plan.loop_seconds < whole.loop_seconds - 2e-6
     # A part reads a sixth of the rows and columns, and writes its sums; MLP_SUM reads the six.
-    moved = 8 * 6 * (512 * (2 * 128 + 2 * 96 * Device().multicast_cost) + 4 * 128 * 96)
+    moved = 4 * 6 * (512 * 2 * (128 + 192) * Device().multicast_cost + 4 * 128 * 192)
     assert plan.phases[Forward.MLP_OUT].bytes == pytest.approx(moved)
     assert plan.phases[Forward.MLP_SUM].bytes == 128 * 768 * (6 * 4 + 4 + 4 + 2)
     assert choose(SMALL._replace(length=4096)).tiles.mlp_out_parts == 1
@@ -94,8 +122,9 @@ def test_few_tokens_have_small_tiles_of_heads():
     """Of two groups one has a head of q, k and v, and in attention."""
     shape = SMALL._replace(length=128)
     plan = choose(shape)
-    assert (plan.tiles.qkv, plan.tiles.heads) == (64, 1) and plan.phases[Forward.ATTENTION].tiles == 12
-    for larger in (plan.tiles._replace(qkv=128), plan.tiles._replace(heads=2)):
+    assert (plan.tiles.qkv, plan.tiles.heads, plan.pair) == (128, 2, 4), "of two blocks, side by side"
+    assert plan.phases[Forward.ATTENTION].tiles == 6
+    for larger in (plan.tiles._replace(qkv=256), plan.tiles._replace(heads=4)):
         assert plan_of(shape, Device(), larger).loop_seconds > plan.loop_seconds + 4e-7
     assert choose(shape, ASSUMED[8, 0]).tiles.qkv == 128, "nor are there such tiles for Ampere"
     assert choose(shape, ASSUMED[8, 0]).tiles.heads == 2
@@ -107,7 +136,7 @@ def test_many_tokens_add_the_same_parts_in_one_tile():
     """To the same bits, and by the model for nothing: no sums wait in memory."""
     shape = SMALL._replace(batch=16, length=256)
     plan = choose(shape)
-    assert plan.tiles.mlp_out_parts == 6 and not plan.tiles.sum_rows and Forward.MLP_SUM not in plan.phases
+    assert plan.tiles.mlp_out_parts == 4 and not plan.tiles.sum_rows and Forward.MLP_SUM not in plan.phases
     whole = plan_of(shape, Device(), plan.tiles._replace(mlp_out_parts=1))
     assert plan.loop_seconds == whole.loop_seconds
     apart = plan_of(shape, Device(), plan.tiles._replace(sum_rows=32))
@@ -133,7 +162,7 @@ def test_what_shared_memory_gives_to_products():
 
 
 def test_rows_that_go_one_behind_the_other_wait_for_l2():
-    shape, trip = SMALL._replace(length=512), 0.45 * Device().wait_seconds
+    shape, trip = SMALL._replace(length=512), Device().load_seconds
     tiles = Tiles(128, 128, 64, 128, 128, 2, 4, 0, 2, 4)
     sums = [plan_of(shape, Device(), tiles._replace(sum_rows=n)).phases[Forward.MLP_SUM] for n in (4, 8, 32)]
     # Of 768 columns the quads of a block have two rows, and room for three each: 2, 4 and 16 of a block.

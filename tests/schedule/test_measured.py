@@ -36,7 +36,7 @@ def test_measured_ceilings_may_choose_other_tiles():
     """Where L2 is slow, tiles are large: they read less."""
     table = {"slow L2": {"l2_bytes": 0.2e12}}
     shape = SMALL._replace(length=192)
-    assert choose(shape, device_of(*H200)).tiles.rows == 64
+    assert choose(shape, device_of(*H200)).tiles.rows == 128
     assert choose(shape, device_of(*H200, name="slow L2", measured=table)).tiles.rows == 256
 
 

@@ -42,6 +42,7 @@ def test_every_path_of_the_gpu_script(tmp_path):
         assert {"ours", "ours, graphs"} <= set(figures[name])
     assert figures["launch overhead"]["launches a call"] == 11
     assert set(result["targets"].values()) == {None} and result["ceilings"] == {}
+    assert result["beside the model"] == {"128 tokens": {}}
 
 
 def test_what_is_asked_of_a_gpu():
