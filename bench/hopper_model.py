@@ -103,7 +103,7 @@ def backward_by_tiles(shape: BlockShape) -> Microseconds:
 
     def seconds(device: Device) -> float:
         chosen = plan._backward_plan(shape, device, tiles)
-        done = simulate(table, chosen, device.clusters(chosen.pair), device, loops=2)
+        done = simulate(table, chosen, device.clusters(chosen.blocks), device, loops=2)
         first, both = (max(tile.end for tile in done[: n * len(table.loop)]) for n in (1, 2))
         return both - first
 

@@ -95,12 +95,12 @@ class Launcher:
         self._blocks = run.limits.sms
         if not run.dry:
             self._kernel = driver.Kernel(cubin, SM90.entry, plan.shared_bytes)
-            if plan.pair > 1:
-                self._blocks = plan.pair * self._kernel.active_clusters(plan.pair, SM90.threads)
+            if plan.blocks > 1:
+                self._blocks = plan.blocks * self._kernel.active_clusters(plan.blocks, SM90.threads)
 
     @property
     def workers(self) -> int:
-        return self._blocks // self.plan.pair
+        return self._blocks // self.plan.blocks
 
     def call(self, name: IntEnum, *, waits: bool) -> Callable[[], None]:
         table = table_of(self.shape, self.plan, name, waits=waits)
@@ -113,7 +113,7 @@ class Launcher:
         def launch() -> None:
             counters.copy_(prepared.start)
             self._kernel.launch(
-                self._blocks, SM90.threads, self.run.stream, parameters, cluster=self.plan.pair
+                self._blocks, SM90.threads, self.run.stream, parameters, cluster=self.plan.blocks
             )
 
         return launch

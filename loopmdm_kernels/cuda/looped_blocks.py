@@ -161,12 +161,12 @@ def _by_tiles(
     parameters = pack_parameters(target, table, buffers, weights, words, call.exit_threshold)
     described = fields(target.parameters, MAP)
     maps = map_layouts(shape, plan, buffers, weights) if described else {}
-    if plan.pair > 1:
-        blocks = plan.pair * kernel.active_clusters(plan.pair, target.threads)
+    if plan.blocks > 1:
+        blocks = plan.blocks * kernel.active_clusters(plan.blocks, target.threads)
     else:
         blocks = limits.sms * kernel.blocks_per_sm(target.threads)
     counted = counters_of(table)
-    return _Run(kernel, blocks, target.threads, plan.pair, True, counted, buffers, parameters, maps)
+    return _Run(kernel, blocks, target.threads, plan.blocks, True, counted, buffers, parameters, maps)
 
 
 def _by_rows(call: LoopedCall, found: looped_rows.Found, weights: PackedWeights, keep: bool) -> _Run:
@@ -206,7 +206,7 @@ def kernel_of(shape: BlockShape, target: Target, device: Device) -> Kernel:
         return looped_rows.kernel_of(shape, rows)
     plan = choose(shape, device)
     macros = tuple(defines(shape, plan).items())
-    return Kernel(target.source, target.threads, plan.shared_bytes, macros, plan.pair)
+    return Kernel(target.source, target.threads, plan.shared_bytes, macros, plan.blocks)
 
 
 def shape_of(x: Tensor, blocks: Sequence[BlockWeights | Fp8BlockWeights], num_heads: int) -> BlockShape:
@@ -220,9 +220,9 @@ def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kern
     known = target.used_of(known_device(limits))
     plan = choose(shape, known)
     kernel = _loaded(target, shape, plan, device)
-    if plan.pair > 1 and not kernel.active_clusters(plan.pair, target.threads):
-        # No part of this GPU has two SMs. The sums are those of other batches, which may have no pairs.
-        plan = choose(shape, known._replace(cluster=1), plan.tiles.mlp_out_parts)
+    while plan.blocks > 1 and not kernel.active_clusters(plan.blocks, target.threads):
+        # No part of this GPU has so many SMs. The sums are those of other batches, which may have other tiles.
+        plan = choose(shape, known._replace(cluster=plan.blocks // 2), plan.tiles.mlp_out_parts)
         kernel = _loaded(target, shape, plan, device)
     return kernel, plan, limits
 
@@ -310,7 +310,7 @@ def map_layouts(
     shape: BlockShape, plan: Plan, buffers: Buffers, weights: PackedWeights
 ) -> dict[str, tensor_maps.Layout]:
     """Tensors and boxes of the kernel's maps."""
-    tiles, blocks = plan.tiles, plan.pair
+    tiles, blocks = plan.tiles, plan.blocks
     # Of what is for two blocks each loads half: weights, keys and values, of four also rows.
     rows = block_rows(tiles) // sides(tiles)
     boxes = {

@@ -73,11 +73,11 @@ def gradients(
         driver.set_aside_l2(device)
         window = driver.l2_window(kept.weights.buffer.data_ptr(), 2 * kept.weights.buffer.numel(), limits)
         stream = torch.cuda.current_stream(grad.device).cuda_stream
-        if plan.pair > 1:
-            grid = plan.pair * kernel.active_clusters(plan.pair, SM90.threads)
+        if plan.blocks > 1:
+            grid = plan.blocks * kernel.active_clusters(plan.blocks, SM90.threads)
         else:
             grid = limits.sms * kernel.blocks_per_sm(SM90.threads)
-        kernel.launch(grid, SM90.threads, stream, parameters, window, cluster=plan.pair)
+        kernel.launch(grid, SM90.threads, stream, parameters, window, cluster=plan.blocks)
     return buffers["grad"], *finish(*sums_of(buffers), blocks, modulation)
 
 
@@ -86,7 +86,7 @@ def kernel_on(shape: BlockShape, device: int) -> tuple[driver.Kernel, BackwardPl
     known = known_device(driver.facts(device))
     plan = choose_backward(shape, known)
     kernel = _loaded(shape, plan, device)
-    if plan.pair > 1 and not kernel.active_clusters(plan.pair, SM90.threads):
+    if plan.blocks > 1 and not kernel.active_clusters(plan.blocks, SM90.threads):
         plan = choose_backward(shape, known._replace(cluster=1))  # no part of this GPU has two SMs
         kernel = _loaded(shape, plan, device)
     return kernel, plan

@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     limit_seconds: float  # the longest of arithmetic and traffic with all SMs busy, and of the waits alone
 
     @property
-    def pair(self) -> int:
+    def blocks(self) -> int:
         """Blocks that execute an instruction together."""
         return self.tiles.blocks
 
@@ -71,7 +71,7 @@ class BackwardPlan(NamedTuple):
     loop_seconds: float
 
     @property
-    def pair(self) -> int:
+    def blocks(self) -> int:
         """Blocks that execute an instruction together."""
         return self.tiles.blocks
 

@@ -172,7 +172,7 @@ def run_buffers(
     with fenced(buffers, "statistics1", "statistics2", "change") as buffers:
         parameters = op.pack_parameters(target, table, buffers, packed, words, exit_threshold)
         maps = op.map_layouts(shape, plan, buffers, packed) if fields(target.parameters, MAP) else {}
-        blocks = num_blocks * plan.pair
+        blocks = num_blocks * plan.blocks
         with placed(parameters, maps) as address:
             finished = library.run_kernel(ctypes.c_void_p(address), blocks, target.threads, seed)
         assert finished, fault(library)

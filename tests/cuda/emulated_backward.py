@@ -62,7 +62,7 @@ def run(library, plan, kept, grad, inputs, *, num_blocks=2, seed=0):
     parameters = backward.pack_parameters(table, buffers, words)
     layouts = backward.map_layouts(buffers, kept.weights)
     with emulated.placed(parameters, layouts) as address:
-        finished = library.run_kernel(ctypes.c_void_p(address), num_blocks * plan.pair, SM90.threads, seed)
+        finished = library.run_kernel(ctypes.c_void_p(address), num_blocks * plan.blocks, SM90.threads, seed)
     assert finished, emulated.fault(library)
     assert all(fence.intact() for fence in fenced.values()), "written outside of a buffer"
     return buffers["grad"], *finish(*backward.sums_of(buffers), inputs.blocks, inputs.modulation)

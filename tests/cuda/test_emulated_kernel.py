@@ -118,13 +118,13 @@ def test_one_phase_at_a_time(variant, waits):
         with emulated.placed(prepared.parameters(variant.target), maps) as address:
             workers = 3 if waits else 1  # those that do not wait store to the same places
             finished = variant.library.run_kernel(
-                ctypes.c_void_p(address), workers * variant.plan.pair, variant.target.threads, 0
+                ctypes.c_void_p(address), workers * variant.plan.blocks, variant.target.threads, 0
             )
         assert finished, (name.name, emulated.fault(variant.library))
         done = Counter(item.signal for item in table.loop)
         expected = prepared.start.clone()
         for counter, tiles in done.items():
-            expected[counter] += loops * tiles * variant.plan.pair
+            expected[counter] += loops * tiles * variant.plan.blocks
         assert torch.equal(counters, expected), name.name
 
 

@@ -217,7 +217,7 @@ def loaded(monkeypatch):
     seen = []
 
     class Kernel:
-        clusters = 1
+        largest = 16  # of the clusters that there is room for
 
         def __init__(self, cubin, entry, shared_bytes, device):
             seen.append((entry, shared_bytes))
@@ -230,7 +230,7 @@ def loaded(monkeypatch):
 
         def active_clusters(self, size, threads):
             seen.append((size, threads))
-            return Kernel.clusters
+            return int(size <= Kernel.largest)
 
     monkeypatch.setattr(op.driver, "Kernel", Kernel)
     monkeypatch.setattr(op.driver, "facts", lambda device: driver.Facts("a GPU", (9, 0), 132, 232_448, 0, 0))
@@ -277,20 +277,28 @@ def test_blocks_that_share_tiles_are_launched_as_pairs(loaded):
         "looped_blocks_sm90",
     )
     assert macros["LOOPMDM_BLOCKS"] == 2 and shared_bytes == plan.shared_bytes
-    assert calls == [(2, 384)] and plan.pair == 2
+    assert calls == [(2, 384)] and plan.blocks == 2
 
 
-def test_a_gpu_without_room_for_a_pair_runs_single_blocks(loaded):
+@pytest.mark.parametrize(
+    ("length", "largest", "tried"),
+    [(1024, 1, [2, 1]), (128, 4, [4]), (128, 2, [4, 2]), (128, 1, [4, 2, 1])],
+)
+def test_a_gpu_without_room_for_a_cluster_runs_smaller_ones(loaded, length, largest, tried):
+    """To the same bits: MLP_OUT has the same parts."""
     seen, kernel = loaded
-    kernel.clusters = 0
-    _, plan, _ = op._kernel(MANY, SM90, 0)
-    assert plan.pair == 1 and seen[-2][1]["LOOPMDM_BLOCKS"] == 1
+    kernel.largest = largest
+    shape = MANY._replace(length=length)
+    _, plan, _ = op._kernel(shape, SM90, 0)
+    compiled = [macros["LOOPMDM_BLOCKS"] for _, macros, *_ in (each for each in seen if len(each) == 3)]
+    assert compiled == tried and plan.blocks == tried[-1]
+    assert plan.tiles.mlp_out_parts == choose(shape).tiles.mlp_out_parts
 
 
 def test_the_kernel_for_ampere_gets_no_plan_of_hopper(loaded):
     seen, _ = loaded
     _, plan, _ = op._kernel(MANY, SM80._replace(architecture="sm_90"), 0)
-    assert plan.pair == 1 and plan.tiles.part == 0 and seen[0][2] == "sm_90" and len(seen) == 2
+    assert plan.blocks == 1 and plan.tiles.part == 0 and seen[0][2] == "sm_90" and len(seen) == 2
 
 
 @pytest.mark.parametrize(
@@ -381,7 +389,7 @@ def test_narrow_blocks_are_launched_as_a_cluster_a_sequence(loaded):
 
 def test_a_gpu_without_room_for_the_cluster_works_by_tiles(loaded):
     _, kernel = loaded
-    kernel.clusters = 0
+    kernel.largest = 8
     assert looped_rows.kernel_on(NARROW, SM90, 0) is None
 
 

@@ -25,7 +25,7 @@ def inputs():
 def prepared(inputs, loops=2):
     kept = emulated_backward.keep(inputs, loops, torch.zeros(loops, *inputs.x.shape))
     plan = choose_backward(kept.shape)
-    assert plan.pair == 2 and plan.tiles.rows == 256  # blocks that signal, and their rows
+    assert plan.blocks == 2 and plan.tiles.rows == 256  # blocks that signal, and their rows
     table, words, counters = backward._table(kept.shape, plan.tiles, torch.device("cpu"))
     grad = torch.ones(inputs.x.shape, dtype=torch.float64)
     return kept, table, words, grad, backward.allocate(table, kept, grad, counters)

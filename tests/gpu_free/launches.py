@@ -88,7 +88,7 @@ def _forward(shape: BlockShape, plan: Plan) -> Launch:
     parameters = looped_blocks.pack_parameters(SM90, table, buffers, packed, words, None)
     layouts = looped_blocks.map_layouts(shape, plan, buffers, packed)
     boxes = {getattr(SM90.parameters, field).offset: _box(each) for field, each in layouts.items()}
-    return Launch(bytes(parameters), boxes, plan.pair, plan.pair, _words((words, buffers.stop)))
+    return Launch(bytes(parameters), boxes, plan.blocks, plan.blocks, _words((words, buffers.stop)))
 
 
 def rows(name: str) -> list[Launch]:
@@ -137,7 +137,7 @@ def _backward(shape: BlockShape, plan: Plan) -> Launch:
     parameters = looped_blocks_backward.pack_parameters(table, buffers, words)
     layouts = looped_blocks_backward.map_layouts(buffers, packed)
     boxes = {getattr(type(parameters), field).offset: _box(each) for field, each in layouts.items()}
-    return Launch(bytes(parameters), boxes, plan.pair, plan.pair, _words((words, buffers["stop"])))
+    return Launch(bytes(parameters), boxes, plan.blocks, plan.blocks, _words((words, buffers["stop"])))
 
 
 def of_head(folder: Path) -> dict[str, Launch]:

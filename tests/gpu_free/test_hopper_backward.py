@@ -23,7 +23,7 @@ def test_contract(name, built):
     hopper.assert_nothing_serialised(messages)
     assert choose_backward(shape).shared_bytes == expected["shared_bytes"]
     counts = hopper.assert_as_declared(cubin, expected)
-    assert (counts["UTMALDG.3D.MULTICAST"] > 0) == (choose_backward(shape).pair > 1)
+    assert (counts["UTMALDG.3D.MULTICAST"] > 0) == (choose_backward(shape).blocks > 1)
     assert counts["UTMALDG.3D"] > 0 and counts["USETMAXREG.TRY_ALLOC.CTAPOOL"] == 1
     assert counts["REDG.E.ADD.S32.STRONG.GPU"] >= 1
     assert counts["LDG.E.STRONG.GPU"] > 0 and counts["FENCE.VIEW.ASYNC.G"] > 0

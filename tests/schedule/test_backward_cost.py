@@ -18,7 +18,7 @@ SMALL = BlockShape(batch=8, length=1024, hidden=768, heads=12, mlp=3072, layers=
 
 def test_plan_of_a_known_shape():
     plan = choose_backward(SMALL)
-    assert plan.tiles == BackwardTiles(rows=256, columns=256, part=32) and plan.pair == 2
+    assert plan.tiles == BackwardTiles(rows=256, columns=256, part=32) and plan.blocks == 2
     assert (plan.stages, plan.stage_bytes, plan.kept_bytes) == (4, 49152, 32768)
     weights = plan.phases[Backward.WEIGHT_MLP_IN]
     # 12 by 3 tiles, each of 256 rows and 256 columns, which both blocks get, over 8192 tokens.
@@ -52,7 +52,7 @@ def test_plans_are_legal(length, hidden, heads, mlp):
 def test_few_rows_and_gpus_without_pairs_get_tiles_of_one_block():
     for shape, device in ((SMALL._replace(batch=16, length=128), Device()), (SMALL, Device(cluster=1))):
         plan = choose_backward(shape, device)
-        assert plan.tiles == BackwardTiles(rows=128, columns=192, part=16) and plan.pair == 1
+        assert plan.tiles == BackwardTiles(rows=128, columns=192, part=16) and plan.blocks == 1
 
 
 def test_its_arithmetic_beside_that_of_the_forward_pass():

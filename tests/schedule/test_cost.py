@@ -30,7 +30,7 @@ def test_plan_of_a_known_shape():
         256, qkv=192, attn_out=96, mlp_in=192, mlp_out=192, mlp_out_parts=3, part=32, blocks=2, sum_rows=16
     )
     up = plan.phases[Forward.MLP_IN]
-    assert (plan.pair, up.tiles, up.waves) == (2, 64, 1)
+    assert (plan.blocks, up.tiles, up.waves) == (2, 64, 1)
     # 4 row tiles by 16 column tiles, on 66 pairs; each reads 256 rows, and 192 columns for both blocks.
     read = 768 * 2 * (256 + Device().multicast_cost * 192)
     assert up.bytes == pytest.approx(64 * read)
@@ -67,7 +67,7 @@ def test_two_blocks_share_rows_where_l2_binds():
     assert port.tile - 5 * port.step < l2.tile - 5 * l2.step, "of what is left L2"
     assert up.traffic == pytest.approx(l2.tile - 5 * l2.step)
     alone = choose(shape, Device(cluster=1))
-    assert alone.pair == 1 and plan.loop_seconds < 0.95 * alone.loop_seconds
+    assert alone.blocks == 1 and plan.loop_seconds < 0.95 * alone.loop_seconds
     # Of a sequence that ends in the first block's rows, that block has them all.
     few = choose(SMALL._replace(length=64)).tiles._replace(rows=128, blocks=2)
     cost = plan_of(SMALL._replace(length=64), Device(), few).phases[Forward.QKV]
@@ -90,7 +90,7 @@ def test_four_blocks_share_rows_and_columns_where_l2_binds():
     assert 768 * (64 * 4 + 128 * 2) / device.shared_read_bytes < up.arithmetic
     assert plan.loop_seconds < 0.95 * choose(shape, Device(cluster=2)).loop_seconds
     # A tile of q, k and v for each of 36 fours, and 32 of these at a time: two rounds, and so pairs.
-    assert choose(SMALL._replace(length=512)).pair == 2
+    assert choose(SMALL._replace(length=512)).blocks == 2
     fours = plan_of(SMALL._replace(length=512), device, plan.tiles)
     assert fours.phases[Forward.QKV].tiles == 36 and fours.phases[Forward.QKV].waves == 2
 
@@ -122,7 +122,7 @@ def test_few_tokens_have_small_tiles_of_heads():
     """Of two groups one has a head of q, k and v, and in attention."""
     shape = SMALL._replace(length=128)
     plan = choose(shape)
-    assert (plan.tiles.qkv, plan.tiles.heads, plan.pair) == (128, 2, 4), "of two blocks, side by side"
+    assert (plan.tiles.qkv, plan.tiles.heads, plan.blocks) == (128, 2, 4), "of two blocks, side by side"
     assert plan.phases[Forward.ATTENTION].tiles == 6
     for larger in (plan.tiles._replace(qkv=256), plan.tiles._replace(heads=4)):
         assert plan_of(shape, Device(), larger).loop_seconds > plan.loop_seconds + 4e-7
