@@ -221,7 +221,7 @@ def _kernel(shape: BlockShape, target: Target, device: int) -> tuple[driver.Kern
     plan = choose(shape, known)
     kernel = _loaded(target, shape, plan, device)
     while plan.blocks > 1 and not kernel.active_clusters(plan.blocks, target.threads):
-        # No part of this GPU has so many SMs. The sums are those of other batches, which may have other tiles.
+        # No part of this GPU has so many SMs. Sums are those of other batches, which may have other tiles.
         plan = choose(shape, known._replace(cluster=plan.blocks // 2), plan.tiles.mlp_out_parts)
         kernel = _loaded(target, shape, plan, device)
     return kernel, plan, limits

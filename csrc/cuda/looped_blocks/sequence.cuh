@@ -65,7 +65,8 @@ __device__ inline void leave(const Parameters& p, const Instruction& item, int32
   const RowSpan rows(p, item, Config::kTileRows);
   const int64_t offset = p.token(item.sequence, rows.first) * Config::kHidden;
   const float* const source = p.stream_values + stream_slot(item.read_slot, loop, p.keep) * matrix + offset;
-  for (int i = 2 * threadIdx.x; i < (rows.last - rows.first) * Config::kHidden; i += 2 * Config::kComputeThreads) {
+  for (int i = 2 * threadIdx.x; i < (rows.last - rows.first) * Config::kHidden;
+       i += 2 * Config::kComputeThreads) {
     store_pair(p.output + offset + i, load_pair(source + i));
   }
 }

@@ -6,9 +6,9 @@
 
 namespace loopmdm {
 
-constexpr int kThreads = Config::kComputeThreads + 128;      // and the group of the warp that loads
+constexpr int kThreads = Config::kComputeThreads + 128;        // and the group of the warp that loads
 constexpr int kLoadRegisters = Config::kBlocks > 1 ? 72 : 56;  // of a thread that loads: for two takes more
-constexpr int kInstructions = 4;                             // how many the loader may be ahead
+constexpr int kInstructions = 4;                               // how many the loader may be ahead
 // Of a tile of 64 rows, and so few columns, one group of warps has all: for its half each would read, and
 // normalise, the same rows.
 constexpr int kAloneColumns = 128;

@@ -15,8 +15,7 @@ struct alignas(16) Issued {
 };
 static_assert(sizeof(Issued) == 64, "four words of 16 bytes");
 
-struct Ring
-    : StageRing<Config::kStages, Config::kStageBytes, Config::kComputeThreads / 32, Config::kBlocks> {
+struct Ring : StageRing<Config::kStages, Config::kStageBytes, Config::kComputeThreads / 32, Config::kBlocks> {
   struct Queue {
     uint64_t issued[kInstructions], read[kInstructions];
     Issued instructions[kInstructions];

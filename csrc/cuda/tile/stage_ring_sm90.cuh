@@ -1,6 +1,6 @@
 // A ring of stages in shared memory that one warp fills by TMA and `kReaders` warps empty, and the division
-// of a block that goes with it. Where blocks load for each other, a stage is empty when it is in all that it is
-// loaded to at once: those of a pair; of four, which stand in a square, all but the one across.
+// of a block that goes with it. Where blocks load for each other, a stage is empty when it is in all that it
+// is loaded to at once: those of a pair; of four, which stand in a square, all but the one across.
 #pragma once
 
 #include "common/schedule.h"
@@ -28,7 +28,8 @@ __device__ void load_and_compute(const Load& load, const Compute& compute) {
   }
 }
 
-// `kBlocks` load for each other: 1, 2 or 4. `kBesideBytes`: of memory that lies between the stages and the barriers.
+// `kBlocks` load for each other: 1, 2 or 4. `kBesideBytes`: of memory that lies between the stages and the
+// barriers.
 template <int kStages, int kStageBytes, int kReaders, int kBlocks = 1, int kBesideBytes = 0>
 class StageRing {
   static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "blocks of a cluster");
