@@ -145,5 +145,5 @@ extern "C" __global__ void __launch_bounds__(loopmdm::kThreads, 1)
   Ring::meet_all();
   load_and_compute<backward::kLoadRegisters>([&] { backward::Loader(parameters, ring, kept).run(); },
                                              [&] { backward::Worker(parameters, ring, kept).run(); });
-  if (Config::kBlocks > 1) Ring::meet_all();  // a block of a pair gets what the other one loads
+  if (Config::kBlocks > 1) Ring::meet_all();  // others load for a block, too
 }

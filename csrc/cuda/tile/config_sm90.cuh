@@ -22,9 +22,10 @@ static_assert(Config::kHeadDim == 16 || Config::kHeadDim == 32 || Config::kHeadD
               "head size");
 
 struct KernelParameters : Parameters {
-  // Boxes: 32 columns of fp32 or 64 of bf16, kRows rows; of weights 64 by the tile's columns. Of a pair q, k
-  // and v by 64 rows and weights by half of the columns. [2 B, L, D] fp32; [2 B, L, 3 D], [B, L, D], [B, L,
-  // F], [B, L, D] bf16. `rows` for products of normalised rows, `stream` for others.
+  // Boxes: 32 columns of fp32 or 64 of bf16, kRows rows, or half of them where there are two sides; of
+  // weights 64 by the block's columns. Where blocks share a tile q, k and v by 64 rows, weights by half of
+  // the columns. [2 B, L, D] fp32; [2 B, L, 3 D], [B, L, D], [B, L, F], [B, L, D] bf16. `rows` for products
+  // of normalised rows, `stream` for others.
   TensorMap stream, qkv, mixed, gelu, rows;
   TensorMap qkv_weight, attn_out_weight, mlp_in_weight, mlp_out_weight;  // [n, out, in] bf16
 };
