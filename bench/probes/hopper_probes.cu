@@ -62,14 +62,15 @@ extern "C" __global__ void read_all(const __grid_constant__ Arguments given) {
 // Each round's loads wait for those of the round before, as the rows of a phase do.
 extern "C" __global__ void load_in_turn(const __grid_constant__ Arguments given) {
   constexpr int kTogether = 4;
-  int64_t place = static_cast<int64_t>(blockIdx.x) * kTogether * blockDim.x + threadIdx.x;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTogether * blockDim.x + threadIdx.x;
+  int64_t place = first;
   for (int round = 0; round < given.rounds; ++round) {
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) sum += __ldcg(given.buffer + place + i * blockDim.x).x;
     if (sum == 1e30f) *given.sink = sum;
     place += kTogether * static_cast<int64_t>(gridDim.x * blockDim.x) + static_cast<int>(sum);  // of zeros
-    if (place + kTogether * blockDim.x > given.vectors) place = threadIdx.x;
+    if (place + kTogether * blockDim.x > given.vectors) place = first;
   }
 }
 

@@ -17,7 +17,7 @@ FAULTS = {
         "stage_ring_sm90.cuh", "wait_together(empty(place), place.round ^ 1)", "(void)place", EARLY_COPY
     ),
     "a stage filled while the other block reads it": Fault(
-        "stage_ring_sm90.cuh", "[[kTold * kReaders]]);", "kReaders",
+        "stage_ring_sm90.cuh", "[[kBlocks * kReaders]]);", "kReaders",
         EARLY_COPY,
     ),
     "panels of the right operand too near": Fault(

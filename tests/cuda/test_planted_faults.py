@@ -216,10 +216,10 @@ PAIRS = {
     "no proxy fence at all": FORWARD["no proxy fence at all"],
     "a stage filled while the other block reads it": Fault(
         "stage_ring_sm90.cuh",
-        "barrier_arrive_at(empty(place), kBlocks > 2 ? rank_in_cluster() ^ lane : lane)",
+        "barrier_arrive_at(empty(place), lane)",
         "(barrier_arrive(empty(place)), barrier_arrive(empty(place)))",
         f"{EARLY_COPY}|all threads wait",
-        Fault("stage_ring_sm90.cuh", "if (lane < [[kTold]])", "1"),
+        Fault("stage_ring_sm90.cuh", "if (lane < [[kBlocks]])", "1"),
     ),
     "half of a weight in the place of the other": Fault(
         "loader_sm90.cuh", "target + [[row_block()]] * (right / 2)", "0", f"{EARLY_COPY}|values"
@@ -255,12 +255,12 @@ PAIRS_OF_64 = {
 FOURS = {
     "no wait for the inputs": WAITS["no wait for the inputs"],
     "a stage filled while a block of the other rows reads it": Fault(
-        "stage_ring_sm90.cuh", "if (lane < [[kTold]])", "2", EARLY_COPY,
-        Fault("stage_ring_sm90.cuh", "[[kTold * kReaders]]);", "2 * kReaders"),
+        "stage_ring_sm90.cuh", "if (lane < [[kBlocks]])", "lane >> 1 == rank_in_cluster() >> 1 && lane < 4",
+        EARLY_COPY, Fault("stage_ring_sm90.cuh", "[[kBlocks * kReaders]]);", "2 * kReaders"),
     ),
     "a stage filled while a block of the other columns reads it": Fault(
-        "stage_ring_sm90.cuh", "kBlocks > 2 ? [[rank_in_cluster() ^ lane]]",
-        "rank_in_cluster() ^ (lane == 1 ? 3 : lane)", f"{EARLY_COPY}|all threads wait",
+        "stage_ring_sm90.cuh", "if (lane < [[kBlocks]])", "lane % 2 == rank_in_cluster() % 2 && lane < 4",
+        EARLY_COPY, Fault("stage_ring_sm90.cuh", "[[kBlocks * kReaders]]);", "2 * kReaders"),
     ),
     "half of a weight in the place of the other": PAIRS["half of a weight in the place of the other"],
     "half of the rows in the place of the other": Fault(

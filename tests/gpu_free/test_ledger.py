@@ -126,7 +126,7 @@ PRODUCT_FAULTS = {
 }  # fmt: skip
 PRODUCT = "masked_cross_entropy_product_sm90.cu"
 BARRIER_FAULTS = {
-    "a count too low": (AROUND, "kTold * kReaders", "kReaders"),
+    "a count too low": (AROUND, "kBlocks * kReaders", "kReaders"),
     "a count too high": (
         AROUND,
         "barrier_init(shared_address(&barriers_->full[i]), 1)",
@@ -152,7 +152,7 @@ BARRIER_FAULTS = {
         "products_wait<1>();\n    if (step > 0) ring.release(before);",
         "if (step > 0) ring.release(before);\n    products_wait<1>();",
     ),
-    "a stage released in one block only": (AROUND, "lane < kTold", "lane < 1"),
+    "a stage released in one block only": (AROUND, "lane < kBlocks", "lane < 1"),
 }
 SHARE_FAULTS = {
     "a share that the block has not": (AROUND, "(3 * 168 - kLoadRegisters) / 2", "248"),

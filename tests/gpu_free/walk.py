@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ptx
 
 WARPS = 9  # eight that compute and the one that loads
-LANES = 3  # of each: a leader, and as many as tell other blocks of an empty stage
+LANES = 4  # of each: a leader, and as many as tell other blocks of an empty stage
 _SHARED = 0x410  # where dynamic shared memory begins: at no multiple of what is aligned there
 _BLOCK = 1 << 24  # between the shared memories of the blocks of a cluster
 _PARAMETERS = 1 << 56

@@ -1,6 +1,7 @@
 // A ring of stages in shared memory that one warp fills by TMA and `kReaders` warps empty, and the division
-// of a block that goes with it. Where blocks load for each other, a stage is empty when it is in all that it
-// is loaded to at once: those of a pair; of four, which stand in a square, all but the one across.
+// of a block that goes with it. Where blocks load for each other, a stage is empty when it is in all of them.
+// Of four each loads for two neighbours only, but hears of all: a count does not say whose arrivals it has,
+// and with three of them a block that is early twice could stand in for one that is late.
 #pragma once
 
 #include "common/schedule.h"
@@ -33,7 +34,6 @@ __device__ void load_and_compute(const Load& load, const Compute& compute) {
 template <int kStages, int kStageBytes, int kReaders, int kBlocks = 1, int kBesideBytes = 0>
 class StageRing {
   static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "blocks of a cluster");
-  static constexpr int kTold = kBlocks == 4 ? 3 : kBlocks;  // of them, about an empty stage
   static_assert(kStageBytes % 1024 == 0 && kBesideBytes % 1024 == 0, "swizzle atoms");
   struct Barriers {
     uint64_t full[kStages], empty[kStages];
@@ -55,7 +55,7 @@ class StageRing {
   __device__ void initialise() const {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared_address(&barriers_->full[i]), 1);
-      barrier_init(shared_address(&barriers_->empty[i]), kTold * kReaders);
+      barrier_init(shared_address(&barriers_->empty[i]), kBlocks * kReaders);
     }
     barrier_init_fence();
   }
@@ -91,7 +91,7 @@ class StageRing {
     __syncwarp();
     if (kBlocks > 1) {
       const int lane = threadIdx.x % 32;
-      if (lane < kTold) barrier_arrive_at(empty(place), kBlocks > 2 ? rank_in_cluster() ^ lane : lane);
+      if (lane < kBlocks) barrier_arrive_at(empty(place), lane);
     } else {
       if (threadIdx.x % 32 == 0) barrier_arrive(empty(place));
     }
